@@ -269,7 +269,7 @@ bench = Table("bench M", {
     ENGINE: SimpleNamespace(), "keifu.generation.text.model:text_model": lambda model: model,
     "keifu.generation.text.model:device_of": "cpu",
     "keifu.commands.bench:_check_room": None, "keifu.commands.bench:_speeds": {"decode": 1},
-    "keifu.commands.bench:_memory": {}, "keifu.commands.bench:_told": "told"})  # fmt: skip
+    "keifu.commands.bench:_memory": {}, "keifu.commands.bench:_report": "told"})  # fmt: skip
 
 CONVERTED = "keifu.checkpoints:convert"
 convert = Table("convert M out", {

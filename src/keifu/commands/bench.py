@@ -1,4 +1,4 @@
-"""`keifu bench`: how fast a model reads prompts and writes texts on this machine."""
+"""`keifu bench`: speed of reading prompts and writing text on this machine."""
 
 import json
 import time
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(flags.OnDevice):
-    """Tokens a second of a language model: in prefill, when prompts are read, and in decoding, when texts are written.
+    """Measure a language model's tokens per second: in prefill (prompts are read) and in decoding (text is written).
 
-    The prompts are random tokens, and every text is written greedily to its full length; no tokenizer is needed.
-    Figures are of all streams together. The bandwidth is that at which decoding reads the weights and the keys and
-    values; the peak is measured with numbers too many for any cache.
+    Prompts are random tokens, and every text is written greedily to its full length, so no tokenizer is needed. Figures
+    are totals over all streams. The bandwidth is the rate at which decoding reads the weights and the keys and values.
+    The peak is the rate at which the machine reads more numbers than any cache holds.
     """
 
     model: flags.Model
@@ -41,7 +41,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Print the figures."""
+    """Measure the speeds and print the figures."""
     import torch
 
     notice(f"Loading {options.model} ...")
@@ -65,16 +65,16 @@ def run(options: Options) -> None:
     step_tokens = max(512, 33 * options.streams)
     guesses = proposer(options.draft, options.guesses or (0 if options.draft is None else None), options.weights)
     engine = Engine(model, tokenizer, max_running=options.streams, step_tokens=step_tokens, guesses=guesses)
-    engine.tokenizer = None  # no token ends a text
+    engine.tokenizer = None  # so that no end token stops a text early
     _check_room(engine, options.streams, longest)
     figures = asdict(options) | {"device": str(device_of(model)), "threads": torch.get_num_threads()}
     figures |= _speeds(engine, options)
     figures |= _memory(engine, model, options, figures["decode"])
-    print(json.dumps(figures) if options.json else _told(figures))
+    print(json.dumps(figures) if options.json else _report(figures))
 
 
 def _check_room(engine: "Engine", streams: int, longest: int) -> None:
-    """Refuse more streams than fit the memory for keys and values."""
+    """Raise `UserError` if the keys and values of all streams exceed the memory."""
     runner = engine.runner
     blocks = -(-longest // runner.block_size)
     if streams * blocks > runner.n_blocks:
@@ -85,7 +85,7 @@ def _check_room(engine: "Engine", streams: int, longest: int) -> None:
 
 
 def _speeds(engine: "Engine", options: Options) -> dict[str, Any]:
-    """Return the tokens a second of reading prompts and of writing, after a short run that is not counted."""
+    """Return tokens per second of prefill and of decoding, after a short run that is not counted."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +95,7 @@ def _speeds(engine: "Engine", options: Options) -> dict[str, Any]:
     start = time.perf_counter()
     _write(engine, prompts, 1)
     prefill = options.streams * options.prompt / (time.perf_counter() - start)
-    _add(engine, prompts, options.tokens + 1)  # what was read is still held, but for the last block
+    _add(engine, prompts, options.tokens + 1)  # the cache keeps the prompts' keys and values, except the last block
     begun: set[int] = set()
     while len(begun) < options.streams:
         begun |= {piece.index for piece in engine.step()}
@@ -121,21 +121,24 @@ def _write(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
 
 
 def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> dict[str, Any]:
-    """Return the bytes of weights and of keys and values, and the bandwidth of decoding next to the peak."""
+    """Return the bytes of weights and of keys and values, and the bandwidth of decoding next to the machine's peak."""
     from keifu.generation.text.model import device_of
     from keifu.memory import read_bandwidth
 
     held = options.streams * (options.prompt + options.tokens) * engine.runner.token_bytes
     weights, idle = _weight_bytes(model, options.streams)
     read = weights - idle
-    step = read + held - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of it, on average
+    step = read + held - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of them, on average
     bandwidth, peak = step * decode / options.streams / 1e9, read_bandwidth(device_of(model)) / 1e9
     return {"bandwidth": bandwidth, "peak": peak, "share": bandwidth / peak, "memory": weights + held}
 
 
 def _weight_bytes(model: Any, streams: int) -> tuple[int, float]:
-    """Return the bytes of weights, without an embedding that is no head as well, of which a step reads rows; and those
-    of the experts that it does not read, if all are chosen as often."""
+    """Return the bytes of weights that a step reads, and the bytes of experts that it skips if all are chosen equally
+    often.
+
+    An embedding that is not the head too is not counted, because a step reads only some of its rows.
+    """
     from torch import nn
 
     from keifu.layers.mixture import mixtures
@@ -153,8 +156,8 @@ def _weight_bytes(model: Any, streams: int) -> tuple[int, float]:
     return sum(x.nbytes for x in (*model.parameters(), *model.buffers())) - rows, float(idle)
 
 
-def _told(figures: dict[str, Any]) -> str:
-    """Return the figures as lines for people."""
+def _report(figures: dict[str, Any]) -> str:
+    """Return the figures as text for people."""
     streams = "1 stream" if figures["streams"] == 1 else f"{figures['streams']} streams together"
     return (
         f"{figures['model']}, {figures['weights'] or 'its own'} weights, {figures['device']}, {figures['threads']} "
@@ -168,7 +171,7 @@ def _told(figures: dict[str, Any]) -> str:
 
 
 def _acceptance(figures: dict[str, Any]) -> str:
-    """Return the line about guesses, or nothing without any."""
+    """Return the line about accepted guesses; empty if nothing was guessed."""
     if not figures["guessed"]:
         return ""
     share = figures["accepted"] / figures["guessed"]

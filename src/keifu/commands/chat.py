@@ -51,7 +51,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Answer a question, or one after another."""
+    """Print the answer to one question, or start a conversation."""
     question = join_texts(options.question, options.file)
     if not question and (options.json or options.image or not at_terminal()):
         no_text(EXAMPLE)
@@ -79,8 +79,8 @@ def print_answer(
     conversation: "Conversation", message: str, sampling: "SamplingParams", images: Sequence[Any] = (),
     thoughts: bool = True,
 ) -> None:  # fmt: skip
-    """Print the answer to a message as it is written. Thoughts before it are shown in a terminal alone: dimmed, or how
-    long they are."""
+    """Print the answer to a message while it is written. A terminal also shows the model's thoughts, dimmed, or how
+    long they took; other outputs never get them."""
     from keifu.data.chat.thoughts import ThoughtSplitter
 
     pieces, length = conversation.answer(message, sampling, images), 0
@@ -101,7 +101,7 @@ def print_answer(
 
 
 def check_chats(name: str, tokenizer: Any) -> None:
-    """Refuse a base model, in the words of the command line."""
+    """Raise `UserError` for a base model, with the commands that suit it."""
     if tokenizer.chat_template is None:
         raise UserError(
             f"{name} is a base model, without a chat template: let it continue a text "
@@ -119,12 +119,12 @@ NOTES = (
     'Lines between """ and """ are one message; a backslash at the end of a line continues it too.',
     "A line that begins with a space is a message, even if a slash comes next.",
 )
-SAME = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}  # other tools' names
+SAME = {"/exit": "/bye", "/quit": "/bye", "/?": "/help"}  # names of these commands in other tools
 CUT = {"length": "--max-tokens", "context": "the model's context, which is full"}
 
 
 class Command(NamedTuple):
-    """Command: the argument on its line, a description in a few words, and the function."""
+    """Command of a conversation: its argument, a short description, and its function."""
 
     argument: str
     about: str
@@ -132,17 +132,17 @@ class Command(NamedTuple):
 
 
 class Chat:
-    """Conversation that reads messages and commands, and prints answers.
+    """Conversation at the terminal: reads messages and commands, and prints answers.
 
-    sampling: with a seed. Each further answer has the next seed, so that a question that is asked again can get another
-    answer; the first seed repeats the whole conversation.
+    sampling: with a seed. Each further answer uses the next seed, so a repeated question can get another answer. The
+    first seed reproduces the whole conversation.
     """
 
     def __init__(self, conversation: "Conversation", sampling: "SamplingParams"):
         self.conversation, self.sampling = conversation, sampling
         self.over, self.shows_thoughts = False, True
-        self.files: set[Path] = set()  # those that hold this conversation
-        self.images: list[Any] = []  # pictures of the next message
+        self.files: set[Path] = set()  # files in which this conversation was saved
+        self.images: list[Any] = []  # pictures for the next message
         self.commands = {
             "/help": Command("", "list the commands", self._help),
             "/system": Command("TEXT", "change the system prompt; without a text, show it", self._system),
@@ -157,10 +157,10 @@ class Chat:
         }
 
     def talk(self) -> None:
-        """Chat until the person leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
+        """Chat until the user leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
         edit_lines()
         print(HINT)
-        stopped = False  # by Ctrl-C, just now
+        stopped = False  # whether the last input was Ctrl-C
         while not self.over:
             try:
                 line = input("> ")
@@ -175,15 +175,15 @@ class Chat:
                 self.hear(line)
 
     def hear(self, line: str) -> None:
-        """Obey a command, or answer a message, of which this may be the first line alone. Whatever goes wrong is said
-        on stderr, and the conversation goes on."""
+        """Run a command, or answer a message that begins with this line. Errors are printed on stderr, and the
+        conversation continues."""
         try:
             if line.startswith("/"):
                 self._obey(line)
             elif message := self._whole(line).strip():
                 images, self.images = self.images, []
                 self._answer(message, images)
-        except EOFError:  # within a text of several lines
+        except EOFError:  # end of input inside a message of several lines
             print()
             self.over = True
         except BrokenPipeError:
@@ -194,7 +194,7 @@ class Chat:
             print("Stopped.", file=sys.stderr)
 
     def _whole(self, line: str) -> str:
-        """Return the message that begins with this line; empty if Ctrl-C takes it back."""
+        """Return the message that begins with this line, reading its further lines. Return "" after Ctrl-C."""
         try:
             return read_rest(line)
         except KeyboardInterrupt:
@@ -231,7 +231,7 @@ class Chat:
         print(self.conversation.system or "(The model is told what its chat template says, if anything.)")
 
     def _save(self, name: str) -> None:
-        """Save one conversation as a line of JSON; a file with other content is not replaced."""
+        """Append the conversation to a file as a line of JSON. A file with other content is not replaced."""
         from keifu.files import write_atomic
 
         path = Path(name).expanduser().resolve()
@@ -269,7 +269,7 @@ class Chat:
         try:
             self._answer(message["content"], message.get("images", ()))
         finally:
-            if len(self.conversation.messages) < len(before):  # nothing was written
+            if len(self.conversation.messages) < len(before):  # no answer was written
                 self.conversation.messages = before
 
     def _temperature(self, text: str) -> None:
@@ -298,7 +298,7 @@ def _number(text: str) -> float:
 
 
 def tell_cut(reason: str | None) -> None:
-    """Say on stderr what cut an answer, if anything did."""
+    """Print on stderr why an answer ended early, if it did."""
     if reason in CUT:
         print(f"(The answer was cut by {CUT[reason]}.)", file=sys.stderr)
 

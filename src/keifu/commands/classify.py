@@ -1,6 +1,6 @@
-"""`keifu classify`: a label for each text or image, or the accuracy on a table of labelled ones.
+"""`keifu classify`: a label for each text or image, or the accuracy on a labelled table.
 
-A fine-tuned classifier has labels of its own; a CLIP classifies images zero-shot, by labels given in words.
+A fine-tuned classifier has fixed labels. A CLIP classifies images by labels given in words (zero-shot).
 """
 
 import json
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from keifu.evaluation.classification.metrics import Confusion
 
 PLAIN = ("{}",)
-Choices = tuple[Sequence[str], Sequence[float], str, str]  # labels, probabilities, and of what: in JSON, in a table
+Choices = tuple[Sequence[str], Sequence[float], str, str]  # labels, probabilities, name in JSON, name in tables
 EXAMPLE = 'keifu classify runs/classifier "A text"'
-NAMED = 5  # labels that an error names
-MANY = 12  # labels, above which only the worst are printed
-SHOWN = 10  # of them
+NAMED = 5  # number of labels that an error lists
+MANY = 12  # with more labels than this, only the worst are printed
+SHOWN = 10  # number of the worst labels
 
 
 @dataclass(frozen=True)
 class Options(flags.OnDevice):
     """Give each text a label, or compare with the labels of a table. keifu train classifier and keifu train
-    gpt1-finetune make the model for it. A CLIP gives pictures any labels in words: picture.png --labels "a dog,a cat".
+    gpt1-finetune make such a model. A CLIP labels pictures with any words: picture.png --labels "a dog,a cat".
 
-    Each argument is a text, or each line of a file or of what is piped in. Where the model reads several texts together
-    (premise and hypothesis, or a context and answers to it), a tab stands between any two.
+    Each argument is a text. Without arguments, each line of a file or pipe is a text. If the model reads several texts
+    together (premise and hypothesis, or a context and its answers), separate them by tabs.
     """
 
     model: flags.Model
@@ -71,7 +71,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Print a line for each text or picture, or the figures of a table or of a set of pictures."""
+    """Print a line for each text or picture, or the figures of a labelled table or of a set of pictures."""
     if options.on is None and options.picture:
         raise UserError("--picture draws a table's confusion matrix: name the table with --on.")
     if options.on is not None and (options.texts or options.file):
@@ -84,7 +84,7 @@ def run(options: Options) -> None:
 
 
 def classify_images(options: Options) -> bool:
-    """Return whether pictures are to be classified: labels are given, or what is to be classified are pictures."""
+    """Return whether to classify pictures: labels are given, or the inputs are names of pictures."""
     from keifu.data.images.catalogued import in_catalogue
 
     on = options.on is not None and (in_catalogue(options.on) or Path(options.on).is_dir())
@@ -92,7 +92,7 @@ def classify_images(options: Options) -> bool:
 
 
 def _show_choices(classified: Iterable[Choices], pictures: bool, as_json: bool) -> None:
-    """Print a line for each, with its label and the next likely ones, or all probabilities as JSON."""
+    """Print a line for each input with its most likely labels, or all probabilities as JSON."""
     rows, column = [], "picture" if pictures else "text"
     for labels, shares, name, shown in classified:
         order = sorted(range(len(labels)), key=lambda index: -shares[index])
@@ -123,7 +123,8 @@ def _show_confusion(confusion: "Confusion", pictures: bool, options: Options) ->
 
 
 def _show_worst(confusion: "Confusion", columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print the labels of the lowest F1 and the most frequent errors: a matrix of many labels is not readable."""
+    """Print the labels with the lowest F1 and the most frequent errors. A matrix of many labels would not be
+    readable."""
     worst = sorted(rows, key=lambda row: float(row[3]))[:SHOWN]
     tables.show(columns, worst)
     print(f"The {SHOWN} lowest F1 of {len(rows)} labels; --json prints all, --picture draws the whole matrix.\n")
@@ -131,7 +132,7 @@ def _show_worst(confusion: "Confusion", columns: Sequence[str], rows: Sequence[S
 
 
 def _of_pictures(options: Options) -> Iterable[Choices]:
-    """Return the probabilities of a network's own labels, or of those given to a CLIP."""
+    """Return the label probabilities of each picture, by a network's fixed labels or by labels given to a CLIP."""
     from keifu.evaluation.classification.neurons import RowClassifier, row_of
     from keifu.evaluation.images.retrieval import embed_pictures, label_points, label_shares, two_towers
 
@@ -140,7 +141,7 @@ def _of_pictures(options: Options) -> Iterable[Choices]:
         raise UserError(f"{wrong[0]!r} is no picture's file, and --labels are for pictures: name a .png or .jpg file.")
     if not files:
         raise UserError('There is no picture: keifu classify MODEL picture.png --labels "a dog,a cat".')
-    given = None if options.labels is None else _labels(options.labels)  # refused before loading
+    given = None if options.labels is None else _labels(options.labels)  # checked before loading
     model, tokenizer = checkpoints.load(options.model)
     if isinstance(model, RowClassifier):
         if given is not None:
@@ -181,7 +182,7 @@ def _compare_pictures(options: Options) -> "Confusion":
 
 
 def _labels(given: str | None) -> list[str]:
-    """Return the labels between commas, or one a line of a .txt file."""
+    """Split labels at commas, or read a .txt file with one on each line."""
     if given is None:
         raise UserError('A CLIP has no labels of its own: give some, such as --labels "a dog,a cat".')
     file = Path(given)
@@ -225,7 +226,7 @@ def _some(labels: Sequence[str]) -> str:
 
 
 def _load(name: str) -> "TextClassifier":
-    """Load a text classifier; any other model is a `UserError`."""
+    """Load a text classifier. Raises `UserError` for any other model."""
     from keifu.evaluation.classification.classifiers import text_classifier
     from keifu.generation.text.model import TwoTowers
 
@@ -236,7 +237,7 @@ def _load(name: str) -> "TextClassifier":
 
 
 def _probabilities(judge: "TextClassifier", examples: "Examples", cut: bool) -> "Tensor":
-    """Return the probability of each label or answer; a note on stderr says how many examples were cut."""
+    """Return the probability of each label or answer. Print on stderr how many examples were cut."""
     rows, shortened = judge.read(examples, judge.limit, cut)
     if shortened:
         print(f"{shortened} of {len(examples)} texts were cut to the model's {judge.limit} tokens.", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""`keifu compare`: two models' answers side by side; you choose the better one blindly, or a reward model does."""
+"""`keifu compare`: shows two models' answers to the same prompts. The user chooses the better one blindly, or a reward
+model does."""
 
 import json
 import shutil
@@ -17,18 +18,18 @@ if TYPE_CHECKING:
     from keifu.data.chat.prompts import Prompt
     from keifu.evaluation.pairwise import Choice
 
-AHEAD = 8  # prompts that are answered together, before they are shown
+AHEAD = 8  # number of prompts that are answered together before the first is shown
 KEYS = "1: the left one is better, 2: the right one, 0: equally good, s: skip, q: stop (what was chosen is kept)"
-NARROW = 60  # columns of a terminal, below which answers stand one above the other
+NARROW = 60  # in a terminal with fewer columns, the answers are shown one above the other
 
 
 @dataclass(frozen=True)
 class Options(flags.OnDevice):
-    """Two models answer the same prompts; you say which answer is better, without being told whose it is.
+    """Choose the better of two models' answers, without knowing which model wrote which.
 
-    Choices are kept as they are made, and the same command goes on with those left. In the folder preferences.jsonl is
-    what keifu train dpo and keifu train reward learn from. In the end, B's share of those decided, and its interval.
-    --seed (unset: 0) also decides which answer stands on the left.
+    Each choice is saved at once, and the same command continues with the remaining prompts. keifu train dpo and keifu
+    train reward learn from preferences.jsonl in the folder. The result is B's share of the decided prompts with its
+    interval. --seed (unset: 0) also decides which answer is shown on the left.
     """
 
     a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A", help="A model, as for keifu chat.")]
@@ -47,17 +48,17 @@ class Options(flags.OnDevice):
 
     @property
     def start(self) -> int:
-        """Seed of the sides that answers are shown on, and of sampling."""
+        """Seed of sampling, and of the side on which each answer is shown."""
         return self.sampling.seed or 0
 
 
 def run(options: Options) -> None:
-    """Answer, show, ask and count."""
+    """Answer the prompts, show the answers, ask for choices and count them."""
     from keifu.data.chat.prompts import read_prompts
     from keifu.evaluation.pairwise import Judgement, Judgements
 
     about = {"A": options.a, "B": options.b, "by": options.by or "a person", "seed": options.start}
-    apart = ("seed", "stop", "logit_bias")  # told below, or no option
+    apart = ("seed", "stop", "logit_bias")  # passed separately, or not an option
     drawn = {name: value for name, value in asdict(options.sampling).items() if name not in apart}
     kept = Judgements(options.out, about | drawn)
     left = [prompt for prompt in [*read_prompts(options.prompts)][: options.limit] if not kept.holds(prompt.messages)]
@@ -72,7 +73,7 @@ def run(options: Options) -> None:
 
 
 def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator[tuple[Prompt, tuple[str, str]]]":
-    """Yield each prompt with A's and B's answer, a few ahead of the one that is looked at."""
+    """Yield each prompt with the answers of A and B. A few prompts are answered ahead of the one that is shown."""
     from keifu.recipes.assistant.finetuning import open_model
 
     models = [open_model(name, "own") for name in (options.a, options.b)] if prompts else []
@@ -83,7 +84,7 @@ def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator
 
 
 def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
-    """Return a model's answers. Sampling depends only on the seed and the prompt, not on other prompts."""
+    """Return one model's answers. They depend on the seed and the prompt, not on the other prompts."""
     from keifu.evaluation.pairwise import seed_of
     from keifu.generation.text.generate import generate_batch
 
@@ -94,7 +95,7 @@ def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", optio
 
 
 def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
-    """Return the choice of what gives the higher reward."""
+    """Return a function that chooses the answer with the higher reward."""
     from keifu.recipes.assistant.finetuning import make_rewards
 
     scorer = make_rewards(name).scorer
@@ -107,7 +108,8 @@ def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]"
 
 
 def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
-    """Return the choice of the person, who does not see which answer is whose; None if the person stops."""
+    """Return a function that asks the user to choose. It does not show which model wrote which answer. It returns None
+    if the user stops."""
     from keifu.evaluation.pairwise import a_is_left
 
     seen = iter(range(1, total + 1))
@@ -130,7 +132,7 @@ def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choic
 
 
 def show(title: str, messages: Sequence[dict[str, str]], pair: tuple[str, str]) -> None:
-    """Show a conversation and two answers: side by side in a terminal that has room, else one after the other."""
+    """Print a conversation and two answers: side by side if the terminal is wide enough, else one above the other."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

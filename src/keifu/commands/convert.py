@@ -26,7 +26,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Load, convert and write a model, and say where it is."""
+    """Load and convert a model, write it, and print its path."""
     from keifu.checkpoints import convert
     from keifu.checkpoints.hub import may_be_model
 

@@ -14,20 +14,20 @@ from keifu.commands.shared.inputs import at_terminal
 from keifu.errors import UserError
 from keifu.ranges import Count, Natural, SmallCount
 
-LEARNED, ENDS = "bold green", "⟦⟧"  # on a terminal, and where there is no colour
+LEARNED, ENDS = "bold green", "⟦⟧"  # style in a terminal, and marks in other outputs
 
 
 def holds_conversations(source: str) -> bool:
-    """Return whether a source is one of conversations, not of pictures."""
+    """Return whether a source contains conversations, not pictures."""
     from keifu.data.chat import conversations
 
     return source in conversations.names() or Path(source).suffix.lower() in (".json", ".jsonl")
 
 
 def show(source: str, model: str, count: int, as_json: bool) -> None:
-    """Print the first conversations by the chat template of a model, and how much of all of them is learned.
+    """Print the first conversations in a model's chat template, and the share of trained tokens over all conversations.
 
-    What is learned is in colour; where the output is no terminal it stands between ⟦ and ⟧.
+    Trained tokens are coloured. If the output is not a terminal, they are between ⟦ and ⟧.
     """
     from rich.console import Console
     from rich.text import Text
@@ -68,8 +68,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """List the catalogue; get an entry of it into the cache; check a text before training on it; show pictures; see
-    what the cache holds, and clear it."""
+    """List the catalogue; download an entry into the cache; check a text before training on it; show pictures; list the
+    cache's content and clear it."""
 
     action: Annotated[
         tyro.conf.Positional[Literal["list", "get", "check", "prepare", "show", "cache", "clear"]],
@@ -192,7 +192,7 @@ def _check(source: str, options: Options) -> None:
 
     form = TextFileFormat(options.text_field, options.encoding)
     if not in_catalogue(source):
-        paths(source, form)  # that there are none is said before a tokenizer is loaded
+        paths(source, form)  # refuses a source without files before a tokenizer is loaded
     report = check_dataset(source, load_tokenizer(options.tokenizer or "gpt2-bpe"), form)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
     if not report.documents:
@@ -215,7 +215,7 @@ def _prepare(source: str, options: Options) -> None:
 
 
 def _show(source: str, options: Options) -> None:
-    """Print what a source holds, and write the sheet."""
+    """Print the content of a source, and write the sheet of pictures."""
     from keifu.data.images.dataset import read_images
     from keifu.data.images.splits import split
 

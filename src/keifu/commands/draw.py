@@ -1,4 +1,5 @@
-"""`keifu draw`: images from a diffusion model or DALL-E, by text or label, and an image reproduced from its record."""
+"""`keifu draw`: images from a diffusion model or DALL-E, by text or label. It also reproduces an image from its
+record."""
 
 import sys
 import warnings
@@ -24,19 +25,20 @@ if TYPE_CHECKING:
     from keifu.generation.images.png_metadata import ImageRecord
     from keifu.generation.images.samplers import SamplerStep
 
-# With --again these give the path of something.
+# options that --again accepts: paths and the device
 OF_AGAIN = ("model", "out", "again", "init", "mask", "towards", "lora", "device")
 
 
 @dataclass(frozen=True)
 class Options(flags.OnDevice):
-    """Draw pictures with a model that was trained to remove noise, of a text where it reads one.
+    """Draw pictures with a model that was trained to remove noise, by a text if the model reads text.
 
-    Each file says how it was drawn; `keifu draw --again FILE` draws it once more, bit for bit.
+    Each file contains its settings; `keifu draw --again FILE` draws it once more, bit for bit.
 
     Samplers: ddpm is the original chain, random, all of the model's steps; ddim needs 50 and is random only with --eta;
-    euler, heun (two evaluations a step) and lms follow the same path as plainer solvers; plms is what Stable Diffusion
-    began with; dpm++-2m and unipc need 10 to 25 steps; euler-ancestral and dpm++-2m-sde add fresh noise at each step.
+    euler, heun (two evaluations a step) and lms follow the same path as plainer solvers; plms is Stable Diffusion's
+    first sampler; dpm++-2m and unipc need 10 to 25 steps; euler-ancestral and dpm++-2m-sde add fresh noise at each
+    step.
     """
 
     model: Annotated[
@@ -111,13 +113,13 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Draw, write the files and print their names."""
+    """Draw the pictures, write the files and print their names."""
     from keifu.generation.images.samplers import SAMPLERS
 
     check_png(options.out, options.strip)
     if options.again:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Image size")  # the record bounds what is read and drawn
+            warnings.filterwarnings("ignore", "Image size")  # the record already limits the size of pictures
             again(options.again, options)
         return
     if options.model is None:
@@ -145,7 +147,7 @@ def run(options: Options) -> None:
 
 
 def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]":
-    """Return the record of what will be drawn, everything in it resolved, and the model."""
+    """Return the record of the drawing, with every setting resolved, and the model."""
     from keifu.checkpoints.loading import planned
     from keifu.devices import choose
     from keifu.generation.images.image_to_image import read_input_image
@@ -174,7 +176,7 @@ def _prepare(options: Options, name: str) -> "tuple[ImageRecord, ImagePipeline]"
 
 
 def _size(given: str | None) -> tuple[int, int] | None:
-    """Return height and width of `64` or `64x48`, whose first number is the width."""
+    """Parse `64` or `64x48` (width first). Return (height, width)."""
     if given is None:
         return None
     sides = given.lower().split("x")
@@ -184,7 +186,7 @@ def _size(given: str | None) -> tuple[int, int] | None:
 
 
 def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
-    """Return the path of each picture, and of the sheet of all if there are several."""
+    """Return the path and index of each picture. If there are several, the sheet of all comes first, with None."""
     if count == 1:
         return [(out, 0)]
     numbered = [(out.with_stem(f"{out.stem}-{number + 1}"), number) for number in range(count)]
@@ -203,9 +205,8 @@ def _strip(model: "ImagePipeline", picture: "Tensor", states: "Sequence[SamplerS
 
 
 def again(path: Path, options: Options) -> None:
-    """Repeat a drawing from its record; say if it differs, and the likely reason. The options say where the model, the
-    pictures that it read (init, mask, towards) and its LoRAs are, if elsewhere now.
-    """
+    """Repeat a drawing from its record. Print whether it differs, and the likely reason. The options give new paths of
+    the model, the LoRAs and the pictures that it used (init, mask, towards), if they have moved."""
     from keifu.checkpoints.hf.native_config import check_kinds
     from keifu.generation.images.png_metadata import check_limits, read_record
 
@@ -219,7 +220,7 @@ def again(path: Path, options: Options) -> None:
     drawing = _input_images(record.drawing, paths, path)
     record = replace(record, drawing=drawing, loras=output_paths(record.loras, options.lora))
     model = _same_model(options.model or record.model, record, path)
-    with on_threads(record.threads):  # how a product is split decides its last digits
+    with on_threads(record.threads):  # the split of a matrix multiplication decides its last digits
         pictures = draw_images(model, record)
     out = options.out or path.with_stem(f"{path.stem}-again")
     if record.number is not None:
@@ -234,7 +235,7 @@ def again(path: Path, options: Options) -> None:
 
 
 def _input_images(drawing: "ImageRequest", paths: Mapping[str, Path | None], path: Path) -> "ImageRequest":
-    """Return the settings with the present paths of the input pictures, if the files are unchanged."""
+    """Return the settings with the present paths of the input pictures. Raises `UserError` if a file has changed."""
     from keifu.generation.images.image_to_image import InputImage, read_input_image
 
     for name, picture in paths.items():
@@ -256,7 +257,7 @@ def _input_images(drawing: "ImageRequest", paths: Mapping[str, Path | None], pat
 
 
 def _same_model(name: str, record: "ImageRecord", path: Path) -> "ImagePipeline":
-    """Return the model that drew a picture; another one, by the fingerprint of its weights, is a `UserError`."""
+    """Return the model that drew a picture. Raises `UserError` if the fingerprint of the model's weights differs."""
     from keifu.checkpoints.loading import planned
 
     try:
@@ -272,7 +273,7 @@ def _same_model(name: str, record: "ImageRecord", path: Path) -> "ImagePipeline"
 
 
 def _difference(before: Path, after: Path) -> str:
-    """Describe how many numbers of two pictures differ, and how far; empty if they are the same."""
+    """Describe how many pixel values differ between two pictures, and by how much. Empty if none does."""
     import numpy as np
     from PIL import Image
 
@@ -285,7 +286,7 @@ def _difference(before: Path, after: Path) -> str:
 
 
 def _apply_changes(record: "ImageRecord") -> str:
-    """Say which versions changed since a picture was drawn."""
+    """Return a sentence about the packages whose version changed since a picture was drawn."""
     from keifu.generation.images.png_metadata import versions
 
     now = versions()

@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXAMPLE = 'keifu embed minilm "A text" "Another one"'
-SILENT = 2000  # texts; more of them show how far the work has come
+SILENT = 2000  # with more texts than this, progress is shown
 FORMATS = (".npy", ".json")
 
 
 @dataclass(frozen=True)
 class Options(flags.OnDevice):
-    """Turn texts into vectors of length 1. Each argument is a text, or each line of a file or of what is piped in.
+    """Turn texts into vectors of length 1. Each argument is a text. Without arguments, each line of a file or pipe is a
+    text.
 
-    A CLIP sees pictures too: what is the name of a picture's file is taken as one.
+    A CLIP embeds pictures too: an argument that is the name of a picture file is read as a picture.
 
     Without --out or --nearest, each text and its vector are printed as a line of JSON.
     """
@@ -51,7 +52,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Embed, write the embeddings and print the neighbours."""
+    """Embed the inputs, write the embeddings and print the nearest neighbours."""
     _check(options)
     texts = texts_from(options.texts, options.file, EXAMPLE)
     among = (pictures_among(options.among) or texts_from((), options.among, EXAMPLE)) if options.among else None
@@ -69,7 +70,7 @@ def run(options: Options) -> None:
 
 
 def _check(options: Options) -> None:
-    """Refuse options that do not fit each other, before any work is done."""
+    """Raise `UserError` for options that contradict each other, before any work is done."""
     if options.out and options.out.suffix not in FORMATS:
         raise UserError(f"The vectors go into a .npy or a .json file, and {options.out} is neither.")
     if options.among and options.nearest is None:

@@ -1,4 +1,4 @@
-"""`keifu evaluate`: finds the evaluation that fits a model and its data, and prints the results."""
+"""`keifu evaluate`: selects the evaluation for a model and its data, and prints the results."""
 
 import json
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ class Options(flags.Packed, EvalOptions):
 
 
 def run(options: Options) -> None:
-    """Evaluate, and print the figures, remarks and tables."""
+    """Run the evaluation; print its figures, remarks and tables."""
     from keifu.checkpoints import load
     from keifu.checkpoints.hub import locate
     from keifu.checkpoints.lora.diffusion import apply_lora
@@ -88,11 +88,11 @@ def run(options: Options) -> None:
 
 
 def training_facts(run: Path) -> dict[str, Any]:
-    """Return facts of a run that its evaluation needs: a translator's languages, the pictures that were held out."""
+    """Return facts of a run for its evaluation: a translator's languages, and which pictures were held out."""
     recipe = run / "recipe.json"
     record = read_json_object(recipe) if recipe.is_file() else {}
     facts: dict[str, Any] = {"languages": tuple(record["languages"])} if record.get("languages") else {}
-    if record:  # keifu 0.2 split related pictures, and did not say so
+    if record:  # keifu 0.2 split related pictures between training and test, without a record
         facts["held_out"] = {"whole_families": False, **(record.get("held_out") or {})}
     return facts
 
@@ -103,13 +103,13 @@ def tasks() -> list[Any]:
 
 
 def check_known(on: str) -> None:
-    """Refuse data that no task takes, whatever the model: it is known before that is loaded."""
+    """Raise `UserError` for data that no evaluation takes. The model is not needed for this, and is loaded later."""
     if not any(task.accepts(on) for task in tasks()):
         raise unknown("task", on, {name for task in tasks() for name in task.names()})
 
 
 def select_task(model: Any, on: str) -> Any:
-    """Return the task for such a model on such data; a model or data that no task is for is a `UserError`."""
+    """Return the evaluation for this model on this data. Raises `UserError` if there is none."""
     every = tasks()
     able = [task for task in every if task.takes(model)]
     name = type(model).__name__
@@ -125,7 +125,7 @@ def select_task(model: Any, on: str) -> Any:
 
 
 def check_options(options: Options, task: Any) -> None:
-    """Raise a `UserError` for an option that the task would ignore."""
+    """Raise `UserError` for an option that the evaluation would ignore."""
     everyones = {"model", "on", "limit", "json", *(field.name for field in fields(flags.Packed))}
     for field in fields(options):
         if field.name not in everyones | task.OPTIONS and vars(options)[field.name] != field.default:
@@ -134,7 +134,7 @@ def check_options(options: Options, task: Any) -> None:
 
 
 def _print_outcome(result: Any, as_json: bool) -> None:
-    """Return the figures and what belongs to them, for people or as JSON."""
+    """Print the figures with their tables and remarks, for people or as JSON."""
     if as_json:
         details = {name: list(_objects(table)) for name, table in result.tables.items()}
         print(json.dumps({**result.figures, "notes": result.notes, **details}, ensure_ascii=False))
@@ -148,13 +148,13 @@ def _print_outcome(result: Any, as_json: bool) -> None:
 
 
 def _columns(items: ResultTable) -> Iterator[str]:
-    """Return the rows under their names, parted by tabs."""
+    """Yield the header and the rows, with cells separated by tabs."""
     for row in (items.columns, *items.rows):
         yield "\t".join(" ".join(str(value).split()) for value in row)
 
 
 def _as_file(options: Options, result: Any) -> str:
-    """Return the figures, the tables and all items as JSON, one item a line."""
+    """Return the figures, the tables and all items as JSON, one item on each line."""
     given = {field.name: vars(options)[field.name] for field in fields(options)}
     usual = {field.name: field.default for field in fields(options)}
     changed = {name: value for name, value in given.items() if value != usual[name] and name not in ("json", "output")}
@@ -165,7 +165,7 @@ def _as_file(options: Options, result: Any) -> str:
 
 
 def _objects(items: ResultTable) -> Iterator[dict[str, Any]]:
-    """Return the rows with their names, for JSON, in which line breaks are kept."""
+    """Yield each row as a dictionary for JSON. Line breaks in cells are kept."""
     return (dict(zip(items.columns, row, strict=True)) for row in items.rows)
 
 

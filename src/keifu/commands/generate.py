@@ -63,7 +63,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Print what the model writes, without the prompt."""
+    """Print the text that the model writes, without the prompt."""
     rewards = check_drawing(options)
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
     from keifu.generation.text.generate import as_prompt
@@ -88,7 +88,7 @@ def run(options: Options) -> None:
 
 
 def check_drawing(options: Options) -> Any:
-    """Refuse options of several texts that do not belong together; return the scorer of --reward, if it is given."""
+    """Check the options for drawing several texts. Return the scorer of --reward; None if it is not given."""
     if options.vote and options.best_of:
         raise UserError("--vote and --best-of choose in two ways: give one of them.")
     if (options.best_of is None) != (options.reward is None):
@@ -103,16 +103,16 @@ def check_drawing(options: Options) -> Any:
 
 
 def check_temperature(temperature: float | None) -> None:
-    """Refuse temperature 0, at which several texts are one."""
+    """Raise `UserError` for temperature 0: all texts would be equal."""
     if temperature == 0:
         raise UserError("At temperature 0 all texts are the same: give --temperature, such as --temperature 0.8.")
 
 
-CAUSAL = ("image", "json", "stream", "guesses", "draft", "thinking", "vote", "best_of")  # options
+CAUSAL = ("image", "json", "stream", "guesses", "draft", "thinking", "vote", "best_of")  # masked diffusion lacks them
 
 
 def print_unmasked(options: Options, model: Any, tokenizer: Any, text: str) -> None:
-    """Print what a model of masked diffusion writes behind a text, or the text with its gaps filled."""
+    """Print a masked-diffusion model's continuation of a text, or the text with its gaps filled."""
     from keifu.generation import unmasking
     from keifu.generation.text.generate import as_prompt
 
@@ -132,13 +132,13 @@ def print_chosen(
     options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams", rewards: Any,
     guesses: Any,
 ) -> None:  # fmt: skip
-    """Print one of several texts: the most frequent, or the one with the highest reward."""
+    """Draw several texts and print one: the most frequent, or the one with the highest reward."""
     from keifu.data.chat.thoughts import with_opening
     from keifu.evaluation.text.few_shot import majority
     from keifu.generation.images.prompts import ImagePrompt
     from keifu.generation.text.generate import generate_batch
 
-    check_temperature(sampling.temperature)  # which may be the model's own
+    check_temperature(sampling.temperature)  # it may be the model's default
     seeds = [(sampling.seed or 0) + number for number in range(options.vote or options.best_of or 1)]
     samplings = [replace(sampling, seed=seed, log_probabilities=True) for seed in seeds]
     done = generate_batch(model, tokenizer, [prompt] * len(seeds), samplings, guesses=guesses)

@@ -49,7 +49,7 @@ class Options(flags.OnDevice):
 
 
 def run(options: Options) -> None:
-    """Index what is new, and print the nearest passages."""
+    """Embed new passages, and print the nearest ones."""
     question = options.question or (ask("Question: ", EXAMPLE) if at_terminal() else read_pipe())
     if not question.strip():
         raise UserError(f"There is no question: write it after the folder ({EXAMPLE}), or pipe it in.")

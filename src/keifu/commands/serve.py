@@ -1,4 +1,4 @@
-"""`keifu serve`: models behind OpenAI's API and a page in the browser."""
+"""`keifu serve`: serves models by OpenAI's API and by a page in the browser."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from keifu.untrusted import read_text
 KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 LARGEST_SIZE = 2**60  # bytes
-USUAL = "smollm2"  # if no model is named
+USUAL = "smollm2"  # default model
 OPEN = "WARNING: anyone who can reach {host} may use this server: it asks for no key. Give one with --api-key."
 
 
@@ -84,7 +84,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Serve until a signal ends the server."""
+    """Run the server until a signal ends it."""
     from keifu.checkpoints.lora.peft import is_adapter
     from keifu.commands.shared.inputs import proposer
     from keifu.native.pack import formats
@@ -95,7 +95,7 @@ def run(options: Options) -> None:
     from keifu.serving.server import Address, serve
     from keifu.serving.worker import Limits
 
-    formats(options.weights or "own")  # an unknown one is refused before anything is served
+    formats(options.weights or "own")  # an unknown format is refused before the server starts
     if wrong := [origin for origin in options.cors if not re.fullmatch(r"[\w+.-]+://[^/\s]+|null|\*", origin)]:
         raise UserError(f"--cors is {wrong[0]!r}, which must be an origin such as https://example.org, or *.")
     address = Address(options.host, options.port, options.socket)
@@ -123,7 +123,7 @@ def run(options: Options) -> None:
 
 
 def aliases(names: Sequence[str]) -> dict[str, str]:
-    """Return the path or name of each model by the id that was chosen for it."""
+    """Parse `ALIAS=PATH`. Return the path or name of each model by its id."""
     sources: dict[str, str] = {}
     for name in names:
         alias, _, source = name.partition("=")
@@ -136,7 +136,7 @@ def aliases(names: Sequence[str]) -> dict[str, str]:
 
 
 def check_search(folder: Path, uses: Sequence[str]) -> None:
-    """Refuse a folder that has no documents, or that no served model can search."""
+    """Raise `UserError` for a folder without documents, or if no served model can search."""
     from keifu.data.text.passages import document_files
 
     if document_files(folder) == [folder]:
@@ -146,7 +146,7 @@ def check_search(folder: Path, uses: Sequence[str]) -> None:
 
 
 def size_of(text: str, option: str) -> int:
-    """Return the bytes that words such as "4G" or "500M" say."""
+    """Parse a size such as "4G" or "500M". Return the number of bytes."""
     match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT])?(?:i?B)?", text.strip(), re.IGNORECASE)
     size = int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1)) if match else 0
     if not 0 < size < LARGEST_SIZE:
@@ -155,7 +155,7 @@ def size_of(text: str, option: str) -> int:
 
 
 def keys_of(options: Options) -> tuple[str, ...]:
-    """Return the keys of the options, the file and the environment."""
+    """Return the API keys of the options, of the file and of the environment."""
     lines = read_text(options.api_key_file).splitlines() if options.api_key_file else []
     keys = [*options.api_key, *lines, *os.environ.get(KEYS, "").split(",")]
     stripped = tuple(key.strip() for key in keys if key.strip())
@@ -165,7 +165,7 @@ def keys_of(options: Options) -> tuple[str, ...]:
 
 
 def found_models() -> tuple[str, ...]:
-    """Return the models that can be served: the runs in runs/, then of the catalogue smollm2 and fetched ones."""
+    """Return the models that can be served: the runs in runs/, then smollm2 and the catalogue's downloaded models."""
     from keifu.data.catalogue.catalogue import MODELS, is_cached
 
     runs = sorted(map(str, Path("runs").glob("*/")))

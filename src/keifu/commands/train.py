@@ -1,4 +1,4 @@
-"""`keifu train`: finds a recipe by its name and turns its fields into options."""
+"""`keifu train`: loads a recipe by its name and turns its fields into options."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from keifu.errors import UserError
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Return the run that the recipe and its options describe; without a recipe, the list of recipes.
+    """Parse the arguments and return the run as a function; without a recipe, a function that lists the recipes.
 
-    `--resume FOLDER` instead of a recipe goes on with the run of that folder.
+    `--resume FOLDER` instead of a recipe continues the run in that folder.
     """
     if launch.is_started():
         launch.silence()
@@ -26,12 +26,12 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         raise UserError(f"{strange} is not UTF-8, in which a run's options are kept: give the file another name.")
     name, *words = _folder_of_resume(arguments)
     if name == "--out" and words:
-        from keifu.commands.shared import resuming  # it imports torch, which a help text does without
+        from keifu.commands.shared import resuming  # imports torch, which a help text does not need
         from keifu.training.run import directory as folder
 
         out = Path(words[0])
         if not folder.read_recipe(out):
-            return lambda: print(resuming.name_of(out))  # an error, when it is time to run
+            return lambda: print(resuming.name_of(out))  # raises its error when the command runs
         name, words = resuming.name_of(out), ["--out", *words]
     if name.startswith("-"):
         raise UserError(f"A recipe comes first, or --resume FOLDER, and {name} is neither: keifu train lists recipes.")
@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
 
 
 def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
-    """Rewrite `--resume FOLDER` as `--out FOLDER --resume`, first if there is no recipe before it."""
+    """Rewrite `--resume FOLDER` as `--out FOLDER --resume`, if no recipe comes before it."""
     words = [piece for word in arguments for piece in (word.split("=", 1) if word.startswith("--resume=") else [word])]
     position = words.index("--resume") + 1 if "--resume" in words else len(words)
     if position < len(words) and not words[position].startswith("-"):
@@ -51,9 +51,10 @@ def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
 
 
 def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bool = False) -> Callable[[], None]:
-    """Return a recipe's run from its `Recipe` fields, `--out`, `--resume`, `--replace` and how to compute.
+    """Parse the options of a recipe: its `Recipe` fields, `--out`, `--resume`, `--replace` and device options. Return
+    its run as a function.
 
-    With `--resume`, options that are not given are those of the run that stands in the folder. `replaces`: an earlier
+    With `--resume`, options that are not given have the values of the run in the folder. replaces: whether an earlier
     run is always started over.
     """
     if flags.asks_for_help(arguments):
@@ -90,7 +91,7 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:
-    """Return the word after an option, or after its =."""
+    """Return the word after an option, or the part after its "="."""
     pieces = [piece for word in words for piece in word.split("=", 1)]
     position = max((number for number, piece in enumerate(pieces) if piece == option), default=len(pieces))
     return pieces[position + 1] if position + 1 < len(pieces) else None

@@ -1,4 +1,4 @@
-"""`keifu transcribe`: writes down what is said in sound files, as text, JSON or subtitles."""
+"""`keifu transcribe`: transcribes sound files as text, JSON or subtitles."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -36,7 +36,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Print the transcript of each file; all files are read before the model is loaded."""
+    """Print the transcript of each file. All files are read before the model is loaded."""
     if not options.files:
         raise UserError("keifu transcribe needs FILE...: see keifu transcribe --help.")
     from keifu.checkpoints import load

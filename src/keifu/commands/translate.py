@@ -42,7 +42,7 @@ class Options(flags.Packed):
 
 
 def run(options: Options) -> None:
-    """Print a line for each line."""
+    """Print a translation for each line."""
     lines = lines_from(options.text, options.file)
     model, tokenizer = load_translator(options.model, options.weights)
     from keifu.data.progress import counting
@@ -60,7 +60,8 @@ def run(options: Options) -> None:
 
 
 def lines_from(text: str | None, file: Path | None) -> list[str]:
-    """Return the lines of the argument, the file or standard input; bytes that are no UTF-8 are named by their line."""
+    """Return the lines of the argument, the file or standard input. Raises `UserError`, with the line number, for bytes
+    that are not UTF-8."""
     if text is not None and file is not None:
         raise UserError(f"There are two texts, the argument and {file}: give one of them.")
     if text is not None:
@@ -73,7 +74,7 @@ def lines_from(text: str | None, file: Path | None) -> list[str]:
 
 
 def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
-    """Load a model that translates, and its tokenizer; for any other model a `UserError` names its command."""
+    """Load a translation model and its tokenizer. Raises `UserError`, with the right command, for any other model."""
     from keifu.checkpoints import load
     from keifu.generation.text.translation import explain_not_translator, is_translator
 
@@ -84,7 +85,7 @@ def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
 
 
 def _warn(translations: Sequence[Sequence[Any]]) -> None:
-    """Warn on stderr about problems that the translations do not show."""
+    """Warn on stderr about problems that are not visible in the translations."""
     cut = sorted({n for n, parts in enumerate(translations, 1) for part in parts if not part.complete})
     if cut:
         shown = ", ".join(map(str, cut[:10])) + (", ..." if len(cut) > 10 else "")

@@ -42,14 +42,14 @@ class Options:
 
 
 def words_of_commands(commands: Sequence[str]) -> dict[str, list[Argument]]:
-    """Return the words that may follow each command, and `train RECIPE` for each recipe."""
+    """Return the words that may follow each command, and each `train RECIPE`."""
     kinds = {v: import_module(module_of(v)).Options for v in commands if v not in ("train", "demo")}
     of_recipes = {f"train {name}": arguments for name, arguments in stored().items()}
     return {key: arguments_of(cls) for key, cls in kinds.items()} | of_recipes
 
 
 def script(shell: str, commands: dict[str, str]) -> str:
-    """Return the script for a shell."""
+    """Return the completion script for a shell."""
     given = words_of_commands([*commands])
     if shell == "fish":
         return "\n".join(_fish(given, commands))

@@ -1,4 +1,4 @@
-"""`keifu demo`: the recipe of that name as a command."""
+"""`keifu demo`: runs the recipe `demo` as a command."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,5 +6,5 @@ from keifu.commands.train import parse_recipe
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], None]:
-    """Return the demonstration, with its options; it takes the place of an earlier one."""
+    """Parse the options of the demonstration. It replaces an earlier run of it."""
     return parse_recipe("demo", arguments, "keifu demo", replaces=True)

@@ -9,12 +9,12 @@ from keifu.commands.shared import flags, tables
 from keifu.errors import unknown
 from keifu.folders import packaged
 
-OTHER_NAMES = {"mlp": "neurons", "perceptron": "neurons", "seq2seq": "attention"}  # of landmarks, and their files
+OTHER_NAMES = {"mlp": "neurons", "perceptron": "neurons", "seq2seq": "attention"}  # file names that differ
 
 
 @dataclass(frozen=True)
 class Options:
-    """Print one file with a landmark's model, training and result. It needs torch alone. Copy it and change it."""
+    """Print one file with a landmark's model, training and result. It needs only torch. Copy it and change it."""
 
     name: Annotated[
         tyro.conf.Positional[str | None],

@@ -9,7 +9,7 @@ from keifu.errors import printable
 
 @dataclass(frozen=True)
 class Options:
-    """Steps of loading a model: every tensor, its source, and the settings in use. No weight is read for it."""
+    """Print the steps of loading a model: every tensor, its source, and the settings. No weight is read."""
 
     model: flags.Model
     json: bool = False

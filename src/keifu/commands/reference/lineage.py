@@ -1,4 +1,5 @@
-"""`keifu lineage`: the landmarks in order of years, what was new and the result here; as one offline page too."""
+"""`keifu lineage`: the landmarks in order of years, with their new idea and the result here; optionally as an HTML
+page."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Print the table or the entry of one landmark, and write the page if it is asked for."""
+    """Print the table or one landmark's entry. Write the page if it is requested."""
     known = {landmark.name: landmark for landmark in lineage.landmarks()}
     if options.output is not None:
         write_atomic(options.output, lineage.page())

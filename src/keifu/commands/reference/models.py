@@ -27,7 +27,7 @@ def run(options: Options) -> None:
 
 
 def chosen(name: str | None) -> list[Size]:
-    """Return the sizes that a name means; a name that means none is a `UserError` with the nearest ones."""
+    """Return the published sizes that a name selects. Raises `UserError`, with the nearest names, if there is none."""
     sizes = published_sizes()
     wanted = (name or "").lower()
     matching = [size for size in sizes if wanted in size.name.lower() or wanted == size.model]

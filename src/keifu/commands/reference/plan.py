@@ -1,4 +1,4 @@
-"""`keifu plan`: what training or running a published model would take on given devices, on paper."""
+"""`keifu plan`: estimates the cost of training or running a published model on given devices."""
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from keifu.models.diffusion.dit import TransformerConfig
     from keifu.training.hardware.plan import Architecture, Plan
 
-DIT_PICTURES, DIT_STEPS = 256, 400_000  # a step, and steps of most of the paper's runs (Peebles and Xie, section 4)
+DIT_PICTURES, DIT_STEPS = 256, 400_000  # batch and steps of most runs of Peebles and Xie (section 4)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Adapters on all linear layers."""
+    """Low-rank adapters on all linear layers."""
 
     rank: Natural = 0
     """Rank of each adapter; 0 trains the whole model."""
@@ -32,8 +32,8 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Options:
-    """The mesh, memory by part, time, energy and days of a training, before money is spent; and what the devices
-    would do when the model writes."""
+    """Estimate the mesh, memory, time, energy and days of a training before it is started, or the speed of inference on
+    the devices."""
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL", help="A published size (keifu models).")]
     devices: str = "8xH100-80G"
@@ -125,8 +125,8 @@ def _training(made: "Plan", tokens: float | int, unit: str) -> list[tuple[str, s
 
 
 def architecture(size: Size, context_length: int | None = None) -> "Architecture":
-    """Return the sizes that a plan needs of a published size; a model that is no Transformer of tokens or patches is a
-    `UserError`."""
+    """Return the sizes that a plan needs. Raises `UserError` for a model that is not a Transformer of tokens or
+    patches."""
     from keifu.training.hardware.plan import Architecture
 
     published = import_module(f"keifu.models.{size.model}").SIZES[size.name]
@@ -145,8 +145,8 @@ def architecture(size: Size, context_length: int | None = None) -> "Architecture
 
 
 def _of_patches(config: "TransformerConfig", context_length: int | None) -> "Architecture":
-    """Return the sizes of a diffusion Transformer, whose tokens are patches, without its autoencoder: latents are made
-    once, before the training. Matrices of the condition compute once a picture."""
+    """Return the sizes of a diffusion Transformer, whose tokens are patches. Its autoencoder is not counted, because
+    latents are made once before training. The condition's matrices compute once for each picture."""
     from keifu.layers.meta import on_meta
     from keifu.models.diffusion.dit import DiffusionTransformer
     from keifu.training.hardware.plan import ADAPTIVE, Architecture
@@ -157,7 +157,7 @@ def _of_patches(config: "TransformerConfig", context_length: int | None) -> "Arc
         model = DiffusionTransformer(config)
     patches = (config.size // config.patch_size) ** 2
     conditions = _count(*model.conditions)
-    labels = _count(*(condition.get_submodule("label") for condition in model.conditions))  # no matrices
+    labels = _count(*(condition.get_submodule("label") for condition in model.conditions))  # embeddings, no matrices
     blocks = [block.get_submodule("modulation") for block in model.blocks]
     once = conditions - labels + _count(model.modulation, *blocks)
     active = _count(model) - labels - once + once // patches

@@ -1,1 +1,1 @@
-"""Options, inputs, tables, errors."""
+"""Shared by commands: options, inputs, tables, errors."""

@@ -1,6 +1,6 @@
-"""The commands of the command line, and what each does in a few words."""
+"""The commands, with a short description of each."""
 
-COMMANDS = {  # each is a file of that name in keifu/commands, or in its folder reference
+COMMANDS = {  # each is a module in keifu/commands or keifu/commands/reference
     "train": "train a model by a recipe; without a recipe, list them",
     "generate": "continue a text with a model",
     "chat": "talk with a model in the terminal",

@@ -1,7 +1,8 @@
-"""Shared by drawing and redrawing: loading the model, its LoRAs, the images of a record, reranking, and PNG files.
+"""Shared by `keifu draw` and `keifu draw --again`: loading the model and its LoRAs, drawing by a record, reranking, and
+PNG files.
 
-`--lora PATH[:SCALE]` adds LoRAs, each identified by its digest. Reranking keeps the best of several images of a
-text, as scored by a CLIP (as in DALL-E).
+`--lora PATH[:SCALE]` adds LoRAs, each identified by its digest. Reranking keeps the images of a text to which a CLIP
+gives the highest scores (as in DALL-E).
 """
 
 from collections.abc import Sequence
@@ -21,19 +22,19 @@ if TYPE_CHECKING:
     from keifu.generation.images.samplers import SamplerStep
 
 
-LARGE = 20_000_000  # parameters from which products are most of the time, and rounding them moves a picture little
+LARGE = 20_000_000  # parameters: from here on matrix multiplications dominate, and rounding changes pictures little
 
 
 def check_png(*paths: Path | None) -> None:
-    """Refuse a name that promises another format than the PNG that is written."""
+    """Raise `UserError` for an output path that does not end in .png."""
     for path in paths:
         if path is not None and path.suffix and path.suffix.lower() != ".png":
             raise UserError(f"{path} would be a PNG file, which keeps how it was drawn: name it {path.stem}.png.")
 
 
 def usual_dtype(load_plan: "LoadPlan") -> str | None:
-    """Return the type of --precision, as records have it; without one bfloat16 for a large model where the processor
-    multiplies it itself, else the stored one (None)."""
+    """Return the dtype of --precision, as records store it. By default bfloat16 for a large model if the processor
+    multiplies it natively, else None (the stored dtype)."""
     from keifu.devices import choose, chosen, has_bfloat16
 
     names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
@@ -42,8 +43,8 @@ def usual_dtype(load_plan: "LoadPlan") -> str | None:
 
 
 def load(load_plan: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]" = ()) -> "ImagePipeline":
-    """Return the model that was opened with these LoRAs worked into it, on the chosen device, and with its tokenizer
-    where it reads."""
+    """Load the model with these LoRAs merged into its weights, on the chosen device, with its tokenizer if it reads
+    text."""
     from keifu.checkpoints.loading import DTYPES
     from keifu.checkpoints.lora.diffusion import apply_lora
     from keifu.checkpoints.plan import check_tokenizer
@@ -63,7 +64,8 @@ def load(load_plan: "LoadPlan", dtype: str | None, loras: "Sequence[LoraRecord]"
 
 
 def draw_images(model: "ImagePipeline", record: "ImageRecord", states: "list[SamplerStep] | None" = None) -> "Tensor":
-    """Draw the pictures of all the record's batches, behind a progress bar; the first batch's states go where asked."""
+    """Draw the pictures of all the record's batches, with a progress bar. Append the first batch's steps to
+    `states`."""
     import torch
 
     from keifu.data.progress import counting
@@ -82,7 +84,8 @@ def draw_images(model: "ImagePipeline", record: "ImageRecord", states: "list[Sam
 
 
 def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
-    """Return a picture, or the sheet of all where the record is of none of them, with the record."""
+    """Return a PNG file with the record inside. If the record's index is None, the file is the sheet of all
+    pictures."""
     from keifu.data.images.grid import png, sheet
     from keifu.data.images.io import to_image
 
@@ -90,7 +93,7 @@ def png(pictures: "Tensor", record: "ImageRecord") -> bytes:
 
 
 def select_lora(words: str) -> "LoraRecord":
-    """Read `PATH` or `PATH:SCALE`, a LoRA file or a folder that has one; a missing file is a `UserError`."""
+    """Parse `PATH` or `PATH:SCALE`. The path is a LoRA file or its folder. Raises `UserError` for a missing file."""
     from keifu.checkpoints.lora.diffusion import FILE
     from keifu.files import sha256
     from keifu.generation.images.png_metadata import LoraRecord
@@ -108,7 +111,8 @@ def select_lora(words: str) -> "LoraRecord":
 
 
 def output_paths(loras: "Sequence[LoraRecord]", paths: Sequence[str]) -> "tuple[LoraRecord, ...]":
-    """Return the LoRAs with their present paths, if the files are unchanged; `paths` are files that may have moved."""
+    """Return the LoRAs with their present paths: those in `paths` if a file has moved. Raises `UserError` if a file has
+    changed."""
     here = {lora.digest: lora.place for lora in map(select_lora, paths)}
     if strange := here.keys() - {lora.digest for lora in loras}:
         raise UserError(f"The picture was drawn without the LoRA {here[strange.pop()]}: leave it out.")
@@ -122,7 +126,8 @@ def output_paths(loras: "Sequence[LoraRecord]", paths: Sequence[str]) -> "tuple[
 
 
 def check(count: int, best_of: int | None, clip: str | None, text: str | None) -> None:
-    """Refuse options that do not fit each other, and a model that is not CLIP, before anything is drawn."""
+    """Raise `UserError` for options of reranking that contradict each other, or a model that is not a CLIP, before
+    anything is drawn."""
     if best_of is None:
         if clip:
             raise UserError("--clip ranks pictures for --best-of, which was not given: add it, or leave --clip out.")
@@ -140,7 +145,7 @@ def check(count: int, best_of: int | None, clip: str | None, text: str | None) -
 
 
 def best_of(pictures: "Tensor", text: str, clip: str, count: int) -> list[int]:
-    """Return the numbers of the pictures that fit the text best, the best one first."""
+    """Return the indices of the `count` pictures that fit the text best, the best one first."""
     import torch
 
     from keifu.checkpoints import load

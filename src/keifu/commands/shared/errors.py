@@ -1,4 +1,4 @@
-"""Exceptions as one sentence for the user."""
+"""Conversion of exceptions into one sentence for the user."""
 
 import re
 import tempfile
@@ -8,12 +8,12 @@ from pathlib import Path
 from keifu.errors import UserError, printable
 from keifu.folders import cache
 
-# Packages of `keifu serve`, and the command that installs all of them.
+# Packages of `keifu serve`, and the command that installs them.
 HINTS: dict[str, str] = dict.fromkeys(("starlette", "fastapi", "uvicorn", "llguidance"), ": pip install 'keifu[serve]'")
 
 
 def explain(error: Exception) -> str | None:
-    """Return one sentence without line breaks; None if the error is keifu's own fault (see `fault`)."""
+    """Return one sentence without line breaks; None if the error is a bug of keifu (see `fault`)."""
     text = None
     match error:
         case UserError():
@@ -28,7 +28,7 @@ def explain(error: Exception) -> str | None:
 
 
 def fault(error: Exception) -> str:
-    """Describe an error that is a bug of keifu: its traceback is in a file, to be reported."""
+    """Describe a bug of keifu. Write its traceback to a file that the user can report."""
     with tempfile.NamedTemporaryFile("w", prefix="keifu-", suffix=".txt", delete=False, encoding="utf-8") as file:
         traceback.print_exception(error, file=file)
     what = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
@@ -42,12 +42,12 @@ def fault(error: Exception) -> str:
 
 
 def _system(error: OSError) -> str:
-    """Return the operating system's complaint with the file it is about."""
+    """Return the operating system's error message with the file's name."""
     if isinstance(error, FileNotFoundError):
         gone = "The current folder is not there any more: it was removed or renamed."
         return f"There is no file {str(error.filename)!r}." if error.filename else gone
     reason = error.strerror or str(error) or type(error).__name__
-    # the file that was to be written, not the temporary one beside it
+    # the name of the output file, not of its temporary file
     suffix = re.sub(r"\.([^/]+)\.\d+\.part$", r"\1", f": {error.filename}" if error.filename else "")
     if (file := Path(str(error.filename))) in cache().parents or cache() in file.parents:
         suffix += "; KEIFU_CACHE names another folder for what keifu keeps"
@@ -55,7 +55,7 @@ def _system(error: OSError) -> str:
 
 
 def _memory(error: Exception) -> str | None:
-    """Describe an error of memory, from Python or from PyTorch on a CPU or an accelerator; None for anything else."""
+    """Describe a lack of memory reported by Python or by PyTorch (CPU or GPU). Return None for any other error."""
     known = re.search("out of memory|can't allocate memory|not enough memory", str(error))
     if not known and not isinstance(error, MemoryError):
         return None

@@ -1,4 +1,4 @@
-"""A dataclass's fields as a command's options; errors in them as one sentence."""
+"""Conversion of a dataclass's fields into a command's options; errors as one sentence."""
 
 import inspect
 import re
@@ -40,9 +40,9 @@ Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help
 Weights = Annotated[str | None, tyro.conf.arg(metavar="f32|bf16|int8|int4|int4_pure", help=(
     "Format of weights for native computation on the CPU (docs/native.md). Unset: as they are stored."
 ))]  # fmt: skip
-RESULTS = ("out", "output", "strip", "picture")  # options that name what is written; a folder where one is usual
-FOLDERS = ("prepare",)  # actions of commands that write a folder where others write a file
-ORDER = (tyro.conf.CascadeSubcommandArgs,)  # options of a part may come before others
+RESULTS = ("out", "output", "strip", "picture")  # options that name outputs; of these a folder may be the usual output
+FOLDERS = ("prepare",)  # actions that write a folder where other actions write a file
+ORDER = (tyro.conf.CascadeSubcommandArgs,)  # options of a nested dataclass may come before others
 NAMES = {"INT": "a whole number", "FLOAT": "a number", "STR": "a text", "PATH": "a path"}
 
 
@@ -104,7 +104,7 @@ HAD_DTYPE = ("keifu draw", "keifu embed")
 
 
 def parser(cls: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
-    """Return a command's `parse`: from its words to the work they ask for, not yet begun."""
+    """Return a command's `parse`: it parses words and returns the command as a function that has not run yet."""
 
     def parsed(arguments: Sequence[str]) -> Callable[[], None]:
         options = parse(cls, without_dtype(arguments) if program in HAD_DTYPE else arguments, program)
@@ -121,7 +121,7 @@ def parser(cls: type[Options], run: Callable[[Options], None], program: str) -> 
 
 
 def without_dtype(words: Sequence[str]) -> list[str]:
-    """Replace `--dtype`, which the next minor release will not have, by `--precision`, with a warning."""
+    """Replace `--dtype` by `--precision` with a warning. The next minor release will not have `--dtype`."""
     parts = [*chain.from_iterable(word.split("=", 1) if word.startswith("--dtype=") else [word] for word in words)]
     if "--dtype" in parts[:-1]:
         place = parts.index("--dtype")
@@ -132,7 +132,8 @@ def without_dtype(words: Sequence[str]) -> list[str]:
 
 
 def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
-    """Return the work, to be computed by that choice; a device that this machine has not is a `UserError` at once."""
+    """Return `work` as a function that runs with the device options of `choice`. Raises `UserError` at once for a
+    missing device."""
     if choice.device is not None:
         choose(choice.device)
 
@@ -149,9 +150,9 @@ def parse(
     program: str,
     usual: Options | None = None,
 ) -> Options:
-    """Return the options of the dataclass from words; wrong words are a `UserError`, and `--help` prints and exits.
+    """Parse words into the options dataclass. Raises `UserError` for wrong words; `--help` prints and exits.
 
-    `usual` has the values of options that are not given, instead of those of `cls`.
+    usual: values of options that are not given, instead of the defaults of `cls`.
     """
     if asks_for_help(arguments):
         show_help(arguments_of(cls), program, inspect.cleandoc(cls.__doc__ or ""))
@@ -166,7 +167,7 @@ def parse(
 
 
 def _parts(cls: type, words: Sequence[str]) -> set[str]:
-    """Return the words with which tyro takes options of parts that are unset by default, unless they are given."""
+    """Return tyro's words that create nested options whose default is None, for those of which an option is given."""
     given = {word.partition("=")[0] for word in words if word.count(".") > 1}
     used = {argument.group for argument in arguments_of(cls) if given & {*argument.names}} if given else set[str]()
     return {group for group in used if ":" in group and group not in words}
@@ -179,7 +180,8 @@ def show_help(arguments: Sequence[Argument], program: str, about: str) -> NoRetu
 
 
 def _check_paths(options: Any, words: Sequence[str]) -> None:
-    """Refuse an empty path, which would mean the current folder, and a place for results that cannot be written."""
+    """Raise `UserError` for an empty path, which would mean the current folder, and for an output path that cannot be
+    written."""
     empty = any(word == "" or re.fullmatch("--[a-z-]+=", word) for word in words)
     for option in fields(options):
         value = vars(options)[option.name]
@@ -187,13 +189,13 @@ def _check_paths(options: Any, words: Sequence[str]) -> None:
             continue
         if empty and value == Path():
             raise UserError(f"--{option.name.replace('_', '-')} is empty: give the name of a file or folder.")
-        if option.name in RESULTS and option.default is not MISSING:  # keifu convert writes either
+        if option.name in RESULTS and option.default is not MISSING:  # keifu convert writes a file or a folder
             folder = option.default is not None or vars(options).get("action") in FOLDERS
             check_output(value, f"--{option.name}", folder)
 
 
 def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
-    """Raise a `UserError` for the first number outside its range, by the name of its option; values: of `to_json`."""
+    """Raise `UserError` for the first number outside its range. values: the options as `to_json` returns them."""
     for option, (value, hint) in by_option(cls, values, hints=True).items():
         allowed = range_of(hint)
         number = isinstance(value, (int, float, list)) and not isinstance(value, bool)
@@ -202,18 +204,18 @@ def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:
-    """Return whether `--help` is among the words, as an option."""
+    """Return whether `--help` is among the words as an option, not as a value."""
     options = list(arguments)[: list(arguments).index("--")] if "--" in arguments else arguments
     return "-h" in options or "--help" in options
 
 
 def flags(cls: type) -> list[str]:
-    """Return every `--flag` that the dataclass gives."""
+    """Return every `--flag` of the dataclass."""
     return sorted(names_of(arguments_of(cls)))
 
 
 def names_of(arguments: Sequence[Argument]) -> list[str]:
-    """Return every `--name` of these options, and both names of `--[no-]name`."""
+    """Return every `--name` of these options; `--[no-]name` gives two."""
     given = [name for argument in arguments for name in argument.names if name.startswith("--")]
     return [name.replace("[no-]", word) for name in given for word in (("", "no-") if "[no-]" in name else ("",))]
 
@@ -228,7 +230,7 @@ def _unrecognised(cls: type, words: Sequence[str], program: str) -> UserError:
 
 
 def _refuse(cls: type, arguments: Sequence[str], program: str, event: ParseErrorEvent) -> NoReturn:
-    """Raise what tyro found wrong as a `UserError`; an option that does not exist comes first."""
+    """Convert tyro's parse error to a `UserError`. An unknown option is reported first."""
     known = {flag.replace("_", "-") for flag in flags(cls)}
     given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
     if strange := [word for word in given if word.replace("_", "-") not in known]:
@@ -247,18 +249,18 @@ def _refuse(cls: type, arguments: Sequence[str], program: str, event: ParseError
 
 
 def _name(argument: Any) -> str:
-    """Return an option as it is typed, or what stands for a positional argument."""
+    """Return an option as the user types it, or a positional argument's placeholder."""
     return str(argument.lowered.metavar) if argument.is_positional() else argument.lowered.name_or_flags[-1]
 
 
 def _sentence(message: str, name: str | None) -> str:
-    """Return the reason why a value does not fit its type, with the option's name if the value is alone."""
+    """Return why a value does not fit its type. The option's name is added if there is only one value."""
     problem = _readable(re.sub(r"\s+", " ", message).strip().rstrip("."))
     return f"{name}: {problem}." if name else f"{problem[:1].upper()}{problem[1:]}."
 
 
 def _readable(problem: str) -> str:
-    """Rewrite Python's complaint about a value in words for everyone; return any other problem as it is."""
+    """Rewrite Python's message about a value in plain words. Return any other message unchanged."""
     forms = {
         r"invalid literal for int\(\) with base 10: (?P<value>.*)": "INT",
         r"could not convert string to float: (?P<value>.*)": "FLOAT",

@@ -1,4 +1,4 @@
-"""The text of `--help`: usage, what a command does, and a line for each argument and option."""
+"""Text of `--help`: usage, a description of the command, and a line for each argument and option."""
 
 import re
 import shutil
@@ -10,16 +10,16 @@ from typing import Any
 
 import tyro
 
-WIDEST = 100  # columns of text that are read with ease
-LEFT = 30  # columns for an option and its value; a longer one has a line of its own
-PARTS = "optional subcommands"  # tyro's group of parts that are unset by default
+WIDEST = 100  # maximal number of columns, for readability
+LEFT = 30  # columns for an option and its value; a longer one gets a separate line
+PARTS = "optional subcommands"  # tyro's name for the group of nested options whose default is None
 VALUES = {"STR": "TEXT", "FLOAT|INT": "FLOAT", "INT|FLOAT": "FLOAT"}
-SAYS_NOTHING = ("None", "''", "", "False", "()", "True")  # defaults that the text has words for, or that a flag shows
+SAYS_NOTHING = ("None", "''", "", "False", "()", "True")  # defaults that need no display
 
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument or option: its names (none where it has a place instead), the value it takes, what it does."""
+    """Argument or option: its names (none if it is positional), its value, and its help text."""
 
     names: tuple[str, ...]
     value: str
@@ -28,18 +28,18 @@ class Argument:
 
     @property
     def spelled(self) -> str:
-        """As it stands in the left column: `-o, --out PATH`; a switch that is on at first is `--[no-]flip`."""
+        """Left column of the help: `-o, --out PATH`. A switch whose default is on is `--[no-]flip`."""
         return f"{', '.join(self.names)} {self.value}".strip() if self.names else self.value
 
 
 def arguments_of(cls: type) -> list[Argument]:
-    """Return the arguments of the dataclass `cls`, positional arguments first, in the order of their groups.
+    """Return the arguments of the dataclass `cls`, positional ones first, in the order of their groups.
 
-    Options of a part that is unset by default come under the word with which tyro takes them, such as
+    Nested options whose default is None are grouped under tyro's word for them, such as
     model.rope-scaling:rope-scaling.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # tyro 1 keeps it, and there is no other way to ask
+        warnings.simplefilter("ignore", DeprecationWarning)  # tyro 1 deprecates the only way
         parser: Any = tyro.extras.get_parser(cls, prog="keifu", console_outputs=False)
     grouped = [(str(group.title), action) for group in parser._action_groups for action in group._group_actions]
     parts = [part for title, action in grouped if title == PARTS for part in action.choices.items()]
@@ -68,7 +68,7 @@ def _argument(title: str, action: Any) -> Argument:
     text = f"{text} One of {listed}." if listed else text
     names = tuple(action.option_strings)
     default = (match[2] or "") if match and match[1] == "default" else ""
-    if action.metavar is None and len(names) > 1:  # a switch and its opposite
+    if action.metavar is None and len(names) > 1:  # a switch and its negation
         positive = [name for name in names if not name.rpartition(".")[2].removeprefix("--").startswith("no-")]
         names = tuple(positive) if default != "True" else (re.sub(r"(--|\.)(?=[^.]*$)", r"\1[no-]", positive[-1]),)
     if default not in SAYS_NOTHING:
@@ -81,14 +81,14 @@ def _argument(title: str, action: Any) -> Argument:
 
 
 def _sentence(text: str) -> str:
-    """End the text with a full stop; capitalise its first letter, unless it begins with a name, as in `bpe, unigram or
-    ...` and `ddim's ...`."""
+    """End the text with a full stop. Capitalise its first letter unless it begins with a name, as in `bpe, unigram or
+    ...`."""
     text = f"{text}." if re.search(r"[^.?!]$", text) else text
     return text if re.match(r"\S*[:,'._-]", text) else f"{text[:1].upper()}{text[1:]}"
 
 
 def _value(metavar: str, choices: Sequence[str]) -> tuple[str, str]:
-    """Return the value in the left column, and the choices where they are too long for it."""
+    """Return the value for the left column, and the list of choices if it is too long for that column."""
     if choices:
         shown = "|".join(choices)
         shown = f"[{shown}]" if metavar.startswith("[") else shown
@@ -100,7 +100,7 @@ def _value(metavar: str, choices: Sequence[str]) -> tuple[str, str]:
 
 
 def help_text(arguments: Sequence[Argument], program: str, about: str, width: int | None = None) -> str:
-    """Return the whole text, in lines of at most `width` columns; None: as wide as the terminal, up to `WIDEST`."""
+    """Return the whole help text in lines of at most `width` columns. None: the terminal's width, at most `WIDEST`."""
     width = width or min(WIDEST, shutil.get_terminal_size().columns)
     positional = [argument.value for argument in arguments if not argument.names]
     usage = f"Usage: {' '.join([program, '[OPTIONS]', *positional])}"

@@ -1,4 +1,4 @@
-"""Inputs of commands: models with their tokenizers, texts from arguments, files and pipes, and image files."""
+"""Inputs of commands: models with tokenizers, texts from arguments, files and pipes, and image files."""
 
 import re
 import sys
@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 from keifu.commands.shared.terminal import no_text
 from keifu.errors import UserError
 
-ENGLISH = ("minilm",)  # encoders that read English alone
+ENGLISH = ("minilm",)  # encoders that read only English
 OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
 
 
 def load_writer(
     name: str, weights: str | None = None, takes: Callable[[Any], bool] | None = None
 ) -> tuple[Any, Any]:  # fmt: skip
-    """Load a model that writes text, its weights packed as `weights` says or as they are, and its tokenizer; for any
-    other kind of model a `UserError`. takes: whether it is of the wanted kind; unset: causal.
+    """Load a model that writes text, and its tokenizer. Raises `UserError` for any other kind of model.
 
-    A person at a terminal is told that it is being loaded.
+    weights: packed format; None: as stored. takes: whether a model is of the wanted kind; None: whether it is causal. A
+    terminal shows that the model is being loaded.
     """
     notice(f"Loading {name} ...")
     from keifu.checkpoints import load
@@ -33,7 +33,7 @@ def load_writer(
 
 
 def proposer(draft: str | None, guesses: int | None, weights: str | None) -> Any:
-    """Return the source of an engine's guesses: the draft of that name, or without one the number of guesses."""
+    """Return the source of guesses for speculative decoding: the draft model of that name, or the number of guesses."""
     if draft is None:
         return guesses
     if guesses == 0:
@@ -44,31 +44,32 @@ def proposer(draft: str | None, guesses: int | None, weights: str | None) -> Any
 
 
 def notice(line: str) -> None:
-    """Print a line on stderr for a person at a terminal; where stderr is a file or a pipe, nothing."""
+    """Print a line on stderr if it is a terminal."""
     if sys.stderr.isatty():
         print(line, file=sys.stderr, flush=True)
 
 
 def at_terminal() -> bool:
-    """Return whether a person sits at standard input."""
+    """Return whether standard input is a terminal."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def text_from(file: Path | None, example: str) -> str:
-    """Read the text of the file, or of standard input if there is none; at a terminal a `UserError` with an example."""
+    """Read the text of a file, or of standard input if there is none. At a terminal raise `UserError` with an
+    example."""
     if file is None and at_terminal():
         no_text(example)
     return _of_file(file) if file else read_pipe()
 
 
 def join_texts(argument: str | None, file: Path | None) -> str:
-    """Return one text: the argument, then the file, then what comes through a pipe, with an empty line between them."""
+    """Join the argument, the file's text and the piped text, with an empty line between them."""
     parts = [argument, _of_file(file) if file else None, None if at_terminal() else read_pipe()]
     return "\n\n".join(part for part in parts if part)
 
 
 def read_pipe() -> str:
-    """Return all of standard input; empty if there is none."""
+    """Return all of standard input; empty if nothing is piped."""
     return "" if sys.stdin is None else decode_utf8(sys.stdin.buffer.read(), "standard input")
 
 
@@ -77,9 +78,8 @@ def _of_file(file: Path) -> str:
 
 
 def decode_utf8(data: bytes, source: str, first_line: int = 1) -> str:
-    """Decode UTF-8 bytes and remove the last line break. Bytes that are not UTF-8 are a `UserError` that names the
-    line.
-    """
+    """Decode UTF-8 and remove the last line break. Raises `UserError`, with the line number, if the bytes are not
+    UTF-8."""
     try:
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
@@ -89,9 +89,9 @@ def decode_utf8(data: bytes, source: str, first_line: int = 1) -> str:
 
 
 def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> list[str]:
-    """Return the arguments, each a text, or else the lines of the file or of standard input.
+    """Return the arguments, each a text. Without arguments return the lines of the file or of standard input.
 
-    An empty text is a `UserError` with its line, for then whoever reads the results would count wrong.
+    An empty text raises `UserError` with its line number: skipping it would shift the numbering of the results.
     """
     if arguments and file is not None:
         raise UserError(f"There are two sources of texts, the arguments and {file}: give one of them.")
@@ -107,7 +107,7 @@ def texts_from(arguments: Sequence[str], file: Path | None, example: str) -> lis
 
 
 def read_pictures(files: Sequence[Path]) -> list[Any]:
-    """Read the pictures that a question is about."""
+    """Read the pictures that belong to a question."""
     from keifu.data.images.io import read_image
 
     if remote := [file for file in files if str(file).startswith(("http:/", "https:/"))]:
@@ -116,7 +116,7 @@ def read_pictures(files: Sequence[Path]) -> list[Any]:
 
 
 def load_encoder(name: str) -> tuple[Any, Any]:
-    """Return a model that reads in both directions, or a CLIP, and its tokenizer; for any other kind a `UserError`."""
+    """Load a bidirectional encoder or a CLIP, and its tokenizer. Raises `UserError` for any other model."""
     from keifu.checkpoints import load
     from keifu.generation.text.model import Encoder, TwoTowers
 
@@ -128,13 +128,13 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 
 def warn_of_language(model: str, *groups: Sequence[str]) -> None:
-    """Say that an English encoder does not read most texts of a group."""
+    """Warn if an English encoder cannot read most texts of a group."""
     if model in ENGLISH and any(2 * sum(map(bool, map(OTHER_SCRIPT.search, group))) > len(group) for group in groups):
         print(f"{model} reads English: results in other languages mean little.", file=sys.stderr)
 
 
 def ids(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> Any:
-    """Return the ids of texts; say on stderr how many were cut."""
+    """Return the token ids of texts. Print on stderr how many were cut."""
     from keifu.evaluation.classification.embeddings import encode_texts
 
     limit = model.config.context_length
@@ -149,14 +149,15 @@ if TYPE_CHECKING:
 
 
 def is_picture(text: str) -> bool:
-    """Return whether a text is the name of a picture's file, there or not, and not a sentence that ends like one."""
+    """Return whether a text is the name of a picture file, existing or not. A sentence that ends like a file name is
+    not."""
     from keifu.data.images.sources import SUFFIXES
 
     return text.lower().endswith(SUFFIXES) and (Path(text).is_file() or not any(map(str.isspace, text)))
 
 
 def pictures_among(path: Path) -> list[str] | None:
-    """Return the pictures in a folder and in those below it, in order; None if the path is not a folder."""
+    """Return the sorted paths of the pictures in a folder and its subfolders; None if the path is not a folder."""
     if not path.is_dir():
         return None
     files = [str(file) for file in sorted(path.rglob("*")) if file.is_file() and is_picture(str(file))]
@@ -166,7 +167,7 @@ def pictures_among(path: Path) -> list[str] | None:
 
 
 def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, batch_size: int) -> "Tensor":
-    """Return a point for each input, in order, whether it is a text or the name of a picture's file."""
+    """Return the embedding of each input, in order. An input is a text or the name of a picture file."""
     import torch
 
     from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
@@ -179,7 +180,7 @@ def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, b
 
 
 def open_image(files: Sequence[str]) -> Any:
-    """Return the pictures in these files, one by one as they are asked for."""
+    """Return the pictures in these files. Each is read when it is requested."""
     from keifu.data.images.io import read_image
 
     return (read_image(Path(file)).image for file in files)

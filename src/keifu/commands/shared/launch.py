@@ -1,7 +1,7 @@
-"""Starting the processes of one machine, as torchrun does, and running work in each of them.
+"""Starting several processes on one machine, as torchrun does, and running a command in each.
 
-torchrun sets the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: where they are there, this is one
-of several processes.
+torchrun sets the environment variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. If they are set, this process is
+one of several.
 """
 
 import logging
@@ -14,7 +14,7 @@ from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-ENDING = 120  # seconds that processes have to save their state after Ctrl-C
+ENDING = 120  # seconds for processes to save their state after Ctrl-C
 VOLUME = ("-q", "--quiet", "-v", "--verbose")
 
 
@@ -29,7 +29,7 @@ def is_restart() -> bool:
 
 
 def silence() -> None:
-    """Discard the output of this process from now on, unless its rank is 0 or KEIFU_DEBUG=1."""
+    """Discard the further output of this process, unless its rank is 0 or KEIFU_DEBUG=1."""
     if os.environ.get("RANK", "0") != "0" and os.environ.get("KEIFU_DEBUG") != "1":
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
@@ -37,7 +37,7 @@ def silence() -> None:
 
 
 def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception], str | None]) -> None:
-    """Do the work as one of the processes that torchrun has started."""
+    """Run `work` as one of the processes that torchrun has started."""
     from keifu.distributed.failures import explained
     from keifu.distributed.group import join
 
@@ -46,9 +46,8 @@ def together(mesh: Mesh, work: Callable[[], None], explain: Callable[[Exception]
 
 
 def start(processes: int, restarts: int, words: Sequence[str]) -> None:
-    """Run `keifu` with these words in `processes` processes; restart them at most `restarts` times if one dies. Exit
-    as they do.
-    """
+    """Run `keifu` with these words in `processes` processes. Restart them at most `restarts` times if one dies. Exit
+    with their status."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -63,9 +62,9 @@ def start(processes: int, restarts: int, words: Sequence[str]) -> None:
         min_nodes=1, max_nodes=1, nproc_per_node=processes, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=f"keifu-{os.getpid()}", max_restarts=restarts, shutdown_timeout=ENDING,
     )  # fmt: skip
-    logging.disable(logging.ERROR)  # what its processes say of themselves is enough
+    logging.disable(logging.ERROR)  # the processes print their errors themselves
     try:
-        # -P: no module of the current folder is imported
+        # -P: do not import modules of the current folder
         elastic_launch(config, sys.executable)("-P", "-m", "keifu", *words, *volume)
     except SignalException as stop:
         raise SystemExit(128 + int(stop.sigval)) from stop

@@ -1,4 +1,4 @@
-"""Recipe files: keifu's own and a user's."""
+"""Recipe files: keifu's recipes and a user's."""
 
 import ast
 import sys
@@ -17,22 +17,22 @@ SOURCE = Path(__file__).parent.parent.parent
 
 
 def recipe_names() -> list[str]:
-    """Return the names of keifu's own recipes."""
+    """Return the names of keifu's recipes."""
     return sorted(RECIPES)
 
 
 def recipes() -> dict[str, str]:
-    """Return every recipe's name and the first line of its file's docstring, which is read and not run."""
+    """Return each recipe's name and the first line of its docstring. The files are parsed, not executed."""
     return {name: docstring(path_of(name)).partition("\n")[0] for name in recipe_names()}
 
 
 def is_own(name: str) -> bool:
-    """Return whether a recipe is a user's file."""
+    """Return whether a recipe's name is the path of a user's file."""
     return name.endswith(".py")
 
 
 def path_of(name: str) -> Path:
-    """Return a recipe's file; an unknown name is a `UserError` with the nearest one."""
+    """Return the path of a recipe's file. Raises `UserError`, with the nearest name, if it is unknown."""
     if is_own(name):
         if not Path(name).is_file():
             raise UserError(f"There is no file {name!r}: give a file with a class Recipe and a function run.")
@@ -42,14 +42,15 @@ def path_of(name: str) -> Path:
 
 
 def recipe_module(name: str) -> Any:
-    """Run a recipe's file and return its module: its `Recipe` are the options, `run(recipe, out, resume)` trains."""
+    """Execute a recipe's file and return its module. `Recipe` has the options, and `run(recipe, out, resume)`
+    trains."""
     path = path_of(name)
     if not is_own(name):
         return import_module(f"keifu.recipes.{RECIPES[name]}")
-    spec = spec_from_file_location(f"recipe {path.stem}", path)  # a name that no module has
+    spec = spec_from_file_location(f"recipe {path.stem}", path)  # a name that no module can have
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
+    sys.modules[spec.name] = module  # dataclasses look up the types of their fields here
     with _blaming(path):
         spec.loader.exec_module(module)
     missing = [part for part in ("Recipe", "run") if part not in vars(module)]
@@ -61,8 +62,7 @@ def recipe_module(name: str) -> Any:
 
 @contextmanager
 def _blaming(path: Path) -> Iterator[None]:
-    """Turn errors of a user's file into a `UserError` that names the file; missing packages are reported as
-    elsewhere."""
+    """Turn errors of a user's file into a `UserError` that names the file. A missing package is reported as usual."""
     try:
         yield
     except (UserError, ImportError):
@@ -77,5 +77,5 @@ def _check(recipe_class: Any, path: Path) -> None:
 
 
 def docstring(path: Path) -> str:
-    """Return the docstring of a recipe's file, which is parsed and not run."""
+    """Return the docstring of a recipe's file. The file is parsed, not executed."""
     return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""

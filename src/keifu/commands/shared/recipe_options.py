@@ -1,7 +1,7 @@
 """Options of `keifu train RECIPE`: those of the recipe and those of every run.
 
-A recipe's file imports torch, which takes seconds. So what `--help` and completion print of keifu's own recipes is
-stored in a table, and a test compares it with the recipes. `python -m keifu.commands.shared.recipe_options` writes it.
+A recipe's file imports torch, which takes seconds. So the help and completion of keifu's recipes are stored in a table,
+and a test compares it with the recipes. `python -m keifu.commands.shared.recipe_options` writes the table.
 """
 
 import json
@@ -24,7 +24,7 @@ def _option(hint: Any, text: str) -> Any:
     return Annotated[hint, tyro.conf.arg(help=text)]
 
 
-COMPUTING = {  # options of any recipe that has no such option itself
+COMPUTING = {  # added to any recipe that lacks an option of that name
     "precision": _option(Literal["auto", "float32", "bfloat16", "float16"] | None, "Precision of matrix "
         "multiplications; weights stay in float32. auto: bfloat16 if supported, else float16. Unset: the recipe's."),
     "compile": _option(bool, "Compile the objective and the model with torch.compile."),
@@ -37,7 +37,7 @@ UNSET: dict[str, Any] = dict.fromkeys(COMPUTING) | {"compile": False, "determini
 
 
 def with_folder(recipe_class: type, name: str) -> Any:
-    """Return a recipe's options and those of every run."""
+    """Return a dataclass with the options of a recipe and those of every run."""
     folder = field(default=Path("runs") / Path(name).stem)
     options = [
         ("recipe", Annotated[recipe_class, tyro.conf.arg(name="")]),
@@ -56,7 +56,7 @@ def with_folder(recipe_class: type, name: str) -> Any:
 
 
 def has_option(recipe: type, name: str) -> bool:
-    """Return whether a recipe's options, or those inside them, have an option of that name."""
+    """Return whether a recipe, or a dataclass nested in it, has an option of that name."""
     inside = [type(_default(field)) for field in fields(recipe) if is_dataclass(_default(field))]
     return any(field.name == name for field in fields(recipe)) or any(has_option(nested, name) for nested in inside)
 
@@ -66,23 +66,23 @@ def _default(field: Field) -> Any:
 
 
 def arguments(name: str) -> list[Argument]:
-    """Return the arguments of `keifu train NAME`: from the table, or from a user's file, which is run."""
+    """Return the arguments of `keifu train NAME`: from the table, or from a user's file, which is executed."""
     return computed(name) if is_own(name) else stored()[name]
 
 
 def computed(name: str) -> list[Argument]:
-    """Return the same from the dataclass in the recipe's file, which is run."""
+    """Return the arguments of `keifu train NAME` by executing the recipe's file."""
     return arguments_of(with_folder(recipe_module(name).Recipe, name))
 
 
 def stored() -> dict[str, list[Argument]]:
-    """Return the table: the arguments of each of keifu's recipes."""
+    """Return the stored table: for each of keifu's recipes its arguments."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     return {name: [Argument(tuple(names), *texts) for names, *texts in rows] for name, rows in table.items()}
 
 
 def write() -> None:
-    """Run every recipe's file and write the table, one line an argument."""
+    """Execute every recipe's file and write the table, with one line for each argument."""
     rows = {name: ",\n".join(json.dumps([*vars(row).values()]) for row in computed(name)) for name in recipe_names()}
     table = ",\n".join(f'"{name}": [\n{text}\n]' for name, text in rows.items())
     TABLE.write_text(f"{{\n{table}\n}}\n", encoding="utf-8")

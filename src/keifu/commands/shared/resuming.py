@@ -1,9 +1,9 @@
-"""How `keifu train` starts, restarts and resumes a run.
+"""Starting, restarting and resuming runs of `keifu train`.
 
-The name of the recipe and all its options are in recipe.json, so a run is resumed from its folder alone. Options given
-beside --resume are compared with those by name: those that do not change the training may differ, others are refused.
-Data may have another place: whether they are the same, their fingerprint says when they are read.
-Code that the folder names must be on the command line (see `trust`).
+recipe.json in the run's folder has the recipe's name and all its options, so the folder is enough to resume. Options
+given with --resume are compared with the stored ones. Options that do not change the training may differ; others are
+refused. Data may have moved: their fingerprint is checked when they are read. Code that the folder names must be on the
+command line (see `trust`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,15 @@ from keifu.training.settings import ADJUSTABLE
 from keifu.training.signals import Interrupted
 
 _TOO_OLD = "{path} does not name its recipe: it was written by a version before 0.2.0, which this one does not resume."
-LENGTHS = ("steps", "minutes", "epochs", "rollouts")  # options that say how long a run is
-SHOWN = ("prompt", "prompts", "gaps", "guidance")  # options of samples alone
+LENGTHS = ("steps", "minutes", "epochs", "rollouts")  # options for the length of a run
+SHOWN = ("prompt", "prompts", "gaps", "guidance")  # options that affect only the samples
 FREE = {name.replace("_", "-") for name in ADJUSTABLE} | {*SHOWN, "average", "data"}
 OF_A_ROLLOUT = ("ppo", "grpo")  # recipes whose epochs are passes over a rollout, and whose prompts are its size
 
 
 @dataclass(frozen=True)
 class StoredRun:
-    """Run in a folder: the name of its recipe, the recipe as it was begun, and the folder's record of both."""
+    """Run in a folder: its recipe's name, the recipe as it was at the start, and the folder's record."""
 
     name: str
     then: Any
@@ -42,18 +42,19 @@ class StoredRun:
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run, if they were changed since it began."""
+        """Number of steps of the whole run if it was changed after the start, else None."""
         return self.record.get("steps")
 
     @property
     def place(self) -> Path | None:
-        """Directory that the run was begun in; None if it is gone, or if this user did not begin the run."""
+        """Directory in which the run was started. None if it does not exist any more, or another user started the
+        run."""
         place = self.record.get("place")
         return Path(place) if place and is_signed(self.record) and Path(place).is_dir() else None
 
     def usual(self, words: Sequence[str]) -> Any:
-        """Return the recipe with the stored values of the options that are not given: of --steps and --minutes only
-        one."""
+        """Return the recipe with stored values for options that are not given. Of --steps and --minutes only one is
+        kept."""
         values, fresh = to_json(self.then), type(self.then)()
         given = trust.given_options(words)
         where, unset = paths(type(self.then), values), by_option(type(self.then), to_json(fresh))
@@ -67,7 +68,7 @@ class StoredRun:
 
 
 def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
-    """Return the run in a folder, if there is one; that of another recipe is a `UserError`."""
+    """Return the run in a folder, or None. Raises `UserError` for a run of another recipe."""
     content, usual = run_directory.read_recipe(out), module.Recipe()
     if not content:
         return None
@@ -83,14 +84,14 @@ def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
 
 
 def _was_moved(name: str, record: Mapping[str, Any]) -> bool:
-    """Return whether a recipe file is the one that the run began with, under another path."""
+    """Return whether a recipe file has the content that the run was started with, under another path."""
     if not (name.endswith(".py") and record["name"].endswith(".py")):
         return False
     return sha256(Path(name)) == trust.hashes(record).get("")
 
 
 def name_of(out: Path) -> str:
-    """Return the name of the recipe whose run stands in a folder."""
+    """Return the recipe's name of the run in a folder."""
     if not (content := run_directory.read_recipe(out)):
         raise UserError(f"There is no run in {out}: it has no {run_directory.RECIPE}.")
     if run_directory.RECORD not in content:
@@ -101,7 +102,7 @@ def name_of(out: Path) -> str:
 
 
 def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) -> None:
-    """Begin a new run; the folder is checked before anything is read or fetched."""
+    """Start a new run. The folder is checked before data are read or downloaded."""
     with run_directory.owned(out):
         if not replace:
             run_directory.check_free(out)
@@ -123,7 +124,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
 
 
 def go_on(run: StoredRun | None, module: ModuleType, wanted: Any, out: Path) -> None:
-    """Continue a run, with the options that may change as they are wanted now."""
+    """Resume a run. Options that may change have their values in `wanted`."""
     if run is None:
         raise UserError(f"There is no run in {out}: it has no {run_directory.RECIPE}. Start without --resume.")
     with run_directory.owned(out):
@@ -139,7 +140,7 @@ def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
     if step is None:
         print(f"No state of the run in {out} was saved: it starts from its first step.", flush=True)
     out = out if Path(directory) == Path.cwd() else out.absolute()
-    with chdir(directory):  # names of files in the options are seen from where the run was begun
+    with chdir(directory):  # relative paths in the options refer to the directory of the start
         more |= {"code": trust.code_hashes(run.name, recipe), "named": trust.named(recipe)}
         run_directory.record(out, run.name, to_json(recipe), **more)
         trust.show_code(run.name, recipe, run.record)
@@ -155,7 +156,7 @@ def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
 
 
 def _moved(run: StoredRun, wanted: Any) -> Any:
-    """Return the recipe, in which files of data that have another place now are named from the root."""
+    """Return the recipe with absolute paths for data files that have moved."""
     recipe_class, values = type(wanted), to_json(wanted)
     then, now = by_option(recipe_class, to_json(run.then)), by_option(recipe_class, values)
     for option, path in paths(recipe_class, values).items():
@@ -166,8 +167,8 @@ def _moved(run: StoredRun, wanted: Any) -> Any:
 
 
 def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
-    """Return the options of a run's length that differ, with both values; any other that may not change is a
-    `UserError`."""
+    """Return the changed options of the run's length, each with both values. Raises `UserError` for any other option
+    that must not change."""
     recipe_class = type(wanted)
     then, now = (by_option(recipe_class, to_json(recipe)) for recipe in (run.usual(()), wanted))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
@@ -184,7 +185,7 @@ def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _words(value: Any) -> str:
-    """Return a value as it stands on a command line."""
+    """Format a value as on a command line."""
     if value is None:
         return "(unset)"
     return " ".join(map(_words, value)) if isinstance(value, list) else str(value)
@@ -202,15 +203,18 @@ def _last(option: str) -> str:
 def _lengthened(
     run: StoredRun, wanted: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
 ) -> tuple[Any, int | None]:
-    """Return the recipe with the length that it was begun with, and the steps that the whole run shall have now, where
-    those are others. Before the last part of a run has begun, its length is simply another."""
+    """Return the recipe with its length at the start, and the new number of steps of the whole run; None if it is
+    unchanged.
+
+    Before the last part of a run has begun, a new length simply replaces the old one.
+    """
     if not (facts := checkpoint.latest_facts(out)):
         return wanted, run.steps if not lengths else None
     recipe_class, values = type(wanted), to_json(wanted)
     then = by_option(recipe_class, to_json(run.then))
     for name, path in paths(recipe_class, values).items():
         if name == "steps" and "steps" in lengths:
-            put(values, path, then[name] or facts["described"]["settings"]["steps"])  # in place of minutes
+            put(values, path, then[name] or facts["described"]["settings"]["steps"])  # instead of minutes
         elif name in LENGTHS and not (name in ("steps", "minutes") and {"steps", "minutes"} & lengths.keys()):
             put(values, path, then[name])
     steps = _steps(lengths, facts)
@@ -220,7 +224,7 @@ def _lengthened(
 
 
 def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> int | None:
-    """Return the steps of the whole run by the options that changed; minutes count at the pace so far."""
+    """Return the number of steps of the whole run by the changed options. Minutes are converted by the speed so far."""
     for name, (then, now) in lengths.items():
         if now is None or (name == "minutes" and lengths.get("steps", (None, None))[1] is not None):
             continue
@@ -236,7 +240,7 @@ def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> 
 
 
 def _stop(out: Path, stop: KeyboardInterrupt) -> NoReturn:
-    """Report the command that continues the run, after Ctrl-C."""
+    """After Ctrl-C, end with the command that resumes the run."""
     if isinstance(stop, Interrupted):
         raise stop
     step = run_directory.last_step(out)

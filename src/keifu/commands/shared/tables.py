@@ -1,11 +1,11 @@
-"""Tables for the terminal, and the same cells separated by tabs in a pipe."""
+"""Tables for a terminal. In a pipe the cells are separated by tabs."""
 
 import sys
 from collections.abc import Iterable, Sequence
 
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """Print rows of text under their columns' names; cells that look like numbers stand to the right."""
+    """Print rows under column names. Cells that look like numbers are right-aligned."""
     rows = [list(row) for row in rows]
     if not sys.stdout.isatty():
         print("\n".join("\t".join(cells) for cells in [columns, *rows]))

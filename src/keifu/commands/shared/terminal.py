@@ -6,17 +6,17 @@ from typing import NoReturn
 from keifu.errors import UserError
 
 QUOTES = '"""'
-MORE = "... "  # the prompt of a text's further lines
+MORE = "... "  # prompt for further lines of a text
 
 
 def edit_lines() -> None:
-    """Give input() editing and a history, where Python has readline: on Windows the console has its own."""
+    """Enable line editing and history for input() by readline. Windows has no readline, but its console edits lines."""
     with suppress(ImportError):
         import readline  # noqa: F401 (its import is what does it)
 
 
 def ask(prompt: str, example: str) -> str:
-    """Ask for a text; none is a `UserError` that says how else to give one."""
+    """Ask for a text. Raises `UserError`, with an example of a command, if nothing is entered."""
     edit_lines()
     with suppress(EOFError):
         if text := read_rest(input(prompt)).strip():
@@ -25,15 +25,15 @@ def ask(prompt: str, example: str) -> str:
 
 
 def no_text(example: str) -> NoReturn:
-    """Raise a `UserError`: no text was given."""
+    """Raise the `UserError` for a missing text."""
     raise UserError(f"There is no text: write it after the model ({example}), pipe it in, or name a file with --file.")
 
 
 def read_rest(line: str) -> str:
-    """Return the whole of a text that begins with this line, whose further lines are read.
+    """Return a text that begins with this line. Read its further lines.
 
-    One that begins with three quotation marks goes on to the line that ends with them; a backslash at the end of a line
-    continues any other.
+    A text that begins with three quotation marks continues to the line that ends with three. Any other text continues
+    after a line that ends with a backslash.
     """
     if line.startswith(QUOTES):
         lines = [line.removeprefix(QUOTES)]

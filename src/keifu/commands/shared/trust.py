@@ -1,7 +1,8 @@
-"""Trust in a run's folder: its recipe.json may name code and files, which count only if the user names them too.
+"""Protection against a foreign run folder. Its recipe.json may name code and files; they are used only if the user
+names them too.
 
-Code (a recipe file, a reward function) must be on the command line each time. Paths must be on the command line too,
-unless this user began the run (see `keifu.training.run.signature`).
+Code (a recipe file, a reward function) must be on the command line each time. Paths must be there too, unless this user
+started the run (see `keifu.training.run.signature`).
 """
 
 import shlex
@@ -17,29 +18,29 @@ from keifu.folders import config
 from keifu.recipes.options import by_option, to_json
 from keifu.training.run.signature import KEY, is_signed
 
-SHOWN = 12  # digits of a hash
+SHOWN = 12  # hash digits in messages
 
 
 def given_options(words: Sequence[str]) -> set[str]:
-    """Return the names of the options among the words of a command line."""
+    """Return the names of the options on a command line."""
     return {word.removeprefix("--").partition("=")[0].replace("_", "-") for word in words if word.startswith("--")}
 
 
 def code_hashes(name: str, recipe: Any) -> dict[str, str]:
-    """Return the SHA-256 of each file whose code a run executes, by its option; "" is the recipe's own file."""
+    """Return the SHA-256 of each file whose code a run executes, by option name. "" stands for the recipe's file."""
     files = {"": Path(name)} if name.endswith(".py") else {}
     files |= {option: file for option, value in _values(recipe).items() if (file := _code(value))}
     return {option: sha256(file) for option, file in files.items() if file.is_file()}
 
 
 def named(recipe: Any) -> dict[str, str]:
-    """Return the options that execute code, with their values: a resumed run needs them on its command line."""
+    """Return the options that execute code, with their values. A resumed run needs them on its command line."""
     return {option: " ".join(map(shlex.quote, _strings(value))) for option, value in _values(recipe).items()
             if _code(value)}  # fmt: skip
 
 
 def refuse_recipe_file(out: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Refuse to resume a run by a recipe file that only the folder names."""
+    """Refuse to execute a recipe file that only the run's folder names."""
     if name.endswith(".py"):
         raise UserError(
             f"The run in {out} was made by the recipe file {name}, and a folder never starts code by itself. If you "
@@ -49,7 +50,7 @@ def refuse_recipe_file(out: Path, name: str, record: Mapping[str, Any]) -> None:
 
 
 def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequence[str]) -> None:
-    """Refuse options that only the folder gives: code of any run, and paths of a run that this user did not begin."""
+    """Refuse options that only the folder gives: code in any run, and paths in a run that this user did not start."""
     given = given_options(words)
     values = _values(recipe)
     usual = _values(type(recipe)())
@@ -70,7 +71,7 @@ def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequ
 
 
 def show_code(name: str, recipe: Any, record: Mapping[str, Any]) -> None:
-    """Print the files whose code is executed, with their hashes, and whether they have changed since the run began."""
+    """Print the files whose code is executed, with hashes, and whether they have changed since the run began."""
     before = hashes(record)
     values = _values(recipe)
     for option, now in code_hashes(name, recipe).items():
@@ -86,7 +87,7 @@ def _was(record: Mapping[str, Any], option: str) -> str:
 
 
 def hashes(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the hashes that a record keeps; a folder may hold anything there."""
+    """Return the hashes stored in a record. Values that are not strings are ignored."""
     kept = record.get("code")
     pairs = kept.items() if isinstance(kept, dict) else ()
     return {name: value for name, value in pairs if isinstance(value, str)}
@@ -97,7 +98,7 @@ def _values(recipe: Any) -> dict[str, Any]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Yield the strings in a value of JSON, at any depth."""
+    """Yield the strings in a JSON value, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | tuple | dict):
@@ -110,7 +111,7 @@ def _code(value: Any) -> Path | None:
 
 
 def _path(value: Any) -> str | None:
-    """Return the first existing path in a value, which may list several with commas."""
+    """Return the first existing path in a value, which may be a comma-separated list."""
     parts = (part for text in _strings(value) for part in (text, *text.split(",")))
     return next((part for part in parts if part and "\0" not in part and _exists(part)), None)
 

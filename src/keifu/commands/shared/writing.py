@@ -1,4 +1,4 @@
-"""Shared by `keifu generate` and `keifu chat`: sampling options, the settings in use, and printing of a text."""
+"""Shared by `keifu generate` and `keifu chat`: sampling options, display of the settings, and printing of text."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
 FILTERS = ("top_k", "top_p", "min_p")
-REPORTED = ("seed", "log_probabilities", "top_log_probabilities", "logit_bias")  # elsewhere, or no option of a command
+REPORTED = ("seed", "log_probabilities", "top_log_probabilities", "logit_bias")  # reported elsewhere, or no option
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class SamplingFlags:
 
 
 def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "tuple[SamplingParams, str]":
-    """Return the settings in force, with a seed, and a line about them; an option that cannot act is told on stderr."""
+    """Return the settings to use, with a seed, and a line that describes them. Warn on stderr about an option without
+    effect."""
     from keifu.generation.text.sampling_params import defaults, in_words
 
     given = flags.given()
@@ -67,7 +68,7 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "t
 
 
 def print_completion(done: "Completion", sampling: "SamplingParams") -> None:
-    """Print a finished text with all that is known of it, as JSON."""
+    """Print a finished text with its tokens, probabilities and settings, as JSON."""
     settings = {key: value for key, value in asdict(sampling).items() if key not in REPORTED}
     print(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
 
@@ -76,8 +77,8 @@ def print_text(
     model: Any, tokenizer: Any, prompt: "str | Sequence[int] | ImagePrompt", sampling: "SamplingParams", as_json: bool,
     streamed: bool, guesses: "int | Draft | None" = None,
 ) -> str | None:  # fmt: skip
-    """Print what the model writes after a prompt, piece by piece where `streamed`, or with all that is known as JSON;
-    the reason for its end, as in `Piece`."""
+    """Print the model's continuation of a prompt: piece by piece if `streamed`, or with all details as JSON. Return the
+    reason for its end, as in `Piece`."""
     from keifu.generation.text.generate import generate_batch, stream
 
     if as_json:
