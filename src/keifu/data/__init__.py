@@ -1,1 +1,2 @@
-"""Files in, tensors out: the catalogue, tokenizers, texts, pairs, conversations, tables and pictures, in batches."""
+"""Training data from files to tensors: the catalogue, tokenizers, texts, pairs, conversations, tables, pictures,
+batches."""

@@ -14,7 +14,7 @@ from keifu.errors import UserError
 
 @dataclass(frozen=True)
 class BatchSizeSchedule:
-    """Schedule of batch sizes: rows[i] rows from step starts[i] on, until starts[i + 1]; steps are counted from 0."""
+    """Schedule of batch sizes: steps starts[i] to starts[i + 1] - 1 have rows[i] rows. Steps count from 0."""
 
     starts: tuple[int, ...]
     rows: tuple[int, ...]
@@ -27,7 +27,7 @@ class BatchSizeSchedule:
 
     @cached_property
     def _before(self) -> list[int]:
-        """Rows of all steps before each start."""
+        """Number of rows in all steps before each start."""
         stages = zip(pairwise(self.starts), self.rows, strict=False)
         return np.cumsum([0, *((end - start) * rows for (start, end), rows in stages)]).tolist()
 
@@ -47,7 +47,7 @@ class BatchSizeSchedule:
 
     @property
     def largest(self) -> int:
-        """First step whose batch has the most rows."""
+        """First step with the largest batch."""
         return self.starts[self.rows.index(max(self.rows))]
 
     def __str__(self) -> str:
@@ -57,7 +57,8 @@ class BatchSizeSchedule:
 
 
 def batch_size_stages(smaller: Iterable[tuple[int, int]], last: int) -> BatchSizeSchedule:
-    """Return batch sizes in stages: pairs of a number of rows and its last step, then `last` rows (PaLM, section 5)."""
+    """Return batch sizes in stages. smaller: pairs (rows, last step with them); after these, `last` rows (PaLM, section
+    5)."""
     pairs = list(smaller)
     return BatchSizeSchedule((0, *(until for _, until in pairs)), (*(rows for rows, _ in pairs), last))
 
@@ -71,7 +72,7 @@ def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
         raise UserError(f"A batch that grows to {last} rows must start with 1 to {last} rows, not {first}.")
     starts, rows, seen = [0], [first], 0
     while rows[-1] < last:
-        next_at = -(-(rows[-1] + 1 - first) * over // (last - first))  # the rows after which a step has one more
+        next_at = -(-(rows[-1] + 1 - first) * over // (last - first))  # rows after which the batch grows
         steps = max(1, -(-(next_at - seen) // rows[-1]))
         seen += steps * rows[-1]
         starts.append(starts[-1] + steps)

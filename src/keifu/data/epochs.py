@@ -1,4 +1,4 @@
-"""Epochs: an endless stream of items in a new order each epoch, with access by step; batches of them, or by length."""
+"""Epochs: an endless stream of items with a new order in each epoch and random access by step; and batches of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -19,12 +19,11 @@ def check_step(step: int) -> None:
 
 
 class Epochs:
-    """An endless stream of epochs over `n` items, each epoch in its own order, with random access by step.
+    """Endless stream of epochs over `n` items. Each epoch has a new order, and any step can be computed directly.
 
-    The batch of step s holds the items from s · batch_size on, so it may reach from one epoch into the next. An epoch's
-    order is a random permutation of 0 to n - 1 that depends only on the seed and the epoch's number, or the n items
-    that `order(epoch)` gives. So a resumed run continues at a late step at once, with the batches that it would have
-    had. The orders of two epochs are kept.
+    The batch of step s has the items from s · batch_size on, so it may extend into the next epoch. An epoch's order is
+    a random permutation of 0 to n - 1 that depends only on the seed and the epoch, or the n items of `order(epoch)`. So
+    a resumed run gets the batches of an uninterrupted run. The orders of two epochs are cached.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, order: Callable[[int], Any] | None = None):
@@ -35,21 +34,21 @@ class Epochs:
 
     @property
     def steps(self) -> float:
-        """Batches after which every item was seen once."""
+        """Number of batches after which every item was used once."""
         return self.n / self.batch_size
 
     def batch(self, step: int) -> np.ndarray:
-        """Return the items of a step's batch; the first step is 0."""
+        """Return the items of a step's batch; steps count from 0."""
         check_step(step)
         return self.items(step * self.batch_size + np.arange(self.batch_size))
 
     def items(self, positions: np.ndarray) -> np.ndarray:
-        """Return the items at these ascending positions of the stream; the first position is 0."""
+        """Return the items at these ascending positions of the stream, which count from 0."""
         epochs, inside = np.divmod(positions, self.n)
         return np.concatenate([self._order(int(epoch))[inside[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def item(self, step: int) -> Any:
-        """Return the item of a step, for an `order` that gives whole batches."""
+        """Return the item of a step, if `order` gives whole batches."""
         check_step(step)
         epoch, position = divmod(step, self.n)
         return self._order(epoch)[position]
@@ -59,9 +58,9 @@ class Epochs:
 
 
 class EpochBatches(ABC):
-    """Training data in batches of equally many examples, drawn in epochs (see `Epochs`).
+    """Base class of training data in batches of constant size, drawn in epochs (see `Epochs`).
 
-    The held-out examples come in their own order, and the last batch of them may be smaller.
+    Held-out examples are not shuffled, and their last batch may be smaller.
     """
 
     def __init__(
@@ -73,10 +72,11 @@ class EpochBatches(ABC):
 
     @abstractmethod
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
-        """Return the batch of some items of the training part, or of the held-out part."""
+        """Return the batch of these items, of the held-out part if `validating`, else of the training part."""
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
+        calls."""
         return self.make_batch(False, self.items(step))
 
     def items(self, step: int) -> np.ndarray:
@@ -90,16 +90,16 @@ class EpochBatches(ABC):
 
 
 def sort_pools(rows: np.ndarray, keys: np.ndarray, pool: int) -> np.ndarray:
-    """Return rows in this order, but each `pool` of them sorted by their keys; those of equal keys stay in order."""
+    """Sort each group of `pool` consecutive rows by their keys. The sort is stable."""
     return rows[np.lexsort([keys[rows], np.arange(len(rows)) // pool])]
 
 
 @dataclass(frozen=True, eq=False)
 class Batching:
-    """Cut of an epoch into batches: batch i has the rows from bounds[i] up to bounds[i + 1] of a random order.
+    """Cut of an epoch into batches: batch i has rows bounds[i] to bounds[i + 1] - 1 of a random order.
 
-    In that order each `pool` of rows is sorted by `keys`. The bounds are the same in every epoch. `name` changes with
-    everything that the batches depend on.
+    In that order each group of `pool` rows is sorted by `keys`. The bounds are the same in every epoch. name: a string
+    that changes with everything that affects the batches.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Batching:
     bounds: list[int]
 
     def order(self, random: np.random.Generator) -> np.ndarray:
-        """Return all rows in the epoch's own order."""
+        """Return the indices of all rows in a random order, sorted within each pool."""
         return sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
 
     def batches(self, random: np.random.Generator) -> list[np.ndarray]:
@@ -116,7 +116,7 @@ class Batching:
         return np.split(self.order(random), self.bounds[1:-1])
 
     def epochs(self, seed: int, last: int = 0) -> Epochs:
-        """Return epochs of whole batches, which come in a random order but for the `last` ones of each."""
+        """Return epochs of whole batches in random order. The `last` batches of each epoch keep their order."""
         n = len(self.bounds) - 1
 
         def order(epoch: int) -> list[np.ndarray]:
@@ -128,7 +128,7 @@ class Batching:
 
 
 def by_rows(sizes: np.ndarray, rows: int = 80, pool: int = 1600) -> Batching:
-    """Return the batches of `rows` rows; each `pool` of rows drawn at random is sorted by length and cut into batches.
+    """Return batches of `rows` rows. Each group of `pool` random rows is sorted by length and cut into batches.
 
     Bahdanau et al. (2014, appendix B.2) draw 1,600 pairs, sort them, and make 20 batches of 80.
     """

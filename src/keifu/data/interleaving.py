@@ -1,8 +1,8 @@
 """Weighted interleaving of sources.
 
-This is Webster's (Sainte-Laguë's) method for seats in a parliament: a source with the share w is due at the times
-0.5 / w, 1.5 / w, 2.5 / w and so on, and each row comes from the source that is due next. After any number of rows N
-each source has given w · N of them, to within half a row and w · n / 2, where n is the number of sources.
+This is Webster's (Sainte-Laguë's) method for seats in a parliament. A source with share w is due at the times 0.5 / w,
+1.5 / w, 2.5 / w and so on. Each row comes from the source that is due next. Among the first N rows a source has w · N
+of them, up to half a row and w · n / 2, where n is the number of sources.
 """
 
 from typing import NamedTuple
@@ -11,19 +11,19 @@ import numpy as np
 
 
 class InterleaveState(NamedTuple):
-    """Source of each of some consecutive rows, and the number of rows that the source gave before it."""
+    """Source of each of some consecutive rows, and the number of rows that this source gave before it."""
 
     whose: np.ndarray
     numbers: np.ndarray
 
 
 def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
-    """Return the sources of rows `start` to `stop` - 1, counted from 0; shares are above 0 and their sum is 1.
+    """Return the sources of rows `start` to `stop` - 1, counted from 0. Shares are positive and their sum is 1.
 
-    It costs the same for late rows as for early ones.
+    The cost does not depend on `start`.
     """
     count = len(shares)
-    first = np.maximum(np.floor(shares * (start - count)).astype(np.int64) - 1, 0)  # those before are surely over
+    first = np.maximum(np.floor(shares * (start - count)).astype(np.int64) - 1, 0)  # earlier ones are before `start`
     last = np.ceil(shares * (stop + count)).astype(np.int64) + 1
     lengths = last - first
     whose = np.repeat(np.arange(count), lengths)

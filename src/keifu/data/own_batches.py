@@ -15,7 +15,7 @@ from keifu.errors import UserError
 
 @runtime_checkable
 class IndexedExamples(Protocol):
-    """Sequence of examples with a length and access by number, as PyTorch's data sets have."""
+    """Sequence of examples with a length and access by index, such as a PyTorch data set."""
 
     def __len__(self) -> int: ...
 
@@ -23,15 +23,14 @@ class IndexedExamples(Protocol):
 
 
 class OwnBatches(EpochBatches):
-    """Batches for the training loop, drawn without replacement; every epoch has another order.
+    """Batches of a user's examples for the training loop, drawn without replacement in a new order in every epoch.
 
-    source: tensors by name whose first axis is examples, {"x": x, "y": y}, or a data set whose examples are dicts of
-    tensors or numbers. held_out: the share of the examples that is kept for validation, chosen by the seed; or their
-    numbers.
-    fingerprint: what says that the data are the same when a run is resumed; None: computed from the tensors, or for a
-    data set from its length and 16 of its examples.
+    source: tensors by name, whose first axis is examples, such as {"x": x, "y": y}; or a data set whose examples are
+    dicts of tensors or numbers. held_out: share of the examples for validation, chosen by the seed; or their indices.
+    fingerprint: string that identifies the data when a run is resumed; None: computed from the tensors, or for a data
+    set from its length and 16 examples.
 
-    Tensors of different lengths, no example, or a batch larger than the training part: a `UserError`.
+    Raises `UserError` for tensors of different lengths, no example, or a batch larger than the training part.
 
     >>> data = OwnBatches({"x": torch.arange(10.0)}, batch_size=4, held_out=0.2)
     >>> data.batch(0)["x"].shape, [len(batch["x"]) for batch in data.validation()]
@@ -57,7 +56,7 @@ class OwnBatches(EpochBatches):
         return np.random.default_rng([self.seed, 0, epoch]).permutation(self.training)
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
-        """Return the examples with these numbers, or the held-out ones at these positions."""
+        """Return the training examples with these indices, or the held-out ones at these positions."""
         numbers = self.held_out[items] if validating else items
         if isinstance(self.source, Mapping):
             chosen = torch.from_numpy(numbers)
@@ -79,7 +78,7 @@ def _count(source: Mapping[str, Tensor] | IndexedExamples) -> int:
 
 
 def _fingerprint(source: Mapping[str, Tensor] | IndexedExamples, count: int, held_out: float | Sequence[int]) -> str:
-    """Return SHA-256 of the tensors; of a data set, its length and examples spread evenly over it."""
+    """Return the SHA-256 of the tensors; for a data set, of its length and evenly spaced examples."""
     digest = hashlib.sha256(json.dumps([count, held_out]).encode())
     if isinstance(source, Mapping):
         rows: list[Any] = [source]

@@ -1,4 +1,4 @@
-"""Sequences of different lengths as one tensor, and passes of sequences of nearly equal length.
+"""Sequences of different lengths as one padded tensor, and batches of sequences of similar length.
 
 Axes: batch = examples, sequences = of one example, length = tokens.
 """
@@ -17,7 +17,7 @@ Rows = Sequence[Sequence[int]]
 def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"] | None]:
     """Stack rows as one tensor, padded on the right, with a mask that is True on real tokens.
 
-    The mask is None where all are equally long: attention without one is faster.
+    The mask is None if all rows have the same length, because attention without a mask is faster.
     """
     lengths = torch.tensor([len(row) for row in rows], device="cpu")
     ids = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64, device="cpu")
@@ -31,7 +31,8 @@ def pad(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Te
 
 
 def stack_rows(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], Bool[Tensor, "batch length"]]:
-    """Stack the rows as one tensor, padded on the right, with a mask of real tokens (see `pad`)."""
+    """Stack rows as one tensor, padded on the right. Return it with a mask of real tokens, also if all have the same
+    length."""
     tokens, mask = pad(rows, pad_id)
     return tokens, torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
 
@@ -39,8 +40,8 @@ def stack_rows(rows: Rows, pad_id: int) -> tuple[Int64[Tensor, "batch length"], 
 def stack_sequences(
     rows: Sequence[Rows], pad_id: int
 ) -> tuple[Int64[Tensor, "batch sequences length"], Bool[Tensor, "batch sequences length"]]:
-    """Stack the examples as one tensor, padded on the right, with a mask of real tokens. An example with fewer
-    sequences than another gets empty ones at its end."""
+    """Stack examples of several sequences as one tensor, padded on the right, with a mask of real tokens. Missing
+    sequences are empty."""
     most = max(map(len, rows))
     flat = [sequence for row in rows for sequence in (*row, *([[]] * (most - len(row))))]
     tokens, mask = stack_rows(flat, pad_id)
@@ -48,11 +49,11 @@ def stack_sequences(
 
 
 def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[list[int]]:
-    """Yield the indices of rows that go through a model together: neighbours in length, the longest first.
+    """Yield the indices of rows that are computed in one pass: neighbours in length, the longest first.
 
-    A pass has at most `rows` rows and, with its padding, `tokens` tokens; a longer row is alone. Where it has a quarter
-    of them, it also ends before a shorter row, which would be padded. The longest come first, so that a pass that does
-    not fit in memory fails at once.
+    A pass has at most `rows` rows and, with padding, `tokens` tokens; a longer row is alone. From a quarter of `tokens`
+    on, a pass also ends before a shorter row, which would need padding. With the longest first, a pass that does not
+    fit in memory fails at once.
     """
     together: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
@@ -68,5 +69,5 @@ def length_buckets(lengths: Sequence[int], tokens: int, rows: int) -> Iterator[l
 
 
 def offsets(lengths: np.ndarray) -> np.ndarray:
-    """Return the start of each of several sequences that follow one another, and the end of the last one."""
+    """Return the start of each of several concatenated sequences, and the end of the last one."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""Folders of the cache: each is built once, by one process, synced to disk, and built again if it is damaged.
+"""Folders of the cache. Each is built once, by one process, and synced to disk. A damaged folder is built again.
 
 A prepared folder has its facts in index.json, and the sizes and hashes of its files in files.json.
 """
@@ -16,16 +16,16 @@ from keifu import files, folders, locks
 from keifu.errors import UserError
 from keifu.untrusted import plain_file, read_json_object
 
-INDEX = "index.json"  # facts about what a prepared folder holds
-MANIFEST = "files.json"  # sizes of all files of a prepared folder, and hashes of those that are soon read
-SOON_READ = 1 << 26  # bytes; larger files are known by their size alone
+INDEX = "index.json"  # facts about the content of a prepared folder
+MANIFEST = "files.json"  # sizes of all files of a prepared folder, and hashes of small files
+SOON_READ = 1 << 26  # bytes; larger files are identified by their size only
 
 
 def build_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path], None]) -> Path:
-    """Return a folder; if it is not whole, `make` writes it under the temporary name that it receives.
+    """Return a folder. If it is not complete, call `make` with a temporary path to write it.
 
-    One process at a time writes, in an empty folder next to it. That folder is removed at the end, and so is one that
-    a killed process left. All files are synced before the folder gets its name. A full disk is a `UserError`.
+    One process at a time writes, in a new folder next to it. That folder is removed after an error or a crash. All
+    files are synced before the folder is renamed. Raises `UserError` for a full disk.
     """
     if is_whole():
         return folder
@@ -50,10 +50,11 @@ def prepared_folder(
     parent: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]],
     usual: str = "text",
 ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
-    """Return the folder, inside `parent` of the cache, of a source prepared with these settings; and its index.
+    """Return the cache folder `parent`/... for a source prepared with these settings, and its index.
 
-    make: writes files into a new folder, and returns facts. The index has these, the source, the settings and their
-    fingerprint. usual: name of a source that has none. A folder whose files are cut, changed or missing is made anew.
+    make: writes files into a new folder, and returns facts. The index has the facts, the source, the settings and their
+    fingerprint. usual: name for a source without a name. A folder with truncated, changed or missing files is built
+    again.
     """
     fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     name = Path(source).stem.replace("*", "") or usual
@@ -71,7 +72,7 @@ def prepared_folder(
 
 
 def is_undamaged(folder: Path) -> bool:
-    """Return whether a prepared folder has all files that were written there, as they were written."""
+    """Return whether all files of a prepared folder exist and are unchanged."""
     try:
         manifest = read_json_object(folder / MANIFEST)
         return bool(manifest) and all(_facts(folder / name) == facts for name, facts in manifest.items())
@@ -80,6 +81,6 @@ def is_undamaged(folder: Path) -> bool:
 
 
 def _facts(path: Path) -> list[Any]:
-    """Return a file's size, and its SHA-256 unless reading the file takes long."""
+    """Return a file's size; for a small file also its SHA-256."""
     size = plain_file(path).stat().st_size
     return [size, files.sha256(path) if size <= SOON_READ else ""]

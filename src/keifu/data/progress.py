@@ -1,4 +1,4 @@
-"""Progress on standard error: a bar on a terminal, a few plain lines otherwise."""
+"""Progress on standard error: a bar in a terminal, otherwise a few plain lines."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ class ProgressBar:
 
     def __init__(self, label: str, total: int | None, *columns: Any):
         self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self.console.on_broken_pipe = lambda: None  # rich's own ends the process
+        self.console.on_broken_pipe = lambda: None  # rich's handler ends the process
         self.is_shown = self.console.is_terminal
         bar = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")
         self.live = Progress(*bar, *columns, console=self.console, refresh_per_second=4, disable=not self.is_shown)
@@ -38,17 +38,17 @@ class ProgressBar:
         self.live.update(self.task, completed=done, text=escape(text))
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
-        with suppress(OSError):  # a terminal or a pipe that was closed is no reason to lose the work
+        """Print a line above the bar."""
+        with suppress(OSError):  # a closed terminal or pipe must not stop the work
             self.console.print(text, markup=False)
 
 
 @contextmanager
 def counting(label: str, total: int | None, unit: str = "B") -> Iterator[Advance]:
-    """Show the progress of a piece of work; yield the function that reports it.
+    """Show the progress of a task. Yield the function that reports it.
 
-    The function takes the amount reached so far, not the difference. A terminal gets a bar; a pipe or a file gets one
-    line at each tenth of the total (without a total: every ten seconds) and one at the end.
+    The function takes the amount reached so far, not the difference. In a terminal there is a bar. Otherwise a line is
+    printed at each tenth of the total (without a total: every ten seconds) and at the end.
     """
     shown, started, last = 0, time.monotonic(), 0
     with ProgressBar(label, total, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
@@ -68,7 +68,7 @@ def counting(label: str, total: int | None, unit: str = "B") -> Iterator[Advance
 
 
 def _amount(reached: int, total: int | None, unit: str) -> str:
-    """Format both numbers with one prefix, `1.2 of 4.5 MB`; counted things are whole, `8 of 63 windows`."""
+    """Format both amounts with one prefix, `1.2 of 4.5 MB`. Counts are integers, `8 of 63 windows`."""
     largest = max(reached, total or 0)
     if unit != "B":
         return f"{reached:,}{f' of {total:,}' if total else ''} {unit}"

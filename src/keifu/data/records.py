@@ -1,6 +1,6 @@
 """Reader of records: CSV and TSV tables, JSON and JSONL objects, and Parquet rows, as dictionaries.
 
-Each record comes with its place, "FILE, line N", for error messages. The first line of a CSV or TSV file names its
+Each record comes with its position, "FILE, line N", for error messages. The first line of a CSV or TSV file names its
 columns.
 """
 
@@ -16,18 +16,18 @@ from keifu.data.text.text_files import Problem, lines, refuse
 from keifu.errors import UserError, unknown
 from keifu.untrusted import parse_json, plain_file
 
-Row = tuple[str, dict[str, Any]]  # its place, and its values by field
+Row = tuple[str, dict[str, Any]]  # position for errors, and values by field
 LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
 def read_records(
     path: Path, problem: Problem = refuse, encoding: str | None = None, only: str | None = None
 ) -> Iterator[Row]:
-    """Yield the records of a .csv, .tsv, .jsonl, .json (a list of objects) or .parquet file, in their order.
+    """Yield the records of a .csv, .tsv, .jsonl, .json (a list of objects) or .parquet file, in order.
 
-    problem, encoding: see `text_files.lines`. Bad JSON, a row with another number of cells than the header, and what is
-    no object are faults too; if `problem` returns, the record is left out. only: of a .parquet file, the one column to
-    read where it is there. Any other kind of file is a `UserError`.
+    problem, encoding: see `text_files.lines`. `problem` also gets bad JSON, values that are not objects, and rows whose
+    number of cells differs from the header's; if it returns, the record is skipped. only: the only column to read from
+    a .parquet file that has it. Raises `UserError` for any other kind of file.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is no table of records: its name must end in {', '.join(SUFFIXES)}.")
@@ -44,11 +44,10 @@ def read_records(
 def read_cells(
     path: Path, problem: Problem = refuse, encoding: str | None = None, delimiter: str | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yield the cells of each row of a table that is not blank, with the line where it begins. The names of columns are
-    a row like any other.
+    """Yield (position, cells) of each row of a table that is not blank, including the header.
 
-    delimiter: unset, the comma, semicolon or tab that the first line has most of, and cells may be quoted and span
-    lines; given, quotation marks mean nothing.
+    delimiter: None: the most frequent of comma, semicolon and tab in the first line; cells may be quoted and span
+    lines. If it is given, quotation marks have no meaning.
     """
     text = lines(path, problem, encoding)
     first = next(text, "")
@@ -68,15 +67,15 @@ def read_cells(
 
 
 def content(where: str, record: Mapping[str, Any], field: str) -> Any:
-    """Return the value of a record's field; an unknown field is a `UserError` with the nearest name."""
+    """Return the value of a record's field. Raises `UserError`, with the nearest name, for an unknown field."""
     if field not in record:
         raise unknown(f"column (in {where})", field, record)
     return record[field]
 
 
 def cell(where: str, record: Mapping[str, Any], field: str) -> str:
-    """Return the text in a record's field; a missing field, an empty one or another type is a `UserError` with the
-    line."""
+    """Return the text in a record's field. Raises `UserError`, with the line, if it is missing, empty or of another
+    type."""
     value = content(where, record, field)
     if isinstance(value, dict | list):
         raise UserError(f"{where}: the column {field!r} holds a {type(value).__name__} where text is needed.")
@@ -89,9 +88,9 @@ def cell(where: str, record: Mapping[str, Any], field: str) -> str:
 def read_parts(
     folder: Path, file: str, fields: Sequence[str], thing: str
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the records of a folder to learn from, and those to test on, whose "part" is "test".
+    """Return the training and the test records of a folder's metadata file; a test record has "part": "test".
 
-    fields: those that must be texts; the first one names a file of the folder, which is called `thing` in errors.
+    fields: those that must be texts. The first one names a file of the folder, which errors call `thing`.
     """
     parts: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])
     for where, record in read_records(folder / file):
@@ -107,7 +106,7 @@ def read_parts(
 
 
 def listed(record: Mapping[str, Any]) -> str:
-    """List the names of a record's fields, for errors."""
+    """Return the names of a record's fields as a list for errors."""
     return ", ".join(map(repr, [*record][:10])) or "none"
 
 
@@ -145,7 +144,7 @@ def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[
 
 
 def _parse_json(text: str, path: Path, line: int | None = None) -> Any:
-    """Parse a line of a file, or all of it; the `UserError` about invalid JSON names line and column."""
+    """Parse one line of a file, or all of it. Raises `UserError`, with line and column, for invalid JSON."""
     try:
         return parse_json(text, path if line is None else f"{path}, line {line}")
     except UserError as error:
@@ -170,7 +169,7 @@ def _parquet(path: Path, only: str | None) -> Iterator[Row]:
             batches = file.iter_batches(columns=columns)
             for number, record in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1):
                 yield f"{path}, row {number}", record
-    except (ArithmeticError, OSError, ValueError, TypeError, NotImplementedError) as error:  # pyarrow's own among them
+    except (ArithmeticError, OSError, ValueError, TypeError, NotImplementedError) as error:  # of pyarrow too
         reason = " ".join(str(error).split()).rstrip(".")[:200]
         raise UserError(f"{path} is damaged: its rows from {number + 1:,} on cannot be read ({reason}).") from error
 

@@ -1,1 +1,1 @@
-"""Sound in: files, features."""
+"""Sound files and their features."""

@@ -1,4 +1,4 @@
-"""Log-mel features of sound: how loud each band of frequencies is, 100 times a second.
+"""Log-mel features of sound: the energy of each frequency band, 100 times a second.
 
 Axes: samples = at 16 kHz, mels = frequency bands, frames = samples / 160, frequencies = of the Fourier transform.
 """
@@ -9,15 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-RATE, FOURIER, HOP = 16_000, 400, 160  # samples a second, of one Fourier transform, and between two frames
+RATE, FOURIER, HOP = 16_000, 400, 160  # samples per second, per Fourier transform, and between two frames
 FRAMES_PER_SECOND = RATE // HOP
 HIGHEST = 8000.0  # Hz
 LINEAR_TO, BANDS_BELOW, STEP = 1000.0, 15.0, math.log(6.4) / 27  # Slaney's scale: linear to 1,000 Hz, then logarithmic
 
 
 def mel_filters(n_mels: int) -> Float[Tensor, "mels frequencies"]:
-    """Return triangles of equal area over the frequencies, whose peaks are equally far apart on Slaney's mel scale
-    (1998)."""
+    """Return triangular filters of equal area, whose peaks are evenly spaced on Slaney's mel scale (1998)."""
     highest = BANDS_BELOW + math.log(HIGHEST / LINEAR_TO) / STEP
     mels = torch.linspace(0, highest, n_mels + 2, dtype=torch.float64)
     above = LINEAR_TO * ((mels - BANDS_BELOW) * STEP).exp()
@@ -29,7 +28,8 @@ def mel_filters(n_mels: int) -> Float[Tensor, "mels frequencies"]:
 
 
 def log_mel(samples: Float[Tensor, " samples"], n_mels: int) -> Float[Tensor, "mels frames"]:
-    """Return Whisper's features: log₁₀ of the energy, at most 8 below the largest of this sound, then (x + 4) / 4."""
+    """Return Whisper's features: log₁₀ of the energy, clipped to 8 below the maximum of this sound, then (x + 4) /
+    4."""
     window = torch.hann_window(FOURIER)
     spectrum = torch.stft(samples, FOURIER, HOP, window=window, return_complex=True)[:, :-1]
     energy = (mel_filters(n_mels) @ spectrum.abs().square()).clamp(min=1e-10).log10()

@@ -23,16 +23,16 @@ from keifu.data.audio.sound_files import read_sound
 from keifu.data.records import read_parts
 from keifu.errors import UserError
 
-FILE, DIGITS, SECONDS = "metadata.jsonl", "spoken-digits", 60  # that espeak-ng may take for a recording
+FILE, DIGITS, SECONDS = "metadata.jsonl", "spoken-digits", 60  # the last: timeout of espeak-ng for a recording
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-029")
 LEARNED = (("m1", "m2", "m3", "m4", "m5", "m6", "f1", "f2", "f3", "f4"), (130, 150, 170, 190, 210), 2000)
-TESTED = (("m7", "f5"), (140, 160, 180, 200), 300)  # variants of the voice, words a minute, recordings
+TESTED = (("m7", "f5"), (140, 160, 180, 200), 300)  # voices, words per minute and number of the test recordings
 
 
 @dataclass(frozen=True)
 class Recording:
-    """Sound with its transcript. read: returns the file or its bytes."""
+    """Sound with its transcript. read: function that returns the file's path or its bytes."""
 
     file_name: str
     text: str
@@ -45,7 +45,7 @@ class Recording:
 
 
 def read_recordings(source: str) -> tuple[list[Recording], list[Recording]]:
-    """Return the recordings to learn from and to test on, of a folder or of the spoken digits."""
+    """Return the training and the test recordings of a folder or of the spoken digits."""
     if source == DIGITS:
         return _digits(*LEARNED), _digits(*TESTED)
     folder = Path(source)
@@ -59,7 +59,7 @@ def read_recordings(source: str) -> tuple[list[Recording], list[Recording]]:
 
 
 def _digits(variants: Sequence[str], speeds: Sequence[int], count: int) -> list[Recording]:
-    """Return recordings of one to four digits, which are spoken when they are read."""
+    """Return recordings of one to four digits. espeak-ng speaks each when it is read."""
     program = shutil.which("espeak-ng")
     if program is None:
         raise UserError(f"{DIGITS} are spoken by espeak-ng, which is missing: install Debian's package espeak-ng.")
@@ -83,8 +83,8 @@ def _speak(*command: str) -> bytes:
 
 
 def hear(recording: Recording, n_mels: int, window: int) -> Float[Tensor, "mels frames"]:
-    """Return the features of a recording, and of silence to the end of the window, in half precision; a longer
-    recording is a `UserError`."""
+    """Return the features of a recording in half precision, padded with silence to the length of the window. Raises
+    `UserError` for a longer recording."""
     features = log_mel(F.pad(recording.samples(), (0, FOURIER)), n_mels)
     if (frames := features.shape[1]) > window:
         has = f"{frames / 100:.1f} seconds, and a window {window / 100:.1f}"

@@ -16,18 +16,20 @@ from keifu.untrusted import plain_file
 LONGEST = 12 * 3600  # seconds
 CHANNELS = 16
 HIGHEST_RATE = 192_000  # samples a second
-DENSEST = 150_000  # samples of all channels for each second of the longest sound
-PART = 2**18  # samples of each channel that are decoded at a time
+DENSEST = 150_000  # maximal samples of all channels per second of the longest sound
+PART = 2**18  # samples of each channel that are decoded at once
 
 
 def read_sound(
     source: Path | bytes, longest: float = LONGEST, name: str = "", go_on: Callable[[], None] = lambda: None
 ) -> Float[Tensor, " samples"]:  # fmt: skip
-    """Read a file, or the bytes of one; `name` is its name in errors. Several channels become their mean.
+    """Read a sound file, or the bytes of one, as float32 samples at 16 kHz; several channels are averaged. name: of the
+    file in errors.
 
-    Damaged or empty sound, more than `longest` seconds, and more than `longest` * DENSEST samples of all channels are a
-    `UserError`. A file says its length before it is decoded, and a part at a time is decoded and resampled, so that a
-    small file cannot fill the memory. `go_on` is called for each part: an exception that it raises ends the reading.
+    Raises `UserError` for damaged or empty sound, for more than `longest` seconds, and for more than `longest` *
+    DENSEST samples of all channels. The header's length is checked before decoding, and the sound is decoded and
+    resampled in parts, so a small file cannot fill the memory. `go_on` is called for each part and may raise an
+    exception to stop reading.
     """
     try:
         import soundfile

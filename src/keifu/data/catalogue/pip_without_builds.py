@@ -2,9 +2,9 @@
 
 Usage: python -P pip_without_builds.py FILE COPY ARGUMENTS...
 
-`pip download` fetches a source archive, checks its hash and unpacks it. Then it starts a child process that runs the
-archive's build backend, because it wants the metadata. An audit hook sees each child process before it exists. It
-copies the archive called FILE, which pip has opened by then, to COPY and ends pip.
+`pip download` downloads a source archive, checks its hash and unpacks it. Then it starts a child process with the
+archive's build backend to get metadata. The audit hook of this script runs before a child process is created. It copies
+the archive FILE, which pip has opened by then, to COPY and ends pip.
 """
 
 import os

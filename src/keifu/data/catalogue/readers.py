@@ -1,7 +1,7 @@
-"""Readers of the catalogue's file formats: each turns a file into documents, sentence pairs or conversations.
+"""Readers of the catalogue's file formats. Each converts a file into documents, sentence pairs or conversations.
 
-A document is a string. A pair is a sentence and its translation. A conversation is a list of messages in the form that
-chat templates take, `{"role": "user" or "assistant", "content": ...}`, whose roles alternate.
+A document is a string. A pair is a sentence and its translation. A conversation is a list of messages as chat templates
+take them, `{"role": "user" or "assistant", "content": ...}`, with alternating roles.
 """
 
 import gzip
@@ -18,39 +18,39 @@ from keifu.data.classification.examples import Example, Examples
 from keifu.untrusted import parse_yaml, read_text
 
 Dialogue = list[dict[str, str]]
-HELD_OUT_ARTICLES = 1000  # Wikipedia summaries on which topics are tested
+HELD_OUT_ARTICLES = 1000  # Wikipedia summaries for tests of topic classification
 TATOEBA = ("id", "ja", "en", "nl", "de", "fr", "es", "sv")  # the columns of the sentence file
 
 
 def speeches(folder: Path) -> Iterator[str]:
-    """Yield one document a file, in the order of their names."""
+    """Yield one document for each file, sorted by file name."""
     for file in sorted(folder.glob("*.txt")):
         yield file.read_text(encoding="utf-8").strip()
 
 
 def plays(folder: Path) -> Iterator[str]:
-    """Yield one document a play, without titles and stage directions: a speaker's name and a colon, the lines, an empty
-    line."""
+    """Yield one document for each play, without titles and stage directions. A speech is the speaker's name with a
+    colon, the lines, and an empty line."""
     for file in sorted(folder.glob("*.md")):
         named = re.sub(r"\*\*(.+)\*\*", r"\1:", read_text(file))
         yield re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^#.*$|[_*]((?!\n\n)[^_*])+[_*]?|\\| +$", "", named)).strip()
 
 
 def summaries(file: Path) -> Iterator[str]:
-    """Yield one document an article: its title, an empty line, its summary."""
+    """Yield one document for each article: its title, an empty line, its summary."""
     for article in _json(file).values():
         yield f"{article['title']}\n\n{article['extract']}"
 
 
 def untested_summaries(file: Path) -> Iterator[str]:
-    """Yield the summaries without those on which topics are tested."""
+    """Yield the summaries that the topic tests do not use."""
     topics = (article["topic"] for article in _json(file).values())
     rows = (Example(file.name, (text,), topic) for text, topic in zip(summaries(file), topics, strict=True))
     yield from Examples(file.name, tuple(rows)).split(HELD_OUT_ARTICLES)[0].texts
 
 
 def recipes(file: Path) -> Iterator[str]:
-    """Yield one document a recipe: its title, its ingredients, its steps."""
+    """Yield one document for each recipe: its title, its ingredients, its steps."""
     for recipe in _json(file).values():
         ingredients = "\n".join(f"- {item}" for item in recipe["ingredients"])
         steps = "\n".join(f"{number}. {step}" for number, step in enumerate(recipe["steps"], 1))
@@ -64,17 +64,17 @@ def sentences(file: Path, language: str) -> Iterator[str]:
 
 
 def translations(file: Path, first: str, second: str) -> Iterator[tuple[str, str]]:
-    """Yield the Tatoeba sentences that exist in both languages; a sentence with several translations comes several
-    times."""
+    """Yield the Tatoeba sentence pairs of two languages. A sentence with several translations occurs several times."""
     for row in tatoeba(file):
         if row[first] != "-" and row[second] != "-":
             yield row[first], row[second]
 
 
 def dictionary(file: Path) -> Iterator[tuple[str, str]]:
-    """Yield JMdict's common Japanese nouns, each with the first two English meanings that have at most two words.
+    """Yield JMdict's common Japanese nouns, each with its first two English meanings of at most two words.
 
-    A noun is common if a list of frequent words has it, or if it is usually written in kana, as animals and plants are.
+    A noun is common if a list of frequent words has it, or if it is usually written in kana, like animals and
+    plants.
     """
     words, meanings, marks = list[str](), list[str](), set[str]()
     with gzip.open(file, "rt", encoding="utf-8") as lines:
@@ -97,7 +97,7 @@ def dictionary(file: Path) -> Iterator[tuple[str, str]]:
 def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
     """Yield conversations between two people of at least `turns` turns.
 
-    Consecutive messages of one person are one turn, each on its own line; the first to speak has the role `user`.
+    Consecutive messages of one person are joined, one on each line. The first speaker gets the role `user`.
     """
     for chat in _json(file).values():
         if len(conversation := conversation_of(chat)) >= turns:
@@ -105,18 +105,18 @@ def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
 
 
 def conversation_of(chat: Mapping[str, Any]) -> Dialogue:
-    """Return the messages of one conversation's record."""
+    """Return the messages in the record of one conversation."""
     messages = [message for turn in chat["messages"] for message in turn if message["text"].strip()]
     turns = [[m["text"].strip() for m in group] for _, group in groupby(messages, key=lambda m: m["sender"])]
     return _taking_turns("\n".join(lines) for lines in turns)
 
 
 def read_dialogues(folder: Path) -> Iterator[Dialogue]:
-    """Yield the distinct conversations of ChatterBot's YAML files, without those of one turn. Some occur there 100
+    """Yield the distinct conversations in ChatterBot's YAML files that have at least two turns. Some are repeated 100
     times."""
     import yaml
 
-    # The base loader leaves everything a string: "no" is an answer here, not a truth value.
+    # BaseLoader keeps everything a string: "no" is an answer here, not a truth value.
     files = (parse_yaml(read_text(file), file, yaml.BaseLoader) for file in sorted(folder.glob("*.yml")))
     every = chain.from_iterable(content["conversations"] for content in files)
     for conversation in dict.fromkeys(tuple(turns) for turns in every if isinstance(turns, list) and len(turns) > 1):
@@ -135,7 +135,7 @@ def python_files(folder: Path) -> Iterator[str]:
 
 
 def as_document(conversation: Dialogue) -> str:
-    """Write a conversation as plain text: each turn begins a line, after its speaker's name, A or B."""
+    """Format a conversation as plain text: one line for each turn, which begins with the speaker's name, A or B."""
     names = {"user": "A", "assistant": "B"}
     return "\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in conversation)
 
@@ -151,4 +151,4 @@ def _json(file: Path) -> dict[str, Any]:
 def tatoeba(file: Path) -> Iterator[dict[str, str]]:
     with file.open(encoding="utf-8", newline="\n") as lines:
         for line in lines:
-            yield dict(zip(TATOEBA, line.rstrip("\n").split("\t"), strict=False))  # a last column names the recording
+            yield dict(zip(TATOEBA, line.rstrip("\n").split("\t"), strict=False))  # a last column is about audio

@@ -1,12 +1,12 @@
 """Conversations for fine-tuning: read from files of four published formats, or generated from the catalogue's texts.
 
-A conversation is a list of messages. A file holds records: .jsonl (an object a line), .json (a list of objects), or
-another format that `keifu.data.records` reads. Its form is recognised by its fields, in this order:
+A conversation is a list of messages. A file contains records: .jsonl (an object on each line), .json (a list of
+objects), or another format that `keifu.data.records` reads. The format is recognised by the fields, in this order:
 {"messages": [{"role", "content"}]} (OpenAI), {"conversations": [{"from", "value"}]} (ShareGPT), {"instruction",
-"input", "output"} (Alpaca), {"prompt", "response"} or {"prompt", "completion"}, texts or lists of messages.
+"input", "output"} (Alpaca), {"prompt", "response"} or {"prompt", "completion"}, which are texts or lists of messages.
 
-Synthetic conversations put a fixed question around a text of the catalogue: the answers are Wikipedia's, Wikibooks' and
-Tatoeba's (`keifu data list` has licences and credits). Arithmetic problems are generated and solved here.
+Synthetic conversations add a fixed question to a text of the catalogue. The answers come from Wikipedia, Wikibooks and
+Tatoeba (`keifu data list` has licences and credits). Arithmetic problems are generated and solved here.
 """
 
 import re
@@ -37,7 +37,7 @@ def titled(entry: str, question: str) -> Iterator[Dialogue]:
 
 
 def translations() -> Iterator[Dialogue]:
-    """Yield "Translate into Japanese" with Tatoeba's translation; each sentence once."""
+    """Yield requests to translate a sentence into Japanese, with Tatoeba's translation. Each sentence occurs once."""
     seen = set()
     for japanese, english in catalogue.pairs("tatoeba-ja-en"):
         if english not in seen:
@@ -52,7 +52,8 @@ def arithmetic() -> Iterator[Dialogue]:
 
 
 class SyntheticSource(NamedTuple):
-    """The catalogue entry from which a synthetic set is made ("" if there is none), how, and its conversations."""
+    """Synthetic set: the catalogue entry it comes from ("" if none), a description, and a function that yields
+    conversations."""
 
     entry: str
     how: str
@@ -76,7 +77,7 @@ Form = TypeVar("Form", bound=Callable[..., Any])
 Message = dict[str, str]
 Conversation = list[Message]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FOLLOWS = {  # the roles that each role may follow; None is the start
+FOLLOWS = {  # roles that may come before each role; None is the start
     "system": {None},
     "user": {None, "system", "assistant"},
     "assistant": {"user", "tool"},
@@ -85,10 +86,10 @@ FOLLOWS = {  # the roles that each role may follow; None is the start
 
 
 def read(source: str) -> Iterator[Conversation]:
-    """Yield the conversations of a file, of a catalogue entry, or of a set that is made from an entry (see `names`).
+    """Yield the conversations of a file, of a catalogue entry, or of a synthetic set (see `names`).
 
-    A fault is a `UserError` that names the line and what is wrong: no form fits, roles out of order, an empty answer, a
-    conversation that does not end with the assistant.
+    Raises `UserError`, with the line, if no format fits, roles are out of order, an answer is empty, or a conversation
+    does not end with the assistant.
     """
     if source in INSTRUCTIONS:
         yield from INSTRUCTIONS[source]()
@@ -103,12 +104,12 @@ def read(source: str) -> Iterator[Conversation]:
 
 
 def names() -> list[str]:
-    """List the catalogue's conversations, and the instructions that are made from its texts."""
+    """List the catalogue's conversations and the synthetic sets."""
     return [*INSTRUCTIONS, *catalogue.names("conversations")]
 
 
 def objects(path: Path, what: str) -> Iterator[Row]:
-    """Yield each record of a file, with its place for errors; `what` each is, in a word."""
+    """Yield each record of a file with its position for errors. what: a word for a record, also for errors."""
     any_object = False
     for where, record in read_records(path):
         any_object = True
@@ -118,7 +119,7 @@ def objects(path: Path, what: str) -> Iterator[Row]:
 
 
 def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], where: str, what: str) -> Form:
-    """Return how to read a record, by its fields: the first of the forms whose fields it has; none is a `UserError`."""
+    """Return the reader of the first form whose fields the record has. Raises `UserError` if there is none."""
     for fields, form in forms.items():
         if {*fields} <= record.keys():
             return form
@@ -127,16 +128,15 @@ def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], wh
 
 
 def prompt_of(given: Any, where: str) -> Conversation:
-    """Convert a prompt, a string or a list of messages, to messages after which an answer is expected."""
+    """Convert a prompt (a string or a list of messages) to messages that expect an answer."""
     messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
     return validate_messages([*messages, {"role": "assistant", "content": "?"}], where)[:-1]
 
 
 def parse_transcript(text: str, where: str) -> Conversation:
-    """Parse a conversation in one text, as hh-rlhf has it: "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    """Parse a conversation written as one text, as in hh-rlhf: "\\n\\nHuman: ...\\n\\nAssistant: ...".
 
-    Turns of one speaker that follow one another become one turn. A text that does not begin with a speaker is a
-    `UserError`.
+    Consecutive turns of one speaker are joined. Raises `UserError` for a text that does not begin with a speaker.
     """
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if before.strip() or not parts:
@@ -186,7 +186,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
 
 
 def validate_messages(messages: Any, where: str) -> Conversation:
-    """Return the messages if they are a conversation that ends with the assistant; otherwise raise a `UserError`."""
+    """Return the messages. Raises `UserError` unless they are a conversation that ends with the assistant."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: a conversation must be a list of messages, not {str(messages)[:40]!r}.")
     before = None

@@ -1,4 +1,5 @@
-"""Batches of conversations as token ids, several packed into a row; each batch depends only on the seed and the step.
+"""Batches of conversations as token ids, with several packed into a row. Each batch depends only on the seed and the
+step.
 
 Axes: row (of a batch), position.
 """
@@ -28,13 +29,13 @@ class TurnMasks(NamedTuple):
 
     @property
     def last_answer(self) -> int:
-        """Return the position at which the last answer begins; 0 without one."""
+        """Position at which the last answer begins; 0 if there is none."""
         starts = [i for i, (before, after) in enumerate(pairwise(self.learned), 1) if after and not before]
         return max(starts, default=0)
 
 
 def hash_turns(facts: str, conversations: Iterable[TurnMasks]) -> str:
-    """Return SHA-256 of all ids and masks, and of what else batches depend on."""
+    """Return the SHA-256 of all ids and masks, and of `facts`, the settings on which batches depend."""
     digest = hashlib.sha256(facts.encode())
     for turns in conversations:
         digest.update(np.array([len(turns.ids), *turns.ids, *turns.learned], dtype=np.int64).tobytes())
@@ -42,7 +43,7 @@ def hash_turns(facts: str, conversations: Iterable[TurnMasks]) -> str:
 
 
 class FittedConversations(NamedTuple):
-    """Conversations that fit, and how many were left out or shortened to get them."""
+    """Conversations that fit the context, with the numbers of those left out and of those shortened."""
 
     kept: list[TurnMasks]
     dropped: int
@@ -59,10 +60,10 @@ class FittedConversations(NamedTuple):
 def fit_conversations(
     conversations: Sequence[TurnMasks], context_length: int, too_long: TooLong
 ) -> FittedConversations:
-    """Keep conversations of at most context_length tokens; longer ones are a `UserError`, left out, or cut at their
-    end.
+    """Keep conversations of at most context_length tokens. By `too_long`, longer ones raise `UserError`, are left out,
+    or are cut at the end.
 
-    A conversation without a token to train on is left out too.
+    A conversation without a trained token is left out too.
     """
     long = [len(turns.ids) for turns in conversations if len(turns.ids) > context_length]
     if long and too_long == "error":
@@ -82,11 +83,12 @@ def fit_conversations(
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pack by best fit, the longest first, into rows of at most `capacity` tokens: the indices in each row."""
+    """Pack sequences into rows of at most `capacity` tokens by best fit, the longest first. Return the indices in each
+    row."""
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # of each row that has any, sorted
+    room: list[tuple[int, int]] = []  # free tokens of each row that has some, sorted
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        at = bisect_left(room, (lengths[index], -1))  # the smallest room that is large enough
+        at = bisect_left(room, (lengths[index], -1))  # the smallest free space that is large enough
         left, row = room.pop(at) if at < len(room) else (capacity, len(rows))
         if row == len(rows):
             rows.append([])
@@ -97,11 +99,11 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedConversations(EpochBatches):
-    """Training data: {"tokens", "mask": True on tokens that are trained on, "documents"}, [row, position] each.
+    """Training data: {"tokens", "mask": True on trained tokens, "documents"}, [row, position] each.
 
-    A row holds several conversations, which `documents` numbers; the padding at its end is a document of its own. The
-    packing is fixed; every epoch takes every row once, in an order of its own, and a batch may reach into the next
-    epoch. With `packed` False each row is one conversation.
+    A row has several conversations, numbered in `documents`; the padding at its end has another number. The packing is
+    fixed. Every epoch uses every row once in a new order, and a batch may extend into the next epoch. With packed=False
+    each row is one conversation.
     """
 
     def __init__(
@@ -122,12 +124,13 @@ class PackedConversations(EpochBatches):
         return pack(lengths, self.context_length) if packed else [[index] for index in range(len(part))]
 
     def largest(self) -> dict[str, Tensor]:
-        """Return the batch that needs the most memory, whether or not any step has it."""
+        """Return the batch that needs the most memory, whether or not a step uses it."""
         sizes = np.array([sum(len(self.training[index].ids) for index in row) for row in self.rows])
         return self.make_batch(False, np.argsort(-sizes, kind="stable")[: self.batch_size])
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
-        """Return some of the packed rows. The first token of a conversation is not learned: nothing precedes it."""
+        """Return the batch of these packed rows. The first token of each conversation is not trained, because nothing
+        precedes it."""
         part, rows = (self.held, self.held_rows) if validating else (self.training, self.rows)
         packed = [[part[index] for index in rows[item]] for item in items]
         tokens = [[*chain.from_iterable(turns.ids for turns in row)] for row in packed]

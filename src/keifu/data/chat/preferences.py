@@ -1,16 +1,16 @@
 """Preference data: pairs and rankings of responses to a prompt, read from files or the catalogue, and their batches.
 
-A file is .jsonl or .json. Its form is recognised by its fields: {"prompt", "chosen", "rejected"}, texts or lists of
+A file is .jsonl or .json. The format is recognised by the fields: {"prompt", "chosen", "rejected"}, texts or lists of
 messages; {"chosen", "rejected"}, two conversations with the same beginning (Anthropic, TRL); {"prompt", "answers"}, the
-best first, or with {"scores"} in any order. For KTO also {"prompt", "completion", "label"}: one answer that is good
-(true) or bad.
+best first, or with {"scores"} in any order. For KTO also {"prompt", "completion", "label"}: one answer, good (true) or
+bad.
 
-The catalogue's preferences come from chitchat's ratings: people rated their own conversation as witty, upbeat and
-interesting, from 1 to 10. Such a preference compares two whole conversations that begin with the same question. Nobody
-saw the two side by side, and it does not compare two single responses.
+The catalogue's preferences come from chitchat's ratings. People rated their conversation as witty, upbeat and
+interesting, from 1 to 10. A preference compares two whole conversations that begin with the same question, not two
+responses. Nobody saw both.
 
-Axes: row = pairs or prompts, 2 = the better and the worse response, K = ranked responses, position; a
-response stands after its prompt.
+Axes: row = pairs or prompts, 2 = the better and the worse response, K = ranked responses, position. A response follows
+its prompt.
 """
 
 import hashlib
@@ -43,13 +43,13 @@ from keifu.data.padding import stack_sequences
 from keifu.errors import UserError, unknown
 from keifu.folders import neighbours
 
-UNTOUCHED = 5  # the sliders' initial value: a conversation with this for all three was perhaps not rated
-APART = 3.0  # the least difference of a pair's mean ratings
+UNTOUCHED = 5  # initial value of the sliders: three such ratings perhaps mean that nobody rated
+APART = 3.0  # minimal difference of mean ratings in a pair
 
 
 def chitchat_preferences() -> Iterator[dict[str, Any]]:
-    """Yield preferences between two conversations on one question: the best rated against the worst, the second best
-    against the second worst, and so on, each conversation once."""
+    """Yield preferences between two conversations about one question: the best against the worst, the second best
+    against the second worst, and so on. Each conversation is used once."""
     content = json.loads(catalogue.fetch("chitchat").read_text(encoding="utf-8"))
     rated: dict[str, list[tuple[float, str]]] = defaultdict(list)
     for talk in content.values():
@@ -71,29 +71,31 @@ PREFERENCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"chitchat-pref
 
 @dataclass(frozen=True)
 class RankedResponses:
-    """A prompt and at least two responses to it, the best first. `levels`: answers with the same number are equally
-    good. A single response has the level 1, good, or 0, bad.
-    """
+    """Prompt with its responses, the best first. levels: equal numbers mean equally good responses. A single response
+    has level 1 (good) or 0 (bad)."""
 
     prompt: Conversation
     answers: tuple[str, ...]
     levels: tuple[float, ...]
 
     def pairs(self) -> list[tuple[int, int]]:
-        """Return the indices of every pair of a better and a worse response."""
+        """Return the indices (better, worse) of every pair of responses with different levels."""
         indices = combinations(range(len(self.answers)), 2)
         return [(first, second) for first, second in indices if self.levels[first] > self.levels[second]]
 
     def marks(self) -> list[bool]:
-        """Return whether each response is good: a single one by its mark, of several the best."""
+        """Return whether each response is good: a single one by its level, of several the best."""
         best = max(self.levels) if len(self.levels) > 1 else 1.0
         return [level == best for level in self.levels]
 
 
 def read_preferences(source: str | Path, single: bool = False) -> Iterator[RankedResponses]:
-    """Yield the preferences of a file, or of a set that keifu has by name. A `UserError` names the line and the reason:
-    no form fits, two conversations that do not begin alike, equal answers, scores that do not match; single answers
-    with a mark, unless they are allowed."""
+    """Yield the preferences of a file or of a catalogue entry. single: whether single responses with a label are
+    allowed.
+
+    Raises `UserError`, with the line, if no format fits, two conversations begin differently, answers are equal, or the
+    number of scores is wrong.
+    """
     path, made = Path(source), PREFERENCES.get(str(source))
     if made is None and not path.is_file():
         raise unknown("file or set of preferences", str(source), [*PREFERENCES, *neighbours(path, "*.json*")])
@@ -111,7 +113,8 @@ def _pair(record: Mapping[str, Any], where: str) -> RankedResponses:
 
 
 def _two_conversations(record: Mapping[str, Any], where: str) -> RankedResponses:
-    """Read two conversations that differ in their last message; each is a list of messages, or a text (hh-rlhf)."""
+    """Read two conversations that differ only in their last message. Each is a list of messages, or a text
+    (hh-rlhf)."""
 
     def messages(name: str) -> Conversation:
         given = record[name]
@@ -155,7 +158,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]
 
 
 def _answer(given: Any, where: str) -> str:
-    """Return the text of an answer, which may be given as a list of one message."""
+    """Return the text of an answer, which may also be a list of one message."""
     alone = isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict)
     text = given[0].get("content") if alone else given
     if not isinstance(text, str) or not text.strip():
@@ -172,23 +175,23 @@ def _validate(ranked: RankedResponses, where: str) -> RankedResponses:
 
 
 class Pair(NamedTuple):
-    """Two responses, each after its prompt; the loss mask covers the response alone."""
+    """Two responses, each after its prompt. The loss mask covers only the response."""
 
     better: TurnMasks
     worse: TurnMasks
 
 
 class Ranking(NamedTuple):
-    """Responses to one prompt, each after it, with a level each: the higher level is the better response."""
+    """Responses to one prompt, each after the prompt. A higher level is a better response."""
 
     answers: list[TurnMasks]
     levels: list[float]
 
 
 class PreferencePairs(EpochBatches):
-    """The training loop's data: {"tokens", "mask": True on the answers [row, 2, position], "reference" [row, 2]}.
+    """Batches of pairs: {"tokens", "mask": True on the answers [row, 2, position], "reference" [row, 2]}.
 
-    `references` [pairs, 2], the reference model's log-probabilities for training and held-out pairs, come with them.
+    references: log-probabilities of the reference model [pairs, 2], for the training and the held-out pairs.
     """
 
     BESIDE = "reference"
@@ -210,20 +213,20 @@ class PreferencePairs(EpochBatches):
         self.fingerprint = hash_turns(f"{seed} {pad_id}", turns)
 
     def largest(self) -> dict[str, Tensor]:
-        """Return the batch that needs the most memory, whether or not any step has it: that of the longest pairs."""
+        """Return the batch of the longest pairs, which needs the most memory, whether or not a step uses it."""
         lengths = [max(len(answer.ids) for answer in pair) for pair in self.parts[0]]
         return self.make_batch(False, np.argsort(lengths)[-self.batch_size :])
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
-        """Return some of the pairs, with the numbers that belong to them."""
+        """Return the batch of these pairs, with their reference log-probabilities."""
         made = stack_rows([self.parts[validating][item] for item in items], self.pad_id)
         return made | {self.BESIDE: self.references[validating][items, : made["tokens"].shape[1]]}
 
 
 class RankedAnswers(PreferencePairs):
-    """The training loop's data: {"tokens", "mask": True on real tokens [row, K, position], "levels" [row, K]}.
+    """Batches of rankings: {"tokens", "mask": True on real tokens [row, K, position], "levels" [row, K]}.
 
-    All responses to a prompt are one row (InstructGPT, section 3.5); a missing response has the level NaN.
+    All responses to a prompt are in one row (InstructGPT, section 3.5). A missing response has level NaN.
     """
 
     BESIDE = "levels"

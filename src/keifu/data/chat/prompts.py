@@ -1,7 +1,7 @@
-"""Prompts for reinforcement learning, each with the data that its reward needs: from files, or from reasoning-gym.
+"""Prompts for reinforcement learning, with the data for their reward: from files, or from reasoning-gym.
 
-reasoning-gym is an optional package. A set of its problems is named `gym:chain_sum`, followed by settings of its
-generator if any: `gym:chain_sum,min_terms=2,max_digits=1`. Its own scorers rate the responses.
+reasoning-gym is an optional package. A set of its problems is called `gym:chain_sum`, optionally with settings of the
+generator: `gym:chain_sum,min_terms=2,max_digits=1`. The package's scorers rate the responses.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from keifu.errors import UserError, require_known
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as messages, and the record that it comes from."""
+    """Prompt as messages, with its record."""
 
     messages: Conversation
     record: Mapping[str, Any]
@@ -33,8 +33,10 @@ class Prompt:
 
 
 def read_prompts(source: str | Path) -> Iterator[Prompt]:
-    """Yield the prompts of a .jsonl or .json file, whose objects have a "prompt" (a string or messages) and other
-    fields. Conversations that keifu has by name give all but the last message as prompt, and the last one as "answer".
+    """Yield the prompts of a file or of a conversation set that keifu knows by name.
+
+    Objects of a .jsonl or .json file have a "prompt" (a string or messages) and other fields. A conversation's last
+    message becomes the "answer", the others the prompt.
     """
     path = Path(source)
     if source in conversations.names():
@@ -48,7 +50,7 @@ def read_prompts(source: str | Path) -> Iterator[Prompt]:
 
 
 def prompt(record: Mapping[str, Any], where: str) -> Prompt:
-    """Return one record; a fault is a `UserError` that begins with the place."""
+    """Convert one record to a prompt. Raises a `UserError` that begins with `where`."""
     if "prompt" not in record:
         raise UserError(f"{where}: there is no field prompt, only {listed(record)}.")
     return Prompt(prompt_of(record["prompt"], where), record)
@@ -67,7 +69,7 @@ SCORER = "reasoning-gym"
 
 
 def reasoning_gym() -> Any:
-    """Return the package; a `UserError` if it is not installed."""
+    """Return the package. Raises `UserError` if it is not installed."""
     try:
         return import_module("reasoning_gym")
     except ImportError as error:
@@ -75,8 +77,8 @@ def reasoning_gym() -> Any:
 
 
 def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield `count` problems: {"prompt", "answer", "entry": the item as the library has it}, the same for the same
-    seed."""
+    """Yield `count` problems: {"prompt", "answer", "entry": the package's item}. The same seed gives the same
+    problems."""
     name, *given = source.removeprefix(PREFIX).split(",")
     known = import_module(f"{reasoning_gym().__name__}.factory").DATASETS
     require_known("generator of reasoning-gym", name, known)
@@ -89,7 +91,7 @@ def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]
 
 
 def gym_score(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Return the score of the library's own scorer, from 0 to 1, for an example of `gym_problems`."""
+    """Return the score of an answer by the package's scorer, from 0 to 1. example: a problem from `gym_problems`."""
     if "entry" not in example:
         raise UserError(f"the example is none of reasoning-gym's: choose --data {PREFIX}NAME, or another reward")
     entry = example["entry"]

@@ -1,4 +1,5 @@
-"""Thoughts of a reasoning model, apart from its answer: the text between `<think>` and `</think>` at its beginning."""
+"""Separation of a reasoning model's thoughts, the text between `<think>` and `</think>` at the beginning, from its
+answer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -7,7 +8,7 @@ from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer
 from keifu.errors import UserError
 
 OPEN, CLOSE = "<think>", "</think>"
-TAIL = 8  # tokens at the end of a prompt in which a template may open thoughts
+TAIL = 8  # tokens at the end of a prompt that are searched for `<think>`
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", *ROLES)
 
 
@@ -19,18 +20,18 @@ class ThoughtSplit(NamedTuple):
 
 
 class ThoughtSplitter:
-    """Splitter of a text that comes in pieces.
+    """Splitter of a text that arrives in pieces.
 
-    thinking: whether the text begins inside of thoughts, as after a template that writes `<think>` itself. A mark that
-    is cut in two waits for its rest. Text without thoughts stays as it is; a later `<think>` is part of the answer.
+    thinking: whether the text begins inside the thoughts, because the chat template wrote `<think>`. An incomplete mark
+    at the end of a piece is withheld until the next piece. A later `<think>` is part of the answer.
     """
 
     def __init__(self, thinking: bool = False):
         self.part: Literal["start", "thoughts", "gap", "answer"] = "thoughts" if thinking else "start"
-        self.empty, self.waiting = True, ""  # whether the thoughts have no text yet
+        self.empty, self.waiting = True, ""  # empty: whether the thoughts have no text yet
 
     def __call__(self, piece: str) -> ThoughtSplit:
-        """Return the thoughts and the answer in a further piece."""
+        """Return the thoughts and the answer in the next piece."""
         text, self.waiting, thoughts = self.waiting + piece, "", ""
         if self.part == "start":
             begun = text.lstrip()
@@ -54,7 +55,7 @@ class ThoughtSplitter:
         return ThoughtSplit(thoughts, text)
 
     def end(self) -> ThoughtSplit:
-        """Return the text that was withheld as a possible mark."""
+        """Return the withheld text, which was not a mark."""
         rest, self.waiting = self.waiting, ""
         return ThoughtSplit(rest.rstrip(), "") if self.part == "thoughts" else ThoughtSplit("", rest)
 
@@ -66,25 +67,27 @@ def split_thoughts(text: str, thinking: bool = False) -> ThoughtSplit:
 
 
 def answer_of(completion: str) -> str:
-    """Return the answer of a whole completion. A `</think>` without `<think>` ends thoughts that the prompt opened."""
+    """Return the answer in a whole completion. A `</think>` without `<think>` ends thoughts that the prompt opened."""
     begun, closed, _ = completion.partition(CLOSE)
     return split_thoughts(completion, bool(closed) and OPEN not in begun).answer
 
 
 def opens_thoughts(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
-    """Return whether a prompt ends with `<think>`, which some chat templates write for the model."""
+    """Return whether a prompt ends with `<think>`, which some chat templates write."""
     return tokenizer.decode(prompt[-TAIL:], skip_special=False).rstrip().endswith(OPEN)
 
 
 def with_opening(tokenizer: Tokenizer, prompt: Sequence[int], completion: str) -> str:
-    """Return a completion with the `<think>` that its prompt ended with, so that thoughts without an end are seen."""
+    """Put the `<think>` at the prompt's end, if any, before the completion, so that unfinished thoughts are
+    recognised."""
     return f"{OPEN}\n{completion}" if opens_thoughts(tokenizer, prompt) else completion
 
 
 def template_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return variables for the chat template, such as `enable_thinking`.
+    """Check variables for the chat template, such as `enable_thinking`, and return them.
 
-    A name that it does not read is a `UserError`. So are special tokens, and names that keifu or Jinja defines.
+    Raises `UserError` for a name that the template does not read, a special token, or a name that keifu or Jinja
+    defines.
     """
     from keifu.data.tokenizers.chat_template import template_variables
 

@@ -1,7 +1,7 @@
 """Batches of labelled examples: texts as token ids, examples of several token sequences, and tensors.
 
 Each batch depends only on the seed and the step. Axes: batch = examples, sequences = of one example, length = tokens;
-of tensors: rows, dim.
+for tensors: rows, dim.
 """
 
 import hashlib
@@ -22,24 +22,24 @@ from keifu.data.epochs import EpochBatches, by_rows
 from keifu.data.padding import Rows, length_buckets, stack_rows, stack_sequences
 from keifu.errors import UserError
 
-POOL = 32  # batches whose rows are sorted by length together
-VALIDATION_TOKENS = 8192  # in a batch of held-out rows
+POOL = 32  # number of batches whose rows are sorted by length together
+VALIDATION_TOKENS = 8192  # tokens in a batch of held-out rows
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedTexts:
-    """The ids of each text, and the number of its label."""
+    """Token ids of each text, and the index of its label."""
 
     rows: Rows
     targets: Sequence[int]
-    stack = staticmethod(stack_rows)  # makes one tensor of rows, with a mask of real tokens
+    stack = staticmethod(stack_rows)  # converts rows to one tensor with a mask of real tokens
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each text."""
+        """Number of tokens of each text."""
         return [len(row) for row in self.rows]
 
     def batch(self, indices: Sequence[int], pad_id: int) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ class EncodedTexts:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all ids and targets."""
+        """Hash of all ids and targets."""
         digest = hashlib.sha256()
         for row, target in zip(self.rows, self.targets, strict=True):
             digest.update(np.array([len(row), target, *row]).tobytes())
@@ -57,10 +57,11 @@ class EncodedTexts:
 
 
 class LabelledBatches:
-    """The training loop's data: batches as the rows make them (see `EncodedTexts.batch`).
+    """Batches of labelled rows (see `EncodedTexts.batch`).
 
-    Every epoch has every row once. Rows are shuffled, those of `POOL` batches are sorted by length, and the batches are
-    shuffled: that leaves little padding and little order. The last batch of an epoch may be smaller.
+    Every epoch uses every row once. Rows are shuffled; then those of `POOL` batches are sorted by length; then the
+    batches are shuffled. So there is little padding, and the order stays nearly random. The last batch of an epoch may
+    be smaller.
     """
 
     def __init__(self, training: EncodedTexts, held: EncodedTexts, batch_size: int, seed: int, pad_id: int):
@@ -71,7 +72,7 @@ class LabelledBatches:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the training rows and of the held-out ones."""
+        """Hash of the training and the held-out rows."""
         return f"{self.training.fingerprint}|{self.held.fingerprint}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
@@ -79,21 +80,21 @@ class LabelledBatches:
         return self.training.batch(self._epochs.item(step).tolist(), self.pad_id)
 
     def largest(self) -> dict[str, Tensor]:
-        """Return the batch that needs the most memory, whether or not any step has it: that of the longest rows."""
+        """Return the batch of the longest rows, which needs the most memory, whether or not a step uses it."""
         longest = np.argsort(self.batching.keys)[-self.batch_size :]
         return self.training.batch(longest.tolist(), self.pad_id)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the held-out rows, always the same."""
+        """Yield the held-out rows in batches, always the same."""
         for indices in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
             yield self.held.batch(indices, self.pad_id)
 
 
-Sequences = Sequence[list[Ids]]  # of each example
+Sequences = Sequence[list[Ids]]  # the token sequences of each example
 
 
 class Encoded(NamedTuple):
-    """Texts or examples as ids, and how many of them were cut."""
+    """Texts or examples as ids, and the number of those that were cut."""
 
     rows: list[Any]
     cut: int
@@ -102,10 +103,10 @@ class Encoded(NamedTuple):
 def encode_form(
     tokenizer: Any, form: Form, marks: Delimiters, examples: Examples, limit: int, cut: bool = False
 ) -> Encoded:
-    """Encode the examples of a form, with their marks, in sequences of at most `limit` tokens.
+    """Encode examples with delimiter tokens into sequences of at most `limit` tokens.
 
-    cut: take tokens from the ends of the longest texts where needed. Without it a longer example is a `UserError` that
-    says where it stands and both lengths.
+    cut: whether the longest texts of a longer example lose tokens at their ends. Otherwise it raises a `UserError` with
+    its position and both lengths.
     """
     texts = list(dict.fromkeys(chain.from_iterable(row.texts for row in examples.rows)))
     ids = dict(zip(texts, tokenizer.encode_batch(texts), strict=True))
@@ -123,25 +124,25 @@ def encode_form(
 
 
 def row_size(row: list[Ids]) -> int:
-    """Return the tokens of an example, when all its sequences are as long as the longest."""
+    """Return the padded size of an example: the length of its longest sequence times the number of sequences."""
     return len(row) * max(map(len, row))
 
 
 @dataclass(frozen=True, eq=False)
 class FormBatches(EncodedTexts):
-    """`rows` are examples, each a list of sequences; `targets` the number of each one's label or right answer."""
+    """Batches of examples with several sequences. targets: index of each example's label or right answer."""
 
     rows: Sequences
     stack = staticmethod(stack_sequences)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each example, padding counted."""
+        """Number of tokens of each example, with padding."""
         return [row_size(row) for row in self.rows]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all ids and targets."""
+        """Hash of all ids and targets."""
         return hashlib.sha256(repr((list(self.rows), list(self.targets))).encode()).hexdigest()
 
 
@@ -161,10 +162,10 @@ class LabelledTensors:
 
 
 class TensorBatches(EpochBatches):
-    """The training loop's data: every epoch shows every training row once, in its own order.
+    """Batches of tensors. Every epoch uses every training row once, in a new order.
 
-    A batch may reach from one epoch into the next. `augment(inputs, generator)` changes a batch's inputs by random
-    numbers that the seed and the step fix.
+    A batch may extend into the next epoch. `augment(inputs, generator)` changes a batch's inputs with random numbers
+    that depend on the seed and the step.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class TensorBatches(EpochBatches):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all rows, the training ones and the held-out ones."""
+        """Hash of the training and the held-out rows."""
         digest = hashlib.sha256()
         for split in (self.training, self.held):
             for tensor in (split.inputs, split.targets):
@@ -188,12 +189,12 @@ class TensorBatches(EpochBatches):
         return digest.hexdigest()
 
     def make_batch(self, validating: bool, items: np.ndarray) -> Batch:
-        """Return some of the rows as they are."""
+        """Return these rows without augmentation."""
         rows, chosen = self.held if validating else self.training, torch.from_numpy(items)
         return {"inputs": rows.inputs[chosen], "targets": rows.targets[chosen]}
 
     def batch(self, step: int) -> Batch:
-        """Return the rows of that step, counted from 0, changed by `augment`."""
+        """Return the batch of a step, counted from 0, changed by `augment`."""
         batch = super().batch(step)
         if self.augment:
             batch["inputs"] = self.augment(batch["inputs"], self._generator("augment", step))
@@ -207,6 +208,6 @@ class TensorBatches(EpochBatches):
         return torch.randperm(len(self.training), generator=self._generator("order", epoch)).numpy()
 
     def _generator(self, use: str, number: int) -> Generator:
-        """Return a generator for one use and one epoch or step."""
+        """Return a random generator that depends on the seed, a purpose (`use`), and an epoch or step."""
         digest = hashlib.sha256(f"{self.seed} {use} {number}".encode()).digest()
         return Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,4 +1,4 @@
-"""Texts with a label each, and their split into training and test examples."""
+"""Labelled texts, and their split into training and test examples."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -10,7 +10,8 @@ from keifu.errors import UserError
 
 
 class Example(NamedTuple):
-    """Example with its position for errors, its texts and its label: for a choice, the number of the right answer."""
+    """Example: its position for errors, its texts, and its label. In a choice the label is the index of the right
+    answer."""
 
     where: str
     texts: tuple[str, ...]
@@ -29,30 +30,29 @@ class Examples:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The first text of each row."""
+        """First text of each row."""
         return tuple(row.texts[0] for row in self.rows)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The label of each row."""
+        """Label of each row."""
         return tuple(row.label for row in self.rows)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Every label once, in order; numbers by their value."""
+        """Every label once, sorted; numbers by value."""
         return sorted_labels(self.labels)
 
     def chosen(self, indices: Iterable[int]) -> "Examples":
-        """Return some of the rows."""
+        """Return the rows with these indices."""
         return Examples(self.source, tuple(self.rows[index] for index in indices))
 
     def split(self, held_out: int) -> tuple["Examples", "Examples"]:
-        """Return training rows, in the order of their keys, and at most `held_out` test rows: those with the smallest
-        keys.
+        """Split into training rows and at most `held_out` test rows: those with the smallest keys. Training rows are
+        ordered by key.
 
-        A row's key is that of its first text. Rows with the same key stay together, so that none is on both sides
-        (premises come with several hypotheses, contexts with several questions), and a label that would only be held
-        out stays in training.
+        The key of a row depends on its first text. Rows with the same key are not separated, because premises come with
+        several hypotheses and contexts with several questions. A label never occurs only in the test rows.
         """
         if not 0 <= held_out < len(self):
             raise UserError(f"{held_out} of {len(self)} rows cannot be held out: give a number between.")
@@ -71,7 +71,7 @@ class Examples:
 
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
-    """Return every label once, in order; numbers by their value."""
+    """Return every label once, sorted; numbers by value."""
     return tuple(
         sorted(set(labels), key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text))
     )

@@ -26,28 +26,28 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 
 Ids = list[int]
-START, DELIMITER, EXTRACT = TOKENS = "_start_", "_delimiter_", "_classify_"  # as the released code calls them
+START, DELIMITER, EXTRACT = TOKENS = "_start_", "_delimiter_", "_classify_"  # names of the released code
 
 
 class Delimiters(NamedTuple):
-    """The ids before, between and after the parts of a sequence; each may be none, one or several."""
+    """Token ids before, between and after the texts of a sequence. Each may be none, one or several."""
 
     start: tuple[int, ...]
     delimiter: tuple[int, ...]
     extract: tuple[int, ...]
 
     def sequence(self, *parts: Sequence[int]) -> Ids:
-        """Start, the parts with a delimiter between any two, extract."""
+        """Return start, the texts with a delimiter between any two, extract."""
         rest = (token for part in parts[1:] for token in (*self.delimiter, *part))
         return [*self.start, *parts[0], *rest, *self.extract]
 
 
 @dataclass(frozen=True)
 class Form:
-    """Layout of an example: its columns, and the sequences made of them.
+    """Layout of an example: its columns, and the sequences built from them.
 
-    columns: the default names of its texts' columns. orders: from the number of its texts, which of
-    them each sequence holds. answers: whether its label is the number of one of its texts.
+    columns: default names of the columns with texts. orders: function from the number of texts to the sequences; a
+    sequence is a tuple of indices of texts. answers: whether the label is the index of one of the texts.
     """
 
     name: str
@@ -56,9 +56,9 @@ class Form:
     answers: bool = False
 
     def sequences(self, texts: Sequence[Ids], marks: Delimiters, limit: int | None = None) -> list[Ids]:
-        """Return the sequences of an example whose texts have these ids.
+        """Return the sequences of an example from the token ids of its texts.
 
-        limit: where one would have more tokens, its longest texts lose as many as needed from their ends.
+        limit: maximal length; the longest texts of a longer sequence lose tokens at their ends.
         """
         return [self._sequence([texts[index] for index in order], marks, limit) for order in self.orders(len(texts))]
 
@@ -71,10 +71,10 @@ class Form:
 
 
 def kept_lengths(parts: Sequence[Ids], room: int) -> list[int]:
-    """Return the number of tokens that each part keeps, within a limit on their sum: longer parts are cut to equal
-    lengths.
+    """Return the number of tokens that each text keeps so that their sum is at most `room`. Longer texts are cut to
+    equal lengths.
 
-    What is left over when that does not come out even is not used, so that both orders of a pair are cut alike.
+    A remainder is not used, so that both orders of a pair are cut equally.
     """
     level, lengths = max(map(len, parts)), list(map(len, parts))
     while level and sum(min(length, level) for length in lengths) > room:
@@ -94,16 +94,17 @@ FORMS = {
 
 
 def form_of(name: str) -> Form:
-    """Return the form of that name; an unknown name is a `UserError` with the nearest one."""
+    """Return the form of that name. Raises `UserError`, with the nearest name, if it is unknown."""
     require_known("form", name, FORMS)
     return FORMS[name]
 
 
 def add_delimiters(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
-    """Add start, delimiter and extract tokens to a tokenizer and return their ids; tokens that exist stay as they are.
+    """Add start, delimiter and extract tokens to a tokenizer. Return it and the ids of new tokens; existing tokens are
+    kept.
 
-    It puts them around a text and between two by itself, and pads with the start token where it had no other: so a
-    sequence's last token that is no padding is always extract, which is where transformers reads its classes too.
+    The tokenizer then adds them around and between texts. It pads with the start token if it had no padding token. So
+    the last token that is not padding is always extract, which is where transformers reads its classes.
     """
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in TOKENS])
@@ -117,9 +118,9 @@ def add_delimiters(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
 
 
 def delimiters_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Delimiters:
-    """Return the marks of a model whose start, delimiter and extract tokens have these ids.
+    """Return the delimiters of a model with these ids of start, delimiter and extract.
 
-    Where there are none, its texts stand as the tokenizer itself makes them, with whatever it puts around them.
+    A missing id gives no token there; the tokenizer may still add its special tokens around a text.
     """
     if ids[0] is None and ids[2] is None:
         bare, whole = tokenizer.encode("a"), tokenizer.encode("a", special=True)
@@ -134,9 +135,10 @@ def read_examples(
 ) -> Examples:
     """Read the examples of a table (see `keifu.data.classification.tables.read`).
 
-    columns: those of the texts, in the form's order; none: the form's own. Of a choice the last one holds a list of
-    answers, or the second and all that follow hold an answer each; its label is the number of the right answer, counted
-    from 0, or its letter from A on. A table that does not fit the form is a `UserError` that names line and column.
+    columns: those of the texts, in the form's order; empty: the form's names. In a choice the last column contains a
+    list of answers, or each column from the second on contains one answer. The label of a choice is the index of the
+    right answer from 0, or its letter from A. Raises `UserError`, with line and column, for a table that does not fit
+    the form.
     """
     names, most = tuple(columns) or form.columns, None if form.answers else len(form.columns)
     if not len(form.columns) <= len(names) <= (most or len(names)):
@@ -149,7 +151,7 @@ def read_examples(
 
 
 def examples_of(texts: Sequence[str], form: Form) -> Examples:
-    """Return examples without labels from texts, whose parts have a tab between them where the form has several."""
+    """Return examples without labels. If the form has several texts, each input is split at tabs."""
     several, rows = len(form.columns) > 1, []
     for number, text in enumerate(texts, 1):
         where = f"Text {number} of {len(texts)}"
@@ -163,7 +165,7 @@ def examples_of(texts: Sequence[str], form: Form) -> Examples:
 
 
 def _check_columns(first: Row, form: Form, names: Sequence[str], source: str) -> None:
-    """Say so where a table lacks a column of this form and has those of another."""
+    """Raise `UserError` if a table lacks a column of this form but has the columns of another form."""
     where, cells = first
     missing = [name for name in names if name not in cells]
     fits = [other.name for other in FORMS.values() if {*other.columns, names[-1]} <= cells.keys()]
@@ -182,7 +184,7 @@ def _texts(where: str, cells: dict[str, Any], form: Form, names: Sequence[str]) 
 
 
 def _answers(where: str, value: Any, name: str) -> list[str]:
-    """Return the list in a cell: a JSON list, or one that is written as JSON in a CSV file."""
+    """Return the list in a cell: a JSON list, or a string with a JSON list in a CSV file."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -197,7 +199,7 @@ def _answers(where: str, value: Any, name: str) -> list[str]:
 
 
 def _numbered(row: Example) -> Example:
-    """Return the example with the number of the right answer, counted from 0, as its label."""
+    """Return the example with its label as an index of the right answer, from 0."""
     count, label = len(row.texts) - 1, row.label
     letter = ord(label) - ord("A") if len(label) == 1 and label.isupper() and label.isascii() else None
     number = int(label) if label.isdecimal() else letter

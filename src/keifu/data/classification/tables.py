@@ -20,10 +20,10 @@ from keifu.errors import UserError, unknown
 
 
 def read(source: str | Path, text: str = "text", label: str = "label", encoding: str | None = None) -> Examples:
-    """Read the table in a file of records, or in a catalogue entry that has labels (see `CATALOGUED`).
+    """Read a labelled table from a file of records, or from a catalogue entry with labels (see `CATALOGUED`).
 
-    text, label: the names of the two columns. encoding: see `text_files.lines`. A missing column, a row with another
-    number of cells, an empty text or label is a `UserError` that names the line.
+    text, label: names of the two columns. encoding: see `text_files.lines`. Raises `UserError`, with the line, for a
+    missing column, a row with another number of cells, or an empty text or label.
     """
     rows = table_rows(source, encoding)
     examples = (Example(where, (cell(where, cells, text),), cell(where, cells, label)) for where, cells in rows)
@@ -31,7 +31,7 @@ def read(source: str | Path, text: str = "text", label: str = "label", encoding:
 
 
 def table_rows(source: str | Path, encoding: str | None = None) -> list[Row]:
-    """Return the rows of such a table, with all their cells; no rows are a `UserError`."""
+    """Return the rows of a table with all cells. Raises `UserError` if there are none."""
     path = Path(source)
     if str(source) in CATALOGUED and not path.exists():
         rows = list(CATALOGUED[str(source)]())
@@ -56,9 +56,9 @@ CATALOGUED: dict[str, Callable[[], Iterator[Row]]] = {"wiki-summaries": _topics}
 
 @dataclass(frozen=True)
 class Table:
-    """Numbers with labels.
+    """Numeric table with labels.
 
-    inputs: float64, as they are read. targets: positions in `classes`, the labels in order. columns: their names.
+    inputs: float64. targets: indices into `classes`, the sorted labels. columns: names of the inputs.
     """
 
     inputs: Float[Tensor, "rows dim"]
@@ -70,8 +70,8 @@ class Table:
 def read_table(path: Path, label: str | None = None) -> Table:
     """Read a CSV file (commas, semicolons or tabs) whose cells are numbers, except in the label's column.
 
-    The first line is a header where none of its cells is a number. `label` names the label's column: the last one
-    when None. Without a header the columns are called 1, 2, .... A bad cell is an error with its line and column.
+    The first line is a header if none of its cells is a number. Without a header the columns are called 1, 2, ....
+    label: name of the label's column; None: the last one. A bad cell raises a `UserError` with its line and column.
     """
     lines = list(read_cells(path))
     if not lines:
@@ -97,13 +97,13 @@ def read_table(path: Path, label: str | None = None) -> Table:
 
 
 def standardisation(inputs: Float[Tensor, "rows dim"]) -> tuple[Float[Tensor, "dim"], Float[Tensor, "dim"]]:
-    """Return each column's mean and standard deviation; a column that never changes has deviation 1."""
+    """Return each column's mean and standard deviation. The deviation of a constant column is 1."""
     scale = inputs.std(0, correction=0)
     return inputs.mean(0), torch.where(scale > 0, scale, 1.0)
 
 
 def _number(cell: str) -> float | None:
-    """Return the number in a cell; None if it has none, or one that is not finite."""
+    """Return the number in a cell; None if it is not a finite number."""
     try:
         value = float(cell)
     except ValueError:

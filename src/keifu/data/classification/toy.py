@@ -17,7 +17,7 @@ from keifu.data.classification.tables import Table, read_table, standardisation
 from keifu.data.images.catalogued import mnist, stratified_sample
 from keifu.errors import UserError, unknown
 
-LOGIC = {"and": (0, 0, 0, 1), "or": (0, 1, 1, 1), "xor": (0, 1, 1, 0)}  # the outputs for 00, 01, 10, 11
+LOGIC = {"and": (0, 0, 0, 1), "or": (0, 1, 1, 1), "xor": (0, 1, 1, 0)}  # outputs for 00, 01, 10, 11
 
 
 def logic(name: str) -> tuple[Float[Tensor, "4 2"], Int[Tensor, "4"]]:
@@ -26,7 +26,7 @@ def logic(name: str) -> tuple[Float[Tensor, "4 2"], Int[Tensor, "4"]]:
 
 
 def moons(rows: int, noise: float = 0.15, seed: int = 0) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
-    """Draw two half circles of radius 1, each with an end in the other's mouth, plus normal noise."""
+    """Draw two interlocking half circles of radius 1, with normal noise."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(rows) % 2
     angle = math.pi * torch.rand(rows, generator=generator)
@@ -38,7 +38,7 @@ def moons(rows: int, noise: float = 0.15, seed: int = 0) -> tuple[Float[Tensor, 
 def spirals(
     rows: int, arms: int = 2, turns: float = 1.25, noise: float = 0.04, seed: int = 0
 ) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
-    """Return arms that wind about the origin to radius 1, each a class, plus normal noise."""
+    """Return spiral arms around the origin with outer radius 1 and normal noise. Each arm is a class."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(rows) % arms
     radius = 0.1 + 0.9 * torch.rand(rows, generator=generator).sqrt()
@@ -51,9 +51,10 @@ TOYS = (*LOGIC, "moons", "spirals")
 
 
 def toy_table(name: str, label: str | None = None, rows: int = 400, known: Sequence[str] = TOYS) -> Table:
-    """Return the toy set of that name (moons and spirals with `rows` rows), or else the CSV file (see `read_table`).
+    """Return the toy set of that name (moons and spirals have `rows` rows), or the CSV file of that path (see
+    `read_table`).
 
-    known: the names that the error for an unknown one tells.
+    known: names that the error for an unknown name lists.
     """
     if name not in TOYS:
         path = Path(name)
@@ -67,14 +68,14 @@ def toy_table(name: str, label: str | None = None, rows: int = 400, known: Seque
 
 
 NAMES = ("mnist", *TOYS)
-ENOUGH = 50  # rows; with fewer, none is held out
+ENOUGH = 50  # with fewer rows, none are held out
 
 
 @dataclass(frozen=True, eq=False)
 class ToyDataset:
     """Training and held-out rows, mean and scale of each input, and the names of columns and classes.
 
-    Where there are too few rows to hold any out, the same ones are both. Pictures have no names of columns.
+    With too few rows to hold any out, both parts are the same rows. Pictures have no names of columns.
     """
 
     training: LabelledTensors
@@ -86,7 +87,7 @@ class ToyDataset:
 
 
 def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
-    """Return the data set of that name, or the CSV file with its column of labels (see `read_table`)."""
+    """Return the data set of that name, or a CSV file with its label column (see `read_table`)."""
     if name != "mnist":
         return _table(name, label)
     if label is not None:
@@ -95,7 +96,7 @@ def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
 
 
 def _digits() -> ToyDataset:
-    """Return the catalogue's 5,000 MNIST digits with pixels from 0 to 1; 1,000 are held out, 100 of each."""
+    """Return the catalogue's 5,000 MNIST digits with pixels from 0 to 1; 100 of each digit are held out."""
     pictures, labels = mnist()
     inputs = pictures.flatten(1).float() / 255
     training, validation = (LabelledTensors(inputs[part], labels[part]) for part in stratified_sample(labels, 1000))
@@ -104,7 +105,7 @@ def _digits() -> ToyDataset:
 
 
 def _table(name: str, label: str | None) -> ToyDataset:
-    """Return a toy set or a CSV file; every fifth row is held out if there are enough."""
+    """Return a toy set or a CSV file. Every fifth row is held out if there are enough rows."""
     table = toy_table(name, label, known=NAMES)
     if len(table.classes) == 1:
         raise UserError(f"There is nothing to classify in {name}: all its rows have the label {table.classes[0]!r}.")

@@ -1,4 +1,5 @@
-"""Random image augmentation: flips, shifts, rotation and colour by a hash of seed, step and index; elastic distortion.
+"""Random image augmentation: flips, shifts, rotation and colour by a hash of seed, step and index; and elastic
+distortion.
 
 Axes: picture, channels, height, width.
 """
@@ -16,7 +17,7 @@ from keifu.errors import UserError
 from keifu.ranges import Natural, NotNegative
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
-GREY = 0.299, 0.587, 0.114  # the shares of red, green and blue in what eyes see as light (ITU-R BT.601)
+GREY = 0.299, 0.587, 0.114  # luminance weights of red, green and blue (ITU-R BT.601)
 Bytes = UInt8[Tensor, "picture channels height width"]
 Values = Float[Tensor, "picture channels height width"]
 
@@ -50,7 +51,7 @@ class Augmentation:
             raise UserError("augmentation's crop is 1.0, which would leave nothing: it must be below 1.")
 
     def __call__(self, pictures: Bytes, seed: int, step: int, indices: np.ndarray) -> Bytes:
-        """Augment images; the transformation of an image depends only on the seed, the step and its own index."""
+        """Augment pictures. The changes of a picture depend only on the seed, the step and the picture's index."""
         if self == Augmentation():
             return pictures
         chance = torch.from_numpy(uniform(seed, step, indices, 10).T.copy()).float()
@@ -62,14 +63,14 @@ class Augmentation:
         return values.round().clamp(0, 255).to(torch.uint8)
 
     def _move(self, values: Values, chance: Float[Tensor, "10 picture"]) -> Values:
-        """Resample once for all moves: an affine map from an output pixel's position to one in the input."""
+        """Apply all geometric changes by one resampling: an affine map from output positions to input positions."""
         height, width = values.shape[2:]
         sign = torch.where(chance[0] < 0.5, -1.0, 1.0) if self.flip else torch.ones(len(values))
         scale = 1 - self.crop * chance[1]
         angle = math.radians(self.rotation) * (2 * chance[2] - 1)
         whole = ((2 * self.shift + 1) * chance[3:5]).floor().clamp(max=2 * self.shift) - self.shift
         moved = 2 * whole / torch.tensor([[width], [height]]) + (1 - scale) * (2 * chance[5:7] - 1) * (self.crop > 0)
-        # Places go from -1 to 1 on both axes, so that turning a picture that is no square takes its proportions.
+        # Positions are in [-1, 1] on both axes, so a rotation must use the picture's proportions.
         across, down = scale * angle.cos(), scale * angle.sin()
         rows = [
             torch.stack([sign * across, -down * height / width, moved[0]], 1),
@@ -90,8 +91,8 @@ class Augmentation:
 
 
 def uniform(seed: int, step: int, indices: np.ndarray, count: int) -> np.ndarray:
-    """Return numbers in [0, 1), float64 [index, count]: SplitMix64 (Steele, Lea and Flood, 2014), keyed by what is
-    given."""
+    """Return float64 numbers in [0, 1), [index, count]: SplitMix64 (Steele, Lea and Flood, 2014) keyed by seed, step
+    and index."""
     key = _mix(np.array([seed % 2**64], np.uint64) + STEP)
     key = _mix(key + np.array([(step + 1) % 2**64], np.uint64) * STEP)
     keys = _mix(key + (np.asarray(indices).astype(np.uint64) + np.uint64(1)) * STEP)
@@ -107,19 +108,19 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Distortion:
-    """The strength of shift, rotation, scaling and elastic deformation: each the maximum, for `bend` the deviation."""
+    """Strength of each distortion: a maximum, except `bend`, a standard deviation."""
 
     shift: float = 1.5  # pixels, along each axis
     turn: float = 12.0  # degrees
     zoom: float = 0.12  # share of the size
     shear: float = 0.2  # pixels sideways for each pixel down
     bend: float = 0.8  # pixels: standard deviation of a smooth field (elastic distortion: Simard et al., 2003)
-    cells: int = 5  # of that field along each axis: fewer is smoother
+    cells: int = 5  # of that field along each axis; fewer are smoother
 
     def __call__(
         self, pictures: Float[Tensor, "rows height width"], generator: Generator
     ) -> Float[Tensor, "rows height width"]:
-        """Return each image distorted by random numbers of its own from the generator; outside the image is zero."""
+        """Distort each picture with separate random numbers. Pixels from outside the picture are 0."""
         rows, height, width = pictures.shape
         grid = F.affine_grid(self._affine(rows, width, generator), [rows, 1, height, width], align_corners=False)
         field = torch.randn(rows, 2, self.cells, self.cells, generator=generator) * (2 * self.bend / width)
@@ -127,7 +128,7 @@ class Distortion:
         return F.grid_sample(pictures[:, None], grid + field, align_corners=False)[:, 0]
 
     def _affine(self, rows: int, width: int, generator: Generator) -> Float[Tensor, "rows 2 3"]:
-        """Return rotation, zoom, shear and shift in one matrix a picture, in units of half its width."""
+        """Return rotation, zoom, shear and shift as one matrix for each picture, in units of half its width."""
         turn, zoom, shear, *shift = 2 * torch.rand(5, rows, generator=generator) - 1
         angle, size = turn * self.turn * math.pi / 180, (zoom * math.log1p(self.zoom)).exp()
         cos, sin, lean = size * angle.cos(), size * angle.sin(), shear * self.shear

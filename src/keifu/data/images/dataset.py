@@ -1,6 +1,6 @@
-"""Image data sets: pixels in one memory-mapped file, captions, labels and groups in an index.
+"""Image data sets: pixels in one memory-mapped file; captions, labels and groups in an index.
 
-Axes: picture, height, width, channels (1 or 3) on disk and in numpy; picture (of a batch: row), channels, height, width
+Axes: picture, height, width, channels (1 or 3) on disk and in numpy; picture (in a batch: row), channels, height, width
 in tensors.
 """
 
@@ -32,8 +32,8 @@ from keifu.errors import UserError, require_known
 from keifu.untrusted import plain_file
 
 PIXELS = "pixels.bin"
-CHUNK = 256  # pictures that are read at a time, in parallel
-SHOWN = 3  # faults that a note names
+CHUNK = 256  # number of pictures that are read in parallel
+SHOWN = 3  # number of bad pictures that a note names
 
 
 class ImageFormat(NamedTuple):
@@ -49,7 +49,7 @@ def _with_advice(fault: str) -> str:
 
 
 def _index(items: Sequence[ImageItem], remarked: Mapping[str, list[str]], faults: list[str]) -> dict[str, Any]:
-    """Return the facts about the pictures. remarked: the pictures that a remark is true of."""
+    """Return the facts about the pictures. remarked: for each remark the names of its pictures."""
     classes = list(sorted_labels(item.label for item in items if item.label))
     notes = []
     for remark, paths in remarked.items():
@@ -72,8 +72,8 @@ def _already_read(size: int | None) -> Any:
 
 
 def groups(alike: list[tuple[str, ...]]) -> list[int]:
-    """Assign to each picture the number of its group, which is its first picture. Pictures that share a key, directly
-    or through others, are one group."""
+    """Return the group of each picture: the index of the group's first picture. Pictures with a common key, directly or
+    through others, are one group."""
     owner: dict[str, int] = {}
     parent = list(range(len(alike)))
 
@@ -90,7 +90,7 @@ def groups(alike: list[tuple[str, ...]]) -> list[int]:
 
 
 def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path) -> dict[str, Any]:
-    """Write the pixels into a new folder; return the facts about the pictures."""
+    """Write the pixels into a new folder. Return the facts about the pictures."""
     items = list[ImageItem]()
     faults = list[str]()
     shape = None
@@ -113,7 +113,7 @@ def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path) 
                 pixels = _of_shape(pixels, shape, item, items[0])
             content = pixels.tobytes()
             copies = hashlib.blake2b(content, digest_size=16).hexdigest()
-            # Without its reader, which may hold the whole file.
+            # drop the reader, which may keep a whole file in memory
             items.append(replace(item, read=_already_read, alike=(*item.alike, copies)))
             for remark in remarks:
                 remarked[remark].append(item.where)
@@ -129,7 +129,7 @@ def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path) 
 
 
 def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, first: ImageItem) -> np.ndarray:
-    """Give a picture the channels of the first one; another size is an error."""
+    """Convert a picture's channels to those of the first one. Raises `UserError` for another size."""
     if pixels.shape[:2] != shape[:2]:
         sizes = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, and {first.where} {shape[1]} x {shape[0]}"
         raise UserError(f"{item.where} has {sizes}: give one size for all (--size), such as {min(shape[:2])}.")
@@ -142,7 +142,7 @@ def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, first
 def _read(
     items: Iterator[ImageItem], form: ImageFormat
 ) -> Iterator[tuple[ImageItem, tuple[np.ndarray, tuple[str, ...]] | str]]:
-    """Yield each picture with its pixels and remarks, or with the sentence that says why there are none."""
+    """Yield each picture with its pixels and remarks, or with an error sentence if it cannot be read."""
 
     def read(item: ImageItem) -> tuple[np.ndarray, tuple[str, ...]] | str:
         try:
@@ -156,20 +156,20 @@ def _read(
             yield from zip(chunk, pool.map(read, chunk), strict=True)
 
 
-FORMAT = 3  # goes up when the same source would give other bytes than before
-PARTS = "", "validation", "test"  # what a source may say of a picture; training is what is left
+FORMAT = 3  # increased when the same source would give other bytes
+PARTS = "", "validation", "test"  # parts that a source may state; "" is training
 
 
 @dataclass(frozen=True, eq=False)
 class ImageDataset:
-    """Pictures of one size, with their captions, labels and groups.
+    """Pictures of one size with their captions, labels and groups.
 
-    pixels: uint8 [stored, height, width, channels], memory-mapped; rows: the positions there of this set's pictures.
-    names: unique in the source (an emoji, a file's path). captions: by language code ("und" if the source does not name
-    the language), one for each picture. labels: positions in `classes`, -1 for none. groups: pictures that say nearly
-    the same (skin tones of one emoji, copies) have the same number. families: groups of relatives too (genders and
-    directions of one emoji) have the same number. parts: the part that the source itself states: "validation", "test"
-    or "". notes: sentences for the user. faults: a sentence for each picture that was left out.
+    pixels: uint8 [stored, height, width, channels], memory-mapped. rows: indices of this set's pictures in `pixels`.
+    names: unique in the source (an emoji, a file's path). captions: by language code ("und" if unknown), one for each
+    picture. labels: indices into `classes`, -1 for none. groups: pictures with nearly the same content (skin tones of
+    one emoji, copies) have the same number. families: larger groups that join relatives (genders and directions of one
+    emoji). parts: the part stated by the source: "validation", "test" or "". notes: sentences for the user. faults: a
+    sentence for each picture that was left out.
     """
 
     source: str
@@ -197,11 +197,11 @@ class ImageDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 that changes with any pixel, caption or label, and with the selection."""
+        """Hexadecimal SHA-256 of pixels, captions, labels and the selection."""
         return hashlib.sha256(self.stored_fingerprint.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
 
     def take(self, indices: Sequence[int] | np.ndarray | slice) -> UInt8[Tensor, "picture channels height width"]:
-        """Copy the pixels of some pictures into a tensor."""
+        """Copy the pixels of these pictures into a tensor."""
         taken = self.pixels[self.rows[indices]]
         return torch.from_numpy(np.ascontiguousarray(taken.transpose(0, 3, 1, 2)))
 
@@ -210,7 +210,7 @@ class ImageDataset:
         return (self.take(slice(first, first + size)) for first in range(0, len(self), size))
 
     def chosen(self, indices: Iterable[int] | np.ndarray) -> "ImageDataset":
-        """Return some of the pictures, in the given order."""
+        """Return a data set of these pictures, in the given order."""
         chosen = np.array(list(indices), np.int64)
 
         def pick(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -223,20 +223,20 @@ class ImageDataset:
         )  # fmt: skip
 
     def spread(self, count: int) -> "ImageDataset":
-        """Return at most `count` pictures, spread over all of them."""
+        """Return at most `count` pictures, evenly spaced over the set."""
         return self.chosen(sorted({n * len(self) // count for n in range(count if len(self) else 0)}))
 
     def named(self, names: Iterable[str]) -> "ImageDataset":
-        """Return the pictures that have one of these names: the same emoji in another style."""
+        """Return the pictures with one of these names, for example the same emoji in another style."""
         wanted = set(names)
         return self.chosen(index for index, name in enumerate(self.names) if name in wanted)
 
     def distinct(self) -> "ImageDataset":
-        """Return the first picture of each group: for emoji, those without a skin tone."""
+        """Return the first picture of each group; for emoji, those without a skin tone."""
         return self.chosen(np.sort(np.unique(self.groups, return_index=True)[1]))
 
     def texts(self, language: str | None = None) -> tuple[str, ...]:
-        """Return the captions in a language, by default the first; no captions are a `UserError`."""
+        """Return the captions in a language, by default the first language. Raises `UserError` if there are none."""
         if not self.captions:
             raise UserError(f"The pictures of {self.source} have no captions; add them as {', '.join(CAPTIONED)}.")
         wanted = next(iter(self.captions)) if language is None else language
@@ -262,12 +262,13 @@ def read_images(
     fit: Fit = "crop",
     leave_out: bool = False,
 ) -> ImageDataset:
-    """Read the pictures of a source (see `keifu.data.images.sources`); kept in the cache while it is unchanged.
+    """Read the pictures of a source (see `keifu.data.images.sources`). The result is cached until the source changes.
 
-    size: the side of the squares to which `fit` brings them: the middle is cut out ("crop"), white is added ("pad") or
-    they are stretched ("stretch"). Without a size, all must have one size. channels: 1 for grey, 3 for colour; by
-    default those of the first picture. A file that is no picture, is damaged, or has no caption although others have
-    one is a `UserError` that names it. With `leave_out` it is left out, noted in `faults` and counted in `notes`.
+    size: side in pixels of the square that `fit` makes: the middle is kept ("crop"), white is added ("pad") or the
+    picture is stretched ("stretch"). Without a size, all pictures must have one size. channels: 1 for grey, 3 for
+    colour; by default those of the first picture. Raises `UserError`, with the file's name, for a file that is not a
+    picture, is damaged, or lacks a caption that others have. With `leave_out` it is instead skipped, listed in `faults`
+    and counted in `notes`.
     """
     if size is not None and size < 1:
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
@@ -288,7 +289,7 @@ def read_images(
 
 
 def _content(source: str | Path) -> str:
-    """Return a text that changes with the source: for files, their names, sizes and times."""
+    """Return a string that changes with the source: for files, with their names, sizes and times."""
     if in_catalogue(source):
         return catalogue.identity(str(source))
     root = Path(source).expanduser()

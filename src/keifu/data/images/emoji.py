@@ -1,9 +1,9 @@
 """Emoji in two drawing styles (Twemoji, OpenMoji), joined by code points with names in 14 languages and their groups.
 
-U+FE0F, which only asks for a coloured glyph, is dropped on both sides.
+U+FE0F, which only requests a coloured glyph, is removed from both.
 
-Skin tones of one emoji are one group: they say the same. Genders and directions of one emoji are one family as well:
-"woman golfing" and "man golfing", "left arrow" and "up arrow". A split holds out whole families.
+Skin tones of one emoji are one group, because their content is the same. Genders and directions of one emoji are one
+family: "woman golfing" and "man golfing", "left arrow" and "up arrow". A split holds out whole families.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from keifu.errors import UserError
 
 TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 TONE_NAMES = re.compile("( (light|medium-light|medium|medium-dark|dark) skin tone)+")
-FAMILIES = [  # what is replaced, one after the other, in a lower-case English name without skin tones
+FAMILIES = [  # replacements, in order, in a lower-case English name without skin tones
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\b(prince|princess)\b", "person with crown"),
@@ -38,7 +38,7 @@ FAMILIES = [  # what is replaced, one after the other, in a lower-case English n
         (r"^[a-z]+(-thirty| o’clock)$", "clock face"),
     )
 ]  # fmt: skip
-Draw = Callable[[bytes, str, int | None], DecodedImage]  # a drawing's bytes, its name in errors, a side in pixels
+Draw = Callable[[bytes, str, int | None], DecodedImage]  # of bytes, name in errors, side in pixels
 
 
 def family(name: str) -> str:
@@ -53,7 +53,7 @@ def family(name: str) -> str:
 def name_emoji() -> dict[str, tuple[dict[str, str], str]]:
     """Return every emoji that has a name and a group, in Unicode's order and without U+FE0F.
 
-    The values are its names by language code, and its group, such as "Smileys & Emotion" or "Food & Drink".
+    The values are (names by language code, group), for example "Smileys & Emotion" or "Food & Drink".
     """
     folder = catalogue.fetch("emoji-names")
     files = {"en": folder / "emoji.json"}
@@ -69,12 +69,12 @@ def name_emoji() -> dict[str, tuple[dict[str, str], str]]:
 
 
 def twemoji() -> Iterator[ImageItem]:
-    """Yield Twemoji's drawings of 72 x 72 pixels that have a name."""
+    """Yield Twemoji's named drawings of 72 x 72 pixels."""
     return _join_names("twemoji", "72x72", ".png", lambda data, where, size: read_image(data, where))
 
 
 def openmoji() -> Iterator[ImageItem]:
-    """Yield OpenMoji's drawings of the same names, at the size that is asked for; all are for testing."""
+    """Yield OpenMoji's drawings of the same names, rendered at the requested size. All are for testing."""
     try:
         import resvg_py
     except ModuleNotFoundError:
@@ -91,7 +91,7 @@ def openmoji() -> Iterator[ImageItem]:
 def _join_names(entry: str, folder: str, suffix: str, draw: Draw, part: str = "") -> Iterator[ImageItem]:
     """Yield the drawings of an archive that have a name, in the order of the names.
 
-    The name of a drawing's file spells its emoji in hexadecimal: 1f44b-1f3fd.png.
+    A drawing's file name is its emoji's code points in hexadecimal: 1f44b-1f3fd.png.
     """
     drawings = {}
     with zipfile.ZipFile(catalogue.fetch(entry)) as archive:
@@ -119,13 +119,13 @@ def _from_hexadecimal(codes: Iterable[str]) -> str:
 
 
 def _words(entry: str | dict[str, str]) -> str:
-    """Turn `:waving_hand:` into waving hand; an English entry is an object."""
+    """Convert `:waving_hand:` to "waving hand". English entries are objects."""
     name = entry if isinstance(entry, str) else entry["en"]
     return name.strip(":").replace("_", " ")
 
 
 def _read_groups(file: Path) -> dict[str, str]:
-    """Read the group of each emoji from Unicode's emoji-test.txt, in its order."""
+    """Read the group of each emoji from Unicode's emoji-test.txt, in the file's order."""
     groups = {}
     group = ""
     for line in file.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""Image grids: many images on one sheet, in rows, with a caption under each.
+"""Image grids: many images on one sheet, each with a caption below.
 
 Axes: picture, channels (1 or 3), height, width.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from keifu.data.catalogue import catalogue
 from keifu.errors import UserError
 
-LETTERS, LINES = 11, 2  # the size of a caption's letters in pixels, and its lines at most
-NARROW = 72  # pixels: pictures with captions are enlarged to be this wide at least
+LETTERS, LINES = 11, 2  # font size of a caption in pixels, and its maximal number of lines
+NARROW = 72  # pixels: pictures with captions are enlarged to at least this width
 FAR_EAST = range(0x2E80, 0x1F000)
 
 
@@ -32,8 +32,8 @@ def sheet(
 ) -> Image.Image:
     """Arrange pictures in rows on white; by default with as many columns as rows.
 
-    captions: one for each, cut to two lines with an ellipsis; "" for none. scale: how often a pixel is repeated in both
-    directions; unset, 1, or what makes room for captions. margin: pixels between two pictures.
+    captions: one for each picture, cut to two lines with an ellipsis; "" for none. scale: integer factor of
+    enlargement; unset: 1, or enough for captions. margin: pixels between two pictures.
     """
     count, _, height, width = pictures.shape
     if not count:
@@ -69,7 +69,7 @@ def grid(
 
 
 def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
-    """Encode a picture as PNG, with named texts in it; `Image.open(...).text` returns them."""
+    """Encode a picture as PNG with text fields; `Image.open(...).text` returns them."""
     facts, file = PngInfo(), io.BytesIO()
     for name, text in (about or {}).items():
         facts.add_itxt(name, text)
@@ -78,7 +78,7 @@ def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
 
 
 def wrap(text: str, width: int) -> str:
-    """Break a caption into lines of at most `width` pixels, after spaces if there are some; the rest is cut off."""
+    """Break a caption into lines of at most `width` pixels, at spaces if possible. Further lines are cut off."""
     font, rest, lines = _font(text), " ".join(text.split()), []
     while rest and len(lines) < LINES:
         size = _fitting(font, rest, width)
@@ -93,7 +93,7 @@ def wrap(text: str, width: int) -> str:
 
 
 def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
-    """Return how many characters from the beginning fit, at least one."""
+    """Return the largest number of leading characters that fit, at least one."""
     size = len(text)
     while size > 1 and font.getlength(text[:size]) > width:
         size -= 1
@@ -106,7 +106,7 @@ def _font(text: str) -> ImageFont.FreeTypeFont:
 
 @cache
 def _open_font(far_east: bool) -> ImageFont.FreeTypeFont:
-    """Open IPAex Gothic for Japanese and Chinese signs, fetched when it is first needed, DejaVu Sans for all else."""
+    """Open IPAex Gothic (downloaded at first use) for Japanese and Chinese characters, else DejaVu Sans."""
     if far_east:
         return ImageFont.truetype(catalogue.fetch("japanese-font"), LETTERS)
     import matplotlib

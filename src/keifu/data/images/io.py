@@ -1,8 +1,8 @@
 """Reading of image files: each becomes RGB or grey, 8 bits, upright, on a white background.
 
-Colours are taken as they are stored: ICC profiles are not applied.
+ICC colour profiles are not applied.
 
-Axes: picture, row, column; of colour images: picture, channels, height, width.
+Axes: picture, row, column; for colour images: picture, channels, height, width.
 """
 
 import io
@@ -26,7 +26,7 @@ WHITE = (255, 255, 255)
 FIRST = "animated or of several pages: the first one counts"
 DEEP = "of 16 bits or more a channel: scaled to 8"
 PRINT = "in CMYK: turned into RGB"
-LARGEST = 300_000_000  # bytes of a decoded picture: 75 million pixels in colours
+LARGEST = 300_000_000  # maximal bytes of a decoded picture: 75 million pixels in colour
 
 
 class DecodedImage(NamedTuple):
@@ -39,12 +39,12 @@ class DecodedImage(NamedTuple):
 def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> DecodedImage:
     """Read a picture from a file or from a file's bytes.
 
-    Transparent parts become white. The first frame of an animation counts. Photographs are turned upright as their EXIF
-    data say. CMYK becomes RGB. 16 bits a channel become 8, scaled: 65,535 is 255.
+    Transparent parts become white. Of an animation the first frame is used. Photographs are rotated upright by their
+    EXIF data. CMYK becomes RGB. 16 bits per channel are scaled to 8: 65,535 becomes 255.
 
-    where: name of the picture in errors; by default its path. largest: memory in bytes that the decoded picture may
-    take; the header alone decides. A picture that is larger, damaged, cut off, or has numbers that no rule turns into
-    colours is a `UserError`.
+    where: name of the picture in errors; by default its path. largest: maximal bytes of the decoded picture, checked by
+    the header. Raises `UserError` for a picture that is larger, damaged, truncated, or has values that cannot be
+    converted to colours.
     """
     where = where or str(file)
     try:
@@ -62,14 +62,14 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
         raise UserError(f"{where} is not a picture, or of a format that cannot be read.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where} has too many pixels to be read safely: make it smaller.") from error
-    except Exception as error:  # Pillow's readers raise any error for a file that is cut
+    except Exception as error:  # Pillow raises many types of error for a truncated file
         reason = str(error).rstrip(".") or type(error).__name__
         raise UserError(f"{where} is damaged or cut off: {reason}.") from error
     return DecodedImage(decoded, (FIRST,) * several + remarks)
 
 
 def check_size(image: Image.Image, where: str, largest: int = LARGEST) -> None:
-    """Refuse a picture by its header if it would take more than `largest` bytes when decoded."""
+    """Raise `UserError` if a picture's header says that it would take more than `largest` bytes when decoded."""
     per_pixel = 8 if image.mode.startswith(("I", "F")) else 1 if image.mode in ("1", "L") else 4
     width, height = image.size
     if (size := width * height * per_pixel) > largest:
@@ -80,11 +80,10 @@ def check_size(image: Image.Image, where: str, largest: int = LARGEST) -> None:
 def fit_image(
     image: Image.Image, size: int | tuple[int, int] | None, channels: int | None, fit: Fit = "crop"
 ) -> np.ndarray:
-    """Convert a picture to bytes [height, width, channels].
+    """Convert a picture to a uint8 array [height, width, channels].
 
-    size: the side of a square, or height and width; None keeps the size. channels: 1 or 3; None keeps them.
-
-    crop keeps the middle, pad adds white, stretch changes the proportions. Resampling is bicubic.
+    size: the side of a square, or (height, width); None: unchanged. channels: 1 or 3; None: unchanged. fit: crop keeps
+    the middle, pad adds white, stretch changes the proportions. Resampling is bicubic.
     """
     if channels is not None:
         image = image.convert("L" if channels == 1 else "RGB")
@@ -102,14 +101,14 @@ def fit_image(
 
 
 def composite_on_white(image: Image.Image) -> Image.Image:
-    """Put a picture with transparency on white: RGB, or grey if it is grey."""
+    """Draw a picture with transparency on white. Return it as RGB, or as grey if it is grey."""
     covered = image.convert("RGBA")
     paper = Image.new("RGBA", image.size, (*WHITE, 255))
     return Image.alpha_composite(paper, covered).convert("L" if image.mode in ("L", "LA", "La", "1") else "RGB")
 
 
 def to_image(picture: UInt8[Tensor, "channels row column"]) -> Image.Image:
-    """Convert a picture of 1 to 4 channels to Pillow's form; more channels are a `UserError`."""
+    """Convert a picture of 1 to 4 channels to a Pillow image. Raises `UserError` for more channels."""
     modes = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
     if len(picture) not in modes:
         raise UserError(f"A picture of {len(picture)} channels cannot be written as PNG; the model draws no pictures.")
@@ -117,7 +116,7 @@ def to_image(picture: UInt8[Tensor, "channels row column"]) -> Image.Image:
 
 
 def _is_animated(image: Image.Image) -> bool:
-    """Return whether there is a second frame, and go back to the first."""
+    """Return whether there is a second frame, and seek back to the first."""
     try:
         image.seek(1)
     except EOFError:
@@ -128,7 +127,7 @@ def _is_animated(image: Image.Image) -> bool:
 
 
 def _plain(image: Image.Image, where: str) -> tuple[Image.Image, tuple[str, ...]]:
-    """Convert a picture to L or RGB; return it with remarks."""
+    """Convert a picture to mode L or RGB. Return it with remarks about the conversion."""
     if image.mode.startswith("I") or image.mode == "F":
         return _shallow(image, where), (DEEP,)
     if image.has_transparency_data:
@@ -139,37 +138,37 @@ def _plain(image: Image.Image, where: str) -> tuple[Image.Image, tuple[str, ...]
 
 
 def _shallow(image: Image.Image, where: str) -> Image.Image:
-    """Convert a grey picture of 16 bits, or of floating-point numbers from 0 to 1, to 8 bits."""
+    """Convert a grey picture of 16 bits, or of floats from 0 to 1, to 8 bits."""
     values = np.asarray(image).astype(np.float64)
     top = 1.0 if image.mode == "F" else 65_535.0
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= top):  # not a number is refused too
+    if not (low >= 0 and high <= top):  # refuses NaN too
         numbers = f"numbers from {low:g} to {high:g}"
         raise UserError(f"{where} holds {numbers}, which are not colours: scale them to 0 to {top:g}.")
     return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
 
 
 def to_signed(pictures: UInt8[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
-    """Convert bytes to float32 numbers from -1 to 1, the range that generative models are trained on."""
+    """Convert bytes to float32 numbers from -1 to 1, the input range of generative models."""
     return pictures.float() / 127.5 - 1
 
 
 def to_bytes(values: Float[Tensor, "*axes"]) -> UInt8[Tensor, "*axes"]:
-    """Convert numbers from -1 to 1 to the nearest bytes, the inverse of `to_signed`; others are clipped."""
+    """Convert numbers from -1 to 1 to the nearest bytes. Others are clipped. The inverse of `to_signed`."""
     return ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-UNSTATED = "und"  # the code for a language that is not known (BCP 47)
+UNSTATED = "und"  # code of an unknown language (BCP 47)
 
 
 @dataclass(frozen=True)
 class ImageItem:
-    """Picture of a source, not yet read.
+    """Picture of a source that is not read yet.
 
-    name: unique in its set. where: its name in errors. read: returns the picture; its argument is the wanted side in
-    pixels, which only drawings can follow. captions: by language code, `UNSTATED` if the source does not name one.
-    alike: keys; pictures that share one say nearly the same. part: "validation" or "test" if the source has held the
-    picture out, else "". relatives: keys of looser resemblance, such as other genders of an emoji.
+    name: unique in its set. where: its name in errors. read: function that returns the picture; its argument is the
+    wanted side in pixels, which only vector drawings use. captions: by language code, `UNSTATED` if unknown. alike:
+    keys; pictures with a common key have nearly the same content. part: "validation" or "test" if the source holds the
+    picture out, else "". relatives: keys of weaker similarity, such as other genders of an emoji.
     """
 
     name: str

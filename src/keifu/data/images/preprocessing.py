@@ -1,9 +1,9 @@
 """Image preprocessing of published networks, bit for bit: resize, centre crop, normalise.
 
-The same numbers as transformers' CLIPImageProcessor and Idefics3ImageProcessor with Pillow: resizing is Pillow's, to
-whole bytes; a byte becomes byte · (1/255) in float64, is rounded to float32, loses the mean and is divided by the
-deviation. OpenAI's own code
-divides by 255 in float32 and rounds halves otherwise when it crops: that can differ in the last bit, or by one pixel.
+The results equal those of transformers' CLIPImageProcessor and Idefics3ImageProcessor with Pillow. Pillow resizes to
+whole bytes. A byte is multiplied by 1/255 in float64, rounded to float32, reduced by the mean and divided by the
+standard deviation. OpenAI's code divides by 255 in float32 and rounds halves differently when it crops, so it can
+differ in the last bit or by one pixel.
 
 Axes: picture, channels, rows, columns.
 """
@@ -21,14 +21,13 @@ from torch import Tensor
 
 from keifu.errors import UserError
 
-LARGEST_RATIO = 200  # of the sides of a picture
+LARGEST_RATIO = 200  # maximal ratio of a picture's sides
 FILTERS = {filter.name.lower(): filter for filter in Image.Resampling}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normalisation:
-    """Bytes as numbers: `mean` and `std` have a number for each channel, of which there are 3 (red, green, blue) or 1
-    (grey)."""
+    """Normalisation of pixels. `mean` and `std` have one number for each channel: 3 (red, green, blue) or 1 (grey)."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -36,13 +35,13 @@ class Normalisation:
     def normalised(
         self, pixels: UInt8[Tensor, "picture channels rows columns"]
     ) -> Float32[Tensor, "picture channels rows columns"]:
-        """Return the bytes as numbers, on the bytes' device."""
+        """Return the pixels normalised, on their device."""
         table, values = self._table.to(pixels.device), pixels.int()
         return torch.stack([table[channel][values[:, channel]] for channel in range(len(table))], 1)
 
     @cached_property
     def _table(self) -> Float32[Tensor, "channels bytes"]:
-        """The number of each byte in each channel."""
+        """Normalised value of each byte in each channel."""
         values = (np.arange(256, dtype=np.float64) * 0.00392156862745098).astype(np.float32)
         mean, std = (np.array(values, np.float32)[:, None] for values in (self.mean, self.std))
         return torch.from_numpy((values - mean) / std)
@@ -52,8 +51,8 @@ class Normalisation:
 class Preprocessing(Normalisation):
     """Resizing, cropping and normalisation of pictures.
 
-    The shorter side becomes `size` pixels by the filter `resample` (with `squash`, both sides do); the middle of
-    it, `crop` x `crop`, is kept, with black outside the picture.
+    The shorter side is resized to `size` pixels by the filter `resample` (with `squash`, both sides). The middle,
+    `crop` x `crop`, is kept; outside the picture it is black.
     """
 
     size: int
@@ -62,9 +61,9 @@ class Preprocessing(Normalisation):
     squash: bool
 
     def cut(self, image: Image.Image) -> UInt8[Tensor, "channels crop crop"]:
-        """Return one picture as bytes. Transparency and 16 bits were handled by `keifu.data.images.io` before.
+        """Resize and crop one picture to bytes. `keifu.data.images.io` has already handled transparency and 16 bits.
 
-        A picture with one side more than 200 times the other is a `UserError`: resized, it could fill the memory.
+        Raises `UserError` if one side is more than 200 times the other: resized, the picture could fill the memory.
         """
         if max(image.size) > LARGEST_RATIO * min(image.size):
             raise UserError(f"A picture has {image.width:,} x {image.height:,} pixels, one side much longer: cut it.")
@@ -77,18 +76,18 @@ class Preprocessing(Normalisation):
         return torch.from_numpy(pixels.reshape(self.crop, self.crop, -1).transpose(2, 0, 1).copy())
 
     def tiles(self, image: Image.Image) -> UInt8[Tensor, "1 channels crop crop"]:
-        """Return one picture as bytes, the only one of its tiles."""
+        """Return one picture as its only tile."""
         return self.cut(image)[None]
 
     def __call__(self, images: Sequence[Image.Image]) -> Float32[Tensor, "picture channels crop crop"]:
-        """Read several pictures in parallel."""
+        """Preprocess several pictures in parallel."""
         if not images:
             raise UserError("There is no picture: give at least one.")
         with ThreadPoolExecutor(torch.get_num_threads()) as workers:
             return self.normalised(torch.stack(list(workers.map(self.cut, images))))
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return width and height after resizing; the longer side is rounded down."""
+        """Return width and height after resizing. The longer side is rounded down."""
         short, long = min(width, height), max(width, height)
         longer = self.size if self.squash else int(self.size * long / short)
         return (self.size, longer) if width <= height else (longer, self.size)
@@ -96,10 +95,11 @@ class Preprocessing(Normalisation):
 
 @dataclass(frozen=True, kw_only=True)
 class TiledPreprocessing(Normalisation):
-    """Cutting of pictures into tiles (Idefics3; Laurençon et al., 2024), and their normalisation.
+    """Splitting of pictures into tiles (Idefics3; Laurençon et al., 2024), and normalisation.
 
-    The longer side becomes `longest` pixels by the filter `resample`, then both sides become multiples of `tile`. A
-    picture of several tiles has itself, `tile` x `tile`, as its last one. Without `split`, that is the only one.
+    The longer side is resized to `longest` pixels by the filter `resample`; then both sides are rounded to multiples of
+    `tile`. If a picture has several tiles, the last tile is the whole picture at `tile` x `tile`. Without `split`, it
+    is the only tile.
     """
 
     longest: int
@@ -108,13 +108,14 @@ class TiledPreprocessing(Normalisation):
     resample: str
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
-        """Return how many rows and columns of tiles come before the whole picture: none of either if it is alone."""
+        """Return the numbers of rows and columns of tiles before the tile of the whole picture; (0, 0) if it is the
+        only tile."""
         width, height = self._sizes(image)[1]
         return (0, 0) if width == height == self.tile else (height // self.tile, width // self.tile)
 
     def tiles(self, image: Image.Image) -> UInt8[Tensor, "tiles channels tile tile"]:
-        """Return one picture as bytes, row by row of its tiles. Transparency and 16 bits were handled by
-        `keifu.data.images.io` before."""
+        """Return the tiles of one picture as bytes, row by row. `keifu.data.images.io` has already handled transparency
+        and 16 bits."""
         (rows, columns), made = self.grid(image), image.convert("RGB")
         for size in self._sizes(image):
             made = made.resize(size, FILTERS[self.resample])
@@ -125,7 +126,7 @@ class TiledPreprocessing(Normalisation):
         return torch.cat([pixels.permute(0, 2, 4, 1, 3).flatten(0, 1), whole[None]])
 
     def _sizes(self, image: Image.Image) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return width and height after the two steps of resizing. The shorter side is even after the first."""
+        """Return width and height after each of the two resizing steps. The shorter side is even after the first."""
         short = _follow(self.longest, *image.size)
         short = max(1, short + short % 2)
         first = (self.longest, short) if image.width >= image.height else (short, self.longest)
@@ -140,5 +141,5 @@ class TiledPreprocessing(Normalisation):
 
 
 def _follow(long: int, width: int, height: int) -> int:
-    """Return the shorter side of a picture whose longer one becomes `long`, rounded down."""
+    """Return the shorter side, rounded down, of a picture whose longer side becomes `long`."""
     return int(long / (width / height)) if width >= height else int(long * (width / height))

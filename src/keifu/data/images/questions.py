@@ -1,7 +1,7 @@
-"""Questions about pictures, each with an answer: easy-VQA (V. Zhou) of the catalogue, or a folder of your own.
+"""Questions about pictures with answers: easy-VQA (V. Zhou) of the catalogue, or a user's folder.
 
-A folder has its pictures and questions.jsonl, with the fields image (a path in the folder), question, answer and, for
-questions to test on, "part": "test". Axes: rows, length = tokens; channels, height, width of pictures.
+A folder has pictures and questions.jsonl, with the fields image (a path in the folder), question, answer and, for test
+questions, "part": "test". Axes: rows, length = tokens; channels, height, width of pictures.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ from keifu.data.records import read_parts
 from keifu.errors import UserError
 
 FILE, NAMES = "questions.jsonl", ("easy-vqa",)
-CLOSED = {"yes", "no"}  # answers that name nothing
-TOGETHER = 4  # questions about a picture that come one after another
+CLOSED = {"yes", "no"}  # answers that name nothing visible
+TOGETHER = 4  # questions about one picture that follow one another
 
 
 class Question(NamedTuple):
@@ -43,7 +43,7 @@ class Question(NamedTuple):
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions to learn from and to test on. read: returns a picture's file by its name."""
+    """Training and test questions. read: function that returns a picture's file by its name."""
 
     learned: Sequence[Question]
     tested: Sequence[Question]
@@ -55,7 +55,7 @@ class Questions:
 
     @cached_property
     def words(self) -> dict[str, set[str]]:
-        """Words that its questions and answers say of each picture, without answers of yes and no."""
+        """For each picture the words of its questions and answers, except "yes" and "no"."""
         words_of: dict[str, set[str]] = defaultdict(set)
         for asked in (*self.learned, *self.tested):
             if asked.answer not in CLOSED:
@@ -63,8 +63,8 @@ class Questions:
         return words_of
 
     def without(self, words: Sequence[str]) -> list[Question]:
-        """Return the questions to learn from, without those about pictures that may show all of these words: that is,
-        of which nothing excludes one by another answer to the same question."""
+        """Return the training questions without those about pictures that may show all of these words. A picture may
+        show a word unless one of its questions has another answer."""
         answers: dict[str, set[str]] = defaultdict(set)
         for asked in self.learned:
             answers[asked.question] |= {asked.answer} - CLOSED
@@ -74,7 +74,7 @@ class Questions:
         return [row for row in self.learned if not words or any(self.words[row.image] & some for some in others)]
 
     def commonest(self) -> tuple[str, dict[str, str]]:
-        """Return the most frequent answer of the training data, and the most frequent one to each question."""
+        """Return the most frequent training answer, and the most frequent answer to each question."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for asked in self.learned:
             counts[asked.question][asked.answer] += 1
@@ -83,7 +83,7 @@ class Questions:
 
 
 def read_questions(source: str) -> Questions:
-    """Read the questions of the catalogue or of a folder; anything else is a `UserError`."""
+    """Read the questions of the catalogue or of a folder. Raises `UserError` for anything else."""
     if source in NAMES:
         return _easy_vqa(next(catalogue.fetch(source).glob("*.whl")))
     folder = Path(source)
@@ -105,11 +105,12 @@ def _easy_vqa(archive: Path) -> Questions:
 
 
 class QuestionBatches(EpochBatches):
-    """Batches of one question a row: {"tokens", "mask" (True on tokens that are learned), "pictures" as bytes}.
+    """Batches with one question in a row: {"tokens", "mask" (True on trained tokens), "pictures" as bytes}.
 
-    Up to 4 questions about a picture come one after another, so that a batch has fewer pictures than rows. The first
-    epoch begins with the questions whose answer names something: a model that guesses yes and no learns to see slowly.
-    rows: ids and masks of the two parts, and the names of their pictures. named: which of the first part are those.
+    Up to 4 questions about a picture follow one another, so that a batch has fewer pictures than rows. The first epoch
+    begins with the questions whose answer names something visible, because a model that guesses yes and no is slow to
+    learn to see. rows: ids and masks of the training and the held-out part, and the names of their pictures. named:
+    which training rows have such an answer.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class QuestionBatches(EpochBatches):
         super().__init__(len(rows[0]), len(rows[1]), batch_size, seed, self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return all rows in the epoch's own order."""
+        """Return the indices of all rows in the order of an epoch."""
         random = np.random.default_rng([self.seed, epoch])
         rows = random.permutation(len(self._shown))
         first = self._named[rows] & (epoch == 0)
@@ -143,11 +144,11 @@ class QuestionBatches(EpochBatches):
         return digest.hexdigest()
 
     def largest(self) -> dict[str, Tensor]:
-        """Return a batch of the longest rows."""
+        """Return the batch of the longest rows."""
         return self.make_batch(False, np.argsort([len(ids) for ids, *_ in self.rows[0]])[-self.batch_size :])
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
-        """Return some rows, padded on the right."""
+        """Return the batch of these rows, padded on the right."""
         ids, masks, names = zip(*(self.rows[validating][item] for item in items), strict=True)
         tokens, real = stack_rows(ids, self.pad_id)
         learned, _ = stack_rows([list(map(int, mask)) for mask in masks], 0)

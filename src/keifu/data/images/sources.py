@@ -2,11 +2,11 @@
 
 A source is one of:
 - the name of a catalogue entry;
-- a folder with metadata.jsonl or metadata.csv (Hugging Face's imagefolder): `file_name`, captions in `text` or
-  `caption` (`text_ja`, `caption_ja`, ... for further languages), and `label`, where there are such columns;
-- a folder with a subfolder for each class, or with images alone;
-- WebDataset shards: a .tar file, a folder of them or a pattern such as "shards/*.tar". Files whose names are equal up
-  to the first dot belong together: 000.png with 000.txt (a caption), 000.cls (a label), 000.json (both).
+- a folder with metadata.jsonl or metadata.csv (Hugging Face's imagefolder), with columns `file_name` and optionally
+  `text` or `caption` (`text_ja`, `caption_ja`, ... for further languages) and `label`;
+- a folder with a subfolder for each class, or only with images;
+- WebDataset shards: a .tar file, a folder of them or a pattern such as "shards/*.tar". Files with the same name up to
+  the first dot belong together: 000.png with 000.txt (a caption), 000.cls (a label), 000.json (both).
 
 Folders called train, validation and test at the top level define the split.
 """
@@ -29,7 +29,7 @@ from keifu.folders import hidden
 from keifu.untrusted import parse_json, plain_file, reading
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"
-LARGEST_MEMBER = 2**28  # bytes of one file in an archive
+LARGEST_MEMBER = 2**28  # maximal bytes of one file in an archive
 METADATA = "metadata.jsonl", "metadata.csv"
 PARTS = {
     "train": "", "training": "", "validation": "validation", "valid": "validation", "val": "validation",
@@ -41,8 +41,9 @@ LANGUAGE = re.compile(r"(?:text|caption)(?:_([a-z]{2}))?")
 def items(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
     """Yield all pictures of a source in a fixed order, unread.
 
-    `problem` is called with a sentence for each one that is not as the first one is: without its caption (in one of its
-    languages) or label, named and not there, or there and not named. If it returns, that picture is left out.
+    `problem` is called with a sentence for each picture that lacks a caption or label that the first one has, for a
+    file that a table names and that is missing, and for a file that no table names. If it returns, that picture is left
+    out.
     """
     first: ImageItem | None = None
     for item in _all(source, problem):
@@ -54,7 +55,7 @@ def items(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
 
 
 def files(source: str | Path) -> list[Path]:
-    """List the files of a source that is not in the catalogue, in order; none is a `UserError`."""
+    """List the files of a source that is not in the catalogue, in order. Raises `UserError` if there are none."""
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".tar":
@@ -86,7 +87,7 @@ def _all(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
 
 
 def _lacking(item: ImageItem, first: ImageItem) -> str:
-    """Name the caption or label that the first picture has and this one lacks; "" if there is none."""
+    """Return the name of a caption or label that the first picture has and this one lacks; "" if it lacks none."""
     for language in first.captions:
         if not item.captions.get(language):
             return "caption" if language == UNSTATED else f"caption in {language!r}"
@@ -94,7 +95,8 @@ def _lacking(item: ImageItem, first: ImageItem) -> str:
 
 
 def _from_tables(root: Path, tables: list[Path], pictures: list[Path], problem: Problem) -> Iterator[ImageItem]:
-    """Yield the pictures that the tables name; a picture that none names, or that is outside `root`, is a problem."""
+    """Yield the pictures that the tables name. Pictures outside `root`, or that no table names, are reported by
+    `problem`."""
     named = set()
     for table in tables:
         for where, cells in read_records(table):
@@ -116,7 +118,7 @@ def _from_tables(root: Path, tables: list[Path], pictures: list[Path], problem: 
 
 
 def _by_folder(root: Path, pictures: list[Path]) -> Iterator[ImageItem]:
-    """Yield pictures with their folder as label, if all are in folders that are not parts; else without labels."""
+    """Yield pictures with their folder's name as label, if all are in folders for classes; else without labels."""
     inner = [_inside(path, root) for path in pictures]
     classes = all(len(parts) > 1 for parts in inner)
     for path, parts in zip(pictures, inner, strict=True):
@@ -129,13 +131,13 @@ def _item(path: Path, root: Path, captions: dict[str, str], label: str | None) -
 
 
 def _name_and_part(path: Path, root: Path) -> tuple[str, str]:
-    """Return a file's name in its set, and the part of the split that its top folder names."""
+    """Return a file's name in its set, and its part of the split by its top folder."""
     relative = path.relative_to(root) if path.is_relative_to(root) else path
     return relative.as_posix(), PARTS.get(relative.parts[0].lower(), "") if len(relative.parts) > 1 else ""
 
 
 def _inside(path: Path, root: Path) -> tuple[str, ...]:
-    """Return a path's parts below the folders that define the split."""
+    """Return the components of a path below the folders that define the split."""
     parts = path.relative_to(root).parts
     return parts[1:] if len(parts) > 1 and parts[0].lower() in PARTS else parts
 
@@ -152,7 +154,7 @@ def _shards(paths: list[Path], root: Path, problem: Problem) -> Iterator[ImageIt
 
 
 def _key(name: str) -> tuple[str, str]:
-    """Split a file name into the key of its sample and the extension: a/000 and .png of a/000.png."""
+    """Split a file name into the key of its sample and the extension: "a/000.png" into "a/000" and ".png"."""
     path = PurePosixPath(name)
     stem, dot, rest = path.name.partition(".")
     return str(path.with_name(stem or path.name)), (dot + rest).lower()
@@ -168,7 +170,7 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _sample(name: str, where: str, contents: dict[str, bytes], part: str, problem: Problem) -> ImageItem | None:
-    """Return the picture among the files of a sample, with the caption and label of the other files."""
+    """Return the picture among the files of a sample, with caption and label from its other files."""
     pictures = [data for suffix, data in contents.items() if suffix.endswith(SUFFIXES)]
     if len(pictures) != 1:
         problem(f"{where} has {len(pictures)} pictures among {', '.join(contents)}, and one is needed.")
@@ -186,7 +188,7 @@ def _sample(name: str, where: str, contents: dict[str, bytes], part: str, proble
 
 
 def _captions(cells: dict[str, Any]) -> dict[str, str]:
-    """Return the captions among a record's fields, by language."""
+    """Return the captions in a record, by language."""
     captions = {}
     for column, value in cells.items():
         if (match := LANGUAGE.fullmatch(column)) and (text := _text(value)):

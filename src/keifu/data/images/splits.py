@@ -1,4 +1,4 @@
-"""Splits of image data sets into training, validation and test pictures, without leakage."""
+"""Splits of image data sets into training, validation and test pictures. Similar pictures are never separated."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,12 +10,12 @@ import numpy as np
 from keifu.data.images.dataset import PARTS, ImageDataset
 from keifu.errors import UserError
 
-WHOLE_FAMILIES = {"whole_families": True}  # in the recipe.json of a run: see `split_of_run`
+WHOLE_FAMILIES = {"whole_families": True}  # entry in the recipe.json of a run: see `split_of_run`
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """Three parts of the same pictures; none shares a group with another."""
+    """Three parts of a set of pictures. No group is in two of them."""
 
     train: ImageDataset
     validation: ImageDataset
@@ -27,22 +27,23 @@ class ImageSplit:
         return "{:,} pictures for training, {:,} for validation, {:,} for testing.".format(*sizes)
 
     def evaluated(self) -> "tuple[ImageDataset, ImageDataset | None]":
-        """Return the training and the test pictures; if a set is held out whole, all of it and None."""
+        """Return the training and the test pictures. If the whole set is held out, return all of it and None."""
         return (self.train, self.test) if len(self.train) else (self.test, None)
 
     def clean_test(self) -> ImageDataset:
         """Return the test pictures that have no relative in training, such as another gender of the same emoji.
 
-        These are all of them, unless the split was made with whole_families=False.
+        These are all test pictures, unless the split was made with whole_families=False.
         """
         return self.test.chosen(np.flatnonzero(~np.isin(self.test.families, self.train.families)))
 
 
 def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_families: bool = True) -> ImageSplit:
-    """Hold out the fraction `share` of the groups for testing and as many for validation, the same part of each class.
+    """Hold out the fraction `share` of the groups for testing and as many for validation, in equal proportion of each
+    class.
 
-    The seed and the names of the pictures decide which. If the source has held pictures out, they stay held out, with
-    their groups, and nothing is added to that part.
+    The choice depends on the seed and the names of the pictures. If the source has a test part, it is used with its
+    groups, and nothing is added to it.
 
     whole_families: whether the relatives of a held-out picture are held out too. False gives the split on which the
     weights `emoji` and `emoji-clip` of keifu 0.1 were trained; evaluate them on its `clean_test`.
@@ -51,7 +52,7 @@ def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_fami
         raise UserError(f"share is {share}, but the fraction held out for each part must be above 0 and below 0.5.")
     _, firsts, group = np.unique(pictures.groups, return_index=True, return_inverse=True)
     stated = np.array([PARTS.index(part) for part in pictures.parts], np.int8)
-    part = np.zeros(len(firsts), np.int8)  # of each group: 0 for training, 1 for validation, 2 for testing
+    part = np.zeros(len(firsts), np.int8)  # part of each group: 0 training, 1 validation, 2 testing
     np.maximum.at(part, group, stated)
     keys = [hashlib.sha256(f"{seed}\n{pictures.names[first]}".encode()).digest() for first in firsts]
     order = sorted(range(len(firsts)), key=lambda i: (int(pictures.labels[firsts[i]]), keys[i]))
@@ -69,10 +70,10 @@ def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_fami
 
 
 def split_of_run(pictures: ImageDataset, held_out: Mapping[str, Any]) -> ImageSplit:
-    """Return the split that a run was trained on, without the test pictures that have a relative in training.
+    """Return the split that a run was trained on, without test pictures that have a relative in training.
 
-    held_out: the entry of the run's recipe.json: the share, whether only distinct pictures were taken, and whether
-    whole families were held out. What it does not name has the default of `split`.
+    held_out: the entry of the run's recipe.json: the share, whether only distinct pictures were used, and whether whole
+    families were held out. Missing settings have the defaults of `split`.
     """
     chosen = pictures.distinct() if held_out.get("distinct") else pictures
     whole = held_out.get("whole_families", True)

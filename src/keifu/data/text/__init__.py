@@ -1,1 +1,1 @@
-"""Text: documents, token shards, packed rows, mixtures, and corruption for masked and denoising objectives."""
+"""Text: documents, token shards, packed rows, mixtures, and corruption for masking and denoising objectives."""

@@ -1,6 +1,7 @@
-"""Data set report before training: faulty bytes, empty and repeated documents, and how well the tokenizer covers them.
+"""Report on a data set before training: invalid bytes, empty and repeated documents, and the tokenizer's coverage.
 
-Coverage counts unknown tokens and lost characters, and for each script (Latin, Han, ...) the tokens a character costs.
+Coverage is the number of unknown tokens and lost characters, and for each script (Latin, Han, ...) the tokens per
+character.
 """
 
 from collections import Counter
@@ -18,14 +19,14 @@ from keifu.data.text.documents import PLAIN, TextChunk, TextFileFormat, chunks
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
-CHARACTERS_SHOWN = 8  # characters named in a sentence
+CHARACTERS_SHOWN = 8  # characters that a sentence lists
 
 
 @dataclass(frozen=True)
 class TokenizerCoverage:
-    """Counts of the characters of a text without spaces: all of them, and those that no token has, with examples.
+    """Counts of a text's characters, without spaces: all of them, and those that are not in any token, with examples.
 
-    lost: how many of them become the unknown token, or cannot be encoded; the others are spelled in bytes.
+    lost: number of characters that become the unknown token or cannot be encoded. The others are encoded as bytes.
     """
 
     characters: int
@@ -35,11 +36,11 @@ class TokenizerCoverage:
 
     @property
     def share(self) -> float:
-        """Share of the characters that tokens of the vocabulary have."""
+        """Share of the characters that are in tokens of the vocabulary."""
         return 1 - self.missing / max(1, self.characters)
 
     def sentence(self, name: str) -> str:
-        """Return a sentence that states how much of a text the vocabulary covers."""
+        """Return a sentence with the share of a text that the vocabulary covers."""
         if not self.missing:
             return f"Every character of {name} stands in the tokenizer's vocabulary."
         rest = "are spelled in bytes, so nothing is unknown"
@@ -83,56 +84,55 @@ def _is_lost(tokenizer: Tokenizer, character: str) -> bool:
 
 
 _LINES = Path(__file__).with_name("scripts.txt").read_text(encoding="utf-8").splitlines()[1:]
-# A script, and the first and the last code point of a block that it has.
+# (script, first code point, last code point) of each block
 _RANGES = [(name, int(ends[:5], 16), int(ends[7:], 16)) for ends, name in (line.split("; ") for line in _LINES)]
 SCRIPTS = (*dict.fromkeys(name for name, *_ in _RANGES if name != "common"), "other", "common")
-"""The names in the order of their numbers: "other" is any script that is not named, "common" spaces, digits, marks."""
+"""Names of scripts; the index is the script's number. "other" is any script not in the list; "common" is spaces,
+digits, marks."""
 
 _ORDERED = sorted((first, last, SCRIPTS.index(name)) for name, first, last in _RANGES)
 _FIRST, _LAST, _SCRIPT = (np.array(column) for column in zip(*_ORDERED, strict=True))
 
 
 def script_numbers(code_points: np.ndarray) -> np.ndarray:
-    """Return the number in `SCRIPTS` of each code point's script."""
+    """Return the index in `SCRIPTS` of each code point's script."""
     block = np.searchsorted(_FIRST, code_points, side="right") - 1
     return np.where(code_points <= _LAST[block], _SCRIPT[block], SCRIPTS.index("other"))
 
 
 def bytes_to_scripts(text: np.ndarray) -> np.ndarray:
-    """Return the script number of the character to which each byte of a UTF-8 text belongs.
-
-    A byte that belongs to no whole character is of the script "other".
-    """
-    characters = text.tobytes().decode(errors="surrogateescape")  # a byte of no character becomes a surrogate
+    """Return for each byte of a UTF-8 text the script number of its character. Invalid bytes have the script
+    "other"."""
+    characters = text.tobytes().decode(errors="surrogateescape")  # an invalid byte becomes a surrogate
     points = np.frombuffer(characters.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
     lengths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
     lengths[(points >= 0xD800) & (points <= 0xDFFF)] = 1
     return np.repeat(script_numbers(points), lengths)
 
 
-FAULTS_SHOWN = 20  # faults that are listed one by one; the rest are counted
-CHUNK = 1 << 20  # characters that are encoded at a time
+FAULTS_SHOWN = 20  # faults with a line each; further ones are only counted
+CHUNK = 1 << 20  # characters that are encoded at once
 
 
 @dataclass
 class Script:
-    """Amount of a text that is in one script: `bytes` of tokens that write it, and how many `tokens` those are."""
+    """Part of a text in one script: number of `bytes`, and number of `tokens` for them."""
 
     bytes: int = 0
     tokens: int = 0
 
     @property
     def tokens_per_byte(self) -> float:
-        """Near 0.25 for a tokenizer that knows the script, 1 for one that spells it byte by byte."""
+        """Tokens per byte: near 0.25 if the tokenizer knows the script, 1 if it encodes byte by byte."""
         return self.tokens / max(self.bytes, 1)
 
 
 @dataclass
 class DatasetReport:
-    """Report on a data set. `lengths` counts documents by tokens: the key is the largest length that falls under it.
+    """Report on a data set. lengths: number of documents by their tokens; a key is the upper limit of its range.
 
-    A token that writes several scripts counts for the first of them in the order of `SCRIPTS`; spaces and marks that
-    stand in a token with letters count for the letters' script, and those alone are "common".
+    A token with several scripts counts for the first of them in `SCRIPTS`. Spaces and marks in a token with letters
+    count for the letters' script; without letters they are "common".
     """
 
     source: str
@@ -148,7 +148,7 @@ class DatasetReport:
     scripts: dict[str, Script] = field(default_factory=dict)
 
     def problem(self, sentence: str) -> None:
-        """Note a fault; the first `FAULTS_SHOWN` with their lines."""
+        """Record a fault. The first `FAULTS_SHOWN` are kept with their lines."""
         self.n_problems += 1
         if self.n_problems <= FAULTS_SHOWN:
             self.problems.append(sentence)
@@ -183,7 +183,7 @@ class DatasetReport:
 
 
 def check_dataset(source: str | Path, tokenizer: Tokenizer, form: TextFileFormat = PLAIN) -> DatasetReport:
-    """Read all of a source (see `keifu.data.text.documents`) and encode it; a fault is noted and reading goes on."""
+    """Read and encode a whole source (see `keifu.data.text.documents`). Faults are recorded, and reading continues."""
     report = DatasetReport(str(source))
     documents, spelling = _Documents(report), _Spelling(tokenizer)
     for pieces in chunks(sources.read_chunks(source, form, report.problem), CHUNK):
@@ -197,16 +197,16 @@ def check_dataset(source: str | Path, tokenizer: Tokenizer, form: TextFileFormat
 
 
 class _Documents:
-    """Counter of documents, which receives their pieces one by one."""
+    """Counter of documents. It receives them in chunks."""
 
     def __init__(self, report: DatasetReport):
         self.report = report
         self.seen: set[bytes] = set()
         self.lengths: Counter[int] = Counter()
-        self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True  # of the document that goes by
+        self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True  # of the present document
 
     def add(self, piece: TextChunk, tokens: int) -> None:
-        """Count a piece, and its document if that ends with it."""
+        """Count a chunk, and its document if the chunk ends it."""
         data = piece.text.encode()
         self.report.characters += len(piece.text)
         self.report.bytes += len(data)
@@ -233,7 +233,7 @@ class _Spelling:
         self.bytes, self.tokens = np.zeros(len(SCRIPTS), dtype=np.int64), np.zeros(len(SCRIPTS), dtype=np.int64)
 
     def add(self, ids: np.ndarray) -> None:
-        """Count these tokens; the bytes of neighbours may make a character together."""
+        """Count these tokens. Neighbouring tokens may together encode one character."""
         ids = ids[self.widths[ids] > 0]
         if len(ids):
             text = np.frombuffer(b"".join(map(self.spelled.__getitem__, ids)), dtype=np.uint8)

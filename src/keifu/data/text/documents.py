@@ -1,12 +1,11 @@
 """Documents streamed from files, folders and the catalogue.
 
-A source is the name of a catalogue entry, a file, a folder (every file under it with one of `SUFFIXES`, in the order of
-their paths), or a pattern such as "src/**/*.py". A catalogue name wins over a file of the same name; "./sotu" is the
-file.
+A source is the name of a catalogue entry, a file, a folder (all files below it with one of `SUFFIXES`, sorted by path),
+or a pattern such as "src/**/*.py". A catalogue name has priority over a file of the same name; "./sotu" is the file.
 
-In a .jsonl, .json, .csv, .tsv or .parquet file each record is a document, whose text stands in one field. An .html file
-is one document: its text without tags, scripts and styles (see `html_text`). Any other file is one document as it
-stands, Markdown with its markup, unless lines that are exactly <|endoftext|> split it into several.
+In a .jsonl, .json, .csv, .tsv or .parquet file each record is a document, whose text is in one field. An .html file is
+one document: its text without tags, scripts and styles (see `html_text`). Any other file is one unchanged document,
+also Markdown, unless lines that are exactly <|endoftext|> split it.
 """
 
 import glob
@@ -25,13 +24,13 @@ from keifu.errors import UserError, unknown
 
 MARK = "<|endoftext|>"
 HTML = ".html", ".htm"
-SUFFIXES = ".txt", ".md", *HTML, ".jsonl", ".parquet"  # of a folder; tables too where their field is named
-LIMIT = 1 << 20  # characters: a longer document is handed on in pieces, so that none need fit into memory
+SUFFIXES = ".txt", ".md", *HTML, ".jsonl", ".parquet"  # of a folder; tables too if their field is given
+LIMIT = 1 << 20  # characters: longer documents come in chunks, so that they need not fit into memory
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A run of whole lines of one document, whether the document ends with it, and which part of a split it is in."""
+    """Consecutive whole lines of one document. It states whether the document ends here, and its part of a split."""
 
     text: str
     ends: bool
@@ -40,14 +39,14 @@ class TextChunk:
 
 @dataclass(frozen=True)
 class TextFileFormat:
-    """Format of text in files: the field of a record that has it (None: "text"), and the encoding of files without a
+    """Format of text files: the field with the text of a record (None: "text"), and the encoding of files without a
     byte order mark."""
 
     field: str | None = None
     encoding: str = UTF8
 
     def settings(self) -> dict[str, str]:
-        """Return the settings that differ from the usual, for the fingerprint of a prepared text."""
+        """Return the settings that differ from the defaults, for the fingerprint of a prepared text."""
         named = {} if self.field in (None, "text") else {"field": self.field}
         return named if self.encoding == UTF8 else named | {"encoding": self.encoding}
 
@@ -56,11 +55,11 @@ PLAIN = TextFileFormat()
 
 
 def read_chunks(source: str | Path, form: TextFileFormat = PLAIN, problem: Problem = refuse) -> Iterator[TextChunk]:
-    """Yield all documents of a source, in a fixed order, the long ones in several pieces.
+    """Yield all documents of a source in a fixed order, long ones in several chunks.
 
-    `problem` is called with a sentence for each fault that has a place: bytes that are not in the encoding (the line is
-    named), a record without the field, a binary file. If it returns, the faulty bytes become U+FFFD, and a faulty
-    record or file is left out. A source without any text is a fault too.
+    `problem` gets a sentence for each fault with its position: bytes that are not in the encoding, a record without the
+    field, a binary file, a source without text. If it returns, invalid bytes become U+FFFD, and a faulty record or file
+    is skipped.
     """
     blank = True
     for piece in _all(source, form, problem):
@@ -81,7 +80,7 @@ def documents(source: str | Path, form: TextFileFormat = PLAIN) -> Iterator[str]
 
 
 def chunks(pieces: Iterable[TextChunk], characters: int) -> Iterator[list[TextChunk]]:
-    """Group pieces into lists of about `characters` characters."""
+    """Group consecutive pieces into lists of about `characters` characters."""
     group: list[TextChunk] = []
     size = 0
     for piece in pieces:
@@ -100,7 +99,7 @@ def in_catalogue(source: str | Path) -> bool:
 
 
 def content_hash(source: str | Path, form: TextFileFormat = PLAIN) -> str:
-    """Return a hexadecimal SHA-256 of a source's content; names and folders of its files do not count."""
+    """Return the SHA-256 of a source's content in hexadecimal. Names and folders of the files do not count."""
     if in_catalogue(source):
         return hashlib.sha256(catalogue.identity(str(source)).encode()).hexdigest()
     listing = [f"{path.suffix}:{files.sha256(path)}" for path in paths(source, form)]
@@ -108,7 +107,7 @@ def content_hash(source: str | Path, form: TextFileFormat = PLAIN) -> str:
 
 
 def paths(source: str | Path, form: TextFileFormat = PLAIN) -> list[Path]:
-    """List the files of a source that is not in the catalogue, in order; none is a `UserError`."""
+    """List the files of a source that is not in the catalogue, in order. Raises `UserError` if there are none."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -141,7 +140,7 @@ def _all(source: str | Path, form: TextFileFormat, problem: Problem) -> Iterator
 
 
 def _field(record: Mapping[str, Any], field: str, where: str, problem: Problem) -> Iterator[TextChunk]:
-    """Return the text of one record."""
+    """Yield the text of one record."""
     if field not in record:
         wrong = str(unknown("field", field, record)).removeprefix("T")
         problem(f"{where}: t{wrong} Name the one that holds the text (--text-field; in a mixture, `field`).")
@@ -159,9 +158,9 @@ def _field(record: Mapping[str, Any], field: str, where: str, problem: Problem) 
 
 
 def _gather(lines: Iterable[str], mark: str | None = None) -> Iterator[TextChunk]:
-    """Join lines to documents, which end at the mark, and to pieces of about LIMIT characters.
+    """Join lines to documents, which end at the line `mark`, in chunks of about LIMIT characters.
 
-    A piece begins with a line that starts with text, because tokenizers join blank lines to the text before them.
+    A chunk begins with a line that is not blank, because tokenizers join blank lines to the text before them.
     """
     gathered: list[str] = []
     size = 0

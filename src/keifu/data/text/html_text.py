@@ -1,4 +1,4 @@
-"""The text of an HTML page: tags removed, a line for each block, scripts and styles left out."""
+"""Text of an HTML page: without tags, scripts and styles, with one line for each block."""
 
 import re
 from collections.abc import Collection, Iterable
@@ -16,7 +16,7 @@ APART = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "table", "ul", "ol", "b
 
 
 class HtmlPart(NamedTuple):
-    """Text of a page with the number of its first line, or a line's end with the tag that makes it: "p" or "/p"."""
+    """Text of a page with its first line number, or a line break with the tag that causes it: "p" or "/p"."""
 
     text: str
     line: int
@@ -61,7 +61,7 @@ class _Page(HTMLParser):
 
 
 def html_parts(lines: Iterable[str], left_out: Collection[str] = LEFT_OUT) -> list[HtmlPart]:
-    """Return the texts and line ends of a page given as lines, without what is inside the tags that are left out."""
+    """Return the texts and line breaks of a page, given as lines, without the content of tags in `left_out`."""
     page = _Page(left_out)
     for line in lines:
         page.feed(line)
@@ -70,6 +70,6 @@ def html_parts(lines: Iterable[str], left_out: Collection[str] = LEFT_OUT) -> li
 
 
 def html_text(lines: Iterable[str]) -> str:
-    """Return the text of a page given as lines: entities as characters, at most one empty line in a row."""
+    """Return the text of a page, given as lines: entities as characters, at most one consecutive empty line."""
     text = re.sub(r"[ \t]+\n", "\n", "".join(part.text for part in html_parts(lines)))
     return re.sub(r"\n{3,}", "\n\n", text).strip("\n")

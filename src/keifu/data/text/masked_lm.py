@@ -1,6 +1,6 @@
 """BERT's pretraining data: masked language modelling (MLM) and next-sentence prediction (NSP).
 
-Axes: row (of a batch), position = tokens of a row, masked = the masked positions of a row; bounds = start and end of
+Axes: row (of a batch), position = tokens of a row, masked = the masked positions of a row. bounds = start and end of
 the first segment, start and end of the second, in tokens.
 """
 
@@ -25,13 +25,14 @@ Bounds = tuple[int, int, int, int]
 
 
 class RowPlanner:
-    """Planner of rows from all documents, new for each epoch (Devlin et al., 2018, appendix A.2).
+    """Planner of the rows of an epoch from all documents (Devlin et al., 2018, appendix A.2).
 
-    room: tokens of a row without the special ones. short: how often a row is meant to be shorter, of any length, so
-    that a model which is fine-tuned on short texts has seen some. pairs: two segments, the second of which in half of
-    the rows comes from another document; without, one segment of whole sentences (RoBERTa, Liu et al., 2019, table 2).
+    room: tokens of a row without special tokens. short: share of rows with a random shorter length, because a model
+    that is later fine-tuned on short texts must have seen some. pairs: whether a row has two segments, the second of
+    which comes from another document in half of the rows; otherwise it has one segment of whole sentences (RoBERTa, Liu
+    et al., 2019, table 2).
 
-    A sentence longer than a row counts as several.
+    A sentence longer than a row is split into several.
     """
 
     def __init__(self, sentences: Sentences, room: int, short: float, pairs: bool):
@@ -41,7 +42,7 @@ class RowPlanner:
             raise UserError("Sentence pairs need two documents or more: half of them come from another one.")
 
     def rows(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Return the bounds [row, 4], and whether each row's second segment is of another document."""
+        """Return bounds [row, 4], and for each row whether the second segment is from another document."""
         chance = Random(int(random.integers(2**63)))
         make = self._pairs if self.pairs else self._runs
         pairs = [row for document in range(len(self.documents) - 1) for row in make(document, chance)]
@@ -49,8 +50,8 @@ class RowPlanner:
         return _truncate(bounds, self.room, random), np.array([elsewhere for _, elsewhere in pairs], np.int64)
 
     def _pairs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
-        """Yield the document from its first sentence to its last. A sentence that a false partner displaced comes in
-        the next row."""
+        """Return the pairs of a document, from its first to its last sentence. Sentences replaced by those of another
+        document come in the next row."""
         starts, rows = self.starts, []
         first, last = self.documents[document], self.documents[document + 1]
         position = first
@@ -58,7 +59,7 @@ class RowPlanner:
             target = self._target(chance)
             end = bisect_left(starts, starts[position] + target, position + 1, last)
             end = max(end, min(position + 2, last))
-            rest = end - position == 1 and position > first  # one sentence is left: the one before it comes along again
+            rest = end - position == 1 and position > first  # one sentence is left: repeat the one before it
             begin = position - rest
             cut = chance.randrange(begin + 1, end) if end - begin > 1 else end
             elsewhere = cut == end or chance.random() < 0.5
@@ -69,7 +70,7 @@ class RowPlanner:
         return rows
 
     def _elsewhere(self, document: int, wanted: int, chance: Random) -> tuple[int, int]:
-        """Return the sentences of another document, about as many tokens as are wanted."""
+        """Return the bounds of sentences of another document, of about `wanted` tokens."""
         other = chance.randrange(len(self.documents) - 2)
         other += other >= document
         first, last = self.documents[other], self.documents[other + 1]
@@ -78,7 +79,7 @@ class RowPlanner:
         return self.starts[position], self.starts[end]
 
     def _runs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
-        """Fill rows with as many whole sentences as fit; the second segment is empty."""
+        """Fill rows with as many whole sentences as fit. The second segment is empty."""
         starts, rows = self.starts, []
         position, last = self.documents[document], self.documents[document + 1]
         while position < last:
@@ -93,7 +94,7 @@ class RowPlanner:
 
 
 def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[int]]:
-    """Return the starts of sentences and documents. Sentences of more than `room` tokens are cut."""
+    """Return the starts of sentences and documents. Sentences of more than `room` tokens are split."""
     sizes = np.diff(sentences.starts)
     pieces = -(-sizes // room)
     before = offsets(pieces)
@@ -103,12 +104,12 @@ def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[in
 
 
 def _truncate(bounds: np.ndarray, room: int, random: np.random.Generator) -> np.ndarray:
-    """Cut pairs to `room` tokens: the longer one loses tokens, at its front or at its end by chance."""
+    """Cut pairs to `room` tokens. The longer segment loses tokens, randomly at its front or its end."""
     sizes = bounds[:, 1::2] - bounds[:, ::2]
     excess = np.maximum(sizes.sum(1) - room, 0)
-    levelled = np.minimum(excess, np.abs(sizes[:, 0] - sizes[:, 1]))  # until both are equally long
+    levelled = np.minimum(excess, np.abs(sizes[:, 0] - sizes[:, 1]))  # until both have the same length
     longer = np.where(sizes[:, 0] > sizes[:, 1], 0, 1)[:, None] == np.arange(2)
-    rest = excess - levelled  # then in turns
+    rest = excess - levelled  # then alternately
     lost = longer * levelled[:, None] + np.stack([rest // 2, rest - rest // 2], 1)
     front = random.binomial(lost, 0.5)
     result = bounds.copy()
@@ -117,14 +118,14 @@ def _truncate(bounds: np.ndarray, room: int, random: np.random.Generator) -> np.
     return result
 
 
-NOT_COUNTED = -100  # the target of an entry of `places` that a row does not have
+NOT_COUNTED = -100  # target of unused entries of `places`
 POOL = 16  # batches whose rows are sorted by length together
-VALIDATION = 20_181_011  # the seed of what is held out, so that runs of different seeds are compared on the same
+VALIDATION = 20_181_011  # fixed seed of the held-out rows, so that runs with different seeds can be compared
 
 
 @dataclass(frozen=True)
 class MaskingScheme:
-    """Length of a row, and the part of it that is masked (Devlin et al., 2018, section 3.1)."""
+    """Length of a row, and its masked part (Devlin et al., 2018, section 3.1)."""
 
     length: Count = 128
     """Tokens of a row, [CLS] and [SEP] included."""
@@ -146,7 +147,7 @@ class MaskingScheme:
 
 @dataclass(frozen=True, eq=False)
 class MaskingVocabulary:
-    """The ids of the special tokens, those that may stand for a masked one, and which tokens continue a word."""
+    """Ids of the special tokens, the ids that may replace a masked token, and which ids continue a word."""
 
     cls: int
     sep: int
@@ -162,7 +163,7 @@ class MaskingVocabulary:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> "MaskingVocabulary":
-        """Return the tokenizer's vocabulary; one without [CLS], [SEP], [PAD] or [MASK] is a `UserError`."""
+        """Return the tokenizer's vocabulary. Raises `UserError` if [CLS], [SEP], [PAD] or [MASK] is missing."""
         roles = ("cls_token", "sep_token", "pad_token", "mask_token")
         if missing := [role for role in roles if role not in tokenizer.special]:
             raise UserError(f"The tokenizer has no {', '.join(missing)}: BERT needs one such as wordpiece or minilm's.")
@@ -175,13 +176,13 @@ class MaskingVocabulary:
 
 
 class MaskedText:
-    """Training data for BERT: new rows and masks in each epoch; a batch depends only on the seed and the step.
+    """Training data for BERT: new rows and masks in each epoch. A batch depends only on the seed and the step.
 
-    A batch has "tokens" [row, position] with masked words, "mask" (True on real tokens), "places" [row, masked] of
-    the masked tokens and "targets", the original tokens, -100 where a row has fewer; for sentence pairs also "segments"
-    and "random_next" [row], 1 where the second sentence does not follow the first. "word_weight" and "pair_weight"
-    [row] are the tokens of the whole batch for each target and each pair, so that a batch can be split (see
-    `keifu.training.objectives.language_modeling`).
+    A batch has "tokens" [row, position] with masked words, "mask" (True on real tokens), "places" [row, masked]
+    (positions of masked tokens) and "targets" (their original ids, -100 for unused entries). Sentence pairs also have
+    "segments" and "random_next" [row], 1 if the second sentence does not follow the first. "word_weight" and
+    "pair_weight" [row] are the number of tokens of the whole batch divided by the number of targets and of pairs, so
+    that a batch can be split (see `keifu.training.objectives.language_modeling`).
     """
 
     def __init__(
@@ -198,26 +199,27 @@ class MaskedText:
 
     @property
     def fingerprint(self) -> str:
-        """The text's fingerprint and what else the batches depend on."""
+        """Hash of the text and of all settings that affect the batches."""
         options = "-".join(f"{name}{value}" for name, value in asdict(self.masking).items())
         return f"{self.shards.fingerprint}-{options}-batch{self.batch_size}-seed{self.seed}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
+        calls."""
         bounds, elsewhere = self._epochs.item(step)
         random = np.random.default_rng([self.seed, step, 1])
         return _loss_weights([self._make_batch(self.shards.training, bounds, elsewhere, random)])[0]
 
     @property
     def largest(self) -> dict[str, Tensor]:
-        """A batch of the longest rows, for measuring memory."""
+        """Batch of the longest rows, for measuring memory."""
         bounds, elsewhere = map(np.concatenate, zip(*self._order(0), strict=True))
         longest = np.argsort(-_sizes(bounds), kind="stable")[: self.batch_size]
         random = np.random.default_rng(self.seed)
         return _loss_weights([self._make_batch(self.shards.training, bounds[longest], elsewhere[longest], random)])[0]
 
     def validation(self) -> Iterable[dict[str, Tensor]]:
-        """Return held-out rows, spread evenly, with masks that are always the same; every row counts alike."""
+        """Return batches of evenly spaced held-out rows with fixed masks. Every row has the same weight."""
         return self._validation
 
     @cached_property
@@ -235,11 +237,11 @@ class MaskedText:
         return RowPlanner(sentences, masking.length - 2 - masking.sentence_pairs, masking.short, masking.sentence_pairs)
 
     def _order(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the rows of each batch of an epoch: bounds and `random_next`. An epoch has as many rows as the first
-        one: a few are left out, or come twice.
+        """Return bounds and `random_next` of each batch of an epoch. All epochs have as many rows as the first: a few
+        rows are left out or repeated.
 
-        Rows are in a random order, of which `POOL` batches at a time are sorted by length, and their batches come in a
-        random order: that leaves little padding and little order.
+        Rows are shuffled; then those of `POOL` batches are sorted by length; then the batches are shuffled. So there is
+        little padding, and the order stays nearly random.
         """
         random = np.random.default_rng([self.seed, epoch])
         bounds, elsewhere = self._planner.rows(random)
@@ -270,7 +272,7 @@ class MaskedText:
     def _hide(
         self, tokens: np.ndarray, words: np.ndarray, total: np.ndarray, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Hide some of the words in `tokens`, and return their positions and their tokens."""
+        """Mask some words in `tokens`, in place. Return their positions and their original ids."""
         masking, v = self.masking, self.vocabulary
         wanted = np.clip(np.rint(masking.share * total), 1, masking.most).astype(np.int64)
         if masking.whole_words:
@@ -286,19 +288,20 @@ class MaskedText:
 
 
 def _sizes(bounds: np.ndarray) -> np.ndarray:
-    """Return how many tokens each row has, without the special ones."""
+    """Return the number of tokens of each row, without special tokens."""
     return (bounds[:, 1::2] - bounds[:, ::2]).sum(1)
 
 
 def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return which positions [row, position] are hidden: as many words of a row as wanted, or all if it has fewer."""
+    """Return a mask [row, position] of tokens to hide: `wanted` words of each row, or all if it has fewer."""
     scores = np.where(words, random.random(words.shape), 2.0)
     ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
     return words & (ranks < wanted[:, None])
 
 
 def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Choose all tokens of a word or none: words in a random order, but no word that would make it too many."""
+    """Return a mask of tokens to hide that contains all tokens of a word or none. Words come in a random order; a word
+    that would exceed `wanted` is skipped."""
     numbers = np.where(words, np.cumsum(starts, axis=1), 0)
     chosen = np.zeros_like(words)
     for row, number in enumerate(numbers):
@@ -313,13 +316,14 @@ def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, rando
 
 
 def _replacement(tokens: np.ndarray, vocabulary: MaskingVocabulary, random: np.random.Generator) -> np.ndarray:
-    """Replace hidden tokens: by [MASK] for 80%, by any ordinary token for 10%; 10% stay."""
+    """Replace hidden tokens: 80% by [MASK], 10% by a random ordinary token; 10% stay."""
     draw, others = random.random(len(tokens)), random.choice(vocabulary.ordinary, len(tokens))
     return np.where(draw < 0.8, vocabulary.mask, np.where(draw < 0.9, others, tokens))
 
 
 def _loss_weights(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """Yield the batches with the number of their tokens, all together, for each target and for each row."""
+    """Add "word_weight" and "pair_weight" to the batches: the number of tokens in all of them for each target and for
+    each row."""
     tokens = sum(int(batch["mask"].sum()) for batch in batches)
     targets = sum(int((batch["targets"] != NOT_COUNTED).sum()) for batch in batches)
     rows = sum(len(batch["tokens"]) for batch in batches)

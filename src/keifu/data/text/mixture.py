@@ -10,14 +10,14 @@ A mixture is one of `MIXTURES`, or a file:
 
 `data` is one of:
 - a catalogue name, a file, a folder or a pattern (see `keifu.data.text.documents`), relative to the mixture's folder;
-- a Tatoeba language or pair (tatoeba-ja, tatoeba-en-de), whose held-out sentences are kept out of all the others (see
+- a Tatoeba language or pair (tatoeba-ja, tatoeba-en-de), whose test sentences are removed from all other sources (see
   `keifu.data.translation.tatoeba`);
 - "arithmetic", generated problems with their steps;
-- where `languages` are given, pairs of sentences that `keifu.data.translation.pairs` reads.
+- with `languages`: pairs of sentences that `keifu.data.translation.pairs` reads.
 
 `field` names the text's field in files of records, `encoding` the encoding of files that are not UTF-8. The weights are
-shares of the tokens and must sum to 1, unless the file says `normalise: true`. `held_out: 0.05` beside `sources` is the
-share of each source that is kept for validation. Validation also measures each source by itself.
+shares of the tokens. They must sum to 1, unless the file says `normalise: true`. `held_out: 0.05`, at the level of
+`sources`, is the share of each source for validation. Validation also measures each source separately.
 
 Axes: row, position = tokens of a row.
 """
@@ -51,15 +51,15 @@ from keifu.untrusted import parse_yaml, read_text
 
 SUFFIXES = ".yaml", ".yml", ".json"
 FIELDS = "sources", "normalise", "held_out"
-HELD_OUT = 0.02  # share of each source that is kept for validation
+HELD_OUT = 0.02  # share of each source that is held out for validation
 ARITHMETIC = "arithmetic"
-SUMS = 60_000  # problems of "arithmetic"
+SUMS = 60_000  # number of problems of "arithmetic"
 Parts = Callable[[], tuple[Iterable[str], Iterable[str]]]
 
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """A text of a mixture; see the head of this file."""
+    """Text of a mixture; the fields are explained at the top of this file."""
 
     name: str
     data: str
@@ -70,7 +70,7 @@ class MixtureSource:
 
     @property
     def form(self) -> sources.TextFileFormat:
-        """Format of the text in its files."""
+        """Format of the source's files."""
         return sources.TextFileFormat(self.field, self.encoding)
 
     def __post_init__(self) -> None:
@@ -85,9 +85,8 @@ class MixtureSource:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources whose weights sum to 1; `name` is the name or path that was requested; a share of each source is held
-    out.
-    """
+    """Sources whose weights sum to 1. name: the name or path that the user gave. held_out: share of each source for
+    validation."""
 
     name: str
     sources: tuple[MixtureSource, ...]
@@ -110,12 +109,12 @@ MIXTURES = {"multilingual": Path(__file__).with_name("multilingual.yaml")}
 
 
 def is_mixture(given: str) -> bool:
-    """Return whether a name is that of a mixture, or of a file that can hold one."""
+    """Return whether a name is that of a mixture, or of a file that can contain one."""
     return given in MIXTURES or (Path(given).suffix.lower() in SUFFIXES and Path(given).is_file())
 
 
 def read_mixture(given: str) -> Mixture:
-    """Read the mixture of that name or in that file; an error in it is a `UserError` that names the source."""
+    """Read the mixture of that name or in that file. Raises `UserError`, with the source's name, for an error in it."""
     path = MIXTURES.get(given, Path(given).expanduser())
     if not path.is_file():
         raise unknown("mixture, and no file,", given, MIXTURES)
@@ -163,7 +162,8 @@ def _no_weight(name: str, weight: Any) -> UserError:
 
 
 def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
-    """Return the ids of each source, prepared once, with about that share held out, without tokens around texts."""
+    """Return the tokenized sources, from the cache if possible. The share `held_out` of each is held out. No tokens are
+    added around texts."""
     tokenizer = tokenizer.replace(backend=nothing_around_text(tokenizer.backend))
     made = []
     for source in mixture.sources:
@@ -177,7 +177,7 @@ def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
 
 
 def texts(mixture: Mixture, characters: int) -> Iterator[str]:
-    """Yield the first documents of each source, about `characters` in all by the weights, for training a tokenizer."""
+    """Yield the first documents of each source, in all about `characters` by the weights, for training a tokenizer."""
     for source in mixture.sources:
         left = round(characters * source.weight)
         with _parts_of(source, mixture.held_out) as (parts, _):
@@ -199,7 +199,8 @@ def content_hash(mixture: Mixture) -> str:
 
 
 def _parts(source: MixtureSource, held_out: float) -> tuple[Parts | None, str]:
-    """Return a function that gives the two parts of a source, and a hash of them; None for a plain text."""
+    """Return a function that returns the training and held-out parts of a source, and their hash. For plain text return
+    None instead of the function."""
     if source.data in tatoeba.names():
         return lambda: tatoeba.parts(source.data, held_out), tatoeba.identity(source.data, held_out)
     if source.data == ARITHMETIC:
@@ -228,13 +229,13 @@ def _pairs(source: MixtureSource, held_out: float) -> tuple[Parts, str]:
 
 
 def source_names() -> list[str]:
-    """List every name that `data` may have."""
+    """Return all names that `data` may have."""
     return sorted({*chain(sources.catalogue.names(), tatoeba.names(), [ARITHMETIC])})
 
 
 @contextmanager
 def _parts_of(source: MixtureSource, held_out: float) -> Iterator[tuple[Parts | None, str]]:
-    """Yield the parts of a source and their hash (see `_parts`); errors in the block name the source."""
+    """Yield the parts of a source and their hash (see `_parts`). Errors in the block name the source."""
     try:
         yield _parts(source, held_out)
     except UserError as error:
@@ -242,12 +243,12 @@ def _parts_of(source: MixtureSource, held_out: float) -> Iterator[tuple[Parts | 
 
 
 Batch = dict[str, Tensor]
-VALIDATION = 20_220_510  # the seed of what is held out, so that runs of different seeds are compared on the same
+VALIDATION = 20_220_510  # fixed seed of the held-out rows, so that runs with different seeds can be compared
 
 
 @dataclass(frozen=True)
 class WeightedSource:
-    """A source's name, its share of all rows, and its ids."""
+    """Source of a mixture: its name, its share of all rows, and its ids."""
 
     name: str
     weight: float | int
@@ -256,24 +257,23 @@ class WeightedSource:
 
 @dataclass(frozen=True)
 class Check:
-    """A validation metric of each source's held-out text: the loss of `task`, times `scale(shards)`."""
+    """Validation metric on each source's held-out text: the loss of `task`, times `scale(shards)`."""
 
     task: CorruptionTask
     scale: Callable[[Shards], float] = lambda shards: 1.0
 
 
 class MixedText:
-    """Training data from several sources, interleaved by weight: exact shares after any number of rows.
+    """Training data from several sources, interleaved by weight: the shares are exact after any number of rows.
 
-    Each source is cut into windows and read in epochs as by `PackedText`, a small one more often. A batch depends only
-    on the seed and the step. `task` makes rows of the windows. `batch_size` may grow over the steps.
+    Each source is cut into windows and read in epochs like `PackedText`; a small one is repeated more often. A batch
+    depends only on the seed and the step. `task` converts windows to rows. `batch_size` may grow over the steps.
 
-    `validation` gives batches for the loss of the task, of held-out windows by the same shares, and then, for each
-    check and each source, some of its held-out windows. "figure" [row] is 0 for the former, otherwise the place in
-    `figures` (names `source/check`), counted from 1; "factor" [row] multiplies the batch's summed loss so that the sum
-    over all batches, divided by the elements of the former, is that figure (see `masked_share_loss` in
-    `keifu.training.objectives.language_modeling`). Of each source `check_rows` windows, spread evenly, are evaluated,
-    each of `context_length` tokens.
+    `validation` yields batches for the task's loss, of held-out windows with the same shares. Then it yields for each
+    check and each source `check_rows` evenly spaced held-out windows of `context_length` tokens. "figure" [row] is 0
+    for the former, otherwise the position in `figures` (names `source/check`), counted from 1. "factor" [row]
+    multiplies the batch's summed loss so that the sum over all batches, divided by the elements of the former, is that
+    figure (see `masked_share_loss` in `keifu.training.objectives.language_modeling`).
     """
 
     def __init__(
@@ -292,23 +292,24 @@ class MixedText:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all texts, their weights, and whatever else the batches depend on."""
+        """Hash of all texts, their weights, and the settings that affect the batches."""
         facts = [f"{s.name} {s.weight} {s.shards.fingerprint}" for s in self.sources]
         facts += [self.task.name, f"{self.growth} {self.seed}"]
         return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
+        calls."""
         taken = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
         windows = self._windows(taken.whose, lambda packed, rows: packed.windows(taken.numbers[rows]))
         return _tensors(self.task.rows(windows, taken.numbers, np.random.default_rng([self.seed, step])))
 
     def largest(self) -> Batch:
-        """Return a batch of the most rows."""
+        """Return a batch with the most rows."""
         return self.batch(self.growth.largest)
 
     def epochs(self, steps: int) -> dict[str, float]:
-        """Return the number of epochs of each source in a number of steps, with its fraction."""
+        """Return the number of epochs, with fraction, that `steps` steps take of each source."""
         whose = np.ceil(self.growth.before(steps) * self.weights)
         return {
             source.name: float(count) / packed.windows_per_epoch
@@ -316,7 +317,7 @@ class MixedText:
         }
 
     def validation(self) -> Iterator[Batch]:
-        """See the class; always the same."""
+        """Yield the batches described in the class, always the same."""
         yield from self._own
         units = float(sum(elements(batch) for batch in self._own))
         for index, (check, source) in enumerate((c, s) for c in self.checks.values() for s in self.sources):
@@ -327,7 +328,7 @@ class MixedText:
 
     @cached_property
     def _own(self) -> list[Batch]:
-        """Held-out windows of all sources by their weights, for the loss of the task itself."""
+        """Held-out windows of all sources by their weights, for the task's loss."""
 
         def spread(packed: PackedText, rows: np.ndarray) -> np.ndarray:
             kept = packed.held_out
@@ -337,7 +338,8 @@ class MixedText:
         return [_mark(batch, 0, 1.0) for batch in batches(self.task, windows, max(self.growth.rows))]
 
     def _windows(self, whose: np.ndarray, take: Callable[[PackedText, np.ndarray], np.ndarray]) -> np.ndarray:
-        """Return a window for each row, taken by `take` from the row's source."""
+        """Return one window for each row. whose: index of each row's source. take: function that returns windows of a
+        source."""
         windows = np.empty((len(whose), self.task.width), np.int64)
         for index, packed in enumerate(self._packed):
             if len(rows := np.flatnonzero(whose == index)):
@@ -346,12 +348,12 @@ class MixedText:
 
 
 def held_out(shards: Shards, context_length: int, rows: int) -> np.ndarray:
-    """Return at most `rows` windows of `context_length` tokens of the held-out part, spread evenly, [row, position]."""
+    """Return at most `rows` evenly spaced windows of the held-out part, [row, position]."""
     return PackedText(shards, context_length - 1, 1, validation_tokens=rows * (context_length - 1)).held_out
 
 
 def batches(task: CorruptionTask, windows: np.ndarray, size: int) -> list[Batch]:
-    """Yield the windows as rows, always the same, `size` at a time."""
+    """Convert windows to batches of `size` rows, always the same."""
     random, numbers = np.random.default_rng(VALIDATION), np.arange(len(windows))
     whole = _tensors(task.rows(windows.astype(np.int64), numbers, random))
     starts = range(0, len(windows), size)
@@ -359,7 +361,7 @@ def batches(task: CorruptionTask, windows: np.ndarray, size: int) -> list[Batch]
 
 
 def elements(batch: Batch) -> int:
-    """Return the number of tokens of a batch that are predicted."""
+    """Return the number of predicted tokens in a batch."""
     mask = batch.get("mask")
     return batch["tokens"][:, 1:].numel() if mask is None else int(mask[:, 1:].sum())
 

@@ -1,11 +1,11 @@
-"""Text without what does not make it another text: case, spaces, punctuation and compatibility forms."""
+"""Normalisation of text for comparison: ignores case, spaces, punctuation and compatibility forms."""
 
 import hashlib
 import unicodedata
 
 
 class KeptCharacters(dict[int, int | None]):
-    """Table for str.translate: a character's code, None for spaces, punctuation and control characters."""
+    """Table for str.translate: a character's code, or None for spaces, punctuation and control characters."""
 
     def __missing__(self, code: int) -> int | None:
         stripped = unicodedata.category(chr(code))[0] in "PZC"
@@ -17,9 +17,9 @@ KEPT_CHARACTERS = KeptCharacters()
 
 
 def normalize(sentence: str) -> str:
-    """Bring a sentence to NFKC and lower case, and remove spaces and punctuation.
+    """Convert a sentence to NFKC and lower case, and remove spaces and punctuation.
 
-    A sentence of punctuation alone keeps it.
+    A sentence that consists only of punctuation keeps it.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", sentence).lower())
     bare = unicodedata.normalize("NFKC", text.translate(KEPT_CHARACTERS))

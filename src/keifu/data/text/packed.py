@@ -18,23 +18,23 @@ from keifu.data.epochs import Epochs
 from keifu.data.text.token_shards import Shards
 from keifu.errors import UserError
 
-SHORT = 8  # a shorter context is of little use: a larger held-out share is advised instead
+SHORT = 8  # tokens: for a shorter context, the error advises a larger held-out share instead
 
 
 class PackedText:
     """Training data for next-token prediction: {"tokens": [row, context_length + 1]}, ids as int64.
 
-    The text is cut into windows that overlap by one token, since a window's last token is only predicted. An epoch
-    takes every window once, in an order of its own, and begins cutting at an offset of its own. Drawing offsets with
-    replacement, as nanoGPT does, leaves 1 / e = 37% of the text unseen after one epoch's worth of steps; an offset that
-    changes lets every token stand at every place of a window in time, as drawing does.
+    The text is cut into windows that overlap by one token, since a window's last token is only predicted. An epoch uses
+    every window once, in a new order, and begins cutting at a new offset. Drawing offsets with replacement, as in
+    nanoGPT, leaves 1 / e = 37% of the text unseen after one epoch's worth of steps. As with drawing, a changing offset
+    moves every token through all positions of a window over time.
 
-    A batch is a function of the seed and the step alone, also where `batch_size` grows over the steps: windows are
-    counted through, and each batch takes those that follow the last one's. What an epoch needs is drawn from the seed
-    and the epoch's number, so that going on at a late step costs no more than beginning.
+    A batch depends only on the seed and the step, also if `batch_size` grows over the steps: windows are numbered, and
+    each batch continues after the previous one. An epoch depends on the seed and its number, so a late step costs no
+    more than the first.
 
-    validation_tokens: at most about so many held-out tokens are used, in windows spread evenly; all when None.
-    A text, or a held-out part, shorter than one window is a `UserError`. `held_out` are those windows, [row, position].
+    validation_tokens: approximate maximum of held-out tokens, in evenly spaced windows; None: all. `held_out` are these
+    windows, [row, position]. Raises `UserError` if the text or the held-out part is shorter than one window.
     """
 
     def __init__(
@@ -48,28 +48,29 @@ class PackedText:
                 raise UserError(f"{name} is {value}, but it must be at least 1.")
         self.shards, self.context_length, self.seed = shards, context_length, seed
         _check_lengths(shards, context_length)
-        self._windows, validation = (  # views that copy nothing
+        self._windows, validation = (  # views without a copy
             sliding_window_view(np.asarray(ids), context_length + 1) for ids in (shards.tokens, shards.validation)
         )
         self.held_out = _spread(validation[::context_length], context_length, validation_tokens)
-        self._slack = min(context_length - 1, len(self._windows) - 1)  # offsets go from 0 to this
+        self._slack = min(context_length - 1, len(self._windows) - 1)  # the largest offset
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
         self._epochs = Epochs(self.windows_per_epoch, self.batch_size, seed, self._order)
         self.steps_per_epoch = self._epochs.steps
 
     @property
     def fingerprint(self) -> str:
-        """The text's fingerprint and what else the batches depend on."""
+        """Hash of the text and of all settings that affect the batches."""
         return f"{self.shards.fingerprint}-context{self.context_length}-batch{self.growth}-seed{self.seed}"
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
-        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
+        calls."""
         return self.part(step, lambda rows: (0, rows))[0]
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
-        """Return some rows of that batch, the index of the first one, and the size of the whole batch.
+        """Return a slice of that batch, the index of its first row, and the number of rows of the whole batch.
 
-        bounds: returns the first row and the row after the last one, from the size of the batch.
+        bounds: function from the number of rows to start and end (exclusive) of the slice.
         """
         numbers = self.growth.numbers(step)
         first, end = bounds(len(numbers))
@@ -80,11 +81,11 @@ class PackedText:
         return self.batch(self.growth.largest)
 
     def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the windows with these ascending numbers, [row, position], counted over all epochs."""
+        """Return the windows with these ascending numbers, [row, position]. Numbers continue from epoch to epoch."""
         return self._windows[self._epochs.items(numbers)]
 
     def validation(self) -> Iterator[dict[str, Int64[Tensor, "row position"]]]:
-        """Yield the held-out windows in batches, always the same. No token is predicted twice; the last batch may be
+        """Yield the held-out windows in batches, always the same. No token is predicted twice. The last batch may be
         smaller."""
         for first in range(0, len(self.held_out), self.batch_size):
             yield _tensors(self.held_out[first : first + self.batch_size])
@@ -97,7 +98,7 @@ class PackedText:
 
 
 def _check_lengths(shards: Shards, context_length: int) -> None:
-    """Raise a `UserError` that says what helps if a part is shorter than a window."""
+    """Raise a `UserError`, with remedies, if a part is shorter than a window."""
     training, validation, needed = len(shards.tokens), len(shards.validation), context_length + 1
     if min(training, validation) >= needed:
         return
@@ -117,7 +118,7 @@ def _check_lengths(shards: Shards, context_length: int) -> None:
 
 
 def _spread(windows: np.ndarray, context_length: int, tokens: int | None) -> np.ndarray:
-    """Choose windows of at most `tokens` tokens, at least one, at even distances."""
+    """Return evenly spaced windows with at most `tokens` tokens in all; at least one window."""
     count = len(windows) if tokens is None else min(len(windows), max(1, tokens // context_length))
     return windows if count == len(windows) else windows[np.arange(count) * len(windows) // count]
 

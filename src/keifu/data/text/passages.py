@@ -1,4 +1,4 @@
-"""Passages of documents for search: Markdown, text and HTML files cut at paragraphs and headings, with their lines."""
+"""Passages of documents for search: Markdown, text and HTML files are split at paragraphs and headings."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,7 @@ from keifu.untrusted import read_text
 
 TEXTS = (".md", ".markdown", ".txt", ".rst")
 PAGES = (".html", ".htm")
-LONGEST = 700  # characters of a passage; an encoder of sentences reads little more
+LONGEST = 700  # characters of a passage; sentence encoders read little more
 HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
 HEADING_ENDS = ("/h1", "/h2", "/h3", "/h4", "/h5", "/h6")
 UNREAD = {*LEFT_OUT, "head", "noscript"}
@@ -29,15 +29,15 @@ class Passage:
 
     @property
     def whole(self) -> str:
-        """Text with the heading before it, as it is embedded."""
+        """Text with its heading before it. This is what is embedded."""
         return f"{self.heading}: {self.text}" if self.heading else self.text
 
 
-Line = tuple[int, str]  # its number, from 1, and its text
+Line = tuple[int, str]  # (number from 1, text)
 
 
 def document_files(folder: Path) -> list[Path]:
-    """List the documents in a folder and below, or the one file; hidden ones are left out."""
+    """List the documents in a folder and its subfolders, or the one file. Hidden files are skipped."""
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
@@ -50,16 +50,18 @@ def document_files(folder: Path) -> list[Path]:
 
 
 def read_passages(path: Path, name: str) -> list[Passage]:
-    """Read the passages of a document; name: of the file in each of them. A file that is not UTF-8 is a `UserError`."""
+    """Read the passages of a document. name: of the file, stored in each passage. Raises `UserError` if it is not
+    UTF-8."""
     text = read_text(path)
     blocks = _html_blocks(text) if path.suffix.lower() in PAGES else _text_blocks(text)
     return [Passage(name, line, heading, piece) for heading, lines in blocks for line, piece in _pieces(lines)]
 
 
 def read_documents(names: Mapping[Path, str], leave_out: Callable[[Exception], object]) -> list[Passage]:
-    """Read the passages of documents; documents without any text are a `UserError`.
+    """Read the passages of documents. Raises `UserError` if none has text.
 
-    names: the name of each file in its passages. leave_out: gets the error of a document that cannot be read.
+    names: for each path the file's name in its passages. leave_out: receives the error of each document that cannot be
+    read.
     """
     passages = list[Passage]()
     for path, name in names.items():
@@ -73,7 +75,7 @@ def read_documents(names: Mapping[Path, str], leave_out: Callable[[Exception], o
 
 
 def _text_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
-    """Yield the paragraphs of Markdown or plain text with the heading that they are under."""
+    """Yield the paragraphs of Markdown or plain text, each with its heading."""
     heading, lines, fenced = "", list[Line](), False
     for number, line in enumerate([*text.splitlines(), ""], 1):
         fenced ^= line.lstrip().startswith("```")
@@ -89,7 +91,7 @@ def _text_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
 
 
 def _html_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
-    """Yield the blocks of a page with the heading that they are under."""
+    """Yield the blocks of an HTML page, each with its heading."""
     heading, lines = "", list[Line]()
     for part in [*html_parts([text], UNREAD), HtmlPart("\n", 0)]:
         if part.tag in HEADING_ENDS:
@@ -102,7 +104,7 @@ def _html_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
 
 
 def _pieces(lines: list[Line]) -> Iterator[Line]:
-    """Yield a block as passages of at most `LONGEST` characters, each with its first line."""
+    """Split a block into passages of at most `LONGEST` characters. Yield (number of the first line, text)."""
     first, kept = lines[0][0], ""
     for number, text in lines:
         for part in (text[at : at + LONGEST] for at in range(0, len(text), LONGEST)):

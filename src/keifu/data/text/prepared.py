@@ -1,8 +1,9 @@
-"""Text that several machines tokenize, each some of its files: one shard a file, in one folder.
+"""Text tokenized by several machines. Each tokenizes some of the files, and each file becomes one shard in a common
+folder.
 
-A file's shard is `NNNNN.bin`, ids as in `token_shards`, and `NNNNN.json`, which is written last: a complete shard is
-not made again. Only some megabytes of a file are in memory at once. The folder is then data to train on. Its shards are
-checked against their hashes and joined once into the user's cache.
+A file's shard is `NNNNN.bin`, ids as in `token_shards`, and `NNNNN.json`, which is written last. A complete shard is
+not made again. Only some megabytes of a file are in memory at once. The folder is then training data: its shards are
+checked against their hashes and joined once in the user's cache.
 """
 
 import hashlib
@@ -26,8 +27,8 @@ from keifu.untrusted import read_json_object
 
 TOKENIZER = "tokenizer"
 COUNTS = "tokens", "bytes", "documents"
-IndexedShards = Sequence[tuple[Path, dict[str, Any]]]  # a file of ids, and its index
-BLOCK = 1 << 24  # bytes that are read at a time
+IndexedShards = Sequence[tuple[Path, dict[str, Any]]]  # (file of ids, its index)
+BLOCK = 1 << 24  # bytes that are read at once
 
 
 def is_prepared(source: str | Path) -> bool:
@@ -36,16 +37,16 @@ def is_prepared(source: str | Path) -> bool:
 
 
 def tokenizer_of(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer that made the shards of a folder."""
+    """Load the tokenizer that the shards of a folder were made with."""
     return load_tokenizer(Path(folder) / TOKENIZER)
 
 
 def prepare_files(
     source: str | Path, tokenizer: Tokenizer, folder: Path, form: TextFileFormat, rank: int = 0, of: int = 1
 ) -> int:
-    """Tokenize every `of`-th file of a source, from number `rank` on, each into its shard.
+    """Tokenize every `of`-th file of a source, starting with file `rank`, each into a shard.
 
-    Return the number of new shards. Shards of another tokenizer in the folder are a `UserError`.
+    Return the number of new shards. Raises `UserError` if the folder has shards of another tokenizer.
     """
     if not rank < of:
         raise UserError(f"--rank {rank} is not below --of {of}: ranks are counted from 0.")
@@ -55,7 +56,7 @@ def prepare_files(
         tokenizer.save(made)
         try:
             made.rename(kept)
-        except OSError:  # another rank was first
+        except OSError:  # another rank has just written the file
             shutil.rmtree(made)
     if tokenizer_of(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{folder} holds shards of another tokenizer: choose another folder.")
@@ -64,7 +65,7 @@ def prepare_files(
 
 
 def _prepare_file(path: Path, tokenizer: Tokenizer, target: Path, form: TextFileFormat) -> bool:
-    """Make the shard of a file unless it exists; return whether it was made."""
+    """Write the shard of a file unless it exists. Return whether it was written."""
     index = target.with_suffix(".json")
     size = path.stat().st_size
     if index.exists():
@@ -79,14 +80,14 @@ def _prepare_file(path: Path, tokenizer: Tokenizer, target: Path, form: TextFile
 
 
 def _format(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the facts that all shards of one tokenizer have in common."""
+    """Return the facts that all shards of a tokenizer have in common."""
     return token_shards.format_of_ids(tokenizer) | {"tokenizer": tokenizer.fingerprint}
 
 
 def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
-    """Return the shards of a folder, joined once; the last part of the last ones is held out.
+    """Return the shards of a folder, joined once. The share `held_out` at the end is held out.
 
-    A shard that is incomplete, damaged or of another tokenizer is a `UserError`.
+    Raises `UserError` for a shard that is incomplete, damaged or of another tokenizer.
     """
     folder = Path(folder)
     shared = _format(tokenizer_of(folder))
@@ -98,7 +99,7 @@ def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
 
 
 def _read_index(path: Path, shared: dict[str, Any]) -> dict[str, Any]:
-    """Read the index of a shard and check its fields and the length of the shard."""
+    """Read a shard's index. Check its fields and the shard's length."""
     index = read_json_object(path)
     again = "remove both files, and prepare again"
     for field, value in shared.items():
@@ -114,11 +115,11 @@ def _read_index(path: Path, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def _join(shards: IndexedShards, shared: dict[str, Any], held_out: float, folder: Path) -> dict[str, Any]:
-    """Copy the ids of all shards into the files of both parts; return the facts about them."""
+    """Copy the ids of all shards into the files of the training and the held-out part. Return facts about them."""
     width = np.dtype(shared["dtype"]).itemsize
     separator = b"" if shared["separator"] is None else np.array([shared["separator"]], shared["dtype"]).tobytes()
     total = sum(path.stat().st_size for path, _ in shards) + len(separator) * (len(shards) - 1)
-    left = round(total // width * (1 - held_out)) * width  # bytes that are still for training
+    left = round(total // width * (1 - held_out)) * width  # bytes that are left for training
     paths = [folder / f"{part}.bin" for part in token_shards.PARTS]
     with paths[0].open("wb") as training, paths[1].open("wb") as validation:
         for block in _checked_blocks(shards, separator):
@@ -134,7 +135,7 @@ def _join(shards: IndexedShards, shared: dict[str, Any], held_out: float, folder
 
 
 def _checked_blocks(shards: IndexedShards, separator: bytes) -> Iterator[bytes]:
-    """Yield the ids of all shards with the separator between two; a shard with another hash is a `UserError`."""
+    """Yield the ids of all shards with a separator between two. Raises `UserError` for a shard with a wrong hash."""
     for number, (path, index) in enumerate(shards):
         if number:
             yield separator

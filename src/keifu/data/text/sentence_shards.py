@@ -1,6 +1,6 @@
-"""Tokenized sentences on disk: documents are split and tokenized once, and memory-mapped afterwards.
+"""Tokenized sentences on disk. Documents are split and tokenized once, then memory-mapped.
 
-Axes: token (all documents one after another), sentence, document.
+Axes: token (of all documents, concatenated), sentence, document.
 """
 
 import math
@@ -21,25 +21,24 @@ from keifu.data.text.token_shards import CHUNK, PARTS, split_settings
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
-FORMAT = 1  # goes up when the same source would give other sentences than before
-MANY = 100  # documents; where there are fewer, each counts as several
-PART = 32  # sentences of such a part
-SEED = 0  # of what is held out
+FORMAT = 1  # increased when the same source would give other sentences
+MANY = 100  # with fewer documents than this, each is split into parts
+PART = 32  # sentences in such a part
+SEED = 0  # for choosing held-out documents
 Splitter = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True, eq=False)
 class Sentences:
-    """Tokens of all sentences. Sentence s is tokens[starts[s]:starts[s + 1]]. Document d has the sentences from
-    documents[d] to documents[d + 1].
-    """
+    """Tokens of all sentences. Sentence s is tokens[starts[s]:starts[s + 1]]. Document d has sentences documents[d] to
+    documents[d + 1] - 1."""
 
     tokens: np.ndarray
     starts: np.ndarray
     documents: np.ndarray
 
     def take(self, chosen: np.ndarray) -> "Sentences":
-        """Return these documents alone."""
+        """Return only these documents."""
         first, last = self.documents[chosen], self.documents[chosen + 1]
         sizes = np.diff(self.starts)
         spans = zip(self.starts[first], self.starts[last], strict=True)
@@ -50,7 +49,7 @@ class Sentences:
 
 @dataclass(frozen=True, eq=False)
 class SentenceShards:
-    """A source as sentences to train on and sentences held out, and the index of facts."""
+    """Sentences of a source for training and held out, and the index of facts."""
 
     training: Sentences
     validation: Sentences
@@ -66,11 +65,10 @@ def prepare_sentences(
     source: str | Path, tokenizer: Tokenizer, split: Splitter, held_out: float = 0.05, form: TextFileFormat = PLAIN,
     validation: str | Path | None = None,
 ) -> SentenceShards:  # fmt: skip
-    """Tokenize the sentences of a source (see `keifu.data.text.documents`) and keep them in the cache until the source
-    changes.
+    """Tokenize the sentences of a source (see `keifu.data.text.documents`). They are cached until the source changes.
 
-    `split` cuts a line into sentences. The end of a line always ends a sentence. The held-out part is one of every 1 /
-    held_out consecutive documents, always the same ones. If a source has fewer than 100 documents, blocks of 32
+    split: function that cuts a line into sentences; the end of a line always ends a sentence. Of every 1 / held_out
+    consecutive documents one is held out, always the same. If a source has fewer than 100 documents, blocks of 32
     sentences count as documents.
     """
     more = {"format": FORMAT, "seed": SEED, "split": split.__qualname__}
@@ -86,7 +84,7 @@ def prepare_sentences(
 
 
 def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFileFormat) -> Sentences:
-    """Return all sentences that have tokens, of all documents that have sentences."""
+    """Return all sentences with at least one token, of all documents with at least one sentence."""
     tokens, sizes, counts, size, done = [], [], [], 0, 0
     with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:
         for pieces in chunks(sources.read_chunks(source, form), CHUNK):
@@ -110,7 +108,7 @@ def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: Tex
 
 
 def _parts(count: int) -> list[int]:
-    """Cut a document of `count` sentences into several of about the same length."""
+    """Split a document of `count` sentences into parts of similar length. Return their lengths."""
     number = math.ceil(count / PART)
     return np.diff(count * np.arange(number + 1) // number).tolist()
 
@@ -120,7 +118,7 @@ def _join(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 def _held(count: int, share: float) -> np.ndarray:
-    """Return which documents are held out: of every 1 / share in a row, one."""
+    """Return a mask of held-out documents: one of every 1 / share consecutive ones."""
     random, firsts = np.random.default_rng([SEED]), range(math.floor(count * share))
     blocks = [(math.ceil(block / share), math.ceil((block + 1) / share)) for block in firsts]
     return np.array([random.integers(first, after) for first, after in blocks], np.int64)
@@ -137,7 +135,7 @@ def _two_parts(source: str | Path, made: Sentences, share: float) -> tuple[Sente
 
 
 def _write(source: str | Path, parts: tuple[Sentences, Sentences], folder: Path) -> dict[str, Any]:
-    """Write the two parts into a new folder; return their counts."""
+    """Write the training and the held-out part into a new folder. Return their counts."""
     from safetensors.numpy import save_file
 
     facts = {}

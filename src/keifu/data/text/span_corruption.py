@@ -1,8 +1,8 @@
 """Span corruption, as in T5 and UL2's mixture of denoisers, and causal rows, for decoders.
 
-Tay et al. (2022), "UL2: Unifying Language Learning Paradigms", table 1. A row begins with a token that names its mode.
-Spans are corrupted as in T5 (Raffel et al., 2020): a sentinel replaces each in the inputs, and the targets are each
-sentinel followed by the span that it replaces.
+Tay et al. (2022), "UL2: Unifying Language Learning Paradigms", table 1. A row begins with a token for its mode. Spans
+are corrupted as in T5 (Raffel et al., 2020): in the inputs a sentinel replaces each span; the targets are each sentinel
+followed by its span.
 
 Axes: row, position = tokens of a row.
 """
@@ -18,19 +18,19 @@ from keifu.data.interleaving import source_of_row
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 
-REGULAR, EXTREME, SEQUENTIAL = "[NLU]", "[NLG]", "[S2S]"  # the paper's [R], [X] and [S], as its code spells them
+REGULAR, EXTREME, SEQUENTIAL = "[NLU]", "[NLG]", "[S2S]"  # the paper's [R], [X] and [S], spelled as in its code
 MODES = REGULAR, EXTREME, SEQUENTIAL
-SENTINELS = 100  # T5's number
-LEAST = 16  # tokens of a row
+SENTINELS = 100  # as in T5
+LEAST = 16  # minimal tokens of a row
 
 
 @dataclass(frozen=True)
 class SpanCorruption:
     """Denoiser that hides tokens.
 
-    rate: the mean share of a text that is hidden. share: the share of the rows that this denoiser gets. span: the mean
-    length of the hidden spans; None hides the end of the text alone (a prefix language model). There the beginning is
-    drawn evenly, so that between nothing and 2 · rate of the text is hidden.
+    rate: mean share of hidden tokens. share: share of rows for this denoiser. span: mean length of hidden spans; None:
+    only the end of the text is hidden (prefix language model). Then the start is uniform, so that between 0 and 2 ·
+    rate of the text is hidden.
     """
 
     mode: str
@@ -48,21 +48,19 @@ class SpanCorruption:
             )
 
     def counts(self, length: int) -> tuple[int, int]:
-        """Return the number of hidden tokens among `length` tokens, and their number of spans. Both are fixed, as in
-        T5.
-        """
+        """Return the number of hidden tokens among `length` tokens, and the number of spans. Both are deterministic, as
+        in T5."""
         hidden = min(max(round(length * self.rate), 1), length - 1)
         spans = max(1, round(hidden / self.span)) if self.span else 0
         return hidden, min(spans, hidden, length - hidden)
 
 
 def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int = 0.5) -> tuple[SpanCorruption, ...]:
-    """Return the seven denoisers of UL2's table 1, so that R, X and S have these shares of the rows, evenly within
-    each.
+    """Return the seven denoisers of UL2's table 1. R, X and S have these shares of rows, evenly divided within each.
 
     The default is U-PaLM's: 25% R, 25% X and 50% S (Tay et al., 2022b, "Transcending Scaling Laws with 0.1% Extra
-    Compute", section 2.3). `prefix` is the mean share of a text that S hides: UL2's table says 0.25, the code in its
-    appendix 0.5, as does a start drawn evenly over the text (U-PaLM).
+    Compute", section 2.3). prefix: mean share of a text that S hides. UL2's table says 0.25; the code in its appendix
+    and a uniform start (U-PaLM) give 0.5.
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise UserError(
@@ -76,13 +74,13 @@ def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int =
 
 
 def special_tokens(sentinels: int = SENTINELS) -> list[str]:
-    """List the tokens that a tokenizer must have: the modes, and a sentinel for each span that a row may have."""
+    """List the tokens that a tokenizer needs: the modes, and a sentinel for each span of a row."""
     return [*MODES, *(f"<extra_id_{n}>" for n in range(sentinels))]
 
 
 @dataclass(frozen=True)
 class Markers:
-    """The ids of the tokens that are put around and into texts; `sentinels` in the order of the spans."""
+    """Ids of the tokens that are put around and into texts. `sentinels` are in the order of the spans."""
 
     modes: Mapping[str, int]
     sentinels: np.ndarray
@@ -91,7 +89,8 @@ class Markers:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, sentinels: int = SENTINELS) -> "Markers":
-        """Return the tokenizer's tokens; one without an end token, a mode or the sentinels is a `UserError`."""
+        """Return the tokenizer's special tokens. Raises `UserError` if an end token, a mode or a sentinel is
+        missing."""
         if tokenizer.eos_id is None:
             raise UserError("This tokenizer has no end-of-text token, so nothing can mark where a masked span ends.")
         ids = [tokenizer.token_id(token) for token in special_tokens(sentinels)]
@@ -100,9 +99,9 @@ class Markers:
 
 
 def random_spans(rows: int, length: int, hidden: int, spans: int, random: np.random.Generator) -> np.ndarray:
-    """Draw hidden positions [row, length]: in each row `hidden` of them in `spans` runs, of which no two touch.
+    """Draw hidden positions, a mask [row, length]: in each row `hidden` positions in `spans` runs that do not touch.
 
-    A row begins with what is kept and ends with what is hidden, and all such rows are equally likely (T5's
+    A row begins with visible and ends with hidden tokens. All such rows are equally likely (T5's
     `random_spans_noise_mask`).
     """
     runs = np.empty((rows, 2 * spans), np.int64)
@@ -113,7 +112,7 @@ def random_spans(rows: int, length: int, hidden: int, spans: int, random: np.ran
 
 
 def _segments(rows: int, items: int, segments: int, random: np.random.Generator) -> np.ndarray:
-    """Return the lengths [row, segment] of at least one, of sum `items`, all divisions equally likely."""
+    """Draw segment lengths [row, segment] of at least 1 with sum `items`. All divisions are equally likely."""
     cuts = np.argsort(random.random((rows, items - 1)), axis=1)[:, : segments - 1] + 1
     bounds = np.empty((rows, segments + 1), np.int64)
     bounds[:, 0], bounds[:, -1] = 0, items
@@ -122,14 +121,15 @@ def _segments(rows: int, items: int, segments: int, random: np.random.Generator)
 
 
 def corrupt(tokens: np.ndarray, hidden: np.ndarray, sentinels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return inputs and targets of rows with equally many hidden tokens and spans; a kept token precedes each span.
+    """Return inputs and targets of rows with the same numbers of hidden tokens and spans. A visible token precedes each
+    span.
 
-    Inputs: the tokens with each span replaced by its sentinel. Targets: each sentinel and its span.
+    Inputs: the tokens, with a sentinel instead of each span. Targets: each sentinel, then its span.
     """
     before = np.zeros_like(hidden)
     before[:, 1:] = hidden[:, :-1]
-    first = hidden & ~before  # of a span
-    last = np.roll(first, -1, axis=1)  # of what is kept before a span
+    first = hidden & ~before  # first token of each span
+    last = np.roll(first, -1, axis=1)  # last visible token before each span
     names = sentinels[np.cumsum(first, axis=1) - 1]
     following = sentinels[np.minimum(np.cumsum(first, axis=1), len(sentinels) - 1)]
     inputs = np.where(first, names, tokens)[~hidden | first]
@@ -142,10 +142,10 @@ Windows = Int[np.ndarray, "row position"]
 
 
 class CausalBatches:
-    """Batches to predict every token from those before it: {"tokens": [row, context_length + 1]}.
+    """Batches for predicting every token from those before it: {"tokens": [row, context_length + 1]}.
 
-    `mode`: the id of a token that is put before each window, where the model was trained with one; the first token
-    behind it is then not predicted ("mask"), as without a mode it cannot be.
+    mode: id of a token to put before each window, for a model that was trained with one. The first token after it is
+    then excluded from the loss ("mask"); without a mode it cannot be predicted either.
     """
 
     def __init__(self, context_length: int, mode: int | None = None):
@@ -160,13 +160,14 @@ class CausalBatches:
 
 
 class SpanCorruptionBatches:
-    """A mixture of denoisers over windows: mode, inputs, targets and an end in one row of `context_length` + 1 tokens.
+    """Mixture of denoisers over windows: mode, inputs, targets and an end in one row of `context_length` + 1 tokens.
 
-    A batch has "tokens" [row, position] and "mask", True on targets, which alone are predicted (see
-    `keifu.training.objectives.language_modeling`). Where a text's end is hidden no end follows: the text went on.
+    A batch has "tokens" [row, position] and "mask", True on targets: only they are predicted (see
+    `keifu.training.objectives.language_modeling`). If the end of a text is hidden, no end token follows, because the
+    text continued.
 
-    Each denoiser gets exactly its share of a source's rows (see `keifu.data.interleaving`). If the sentinels of a
-    denoiser leave room for fewer tokens than a window has, it takes a run of the window that begins anywhere.
+    Each denoiser gets exactly its share of a source's rows (see `keifu.data.interleaving`). If its sentinels leave too
+    few positions for a whole window, it uses a random part of the window.
     """
 
     def __init__(self, denoisers: Sequence[SpanCorruption], markers: Markers, context_length: int):
@@ -183,10 +184,10 @@ class SpanCorruptionBatches:
                     f"{len(markers.sentinels)} sentinels: shorten the context, or learn more sentinels."
                 )
         self.width = max(self._lengths)
-        self.name = f"DecoderRows of {self.row_length} places: {self.denoisers}"  # the same in the runs that are there
+        self.name = f"DecoderRows of {self.row_length} places: {self.denoisers}"  # spelled as in existing runs
 
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
-        """Compute the rows of each denoiser together."""
+        """Return one row for each window. Windows of the same denoiser are computed together."""
         chosen = source_of_row(self.shares, numbers)
         places = [np.flatnonzero(chosen == n) for n in range(len(self.denoisers))]
         made = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(places) if len(rows)]
@@ -194,7 +195,7 @@ class SpanCorruptionBatches:
         return {name: np.concatenate([part[name] for part in made])[order] for name in made[0]}
 
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
-        """Return the rows of equally many inputs and equally many targets."""
+        """Return rows with a mode, inputs, targets and optionally an end. All rows have the same lengths."""
         prefix = 1 + inputs.shape[1]
         tokens = np.full((len(inputs), self.row_length), self.markers.pad, np.int64)
         tokens[:, 0], tokens[:, 1:prefix] = mode, inputs
@@ -206,8 +207,8 @@ class SpanCorruptionBatches:
         return {"tokens": tokens, "mask": mask}
 
     def _length(self, denoiser: SpanCorruption) -> int:
-        """Return the most tokens of text that fit into a row with a mode and, for spans, two sentinels each and an
-        end."""
+        """Return the largest number of text tokens that fit into a row with a mode and, for spans, two sentinels each
+        and an end."""
         if denoiser.span is None:
             return self.row_length - 1
         return next(n - 1 for n in count(3) if n + 2 * denoiser.counts(n)[1] + 2 > self.row_length)
@@ -227,8 +228,8 @@ class SpanCorruptionBatches:
 
 
 class InfillingExamples:
-    """The same rows as of a mixture of denoisers for a decoder, of which the hidden tokens alone are predicted, without
-    the sentinels before them and the end behind them: what can be compared with a loss from left to right."""
+    """Rows of a mixture of denoisers, in which only the hidden tokens are predicted, without sentinels and the end.
+    Their loss can be compared with a loss from left to right."""
 
     def __init__(self, denoising: SpanCorruptionBatches):
         self.denoising, self.width, self.name = denoising, denoising.width, f"hidden tokens: {denoising.name}"
@@ -238,6 +239,6 @@ class InfillingExamples:
         return rows | {"mask": rows["mask"] & ~np.isin(rows["tokens"], [*markers.sentinels, markers.end])}
 
 
-# Makes training rows from windows of `width` tokens: `rows(windows, numbers, random)` gives the windows as rows, where
-# `numbers` counts each among those of its source. `name` states all settings that the rows depend on.
+# Converts windows of `width` tokens to training rows by `rows(windows, numbers, random)`. `numbers` are the indices of
+# the windows within their source. `name` contains all settings that affect the rows.
 CorruptionTask = CausalBatches | SpanCorruptionBatches | InfillingExamples

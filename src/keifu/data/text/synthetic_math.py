@@ -21,30 +21,31 @@ from keifu.errors import UserError
 OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {"+": add, "-": sub, "*": mul}
 NAMES = ("Aiko", "Ben", "Clara", "Daisuke", "Emma", "Hugo", "Ines", "Kenji", "Lars", "Mia", "Nora", "Yuki")
 THINGS = ("apples", "books", "coins", "eggs", "pencils", "shells", "stamps", "tickets")
-PROBLEMS = 8  # of a document
-VERSION = 1  # goes up when the same numbers would give other problems
+PROBLEMS = 8  # number in a document
+VERSION = 1  # increased when the same numbers would give other problems
 
 
 class Problem(NamedTuple):
-    """A question, equations that lead to its answer, and the answer."""
+    """Question, equations that lead to its answer, and the answer."""
 
     question: str
     steps: tuple[str, ...]
     answer: int
 
     def text(self) -> str:
-        """Return the text that a model reads."""
+        """Return the problem as text for a model."""
         return "\n".join((f"Question: {self.question}", *self.steps, f"Answer: {self.answer}"))
 
 
 def problem(number: int, seed: int = 0) -> Problem:
-    """Return the problem with that number: the same for the same seed, whatever came before."""
+    """Return the problem with that number. It depends only on the number and the seed."""
     chance = random.Random(f"{seed}:{number}")
     return chance.choice((_sum, _difference, _product, _chain, _shopping, _giving))(chance)
 
 
 def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], list[str]]:
-    """Return documents of eight of the first `count` problems, for training and held out; no question is in both."""
+    """Return training and held-out documents with the first `count` problems, eight in each. No question is in both
+    parts."""
     both: tuple[dict[str, Problem], dict[str, Problem]] = {}, {}
     for number in range(count):
         example = problem(number, seed)
@@ -55,7 +56,7 @@ def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], li
 
 
 def _step(left: int, sign: str, right: int) -> tuple[str, int]:
-    """Return an equation and its right-hand side."""
+    """Return an equation and its result."""
     result = OPERATIONS[sign](left, right)
     return f"{left} {sign} {right} = {result}", result
 
@@ -65,7 +66,7 @@ def _solve(question: str, *steps: tuple[str, int]) -> Problem:
 
 
 def _sum(chance: random.Random) -> Problem:
-    """Add ones, tens and hundreds apart, then together."""
+    """Draw a sum: ones, tens and hundreds are added separately, then together."""
     digits = chance.choice((1, 2, 2, 3))
     a, b = chance.randrange(10**digits), chance.randrange(10**digits)
     parts = [_step(a // p % 10 * p, "+", b // p % 10 * p) for p in (10**n for n in range(digits))]
@@ -77,7 +78,7 @@ def _sum(chance: random.Random) -> Problem:
 
 
 def _difference(chance: random.Random) -> Problem:
-    """Write the tens first, then the ones."""
+    """Draw a difference: first the tens are subtracted, then the ones."""
     a, b = chance.randrange(200), chance.randrange(100)
     tens, ones = b // 10 * 10, b % 10
     first = _step(a, "-", tens)
@@ -85,14 +86,14 @@ def _difference(chance: random.Random) -> Problem:
 
 
 def _product(chance: random.Random) -> Problem:
-    """Return tens times a digit, ones times a digit, and both together."""
+    """Draw a product of a number and a digit: the tens and the ones are multiplied, then added."""
     a, b = chance.randrange(10, 100), chance.randrange(2, 10)
     tens, ones = _step(a // 10 * 10, "*", b), _step(a % 10, "*", b)
     return _solve(f"{a} * {b} = ?", tens, ones, _step(tens[1], "+", ones[1]))
 
 
 def _chain(chance: random.Random) -> Problem:
-    """Add three numbers, from left to right."""
+    """Draw a sum of three numbers, added from left to right."""
     a, b, c = (chance.randrange(1, 50) for _ in range(3))
     one, two = chance.choice("+-"), chance.choice("+-")
     first = _step(a, one, b)
@@ -116,14 +117,14 @@ def _giving(chance: random.Random) -> Problem:
 
 
 def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield `count` different problems, or all that there are: {"prompt": "What is 4 + 3 - 9?", "answer": "-2"}.
+    """Yield `count` different problems, or as many as exist: {"prompt": "What is 4 + 3 - 9?", "answer": "-2"}.
 
-    terms: the fewest and the most numbers of a problem. digits: the most that a number has.
+    terms: smallest and largest number of terms. digits: maximal digits of a number.
     """
     if not 2 <= terms[0] <= terms[1] or digits < 1:
         raise UserError(f"A chain must have at least 2 terms of at least 1 digit, not {terms} terms of {digits}.")
     seen: set[str] = set()
-    for number in range(20 * count):  # few problems are found again and again
+    for number in range(20 * count):  # if few problems exist, most draws are repetitions
         chance = random.Random(f"{VERSION}:{seed}:{number}")
         values = [chance.randrange(10**digits) for _ in range(chance.randint(*terms))]
         signs = [chance.choice("+-") for _ in values[1:]]
@@ -135,16 +136,16 @@ def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -
 
 
 def arithmetic(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield `count` problems of `problem` as prompts with their answers: {"prompt": "47 + 38 = ?", "answer": "85"}."""
+    """Yield `count` results of `problem` as prompts with answers: {"prompt": "47 + 38 = ?", "answer": "85"}."""
     for number in range(count):
         example = problem(number, seed)
         yield {"prompt": example.question, "answer": str(example.answer)}
 
 
 def countdowns(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Yield `count` problems that can be solved: {"prompt", "numbers": [8, 3, 5], "target": 16, "answer": "8 + 3 + 5"}.
+    """Yield `count` solvable problems: {"prompt", "numbers": [8, 3, 5], "target": 16, "answer": "8 + 3 + 5"}.
 
-    terms: the fewest and the most numbers. digits: the most that a number has. The target is from 1 to 999.
+    terms: smallest and largest number of terms. digits: maximal digits of a number. The target is from 1 to 999.
     """
     if not 2 <= terms[0] <= terms[1] or digits < 1:
         raise UserError(f"A countdown has 2 numbers or more, of 1 digit or more, and not {terms} numbers of {digits}.")

@@ -1,4 +1,5 @@
-"""Lines of text files in any encoding; a decoding error names the file, the line and the byte, and a remedy."""
+"""Lines of text files in any encoding. A decoding error names the file, the line and the byte, and suggests a
+remedy."""
 
 import codecs
 import io
@@ -13,7 +14,7 @@ from keifu.untrusted import plain_file
 
 Problem = Callable[[str], None]
 UTF8 = "utf-8"
-MARKS = (  # byte order marks; that of UTF-32 begins with that of UTF-16
+MARKS = (  # byte order marks; UTF-32's begins with UTF-16's
     (codecs.BOM_UTF8, UTF8), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
@@ -21,8 +22,8 @@ COMMON = ("utf-8", "utf-16", "cp932", "shift_jis", "euc_jp", "iso2022_jp", "gb18
           "cp1251", "cp1252", "koi8_r", "latin_1")  # fmt: skip
 JAPANESE = ("cp932", "euc_jp", "iso2022_jp")
 KANA = re.compile("[\u3041-\u30fe]")  # hiragana and full-width katakana
-FULL_WIDTH = re.compile("[\0-\x7f\u3000-\u30fe\u4e00-\u9fff\uff01-\uff5e]*")  # ASCII and what Japanese text has
-SNIFFED = 8192  # bytes from the start of a file, and of the line with a fault
+FULL_WIDTH = re.compile("[\0-\x7f\u3000-\u30fe\u4e00-\u9fff\uff01-\uff5e]*")  # ASCII and Japanese text
+SNIFFED = 8192  # bytes examined at the start of a file, and in a faulty line
 
 
 def refuse(problem: str) -> None:
@@ -31,11 +32,11 @@ def refuse(problem: str) -> None:
 
 
 def lines(path: Path, problem: Problem = refuse, encoding: str | None = None) -> Iterator[str]:
-    """Yield lines with "\\n" at their ends, whatever the file has; a byte order mark decides the encoding.
+    """Yield lines that end with "\\n", whatever the file's line ends are. A byte order mark decides the encoding.
 
-    encoding: None for UTF-8 if the user has no option to name another. problem: receives a sentence for each line that
-    is not in the encoding, and for a binary file. If it returns, faulty bytes become U+FFFD, and a binary file has no
-    lines. An unknown encoding is a `UserError` with the nearest known one.
+    encoding: None means UTF-8 and that the user has no option to change it. problem: receives a sentence for each line
+    that is not in the encoding, and for a binary file. If it returns, invalid bytes become U+FFFD, and a binary file
+    has no lines. Raises `UserError`, with the nearest name, for an unknown encoding.
     """
     with plain_file(path).open("rb") as file:
         start = file.read(SNIFFED)
@@ -58,7 +59,7 @@ def lines(path: Path, problem: Problem = refuse, encoding: str | None = None) ->
 
 
 def _bits(encoding: str) -> int:
-    """Return the bits of the encoding's unit: 8 if the byte 10 is a line's end and nothing else."""
+    """Return the size of the encoding's unit in bits: 8 if the byte 10 always is the end of a line."""
     try:
         "".encode(encoding)
         wide = re.match(r"utf-(16|32)", codecs.lookup(encoding).name)
@@ -68,7 +69,7 @@ def _bits(encoding: str) -> int:
 
 
 def _wide(file: BinaryIO, path: Path, encoding: str, problem: Problem) -> Iterator[str]:
-    """Yield the lines of a file of UTF-16 or UTF-32, which is read whole."""
+    """Yield the lines of a file in UTF-16 or UTF-32. The whole file is read at once."""
     data = file.read()
     try:
         text = data.decode(encoding)
@@ -79,7 +80,7 @@ def _wide(file: BinaryIO, path: Path, encoding: str, problem: Problem) -> Iterat
 
 
 def _fault(error: UnicodeDecodeError, line: bytes, encoding: str, option: bool) -> str:
-    """Describe the fault in a line, and name what to try."""
+    """Describe the fault in a line, and suggest a remedy."""
     wrong = " ".join(f"0x{byte:02X}" for byte in line[error.start : max(error.end, error.start + 1)])
     guess = _guess(line[: SNIFFED + error.end])
     ways = [f"name it with --encoding {guess}"] if option and guess else []
@@ -89,7 +90,7 @@ def _fault(error: UnicodeDecodeError, line: bytes, encoding: str, option: bool) 
 
 
 def _guess(line: bytes) -> str | None:
-    """Guess the encoding of a line: a Japanese one if that gives Japanese text, else Windows' for Western Europe."""
+    """Guess the encoding of a line: a Japanese one if that gives Japanese text, else Windows-1252 (Western Europe)."""
     for encoding in (*JAPANESE, "cp1252"):
         with suppress(UnicodeDecodeError):
             text = line.decode(encoding)

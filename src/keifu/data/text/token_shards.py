@@ -1,7 +1,7 @@
-"""Token shards: text is tokenized once into files of token ids, which are memory-mapped afterwards.
+"""Token shards: text is tokenized once into files of token ids, which are then memory-mapped.
 
-The ids of all documents follow one another, with the tokenizer's end-of-text id between two documents. They are raw
-little-endian integers of 16 bits, or 32 where the vocabulary is larger, beside an index in JSON.
+The ids of all documents are concatenated, with the tokenizer's end-of-text id between two documents. They are stored as
+little-endian integers of 16 bits (32 for a larger vocabulary), with an index in JSON.
 """
 
 import math
@@ -22,15 +22,15 @@ from keifu.data.text.documents import PLAIN, TextChunk, TextFileFormat, chunks
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
-FORMAT = 1  # goes up when the same source would give other ids than before
-MANY = 100  # documents, from which on whole ones are held out
-CHUNK = 1 << 22  # characters that are encoded at a time, in parallel
+FORMAT = 1  # increased when the same source would give other ids
+MANY = 100  # from this number of documents on, whole documents are held out
+CHUNK = 1 << 22  # characters that are encoded at once, in parallel
 PARTS = "training", "validation"
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A source as ids: `tokens` to train on and `validation` held out, both memory-mapped, and the index of facts."""
+    """Token ids of a source: `tokens` for training and `validation`, both memory-mapped; and the index of facts."""
 
     tokens: np.ndarray
     validation: np.ndarray
@@ -47,7 +47,8 @@ class Shards:
         return self.index["validation"]["bytes"] / self.index["validation"]["tokens"]
 
     def bits_per_byte(self, loss: float) -> float:
-        """Convert a loss on the held-out text, in nats a token, to bits a byte: comparable between tokenizers."""
+        """Convert a loss on the held-out text, in nats per token, to bits per byte, which is comparable between
+        tokenizers."""
         return loss / math.log(2) / self.bytes_per_token
 
 
@@ -55,13 +56,13 @@ def prepare(
     source: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, seed: int = 0, form: TextFileFormat = PLAIN,
     validation: str | Path | None = None,
 ) -> Shards:  # fmt: skip
-    """Tokenize a source (see `keifu.data.text.documents`); the ids are kept in the cache while it is unchanged.
+    """Tokenize a source (see `keifu.data.text.documents`). The ids are cached until the source changes.
 
-    The fraction `held_out` is kept from training. Of 100 documents or more, every 1 / held_out of them in a row lose
-    one, chosen by the seed, so that each part of a mixture is represented. Of fewer, the last characters of the whole
-    text are held out, as in nanoGPT. With a source for `validation`, that is held out, and all of `source` is trained
-    on. They are in the user's cache. Faults in the text are `UserError`s that name file and line; nothing is kept of a
-    run that was broken off.
+    The share `held_out` is not trained on. From 100 documents on, one of every 1 / held_out consecutive documents is
+    held out, chosen by the seed, so that each part of a source is represented. With fewer documents, the last
+    characters of the whole text are held out, as in nanoGPT. If `validation` names a source, it is held out instead,
+    and all of `source` is trained on. Raises `UserError`, with file and line, for a fault in the text; then nothing is
+    cached.
     """
     more = {"format": FORMAT, "seed": seed, "field": "text"}
     settings = split_settings(source, tokenizer, held_out, form, validation, **more)
@@ -76,10 +77,10 @@ def split_settings(
     source: str | Path, tokenizer: Tokenizer, held_out: float, form: TextFileFormat, validation: str | Path | None,
     **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the settings that the ids of a source and their split depend on, for the name of the folder in the cache.
+    """Return the settings that affect the ids of a source and their split. They name the folder in the cache.
 
-    A share to hold out that is not above 0 and at most 0.5, and a source for validation with the same content as the
-    training text, are `UserError`s.
+    Raises `UserError` for a share that is not in (0, 0.5], and for a validation source with the same content as the
+    training text.
     """
     if not 0 < held_out <= 0.5:
         raise UserError(f"held_out is {held_out}, but the fraction for validation must be above 0 and at most 0.5.")
@@ -96,10 +97,10 @@ def split_settings(
 def prepare_parts(
     name: str, content: str, parts: Callable[[], tuple[Iterable[str], Iterable[str]]], tokenizer: Tokenizer
 ) -> Shards:
-    """Tokenize documents whose training part and held-out part are known.
+    """Tokenize documents that are already split into a training part and a held-out part.
 
-    name: what errors and the folder call them. content: changes whenever the documents do. parts: gives both; it is
-    called only where the ids must be made.
+    name: of the text, in errors and in the cache. content: hash that changes with the documents. parts: returns both
+    parts; it is called only if the ids are not cached.
     """
 
     def parted() -> Parted:
@@ -110,18 +111,18 @@ def prepare_parts(
     return open_shards(name, settings, partial(_make, name, parted, tokenizer))
 
 
-Parted = tuple[Iterator[TextChunk], int, int]  # pieces with their parts, the number of documents and of characters
+Parted = tuple[Iterator[TextChunk], int, int]  # chunks with their parts; numbers of documents and of characters
 
 
 def open_shards(source: str | Path, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Shards:
-    """Return the shards that were made with these settings; if there are none, `make` writes them into a new folder."""
+    """Return the shards that were made with these settings. If there are none, `make` writes them into a new folder."""
     folder, index = prepared_folder("tokens", source, settings, make)
     tokens, validation = (np.memmap(folder / f"{part}.bin", dtype=index["dtype"], mode="r") for part in PARTS)
     return Shards(tokens, validation, index)
 
 
 def _side_by_side(source: str | Path, validation: str | Path, form: TextFileFormat) -> Parted:
-    """Return the documents of one source for training, and of another for validation."""
+    """Return the documents of one source as the training part, and those of another as the validation part."""
     sizes = [_measure(sources.read_chunks(part, form)) for part in (source, validation)]
     count, characters = map(sum, zip(*sizes, strict=True))
     kept = (replace(piece, part=1) for piece in _without_blank(sources.read_chunks(validation, form)))
@@ -129,7 +130,7 @@ def _side_by_side(source: str | Path, validation: str | Path, form: TextFileForm
 
 
 def _split_documents(source: str | Path, share: float, seed: int, form: TextFileFormat) -> Parted:
-    """Return the documents of a source, each with its part of the split."""
+    """Return the documents of a source, each assigned to a part of the split."""
     count, characters = _measure(sources.read_chunks(source, form))
     pieces = _without_blank(sources.read_chunks(source, form))
     parted = _by_document(pieces, share, seed) if count >= MANY else _by_tail(pieces, int(characters * (1 - share)))
@@ -137,7 +138,7 @@ def _split_documents(source: str | Path, share: float, seed: int, form: TextFile
 
 
 def _make(source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
-    """Write the ids of both parts into a new folder; return the facts about them."""
+    """Write the ids of both parts into a new folder. Return facts about them."""
     pieces, count, characters = parted()
     id_format = format_of_ids(tokenizer)
     if id_format["separator"] is None and count > 1:
@@ -156,14 +157,14 @@ def _make(source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer
 
 
 def format_of_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the type of the ids in a file, the id between documents (or None), and how many ids there are."""
+    """Return the dtype of stored ids, the id between documents (or None), and the number of ids."""
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     separator = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     return {"dtype": dtype, "separator": separator, "vocab_size": tokenizer.vocab_size}
 
 
 def _measure(pieces: Iterable[TextChunk]) -> tuple[int, int]:
-    """Count documents and characters, before anything is encoded, so that an error in the text shows at once."""
+    """Count documents and characters. This runs before encoding, so that an error in the text is reported at once."""
     count = characters = 0
     for piece in _without_blank(pieces):
         count += piece.ends
@@ -172,7 +173,7 @@ def _measure(pieces: Iterable[TextChunk]) -> tuple[int, int]:
 
 
 def _without_blank(pieces: Iterable[TextChunk]) -> Iterator[TextChunk]:
-    """Yield the pieces without the documents that are empty or blank."""
+    """Yield the chunks without those of empty or blank documents."""
     fresh = True
     for piece in pieces:
         if not (fresh and piece.ends and not piece.text.strip()):
@@ -181,7 +182,7 @@ def _without_blank(pieces: Iterable[TextChunk]) -> Iterator[TextChunk]:
 
 
 def _by_document(pieces: Iterable[TextChunk], share: float, seed: int) -> Iterator[TextChunk]:
-    """Yield the pieces with their parts: of every 1 / share documents in a row, one goes to validation."""
+    """Yield the chunks with their parts: one of every 1 / share consecutive documents goes to validation."""
     number, first_after, chosen, block = 0, 0, 0, 0
     for piece in pieces:
         if number >= first_after:
@@ -193,7 +194,7 @@ def _by_document(pieces: Iterable[TextChunk], share: float, seed: int) -> Iterat
 
 
 def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
-    """Yield the pieces with their parts: all characters from `cut` on go to validation."""
+    """Yield the chunks with their parts: all characters from `cut` on go to validation."""
     position = 0
     for piece in pieces:
         inside = min(max(cut - position, 0), len(piece.text))
@@ -207,7 +208,7 @@ def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
 def write(
     pieces: Iterable[TextChunk], tokenizer: Tokenizer, paths: Sequence[Path], report: Callable[[int, int], None]
 ) -> list[dict[str, int]]:
-    """Encode pieces, and write the ids of each part into its file. Return the counts of each file.
+    """Encode chunks, and write the ids of each part into its file. Return the counts of each file.
 
     report: receives the characters and bytes that were encoded so far.
     """
@@ -220,24 +221,24 @@ def write(
             writer.add(pair for pair in zip(chunk, encoded, strict=True) if pair[0].part == part)
         characters += sum(len(piece.text) for piece in chunk)
         report(characters, sum(writer.counts["bytes"] for writer in writers))
-        del encoded  # before the next chunk is encoded
+        del encoded  # free the memory before the next chunk is encoded
     for writer in writers:
         writer.file.close()
     return [writer.counts for writer in writers]
 
 
 class _Writer:
-    """Writer that appends the ids of one part to its file, and counts."""
+    """Writer that appends the ids of one part to its file, and counts them."""
 
     def __init__(self, path: Path, dtype: str, separator: int | None):
         self.file = path.open("wb")
         self.dtype = dtype
         self.separator = [] if separator is None else [separator]
-        self.between = False  # whether a document has ended, so that the next one must be set apart
+        self.between = False  # whether a document has ended, so that a separator comes before the next
         self.counts = {"tokens": 0, "bytes": 0, "documents": 0}
 
     def add(self, encoded: Iterable[tuple[TextChunk, list[int]]]) -> None:
-        """Append the ids of pieces."""
+        """Append the ids of chunks."""
         rows = []
         for piece, ids in encoded:
             rows += [self.separator, ids] if self.between else [ids]

@@ -1,1 +1,1 @@
-"""Tokenizers: training, encoding, decoding, chat templates, and their files."""
+"""Tokenizers: training, encoding, decoding, chat templates, and file formats."""

@@ -1,11 +1,12 @@
 """Byte-level BPE (GPT-2, 2019), its pre-tokenizers (rules that split text into words), and CLIP's variant of it.
 
-Pre-tokenizers have the names of GGUF files (`tokenizer.ggml.pre`); families with the same rule share an entry.
+Pre-tokenizers have the names used in GGUF files (`tokenizer.ggml.pre`). Model families with the same rule share an
+entry.
 
-CLIP's tokenizer (Radford et al., 2021) lowercases, then merges bytes inside words that end with a mark. OpenAI's own
-file of merges is read here, and new merges are learned; what transformers writes is an ordinary tokenizer.json. The
-rules are transformers'. OpenAI's code also repairs text with the package ftfy and decodes HTML entities (&amp;) first,
-which changes no clean caption.
+CLIP's tokenizer (Radford et al., 2021) lowercases, then merges bytes inside words that end with a mark. This module
+reads OpenAI's file of merges, and learns new merges. Files written by transformers are ordinary tokenizer.json files.
+The rules are those of transformers. OpenAI's code first repairs text with the package ftfy and decodes HTML entities
+(&amp;), which does not change clean captions.
 """
 
 import gzip
@@ -23,21 +24,22 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.untrusted import plain_file
 
-# GPT-2: English contractions, letters, digits or signs with a space before them, white space (Radford et al., 2019).
+# GPT-2: English contractions; letters, digits or signs after an optional space; white space (Radford et al., 2019).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-4 and after: contractions in either case, a sign may join a word, line ends join the signs before them.
+# GPT-4 and later: contractions in upper or lower case, one sign may begin a word, line breaks join preceding signs.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = _WORDS + r"|\p{N}{1,3}" + _REST
 QWEN2 = _WORDS + r"|\p{N}" + _REST
-# o200k and Tekken: words part where a capital follows a small letter.
+# o200k and Tekken: a word ends where a capital follows a lower-case letter.
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _LEAD, _CONTRACTION = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _SLASHES = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _SLASHES
 GPT4O = f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTION}|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTION}" + r"|\p{N}{1,3}" + _SLASHES
 
-# Each cut is a list of patterns, each cutting the pieces of the one before; the first name of a row is canonical.
+# Each pre-tokenizer is a list of patterns; each splits the results of the one before. The first name of a row is
+# canonical.
 _ROWS: list[tuple[str, list[str]]] = [
     ("gpt-2 mpt olmo jais trillion granite-docling phi-2 roberta-bpe", [GPT2]),
     ("smollm starcoder refact command-r codeshell exaone minerva-7b", [r"\p{N}", GPT2]),
@@ -49,14 +51,14 @@ _ROWS: list[tuple[str, list[str]]] = [
     ("default", [r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"]),
 ]
 CUTS = {name: patterns for names, patterns in _ROWS for name in names.split()}
-# Families whose words that are tokens as they stand skip the merges (`ignore_merges` of their tokenizer.json).
+# Families that skip the merges if a whole word is a token (`ignore_merges` of their tokenizer.json).
 WHOLE_WORDS = (LLAMA3, GPT4O, TEKKEN)
 
 
 def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
-    """Return the pre-tokenizer of this name; it splits text into words and writes their bytes in the byte alphabet.
+    """Return the pre-tokenizer of this name. It splits text into words and writes their bytes in the byte alphabet.
 
-    An unknown name is a `UserError`.
+    Raises `UserError` for an unknown name.
     """
     require_known("way of cutting text (tokenizer.ggml.pre)", cut, CUTS)
     patterns = CUTS[cut]
@@ -70,7 +72,7 @@ def pre_tokenizer(cut: str) -> pre_tokenizers.PreTokenizer:
 
 
 def cut_of(backend: tokenizers.Tokenizer) -> str | None:
-    """Return the name of this tokenizer's pre-tokenizer, as GGUF files have it; None if it is unknown."""
+    """Return the name of this tokenizer's pre-tokenizer in GGUF files; None if it is unknown."""
     if backend.pre_tokenizer is None:
         return None
     mine = _shape(backend.pre_tokenizer)
@@ -78,7 +80,8 @@ def cut_of(backend: tokenizers.Tokenizer) -> str | None:
 
 
 def _shape(cutter: pre_tokenizers.PreTokenizer) -> str:
-    """Describe a pre-tokenizer without what does not change tokens: offsets, and a sequence of a single step."""
+    """Describe a pre-tokenizer without properties that do not affect tokens: offsets, and a sequence of a single
+    step."""
     described = json.loads(cutter.__getstate__())
     steps = described.get("pretokenizers", [described])
     return json.dumps([{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps], sort_keys=True)
@@ -96,10 +99,10 @@ def byte_level_backend(
 
 
 def first_merges(tokenizer: Tokenizer, count: int, uses: Mapping[int, int] | None = None) -> set[str]:
-    """Return the tokens of a smaller byte-level BPE: the bytes, the results of the first `count` merges, all added
-    tokens, and those that the chat template writes, with the tokens that these are merged from.
+    """Return the tokens of a smaller byte-level BPE: bytes, results of the first `count` merges, all added tokens, and
+    those of the chat template, each with the tokens it is merged from.
 
-    uses: how often a text has each token, by id; then the merges of the tokens that it has most often come first.
+    uses: frequency of each token id in a text; if given, merges for the most frequent tokens come first.
     """
     model, vocabulary, uses = _byte_level(tokenizer), tokenizer.backend.get_vocab(), uses or {}
     if count > len(model["merges"]):
@@ -120,7 +123,7 @@ def first_merges(tokenizer: Tokenizer, count: int, uses: Mapping[int, int] | Non
 
 
 def _add(token: str, parts: Mapping[str, Sequence[str]], kept: set[str]) -> int:
-    """Keep a token, and those that it is merged from; return the number of merges that this adds."""
+    """Add a token to `kept`, with the tokens it is merged from. Return the number of merges that were added."""
     wanted, made = [token], 0
     while wanted:
         if (token := wanted.pop()) not in kept:
@@ -131,9 +134,8 @@ def _add(token: str, parts: Mapping[str, Sequence[str]], kept: set[str]) -> int:
 
 
 def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer, list[int]]:
-    """Return a byte-level BPE with only these tokens, and their former ids. The order of the tokens stays the same. It
-    encodes every text that the tokenizer can encode: merges into missing tokens are left out.
-    """
+    """Return a byte-level BPE with only these tokens, and their former ids. The order of tokens is kept. The result
+    encodes every text that the tokenizer can encode; merges into missing tokens are dropped."""
     _byte_level(tokenizer)
     description, kept = tokenizer.description(), {*kept}
     vocabulary = tokenizer.backend.get_vocab()
@@ -159,21 +161,21 @@ def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer,
 
 
 def ids_of_cut(tokenizer: Tokenizer, cut: Tokenizer) -> list[int] | None:
-    """Return the ids that the tokens of `cut` have here, in its order; None if `keep_tokens` does not make it of this
-    tokenizer."""
+    """Return the ids in `tokenizer` of the tokens of `cut`, in order. None if `cut` is not a result of `keep_tokens` on
+    it."""
     kept = cut.backend.get_vocab()
     if not isinstance(tokenizer.backend.model, models.BPE) or not kept.keys() < tokenizer.backend.get_vocab().keys():
         return None
     try:
         again, ids = keep_tokens(tokenizer, kept)
-    except UserError:  # it cannot be cut, or not to these
+    except UserError:  # the tokenizer cannot be reduced to these tokens
         return None
     same = again.backend.get_vocab() == kept and again.description()["model"] == cut.description()["model"]
     return ids if same else None
 
 
 def _byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the description of a tokenizer's merging; one that is no byte-level BPE is a `UserError`."""
+    """Return the description of a tokenizer's merges. Raises `UserError` if it is not a byte-level BPE."""
     backend = tokenizer.backend
     model = backend.model
     if not (isinstance(model, models.BPE) and isinstance(backend.decoder, decoders.ByteLevel)) or (
@@ -185,15 +187,15 @@ def _byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-MERGES = 48_894  # of the file's lines after the first; the released code leaves the others out
-LARGEST = 2**24  # bytes of that file, unpacked; it has 3.2 million
+MERGES = 48_894  # number of lines to read after the first; the released code ignores the others
+LARGEST = 2**24  # maximal bytes of that file, unpacked; it has 3.2 million
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-CHARACTERS = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]"  # of Chinese and Japanese, which part no words by spaces
+CHARACTERS = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]"  # Chinese and Japanese, written without spaces
 Made = tuple[tokenizers.Tokenizer, dict[str, str]]
 
 
 def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> Made:
-    """Build CLIP's rules around a vocabulary, spelled in the byte alphabet, and its merges, in order."""
+    """Build a tokenizer with CLIP's rules from a vocabulary, spelled in the byte alphabet, and its merges, in order."""
     merging = models.BPE(dict(vocabulary), list(merges), unk_token=END, end_of_word_suffix=WORD_END)
     backend = tokenizers.Tokenizer(merging)
     space = normalizers.Replace(Regex(r"\s+"), " ")
@@ -222,7 +224,8 @@ def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
 
 
 def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
-    """Return the token ids that follow from the merges: bytes, bytes that end a word, merged tokens, two end tokens."""
+    """Return the token ids that follow from the merges, in this order: bytes, bytes that end a word, merged tokens, two
+    end tokens."""
     letters = list(byte_alphabet())
     tokens = [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
     return {token: number for number, token in enumerate(tokens)}
@@ -231,9 +234,9 @@ def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a tokenizer with CLIP's rules and at most `vocab_size` tokens on these texts.
 
-    514 tokens are always there: 256 bytes, 256 bytes that end a word, and the two end tokens. Chinese and Japanese
-    characters are counted one by one, so that no token holds two of them (as BERT's multilingual vocabulary has it):
-    what names have in common is seen in a few thousand of them.
+    It always has 514 tokens: 256 bytes, 256 bytes that end a word, and the two end tokens. Chinese and Japanese
+    characters are split one by one, as in BERT's multilingual vocabulary, so that no token has two of them. So names
+    share tokens, which a few thousand examples suffice to learn.
     """
     fixed = len(vocabulary_of([]))
     if vocab_size < fixed:
@@ -244,7 +247,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size + fixed, min_frequency=2, show_progress=False, end_of_word_suffix=WORD_END,
         initial_alphabet=list(byte_alphabet()),
-        special_tokens=[letter + WORD_END for letter in byte_alphabet()],  # else numbered in no fixed order
+        special_tokens=[letter + WORD_END for letter in byte_alphabet()],  # otherwise their order would be random
     )  # fmt: skip
     backend.train_from_iterator(texts, trainer)
     merges = json.loads(backend.to_str())["model"]["merges"]

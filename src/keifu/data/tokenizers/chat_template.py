@@ -1,6 +1,7 @@
-"""Chat templates: messages rendered to text in Jinja's sandbox, as in transformers, and the assistant-token loss mask.
+"""Chat templates: messages are rendered to text in Jinja's sandbox, as in transformers. Also the loss mask of assistant
+tokens.
 
-The mask is exact to the token: markers in the rendered text show where each assistant turn begins and ends.
+The mask is exact for each token: markers in the rendered text show where each assistant turn begins and ends.
 """
 
 import json
@@ -22,15 +23,16 @@ from jinja2.parser import Parser
 from keifu.data.tokenizers.template_limits import LARGEST, LONGEST_SOURCE, LimitedEnvironment, LimitError, limited
 from keifu.errors import UserError
 
-# CHATML is for models that learn to chat; the tokenizer needs <|im_start|> and <|im_end|>. PLAIN is for models
-# without tokens of turns: their end-of-text token ends an answer. PICTURES begins one of a model that sees.
+# CHATML is for models that learn to chat; the tokenizer needs <|im_start|> and <|im_end|>. PLAIN is for models without
+# tokens for turns: the end-of-text token ends an answer. PICTURES is for a model that sees.
 FILES = ("chatml", "plain", "pictures")
 CHATML, PLAIN, PICTURES = (Path(__file__).with_name(f"{name}.jinja").read_text(encoding="utf-8") for name in FILES)
-TURN = ("turn_opening", "turn_closing")  # variables that stand around the assistant's words; unset, they are empty
+TURN = ("turn_opening", "turn_closing")  # variables around an assistant turn; unset, they are empty
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks the assistant's words, for training; it changes no text."""
+    """Tag `{% generation %}...{% endgeneration %}` that marks an assistant turn for training. It does not change the
+    text."""
 
     tags = {"generation"}
 
@@ -49,13 +51,13 @@ def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:  # fmt: skip
-    """Write plain JSON: Jinja's own filter would escape the characters of HTML."""
+    """Write plain JSON. Jinja's filter would escape characters for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 @lru_cache(maxsize=32)
 def compile_template(template: str) -> Template:
-    """Compile a template, cached. A template that is not valid Jinja is a `UserError` with the line."""
+    """Compile a template; the result is cached. Raises `UserError`, with the line, for invalid Jinja."""
     extensions = ["jinja2.ext.loopcontrols", _GenerationTag]
     environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
@@ -69,7 +71,7 @@ def compile_template(template: str) -> Template:
     except TemplateSyntaxError as error:
         reason = str(error.message).rstrip(".")
         raise UserError(f"The chat template cannot be read, at its line {error.lineno}: {reason}.") from error
-    except Exception as error:  # Python's own compiler, as of a break outside a loop, or of too deep a nesting
+    except Exception as error:  # errors of Python's compiler: a break outside a loop, too deep nesting
         raise UserError(f"The chat template cannot be read: {error or type(error).__name__}.") from error
 
 
@@ -105,7 +107,7 @@ def render(
         with limited():
             pieces = ready.generate(messages=plain, add_generation_prompt=add_generation_prompt, **given)
             return _within_limits(pieces)
-    except Exception as error:  # a template is a program: whatever goes wrong in it is told with its line
+    except Exception as error:  # a template is a program: report any error in it with its line
         reason = str(error).rstrip(".") or type(error).__name__
         line = _template_line(error.__traceback__)
         raise UserError(f"The chat template refuses this conversation, at its line {line}: {reason}.") from error
@@ -128,7 +130,7 @@ def _plain(message: Any, index: int) -> dict[str, Any]:
 
 
 def _template_line(trace: TracebackType | None) -> int:
-    """Return the line of the template where an error happened: Jinja's stack frames have the template's line
+    """Return the line of the template where an error happened. Jinja's stack frames have the template's line
     numbers."""
     line = 0
     while trace is not None:
@@ -145,11 +147,11 @@ def render_marked(
     marks: str,
     special: Iterable[str],
 ) -> str:
-    """Render a whole conversation with `marks`, two characters, around each answer of the assistant.
+    """Render a whole conversation with `marks`, two characters, around each assistant answer.
 
-    Where the template has `{% generation %}`, that block is the answer. Otherwise it is the text that the answer's
-    message adds to the prompt, without white space after the special token that ends the turn; a template that renders
-    earlier turns differently once more turns follow is a `UserError` then.
+    If the template has `{% generation %}`, that block is the answer. Otherwise the answer is the text that its message
+    adds to the prompt, without white space after the special token that ends the turn. Raises `UserError` if the
+    template has no such block and changes earlier turns when later turns follow.
     """
     ends = tuple(special)
     whole = render(template, messages, False, {**variables, **dict(zip(TURN, marks, strict=True))})
@@ -175,14 +177,14 @@ def render_marked(
 def encode_turns(backend: tokenizers.Tokenizer, text: str, marks: str) -> tuple[list[int], list[bool]]:
     """Return the token ids of a text without its marks, and for each id whether it is between two marks.
 
-    A token with at least one character inside counts, as in transformers' masks of assistant tokens.
+    A token with at least one character inside counts, as in transformers' assistant masks.
     """
     pieces = re.split(f"[{re.escape(marks)}]", text)
     spans = [*pairwise(accumulate(map(len, pieces), initial=0))][1::2]
     encoding = backend.encode("".join(pieces), add_special_tokens=False)
     mask, turn = [], 0
     for start, end in encoding.offsets:
-        start = min(start, end - 1)  # blank space may have been trimmed off until nothing was left
+        start = min(start, end - 1)  # trimming white space may have left an empty token
         while turn < len(spans) and start >= spans[turn][1]:
             turn += 1
         mask.append(turn < len(spans) and end > spans[turn][0])

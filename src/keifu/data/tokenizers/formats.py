@@ -1,7 +1,8 @@
 """Readers of published tokenizer files: tokenizer.json, vocabulary and merges, WordPiece, SentencePiece.
 
-A reader gives a `tokenizers` object and the roles of its special tokens. The other files of a directory
-(tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja) are read alike for all.
+A reader returns a `tokenizers` object and the roles of its special tokens. The other files of a directory
+(tokenizer_config.json, special_tokens_map.json, generation_config.json, chat_template.jinja) are read in the same way
+for all.
 """
 
 import base64
@@ -21,10 +22,10 @@ from keifu.errors import UserError
 from keifu.ranges import LARGEST
 from keifu.untrusted import check_pattern, plain_file, read_json, read_json_object, read_text
 
-Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role that the file itself names
+Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # backend, and the tokens whose role the file states
 GENERATION_CONFIG = "generation_config.json"
-MODEL_TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram")  # whose vocabularies hold no parts
-WORD_END, UNKNOWN = "</w>", "<unk>"  # of GPT-1
+MODEL_TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram")  # models without nested models
+WORD_END, UNKNOWN = "</w>", "<unk>"  # as in GPT-1
 BERT_ROLES = dict(zip(("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
                       ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))  # fmt: skip
 
@@ -36,7 +37,7 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
         raise UserError(f"{path} has no model with a vocabulary, so it is not a tokenizer.json.")
     vocabulary = model["vocab"]
     _check_ids(vocabulary if isinstance(vocabulary, dict) else {row[0]: n for n, row in enumerate(vocabulary)}, path)
-    described |= {"truncation": None, "padding": None}  # of texts, which keifu neither cuts nor fills up
+    described |= {"truncation": None, "padding": None}  # keifu neither truncates nor pads here
     _check_parts(described, path)
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(described)), {}
@@ -45,7 +46,8 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
 
 
 def _check_parts(described: Any, path: Path) -> None:
-    """Refuse a table of replacements, or a regular expression, on which the tokenizers library would die or hang."""
+    """Raise `UserError` for a replacement table or regular expression that would crash or hang the tokenizers
+    library."""
     for part in described.values() if isinstance(described, dict) else described:
         if not isinstance(part, dict | list):
             continue
@@ -57,7 +59,7 @@ def _check_parts(described: Any, path: Path) -> None:
 
 
 def read_vocabulary(path: Path) -> dict[str, int]:
-    """Read a JSON object from tokens to ids; anything else is a `UserError`."""
+    """Read a JSON object from tokens to ids. Raises `UserError` for anything else."""
     vocabulary = read_json(path)
     if not isinstance(vocabulary, dict) or not vocabulary:
         raise UserError(f"{path} holds no vocabulary: it must be a JSON object from tokens to ids.")
@@ -66,7 +68,7 @@ def read_vocabulary(path: Path) -> dict[str, int]:
 
 
 def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
-    """Refuse a vocabulary in which two tokens have the same id: they would silently become one."""
+    """Raise `UserError` if two tokens have the same id: one would silently replace the other."""
     owner: dict[int, str] = {}
     for token, number in vocabulary.items():
         valid = type(number) is int and 0 <= number <= LARGEST
@@ -77,7 +79,7 @@ def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
 
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
-    """Read the two files of GPT-1 and GPT-2: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
+    """Read GPT-1's or GPT-2's two files: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
     vocabulary = read_vocabulary(path)
     beside = [path.with_name(name) for name in ("merges.txt", "vocab.bpe")]
     merges_path = next((other for other in beside if other.exists()), None)
@@ -99,10 +101,10 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
 
 
 def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Read:
-    """Build a tokenizer from a vocabulary whose word-final pieces have a mark. It has CLIP's rules if it has CLIP's two
-    end tokens, else GPT-1's, which split text into words as BERT does, in lower case, and merge inside each word.
+    """Build a tokenizer from a vocabulary that marks the last piece of a word (Sennrich et al., 2016).
 
-    (Radford et al., 2018; Sennrich et al., 2016, for the mark.)
+    If it has CLIP's two end tokens, the rules are CLIP's. Otherwise they are GPT-1's (Radford et al., 2018): text is
+    split into words as in BERT, in lower case, and merges are inside each word.
     """
     if {bpe.START, bpe.END} <= vocabulary.keys():
         return bpe.clip_backend(vocabulary, merges)
@@ -120,7 +122,7 @@ def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str
 
 
 def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
-    """Read BERT's vocab.txt: one token a line, its id the line's number from 0."""
+    """Read BERT's vocab.txt: one token on each line. Its id is the line number from 0."""
     lines = read_text(path).removesuffix("\n").split("\n")
     vocabulary: dict[str, int] = {}
     for number, line in enumerate(lines):
@@ -138,8 +140,8 @@ def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
 def wordpiece_backend(
     vocabulary: Mapping[str, int], lowercase: bool, strip_accents: bool | None, split_ideographs: bool = True
 ) -> Read:
-    """Build BERT's rules: words between spaces and punctuation, then each word's longest pieces (Devlin et al.,
-    2018)."""
+    """Build a tokenizer with BERT's rules: split at spaces and punctuation, then into each word's longest pieces
+    (Devlin et al., 2018)."""
     backend = tokenizers.Tokenizer(models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=split_ideographs
@@ -174,10 +176,10 @@ READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {  # in the orde
 
 
 def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
-    """Return the reader of a single file, chosen by its name, or else by its extension."""
+    """Return the reader of a single file by its name, or else by its extension."""
     endings = {".model": _sentencepiece, ".txt": _wordpiece_vocabulary, ".json": _tokenizer_json}
     known = READERS.get(path.name) or endings.get(path.suffix)
-    if known is None and ".model" in path.suffixes:  # tokenizer.model.v1
+    if known is None and ".model" in path.suffixes:  # for example tokenizer.model.v1
         known = _sentencepiece
     if known is None:
         kinds = ", ".join([*READERS, "a SentencePiece .model", "a .gguf"])
@@ -196,24 +198,23 @@ def settings_beside(directory: Path) -> dict[str, Any]:
 
 
 def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """Complete a tokenizer by the other files of its folder: roles, chat template, ids that end an answer, maximum
-    length."""
+    """Add data from the other files in the folder: roles, chat template, ids that end an answer, maximum length."""
     backend, roles = read
     named, limit = roles_beside(config)
     special = roles | named
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     new = [token for token in dict.fromkeys(special.values()) if token not in flagged]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
-    if "add_bos_token" in config or "add_eos_token" in config:  # these overrule tokenizer.json, in transformers too
+    if "add_bos_token" in config or "add_eos_token" in config:  # these overrule tokenizer.json
         put_around_text(backend, special, bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
     generation = generation_config(directory)
     return Tokenizer(backend, special, stop_ids(generation), chat_template(directory, config), limit, generation)
 
 
 def roles_beside(config: Mapping[str, Any]) -> tuple[dict[str, str], int | None]:
-    """Return the token of each role in tokenizer_config.json, and the maximum length of a text, if it gives one."""
+    """Return the token of each role in tokenizer_config.json, and the maximum length of a text or None."""
     length = config.get("model_max_length")
-    limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 stands for "none said"
+    limit = int(length) if isinstance(length, int | float) and length < 1e9 else None  # 1e30 means no limit
     return {role: _content(config[role], role) for role in ROLES if role in config}, limit
 
 
@@ -225,14 +226,14 @@ def _content(token: Any, role: str) -> str:
 
 
 def generation_config(directory: Path) -> dict[str, Any]:
-    """Read generation_config.json; empty if there is no such file."""
+    """Read generation_config.json. Return {} if there is no such file."""
     path = directory / GENERATION_CONFIG
     settings = read_json_object(path) if path.exists() else {}
     return {key: value for key, value in settings.items() if value is not None and not key.startswith("_")}
 
 
 def stop_ids(generation: Mapping[str, Any]) -> set[int]:
-    """Return the ids that end an answer, from a generation_config's eos_token_id; empty if there are none."""
+    """Return the ids that end an answer, from eos_token_id in generation_config.json; empty if there are none."""
     value = generation.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(number) is int and 0 <= number <= LARGEST for number in ids):
@@ -241,12 +242,12 @@ def stop_ids(generation: Mapping[str, Any]) -> set[int]:
 
 
 def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the chat template: chat_template.jinja, or else the (default) one in tokenizer_config.json."""
+    """Return the chat template: chat_template.jinja, or else the default one in tokenizer_config.json."""
     if (directory / "chat_template.jinja").exists():
         return read_text(directory / "chat_template.jinja")
-    processor = directory / "chat_template.json"  # of older models that see
+    processor = directory / "chat_template.json"  # in older vision models
     written = (read_json_object(processor) if processor.exists() else config).get("chat_template")
-    if isinstance(written, list) and all(isinstance(entry, dict) for entry in written):  # several, by name
+    if isinstance(written, list) and all(isinstance(entry, dict) for entry in written):  # several named templates
         by_name = {entry.get("name"): entry.get("template") for entry in written}
         written = by_name.get("default", next(iter(by_name.values()), None))
     if not isinstance(written, str | None):

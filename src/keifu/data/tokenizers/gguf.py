@@ -1,4 +1,4 @@
-"""Tokenizers read from and written to the metadata of GGUF files (`tokenizer.ggml.*`), as llama.cpp reads them.
+"""Tokenizers read from and written to the metadata of GGUF files (`tokenizer.ggml.*`), compatible with llama.cpp.
 
 Two of GGUF's kinds are supported: "gpt2", byte-level BPE by merges, and "llama", SentencePiece's BPE by scores.
 """
@@ -18,7 +18,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError
 
 READ_FIELDS = ("tokenizer.", "general.sampling.")
-SAMPLING_KEYS = {  # our word for GGUF's, and the type
+SAMPLING_KEYS = {  # for each GGUF key our name and type
     "temperature": ("temp", float),
     "top_k": ("top_k", int),
     "top_p": ("top_p", float),
@@ -26,12 +26,12 @@ SAMPLING_KEYS = {  # our word for GGUF's, and the type
     "repetition_penalty": ("penalty_repeat", float),
 }
 ROLE_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-Made = tuple[tokenizers.Tokenizer, bool]  # a backend, and whether its kind puts a BOS before texts if nothing is said
-ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # for files that name none
+Made = tuple[tokenizers.Tokenizer, bool]  # backend, and whether texts begin with a BOS by default
+ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")  # for files that state none
 
 
 def read_gguf_fields(path: Path) -> dict[str, Any]:
-    """Read the tokenizer's fields of a GGUF file."""
+    """Read the tokenizer's fields from a GGUF file."""
     from gguf import GGUFReader
 
     try:
@@ -42,10 +42,10 @@ def read_gguf_fields(path: Path) -> dict[str, Any]:
 
 
 def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
-    """Build the tokenizer that these fields of a GGUF file describe.
+    """Build a tokenizer from the fields of a GGUF file.
 
-    fields: at least "tokenizer.ggml.model" and "tokenizer.ggml.tokens"; arrays are sequences of plain values.
-    A kind of vocabulary or a pre-tokenizer that keifu does not know is a `UserError` that lists the known ones.
+    fields: at least "tokenizer.ggml.model" and "tokenizer.ggml.tokens"; arrays are sequences of plain values. Raises
+    `UserError`, with the known names, for an unknown kind of vocabulary or pre-tokenizer.
     """
     vocabulary = _needed(fields, "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
@@ -68,7 +68,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
 
 
 def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert GGUF's general.sampling.* to the words of generation_config.json; a temperature of 0 is greedy choice."""
+    """Convert GGUF's general.sampling.* to entries of generation_config.json. Temperature 0 becomes greedy decoding."""
     there = {ours: fields.get(f"general.sampling.{theirs}") for ours, (theirs, _) in SAMPLING_KEYS.items()}
     settings: dict[str, Any] = {ours: round(value, 6) for ours, value in there.items() if value is not None}
     if settings.get("temperature") == 0:
@@ -77,7 +77,7 @@ def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampling_fields(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the general.sampling.* of a generation_config, which `_generation_config` reads."""
+    """Convert generation_config.json to GGUF's general.sampling.*, the inverse of `_generation_config`."""
     known = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
     known |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
     return {f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in known.items()}
@@ -122,7 +122,7 @@ def _roles(fields: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
 
 
 def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | None) -> set[int]:
-    """Return the tokens that end an answer: those that the file names, else those with usual names in its chat
+    """Return the ids that end an answer: those that the file states, else the usual names that occur in its chat
     template."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")]
     named = {int(fields[key]) for key in keys if fields.get(key) is not None}
@@ -130,11 +130,10 @@ def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | 
 
 
 def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the GGUF fields of this tokenizer: strings, whole numbers, booleans and lists; scores are a list of
-    floats.
+    """Return the GGUF fields of this tokenizer: strings, integers, booleans and lists. Scores are a list of floats.
 
-    `token_type` is to be written as int32, ids as uint32, scores as float32. Byte-level BPE and SentencePiece's BPE
-    can be written. Any other, or one whose rules have no name in GGUF, is a `UserError` that says why.
+    Write `token_type` as int32, ids as uint32, scores as float32. Raises `UserError`, with the reason, unless it is
+    byte-level BPE or SentencePiece's BPE with rules that have a name in GGUF.
     """
     described = tokenizer.description()
     model, decoder = described["model"], described["decoder"] or {}
@@ -151,7 +150,7 @@ def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     for number, added in tokenizer.backend.get_added_tokens_decoder().items():
         if kinds[number] == sp.NORMAL:
             kinds[number] = sp.CONTROL if added.special else sp.USER_DEFINED
-    around = tokenizer.encode("", special=True)  # what the tokenizer itself puts before a text and after it
+    around = tokenizer.encode("", special=True)  # tokens that the tokenizer adds around a text
     begins = bool(around) and around[0] == tokenizer.bos_id
     fields = special | {"tokens": tokens, "token_type": kinds, "add_bos_token": begins}
     fields["add_eos_token"] = bool(around[begins:]) and around[-1] == tokenizer.eos_id
@@ -175,7 +174,7 @@ def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[
 
 
 def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Make scores from the merges: the earlier a merge, the higher the score of its token; and whether scores alone
+    """Compute scores from the merges: the earlier a merge, the higher the score of its token. Also whether scores alone
     give the same merges."""
     merges = [(left, right) for left, right in described["model"]["merges"]]
     made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
@@ -199,7 +198,7 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
 
 
 def _kinds(steps: Mapping[str, Any] | None) -> list[str]:
-    """List the types of a normalizer's or pre-tokenizer's steps."""
+    """Return the types of a normalizer's or pre-tokenizer's steps."""
     parts = [] if steps is None else steps.get("normalizers", steps.get("pretokenizers", [steps]))
     return [step["type"] for step in parts]
 
@@ -213,7 +212,7 @@ def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[
 
 
 def _space_prefix(described: Mapping[str, Any]) -> bool | None:
-    """Return whether a space is put before each text; None if normalised otherwise than SentencePiece's BPE."""
+    """Return whether a space is added before each text; None if the normalisation differs from SentencePiece's BPE."""
     normalizer, cutter = described["normalizer"], described["pre_tokenizer"]
     if normalizer is None and cutter is not None and cutter["type"] == "Metaspace" and not cutter.get("split", True):
         return cutter.get("prepend_scheme", "always") != "never"

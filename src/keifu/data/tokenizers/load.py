@@ -1,4 +1,4 @@
-"""Loads a tokenizer from any published format: finds the reader that a path needs; and those that were learned."""
+"""Loading of tokenizers: chooses the reader for a path. Also tokenizers that a recipe trains, which are cached."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,17 +12,17 @@ from keifu.errors import UserError
 from keifu.folders import cache
 from keifu.untrusted import reading
 
-KEPT = "state/tokenizer"  # the folder of a run that has the tokenizers it learned
-LEARNED: dict[str, Tokenizer] = {}  # by name, those that were asked for; the run that begins next keeps them
+KEPT = "state/tokenizer"  # folder of a run for the tokenizers that it trained
+LEARNED: dict[str, Tokenizer] = {}  # trained tokenizers by name; the next run saves them
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer of a directory, of a single file with the other files of its folder, or of a catalogue name.
+    """Load the tokenizer of a directory, of a file (with the other files of its folder), or of a catalogue name.
 
-    A directory may hold tokenizer.json, a SentencePiece tokenizer.model, GPT-1's, GPT-2's or CLIP's vocab.json with
-    merges.txt (or encoder.json with vocab.bpe), BERT's vocab.txt or OpenAI's file of CLIP's merges; the first of these
-    counts, but before all Marian's source.spm with target.spm and vocab.json. A file may be any of those but Marian's,
-    or a GGUF. What cannot be read is a `UserError` that says why.
+    A directory is searched for these, in order: Marian's source.spm with target.spm and vocab.json; tokenizer.json; a
+    SentencePiece tokenizer.model; the vocab.json with merges.txt of GPT-1, GPT-2 or CLIP (or encoder.json with
+    vocab.bpe); BERT's vocab.txt; OpenAI's file of CLIP's merges. A file may be any of these except Marian's, or a GGUF.
+    Raises `UserError` with the reason if it cannot be read.
     """
     path = _found(path)
     with reading(path):
@@ -30,17 +30,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | None = None) -> Tokenizer:
-    """Return the tokenizer of this name from the run folder `out`, else from the cache; learn it if it is missing.
+    """Return the tokenizer of this name from the run folder `out`, else from the cache. Train it by `learn` if it is
+    missing.
 
-    name: changes with all that it is learned from. Learning it again could number its tokens differently, and a resumed
-    run would not go on with the same bits: the run that is begun next keeps it.
+    name: a string that changes with the training data and settings. Training again could number the tokens differently,
+    and a resumed run would change. So the next run saves the tokenizer.
     """
     folders = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
 
     def saved() -> Path | None:
-        return next((place for place in folders if (place / "tokenizer_config.json").exists()), None)  # its last file
+        return next((place for place in folders if (place / "tokenizer_config.json").exists()), None)  # written last
 
-    build_once(folders[-1], lambda: saved() is not None, lambda new: learn().save(new))  # by one process of several
+    build_once(folders[-1], lambda: saved() is not None, lambda new: learn().save(new))  # only one process trains it
     LEARNED[name] = load_tokenizer(saved() or folders[-1])
     return LEARNED[name]
 

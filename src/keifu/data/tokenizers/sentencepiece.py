@@ -1,14 +1,14 @@
-"""SentencePiece's `.model` files (Kudo and Richardson, 2018): rebuilt as `tokenizers` objects, or as pieces of text.
+"""SentencePiece's `.model` files (Kudo and Richardson, 2018): converted to `tokenizers` objects, or used to split text.
 
-The file is a protocol buffer message; only the few fields that encoding and decoding depend on are read here, since the
-`sentencepiece` package gives them only where `protobuf` is installed too. The `tokenizers` object encodes as
-SentencePiece does, with one intended difference: a special token is recognised only where control text is allowed, and
-the text after it begins with the space that every text begins with. Where a model has a normalisation table (NFKC), the
-`tokenizers` library applies it to whole grapheme clusters, so that rare combining marks and a carriage return before a
-line feed come out otherwise. The models of LLaMA and Mistral have no such table.
+A file is a protocol buffer message. Only the few fields needed for encoding and decoding are read here, because the
+`sentencepiece` package gives them only if `protobuf` is installed. The `tokenizers` object encodes like SentencePiece,
+with one intended difference: a special token is recognised only where control text is allowed, and the text after it
+begins with the space that every text begins with. A second difference: the `tokenizers` library applies a normalisation
+table (NFKC) to whole grapheme clusters, so rare combining marks, and a carriage return before a line feed, give other
+tokens. The models of LLaMA and Mistral have no such table.
 
-`Pieces` splits text by the `sentencepiece` package. Marian numbers the pieces by a vocabulary of its own, and looks up
-even those that the model itself does not know, so it needs them as text.
+`Pieces` splits text by the `sentencepiece` package. Marian has a separate vocabulary for the ids of pieces, which may
+contain pieces unknown to the model, so it needs pieces as text.
 """
 
 import re
@@ -22,14 +22,14 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from keifu.errors import UserError
 
-SPACE = "▁"  # U+2581, which stands for a space in pieces
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of piece, in the file and in GGUF
-UNIGRAM, BPE = 1, 2  # kinds of model
+SPACE = "▁"  # U+2581, a space in pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces, in the file and in GGUF
+UNIGRAM, BPE = 1, 2  # kinds of models
 
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """Entry of the vocabulary; its id is its index."""
+    """Entry of the vocabulary. Its id is its index."""
 
     text: str
     score: float
@@ -38,20 +38,20 @@ class SentencePiece:
 
 @dataclass(frozen=True)
 class SentencePieceSettings:
-    """Settings that decide how text becomes pieces. The defaults are those of SentencePiece's BPE as LLaMA uses it."""
+    """Settings of the conversion from text to pieces. The defaults are those of LLaMA's BPE."""
 
     model: int = BPE
     unknown_id: int = 0
     byte_fallback: bool = True
     dummy_prefix: bool = True  # each text begins with a space
-    single_spaces: bool = False  # spaces at the ends go, and runs of them become one
+    single_spaces: bool = False  # spaces at the ends are removed, runs become one space
     escape_spaces: bool = True  # a space becomes U+2581
     character_map: bytes = b""  # SentencePiece's compiled table of replacements, such as NFKC
 
 
 @dataclass
 class SentencePieceModel:
-    """Content of a file: the pieces, their settings, and the special tokens' roles as in tokenizer_config.json."""
+    """Content of a file: pieces, settings, and the special tokens' roles as in tokenizer_config.json."""
 
     pieces: list[SentencePiece]
     settings: SentencePieceSettings
@@ -69,11 +69,11 @@ def _varint(data: bytes, position: int) -> tuple[int, int]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield the fields of one message: number and value (whole numbers as such, everything else as bytes)."""
+    """Yield (number, value) of the fields of one message. Integers stay integers; other values are bytes."""
     position = 0
     while position < len(data):
         key, position = _varint(data, position)
-        if (wire := key & 7) not in (0, 1, 2, 5):  # a whole number, 8 bytes, a length and so many bytes, 4 bytes
+        if (wire := key & 7) not in (0, 1, 2, 5):  # integer, 8 bytes, length and data, 4 bytes
             raise ValueError(f"wire type {wire}")
         size, position = (8, position) if wire == 1 else (4, position) if wire == 5 else _varint(data, position)
         value, position = (size, position) if wire == 0 else (data[position : position + size], position + size)
@@ -89,14 +89,15 @@ def _piece(message: bytes) -> SentencePiece:
 
 
 def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
-    """Return the ids of the special tokens; -1, written as a 64-bit number, means that there is none."""
+    """Return the ids of the special tokens. -1, stored as a 64-bit number, means none."""
     defaults = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2), "pad_token": (43, -1)}
     ids = {role: int(trainer.get(number, default)) for role, (number, default) in defaults.items()}
     return {role: position for role, position in ids.items() if 0 <= position < 1 << 31}
 
 
 def parse(data: bytes, name: str) -> SentencePieceModel:
-    """Parse a `.model` file's bytes. Another type of file, or a torn one, is a `UserError` with its name."""
+    """Parse the bytes of a `.model` file. Raises `UserError`, with the file's name, for another type or a truncated
+    file."""
     try:
         top = list(_fields(data))
         pieces = [_piece(value) for number, value in top if number == 1 and isinstance(value, bytes)]
@@ -127,9 +128,10 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
 
 
 def check_character_map(table: bytes, name: str) -> None:
-    """Refuse a table of replacements on which the tokenizers library would end the process.
+    """Raise `UserError` for a replacement table that would crash the tokenizers library.
 
-    A tree (a double array of 32 bits a unit, the highest bit for leaves) leads to places in the text after it.
+    The table is a tree (a double array with 32 bits per unit, the highest bit for leaves) whose leaves are positions in
+    the text after it.
     """
     size = int.from_bytes(table[:4], "little")
     if table and (len(table) < 4 or size % 4 or 4 + size > len(table)):
@@ -146,11 +148,12 @@ def check_character_map(table: bytes, name: str) -> None:
 
 
 def _leads_into(units: np.ndarray, text: np.ndarray) -> bool:
-    """Return whether a double array, whatever bytes are looked up, stays inside itself and leads to characters of text.
+    """Return whether every lookup in a double array stays inside it, and every leaf is the position of a character of
+    `text`.
 
-    A unit has the byte that leads to it in its lowest bits, whether it has a leaf (bit 8), and an offset (bits 10 and
-    up; bit 9 multiplies it by 256). Its position xor the offset is its leaf's position; that xor a byte is a child's
-    (darts-clone's format).
+    The lowest bits of a unit are the byte that leads to it. Bit 8 says whether it has a leaf; bits 10 and up are an
+    offset, which bit 9 multiplies by 256. Position xor offset is the leaf's position; that xor a byte is a child's
+    position (format of darts-clone).
     """
     labels = np.arange(1, 256)
     reached = np.zeros(len(units), bool)
@@ -184,7 +187,7 @@ def _hint(data: bytes) -> str:
 
 
 def merges_by_score(pieces: Sequence[SentencePiece]) -> list[tuple[str, str]]:
-    """Return the merges that SentencePiece's BPE makes, the pieces with the highest scores first."""
+    """Return SentencePiece's BPE merges, the pieces with the highest scores first."""
     mergeable = {piece.text: (-piece.score, position) for position, piece in enumerate(pieces) if piece.kind == NORMAL}
     ranked = [
         (mergeable[text], text[:cut], text[cut:])
@@ -196,7 +199,7 @@ def merges_by_score(pieces: Sequence[SentencePiece]) -> list[tuple[str, str]]:
 
 
 def numbered(tokens: Iterable[str], where: str) -> dict[str, int]:
-    """Return the id of each token, which is its index; a token that occurs twice is a `UserError`."""
+    """Return the id of each token, which is its index. Raises `UserError` for a token that occurs twice."""
     ids: dict[str, int] = {}
     for position, token in enumerate(tokens):
         if ids.setdefault(token, position) != position:
@@ -205,7 +208,7 @@ def numbered(tokens: Iterable[str], where: str) -> dict[str, int]:
 
 
 def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePieceSettings) -> tokenizers.Tokenizer:
-    """Build a `tokenizers` object that encodes and decodes as SentencePiece does with these pieces."""
+    """Build a `tokenizers` object that encodes and decodes with these pieces like SentencePiece."""
     texts = numbered((piece.text for piece in pieces), "The vocabulary")
     if settings.unknown_id >= len(pieces):
         raise UserError(f"The unknown piece has the id {settings.unknown_id}, but there are {len(pieces)} pieces.")
@@ -232,18 +235,18 @@ def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePiece
 
 
 def _whole(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
-    """Cut the user-defined pieces out of the text, the longest first, as SentencePiece does before anything else."""
+    """Split the user-defined pieces off the text, the longest first. SentencePiece does this before other steps."""
     pattern = "|".join(map(re.escape, sorted(pieces, key=len, reverse=True)))
     return pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
 
 
 def no_byte_names() -> pre_tokenizers.PreTokenizer:
-    """Cut text such as "<0x41>" after its "<", since a Unigram model would take it for the byte token."""
+    """Split text such as "<0x41>" after its "<", because a Unigram model would otherwise use the byte token."""
     return pre_tokenizers.Split(tokenizers.Regex(r"<(?=0x[0-9A-F]{2}>)"), "merged_with_previous")
 
 
 def _normalizers(settings: SentencePieceSettings) -> list[normalizers.Normalizer]:
-    """List the steps in SentencePiece's own order: the table, spaces at the ends and runs of them, the first space, its
+    """Return the steps in SentencePiece's order: replacement table, spaces at the ends and runs of spaces, first space,
     escape."""
     steps: list[normalizers.Normalizer] = []
     if settings.character_map:
@@ -260,8 +263,8 @@ def _normalizers(settings: SentencePieceSettings) -> list[normalizers.Normalizer
 
 
 def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:
-    """Build the decoder of pieces to text: spaces for U+2581, bytes for byte pieces, and no space at the start if
-    encoding put one there."""
+    """Return the decoder of pieces: U+2581 becomes a space, and byte pieces become bytes. If encoding added a space at
+    the start, it is removed."""
     steps: list[decoders.Decoder] = [decoders.Replace(SPACE, " ")]
     if byte_fallback:
         steps.append(decoders.ByteFallback())
@@ -272,7 +275,7 @@ def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:
 
 
 class Pieces:
-    """SentencePiece model that gives pieces. data: its file; name: the file's name, for errors."""
+    """SentencePiece model that splits text into pieces. data: content of its file. name: of the file, for errors."""
 
     def __init__(self, data: bytes, name: str):
         from sentencepiece import SentencePieceProcessor
@@ -281,5 +284,5 @@ class Pieces:
         self._processor = SentencePieceProcessor(model_proto=data)
 
     def cut(self, texts: Sequence[str]) -> list[list[str]]:
-        """Split each text into pieces; a run of characters that no piece spells stays one piece."""
+        """Split each text into pieces. A run of characters that is not in the vocabulary stays one piece."""
         return self._processor.encode(list(texts), out_type=str)

@@ -1,10 +1,10 @@
-"""Tokenizers with a source and a target side: Marian's in Hugging Face's format, and any two tokenizers.
+"""Tokenizers with a source and a target side: Marian's in Hugging Face's format, and any pair of tokenizers.
 
-Marian: text of the source language is split by source.spm, text of the target language by target.spm, and vocab.json
-maps the pieces of both to ids; with target_vocab.json each language has its own ids.
+Marian: source.spm splits source text, target.spm splits target text, and vocab.json maps the pieces of both to ids.
+With target_vocab.json each language has separate ids.
 
-Two tokenizers: a directory has the source side in the usual files, and the target side beside it in
-target_tokenizer.json, with the tokens of its roles under "target" in tokenizer_config.json.
+Pair of tokenizers: a directory has the source side in the usual files. The target side is in target_tokenizer.json,
+with the tokens of its roles under "target" in tokenizer_config.json.
 """
 
 import hashlib
@@ -27,17 +27,16 @@ from keifu.untrusted import plain_file
 
 SOURCE_TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target_tokenizer.json"
 SOURCE, TARGET, VOCABULARY, TARGET_VOCABULARY = "source.spm", "target.spm", "vocab.json", "target_vocab.json"
-LANGUAGE = re.compile(r">>.*?<<", re.DOTALL)  # at the start of a text: which language a multilingual model is to write
+LANGUAGE = re.compile(r">>.*?<<", re.DOTALL)  # at the start of a text: target language of a multilingual model
 ROLES = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
 Side = TypeVar("Side", bound=Tokenizer)
 
 
 class TwoSidedTokenizer(Tokenizer, Generic[Side]):
-    """Tokenizer that encodes with one vocabulary and decodes with another.
+    """Tokenizer that encodes source text with one vocabulary, and decodes (and encodes target text) with another.
 
-    The BOS, EOS and padding ids are those of the second one.
-    `vocab_size` counts the first one's tokens. Text of the second kind, for training, is encoded by
-    `encode_target_batch`.
+    The BOS, EOS and padding ids are those of the target side. `vocab_size` is the source side's. For training,
+    `encode_target_batch` encodes target text.
     """
 
     PARTS = "source", "target"
@@ -55,7 +54,7 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
         return self.target.encode_batch(texts, special)
 
     def replace(self, **parts: Any) -> "TwoSidedTokenizer":
-        """Return the same tokenizer with some parts of the second one changed."""
+        """Return a copy with some arguments of the target side changed."""
         target: Any = self.target.replace(**parts)
         return type(self)(self.source, target)
 
@@ -68,7 +67,7 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
         return self.target.vocab_size
 
     def save(self, directory: str | Path) -> None:
-        """Write both sides."""
+        """Write the files of both sides."""
         directory = Path(directory)
         self.source.save(directory)
         write_atomic(directory / TARGET_TOKENIZER, self.target.backend.to_str(pretty=True))
@@ -78,7 +77,7 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of both languages: equal fingerprints give equal ids."""
+        """Hash of both sides. Equal fingerprints mean equal ids."""
         return hashlib.sha256(f"{self.source.fingerprint} {self.target.fingerprint}".encode()).hexdigest()
 
 
@@ -91,10 +90,10 @@ def read_two_sided(directory: Path) -> TwoSidedTokenizer:
 
 
 class MarianSide(Tokenizer):
-    """One language of a Marian tokenizer: `pieces` cuts a text, and the backend numbers the pieces and joins them.
+    """One language of a Marian tokenizer: `pieces` splits a text, and the backend maps pieces to ids and joins them.
 
-    `encode(text, special=True)` ends with the end-of-sentence token. A text may begin with `>>code<<`, the language to
-    write.
+    `encode(text, special=True)` ends with the end-of-sentence token. A text may begin with `>>code<<`, its target
+    language.
     """
 
     PARTS = "pieces", *Tokenizer.PARTS
@@ -115,18 +114,18 @@ class MarianSide(Tokenizer):
 
     @cached_property
     def language_codes(self) -> list[str]:
-        """The `>>code<<` tokens of a model that translates into several languages."""
+        """Tokens `>>code<<` of a model with several target languages."""
         return [token for token in self.vocabulary if LANGUAGE.fullmatch(token)]
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the pieces and the vocabulary."""
+        """Hash of the pieces and the vocabulary."""
         return hashlib.sha256(self.pieces.data + super().fingerprint.encode()).hexdigest()
 
     def _cut(self, texts: Sequence[str]) -> list[list[str]]:
-        """Split each text into pieces; a language's code at its start is one piece."""
+        """Split each text into pieces. A language code at its start is one piece."""
         codes = [LANGUAGE.match(text) for text in texts]
-        for code in (match[0] for match in codes if match and self.language_codes):  # where there are none, it is text
+        for code in (match[0] for match in codes if match and self.language_codes):  # else it is text
             if " " not in code and code not in self.vocabulary:
                 raise unknown("language code", code, self.language_codes)
         rest = [text[code.end() :] if code else text for text, code in zip(texts, codes, strict=True)]
@@ -136,14 +135,14 @@ class MarianSide(Tokenizer):
 
 
 class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
-    """A language to read and a language to write, which share their ids where they have one backend."""
+    """Marian's source and target language. If both have one backend, they share ids."""
 
     @property
     def target_vocab_size(self) -> int | None:
         return None if self.source.backend is self.target.backend else self.target.vocab_size
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Return the text of these ids of the target language, without spaces at its ends."""
+        """Return the text of these target ids, without spaces at its ends."""
         return super().decode(ids, skip_special).strip()
 
     def save(self, directory: str | Path) -> None:
@@ -160,7 +159,7 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of both languages: equal fingerprints give equal ids."""
+        """Hash of both languages. Equal fingerprints mean equal ids."""
         digest = hashlib.sha256(self.source.pieces.data + self.target.pieces.data)
         facts = [self.source.vocabulary, self.target.vocabulary, self.special]
         digest.update(json.dumps(facts, sort_keys=True).encode())
@@ -168,7 +167,7 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
 
 
 def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
-    """Load the tokenizer of a directory that has a source.spm; a missing file is a `UserError`."""
+    """Load the tokenizer of a directory with a source.spm. Raises `UserError` for a missing file."""
     separate = bool(config.get("separate_vocabs"))
     needed = [SOURCE, TARGET, VOCABULARY, *([TARGET_VOCABULARY] if separate else [])]
     missing = [name for name in needed if not (directory / name).exists()]
@@ -177,7 +176,7 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
     roles, length = formats.roles_beside(config)
     special = ROLES | {role: token for role, token in roles.items() if role in ROLES}
     source, target = (Pieces(plain_file(directory / name).read_bytes(), name) for name in (SOURCE, TARGET))
-    shown = [source, target] if separate else [source]  # as transformers decodes, too
+    shown = [source, target] if separate else [source]  # used by transformers to decode too
     backends = [_backend(directory / name, special, tokens) for name, tokens in zip(needed[2:], shown, strict=True)]
     ends = formats.stop_ids(formats.generation_config(directory))
     sides = zip((source, target), (backends[0], backends[-1]), strict=True)
@@ -185,7 +184,7 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
 
 
 def _backend(path: Path, special: Mapping[str, str], pieces: Pieces) -> tokenizers.Tokenizer:
-    """Build a backend that only maps the pieces of a vocabulary to ids and joins them: it never splits text."""
+    """Build a backend that only maps pieces to ids and joins them. It never splits text."""
     vocabulary = formats.read_vocabulary(path)
     for role, token in special.items():
         if token not in vocabulary:

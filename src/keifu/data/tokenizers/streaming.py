@@ -1,7 +1,7 @@
 """Decoding of token ids to text, whole or token by token, from the description of a tokenizer's decoder.
 
-Every decoder here is a function from one token to its bytes, so that each token of a stream costs the same however
-long the text is, and a character is held back until its last byte has come.
+Every decoder here is a function from one token to its bytes. So the cost of a token in a stream does not depend on the
+length of the text. A character is withheld until its last byte has arrived.
 """
 
 import codecs
@@ -14,16 +14,16 @@ from keifu.errors import UserError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-# WordPiece's tidying of English, applied to each token with the space before it (Hugging Face `tokenizers`, decoders).
+# WordPiece's clean-up of English, applied to each token with the space before it (Hugging Face `tokenizers`, decoders).
 CLEAN_UP = [(" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m")]
 CLEAN_UP += [(" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")]
 
 
 @cache
 def byte_alphabet() -> dict[str, int]:
-    """Return the 256 characters that stand for bytes in a byte-level vocabulary (GPT-2, 2019), each with its byte.
+    """Return the 256 characters that represent bytes in a byte-level vocabulary (GPT-2, 2019), each with its byte.
 
-    Printable Latin-1 characters stand for themselves, the others for the next free ones from U+0100 on.
+    Printable Latin-1 characters represent themselves. The other bytes get the next free characters from U+0100 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -41,7 +41,7 @@ def byte_value(token: str) -> int | None:
 
 
 def _each_byte(error: UnicodeError) -> tuple[str, int]:
-    """Return one replacement character for each byte that belongs to no character, as SentencePiece decodes them."""
+    """Return one replacement character for each invalid byte, as in SentencePiece."""
     assert isinstance(error, UnicodeDecodeError)
     return REPLACEMENT * (error.end - error.start), error.end
 
@@ -51,19 +51,20 @@ codecs.register_error("keifu.each-byte", _each_byte)
 
 @dataclass(frozen=True)
 class DecodingRule:
-    """Rule that turns tokens into bytes. `piece(token, first)` gives the bytes of a token, or of the first one."""
+    """Rule that converts tokens to bytes. `piece(token, first)` returns a token's bytes; `first`: whether it begins the
+    text."""
 
     piece: Callable[[str, bool], bytes]
-    strip: int = 0  # how many spaces the whole text loses at its start (the space that encoding put there)
-    errors: str = "replace"  # what becomes of bytes that are no character: a name known to `codecs`
-    drops_last_space: bool = False  # a space that ends the whole text came from an end-of-word mark
+    strip: int = 0  # number of spaces to remove at the start of the text (encoding added them)
+    errors: str = "replace"  # handling of invalid bytes, a name known to `codecs`
+    drops_last_space: bool = False  # a space at the end came from an end-of-word mark
 
 
 def _byte_level(token: str, first: bool) -> bytes:
     alphabet = byte_alphabet()
     try:
         return bytes([alphabet[character] for character in token])
-    except KeyError:  # an added token that is spelled as text
+    except KeyError:  # an added token that is written as text
         return token.encode()
 
 
@@ -83,7 +84,8 @@ def _wordpiece(prefix: str, cleanup: bool) -> DecodingRule:
 
 
 def _sequence(steps: list[dict[str, Any]]) -> DecodingRule:
-    """Return SentencePiece's decoders: replacements in each token, bytes for byte tokens, and no space at the start."""
+    """Return the rule of SentencePiece's decoders: replacements in each token, bytes for byte tokens, and removal of
+    the first space."""
     kinds = [step["type"] for step in steps]
     if len(steps) == 1:
         return decoding_rule(steps[0])
@@ -107,9 +109,9 @@ def _sequence(steps: list[dict[str, Any]]) -> DecodingRule:
 
 
 def decoding_rule(decoder: dict[str, Any] | None, word_end: str = "") -> DecodingRule:
-    """Read the `decoder` entry of a tokenizer.json. An unknown type of entry is a `UserError`.
+    """Convert the `decoder` entry of a tokenizer.json to a rule. Raises `UserError` for an unknown type.
 
-    word_end: mark of a word's last piece in a byte-level vocabulary (CLIP); empty if it has none.
+    word_end: mark of a word's last piece in a byte-level vocabulary (CLIP); "" if there is none.
     """
     match decoder:
         case None:
@@ -135,10 +137,10 @@ def decoding_rule(decoder: dict[str, Any] | None, word_end: str = "") -> Decodin
 
 
 class StreamDecoder:
-    """Text from tokens as they come: `push` gives the characters that a token completes, `flush` the rest at the end.
+    """Incremental decoder: `push` returns the characters that a token completes, `flush` returns the rest at the end.
 
-    All pushes and the flush together are what `Tokenizer.decode` gives for all the ids. An id that no token has
-    gives U+FFFD. Each push costs the same, however long the text is.
+    Joined, these are the result of `Tokenizer.decode` for all ids. An unknown id gives U+FFFD. The cost of a push does
+    not depend on the length of the text.
     """
 
     def __init__(self, how: DecodingRule, token_of: Callable[[int], str | None], skipped: frozenset[int] = frozenset()):
@@ -146,18 +148,18 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(how.errors)
         self._first = True
         self._strip = how.strip
-        self._held = b""  # a space that is text only if a token follows
+        self._held = b""  # a space that is output only if a token follows
 
     def push(self, token_id: int) -> str:
         """Return the characters that this token completes, often none."""
         return self._utf8.decode(self._bytes(token_id))
 
     def flush(self) -> str:
-        """Return the rest of the text at the end: U+FFFD for an incomplete character."""
+        """Return the rest of the text at the end; U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", True)
 
     def whole(self, token_ids: Iterable[int]) -> str:
-        """Return all the text of these tokens at once; for a new decoder only."""
+        """Decode all tokens at once. Call it only on a new decoder."""
         return b"".join(map(self._bytes, token_ids)).decode("utf-8", self._how.errors)
 
     def _bytes(self, token_id: int) -> bytes:

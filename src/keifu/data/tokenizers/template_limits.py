@@ -1,7 +1,8 @@
-"""Limits of chat templates, which are programs of someone else: on time, on what they write, and on the size of values.
+"""Limits for chat templates, which are foreign programs: on computing time, on the length of their output, and on sizes
+of values.
 
-Nothing is computed while a template is compiled. While it renders, each of its lines is a chance to stop, and whatever
-can make a large value in one go (products, powers, fillings, replacements) is looked at before.
+Nothing is computed while a template is compiled. While it renders, the time is checked at each line, and operations
+that can create a large value at once (multiplication, powers, padding, replacement) are checked before they run.
 """
 
 import re
@@ -20,12 +21,12 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import _PassArg
 
-SECONDS = 5.0  # of computing, for one rendering
-LARGEST = 10_000_000  # characters of a text, entries of a list, and digits' bits of a number
-WIDE = re.compile(r"\d{7}")  # a number in a format, of so many digits
-LONGEST_SOURCE = 1_000_000  # characters of a template
-GROWING = ("replace", "join", "indent", "wordwrap", "expandtabs", "translate")  # by text that is filled into text
-WHOLE = (  # filters that take lists as lists; the others write them as text, with all that is inside
+SECONDS = 5.0  # computing time of one rendering
+LARGEST = 10_000_000  # characters of a text, entries of a list, and bits of a number
+WIDE = re.compile(r"\d{7}")  # a width of at least 7 digits in a format
+LONGEST_SOURCE = 1_000_000  # maximal characters of a template
+GROWING = ("replace", "join", "indent", "wordwrap", "expandtabs", "translate")  # methods that insert text many times
+WHOLE = (  # filters that accept lists; the others convert a list with all its content to text
     *("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list"),
     *("map", "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort"),
     "unique",
@@ -33,7 +34,7 @@ WHOLE = (  # filters that take lists as lists; the others write them as text, wi
 
 
 class LimitError(Exception):
-    """A template that would take too long, or make too much."""
+    """A template exceeds the time or size limits."""
 
 
 def _refuse_size() -> None:
@@ -47,7 +48,7 @@ def _size(value: Any) -> int:
 
 
 def _check_text(value: Any) -> Any:
-    """Return the value if it is not too large with everything in it; the same list may occur in it many times."""
+    """Return the value if its total size is within the limit. A list that occurs many times counts each time."""
     left, waiting = LARGEST, [value]
     while waiting and left > 0:
         part = waiting.pop()
@@ -60,7 +61,8 @@ def _check_text(value: Any) -> Any:
 
 
 def _check_call(name: str, values: tuple[Any, ...]) -> None:
-    """Refuse a call that could make a value of any size: by a number, a width, or by filling text into text."""
+    """Raise `LimitError` for a call that could create a huge value: by a number, by a width, or by inserting text into
+    text."""
     sizes = [_size(value) for value in values]
     texts = [value for value in values if isinstance(value, str)]
     wide = name in ("format", "format_map", "%") and any(map(WIDE.search, texts))
@@ -71,8 +73,8 @@ def _check_call(name: str, values: tuple[Any, ...]) -> None:
 
 
 def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a filter so that it checks its arguments first. It takes the context, so it is never called while
-    compiling."""
+    """Wrap a filter so that it first checks its arguments. It takes the context, so it is never called during
+    compilation."""
     passes = _PassArg.from_obj(function)
 
     @pass_context
@@ -85,7 +87,7 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         before = () if passes is None else (first.get(passes, context.environment),)
         return function(*before, *given, **named)
 
-    vars(limited)["jinja_pass_arg"] = _PassArg.context  # `wraps` has taken over that of the function
+    vars(limited)["jinja_pass_arg"] = _PassArg.context  # `wraps` copied the function's value
     return limited
 
 
@@ -107,19 +109,19 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
     def limit(self) -> None:
-        """Limit every filter that exists now, and the text that is written."""
+        """Wrap every existing filter with limits, and limit the output."""
         self.finalize = _check_text
         self.filters = {name: _limited_filter(name, function) for name, function in self.filters.items()}
 
     def join(self, parts: tuple[Any, ...]) -> str:
-        """Join the parts to one text."""
+        """Join the parts to one text, within the limit."""
         return "".join(map(str, _check_text(parts)))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _check_call(operator, (left, *right) if isinstance(right, tuple) else (left, right))
         sizes = (_size(left), _size(right))
         numbers = [value for value in (left, right) if isinstance(value, int | float)]
-        grown = sum(sizes)  # of a sum, and in bits of a product of numbers
+        grown = sum(sizes)  # size of a sum; for a product of numbers, its bits
         if operator == "*" and len(numbers) == 1:
             grown = max(sizes) * abs(numbers[0])
         elif operator == "**" and len(numbers) == 2:
@@ -141,7 +143,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 @contextmanager
 def limited() -> Iterator[None]:
-    """Limit a block in which templates render: each line of theirs checks the computed time and its texts."""
+    """Limit rendering inside a block: each line of a template checks the computing time and its texts."""
     end, before = time.thread_time() + SECONDS, sys.gettrace()
 
     def line(frame: FrameType, event: str, argument: Any) -> Any:

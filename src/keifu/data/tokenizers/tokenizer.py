@@ -1,7 +1,7 @@
-"""`Tokenizer`, the interface that all of keifu uses: text to token ids and back.
+"""`Tokenizer`, keifu's interface to all tokenizers: text to token ids and back.
 
-It wraps a `tokenizers.Tokenizer` and adds what a language model needs: the BOS, EOS and padding ids, the chat template,
-a stream decoder, and the guard that keeps text from spelling control tokens.
+It wraps a `tokenizers.Tokenizer` and adds the BOS, EOS and padding ids, the chat template, a stream decoder, and a
+guard against control tokens in text.
 """
 
 import hashlib
@@ -22,15 +22,15 @@ from keifu.data.tokenizers.streaming import DecodingRule, StreamDecoder, decodin
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 
-OPENING, CLOSING = "\U000f0000", "\U000f0001"  # around a secret name: private-use characters, which no rule rewrites
+OPENING, CLOSING = "\U000f0000", "\U000f0001"  # around a secret name: private-use characters, which no rule changes
 
 
 class ControlTokenGuard:
-    """The twin `backend`, and the secret name in it of each special token of `original`.
+    """Copy `backend` of the tokenizer `original`, with secret names for special tokens.
 
     A control token such as `<|im_end|>` ends a turn; text that merely contains those characters must not (prompt
-    injection). So text is encoded by a copy of the tokenizer that has the same ids and rules, but whose special tokens
-    have names that nobody can guess. Only a caller that may write control tokens (a chat template) gets those names.
+    injection). So text is encoded by a copy with the same ids and rules, in which the special tokens have names that
+    nobody can guess. Only callers that may write control tokens (chat templates) get those names.
     """
 
     def __init__(self, original: tokenizers.Tokenizer):
@@ -42,7 +42,8 @@ class ControlTokenGuard:
         self.backend = _renamed(original, self.names) if self.names else original
 
     def mark(self, value: Any, marks: str) -> Any:
-        """Put `marks` (two characters) around every special token's text in the strings of messages or variables."""
+        """Put `marks` (two characters) around the text of every special token in the strings of messages or
+        variables."""
         if isinstance(value, str):
             return self._special.sub(lambda match: marks[0] + match[0] + marks[1], value)
         if isinstance(value, dict):
@@ -52,10 +53,10 @@ class ControlTokenGuard:
         return value
 
     def name(self, rendered: str, marks: str) -> str:
-        """Give the special tokens of a rendered text their secret names, and remove the marks.
+        """Replace special tokens in a rendered text by their secret names, and remove the marks.
 
-        Text between marks came from a message and stays plain text. A mark that a template has separated from its token
-        still keeps the text on its two sides from joining into a special token.
+        Text between marks came from a message and stays plain text. If a template has separated a mark from its token,
+        the mark still prevents that text on its two sides joins into a special token.
         """
         every = "|".join(map(re.escape, self._every)) or "(?!)"
         start, end = map(re.escape, marks)
@@ -73,10 +74,10 @@ class ControlTokenGuard:
 
 
 def names_in_text(original: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern for the special tokens that a text spells; None if only the twin can tell.
+    """Return a pattern that matches special tokens in a text; None if only the copy can recognise them.
 
-    If the tokenizer does not normalise text and the names are plain ASCII (the same in every byte alphabet), text in
-    which nothing is found cannot contain a special token. Searching is much faster than building the twin.
+    If the tokenizer does not normalise text and the names are ASCII (equal in every byte alphabet), text without a
+    match cannot contain a special token. Searching is much faster than building the copy.
     """
     special = [token for token in original.get_added_tokens_decoder().values() if token.special]
     plain = all(re.fullmatch(r"[!-~]+", token.content) and not token.normalized for token in special)
@@ -94,23 +95,23 @@ def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], b
 
 
 def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Copy the tokenizer without the tokens that it adds around a text; the ids of the text itself are the same."""
+    """Copy the tokenizer without the tokens that it adds around a text. The ids of the text stay the same."""
     description = json.loads(backend.to_str())
     return tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))
 
 
 def unused_characters(value: Any, count: int = 2) -> str:
-    """Return private-use characters that no string of `value` contains."""
+    """Return private-use characters that do not occur in any string of `value`."""
     seen = set(json.dumps(value, ensure_ascii=False, default=str))
     free = (character for character in map(chr, range(0x100000, 0x10FFFD)) if character not in seen)
     return "".join(islice(free, count))
 
 
 def _renamed(original: tokenizers.Tokenizer, names: dict[str, str]) -> tokenizers.Tokenizer:
-    """Copy the tokenizer with the same ids but other names for these tokens, in the model's vocabulary too.
+    """Copy the tokenizer with the same ids but other names for these tokens, also in the model's vocabulary.
 
-    The vocabulary must lose the old names as well: a Unigram model would find `<s>` in any text, and BPE merges may
-    produce it.
+    The old names must leave the vocabulary: a Unigram model would find `<s>` in any text, and BPE merges may produce
+    it.
     """
     description = json.loads(original.to_str())
     model = description["model"]
@@ -131,20 +132,19 @@ ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Converter between text and token ids.
 
-    backend: the rules, vocabulary and added tokens. Its truncation and padding are switched off.
-    special: the token that has each role, of `ROLES`: {"bos_token": "<s>", ...}.
-    stop_ids: ids that end an answer besides the end-of-text token, such as the end of a turn.
-    chat_template: the Jinja template that turns messages into a prompt, if there is one.
-    max_length: the maximum length of a text in tokens, if the model's makers gave one.
-    generation_config: how the model's makers recommend to generate text, in the terms of generation_config.json.
+    backend: the rules, vocabulary and added tokens. Its truncation and padding are switched off. special: the token of
+    each role in `ROLES`: {"bos_token": "<s>", ...}. stop_ids: ids that end an answer in addition to the end-of-text
+    token, such as the end of a turn. chat_template: the Jinja template that converts messages to a prompt, or None.
+    max_length: the maximum length of a text in tokens, if the model's authors state one. generation_config: the
+    recommended sampling settings, named as in generation_config.json.
 
-    A vocabulary in which two tokens share an id, or an id has no token, is a `UserError` that names it.
+    Raises `UserError`, with the token or id, if two tokens share an id or an id has no token.
     """
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse a call, which other libraries' tokenizers take, with the name of the method."""
+        """Raise an error with the right method: tokenizers of other libraries can be called, this one cannot."""
         raise UserError(
             "A tokenizer of keifu is not called: tokenizer.encode(text) returns the ids of a text, and "
             "torch.tensor([ids]) makes a batch of them."
@@ -175,64 +175,64 @@ class Tokenizer:
         self.stop_ids = frozenset([*ends, *stop_ids])
 
     def encode(self, text: str, special: bool = False, allow_special: bool = False) -> list[int]:
-        """Encode a text.
+        """Encode a text to token ids.
 
-        special: add the tokens that the tokenizer itself puts around a text (a BOS, [CLS] and [SEP]).
-        allow_special: let text such as "<|im_end|>" stand for the special token; without it, it is plain text.
-        A character that the vocabulary cannot spell is a `UserError` when it has no unknown token either.
+        special: add the tokens that the tokenizer puts around a text (a BOS, [CLS] and [SEP]). allow_special: encode
+        text such as "<|im_end|>" as the special token; otherwise it is plain text. Raises `UserError` for a character
+        that is not in the vocabulary if there is no unknown token.
         """
         return self.encode_batch([text], special, allow_special)[0]
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
-        """Encode each text, in parallel over the texts; the arguments are those of `encode`."""
+        """Encode each text, in parallel. The arguments are those of `encode`."""
         backend = self.backend if allow_special or not self._spelled(texts) else self._shield.backend
         with self._explaining(texts):
             encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
         return [encoding.ids for encoding in encodings]
 
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Encode each target text of a translation model, with the second vocabulary if there are two."""
+        """Encode each target text of a translation model, with the target vocabulary if there are two."""
         return self.encode_batch(texts, special)
 
     @property
     def sides(self) -> tuple["Tokenizer", "Tokenizer"]:
-        """The source and the target tokenizer, which may be the same."""
+        """Source and target tokenizer, which may be the same."""
         return self, self
 
     @property
     def target_vocab_size(self) -> int | None:
-        """The size of a separate target vocabulary; None if there is only one vocabulary."""
+        """Size of a separate target vocabulary; None if there is only one vocabulary."""
         return None
 
     @contextmanager
     def _explaining(self, texts: Sequence[str]) -> Iterator[None]:
-        """Explain a failure to encode texts: it is a `UserError` that names the character."""
+        """Convert a failure to encode texts to a `UserError` that names the character."""
         try:
             yield
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as error:  # bare Exceptions, TypeErrors for surrogates, and panics of Rust
+        except BaseException as error:  # bare Exceptions, TypeErrors for surrogates, and Rust panics
             raise self._unencodable(texts, error) from error
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Return the text of these ids; bytes that make no character, and ids that no token has, become U+FFFD."""
+        """Return the text of these ids. Invalid bytes and unknown ids become U+FFFD."""
         return self.stream(skip_special).whole(ids)
 
     def stream(self, skip_special: bool = True, shown: Iterable[int] = ()) -> StreamDecoder:
-        """Return a decoder for ids that come one at a time; it never gives half a character. shown: special tokens that
-        it does not skip."""
+        """Return a decoder for ids that arrive one by one. It never returns half a character. shown: special tokens
+        that it does not skip."""
         skipped = self.special_ids.difference(shown) if skip_special else frozenset()
         return StreamDecoder(self._decoding, self.backend.id_to_token, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that one token stands for in the middle of a text; they need not be whole characters."""
+        """Return the bytes of a token in the middle of a text. They may be incomplete characters."""
         token = self.backend.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             raise UserError(f"There is no token with the id {token_id}: the ids go from 0 to {self.vocab_size - 1}.")
         return self._decoding.piece(token, False)
 
     def token_id(self, token: str) -> int:
-        """Return the id of a token. An unknown token is a `UserError` that names the nearest one."""
+        """Return the id of a token. Raises `UserError`, with the nearest token, for an unknown one."""
         number = self.backend.token_to_id(token)
         if number is None:
             raise unknown("token", token, self.backend.get_vocab())
@@ -241,7 +241,7 @@ class Tokenizer:
     def chat_text(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """Write the conversation with the chat template; `variables` (`tools`, ...) are passed to the template."""
+        """Render the conversation with the chat template. `variables` (`tools`, ...) are passed to the template."""
         from keifu.data.tokenizers.chat_template import render
 
         return render(self.chat_template, messages, add_generation_prompt, {**self.special, **variables})
@@ -249,10 +249,10 @@ class Tokenizer:
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """Encode a conversation: a list of {"role": ..., "content": ...}, laid out by the chat template.
+        """Encode a conversation, a list of {"role": ..., "content": ...}, formatted by the chat template.
 
-        Only the template writes control tokens: the same text inside a message stays text. The template writes the BOS
-        if there is one, so none is added. What the template refuses is a `UserError` that names its line.
+        Only the template writes control tokens: the same text inside a message stays text. The template also writes the
+        BOS, so none is added. An error in the template raises a `UserError` with its line.
         """
         if not self._spelled([messages, variables]):
             return self.encode(self.chat_text(messages, add_generation_prompt, **variables), allow_special=True)
@@ -262,9 +262,9 @@ class Tokenizer:
         return self.encode(self._shield.name(text, marks))
 
     def render_turns(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[list[int], list[bool]]:
-        """Encode a whole conversation, with the loss mask of training: True on tokens that the assistant wrote.
+        """Encode a whole conversation. Return ids, and a loss mask that is True on tokens written by the assistant.
 
-        The token that ends the assistant's turn is included, line breaks of the template after it are not.
+        The token that ends the assistant's turn is included; line breaks of the template after it are not.
         """
         from keifu.data.tokenizers.chat_template import encode_turns, render_marked
 
@@ -275,15 +275,15 @@ class Tokenizer:
         return encode_turns(self._shield.backend, self._shield.name(text, marks[:2]), marks[2:])
 
     def replace(self, **parts: Any) -> "Tokenizer":
-        """Return the same tokenizer with some parts changed, each under its name in the constructor."""
+        """Return a copy with some constructor arguments changed."""
         return type(self)(**{**self._parts, **parts})
 
     def with_chat_template(self, template: str | None) -> "Tokenizer":
-        """Return the same tokenizer with this chat template, or with none."""
+        """Return a copy with this chat template, or without one."""
         return self.replace(chat_template=template)
 
     def with_max_length(self, length: int) -> "Tokenizer":
-        """Return the same tokenizer for a model with this maximum number of tokens."""
+        """Return a copy for a model with this maximum number of tokens."""
         return self.replace(max_length=length)
 
     def __repr__(self) -> str:
@@ -295,17 +295,17 @@ class Tokenizer:
         return type(self), tuple(self._parts.values())
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, for transformers' AutoTokenizer.
+        """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, readable by transformers' AutoTokenizer.
 
         `stop_ids` and `generation_config` belong in generation_config.json, which is written with the model.
         """
         config = self._config("PreTrainedTokenizerFast")
-        if {"cls_token", "sep_token"} <= self.special.keys():  # BERT's kind, whose pairs have segments
+        if {"cls_token", "sep_token"} <= self.special.keys():  # a BERT-like tokenizer, whose pairs have segments
             config["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
         directory = Path(directory)
         template = directory / "chat_template.jinja"
         if self.chat_template is None:
-            template.unlink(missing_ok=True)  # an older one would overrule
+            template.unlink(missing_ok=True)  # an older file would have priority
         else:
             config["chat_template"] = self.chat_template
             write_atomic(template, self.chat_template)
@@ -314,34 +314,34 @@ class Tokenizer:
 
     @property
     def _parts(self) -> dict[str, Any]:
-        """The arguments of the constructor that make this tokenizer again, in order."""
+        """Constructor arguments that recreate this tokenizer, in order."""
         return {name: vars(self)[name] for name in self.PARTS}
 
     def _config(self, tokenizer_class: str) -> dict[str, Any]:
-        """Return the entries of tokenizer_config.json that all classes of transformers' tokenizers have."""
+        """Return the entries of tokenizer_config.json that all of transformers' tokenizer classes have."""
         config = {"tokenizer_class": tokenizer_class, **self.special, "clean_up_tokenization_spaces": False}
         return config if self.max_length is None else config | {"model_max_length": self.max_length}
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hexadecimal hash of everything that encoding depends on: equal fingerprints give equal ids.
+        """Hexadecimal hash of everything that affects encoding. Equal fingerprints mean equal ids.
 
-        Scores are rounded in it: the `tokenizers` library reads back their last digit inexactly.
+        Scores are rounded, because the `tokenizers` library reads their last digit inexactly.
         """
         rounded = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
         return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """The ids of all special tokens, which `decode` leaves out."""
+        """Ids of all special tokens, which `decode` skips."""
         return frozenset(n for n, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def description(self) -> dict[str, Any]:
-        """Return the whole of tokenizer.json: model, vocabulary, rules and added tokens."""
+        """Return the content of tokenizer.json: model, vocabulary, rules and added tokens."""
         return json.loads(self.backend.to_str())
 
     def _spelled(self, value: Any) -> bool:
-        """Return whether a text somewhere in `value` may spell a special token, so that the guard is needed."""
+        """Return whether a text in `value` may contain a special token, so that the guard is needed."""
         return self._names is None or any(self._names.search(text) for text in _texts(value))
 
     @cached_property
@@ -374,7 +374,7 @@ class Tokenizer:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every string in messages or variables."""
+    """Yield every string in messages or variables, at any depth."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -384,7 +384,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _checked_size(vocabulary: Mapping[str, int]) -> int:
-    """Return the number of tokens, after a check that the ids are 0, 1, 2, ... with one token each."""
+    """Return the number of tokens. Raises `UserError` unless the ids are 0, 1, 2, ... with one token each."""
     by_id: dict[int, str] = {}
     for token, number in vocabulary.items():
         if by_id.setdefault(number, token) != token:

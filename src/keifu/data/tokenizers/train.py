@@ -16,12 +16,12 @@ from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.errors import UserError, require_known
 
 END_OF_TEXT = "<|endoftext|>"
-Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # a backend, and the token of each role
+Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # backend, and the token of each role
 
 
 @dataclass
 class _Training:
-    """Arguments of `train_tokenizer`; an iterable of the texts that are not empty, which counts their characters."""
+    """Arguments of `train_tokenizer`. Iterating yields the texts that are not empty, and counts their characters."""
 
     texts: Iterable[str]
     vocab_size: int
@@ -37,22 +37,22 @@ class _Training:
                 yield text
 
     def check(self) -> None:
-        """Refuse texts that were all empty, after they were read."""
+        """Raise `UserError` if all texts were empty. Called after they were read."""
         if not self.characters:
             raise UserError("There is no text to learn a tokenizer from: every text given is empty.")
 
     def at_least(self, kind: str, needed: int, why: str) -> None:
-        """Refuse a size below the one that the kind needs for any text."""
+        """Raise `UserError` if the vocabulary is smaller than this kind of tokenizer needs for any text."""
         if self.vocab_size < needed:
             what = f"vocab_size={self.vocab_size} is too small"
             raise UserError(f"{what}: {kind} needs at least {needed} tokens ({why}).")
 
     def learn(self, backend: tokenizers.Tokenizer, trainer: trainers.Trainer) -> None:
-        """Train the tokenizer with the texts."""
+        """Train the tokenizer on the texts."""
         try:
             backend.train_from_iterator(self, trainer)
         except (UserError, OSError, UnicodeError):
-            raise  # from the texts, not from the trainer
+            raise  # an error of the texts, not of the trainer
         except Exception as error:  # `tokenizers` raises bare Exceptions
             if self.characters:
                 raise UserError(f"No tokenizer could be learned from these texts: {error}.") from error
@@ -67,19 +67,19 @@ def train_tokenizer(
     split_digits: bool = False,
     lowercase: bool = False,
 ) -> Tokenizer:
-    """Train a tokenizer on texts, which are read once, or for wordpiece twice (an iterator is kept in memory).
+    """Train a tokenizer on texts, which are read once, or for wordpiece twice (an iterator is stored in memory).
 
-    kind: "bpe" (byte-level, GPT-2), "wordpiece" (BERT), "unigram" (SentencePiece's, with bytes for what is rare) or
+    kind: "bpe" (byte-level, GPT-2), "wordpiece" (BERT), "unigram" (SentencePiece's, with bytes for rare characters) or
         "characters" (every character of the texts, as in nanoGPT's example; any other character is an error).
-    vocab_size: the most tokens it may have, special ones and bytes included. Little text can give fewer.
-    special_tokens: control tokens beyond the kind's own: <|endoftext|> for bpe; <unk>, <s>, </s> for unigram;
+    vocab_size: maximal number of tokens, with special ones and bytes. Little text can give fewer.
+    special_tokens: control tokens beyond those of the kind: <|endoftext|> for bpe; <unk>, <s>, </s> for unigram;
         [PAD], [UNK], [CLS], [SEP], [MASK] for wordpiece; none for characters.
-    split_digits: bpe only: every digit is a word of its own, so that numbers are spelled digit by digit.
-    lowercase: wordpiece only: text is put in lower case and loses its accents, as in "uncased" BERT.
+    split_digits: bpe only: every digit is a separate word, so that numbers are encoded digit by digit.
+    lowercase: wordpiece only: text is converted to lower case without accents, as in "uncased" BERT.
 
-    The same texts give the same tokenizer, except for unigram, where tokens with equal counts may be chosen or numbered
-    differently the next time (the `tokenizers` library goes through its counts in no fixed order). Texts that are all
-    empty, and a `vocab_size` too small for the kind and the texts, are `UserError`s.
+    The same texts give the same tokenizer, except for unigram, which may choose or number tokens with equal counts
+    differently (the `tokenizers` library iterates over its counts in random order). Raises `UserError` if all texts are
+    empty, or `vocab_size` is too small for the kind and the texts.
     """
     require_known("kind of tokenizer", kind, KINDS)
     for given, owner, what in ((split_digits, "bpe", "split_digits"), (lowercase, "wordpiece", "lowercase")):
@@ -109,7 +109,7 @@ def _bpe(wanted: _Training) -> Made:
 
 
 def _wordpiece(wanted: _Training) -> Made:
-    specials = sorted(BERT_ROLES.values(), key=lambda token: token != "[PAD]")  # BERT's padding has the id 0
+    specials = sorted(BERT_ROLES.values(), key=lambda token: token != "[PAD]")  # in BERT the id of padding is 0
     backend, _ = wordpiece_backend({}, wanted.lowercase, strip_accents=None)
     limit = max(1000, wanted.vocab_size // 3)  # rarer characters become [UNK], as in BERT
     first, later = _alphabet(backend, wanted, limit)
@@ -117,7 +117,7 @@ def _wordpiece(wanted: _Training) -> Made:
         vocab_size=wanted.vocab_size,
         min_frequency=2,
         show_progress=False,
-        special_tokens=_with_special_tokens([*specials, *wanted.special_tokens, *later]),  # numbered in this order
+        special_tokens=_with_special_tokens([*specials, *wanted.special_tokens, *later]),  # ids are in this order
         initial_alphabet=first,
         limit_alphabet=len(first),
     )
@@ -128,9 +128,9 @@ def _wordpiece(wanted: _Training) -> Made:
 
 
 def _alphabet(backend: tokenizers.Tokenizer, wanted: _Training, limit: int) -> tuple[list[str], list[str]]:
-    """Return the most frequent characters, and those that continue words, as tokens (`##a`), each in a fixed order.
+    """Return the most frequent characters, and those that continue words as tokens (`##a`), each in a fixed order.
 
-    The library numbers the latter as it meets them, in no fixed order, and merges pairs of equal counts by number.
+    The library would number the latter in random order, and it merges pairs of equal counts by number.
     """
     wanted.learn(backend, trainers.WordPieceTrainer(vocab_size=1, show_progress=False, special_tokens=[]))
     vocabulary = backend.get_vocab()
@@ -149,7 +149,7 @@ def _unigram(wanted: _Training) -> Made:
     try:
         wanted.learn(backend, trainer)
     except UserError as error:
-        if "not large enough" in str(error):  # the trainer must keep every character
+        if "not large enough" in str(error):  # the trainer keeps every character
             wanted.at_least("unigram", reserved + len(wanted.characters), "special, bytes and all the characters")
         raise
     learned = json.loads(backend.to_str())["model"]["vocab"][len(specials) :]
@@ -164,7 +164,8 @@ def _unigram(wanted: _Training) -> Made:
 
 
 def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
-    """Set NFKC, a space before each text, and pieces that never go over the start of a word; no word segmenter."""
+    """Set NFKC, a space before each text, and pieces that do not extend over the start of a word. Words are not
+    segmented further."""
     backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Prepend(sp.SPACE)])
     words = pre_tokenizers.Metaspace(sp.SPACE, prepend_scheme="never", split=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, sp.no_byte_names()])

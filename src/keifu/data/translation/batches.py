@@ -18,11 +18,11 @@ from keifu.data.padding import offsets
 from keifu.errors import UserError
 
 Batch = dict[str, Tensor]
-CHUNK = 20_000  # sentences encoded at a time
+CHUNK = 20_000  # sentences that are encoded at once
 
 
 class SpecialIds(NamedTuple):
-    """The ids around the tokens of a sentence: what a target begins with, what ends both sides, and the padding."""
+    """Token ids around a sentence: the start of a target, the end of both sides, and padding."""
 
     start: int
     end: int
@@ -31,25 +31,25 @@ class SpecialIds(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedSide:
-    """The ids of many sentences, one after the other in `ids`; sentence i begins at starts[i]."""
+    """Token ids of many sentences, concatenated in `ids`. Sentence i begins at starts[i]."""
 
     ids: np.ndarray
     starts: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each sentence."""
+        """Number of tokens of each sentence."""
         return np.diff(self.starts)
 
     def keep(self, rows: np.ndarray) -> "EncodedSide":
-        """Return some of the sentences, in the given order."""
+        """Return these sentences, in the given order."""
         lengths, starts = self.lengths[rows], self.starts[rows]
         positions = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         return EncodedSide(self.ids[positions], offsets(lengths))
 
     def padded(self, rows: np.ndarray, special: SpecialIds, begins: bool) -> tuple[Tensor, Tensor]:
-        """Stack the sentences of some rows with their end, and with the start if `begins`: ids, mask [row,
-        position]."""
+        """Stack sentences, with their end token, and with the start token if `begins`. Return ids and mask, [row,
+        position] each."""
         lengths = self.lengths[rows] + 1 + begins
         columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]
@@ -61,7 +61,7 @@ class EncodedSide:
 
 
 def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequence[str]) -> EncodedSide:
-    """Encode all sentences, without start and end, in a few bytes each; `encode_batch` encodes some."""
+    """Encode all sentences without start and end tokens, in chunks by `encode_batch`."""
     parts, lengths = [np.zeros(0, np.int32)], []
     for first in range(0, len(sentences), CHUNK):
         encoded = encode_batch([*sentences[first : first + CHUNK]])
@@ -72,7 +72,7 @@ def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequ
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Both sides of pairs; `kept` are the indices of those that were not too long for a model."""
+    """Both sides of sentence pairs. kept: indices of the pairs that were not too long for a model."""
 
     source: EncodedSide
     target: EncodedSide
@@ -82,7 +82,7 @@ class EncodedPairs:
         return len(self.source.lengths)
 
     def fitting(self, context_length: int) -> "EncodedPairs":
-        """Remove the pairs of which a side has more than `context_length` tokens, its start and end counted."""
+        """Remove pairs with a side of more than `context_length` tokens, including start and end."""
         sizes = np.maximum(self.source.lengths + 1, self.target.lengths + 1)
         rows = np.flatnonzero(sizes <= context_length)
         if not len(rows):
@@ -93,29 +93,29 @@ class EncodedPairs:
         return EncodedPairs(self.source.keep(rows), self.target.keep(rows), rows.tolist())
 
     def sizes(self) -> np.ndarray:
-        """Return the size of each row in a batch, [row, 2]: the source with its end, the target with its start and
-        end."""
+        """Return the size of each row in a batch, [row, 2]: the source with its end, the target with start and end."""
         return np.stack([self.source.lengths + 1, self.target.lengths + 2], axis=1)
 
     def batch(self, rows: np.ndarray, special: SpecialIds, source_special: SpecialIds) -> Batch:
-        """Return {"source", "source_mask", "target", "target_mask"} of some rows; the target has start and end."""
+        """Return the batch {"source", "source_mask", "target", "target_mask"} of these rows. The target has start and
+        end."""
         source, source_mask = self.source.padded(rows, source_special, begins=False)
         target, target_mask = self.target.padded(rows, special, begins=True)
         return {"source": source, "source_mask": source_mask, "target": target, "target_mask": target_mask}
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all ids."""
+        """Hash of all ids."""
         arrays = (side for language in (self.source, self.target) for side in (language.ids, language.starts))
         return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
 
 
 def by_tokens(sizes: np.ndarray, tokens: int) -> Batching:
-    """Return the batches of at most `tokens` source and target tokens, padding counted, of rows of nearly equal length.
+    """Return batches of rows of similar length, with at most `tokens` source and target tokens, padding included.
 
-    Rows are sorted by their target's length, then by their source's (Vaswani et al., 2017, section 5.1, batch by
-    approximate length), those of equal lengths in an order of the epoch's own. So the lengths at each place never
-    change, nor where the batches are cut: every epoch has the same number of batches, and the largest is known.
+    Rows are sorted by the target's length, then by the source's (Vaswani et al., 2017, section 5.1); rows of equal
+    lengths are shuffled in each epoch. So the lengths at each position, and the cuts between batches, never change:
+    every epoch has the same number of batches, and the largest is known.
     """
     source, target = sizes.T.astype(np.int64)
     if (most := int(sizes.sum(1).max())) > tokens:
@@ -126,7 +126,7 @@ def by_tokens(sizes: np.ndarray, tokens: int) -> Batching:
 
 
 def _cuts(sizes: list[list[int]], tokens: int) -> list[int]:
-    """Cut rows in a fixed order so that no batch has more than `tokens` tokens when padded."""
+    """Return the boundaries of batches so that each has at most `tokens` tokens when padded."""
     bounds, source, target = [0], 0, 0
     for row, (s, t) in enumerate(sizes):
         source, target = max(source, s), max(target, t)
@@ -137,12 +137,12 @@ def _cuts(sizes: list[list[int]], tokens: int) -> list[int]:
 
 
 class PairData:
-    """Training data for translation: batches of pairs, in the form that `training.objectives.translation` takes.
+    """Training batches of sentence pairs, in the format of `training.objectives.translation`.
 
-    A batch is a function of the seed and the step alone. Every pair comes once an epoch; the epoch's batches come in an
-    order of its own. What an epoch needs is drawn from the seed and its number, so that going on at a late step costs
-    no more than beginning. special: the ids around both sides, unless those of the source are given too. validation:
-    batches of at most `tokens_at_once` tokens, always the same.
+    A batch depends only on the seed and the step. Every pair is used once in an epoch, and the batches of an epoch are
+    shuffled. An epoch depends on the seed and its number, so a late step costs no more than the first. special: token
+    ids around both sides, unless the source's are given separately. `validation` yields batches of at most
+    `tokens_at_once` tokens, always the same.
     """
 
     def __init__(
@@ -158,18 +158,19 @@ class PairData:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all ids and of whatever else the batches depend on."""
+        """Hash of all ids and of all settings that affect the batches."""
         around = (self.special,) if self.source_special == self.special else (self.special, self.source_special)
         bounds = hashlib.sha256(repr((self.batching.bounds, *around)).encode()).hexdigest()
         parts = self.train.fingerprint, self.held_out.fingerprint, bounds
         return f"{'-'.join(part[:16] for part in parts)}, {self.batching.name}, seed {self.seed}"
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step, counted from 0: the same in every process, whatever came before."""
+        """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
+        calls."""
         return self._batch(self._epochs.item(step))
 
     def largest(self) -> Batch:
-        """Return the batch of the first epoch with the most tokens, padding included: it needs the most memory."""
+        """Return the batch of the first epoch with the most tokens, padding included. It needs the most memory."""
         sizes = self.train.sizes()
         batches = self.batching.batches(np.random.default_rng([self.seed, 0]))
         return self._batch(max(batches, key=lambda rows: len(rows) * sizes[rows].max(0).sum()))

@@ -1,14 +1,14 @@
-"""Near copies between held-out and training sentences: those that differ by at most one word or one character.
+"""Near copies between held-out and training sentences, which differ by at most one word or one character.
 
-A language with spaces between words is compared word by word; Chinese and Japanese, character by character. Case and
-punctuation do not count (see `pairs.normalize`). A held-out pair is near the training pairs if either of its sides is
-within one insertion, deletion or substitution of a training sentence of the same side.
+Languages with spaces between words are compared word by word; Chinese and Japanese, character by character. Case and
+punctuation are ignored (see `pairs.normalize`). A held-out pair is a near copy if one of its sides is within one
+insertion, deletion or substitution of the same side of a training pair.
 
 The held-out pairs of `pairs.split` may have such near copies in training. `near_training` marks them, so that an
-evaluation can report both. The split itself stays as it is, because published weights were trained on it.
+evaluation can report both. The split is not changed, because published weights were trained on it.
 
-The search is exact and fast. One edit leaves the first half of a sentence as it is, or its second half. So held-out
-sentences are indexed by both halves, and only those that share one with a training sentence are compared.
+The search is exact and fast. One edit leaves the first half or the second half of a sentence unchanged. So held-out
+sentences are indexed by both halves, and only those with a common half are compared.
 """
 
 import re
@@ -23,7 +23,7 @@ WITHOUT_SPACES = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\uf
 
 
 def units(sentence: str) -> tuple[str, ...]:
-    """Split a normalised sentence into the units that are compared: words, or characters of Chinese and Japanese."""
+    """Split a normalised sentence into units for comparison: words, or characters of Chinese and Japanese."""
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", sentence).lower())
     words = [bare for word in text.split() if (bare := word.translate(KEPT_CHARACTERS))] or text.split()
     joined = "".join(words)
@@ -42,10 +42,10 @@ class _Side:
             self.by_half["second", sentence[middle:]].add(index)
 
     def near(self, sentence: str) -> set[int]:
-        """Return the indices of the held-out sentences that are within one edit of this one."""
+        """Return the indices of the held-out sentences that are within one edit of `sentence`."""
         whole = units(sentence)
         candidates = set[int]()
-        for length in {len(whole) - 1, len(whole), len(whole) + 1}:  # of the held-out sentence
+        for length in {len(whole) - 1, len(whole), len(whole) + 1}:  # length of the held-out sentence
             middle = length // 2
             candidates |= self.by_half.get(("first", whole[:middle]), set())
             candidates |= self.by_half.get(("second", whole[len(whole) - (length - middle) :]), set())
@@ -62,7 +62,7 @@ def within_one_edit(one: Sequence[str], other: Sequence[str]) -> bool:
 
 
 def near_training(held_out: Sequence[Pair], training: Iterable[Pair]) -> list[bool]:
-    """Return for each held-out pair whether a training pair is within one word or character on either side."""
+    """Return for each held-out pair whether one of its sides is within one edit of the same side of a training pair."""
     sides = [_Side(pair[side] for pair in held_out) for side in range(2)]
     distinct = [dict.fromkeys(sentences) for sentences in zip(*training, strict=True)]
     near = [False] * len(held_out)

@@ -1,13 +1,13 @@
 """Parallel sentences: read from the catalogue, a TSV file or two aligned files, and split without leakage.
 
 A source is a catalogue name (tatoeba-ja-en, or tatoeba-en-ja for the other direction); a file of records (.csv, .jsonl
-and others, a .tsv file whose first line names its columns) with a field for each side; a file whose lines are a
-sentence, a tab and its translation; or two files "train.ja,train.en" whose lines correspond.
+and others, or a .tsv file whose first line names its columns) with a field for each side; a file with a sentence, a tab
+and its translation on each line; or two files "train.ja,train.en" with corresponding lines.
 
-A pair is held out by a hash of its normalised text, so that the choice depends neither on the order of the pairs nor on
-the direction, and no held-out sentence is left in training. Only equal text is kept apart. Sentences that differ in a
-word or a name ("Tom likes tea", "Mary likes tea") may be on both sides: `near_copies.near_training` marks the
-held-out pairs that have such a near copy in training. Paraphrases that share neither side are not recognised.
+A pair is held out by a hash of its normalised text. So the choice does not depend on the order of the pairs or on the
+direction, and no held-out sentence is in training. Only equal text is recognised. Sentences that differ in a word or a
+name ("Tom likes tea", "Mary likes tea") may be in both parts: `near_copies.near_training` marks the held-out pairs with
+such a near copy in training. Paraphrases that share neither side are not recognised.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from keifu.errors import UserError, unknown
 from keifu.folders import neighbours
 
 Pair = tuple[str, str]
-Fields = tuple[str | None, str | None]  # of the source and of the target; None where they go by their names
+Fields = tuple[str | None, str | None]  # of source and target; None: by their names
 NAMES = ("source", "target"), ("src", "tgt"), ("src", "trg"), ("input", "output"), ("sentence", "translation")
-CODE = r"[a-z]{2,3}([-_][A-Za-z]{2,4})?"  # a language's, as fields are called
+CODE = r"[a-z]{2,3}([-_][A-Za-z]{2,4})?"  # pattern of a language code
 LANGUAGES = {"english", "japanese", "german", "french", "spanish", "dutch", "italian", "portuguese", "chinese",
              "korean", "russian", "arabic", "hindi", "turkish", "polish", "swedish", "ukrainian"}  # fmt: skip
-TABLES = ".csv", ".tsv"  # where two columns may also be the first pair of a file without names
+TABLES = ".csv", ".tsv"  # here the first line may be names or a pair
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Sentences and their translations: `rows` in the order of their source, spaces at both ends taken off.
+    """Sentences with their translations: `rows` in the order of their source, without spaces at their ends.
 
-    languages: their codes, as far as the source's name tells them ("" where it does not). left_out: a sentence about
-    pairs that were left out, "" where none was. name: the source as it was given.
+    languages: codes, if the source's name contains them, else "". left_out: a sentence about pairs that were left out,
+    or "". name: the source as the user gave it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Pairs:
 
     @property
     def fingerprint(self) -> str:
-        """A hexadecimal SHA-256 of all sentences in their order."""
+        """Hexadecimal SHA-256 of all sentences in their order."""
         digest = hashlib.sha256()
         for pair in self.rows:
             digest.update("\t".join(pair).encode() + b"\n")
@@ -66,12 +66,12 @@ class Pairs:
 def read_pairs(
     source: str | Path, reverse: bool = False, fields: Fields = (None, None), encoding: str | None = None
 ) -> Pairs:
-    """Return all pairs of a source; `reverse` swaps the sides of each.
+    """Return all pairs of a source. reverse: swap the sides of each.
 
-    fields: of records, those of the source and of the target; where they are not named, source and target (or another
-    of `NAMES`), or the only two, in their order. encoding: see `text_files.lines`. Pairs with an empty side are left
-    out and counted. Files of unequal length, a line that is not two columns, bytes that are not in the encoding and an
-    unknown name are `UserError`s with the line's number or the nearest name.
+    fields: names of the source and the target field of records; by default source and target (or another pair of
+    `NAMES`), or the only two fields, in order. encoding: see `text_files.lines`. Pairs with an empty side are left out
+    and counted. Raises `UserError`, with the line or the nearest name, for files of unequal length, a line without two
+    columns, invalid bytes, or an unknown name.
     """
     pairs = _from_catalogue(str(source)) or _from_files(str(source), fields, encoding)
     rows = [pair for pair in pairs.rows if all(pair)]
@@ -84,9 +84,9 @@ def read_pairs(
 
 
 def pair_names() -> dict[str, tuple[str, bool]]:
-    """Return every catalogue name of pairs, in both directions: the entry, and whether it is turned round."""
+    """Return every catalogue name of pairs, in both directions: (entry, whether it is reversed)."""
     forward = catalogue.names("pairs")
-    parts = {name: name.rsplit("-", 2) for name in forward}  # tatoeba-ja-en is tatoeba-en-ja turned round
+    parts = {name: name.rsplit("-", 2) for name in forward}  # tatoeba-ja-en is tatoeba-en-ja reversed
     turned = {f"{stem}-{second}-{first}": (name, True) for name, (stem, first, second) in parts.items()}
     return {name: (name, False) for name in forward} | turned
 
@@ -122,7 +122,7 @@ def _check_there(path: Path, name: str) -> None:
 
 
 def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -> Pairs | None:
-    """Read the pairs of a file of records; None for a file of two columns without names."""
+    """Read the pairs of a file of records. Return None for a file of two columns without names."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES or (suffix == ".tsv" and not any(fields) and not _has_header(path, encoding)):
         return None
@@ -140,13 +140,14 @@ def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -
 
 
 def _has_header(path: Path, encoding: str | None) -> bool:
-    """Return whether the first line of a table of two columns or more names them."""
+    """Return whether the first line of a table with at least two columns names them."""
     _, cells = next(read_cells(path, encoding=encoding, delimiter="\t"), ("", []))
     return any(_find(cells, names) for names in NAMES)
 
 
 def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
-    """Return the fields of source and target: those that were named, a usual pair of names, or the only two."""
+    """Return the names of the source and target fields: the given ones, a usual pair of names, or the only two
+    fields."""
     known = next((sides for names in NAMES if (sides := _find(record, names))), None)
     named = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
     two = [*record] if suffix not in TABLES else named
@@ -163,7 +164,7 @@ def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -
 
 
 def _find(given: Iterable[str], names: Pair) -> tuple[str, str] | None:
-    """Find the fields of these names, whatever their case."""
+    """Return the fields with these names, ignoring case; None if there are none."""
     by_name = {name.strip().lower(): name for name in given}
     return (by_name[names[0]], by_name[names[1]]) if {*names} <= by_name.keys() else None
 
@@ -176,7 +177,7 @@ def _text(where: str, record: Mapping[str, Any], name: str) -> str:
 
 
 def _columns(path: Path, encoding: str | None) -> Iterator[Pair]:
-    """Yield the two columns of a file of lines with a tab each."""
+    """Yield the two columns of a file with one tab on each line."""
     for number, line in enumerate(lines(path, encoding=encoding), 1):
         cells = [cell.strip() for cell in line.rstrip("\n").split("\t")]
         if len(cells) != 2:
@@ -196,7 +197,7 @@ def _excerpt(text: str) -> str:
 
 
 def _zip_files(first: Path, second: Path, encoding: str | None) -> Iterator[Pair]:
-    """Yield the lines of two files, which must have the same number of lines."""
+    """Yield pairs of lines of two files. Raises `UserError` if the numbers of lines differ."""
     rows = zip_longest(lines(first, encoding=encoding), lines(second, encoding=encoding))
     for number, (one, other) in enumerate(rows, 1):
         if one is None or other is None:
@@ -214,8 +215,8 @@ HELD_OUT = 1000
 
 @dataclass(frozen=True)
 class PairSplit:
-    """Three parts of the same pairs; `dropped` counts those that are in none, since they share a side with one held out
-    or say the same as another pair."""
+    """Three parts of a set of pairs. dropped: number of pairs in none of them, because they share a side with a
+    held-out pair or repeat another pair."""
 
     train: list[Pair]
     validation: list[Pair]
@@ -233,12 +234,12 @@ class PairSplit:
 def split(
     pairs: Pairs, seed: int = 0, held_out: int = HELD_OUT, validation: Pairs | None = None, test: Pairs | None = None
 ) -> PairSplit:
-    """Hold out `held_out` pairs for testing and as many for validation, but at most a tenth of all for each. Pairs that
-    are given for either part replace them.
+    """Hold out `held_out` pairs for testing and as many for validation, at most a tenth of all for each. `validation`
+    and `test`, if given, replace these parts.
 
-    Held-out pairs have no side in common, not even between the two parts. A training pair shares no normalised side,
-    in either language, with one held out. Of pairs that are equal when normalised, training keeps every distinct
-    spelling. Fewer than three distinct pairs cannot be split: a `UserError`, as it is when none is left to train on.
+    No two held-out pairs share a side, not even in different parts. A training pair shares no normalised side, in
+    either language, with a held-out one. Of pairs that are equal after normalisation, training keeps every distinct
+    spelling. Raises `UserError` for fewer than three distinct pairs, or if none is left for training.
     """
     rows = list(dict.fromkeys(pairs.rows))
     sides = [(normalize(a), normalize(b)) for a, b in rows]
@@ -246,7 +247,7 @@ def split(
     if validation is None or test is None:
         size = max(1, min(held_out, len(rows) // 10))
         seen: set[str] = set()
-        # The pair itself comes last: it decides only between a pair and its mirror.
+        # The pair itself comes last: it only decides between a pair and its reverse.
         order = sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]), rows[i]))
         chosen = _disjoint(order, sides, seen)
         drawn = [[rows[i] for i in islice(chosen, size)] for _ in ("test", "validation")][::-1]
@@ -265,7 +266,7 @@ def split(
 
 
 def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:
-    """Yield the pairs, in this order, that share no side with an earlier one; their sides are added to `seen`."""
+    """Yield the pairs, in this order, that share no side with an earlier one. Add their sides to `seen`."""
     for i in order:
         if seen.isdisjoint(sides[i]):
             seen.update(sides[i])
@@ -273,5 +274,5 @@ def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]
 
 
 def _key(both: tuple[str, str], seed: int) -> bytes:
-    """Return a key for a pair that looks random and is the same in both directions."""
+    """Return a pseudorandom key for a pair, equal in both directions."""
     return hashlib.blake2b("\n".join([str(seed), *sorted(both)]).encode(), digest_size=16).digest()

@@ -1,8 +1,8 @@
 """Tatoeba's sentences in seven languages as sources of one mixture, without leakage between its languages.
 
-Sentences come in rows of translations. A row is held out by a hash of its Japanese sentence, and a row that has any
-sentence, in any language, in common with a held-out one is left out of training. So what a mixture holds out in one
-language stands neither in its other texts of that language nor in its translations.
+Sentences are in rows of translations. A row is held out by a hash of its Japanese sentence. A row that shares a
+sentence, in any language, with a held-out one is not used for training. So a held-out text is neither in the mixture's
+other texts of that language nor in its translations.
 """
 
 import hashlib
@@ -13,12 +13,12 @@ from keifu.data.catalogue import catalogue, readers
 from keifu.data.text.normalization import normalize
 from keifu.data.translation.pairs import Pair
 
-ENTRY = "tatoeba-en"  # any entry of the archive: all have its file
+ENTRY = "tatoeba-en"  # any entry of the archive
 LANGUAGES = {
     "ja": "Japanese", "en": "English", "de": "German", "fr": "French", "es": "Spanish", "nl": "Dutch", "sv": "Swedish",
 }  # fmt: skip
-LINES = 8  # sentences, or pairs, of a document
-FORMATS: tuple[Callable[[str, str, Pair], str], ...] = (  # the names of both languages, and a pair
+LINES = 8  # sentences or pairs in a document
+FORMATS: tuple[Callable[[str, str, Pair], str], ...] = (  # arguments: the names of both languages, and a pair
     lambda source, target, pair: f"{source}: {pair[0]}\n{target}: {pair[1]}",
     lambda source, target, pair: f"{pair[0]}\n{pair[1]}\n",
     lambda source, target, pair: f"{pair[0]} = {pair[1]}",
@@ -29,13 +29,14 @@ Parts = tuple[list[str], list[str]]  # training documents and held-out documents
 
 
 def names() -> dict[str, tuple[str, ...]]:
-    """Return the sources that are read here, each with the codes of its language or languages, in either order."""
+    """Return the names of sources that this module reads, with the codes of their languages, in either order."""
     one = {f"tatoeba-{code}": (code,) for code in LANGUAGES}
     return one | {f"tatoeba-{a}-{b}": (a, b) for a in LANGUAGES for b in LANGUAGES if a != b}
 
 
 def parts(name: str, held_out: float) -> Parts:
-    """Return the documents of a source of `names`: eight sentences, one a line, or eight pairs (see `translations`)."""
+    """Return training and held-out documents of a source: eight sentences, one on each line, or eight pairs (see
+    `translations`)."""
     codes = names()[name]
     learned, kept = rows(held_out)
     make = sentences if len(codes) == 1 else translation_prompt
@@ -44,7 +45,8 @@ def parts(name: str, held_out: float) -> Parts:
 
 @lru_cache(maxsize=1)
 def rows(held_out: float) -> tuple[list[Row], list[Row]]:
-    """Return training and held-out rows, the latter about that share of all; rows that share a sentence are dropped."""
+    """Return training and held-out rows. The latter are about the share `held_out`. Rows that share a sentence with
+    them are dropped."""
     return split_sentences([*readers.tatoeba(catalogue.fetch(ENTRY))], held_out)
 
 
@@ -58,12 +60,12 @@ def split_sentences(every: Sequence[Row], held_out: float) -> tuple[list[Row], l
 
 
 def sentences_of(row: Row) -> Row:
-    """Return the sentences of a row by their language."""
+    """Return the sentences of a row by language."""
     return {code: row[code].strip() for code in LANGUAGES if row.get(code, "-").strip() not in ("", "-")}
 
 
 def sentences(rows: Sequence[Row], codes: Sequence[str]) -> list[str]:
-    """Return the distinct sentences of a language, in an order given by a hash, as documents of eight lines."""
+    """Return the distinct sentences of a language, ordered by a hash, as documents of eight lines."""
     distinct = {row[codes[0]]: None for row in map(sentences_of, rows) if codes[0] in row}
     return ["\n".join(lines) for lines in _eights(sorted(distinct, key=_hash))]
 
@@ -75,10 +77,9 @@ def translation_prompt(rows: Sequence[Row], codes: Sequence[str]) -> list[str]:
 
 
 def translations(pairs: Sequence[Pair], languages: Sequence[str]) -> list[str]:
-    """Return documents of eight pairs, first from the first language to the second, then all of them the other way
-    round.
+    """Return documents of eight pairs: first from the first language to the second, then all in the other direction.
 
-    Each document has one of `FORMATS` throughout. `languages`: codes, or names as they are to stand there.
+    Each document has one of `FORMATS` throughout. languages: codes, or the names that the text contains.
     """
     first, second = (LANGUAGES.get(language, language) for language in languages)
     back = [(b, a) for a, b in reversed(pairs)]
@@ -90,7 +91,7 @@ def translations(pairs: Sequence[Pair], languages: Sequence[str]) -> list[str]:
 
 
 def identity(name: str, held_out: float) -> str:
-    """Return a text that changes whenever the documents do."""
+    """Return a string that changes with the documents."""
     return f"{catalogue.identity(ENTRY)} {name} {held_out} {LINES} {len(FORMATS)} 1"
 
 
@@ -99,5 +100,5 @@ def _eights(items: Sequence) -> Iterator[Sequence]:
 
 
 def _hash(text: str) -> float:
-    """Return a number from 0 to 1 that looks random and is always the same."""
+    """Return a pseudorandom number from 0 to 1 for a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
