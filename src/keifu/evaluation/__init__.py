@@ -1,1 +1,1 @@
-"""How good a model is, in figures and plots."""
+"""Evaluation of models: figures and plots."""

@@ -9,10 +9,8 @@ Z = 1.959963984540054  # 95% of a normal distribution is within this many standa
 
 
 def wilson(successes: int, total: int) -> tuple[float, float]:
-    """Return Wilson's score interval (1927) of a proportion: within 0 and 1, and sound for few items.
-
-    It is (0, 1) if `total` is 0.
-    """
+    """Return Wilson's score interval (1927) of a proportion. It is within [0, 1], and valid for few items. For `total`
+    0 it is (0, 1)."""
     if not total:
         return 0.0, 1.0
     share = successes / total
@@ -25,9 +23,9 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
 def bootstrap(
     values: Sequence[float] | np.ndarray, resamples: int = 1000, clusters: Sequence[int] | np.ndarray | None = None
 ) -> tuple[float, float]:
-    """Return the percentile interval (Efron, 1979) of a mean, by resampling with replacement; always the same.
+    """Return the percentile interval (Efron, 1979) of a mean, by resampling with replacement with a fixed seed.
 
-    clusters: the number of each value's cluster; values of one cluster, such as relatives, are resampled together.
+    clusters: cluster number of each value; values of one cluster, such as relatives, are resampled together.
     """
     items = np.asarray(values, dtype=np.float64)
     numbers = np.arange(len(items)) if clusters is None else np.unique(clusters, return_inverse=True)[1]

@@ -18,7 +18,7 @@ JUDGEMENTS, PREFERENCES = "judgements.jsonl", "preferences.jsonl"
 
 
 class Judgement(NamedTuple):
-    """A prompt, the responses of A and B, and which is better; "even" where both are equally good."""
+    """Prompt, the responses of A and B, and which is better; "even" if both are equally good."""
 
     prompt: Conversation
     answers: tuple[str, str]
@@ -26,7 +26,7 @@ class Judgement(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """How often A was better, B, neither, and how often the person skipped."""
+    """Numbers of votes: A better, B better, neither, and skipped."""
 
     a: int
     b: int
@@ -41,7 +41,7 @@ class Tally(NamedTuple):
         return {**self._asdict(), "win_rate_of_b": rate, "from": low, "to": high}
 
     def sentence(self, a: str, b: str) -> str:
-        """Describe the same in a sentence."""
+        """Describe the figures in a sentence."""
         even = f", {self.even} even" if self.even else ""
         counts = f"A ({a}) was better {self.a} times, B ({b}) {self.b} times{even}."
         if not self.a + self.b:
@@ -54,7 +54,7 @@ class Tally(NamedTuple):
 
 
 def seed_of(seed: int, prompt: Conversation, what: str) -> int:
-    """Return a seed for one prompt that does not depend on the other prompts."""
+    """Return a seed for one prompt. It does not depend on the other prompts."""
     said = json.dumps([seed, prompt, what], ensure_ascii=False)
     return int.from_bytes(hashlib.sha256(said.encode()).digest()[:4])
 
@@ -65,11 +65,11 @@ def a_is_left(seed: int, prompt: Conversation) -> bool:
 
 
 class Judgements:
-    """The choices of a comparison in a folder, each written as it is made; a comparison can be continued.
+    """Votes of a comparison in a folder. Each is written at once, so a comparison can be continued.
 
-    judgements.jsonl describes the comparison in its first line and has one choice on each following line;
-    preferences.jsonl has the decided ones, as the recipes dpo and reward read them, except where a response is empty. A
-    folder with another comparison is a `UserError`.
+    The first line of judgements.jsonl describes the comparison; each further line is a vote. preferences.jsonl has the
+    decided votes in the format of the recipes dpo and reward, without those that have an empty response. Raises
+    `UserError` for a folder of another comparison.
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any]):
@@ -81,16 +81,14 @@ class Judgements:
             if differs:
                 raise UserError(f"{directory} holds another comparison ({', '.join(differs)}): choose another --out.")
             self.made = [_read(line) for line in rest]
-        write_atomic(
-            self.path, _lines([self.about, *map(Judgement._asdict, self.made)])
-        )  # without a line that was cut off
+        write_atomic(self.path, _lines([self.about, *map(Judgement._asdict, self.made)]))  # without a truncated line
 
     def holds(self, prompt: Conversation) -> bool:
-        """Return whether there is a choice for this prompt already."""
+        """Return whether there is already a vote for this prompt."""
         return any(each.prompt == prompt for each in self.made)
 
     def add(self, judgement: Judgement) -> None:
-        """Add a choice and write it to disk."""
+        """Add a vote and write it to disk."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_lines([judgement._asdict()]))
             file.flush()
@@ -100,7 +98,7 @@ class Judgements:
         write_atomic(self.path.parent / PREFERENCES, _lines(map(self._preference, decided)))
 
     def tally(self) -> Tally:
-        """Count all choices."""
+        """Count the votes."""
         choices = [each.choice for each in self.made]
         return Tally(*(choices.count(each) for each in ("A", "B", "even", "skipped")))
 
@@ -111,7 +109,7 @@ class Judgements:
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        *whole, _ = self.path.read_bytes().split(b"\n")  # behind the last line break stands what a crash cut off
+        *whole, _ = self.path.read_bytes().split(b"\n")  # after the last line break there may be a truncated line
         try:
             return [json.loads(line) for line in whole]
         except json.JSONDecodeError as error:

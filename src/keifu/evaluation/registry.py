@@ -1,11 +1,11 @@
-"""The interface of an evaluation: its request and its result.
+"""Interface of evaluations: request and result.
 
-An evaluation is a module, and a line in commands/evaluate.py. It offers:
+An evaluation is a module that is listed in commands/evaluate.py. It has:
 
-ABOUT: what it measures, in a line. OPTIONS: the options of `keifu evaluate` that it uses beyond the common ones;
-"output" is one where it has `items`. takes(model) -> bool: whether it can evaluate such a model. names() -> names of
-data that it has. accepts(on) -> bool: whether `on` is one of them or a file.
-evaluate(model, tokenizer, request) -> EvalResult.
+ABOUT: one line about its metric. OPTIONS: the options of `keifu evaluate` that it uses in addition to the common ones,
+with "output" if it returns `items`. takes(model) -> bool: whether it can evaluate such a model. names() -> names of its
+data. accepts(on) -> bool: whether `on` is one of these names or a suitable file. evaluate(model, tokenizer, request) ->
+EvalResult.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,11 +68,11 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class EvalRequest(EvalOptions):
-    """Request of an evaluation: what to evaluate, on which data and how, with what the model brings.
+    """Request of an evaluation: the data, the options, and facts about the model.
 
-    towers: a CLIP with its tokenizer. judge: a classifier. languages: what the model was trained to translate from and
-    into, or those of the captions that a CLIP learned from, and held_out: the share of the pictures that was kept from
-    training and whether only distinct ones were taken, where its run says so.
+    towers: a CLIP with its tokenizer. judge: a classifier. languages: source and target of a translator's training, or
+    the caption languages of a CLIP's training. held_out: share of the pictures that the run held out, and whether it
+    used only distinct ones.
     """
 
     towers: Any = None
@@ -87,7 +87,7 @@ class EvalRequest(EvalOptions):
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Rows of cells under the names of their columns."""
+    """Rows of cells with column names."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[Any, ...]]
@@ -97,9 +97,8 @@ class ResultTable:
 class EvalResult:
     """Result of an evaluation.
 
-    figures: each with its name. notes: sentences that a reader of the figures must know. tables: requested details, by
-    name. items: what the figures were computed from, one row an item, for a file. picture: a PNG that shows some of
-    them, for a file.
+    figures: by name. notes: sentences that a reader of the figures must know. tables: requested details, by name.
+    items: data behind the figures, one row for each item, for a file. picture: a PNG of some items, for a file.
     """
 
     figures: dict[str, float | int | str]

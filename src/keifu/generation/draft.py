@@ -1,7 +1,7 @@
-"""Speculative decoding (Leviathan et al., 2023): a smaller model, the draft, guesses which tokens come next.
+"""Speculative decoding (Leviathan et al., 2023): a smaller model, the draft, guesses the next tokens.
 
-The engine checks all guesses of a sequence in one step. Its text does not depend on them; it only comes faster if the
-draft is fast and often right.
+The engine checks all guesses of a sequence in one step. The text does not depend on the guesses. It is generated faster
+if the draft is fast and often right.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from keifu.native.model import NativeLM
 
 @dataclass(frozen=True)
 class Draft:
-    """Model that guesses, and its tokenizer. most: tokens that it guesses at a time; None: as `Engine` chooses."""
+    """Draft model and its tokenizer. most: maximal number of tokens to guess at once; None: chosen by `Engine`."""
 
     model: nn.Module
     tokenizer: Tokenizer | None = None
@@ -28,13 +28,13 @@ class Draft:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of its weights, which it has twice (for PyTorch and native code) unless they are packed."""
+        """Bytes of its weights, counted twice (for PyTorch and native code) unless they are packed."""
         if isinstance(self.model, NativeLM):
             return self.model.nbytes
         return 2 * sum(x.nbytes for x in (*self.model.parameters(), *self.model.buffers()))
 
     def check(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-        """Refuse a draft with another vocabulary than the model's, or with states of fixed size (`UserError`)."""
+        """Raise `UserError` for a draft with another vocabulary than the model's, or with states of fixed size."""
         if tokenizer is None or self.tokenizer is None:
             differs = text_model(self.model).config.vocab_size != vocab_size
         else:
@@ -48,7 +48,8 @@ class Draft:
 def check_guesses(
     guesses: int | Draft | None, tokenizer: Tokenizer | None, vocab_size: int, fixed_states: bool
 ) -> None:
-    """Refuse a draft that does not fit, and any guesses for a model with states of fixed size (`UserError`)."""
+    """Raise `UserError` for a draft that does not fit the model, and for any guesses if the model has states of fixed
+    size."""
     asked, instead = guesses, "use --guesses 0"
     if isinstance(guesses, Draft):
         guesses.check(tokenizer, vocab_size)
@@ -61,20 +62,19 @@ def check_guesses(
 
 
 class Drafter:
-    """Draft of one engine, with its own keys and values of the sequences that it has read.
-
-    vocab_size: of the engine's model.
-    """
+    """Draft of one engine, with the keys and values of the sequences that it has read. vocab_size: of the engine's
+    model."""
 
     def __init__(self, draft: Draft, vocab_size: int):
         self.vocab_size, self.runner = vocab_size, runner_of(draft.model.eval())
         self.blocks = BlockManager(self.runner.n_blocks, self.runner.block_size, sharing=False)
         self._read: dict[int, list[int]] = {}  # tokens whose keys and values are in the blocks, by sequence
-        self._sure: dict[int, int] = {}  # how many tokens were no guesses at the last call: they do not change
+        self._sure: dict[int, int] = {}  # number of tokens at the last call that were no guesses: they do not change
         self._tables: dict[int, list[int]] = {}
 
     def guess(self, wanted: Mapping[int, tuple[Sequence[int], int]]) -> dict[int, list[int]]:
-        """Return the most likely next tokens of sequences, of which `wanted` has the tokens and the number to guess."""
+        """Guess the most likely next tokens of sequences. wanted: for each sequence its tokens and the number to
+        guess."""
         texts = {number: [*tokens] for number, (tokens, most) in wanted.items() if self._fits(number, tokens, most)}
         for number, text in texts.items():
             self._go_back(number, text)
@@ -89,24 +89,24 @@ class Drafter:
         return {number: text[len(wanted[number][0]) :] for number, text in texts.items()}
 
     def _go_back(self, number: int, text: list[int]) -> None:
-        """Remove the state from the first wrong guess on."""
+        """Discard the keys and values from the first wrong guess on."""
         read, sure = self._read.setdefault(number, []), self._sure.get(number, 0)
         guesses = enumerate(zip(read[sure:], text[sure:], strict=False), sure)
         del read[next((at for at, (old, new) in guesses if old != new), len(text)) :]
         self._sure[number] = len(text)
 
     def _span(self, number: int, text: list[int]) -> Span:
-        """Return the next tokens that the draft reads of a text; of one that it has read, the last token again."""
+        """Return the next tokens of a text that the draft must read. If it has read all, return the last one again."""
         start = min(len(self._read[number]), len(text) - 1)
         tokens = text[start : start + STEP_TOKENS]
         return Span(number, tokens, start, self._tables[number], int(start + len(tokens) == len(text)))
 
     def _fits(self, number: int, tokens: Sequence[int], most: int) -> bool:
-        """Return whether a sequence with its guesses fits the draft's vocabulary, context and memory, which is then
-        taken."""
+        """Return whether a sequence with its guesses fits the draft's vocabulary, context and memory. If so, allocate
+        the memory."""
         total, table = len(tokens) + most, self._tables.get(number, [])
         lacking = -(-total // self.runner.block_size) - len(table)
-        # equal tokenizers may have unequal numbers of embeddings
+        # tokenizers may be equal though the numbers of embeddings differ
         unknown = max(tokens[self._sure.get(number, 0) :], default=0) >= self.runner.vocab_size
         if unknown or total > self.runner.context_length or lacking > self.blocks.free:
             return False

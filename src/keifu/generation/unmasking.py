@@ -1,8 +1,8 @@
-"""Text by the reverse process of masked diffusion (LLaDA, Nie et al., 2025, section 2.4): masks become tokens over some
-steps, the likeliest first (low-confidence remasking), block after block (semi-autoregressive).
+"""Text generation by the reverse process of masked diffusion (LLaDA, Nie et al., 2025, section 2.4).
 
-It continues a text, and fills gaps between given words from both sides. There is no cache: each step is a pass over
-the whole text.
+Masks become tokens over several steps, the likeliest first (low-confidence remasking), block by block
+(semi-autoregressive). It continues a text, or fills gaps between given words with context from both sides. There is no
+cache: each step is a pass over the whole text.
 """
 
 import secrets
@@ -24,10 +24,10 @@ GAP = "___"
 
 @dataclass(frozen=True)
 class Unmasking:
-    """Settings of the reverse process; a value out of its range is a `UserError`.
+    """Settings of the reverse process. Raises `UserError` for a value out of its range.
 
-    max_tokens: masks behind a prompt; None fills the context. steps: passes of the model; None: one for each token.
-    block: masks that are filled before those behind them. temperature: divides the logits of the tokens that are drawn;
+    max_tokens: number of masks after a prompt; None fills the context. steps: passes of the model; None: one for each
+    token. block: number of masks that are filled before later ones. temperature: divides the logits of sampled tokens;
     0 takes the likeliest.
     """
 
@@ -42,7 +42,7 @@ class Unmasking:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Unmasking":
-        """Return the settings of these names, with a fresh seed if there is none; an unknown name is a `UserError`."""
+        """Return settings by name, with a random seed if there is none. Raises `UserError` for an unknown name."""
         for name in options:
             require_known("option of masked diffusion", name, [field.name for field in fields(cls)])
         return cls(**{"seed": secrets.randbits(53), **options})
@@ -50,7 +50,7 @@ class Unmasking:
 
 @torch.inference_mode()
 def unmask(model: nn.Module, tokens: Sequence[int], how: Unmasking) -> list[int]:
-    """Return the tokens with every mask among them replaced; a text that is too long is a `UserError`."""
+    """Return the tokens with every mask replaced. Raises `UserError` for a text that is too long."""
     predictor = _predictor(model)
     room, mask = predictor.config.context_length, predictor.config.mask_token
     if len(tokens) > room:
@@ -73,17 +73,16 @@ def unmask(model: nn.Module, tokens: Sequence[int], how: Unmasking) -> list[int]
 
 
 def _counts(size: int, total: int, steps: int | None) -> Iterator[int]:
-    """Yield how many masks of a block each of its steps fills: the block has its share of all steps, and at least
-    one."""
+    """Yield the number of masks that each step fills in a block of `size`. The block gets its share of all steps, at
+    least one."""
     passes = size if steps is None else min(size, max(1, round(steps * size / total)))
     for step in range(passes):
         yield size * (step + 1) // passes - size * step // passes
 
 
 def write(model: nn.Module, tokenizer: Tokenizer, prompt: str | Sequence[int], how: Unmasking) -> str:
-    """Return the model's continuation of a prompt, up to its first end token. A prompt that leaves no room is a
-    `UserError`.
-    """
+    """Return the model's continuation of a prompt, up to its first end token. Raises `UserError` if the prompt leaves
+    no room."""
     config = _predictor(model).config
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt]
     if (room := config.context_length - len(ids)) < 1:
@@ -95,7 +94,7 @@ def write(model: nn.Module, tokenizer: Tokenizer, prompt: str | Sequence[int], h
 
 
 def fill_gaps(model: nn.Module, tokenizer: Tokenizer, text: str, tokens: int, how: Unmasking) -> str:
-    """Return the text with that many tokens instead of each `___`; a text without a gap is a `UserError`."""
+    """Replace each `___` in the text by `tokens` generated tokens. Raises `UserError` for a text without a gap."""
     parts = split_gaps(text)
     mask, encoded = _predictor(model).config.mask_token, tokenizer.encode_batch(close_gaps(parts))
     ids = [*encoded[0], *(token for part in encoded[1:] for token in [*[mask] * tokens, *part])]
@@ -103,7 +102,7 @@ def fill_gaps(model: nn.Module, tokenizer: Tokenizer, text: str, tokens: int, ho
 
 
 def split_gaps(text: str) -> list[str]:
-    """Return the parts of a text between its gaps; a text without a gap is a `UserError`."""
+    """Return the parts of a text between its gaps. Raises `UserError` for a text without a gap."""
     parts = text.split(GAP)
     if len(parts) == 1:
         raise UserError(f"There is no gap in {text!r}: write {GAP} where something is wanted.")
@@ -111,8 +110,7 @@ def split_gaps(text: str) -> list[str]:
 
 
 def close_gaps(parts: Sequence[str]) -> list[str]:
-    """Return the parts without the space before a gap: it belongs to what fills it, as tokens begin with their
-    space."""
+    """Remove the space before each gap. It belongs to the filling, because tokens begin with their space."""
     return [part.removesuffix(" ") for part in parts[:-1]] + [parts[-1]]
 
 

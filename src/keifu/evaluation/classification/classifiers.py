@@ -1,6 +1,6 @@
-"""One interface for text classifiers and multiple-choice models: encoders, and decoders fine-tuned for it.
+"""Common interface of text classifiers and multiple-choice models: encoders, and fine-tuned decoders.
 
-Axes: examples, answers = labels, or an example's own answers.
+Axes: examples, answers = labels, or the answers of an example.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,11 +26,12 @@ from keifu.generation.text.model import Model, TaskHeadModel
 
 @dataclass(frozen=True, eq=False)
 class TextClassifier:
-    """A classifier or multiple-choice model with its tokenization.
+    """Classifier or multiple-choice model with its tokenization.
 
-    form: what an example must have. labels: the classes; none where examples have answers of their own. limit: the
-    model's context length in tokens. read: examples to ids, at most that many each, truncating longer ones if asked.
-    predict_proba: ids to probabilities; where an example has fewer answers than another, they are 0 at its end.
+    form: the layout of an example. labels: the classes; empty if each example has different answers. limit: context
+    length in tokens. read: converts examples to ids of at most a given length; it can truncate longer ones.
+    predict_proba: converts ids to probabilities; if an example has fewer answers than others, its last columns are
+    0.
     """
 
     form: Form
@@ -40,22 +41,24 @@ class TextClassifier:
     predict_proba: Callable[[Sequence[Any]], Float[Tensor, "examples answers"]]
 
     def choices(self, row: Example) -> tuple[str, ...]:
-        """Return the names of the columns of an example's probabilities."""
+        """Return the names of an example's probabilities."""
         return row.texts[1:] if self.form.answers else self.labels
 
     def targets(self, examples: Examples) -> list[int]:
-        """Return the number of each example's label, or of its right answer."""
+        """Return the index of each example's label or right answer."""
         numbers = {label: number for number, label in enumerate(self.labels)}
         return [int(label) if self.form.answers else numbers[label] for label in examples.labels]
 
     def confusion(self, examples: Examples, given: Float[Tensor, "examples answers"]) -> Confusion:
-        """Return right labels against the likeliest ones; the labels of answers are their numbers."""
+        """Return the confusion matrix. given: probabilities. In multiple choice the labels are the numbers of the
+        answers."""
         labels = tuple(map(str, range(given.shape[1]))) if self.form.answers else self.labels
         return Confusion.of(torch.tensor(self.targets(examples)), given.argmax(-1).cpu(), labels)
 
 
 def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> TextClassifier:
-    """Return a model as a classifier; any other is a `UserError` that says how to train one. `name` is for errors."""
+    """Return a model as a classifier. Raises `UserError`, which says how to train one, for any other model. name: for
+    errors."""
     if isinstance(model, TaskHeadModel) and model.config.form == "score":
         raise UserError(f"{name or 'This model'} gives a score and knows no labels: it says how good an answer is.")
     if isinstance(model, TaskHeadModel):
@@ -87,7 +90,7 @@ def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
 def class_probabilities(
     model: Any, rows: Sequence[Any], pad_id: int, batch_size: int = 256
 ) -> Float[Tensor, "examples answers"]:
-    """Return the probability of each label or answer for examples, each a list of sequences of ids."""
+    """Return the probability of each label or answer. rows: examples, each a list of token sequences."""
     most = len(model.config.labels) or max((len(row) for row in rows), default=0)
 
     def work(tokens: Tensor, mask: Tensor) -> Float[Tensor, "batch answers"]:

@@ -21,24 +21,24 @@ from keifu.errors import UserError
 from keifu.generation.text.model import Encoder, Mask, Tokens, TwoTowers, evaluation_mode
 from keifu.layers.pooling import mean_pool
 
-PASS_TOKENS = 4096  # in one pass: enough to fill a matrix product, few enough for a cache
-Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # of tokens and mask
+PASS_TOKENS = 4096  # tokens in one pass: enough to use matrix multiplication well, few enough for a cache
+Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # arguments: tokens and mask
 Pack = Callable[[Any, int], tuple[Tensor, Tensor | None]]
 Advance = Callable[[int], object]
 
 
 def encoder(model: nn.Module) -> Encoder:
-    """Return the model, checked to be an encoder; any other is a `UserError`."""
+    """Return the model. Raises `UserError` if it is not an encoder."""
     if not isinstance(model, Encoder):
         raise UserError(f"A {type(model).__name__} gives no vectors for texts: choose an encoder, such as minilm.")
     return model
 
 
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bool = False) -> Encoded:
-    """Encode texts with the special tokens around them, as many tokens as the model takes.
+    """Encode texts with special tokens around them, at most `limit` tokens each.
 
-    cut: keep the first `limit` tokens of a longer text, of which the closing one is still the last. Without it a longer
-    text is a `UserError` with both lengths; so is an empty one.
+    cut: keep the first `limit` tokens of a longer text; the last of them is still the closing token. Otherwise a longer
+    text raises `UserError` with both lengths. So does an empty text.
     """
     rows = tokenizer.encode_batch(texts, special=True)
     for at, text in enumerate(texts):
@@ -72,10 +72,10 @@ def in_batches(
     pack: Pack = pad,
     size: Callable[[Any], int] = len,
 ) -> Float[Tensor, "texts dim"]:
-    """Return the results of `work` for all rows, in the order of the rows, with the model in evaluation mode.
+    """Return the results of `work` for all rows, in their order, with the model in evaluation mode.
 
-    batch_size: the most rows in a pass. `advance` is called with the number of rows that are done. `pack` makes tokens
-    and mask of some rows; `size` gives the number of tokens of a row.
+    batch_size: maximal rows in a pass. advance: called with the number of finished rows. pack: converts rows to tokens
+    and mask. size: returns the number of tokens of a row.
     """
     if not rows:
         raise UserError("There is no text: give at least one.")
@@ -87,21 +87,21 @@ def in_batches(
             order += length_bucket
             if advance:
                 advance(len(order))
-    return torch.cat(parts)[torch.tensor(order, device=device).argsort()]  # of no inference mode: training can use it
+    return torch.cat(parts)[torch.tensor(order, device=device).argsort()]  # of no inference mode, for training
 
 
-BATCH = 256  # texts in a pass, at most
-SEARCHED = 2**24  # similarities that exist at a time
+BATCH = 256  # maximal number of texts in a pass
+SEARCHED = 2**24  # similarities that are computed at once
 
 
 def embed(
     model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = BATCH, cut: bool = False
 ) -> Float[Tensor, "texts dim"]:
-    """Return the embedding of each text, float32, computed in the type of the model's weights.
+    """Return the embedding of each text as float32. It is computed in the dtype of the model's weights.
 
-    Texts of similar length go through the model together; neither that nor their order changes an embedding beyond
-    rounding. batch_size: most texts in a pass. A model that is no encoder, an empty text, and a text longer than the
-    model takes are `UserError`s, the last one with both lengths; `cut=True` keeps the beginning of such a text.
+    Texts of similar length are computed together; this and the order change embeddings only by rounding. batch_size:
+    maximal texts in a pass. Raises `UserError` for a model that is not an encoder, an empty text, or a text longer than
+    the context. cut: keep the beginning of such a text instead.
     """
     limit = encoder(model).config.context_length
     return embed_rows(model, encode_texts(tokenizer, texts, limit, cut).rows, tokenizer.pad_id or 0, batch_size)
@@ -110,8 +110,8 @@ def embed(
 def embed_rows(
     model: nn.Module, rows: Rows, pad_id: int, batch_size: int = BATCH, advance: Advance | None = None
 ) -> Float[Tensor, "texts dim"]:
-    """Return the embeddings of texts given as ids with special tokens, of an encoder or a CLIP. `advance` is called
-    with the number that are done."""
+    """Return the embeddings of texts by an encoder or a CLIP. rows: ids with special tokens. advance: called with the
+    number of finished texts."""
     reader = model if isinstance(model, TwoTowers) else encoder(model)
 
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
@@ -127,8 +127,8 @@ def nearest(
 ) -> tuple[Float[Tensor, "queries count"], Int[Tensor, "queries count"]]:
     """Return the cosine similarities and the indices of the `count` points nearest to each query, the nearest first.
 
-    All points lie on the unit sphere. themselves: queries and `among` are the same points, and none is its own
-    neighbour. Fewer points than `count` are a `UserError`.
+    All points have length 1. themselves: queries and `among` are the same points, and a point is not its own neighbour.
+    Raises `UserError` for fewer points than `count`.
     """
     others = len(among) - themselves
     if not 1 <= count <= others:

@@ -1,6 +1,7 @@
-"""Evaluation of a text classifier on a table of labelled texts: accuracy with its 95% interval, and macro F1.
+"""Evaluation of a text classifier on a labelled table: accuracy with its 95% interval, and macro F1.
 
-The table's columns are `text` and `label`; `keifu classify --on` takes other names, and draws the confusion matrix.
+The table's columns are `text` and `label`. `keifu classify --on` accepts other names, and draws the confusion
+matrix.
 """
 
 from pathlib import Path
@@ -23,23 +24,23 @@ TABLES = {".csv", ".tsv", ".jsonl"}
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether the model has its own labels for texts."""
+    """Return whether the model has a fixed set of labels for texts."""
     return isinstance(model, Encoder | TaskHeadModel) and bool(cast(Any, model).config.labels)
 
 
 def names() -> list[str]:
-    """Return the catalogue names with labels."""
+    """Return the names of labelled catalogue entries."""
     return list(CATALOGUED)
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is one of them or a table."""
+    """Return whether `on` is such a name or a table."""
     return on in CATALOGUED or Path(on).suffix in TABLES
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Return label each text of the table, and compare with the table's labels; a label that is unknown is a
-    `UserError`."""
+    """Classify each text of the table and compare with its label. Raises `UserError` for a label that the model does
+    not have."""
     judge = text_classifier(model, tokenizer)
     examples = read_examples(request.on, judge.form, encoding=request.encoding)
     if request.limit is not None:

@@ -1,6 +1,7 @@
 """Classification metrics: probabilities, accuracy, F1, the confusion matrix, and a picture of misclassified images.
 
-Axes: texts, labels; of the matrix, rows = true labels, columns = predicted labels; of images: picture, height, width.
+Axes: texts, labels; of the matrix: rows = true labels, columns = predicted labels; of images: picture, height,
+width.
 """
 
 from collections.abc import Sequence
@@ -21,8 +22,7 @@ from keifu.generation.text.model import Encoder, Mask, Tokens
 
 
 def classifier(model: nn.Module, name: str = "") -> Encoder:
-    """Return the model, checked to have a classification head; any other is a `UserError` that says how to train
-    one."""
+    """Return the model. Raises `UserError`, which says how to train one, if it has no classification head."""
     reader = encoder(model)
     if not reader.config.labels:
         who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
@@ -34,7 +34,7 @@ def classifier(model: nn.Module, name: str = "") -> Encoder:
 
 
 def probabilities(model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 256) -> Float[Tensor, "texts labels"]:
-    """Return the probability of each label for each text, whose ids are `rows`."""
+    """Return the probability of each label for each text. rows: token ids of the texts."""
     reader = classifier(model)
 
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch labels"]:
@@ -45,52 +45,51 @@ def probabilities(model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 2
 
 @dataclass(frozen=True, eq=False)
 class Confusion:
-    """The confusion matrix: how many texts of the row's true label were predicted as the column's label."""
+    """Confusion matrix: number of texts with the row's true label and the column's predicted label."""
 
     counts: Int[Tensor, "labels labels"]
     labels: tuple[str, ...]
 
     @classmethod
     def of(cls, right: Int[Tensor, "texts"], given: Int[Tensor, "texts"], labels: Sequence[str]) -> "Confusion":
-        """Count the numbers of the true labels and of the predicted ones."""
+        """Count pairs of labels. right, given: indices of the true and the predicted labels."""
         size = len(labels)
         return cls(torch.bincount(right * size + given, minlength=size * size).view(size, size), tuple(labels))
 
     @property
     def accuracy(self) -> float:
-        """Return the share of texts whose predicted label is the true one."""
+        """Share of texts whose predicted label is the true one."""
         return float(self.counts.trace() / self.counts.sum())
 
     @property
     def majority(self) -> tuple[str, float]:
-        """Return the most frequent label, and the share of texts that have it: the accuracy of always giving that
-        one."""
+        """Most frequent label and its share of the texts, which is the accuracy of always predicting it."""
         rows = self.counts.sum(1)
         return self.labels[int(rows.argmax())], float(rows.max() / rows.sum())
 
     @cached_property
     def precision(self) -> Float[Tensor, "labels"]:
-        """Return share of the texts predicted as a label that have it; 0 if there are none."""
+        """For each label: share of the texts predicted as it that have it; 0 if there are none."""
         return self.counts.diag() / self.counts.sum(0).clamp_min(1)
 
     @cached_property
     def recall(self) -> Float[Tensor, "labels"]:
-        """Return share of the texts with a label that are predicted as it; 0 if there are none."""
+        """For each label: share of the texts with it that are predicted as it; 0 if there are none."""
         return self.counts.diag() / self.counts.sum(1).clamp_min(1)
 
     @cached_property
     def f1(self) -> Float[Tensor, "labels"]:
-        """Return the harmonic mean of precision and recall; 0 if both are."""
+        """Harmonic mean of precision and recall of each label; 0 if both are 0."""
         return 2 * self.precision * self.recall / (self.precision + self.recall).clamp_min(1e-12)
 
     @property
     def macro_f1(self) -> float:
-        """Return the mean F1 of the labels that some text has or is predicted as."""
+        """Mean F1 over the labels that occur as true or predicted labels."""
         return float(self.f1[(self.counts.sum(0) + self.counts.sum(1)) > 0].mean())
 
     @property
     def figures(self) -> list[dict[str, float]]:
-        """Return precision, recall and F1 of each label."""
+        """Precision, recall and F1 of each label."""
         values = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
         return [{"precision": precision, "recall": recall, "f1": f1} for precision, recall, f1 in values]
 
@@ -103,30 +102,29 @@ class Confusion:
         )
 
     def by_label(self) -> tuple[list[str], list[list[str]]]:
-        """Return precision, recall and F1 of each label as a table: its columns and its rows."""
+        """Return precision, recall and F1 of each label as a table (columns, rows)."""
         each = zip(self.labels, self.figures, self.counts.sum(1).tolist(), strict=True)
         rows = [[label, *(f"{value:.3f}" for value in row.values()), f"{count:,}"] for label, row, count in each]
         return ["label", "precision", "recall", "F1", "texts"], rows
 
     def page(self) -> str:
-        """Return the verdict, and precision, recall and F1 of each label in columns of equal width."""
+        """Return the verdict, and a text table of precision, recall and F1 of each label."""
         columns, rows = self.by_label()
         return f"{self.verdict()}\n\n{aligned([columns, *rows])}"
 
     def result(self, what: str) -> ResultTable:
-        """Return precision, recall and F1 of each label as a table of an evaluation; what: the name of the judged
-        data.
-        """
+        """Return precision, recall and F1 of each label as a table of an evaluation. what: name of the data, for the
+        title."""
         columns, rows = self.by_label()
         return ResultTable(tuple(name.replace("texts", what) for name in columns), [tuple(row) for row in rows])
 
     def matrix(self) -> tuple[list[str], list[list[str]]]:
-        """Return the counts as a table: its columns and its rows."""
+        """Return the counts as a table (columns, rows)."""
         rows = [[label, *map(str, row)] for label, row in zip(self.labels, self.counts.tolist(), strict=True)]
         return ["right \\ given", *self.labels], rows
 
     def errors(self, most: int) -> list[list[str]]:
-        """Return the most frequent pairs of a right label and another one that was given, with their counts."""
+        """Return the most frequent pairs of a true and another predicted label, with their counts."""
         counts = self.counts.clone()
         counts.fill_diagonal_(0)
         order = counts.flatten().sort(descending=True, stable=True).indices[:most].tolist()
@@ -138,7 +136,7 @@ class Confusion:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the figures, as JSON takes them."""
+        """Return the figures for JSON."""
         majority, share = self.majority
         by_label = dict(zip(self.labels, self.figures, strict=True))
         return {
@@ -147,7 +145,7 @@ class Confusion:
         }  # fmt: skip
 
     def picture(self) -> bytes:
-        """Draw the matrix as PNG: colour is the share of the row, the numbers are counts."""
+        """Draw the matrix as PNG. The colour is the share of the row; the numbers are counts."""
         counts, size = self.counts, len(self.labels)
         shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
         figure, (axes,) = canvas(1, 1, max(3.6, 0.5 * size + 1.6))
@@ -165,7 +163,7 @@ class Confusion:
         return png(figure)
 
 
-ACROSS, DOWN, GAP = 8, 3, 8  # pictures in a line and in a column, and pixels between them, which hold their names
+ACROSS, DOWN, GAP = 8, 3, 8  # pictures per line and per column, and pixels between them for their names
 
 
 def picture(
@@ -174,7 +172,7 @@ def picture(
     predicted: Int[Tensor, " rows"],
     classes: Sequence[str],
 ) -> bytes:
-    """Draw the first misclassified images, dark on white, each with its true and its predicted class, as PNG."""
+    """Draw the first misclassified images as PNG, dark on white, each with its true and its predicted class."""
     wrong = (predicted != targets).nonzero().flatten()
     truth, taken = targets.tolist(), predicted.tolist()
     high, wide = (size + GAP for size in pictures.shape[1:])

@@ -1,4 +1,4 @@
-"""Evaluation of networks of neurons on rows of numbers: accuracy on digits, a toy set or a CSV file.
+"""Evaluation of networks of neurons on numeric rows: accuracy on digits, a toy set or a CSV file.
 
 Axes: rows, dim = inputs, classes; of a picture: row, column.
 """
@@ -23,18 +23,18 @@ OPTIONS: set[str] = set()
 
 @runtime_checkable
 class RowClassifier(Protocol):
-    """Interface of a network that gives each row of `config.dim` numbers a class; `classes` are their names."""
+    """Network that assigns a class to each row of `config.dim` numbers. `classes` are the names."""
 
     config: Any
     classes: Any
 
     def predict_proba(self, x: Float[Tensor, "rows dim"], /) -> Float[Tensor, "rows classes"]:
-        """Return each class's probability."""
+        """Return the probability of each class."""
         ...
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether it classifies rows of numbers."""
+    """Return whether the model classifies numeric rows."""
     return isinstance(model, RowClassifier)
 
 
@@ -44,12 +44,12 @@ def names() -> list[str]:
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is one of them or a table."""
+    """Return whether `on` is such a name or a table."""
     return on in NAMES or on.endswith(".csv")
 
 
 def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalResult:
-    """Return the accuracy on the held-out rows; if a set is too small to hold any out, on all its rows."""
+    """Return the accuracy on the held-out rows, or on all rows if the set is too small to hold any out."""
     assert isinstance(model, RowClassifier)
     data = toy_dataset(request.on)
     inputs, targets = data.held.inputs[: request.limit], data.held.targets[: request.limit]
@@ -65,10 +65,10 @@ def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalRes
 
 
 def row_of(model: RowClassifier, picture: Image.Image) -> Float[Tensor, "1 dim"]:
-    """Convert a picture to a row of the network's input: a grey square, 0 for paper and 1 for ink, as in MNIST.
+    """Convert a picture to an input row: a grey square with 0 for paper and 1 for ink, as in MNIST.
 
-    A picture whose edge is bright is dark ink on bright paper, and is inverted. A network that reads no square number
-    of inputs reads no pictures: a `UserError`.
+    A picture with a bright edge is dark ink on bright paper, so it is inverted. Raises `UserError` if the number of
+    inputs is not a square.
     """
     side = math.isqrt(model.config.dim)
     if side * side != model.config.dim or side < 8:

@@ -30,14 +30,14 @@ class SearchIndex:
     embeddings: Float[Tensor, "passages dim"]
 
     def nearest(self, question: Float[Tensor, "1 dim"], count: int) -> list[tuple[float, Passage]]:
-        """Return the passages nearest to an embedded question with their cosine similarities, the nearest first."""
+        """Return (cosine similarity, passage) of the passages nearest to an embedded question, the nearest first."""
         similarity, indices = nearest(question, self.embeddings, min(count, len(self.passages)))
         pairs = zip(similarity[0].tolist(), indices[0].tolist(), strict=True)
         return [(value, self.passages[index]) for value, index in pairs]
 
 
 def index_path(source: Path, model: str, encoder: nn.Module) -> Path:
-    """Return the file of the index of a folder by a model, in its type; model: a name that changes with its weights."""
+    """Return the path of a folder's index for this model and dtype. model: a name that changes with the weights."""
     dtype = next(encoder.parameters()).dtype
     suffix = "" if dtype == torch.float32 else f"\n{dtype}"
     key = hashlib.sha256(f"{source.resolve()}\n{model}{suffix}".encode()).hexdigest()[:32]
@@ -47,10 +47,10 @@ def index_path(source: Path, model: str, encoder: nn.Module) -> Path:
 def build_index(
     passages: Sequence[Passage], encoder: tuple[Any, Any], path: Path, batch_size: int, advance: Advance | None = None
 ) -> SearchIndex:
-    """Return the index of these passages; passages that the file at `path` has are not embedded again.
+    """Return the index of these passages. Passages that are in the file at `path` are not embedded again.
 
-    encoder: the model and its tokenizer. The beginning of a passage that is longer than the model reads counts. advance
-    is called with the number of new passages that are done.
+    encoder: model and tokenizer. Of a passage longer than the context only the beginning is embedded. advance: called
+    with the number of finished new passages.
     """
     kept = _read(path)
     digests = [_digest(passage) for passage in passages]
@@ -67,7 +67,7 @@ def build_index(
 
 
 def count_new(passages: Sequence[Passage], path: Path) -> int:
-    """Return the number of passages that the index does not have yet."""
+    """Return the number of passages that are not in the index yet."""
     kept = _read(path)
     return len({_digest(passage) for passage in passages} - kept.keys())
 
@@ -77,7 +77,8 @@ def _digest(passage: Passage) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Read the embeddings of an index by the digests of their passages; a damaged index is built again."""
+    """Read an index: embeddings by the digests of their passages. Return {} if it is damaged, so that it is built
+    again."""
     if not path.is_file():
         return {}
     try:

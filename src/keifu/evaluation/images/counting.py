@@ -1,6 +1,6 @@
-"""Baseline of retrieval: it counts colours and words, and learns nothing.
+"""Baseline of retrieval that counts colours and words and learns nothing.
 
-A picture is its histogram of 64 colours, a name is its bag of words. The words of a picture are the mean of the names
+A picture is its histogram of 64 colours; a name is its bag of words. The words of a picture are the mean of the names
 of the training pictures with the nearest colours. The colours of a name are the mean of the training pictures with the
 nearest names. Axes: pictures, texts, colours, words.
 """
@@ -19,11 +19,12 @@ from keifu.data.images.dataset import ImageDataset
 
 NEIGHBOURS = 5
 WITHOUT_SPACES = ("ja", "zh", "th")
-CHUNK = 512  # pictures that are counted at a time
+CHUNK = 512  # pictures that are counted at once
 
 
 def color_histograms(pictures: ImageDataset) -> Float[Tensor, "pictures colours"]:
-    """Count 4 x 4 x 4 colours; the roots of their shares have Bhattacharyya's coefficient as their dot product."""
+    """Count 4 x 4 x 4 colours. Return the square roots of their shares: their dot product is Bhattacharyya's
+    coefficient."""
     parts = []
     for start in range(0, len(pictures), CHUNK):
         pixels = pictures.take(slice(start, start + CHUNK)).long() // 64
@@ -34,7 +35,7 @@ def color_histograms(pictures: ImageDataset) -> Float[Tensor, "pictures colours"
 
 
 class WordCounter:
-    """Counter of words, or of runs of 1 to 3 characters in a language without spaces, weighted by rarity (TF-IDF)."""
+    """Counter of words (in a language without spaces, of runs of 1 to 3 characters), weighted by rarity (TF-IDF)."""
 
     def __init__(self, texts: Sequence[str], language: str):
         self.language = language
@@ -50,7 +51,7 @@ class WordCounter:
         return [text[i : i + size] for size in (1, 2, 3) for i in range(len(text) - size + 1)]
 
     def __call__(self, texts: Sequence[str]) -> Float[Tensor, "texts words"]:
-        """Return a vector of length 1 for each text; the words of other texts count 0."""
+        """Return a vector of length 1 for each text. Words that the counter was not built with count 0."""
         counts = torch.zeros(len(texts), len(self.index))
         for row, text in enumerate(texts):
             for word in self.words(text):
@@ -68,7 +69,7 @@ def nearest_mean(queries: Tensor, known: Tensor, values: Tensor) -> Tensor:
 def counted_points(
     train: ImageDataset, searched: ImageDataset, language: str
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return pictures and names as points among words, and the same as points among colours."""
+    """Return (pictures, names) as vectors of words, and (pictures, names) as vectors of colours."""
     counter = WordCounter(train.texts(language), language)
     known_words, words = (counter(part.texts(language)) for part in (train, searched))
     known_colors, colors = color_histograms(train), color_histograms(searched)

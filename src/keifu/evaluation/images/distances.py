@@ -15,9 +15,9 @@ from torch import Tensor
 
 from keifu.errors import UserError
 
-AT_ONCE = 2**24  # distances that exist at a time
-PART = 4096  # pictures that are searched at a time
-SUBSETS, SUBSET = 100, 1000  # of the kernel distance, as its authors have them
+AT_ONCE = 2**24  # distances that are computed at once
+PART = 4096  # pictures that are searched at once
+SUBSETS, SUBSET = 100, 1000  # of the kernel distance, as in its paper
 Features = Float[Tensor, "count dim"]
 Real = Float[Tensor, "real dim"]
 Drawn = Float[Tensor, "drawn dim"]
@@ -39,14 +39,14 @@ class Kernel(NamedTuple):
 
 
 class Manifold(NamedTuple):
-    """Precision: the share of generated images near real ones. Recall: the share of real ones near generated ones."""
+    """Precision: share of generated images near real ones. Recall: share of real images near generated ones."""
 
     precision: float
     recall: float
 
 
 def moments(features: Features) -> FeatureMoments:
-    """Return mean and covariance; fewer than two pictures are a `UserError`."""
+    """Return mean and covariance. Raises `UserError` for fewer than two pictures."""
     if len(features) < 2:
         raise UserError(f"{len(features)} pictures have no covariance: at least 2 are needed.")
     rows = features.double()
@@ -54,8 +54,8 @@ def moments(features: Features) -> FeatureMoments:
 
 
 def frechet(real: FeatureMoments, drawn: FeatureMoments) -> float:
-    """Return Fréchet's distance between two normal distributions, squared: the FID (Heusel et al., 2017), where the
-    features are Inception's. It is too large for few pictures, most of all for fewer than features have numbers."""
+    """Return the squared Fréchet distance between two normal distributions. With Inception's features it is the FID
+    (Heusel et al., 2017). It is biased upwards for few pictures, most if there are fewer pictures than features."""
     root = _root(real.covariance)
     cross = torch.linalg.eigvalsh(root @ drawn.covariance @ root).clamp_min(0).sqrt().sum()
     apart = (real.mean - drawn.mean).square().sum()
@@ -63,14 +63,14 @@ def frechet(real: FeatureMoments, drawn: FeatureMoments) -> float:
 
 
 def _root(symmetric: Tensor) -> Tensor:
-    """Return the square root of a symmetric matrix without negative eigenvalues, apart from rounding."""
+    """Return the square root of a symmetric matrix whose eigenvalues are not negative, up to rounding."""
     values, vectors = torch.linalg.eigh(symmetric)
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def discrepancy(real: Real, drawn: Drawn) -> float:
-    """Return the squared maximum mean discrepancy by the kernel (x·y / dim + 1)³. It is unbiased, so it may be below 0
-    (Bińkowski et al., "Demystifying MMD GANs", 2018)."""
+    """Return the squared maximum mean discrepancy with the kernel (x·y / dim + 1)³. It is unbiased, so it may be
+    negative (Bińkowski et al., "Demystifying MMD GANs", 2018)."""
     real, drawn = real.double(), drawn.double()
 
     def kernel(one: Tensor, other: Tensor) -> Tensor:
@@ -84,9 +84,11 @@ def discrepancy(real: Real, drawn: Drawn) -> float:
 
 
 def kernel_distance(real: Real, drawn: Drawn, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> Kernel:
-    """Return the KID: the mean discrepancy of random subsets, each without a picture twice. Fewer pictures, smaller
-    subsets:
-    at most half of the smaller set, for equal subsets would say nothing of its chance."""
+    """Return the KID: the mean discrepancy of random subsets without repetition.
+
+    With few pictures, the subsets have at most half of the smaller set, because equal subsets would show no
+    variation.
+    """
     size = min(size, min(len(real), len(drawn)) // 2)
     if size < 2:
         raise UserError(f"The kernel distance needs 4 pictures on each side, not {len(real)} and {len(drawn)}.")
@@ -110,13 +112,14 @@ def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> Manifold:
 
 
 def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:
-    """Return the share of rows in one of the balls."""
+    """Return the share of rows inside at least one ball."""
     radii = torch.cat([part.kthvalue(neighbours + 1, 1).values for part in _distances(around, around)])
     return float(torch.cat([(part <= radii).any(1) for part in _distances(rows, around)]).float().mean())
 
 
 def _distances(rows: Drawn, others: Real) -> Iterator[Float[Tensor, "part real"]]:
-    """Return Euclidean distances of some rows to all others, part by part; float64, as they come from products."""
+    """Yield float64 Euclidean distances of parts of the rows to all others. They are computed by matrix
+    multiplication."""
     others = others.double()
     for part in rows.split(max(1, AT_ONCE // len(others))):
         yield torch.cdist(part.double(), others)
@@ -125,8 +128,8 @@ def _distances(rows: Drawn, others: Real) -> Iterator[Float[Tensor, "part real"]
 def nearest(
     rows: Num[Tensor, "rows dim"], among: Num[Tensor, "among dim"]
 ) -> tuple[Float[Tensor, " rows"], Int[Tensor, " rows"]]:
-    """Return the Euclidean distance and the index of the nearest of `among` to each row, the first of several; bytes
-    too."""
+    """Return the Euclidean distance and the index of the point in `among` nearest to each row; of several, the first.
+    Bytes are accepted too."""
     if not len(among):
         raise UserError("There is no picture to search for a nearest one.")
     best, indices = torch.full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64)
@@ -135,25 +138,25 @@ def nearest(
         distance, index = torch.cdist(values, among[first : first + PART].float()).min(1)
         nearer = distance < best
         best, indices = torch.where(nearer, distance, best), torch.where(nearer, index + first, indices)
-    # Found by products, which round; the distance itself is computed from the differences.
+    # matrix multiplication finds the point but rounds, so the distance is computed from the differences
     return (values - among[indices].float()).norm(dim=1), indices
 
 
-WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
+WINDOW, SIGMA = 11, 1.5  # size and σ of SSIM's Gaussian in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 Bytes = UInt8[Tensor, "picture channels height width"]
-Others = UInt8[Tensor, "others channels high wide"]  # must be as the first ones are, or it is a `UserError`
+Others = UInt8[Tensor, "others channels high wide"]  # raises `UserError` unless its shape is that of the first pictures
 
 
 def psnr(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
-    """Return the peak signal-to-noise ratio of each pair in decibels; infinite if they are equal."""
+    """Return the peak signal-to-noise ratio of each pair in decibels; infinite if both are equal."""
     _check(pictures, others)
     error = (pictures.double() - others.double()).square().mean((1, 2, 3))
     return (10 * (255**2 / error).log10()).float()
 
 
 def ssim(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
-    """Return the structural similarity of each pair, 1 if they are equal: the mean over channels and over all positions
+    """Return the structural similarity of each pair, 1 if both are equal: the mean over channels and over all positions
     of the window (Wang et al., 2004: a Gaussian of 11 x 11 pixels, σ 1.5)."""
     _check(pictures, others)
     if min(pictures.shape[2:]) < WINDOW:
@@ -167,7 +170,7 @@ def ssim(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
 
 
 def _blur(values: Float[Tensor, "kind picture channels height width"]) -> Tensor:
-    """Return the Gaussian's means at every position of the window."""
+    """Return the Gaussian-weighted means at every position of the window."""
     offsets = torch.arange(WINDOW, dtype=values.dtype) - WINDOW // 2
     weights = (-0.5 * (offsets / SIGMA) ** 2).exp()
     weights = weights / weights.sum()

@@ -1,9 +1,9 @@
 """Image features for FID and similar metrics: Inception-v3, or a random network.
 
-Inception-v3 of 2015 as the FID uses it, up to its last mean of 2,048 numbers: Szegedy et al., "Rethinking the Inception
-Architecture" (2016), with two differences of TensorFlow's graph from torchvision's network: average pooling leaves out
-the padding, and the last block pools by maximum. The weights are in no package; they are read from a file that the user
-provides, as safetensors with the names of pytorch-fid's pt_inception-2015-12-05-6726825d.pth, which are torchvision's.
+The Inception-v3 of 2015 used for FID, up to its last mean of 2,048 numbers: Szegedy et al., "Rethinking the Inception
+Architecture" (2016). TensorFlow's graph differs from torchvision's network in two ways: average pooling ignores the
+padding, and the last block uses max pooling. No package contains the weights. They are read from a file that the user
+provides: safetensors with the names of pytorch-fid's pt_inception-2015-12-05-6726825d.pth, which are torchvision's.
 
 Axes: picture, channels (1 or 3), height, width, dim.
 """
@@ -28,7 +28,7 @@ from keifu.folders import cache
 
 FILE = "inception-2015.safetensors"
 SIDE, EPSILON = 299, 1e-3
-ROUNDS = {  # the branches of each kind of block, each a chain of convolutions; "avg", "max" and "reduce" are poolings
+ROUNDS = {  # branches of each kind of block, each a chain of convolutions; "avg", "max" and "reduce" are poolings
     "stem": ("Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 reduce Conv2d_3b_1x1 Conv2d_4a_3x3/1 reduce",),
     "a": ("branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "avg branch_pool"),
     "b": ("branch3x3/2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3/2", "reduce"),
@@ -40,7 +40,7 @@ ROUNDS = {  # the branches of each kind of block, each a chain of convolutions; 
           "avg branch_pool"),
 }  # fmt: skip
 ROUNDS["f"] = (*ROUNDS["e"][:-1], "max branch_pool")
-BLOCKS = {  # what the names of a block's weights begin with, and its kind
+BLOCKS = {  # prefix of a block's weights, and its kind
     "": "stem", "Mixed_5b.": "a", "Mixed_5c.": "a", "Mixed_5d.": "a", "Mixed_6a.": "b", "Mixed_6b.": "c",
     "Mixed_6c.": "c", "Mixed_6d.": "c", "Mixed_6e.": "c", "Mixed_7a.": "d", "Mixed_7b.": "e", "Mixed_7c.": "f",
 }  # fmt: skip
@@ -52,9 +52,9 @@ POOLS = {
 
 
 class Inception:
-    """The network, with each normalisation taken into the convolution before it.
+    """Inception network with each normalisation merged into the convolution before it.
 
-    A convolution keeps the picture's size unless its stride is written behind it: /1 and /2 add no edge.
+    A convolution keeps the picture's size unless a stride follows its name: /1 and /2 use no padding.
     """
 
     def __init__(self, weights: dict[str, Tensor]):
@@ -63,7 +63,7 @@ class Inception:
         self.folded = {name: _fold_batch_norm(weights, name) for name in names}
 
     def __call__(self, x: Float[Tensor, "picture 3 height width"]) -> Float[Tensor, "picture 2048"]:
-        """Return the features of pictures with values from -1 to 1, resized to 299 x 299 first."""
+        """Return the features of pictures with values from -1 to 1. They are first resized to 299 x 299."""
         x = F.interpolate(x, (SIDE, SIDE), mode="bilinear", align_corners=False)
         for block, block_type in BLOCKS.items():
             x = torch.cat([self._chain(x, branch, block) for branch in ROUNDS[block_type]], 1)
@@ -88,12 +88,13 @@ def _fold_batch_norm(weights: dict[str, Tensor], name: str) -> tuple[Tensor, Ten
 
 
 def place() -> Path:
-    """Return the path at which the weights are expected."""
+    """Return the path of the weights' file."""
     return cache() / FILE
 
 
 def inception() -> Inception | None:
-    """Load the network, or return None if its weights are missing; a file without them is a `UserError`."""
+    """Load the network, or return None if the weights' file does not exist. Raises `UserError` for a file without the
+    weights."""
     if not place().is_file():
         return None
     try:
@@ -109,9 +110,9 @@ PAPERS, OWN = ("FID", "KID"), ("Fréchet distance", "kernel distance")
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature extractor, with its name and the names of the two distances computed from it.
+    """Feature extractor, with its name and the names of the two distances computed from it.
 
-    Figures from different extractors cannot be compared.
+    Figures of different extractors cannot be compared.
     """
 
     name: str
@@ -122,7 +123,7 @@ class Extractor:
     def __call__(
         self, pictures: UInt8[Tensor, "picture channels height width"], batch_size: int = 64
     ) -> Float[Tensor, "picture dim"]:
-        """Return the features of each picture, float32; grey pictures are converted to colour."""
+        """Return the features of each picture as float32. Grey pictures are converted to colour."""
         features = []
         with counting("Looking at pictures", len(pictures), "pictures") as advance:
             for first in range(0, len(pictures), batch_size):
@@ -133,10 +134,10 @@ class Extractor:
 
 
 class RandomFeatures(nn.Module):
-    """Four stages of fixed random 3 x 3 convolutions; features are the means of each over the whole picture.
+    """Four stages of fixed random 3 x 3 convolutions. Features are the means of each output over the whole picture.
 
-    Nothing is trained: the features say how often edges, colours and their combinations occur at four scales, not what
-    the image shows. Weights as of He et al. (2015), from seed 0.
+    Nothing is trained: the features measure how often edges, colours and their combinations occur at four scales, not
+    the content of the image. Weights as in He et al. (2015), from seed 0.
     """
 
     def __init__(self):
@@ -160,7 +161,7 @@ class RandomFeatures(nn.Module):
 
 
 def extractor() -> Extractor:
-    """Return Inception's features where its weights are available, otherwise those of the random network."""
+    """Return the Inception extractor if its weights are available, otherwise the random network."""
     network = inception()
     if network is not None:
         return Extractor("Inception-v3 (2015), 2048 features", network, PAPERS)

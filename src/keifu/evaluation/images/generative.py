@@ -40,10 +40,10 @@ from keifu.training.objectives.diffusion import HELD_OUT, bits_of_step, draw_noi
 
 @dataclass(frozen=True)
 class Bound:
-    """Bits per dimension (number of a picture) of each picture.
+    """Bits per dimension (per number of a picture) of each picture.
 
-    prior: the term of x_T, its divergence from noise. steps [batch, T]: each step back, the decoder's at timestep 0.
-    squared_error [batch, T]: of the noise that the network sees, for comparison with the training's loss.
+    prior [batch]: divergence of x_T from noise. steps [batch, T]: each denoising step; timestep 0 is the decoder.
+    squared_error [batch, T]: of the predicted noise, for comparison with the training loss.
     """
 
     prior: Float[Tensor, " batch"]
@@ -52,7 +52,7 @@ class Bound:
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
-        """Return the bound itself."""
+        """Bits per dimension in all."""
         return self.prior + self.steps.sum(1)
 
 
@@ -64,9 +64,9 @@ def bound(
     seeds: Int[Tensor, " batch"],
     advance: Callable[[], None] = lambda: None,
 ) -> Bound:
-    """Return the bound of some pictures, values from -1 to 1, by all T steps with one draw of noise each.
+    """Return the bound of pictures with values from -1 to 1, over all T steps, with one noise sample for each.
 
-    The noise is a function of a picture's seed and the timestep. `advance` is called after each step.
+    The noise depends on a picture's seed and the timestep. advance: called after each step.
     """
     denoise, exact, rows = Denoiser(network, noise), posterior(noise), []
     for step in range(noise.steps):
@@ -91,8 +91,8 @@ def prior_bits(noise: Noise, pictures: Float[Tensor, "batch *shape"]) -> Float[T
     return apart.flatten(1).mean(1) / math.log(2)
 
 
-LEFT = 0.9, 0.5, 0.1  # ᾱ, the shares of a picture's variance that are left in the noise it is found again in
-STEPS = 50  # of the whole path, from pure noise
+LEFT = 0.9, 0.5, 0.1  # ᾱ: shares of the picture's variance that remain after adding noise, before reconstruction
+STEPS = 50  # of the whole path from pure noise
 COLUMNS = "picture left in the noise", "timestep", "PSNR of the noisy picture", "PSNR", "SSIM"
 Bytes = UInt8[Tensor, "picture channels height width"]
 
@@ -100,11 +100,12 @@ Bytes = UInt8[Tensor, "picture channels height width"]
 def reconstruct(
     model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int, steps: int | None = None
 ) -> tuple[dict[str, float | int | str], ResultTable]:
-    """Return mean PSNR in decibels and SSIM of images noised to each level of `LEFT` and denoised deterministically.
+    """Return mean PSNR (decibels) and SSIM of images that were noised to each level of `LEFT` and denoised
+    deterministically.
 
-    By DDIM (η = 0), along what is left from there of a path of that many steps: from the noisiest level at which at
-    least that share of an image's variance is left. Figures are those of the middle level. SSIM has no number for
-    pictures smaller than its window.
+    Denoising is DDIM (η = 0) along the remaining part of a path of `steps` steps. It begins at the noisiest level at
+    which at least that share of the variance remains. The headline figures are those of the middle level. SSIM is left
+    out for pictures smaller than its window.
     """
     chosen, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
     clean = pictures.take(slice(None))
@@ -128,8 +129,8 @@ def reconstruct(
 def _reconstruct(
     model: ImageModel, chosen: ConfiguredSampler, way: Schedule, pictures: Bytes, label: Tensor | None, seeds: Tensor
 ) -> tuple[Bytes, Bytes]:
-    """Return pictures with noise of these seeds, at the level where a path begins, and what the path leads to from
-    there."""
+    """Return noised pictures at the level where the path begins, and the result of denoising them. seeds: of the
+    noise."""
     level, clean = way.steps[0].level, to_signed(pictures)
     x = level.alpha * clean + level.sigma * normal(seeds.to(clean.device), clean.shape[1:])
     walk = chosen.run(chosen.denoiser(label_denoiser(model, label)), x, way, SeededNoise(seeds.tolist()))
@@ -137,10 +138,10 @@ def _reconstruct(
 
 
 def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) -> dict[str, float | int | str]:
-    """Return the variational bound in bits per number of a picture, its three parts, and the mean's standard error.
+    """Return the variational bound in bits per dimension, its three parts, and the standard error of the mean.
 
-    prior: the end of the noising. steps (the paper's rate, with the prior): the way back to timestep 0. decoder (its
-    distortion): what the grey values then still need.
+    prior: the end of the noising. steps (with the prior the paper's rate): denoising down to timestep 0. decoder (its
+    distortion): the remaining bits for the pixel values.
     """
     bounds, all_steps = [], model.noise.steps * -(-len(pictures) // batch_size)
     with counting("Counting bits", all_steps, "steps") as advance:
@@ -162,10 +163,10 @@ def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) 
 
 
 def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None:
-    """Return the class of each image as the model numbers it; None for an unconditional model.
+    """Return the class of each image in the model's numbering; None for an unconditional model.
 
-    If the model has no class names, its classes are in the order of the data set. An image without a class is a
-    `UserError` if the model requires one.
+    If the model has no class names, its classes are in the order of the data set. Raises `UserError` for an image
+    without a class if the model requires one.
     """
     if not model.config.n_classes:
         return None
@@ -179,7 +180,7 @@ def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None
 
 
 def _batches(model: ImageModel, pictures: ImageDataset, size: int) -> Iterator[tuple[int, Bytes, Tensor | None]]:
-    """Return the index of the first one, the pictures and their labels, on the model's device."""
+    """Yield (index of the first picture, pictures, labels) of each batch, on the model's device."""
     labels, device = condition_labels(model, pictures), next(model.parameters()).device
     for first in range(0, len(pictures), size):
         part = slice(first, first + size)
@@ -195,16 +196,16 @@ names = CATALOGUED.keys
 OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "guidance", "judge"}
 METRICS = "distances", "reconstruction", "bits", "classes"
 DRAWN, BATCH = 1000, 64
-AGAIN, COUNTED = 256, 64  # held-out pictures that are found again, and whose bits are counted, at most
-COMPARED = 10_000  # real pictures that a network looks at, at most
-SHOWN, ACROSS = 24, 4  # drawn pictures on the sheet, and in a row of it
+AGAIN, COUNTED = 256, 64  # maximal held-out pictures for reconstruction, and for bits
+COMPARED = 10_000  # maximal real pictures for the distances
+SHOWN, ACROSS = 24, 4  # drawn pictures on the sheet, and in each of its rows
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest real picture to each of some others, by pixels and by features, and how far the first one is.
+    """Nearest real picture of each drawn picture, by pixels and by features, and the distance of the former.
 
-    differences: the root of the mean squared difference of two pictures' bytes, 0 to 255.
+    differences: root mean squared difference of two pictures' bytes, 0 to 255.
     """
 
     by_pixels: Int[Tensor, " picture"]
@@ -213,20 +214,20 @@ class Neighbours:
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether it is a diffusion model without text conditioning."""
+    """Return whether the model is a diffusion model without text conditioning."""
     return isinstance(model, ImageModel) and model.draws == "pixels"
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is one of them, a folder, or .tar shards."""
+    """Return whether `on` is a catalogue name, a folder, or .tar shards."""
     return on in names() or Path(on).expanduser().exists() or on.endswith(".tar")
 
 
 def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalResult:
-    """Return the figures of `metric`, or of each one.
+    """Return the figures of `metric`, or of all three default metrics.
 
-    distances: generated images against keifu's training images, by features, and by pixels to find copies.
-    reconstruction and bits: of held-out images. classes: how a classifier sees images drawn of each class.
+    distances: generated images against training images, by features; and by pixels, to detect copies. reconstruction
+    and bits: of held-out images. classes: how a classifier labels images drawn of each class.
     """
     drawer = pixel_diffusion.require_diffusion_model(model)
     if request.metric not in (None, *METRICS):
@@ -243,7 +244,7 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
 
 
 def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
-    """Return how often a classifier of grey values recognises the class for which an image was drawn."""
+    """Return how often a classifier of grey images recognises the class for which an image was drawn."""
     judge, classes = request.judge, drawer.config.classes or ()
     if not isinstance(judge, RowClassifier) or not classes:
         raise UserError("The metric classes needs a model conditioned on named classes, and --judge one of digits.")
@@ -280,7 +281,8 @@ def _generate_beside(drawer: ImageModel, parts: ImageSplit, request: EvalRequest
 def write_neighbours(
     drawn: Bytes, real: ImageDataset, held: ImageDataset | None, request: EvalRequest, wanted: ImageRequest
 ) -> EvalResult:
-    """Compare generated images with real ones: distances, remarks, the nearest real one of each, and a picture."""
+    """Compare generated images with real ones. Return distances, remarks, each one's nearest real image, and a picture
+    of some."""
     seen = extractor()
     near, figures = compare_images(seen, drawn, real, held)
     notes = [
@@ -303,8 +305,8 @@ def write_neighbours(
 
 
 def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) -> EvalResult:
-    """Return reconstruction and bits of held-out images; where that cannot be, a note, or a `UserError` if it was
-    requested by name."""
+    """Return reconstruction and bits of held-out images. If they cannot be computed, add a note, or raise `UserError`
+    if the metric was requested by name."""
     try:
         if not len(pictures):
             raise UserError(f"{request.on} has too few pictures to hold one out, so none can be found again in noise.")
@@ -324,7 +326,7 @@ def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) 
             "(the table has other shares), and taken off by ddim without chance (η = 0) along the rest of a path of "
             f"{min(STEPS, drawer.noise.steps)} steps."
         )
-    if request.metric == "bits" or (request.metric is None and not drawer.noise.flows):  # which have no bound
+    if request.metric == "bits" or (request.metric is None and not drawer.noise.flows):  # flow models have no bound
         chosen = pictures.spread(request.limit or COUNTED)
         figures |= bits(drawer, chosen, request.seed, size)
         notes.append(
@@ -337,7 +339,8 @@ def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) 
 def compare_images(
     seen: Extractor, drawn: Bytes, real: ImageDataset, held: ImageDataset | None
 ) -> tuple[Neighbours, dict[str, float | int | str]]:
-    """Return the figures of generated images against real ones; and of held-out images against the same, if any."""
+    """Return the nearest real images, and figures of generated images against real ones, with those of held-out images
+    for comparison."""
     known = real.spread(COMPARED)
     features, known_features = seen(drawn), seen(known.take(slice(None)))
     figures = _figures(seen, known_features, features, "")
@@ -356,7 +359,7 @@ def compare_images(
 
 
 def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> dict[str, float | int | str]:
-    """Return Fréchet and kernel distance, precision and recall, each with its name."""
+    """Return Fréchet and kernel distance, precision and recall by name."""
     distance, among = kernel_distance(real, drawn), manifold(real, drawn)
     named = seen.titles
     return {
@@ -371,7 +374,7 @@ def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> dict[s
 def nearest_neighbours(
     drawn: Bytes, features: Tensor, known: ImageDataset, known_features: Tensor, real: ImageDataset
 ) -> Neighbours:
-    """Find the nearest of all real pictures by pixels, and by features the nearest of the `known` ones."""
+    """Return the nearest of all real pictures by pixels, and the nearest of the `known` ones by features."""
     pixels = drawn.flatten(1)
     distances, indices = nearest(pixels, real.take(slice(None)).flatten(1))
     by_features = nearest(features, known_features)[1]
@@ -401,13 +404,13 @@ def _sentence(pictures: ImageDataset, index: int) -> str:
 
 
 def _real_images(model: ImageModel, request: EvalRequest) -> ImageSplit:
-    """Return the images at the model's size, split as its training split them."""
+    """Return the images at the model's size with the split that the model was trained on."""
     pictures = read_squares(request.on, pixel_diffusion.trained_size(model), model.colours)
     return split_of_run(pictures, request.held_out)
 
 
 def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:
-    """Read a set in the height and width that a model draws, grey or in colour as the model does."""
+    """Read a picture set in the height, width and channels that a model draws."""
     if size[0] != size[1]:
         raise UserError(f"This model draws {size[1]} x {size[0]} pictures, and only squares can be compared.")
     return read_images(on, size[0], 1 if channels == 1 else 3)

@@ -1,7 +1,7 @@
-"""Evaluation of a model that sees on questions about pictures: the share of right answers, next to blind baselines.
+"""Evaluation of a vision-language model on questions about pictures: the share of right answers, and blind baselines.
 
-Many questions can be answered without the picture, so that three baselines are printed: the same model without it, the
-answer that is most frequent in the training part, and the most frequent answer to each question.
+Many questions can be answered without the picture. So three baselines are reported: the same model without the picture,
+the most frequent training answer, and the most frequent training answer to each question.
 """
 
 from collections.abc import Sequence
@@ -25,22 +25,22 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16, seed=0)
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether the model sees."""
+    """Return whether the model reads pictures."""
     return isinstance(model, SeeingModel)
 
 
 def names() -> list[str]:
-    """Return the catalogue names with questions."""
+    """Return the names of catalogue entries with questions."""
     return list(NAMES)
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is one of them, or a folder of questions."""
+    """Return whether `on` is such a name, or a folder of questions."""
     return on in NAMES or (Path(on) / FILE).is_file()
 
 
 def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Return the accuracy on the test part, or as much of it as `limit` says, spread over all."""
+    """Return the accuracy on the test part, or on `limit` evenly spaced questions of it."""
     questions = read_questions(request.on)
     tested = list(questions.tested)
     if not tested:

@@ -1,6 +1,7 @@
-"""Image-text retrieval by a CLIP model: embeddings of both kinds, and recall among the first 1, 5 and 10.
+"""Image-text retrieval by a CLIP model: embeddings of pictures and texts, and recall among the first 1, 5 and 10.
 
-Of several captions of an image, any is correct (Karpathy and Fei-Fei, 2015). Axes: pictures, texts, labels, embedding.
+If an image has several captions, each is correct (Karpathy and Fei-Fei, 2015). Axes: pictures, texts, labels,
+embedding.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,35 +34,37 @@ BATCH = 64  # pictures in a pass
 
 
 def two_towers(model: nn.Module) -> TwoTowers:
-    """Return the model, checked to have both towers; any other is a `UserError`."""
+    """Return the model. Raises `UserError` if it does not have both towers."""
     if not isinstance(model, TwoTowers):
         raise UserError(f"A {type(model).__name__} does not see pictures and texts in one space: choose a CLIP.")
     return model
 
 
 def preprocessing(model: nn.Module) -> Preprocessing:
-    """Return the preprocessing of pictures for the model."""
+    """Return the model's preprocessing of pictures."""
     return Preprocessing(**vars(two_towers(model).config.pixels))
 
 
 def embed_texts(
     model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256, cut: bool = False
 ) -> Float[Tensor, "texts embedding"]:
-    """Return a point for each text, float32. An empty text, and one longer than the model takes, are `UserError`s, the
-    latter with both lengths; `cut` keeps the beginning of such a text."""
+    """Return the embedding of each text as float32. Raises `UserError` for an empty text, or one longer than the
+    context, unless `cut` keeps its beginning."""
     rows = encode_texts(tokenizer, texts, two_towers(model).config.context_length, cut).rows
     return embed_rows(model, rows, padding(tokenizer), batch_size)
 
 
 def padding(tokenizer: Tokenizer) -> int:
-    """Return the id that pads a text after its end: no token attends to it, so any id up to the end's is valid."""
+    """Return the padding id. Padding comes after the end token and no token attends to it, so any id up to the end
+    token's is valid."""
     return next(token for token in (tokenizer.pad_id, tokenizer.eos_id, 0) if token is not None)
 
 
 def embed_pictures(
     model: nn.Module, images: Iterable[Image.Image], batch_size: int = BATCH
 ) -> Float[Tensor, "pictures embedding"]:
-    """Return a point for each picture, float32; pictures are read in batches, and only their points are kept."""
+    """Return the embedding of each picture as float32. Pictures are read in batches, and only their embeddings are
+    kept."""
     ready, left = preprocessing(model), iter(images)
     groups = iter(lambda: list(islice(left, batch_size)), [])
     return embed_bytes(model, (torch.stack([ready.cut(image) for image in some]) for some in groups))
@@ -70,7 +73,7 @@ def embed_pictures(
 def embed_bytes(
     model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]]
 ) -> Float[Tensor, "pictures embedding"]:
-    """Return the embeddings of images in the model's size, in batches, with the model in evaluation mode."""
+    """Return the embeddings of batches of images in the model's size. The model is in evaluation mode."""
     towers, ready, like = two_towers(model), preprocessing(model), next(model.parameters())
     points: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
@@ -85,8 +88,8 @@ def embed_bytes(
 def label_points(
     model: nn.Module, tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str]
 ) -> Float[Tensor, "labels embedding"]:
-    """Return a point for each label: the mean over the templates with the label in the place of {} (CLIP, section
-    3.1.4). A template without {} is a `UserError`."""
+    """Return the embedding of each label: the mean over templates in which the label replaces {} (CLIP, section 3.1.4).
+    Raises `UserError` for a template without {}."""
     for template in templates:
         if "{}" not in template:
             raise UserError(f"The template {template!r} has no {{}} for the label, as 'a photo of a {{}}' has.")
@@ -105,19 +108,19 @@ def label_shares(
 ABOUT = "retrieval: a CLIP on captioned pictures, emoji for example"
 OPTIONS = {"language", "output"}
 FIRST = (1, 5, 10)
-AT_ONCE = 2**24  # similarities that exist at a time
+AT_ONCE = 2**24  # similarities that are computed at once
 NAMES = ("emoji", "openmoji", "photos")
 
 
 @dataclass(frozen=True)
 class Recall:
-    """The share of searches whose answer is among the first 1, 5 and 10, by that number, and the median place of it."""
+    """Share of queries whose answer is among the first 1, 5 and 10 (by that number), and the answer's median rank."""
 
     shares: dict[int, float]
     median: float
 
     def figures(self, name: str) -> dict[str, float]:
-        """Return the same as figures whose names begin with `name`."""
+        """Return the figures with names that begin with `name`."""
         return {f"{name} R@{first}": round(share, 4) for first, share in self.shares.items()} | {
             f"{name} median rank": self.median
         }
@@ -129,9 +132,10 @@ def ranks(
     right: Int[Tensor, " queries"],
     answers: Int[Tensor, " among"],
 ) -> Int[Tensor, " queries"]:
-    """Return the rank, from 1, at which each query finds the first point whose entry in `answers` equals its `right`.
+    """Return the rank, from 1, of each query's first correct point. A point is correct if its entry in `answers` equals
+    the query's entry in `right`.
 
-    Ties count as nearer than the answer, so that a model with constant embeddings gains nothing.
+    Points with equal similarity count as nearer than the answer, so that constant embeddings gain nothing.
     """
     parts, rows = [], max(1, AT_ONCE // len(among))
     for start in range(0, len(queries), rows):
@@ -143,7 +147,7 @@ def ranks(
 
 
 def recall(positions: Int[Tensor, " queries"]) -> Recall:
-    """Return the figures of such ranks."""
+    """Return the recall figures of these ranks."""
     shares = {first: float((positions <= first).float().mean()) for first in FIRST}
     return Recall(shares, float(positions.float().quantile(0.5)))
 
@@ -154,9 +158,12 @@ def recall_both_ways(
     owners: Int[Tensor, " texts"] | None = None,
     alike: Int[Tensor, " pictures"] | None = None,
 ) -> tuple[Recall, Recall]:
-    """Return captions found by pictures, and pictures found by captions. owners: the picture of each caption, by place;
-    unset, the captions are in the pictures' order. alike: a number for each picture, which owners then are; pictures
-    with the same one have the same caption, and each is right for it."""
+    """Return the recall of captions for pictures, and of pictures for captions.
+
+    owners: index of each caption's picture; None: captions are in the pictures' order. alike: a number for each
+    picture, which `owners` then refers to; pictures with the same number have the same caption, and each is correct for
+    it.
+    """
     numbers = torch.arange(len(pictures), device=pictures.device) if alike is None else alike
     owners = numbers if owners is None else owners
     return recall(ranks(pictures, texts, numbers, owners)), recall(ranks(texts, pictures, owners, numbers))
@@ -173,14 +180,15 @@ def names() -> list[str]:
 
 
 def accepts(on: str) -> bool:
-    """Return whether these are pictures: a catalogue name, a folder or shards."""
+    """Return whether `on` is a catalogue name of pictures, a folder or shards."""
     return in_catalogue(on) or on.endswith(".tar") or Path(on).expanduser().is_dir()
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Return recall in both directions for each language that the model has learned, or else for each that there is.
+    """Return recall in both directions for each language that the model was trained on, or else for each language of
+    the data.
 
-    Of near copies, such as an emoji in all skin tones, the first one counts. Intervals resample families.
+    Of near copies, such as an emoji in all skin tones, only the first is used. Intervals resample families.
     """
     size = preprocessing(model).crop
     parts = split_pairs(request.on, size, request.held_out)
@@ -188,7 +196,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     if not pictures.captions:
         raise UserError(f"The pictures of {request.on} have no captions to be found; add metadata.jsonl with text.")
     if request.language:
-        pictures.texts(request.language)  # an unknown one is an error
+        pictures.texts(request.language)  # raises an error for an unknown language
     if request.limit:
         pictures = pictures.chosen(range(min(request.limit, len(pictures))))
     points = embed_pictures(model, images(request.on, pictures, size))
@@ -216,7 +224,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 def both_ranks(
     for_captions: tuple[Tensor, Tensor], for_pictures: tuple[Tensor, Tensor], alike: Int[Tensor, " pictures"]
 ) -> dict[str, list[int]]:
-    """Return the rank of each picture's caption, and of each caption's picture. Both pairs are pictures and texts."""
+    """Return the rank of each picture's caption, and of each caption's picture. Both arguments are (pictures,
+    texts)."""
     pictures, texts = for_pictures
     captions = ranks(*for_captions, alike, alike)
     return {"captions": captions.tolist(), "pictures": ranks(texts, pictures, alike, alike).tolist()}
@@ -229,7 +238,7 @@ def _counted(train: ImageDataset, pictures: ImageDataset, language: str) -> dict
 def figures_of(
     language: str, columns: Mapping[str, Sequence[int]], families: Sequence[int]
 ) -> dict[str, float | int | str]:
-    """Return the figures of ranks by direction ("captions", "pictures"), and of those that counting has."""
+    """Return the figures of ranks by direction ("captions", "pictures"), and those of the counting baseline."""
     figures: dict[str, float | int | str] = {}
     for what in ("captions", "pictures"):
         name = f"{language} {what} R@1"
@@ -254,8 +263,8 @@ def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:
 
 
 def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
-    """Return the pictures of an evaluation as `test`: those held out of a catalogue name, the part called test of a
-    folder that has one, else all; the others are `train`. held_out: see `split_of_run`."""
+    """Split the pictures of an evaluation. `test` is the held-out part of a catalogue entry, or a folder's part called
+    test if there is one, else everything; `train` is the rest. held_out: see `split_of_run`."""
     pictures = read_images(on, size, 3)
     if in_catalogue(on):
         return split_of_run(pictures, held_out)
@@ -267,7 +276,7 @@ def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
 
 
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
-    """Yield the pictures in their order, as the source has them and not yet in the network's size."""
+    """Yield the pictures in order, as they are in the source, before resizing."""
     wanted = {*pictures.names}
     read = {item.name: item.read for item in sources.items(on, lambda problem: None) if item.name in wanted}
     for name in pictures.names:

@@ -1,6 +1,6 @@
 """Evaluation of text-to-image models: CLIP score of the generated images, and their distance to real ones.
 
-Axes: picture, channels, height, width; there are as many texts as images.
+Axes: picture, channels, height, width. There are as many texts as images.
 """
 
 from collections.abc import Sequence
@@ -31,24 +31,27 @@ Bytes = UInt8[Tensor, "picture channels height width"]
 def cosines(
     towers: nn.Module, tokenizer: Tokenizer, pictures: Bytes, texts: Sequence[str]
 ) -> Float[Tensor, "picture texts"]:
-    """Return the cosine of each picture's point and each text's in CLIP's space."""
+    """Return the cosine between the CLIP embeddings of each picture and each text."""
     if len(pictures) != len(texts):
         raise UserError(f"{len(pictures)} pictures need as many texts, and {len(texts)} were given.")
     return embed_pictures(towers, map(to_image, pictures)) @ embed_texts(towers, tokenizer, texts, cut=True).T
 
 
 def clip_scores(cosines: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
-    """Return CLIPScore without its factor of 2.5, in hundredths (Hessel et al., 2021, section 3): 100 · max(cosine, 0)
-    of each picture with its own text, and the mean of the same with all other texts, which is what shuffled captions
-    have."""
+    """Return CLIP scores of each picture with its text, and the mean of its scores with all other texts, as if captions
+    were shuffled.
+
+    A score is 100 · max(cosine, 0): CLIPScore without its factor of 2.5, in hundredths (Hessel et al., 2021, section
+    3).
+    """
     scores, count = 100 * cosines.clamp(min=0), len(cosines)
     matching = scores.diagonal()
     return matching, (scores.sum(1) - matching) / max(1, count - 1)
 
 
 def best(cosines: Float[Tensor, "picture texts"], count: int) -> list[int]:
-    """Choose the pictures that fit the first text best, the best one first (DALL-E's reranking; Ramesh et al.,
-    2021)."""
+    """Return the indices of the pictures that fit the first text best, the best one first (DALL-E's reranking; Ramesh
+    et al., 2021)."""
     return cosines[:, 0].argsort(descending=True, stable=True)[:count].tolist()
 
 
@@ -62,7 +65,7 @@ ITEMS = "captions", "caption", "score", "own caption first", "score of the real 
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """Pictures of captions, and the real ones that had them."""
+    """Pictures drawn from captions, and the real pictures with these captions."""
 
     real: ImageDataset
     captions: tuple[str, ...]
@@ -70,9 +73,9 @@ class GeneratedImages:
 
 
 def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResult:
-    """Return the figures of `metric`, or of both: of pictures of captions in training, and of held-out captions.
+    """Return the figures of `metric`, or of both metrics, for captions in training and for held-out captions.
 
-    clip-score needs a CLIP; without one it is left out, or a `UserError` where it was requested by name.
+    clip-score needs a CLIP. Without one it is left out, or raises `UserError` if it was requested by name.
     """
     if request.metric not in (None, *METRICS):
         raise unknown("metric of a text-to-image model", request.metric, METRICS)
@@ -102,20 +105,20 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
 
 
 def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[ImageSplit, ImageRequest]:
-    """Return captioned images of the model's size, split, and the request with which each is generated."""
+    """Return captioned images of the model's size, split, and the request that generates each picture."""
     guidance = drawer.usual_guidance if request.guidance is None else request.guidance
     sampler = request.sampler or drawer.usual_sampler
     wanted = ImageRequest(sampler, request.steps, request.seed, guidance=guidance, text="a", truncate=True)
     wanted = drawer.resolved(wanted)
     pictures = drawn_pictures.read_squares(request.on, wanted.size or (0, 0), drawer.colours)
-    pictures.texts(request.language)  # an unknown language is an error before anything is generated
+    pictures.texts(request.language)  # raises an error for an unknown language before anything is generated
     return split_of_run(pictures, request.held_out), wanted
 
 
 def _generate(
     drawer: TextToImagePipeline, wanted: ImageRequest, part: ImageDataset, request: EvalRequest
 ) -> GeneratedImages:
-    """Generate an image for each of some captions, spread over the set, with consecutive seeds."""
+    """Generate an image for each of evenly spaced captions, with consecutive seeds."""
     chosen = part.spread(min(request.limit or DRAWN, len(part)))
     captions, size, made = chosen.texts(request.language), request.batch_size or BATCH, list[Tensor]()
     with counting("Drawing", len(captions), "pictures") as advance:
@@ -130,7 +133,7 @@ def _generate(
 def _score(
     where: str, drawn: GeneratedImages, request: EvalRequest
 ) -> tuple[dict[str, float | int | str], list[tuple[Any, ...]]]:
-    """Return CLIP scores, with their own captions and with all others, of generated and real images; and the items."""
+    """Return CLIP scores of generated and real images, with their captions and with all others; and the items."""
     towers, tokenizer = request.towers
     figures, columns = dict[str, float | int | str](), list[list[Any]]()
     for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
@@ -157,7 +160,7 @@ def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: 
 
 
 def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:
-    """Draw a PNG: some generated images, each next to the real one that has its caption."""
+    """Draw a PNG: some generated images, each next to the real one with the same caption."""
     count = drawn_pictures.SHOWN // len(drawn)
     pairs = [
         torch.stack([each.pictures[:count], each.real.take(slice(0, count))], 1).flatten(0, 1)

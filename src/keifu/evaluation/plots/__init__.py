@@ -1,1 +1,1 @@
-"""Plots for people: decision boundaries."""
+"""Plots of decision boundaries."""

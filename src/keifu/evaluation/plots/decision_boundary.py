@@ -1,7 +1,7 @@
 """Decision boundaries of classifiers with two inputs, in one image or over training; and comparisons of several runs.
 
-Axes: rows, and the two columns of a table. Colours are Okabe and Ito's (2008), which colour-blind people can tell
-apart; classes also differ in their markers.
+Axes: rows, and the two columns of a table. Colours are those of Okabe and Ito (2008), which colour-blind people can
+distinguish. Classes also differ in their markers.
 """
 
 import io
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "os^DvPX*"
 Shares = Callable[[Float[Tensor, "rows 2"]], Float[Tensor, "rows classes"]]
-Stage = tuple[str, Float[Tensor, "size size classes"]]  # a title, and what `class_shares_on` gave
+Stage = tuple[str, Float[Tensor, "size size classes"]]  # title, and a result of `class_shares_on`
 
 
 def limits(points: Table) -> tuple[float, float, float, float]:
-    """Return left, right, bottom and top of the picture: the points' own, with a margin."""
+    """Return left, right, bottom and top of the picture: the range of the points, with a margin."""
     low, high = points.inputs.amin(0), points.inputs.amax(0)
     margin = 0.25 * (high - low).clamp_min(1e-9)
     (left, bottom), (right, top) = (low - margin).tolist(), (high + margin).tolist()
@@ -35,7 +35,8 @@ def limits(points: Table) -> tuple[float, float, float, float]:
 
 
 def class_shares_on(points: Table, shares: Shares, size: int = 200) -> Float[Tensor, "size size classes"]:
-    """Evaluate `shares`, each class's share of the decision, on a grid over the picture; rows go upwards."""
+    """Evaluate `shares`, a function from points to class probabilities, on a grid over the picture. Row 0 is at the
+    bottom."""
     left, right, bottom, top = limits(points)
     dtype = points.inputs.dtype
     x, y = torch.linspace(left, right, size, dtype=dtype), torch.linspace(bottom, top, size, dtype=dtype)
@@ -43,7 +44,7 @@ def class_shares_on(points: Table, shares: Shares, size: int = 200) -> Float[Ten
 
 
 def spread(steps: Sequence[int], most: int = 6) -> list[int]:
-    """Choose at most `count` of the ascending steps: the first, the last, and between them ever wider apart."""
+    """Return at most `most` of the ascending steps: the first, the last, and some between at growing distances."""
     last = len(steps) - 1
     if last < most:
         return list(steps)
@@ -52,7 +53,7 @@ def spread(steps: Sequence[int], most: int = 6) -> list[int]:
 
 
 def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"], title: str) -> None:
-    """Draw the plane in the classes' colours, the boundary between them as a line, and the points on it."""
+    """Draw the plane in the classes' colours, the decision boundary as a line, and the points."""
     from matplotlib.colors import to_rgb
 
     left, right, bottom, top = extent = limits(points)
@@ -72,7 +73,7 @@ def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"]
 
 
 def scatter(axes: "Axes", points: Table) -> None:
-    """Draw the points, each class in its colour and with its marker."""
+    """Draw the points, each class with its colour and marker."""
     size = 70 if len(points.inputs) <= 12 else 12
     for index, name in enumerate(points.classes):
         x, y = points.inputs[points.targets == index].T.numpy()
@@ -91,10 +92,10 @@ def strip(points: Table, stages: Sequence[Stage]) -> bytes:
 
 
 def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes:
-    """Draw the proof that no line separates two classes as PNG: lines between rows of each class, and their shared
-    point.
+    """Draw the proof that no line separates two classes as PNG: convex combinations of each class's rows, and their
+    common point.
 
-    `mixture` [rows]: weights with sum 1 of the rows that meet there, half of it in each class.
+    mixture [rows]: weights of the rows whose combinations meet. The sum is 1, half of it in each class.
     """
     figure, (axes,) = canvas(1, 1, 3.2)
     scatter(axes, points)
@@ -113,7 +114,7 @@ def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes
 
 
 def label(figure: "Figure", panels: Sequence["Axes"], points: Table) -> None:
-    """Write the columns next to the panels, and the classes below them."""
+    """Label the axes with the columns, and add a legend of classes below."""
     panels[0].set_ylabel(points.columns[1], fontsize=9)
     for axes in panels:
         axes.set_xlabel(points.columns[0], fontsize=9)
@@ -122,7 +123,7 @@ def label(figure: "Figure", panels: Sequence["Axes"], points: Table) -> None:
 
 
 def canvas(panels: int, across: int, size: float = 2.1) -> tuple["Figure", list["Axes"]]:
-    """Make a figure with that many square panels, and no more, in rows."""
+    """Return a figure with that many square panels, in rows."""
     from matplotlib.figure import Figure
 
     down = -(-panels // across)
@@ -134,7 +135,7 @@ def canvas(panels: int, across: int, size: float = 2.1) -> tuple["Figure", list[
 
 
 def png(figure: "Figure") -> bytes:
-    """Return a figure as a PNG file of 256 colours, a third of the size of one with all of them."""
+    """Return a figure as a PNG file of 256 colours, which is a third of the size of a full-colour file."""
     from PIL import Image
 
     use_far_east(figure)
@@ -146,21 +147,22 @@ def png(figure: "Figure") -> bytes:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as lines of text in columns, the first to the left and the others to the right."""
+    """Format rows of cells as lines of text in columns. The first column is left-aligned, the others are
+    right-aligned."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ([name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in rows)
     return "\n".join(map("  ".join, lines))
 
 
-Curve = list[tuple[int, float]]  # a figure at each of some steps
+Curve = list[tuple[int, float]]  # pairs of a step and a figure
 DASHES = ("-", "--", ":")
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """The result of training one network: final held-out accuracy, seconds of training, and figures by step.
+    """Result of training one network: final held-out accuracy, seconds of training, and figures by step.
 
-    `plane` is its decision on a grid (see `class_shares_on`), of data with two columns.
+    plane: its decision on a grid (see `class_shares_on`), for data with two columns.
     """
 
     activation: str
@@ -173,19 +175,19 @@ class Result:
 
 
 def names(results: Sequence[Result]) -> tuple[list[str], list[str]]:
-    """Return the activations and the losses, in the order in which they come."""
+    """Return the activations and the losses, in order of appearance."""
     return list(dict.fromkeys(r.activation for r in results)), list(dict.fromkeys(r.loss for r in results))
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return held-out accuracy of every pair, one row an activation, one column a loss."""
+    """Return a text table of held-out accuracy, with a row for each activation and a column for each loss."""
     activations, losses = names(results)
     share = {(r.activation, r.loss): f"{r.accuracy:.1%}" for r in results}
     return aligned([["held-out accuracy", *losses], *([a, *(share[a, loss] for loss in losses)] for a in activations)])
 
 
 def curves(results: Sequence[Result]) -> bytes:
-    """Return accuracy and loss by step as PNG: a column of two panels for each loss, a line for each activation."""
+    """Draw accuracy and loss by step as PNG: a column of two panels for each loss, a line for each activation."""
     activations, losses = names(results)
     figure, panels = canvas(2 * len(losses), len(losses), 3.0)
     for index, loss in enumerate(losses):
@@ -217,7 +219,7 @@ def _lines(
 
 
 def boundaries(results: Sequence[Result], points: Table) -> bytes:
-    """Draw the decision boundary of each network as PNG: one row for each loss, one column for each activation."""
+    """Draw the decision boundary of each network as PNG: a row for each loss, a column for each activation."""
     activations, losses = names(results)
     figure, panels = canvas(len(results), len(activations), 1.5)
     for axes, result in zip(panels, results, strict=True):

@@ -1,6 +1,6 @@
-"""Fonts of charts: an installed font for Japanese, Chinese and Korean signs, else the one of the catalogue.
+"""Fonts of charts: an installed font for Japanese, Chinese and Korean characters, else the catalogue's font.
 
-Matplotlib's own font, DejaVu Sans, has none of these signs and would draw boxes.
+Matplotlib's default font, DejaVu Sans, lacks these characters and would draw boxes.
 """
 
 from typing import TYPE_CHECKING
@@ -18,12 +18,12 @@ INSTALLED = (
 
 
 def has_far_east(text: str) -> bool:
-    """Return whether a text has Japanese, Chinese or Korean signs."""
+    """Return whether a text has Japanese, Chinese or Korean characters."""
     return any(ord(character) in FAR_EAST for character in text)
 
 
 def far_east_families() -> list[str]:
-    """Return the font families that draw such signs: each sign is drawn by the first family that has it."""
+    """Return font families for such characters. Each character is drawn by the first family that has it."""
     from matplotlib import font_manager
 
     known = {font.name for font in font_manager.fontManager.ttflist}
@@ -36,7 +36,7 @@ def far_east_families() -> list[str]:
 
 
 def use_far_east(figure: "Figure") -> None:
-    """Give the texts of a figure that have such signs a font for them."""
+    """Set such a font for those texts of a figure that need it."""
     from matplotlib.text import Text
 
     written: list[Text] = figure.findobj(Text)  # pyright: ignore[reportAssignmentType]

@@ -1,7 +1,7 @@
-"""Upper bound of the bits per byte of a model of masked diffusion on a text (Nie et al., 2025, equation 6).
+"""Upper bound of the bits per byte of a masked-diffusion model on a text (Nie et al., 2025, equation 6).
 
-Of each window a random number of tokens is masked; their loss, times the window's length over that number, is in the
-mean at least -log p of the window. Axes: draws = masks of a window, length = tokens.
+A random number of a window's tokens is masked. The mean of their loss, times the window's length over that number, is
+at least -log p of the window. Axes: draws = masks of a window, length = tokens.
 """
 
 import math
@@ -23,16 +23,16 @@ from keifu.generation.text.model import MaskPredictor, device_of, evaluation_mod
 __all__ = ["ABOUT", "OPTIONS", "accepts", "evaluate", "names", "takes"]
 ABOUT = "a model of masked diffusion on a text: a bound on its bits per byte"
 OPTIONS = {"batch_size", "text_field", "encoding", "seed"}
-DRAWS = 16  # of a window
+DRAWS = 16  # masks of each window
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether the model predicts what masks hide, whatever their share."""
+    """Return whether the model predicts masked tokens for any share of masks."""
     return isinstance(model, MaskPredictor)
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Return the bound over windows as long as the context."""
+    """Return the bound over windows of the context's length."""
     ids, bytes_per_token = tokens_of(request, tokenizer)
     length = min(cast(Any, model).config.context_length, len(ids))
     if not length:
@@ -56,8 +56,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 @torch.inference_mode()
 def bound(model: nn.Module, window: Tensor, seed: int, batch_size: int = DRAWS, draws: int = DRAWS) -> float:
-    """Return an estimate of at least the nats a token of a window [length]; the numbers of masked tokens are spread
-    evenly."""
+    """Return an estimate of the bound for a window [length], in nats per token. The numbers of masked tokens are evenly
+    spaced."""
     predictor, length = cast(MaskPredictor, model), len(window)
     random = torch.Generator().manual_seed(seed)
     counts = (length * (torch.arange(draws) + torch.rand(draws, generator=random)) / draws).long() + 1

@@ -1,8 +1,8 @@
-"""Few-shot evaluation of language models: tasks given by examples in the prompt (Brown et al., 2020).
+"""Few-shot evaluation of language models: tasks with examples in the prompt (Brown et al., 2020).
 
-Multiple choice is scored by likelihood, in four measures; generated answers by exact match after normalisation; a cloze
-item is correct where each of its tokens is the most likely. Intervals are 95%: Wilson's or the bootstrap's.
-docs/tasks.md has the format of task files.
+Multiple choice is scored by likelihood, in four ways; generated answers by exact match after normalisation. A cloze
+item is correct if each of its tokens is the most likely one. Intervals are 95%: Wilson's or the bootstrap's.
+docs/tasks.md describes the format of task files.
 """
 
 import math
@@ -30,7 +30,7 @@ from keifu.generation.text.model import is_writer
 from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
-takes, names = is_writer, TASKS.keys  # language models, on tasks that need no file
+takes, names = is_writer, TASKS.keys  # language models; tasks without a file
 OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output", "samples"}
 SHARE = ("accuracy", "95% from", "95% to")
 ROW = ("shots", "prompt", "right", "given", "correct", "details")
@@ -39,13 +39,13 @@ NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is one of them, or the description of a task in a file."""
+    """Return whether `on` is the name of a task, or a file that describes one."""
     return on in TASKS or is_task(Path(on))
 
 
 @dataclass(frozen=True)
 class ScoredItem:
-    """The scored items: which are correct by each measure, the model's answers, and further figures."""
+    """Scores of all items: which are correct by each measure, the model's answers, and further figures."""
 
     right: dict[str, list[bool]]
     given: list[str]
@@ -54,7 +54,7 @@ class ScoredItem:
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Evaluate the items with each number of shots; the last number's figures are the headline."""
+    """Evaluate the items with each number of shots. The figures of the last number are the headline."""
     task = TASKS[request.on]() if request.on in TASKS else read_task(Path(request.on))
     task = task if request.metric is None else replace(task, metric=request.metric)
     numbers = request.by_shots or (request.shots or 0,)
@@ -98,14 +98,14 @@ def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:
 
 def normalize_answer(text: str) -> str:
     """Normalise a generated answer for exact match: NFKC, lower case, single spaces, no commas in numbers, no
-    punctuation at its end and no quotation marks around it."""
+    punctuation at the end, no quotation marks around it."""
     text = NUMBER.sub("", " ".join(unicodedata.normalize("NFKC", text).casefold().split()))
     return text.lstrip(f"{QUOTES} ").rstrip(f"{QUOTES} .,;:!?")
 
 
 @dataclass(frozen=True)
 class _Prompting:
-    """Prompts of some items with their shots, and the runner of the model that is evaluated on them."""
+    """Prompts of items with their shots, and the model's runner."""
 
     runner: PromptRunner
     drawn: SampledItem
@@ -115,8 +115,8 @@ class _Prompting:
     seed: int = 0
 
     def pairs(self, answers: Sequence[Sequence[str]]) -> list[list[ScoredPair]]:
-        """Return the tokens of each prompt with each of its answers; what does not fit is a `UserError` with both
-        lengths."""
+        """Return the tokens of each prompt with each of its answers. Raises `UserError`, with both lengths, if one is
+        longer than the context."""
         delimiter = self.drawn.task.delimiter
         texts = [(p, delimiter + a) for p, answer in zip(self.prompts, answers, strict=True) for a in answer]
         rest = iter(join_tokens(self.runner.tokenizer, texts))
@@ -131,19 +131,19 @@ class _Prompting:
         return scored_pairs
 
     def rows(self, scored: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
-        """Return prompt, answer and score of each item, one row an item."""
+        """Return a row with prompt, answer and score for each item."""
         answers = [item.answer for item in self.drawn.items]
         columns = self.prompts, answers, scored.given, scored.right[headline], scored.details
         return [(self.shots, *row) for row in zip(*columns, strict=True)]
 
     @property
     def label(self) -> str:
-        """Return the label of the progress bar."""
+        """Label of the progress bar."""
         return f"Asking with {self.shots} shots"
 
 
 def _by_choice(asking: _Prompting) -> ScoredItem:
-    """Choose the most likely choice, by each of `SCORES`; the first one of a tie."""
+    """Choose the most likely answer by each of `SCORES`; of equal ones, the first."""
     task, items = asking.drawn.task, asking.drawn.items
     pairs = asking.pairs([item.choices for item in items])
     alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
@@ -164,7 +164,7 @@ def _by_choice(asking: _Prompting) -> ScoredItem:
 
 
 def _scores(item: TaskItem, likely: Sequence[Likelihood], unconditional: Sequence[float]) -> dict[str, list[float]]:
-    """Return each of `SCORES`, of every choice."""
+    """Return the value of every choice by each of `SCORES`."""
     totals = [each.total for each in likely]
     by_token = [each.total / len(each.log_probabilities) for each in likely]
     by_character = [total / max(1, len(choice)) for total, choice in zip(totals, item.choices, strict=True)]
@@ -177,15 +177,15 @@ def _best(values: Sequence[float]) -> int:
 
 
 def majority(answers: Sequence[str]) -> int:
-    """Return the position of the first answer whose normal form, without thoughts, is the most frequent
-    (self-consistency, Wang et al., 2022)."""
+    """Return the index of the first answer whose normal form, without thoughts, is the most frequent (self-consistency,
+    Wang et al., 2022)."""
     forms = [normalize_answer(answer_of(text)) for text in answers]
     return forms.index(Counter(forms).most_common(1)[0][0])
 
 
 def _by_exact(asking: _Prompting) -> ScoredItem:
-    """Return exact match of the greedily generated answer, up to a stop string; of several samples, that of the
-    majority's answer, and those of a single sample and of the best one."""
+    """Score exact match of the greedily generated answer, up to a stop string. With several samples: of the majority's
+    answer, of a single sample and of the best one."""
     task, items, count = asking.drawn.task, asking.drawn.items, asking.samples
     prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items]) for _ in range(count)]
     sampling = SamplingParams(max_tokens=task.max_tokens, temperature=float(count > 1), stop=task.until, seed=0)
@@ -207,7 +207,7 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
 
 
 def _by_cloze(asking: _Prompting) -> ScoredItem:
-    """Return whether greedy decoding would generate the answer, and how likely the answer is."""
+    """Return whether greedy decoding would generate each answer, and how likely the answer is."""
     pairs = [pair for [pair] in asking.pairs([[item.answer] for item in asking.drawn.items])]
     scored = asking.runner.likelihoods(pairs, asking.label)
     losses = [-each.total for each in scored]

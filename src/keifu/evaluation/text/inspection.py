@@ -1,4 +1,4 @@
-"""Records of a model while it reads: where each head looks, the words of each layer, and pictures of both.
+"""Inspection of a model's pass: the attention of each head, the predictions of each layer, and pictures of both.
 
 Axes: heads, length = queries, seen = keys, layer, place = tokens.
 """
@@ -21,22 +21,22 @@ from keifu.generation.text.model import Model, device_of, evaluation_mode
 from keifu.generation.text.translation import TranslationParams, search, translator
 
 SOFTMAX = (torch.softmax, torch.Tensor.softmax, F.softmax)
-Likely = list[tuple[int, float]]  # tokens with their probabilities, the likeliest first
+Likely = list[tuple[int, float]]  # token ids with probabilities, the likeliest first
 
 
 @runtime_checkable
 class Aligner(Protocol):
-    """A translator that tells its one alignment itself."""
+    """Translator that returns its alignment (a single attention map) itself."""
 
     def alignment(self, source: Tensor, target: Tensor) -> Tensor: ...
 
 
 @contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Record the weights of every attention layer, by module name and pass, while the context is open.
+    """Record the weights of every attention layer inside the block, by module name; one tensor for each pass.
 
-    Weights of fused attention are [batch, heads, length, seen]; those of a softmax that is written out have its shape.
-    To be used without gradients, in evaluation mode.
+    Weights of fused attention are [batch, heads, length, seen]; those of an explicit softmax have its shape. Use it
+    without gradients, in evaluation mode.
     """
     recorder = _AttentionRecorder()
     inside = recorder.inside
@@ -50,9 +50,9 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 class _AttentionRecorder(TorchFunctionMode):
-    """Recorder that intercepts every call of a torch function and keeps the attention weights.
+    """Recorder that intercepts torch functions and keeps attention weights.
 
-    inside: the names of the modules that compute at the moment, the innermost last.
+    inside: names of the modules that are running, the innermost last.
     """
 
     def __init__(self):
@@ -73,15 +73,18 @@ class _AttentionRecorder(TorchFunctionMode):
 
 
 def _weights(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Recover the weights of the same attention from the identity as values, whatever mask, scale and groups are."""
+    """Compute the weights of a fused attention call: the same call with the identity as values, with its mask, scale
+    and groups."""
     eye = torch.eye(k.shape[-2], dtype=v.dtype, device=v.device).expand(*k.shape[:-1], k.shape[-2])
     return F.scaled_dot_product_attention(q, k, eye, *args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """Attention and lens of a text. rows: tokens that look; columns: those looked at. attention: of each layer, by its
-    name. lens: for each layer and place the likeliest tokens there, of causal models.
+    """Attention and lens of a text.
+
+    rows: query tokens. columns: key tokens. attention: by layer name. lens: for each layer and position the likeliest
+    next tokens, for causal models.
     """
 
     rows: list[int]
@@ -92,8 +95,8 @@ class Inspection:
 
 @torch.inference_mode()
 def inspect_text(model: nn.Module, ids: Sequence[int], top: int = 5) -> Inspection:
-    """Inspect a text that a causal model or an encoder reads. The lens applies the last norm and the head to each
-    layer's states (nostalgebraist, 2020)."""
+    """Inspect a pass of a causal model or an encoder. The lens applies the last norm and the head to each layer's
+    states (nostalgebraist, 2020)."""
     states: list[Tensor] = []
     layered: Any = model
     blocks = layered.blocks if isinstance(model, Model) and hasattr(model, "blocks") else ()
@@ -112,15 +115,15 @@ def _likeliest(logits: Tensor, top: int) -> list[Likely]:
 
 
 def _whole(maps: dict[str, list[Tensor]], rows: int, columns: int) -> dict[str, Tensor]:
-    """Return the maps over all rows and columns; a layer that computes its window in pieces has none."""
+    """Return the maps [rows, columns] of each head. A layer that computes its window in pieces is left out."""
     first = {name: passes[0] for name, passes in maps.items()}
     return {name: each[0].cpu() for name, each in first.items() if each.ndim == 4 and each.shape[2:] == (rows, columns)}
 
 
 @torch.inference_mode()
 def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
-    """Translate a sentence's ids, and record the attention to them for each written token. A model without attention is
-    a `UserError`."""
+    """Translate a sentence, given as ids, and record each written token's attention to it. Raises `UserError` for a
+    model without attention."""
     config = translator(model).config
     target = list(search(translator(model), [source], TranslationParams())[0].tokens)
     device = device_of(model)
@@ -140,10 +143,9 @@ def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
 def draw_maps(
     maps: Mapping[str, Tensor], rows: Sequence[str], columns: Sequence[str], title: str = "", width: int = 4
 ) -> bytes:
-    """Draw a PNG with a square for each head: `maps` has [heads, rows, columns] weights for each name, or [rows,
-    columns].
+    """Draw a PNG with a square for each head. maps: weights [heads, rows, columns] or [rows, columns] by name.
 
-    rows are the query tokens, columns the key tokens; width: squares side by side.
+    rows: query tokens. columns: key tokens. width: squares side by side.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

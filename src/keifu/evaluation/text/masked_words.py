@@ -1,8 +1,9 @@
-"""Evaluation of a masked language model: the share of hidden words that it finds, and of sentence pairs it tells apart.
+"""Evaluation of a masked language model: the share of hidden words that it predicts, and of sentence pairs that it
+recognises.
 
-Masked as in its pretraining (Devlin et al., 2018, appendix A.2), on the documents that keifu holds out of a text. Only
-the tokens that [MASK] hides count: 20% of the targets stay visible or become other words. The baseline looks up the
-token that is most frequent between the same two neighbours in the training part.
+Masks are those of pretraining (Devlin et al., 2018, appendix A.2), on the held-out documents of a text. Only tokens
+hidden by [MASK] count, because 20% of the targets stay visible or become other words. The baseline looks up the most
+frequent token between the same two neighbours in the training part.
 
 Axes: batch, length, hidden = the hidden tokens of all rows.
 """
@@ -33,17 +34,18 @@ __all__ = ["ABOUT", "OPTIONS", "accepts", "evaluate", "names", "takes"]
 ABOUT = "a masked language model on a text: words and sentence pairs that it tells"
 OPTIONS = {"batch_size", "text_field", "encoding", "output"}
 ROWS = 1024
-COMMON = 100  # words that count as common
+COMMON = 100  # number of words that count as common
 CLASSES = ("punctuation", "pieces of words", f"the {COMMON} commonest words", "other words")
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether the model fills in masked words."""
+    """Return whether the model predicts masked words."""
     return isinstance(model, Encoder) and model.config.words
 
 
 class NeighbourLookup:
-    """Table of the most frequent token between two neighbours; else after the left, before the right, or of all."""
+    """Table of the most frequent token between two neighbours; if unknown, after the left one, before the right one, or
+    of all."""
 
     def __init__(self, tokens: np.ndarray, vocab_size: int):
         self.vocab_size = vocab_size
@@ -60,7 +62,7 @@ class NeighbourLookup:
         return keys[last], values[last]
 
     def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Return the token looked up between each pair of neighbours."""
+        """Return the most frequent token between each pair of neighbours."""
         answers = np.full(len(left), self.commonest)
         wanted_keys = left * self.vocab_size + right, left, right
         for (keys, values), wanted in reversed([*zip(self.tables, wanted_keys, strict=True)]):
@@ -82,13 +84,13 @@ class HiddenTokens:
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """Mask of the tokens that the model finds."""
+        """Mask of the tokens that the model predicts correctly."""
         return self.answers == self.targets
 
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Return the figures of rows spread over the held-out documents, with masks that are always the same."""
+    """Return the figures on evenly spaced held-out rows with fixed masks."""
     config = cast(Any, model).config
     shards = prepare_sentences(
         request.on, tokenizer, sentences, form=TextFileFormat(request.text_field, request.encoding)
@@ -120,7 +122,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def by_class(hidden: HiddenTokens, looked_up: np.ndarray, classes: np.ndarray) -> ResultTable:
-    """Return the share of hidden tokens that the model finds, and that the lookup finds, for each class of tokens."""
+    """Return for each class of tokens the share that the model, and the lookup, predict correctly."""
     lines = []
     for number, name in enumerate(CLASSES):
         some = classes == number
@@ -132,7 +134,8 @@ def by_class(hidden: HiddenTokens, looked_up: np.ndarray, classes: np.ndarray) -
 
 
 def _counts(hidden: HiddenTokens, looked_up: np.ndarray, classes: np.ndarray) -> ResultTable:
-    """Return how many tokens of each row and class are hidden, found and looked up, for a file."""
+    """Return for each row and class the numbers of hidden tokens, and of correct ones by the model and by the lookup,
+    for a file."""
     groups, group = np.unique(hidden.rows * len(CLASSES) + classes, return_inverse=True)
     columns = (np.bincount(group, weights).astype(int).tolist() for weights in (None, hidden.correct, looked_up))
     names = [CLASSES[number] for number in groups % len(CLASSES)]
@@ -141,7 +144,7 @@ def _counts(hidden: HiddenTokens, looked_up: np.ndarray, classes: np.ndarray) ->
 
 
 def token_classes(tokenizer: Tokenizer, vocabulary: MaskingVocabulary, training: np.ndarray) -> np.ndarray:
-    """Return the number of each token's class in `CLASSES`; the commonest words are those of the training part."""
+    """Return the index in `CLASSES` of each token. The common words are those of the training part."""
     texts = [tokenizer.backend.id_to_token(number) or "" for number in range(tokenizer.vocab_size)]
     is_word = np.array([any(map(str.isalnum, text)) for text in texts])
     words = is_word & ~vocabulary.goes_on & vocabulary.is_ordinary
@@ -153,7 +156,7 @@ def token_classes(tokenizer: Tokenizer, vocabulary: MaskingVocabulary, training:
 
 
 def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: int) -> tuple[HiddenTokens, list[bool]]:
-    """Return the hidden tokens with the model's answers, and whether it tells each pair of sentences."""
+    """Return the hidden tokens with the model's answers, and for each sentence pair whether its answer is right."""
     parts, next_found, first = list[tuple[np.ndarray, ...]](), list[bool](), 0
     with evaluation_mode(model), counting("Evaluating", len(batches), "batches") as progress:
         for done, cpu in enumerate(batches, 1):

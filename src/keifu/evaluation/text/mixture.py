@@ -1,4 +1,4 @@
-"""Evaluation of a language model on each text of a mixture: perplexity, and infilling if it was trained on that."""
+"""Evaluation of a language model on each text of a mixture: perplexity, and infilling if it was trained for it."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ names, accepts = MIXTURES.keys, is_mixture
 OPTIONS = {"batch_size"}
 BATCH_SIZE = 8
 WINDOWS = 64  # of each source
-LONGEST = 1024  # tokens of a window, of models that take more
+LONGEST = 1024  # maximal tokens of a window
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.CorruptionTask]:
-    """Return the tasks of a model: from left to right, "loss", after the token that begins a text; and, where the
-    tokenizer has modes and sentinels for it, "infilling": hidden tokens given both sides, of UL2's first R-denoiser.
+    """Return the tasks of a model.
+
+    "loss": predict from left to right, after the token that begins a text. "infilling", if the tokenizer has modes and
+    sentinels: predict hidden tokens from both sides, as in UL2's first R-denoiser.
     """
     vocabulary = tokenizer.backend.get_vocab()
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
@@ -86,7 +88,7 @@ def losses(
     rows: int,
     batch_size: int,
 ) -> dict[str, MixtureLosses]:
-    """Return the loss of each task on at most that many held-out windows of `context` tokens."""
+    """Return the loss of each task on at most `rows` held-out windows of `context` tokens."""
     windows = held_out(shards, context, rows)
     device, by_task = device_of(model), {}
     for name, task in tasks.items():

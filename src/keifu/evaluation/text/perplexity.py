@@ -1,6 +1,6 @@
 """Perplexity and bits per byte of a language model on a text, and the bigram baseline.
 
-Of a catalogue name the part that keifu holds out is used, of a file all of it. Axes: windows, length = tokens.
+For a catalogue entry the held-out part is used, for a file all of it. Axes: windows, length = tokens.
 """
 
 import math
@@ -23,18 +23,18 @@ from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import device_of, is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
-takes, names = is_writer, catalogue.names  # language models, on the catalogue's texts
+takes, names = is_writer, catalogue.names  # language models; the catalogue's texts
 OPTIONS = {"batch_size", "text_field", "encoding"}
 BATCH_SIZE = 8
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is one of them, a file or a folder."""
+    """Return whether `on` is such a name, a file or a folder."""
     return on in names() or Path(on).exists()
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Return the loss over windows as long as the context, each scored independently."""
+    """Return the loss over windows of the context's length, each scored independently."""
     ids, bytes_per_token = tokens_of(request, tokenizer)
     if (context := text_model(model).config.context_length) < 2:
         raise UserError(f"The model's context is {context} token, which leaves none in a window to predict from it.")
@@ -61,7 +61,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    """Return the tokens of the data and the mean number of bytes per token.
+    """Return the tokens of the data, and the mean number of bytes per token.
 
     The data are the held-out part of a catalogue entry, or a whole file.
     """
@@ -74,7 +74,7 @@ def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
 
 
 def _whole(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    """Return all documents of a file or folder, an end-of-text token behind each if there is one."""
+    """Return all documents of a file or folder as tokens, each followed by an end-of-text token if there is one."""
     texts = list(documents(request.on, TextFileFormat(request.text_field, request.encoding)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.array([i for ids in tokenizer.encode_batch(texts) for i in [*ids, *end]], dtype=np.int64)
@@ -82,7 +82,7 @@ def _whole(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, floa
 
 
 def _batches(windows: list[np.ndarray], size: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield batches of equally long windows, and how many are done after each; a shorter last window is alone."""
+    """Yield (number of windows done after it, batch). A shorter last window is a separate batch."""
     whole = [window for window in windows if len(window) == len(windows[0])]
     for first in range(0, len(whole), size):
         yield min(first + size, len(whole)), torch.from_numpy(np.stack(whole[first : first + size]))
@@ -94,12 +94,11 @@ STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
 def bigram_loss(training: np.ndarray, held_out: np.ndarray, vocab_size: int) -> float:
-    """Return nats a token on `held_out` of p(b | a) = (count(a, b) + s · p(b)) / (count(a) + s), with counts of
+    """Return nats per token on `held_out` of p(b | a) = (count(a, b) + s · p(b)) / (count(a) + s), with counts of
     `training`.
 
-    p(b) is the share of b in training, one count added to each token. The strength s of this Dirichlet prior (MacKay
-    and Peto, 1995) is the one of seven that is best on the held-out tokens, so that the baseline is as strong as it can
-    be.
+    p(b) is the share of b in training, after adding 1 to each count. The strength s of this Dirichlet prior (MacKay and
+    Peto, 1995) is the best of seven on the held-out tokens, so that the baseline is as strong as possible.
     """
     pairs, counts = np.unique(_pairs(training, vocab_size), return_counts=True)
     firsts = np.bincount(training[:-1].astype(np.int64), minlength=vocab_size)

@@ -1,4 +1,4 @@
-"""The runner of evaluations by prompts: likelihoods of given answers, and written answers, with a progress bar."""
+"""Runner of evaluations by prompts: computes likelihoods of given answers or generates answers, with a progress bar."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from keifu.generation.text.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class PromptRunner:
-    """A model with its tokenizer. batch_size: most prompts in a pass; None: chosen by their length."""
+    """Model with its tokenizer. batch_size: maximal prompts in a pass; None: chosen by their length."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -23,11 +23,11 @@ class PromptRunner:
 
     @property
     def context(self) -> int:
-        """Return the context of the model in tokens."""
+        """Context length of the model in tokens."""
         return text_model(self.model).config.context_length
 
     def excess(self, pair: ScoredPair) -> int:
-        """Return the number of tokens by which a prompt and its answer are longer than the context."""
+        """Return the number of tokens by which a prompt with its answer exceeds the context."""
         return len(pair.prompt) + len(pair.answer) - 1 - self.context
 
     def likelihoods(self, pairs: Sequence[ScoredPair], label: str) -> list[Likelihood]:

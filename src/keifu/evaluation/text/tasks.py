@@ -1,11 +1,13 @@
 """Few-shot tasks: items and demonstrations as prompts, the built-in tasks, and tasks from files.
 
-Demonstrations are whole items with their answers (Brown et al., 2020, section 2: zero-, one- and few-shot); no weight
-changes. They are sampled once by a seed and are the same before every item, so that a model reads them once.
+Demonstrations are whole items with their answers (Brown et al., 2020, section 2: zero-, one- and few-shot). Weights do
+not change. The demonstrations are sampled once by a seed and are the same before every item, so that a model reads them
+once.
 
 Built-in tasks come from the catalogue or from a rule, the same at every call: topics and titles of Wikipedia articles,
-last words of speeches, arithmetic. A task of one's own is a small YAML or JSON description next to its items;
-docs/tasks.md has the format. A missing or wrong field is a `UserError` that names the file, the line and the field.
+last words of speeches, arithmetic. A user's task is a small YAML or JSON description with a file of items;
+docs/tasks.md describes the format. A missing or wrong field raises a `UserError` that names the file, the line and the
+field.
 """
 
 import hashlib
@@ -44,8 +46,8 @@ SCORES = {
 
 @dataclass(frozen=True)
 class TaskItem:
-    """A question, as it stands in the prompt, and its answer. `choices` has the answer among others, or is empty;
-    `accepted` are other correct answers where the answer is generated."""
+    """Question, as text of the prompt, and its answer. choices: the answer among others, or empty. accepted: other
+    correct answers, if the answer is generated."""
 
     prompt: str
     answer: str
@@ -54,19 +56,19 @@ class TaskItem:
 
     @property
     def right(self) -> int:
-        """Return the place of the answer among the choices."""
+        """Index of the answer among the choices."""
         return self.choices.index(self.answer)
 
 
 @dataclass(frozen=True)
 class FewShotTask:
-    """Items, and how they are presented to a model.
+    """Items, and the format of their prompts.
 
-    demonstrations: the pool of few-shot examples; None: the items, of which those are then not evaluated.
-    instruction: stands before everything, if it is not empty. delimiter: between a prompt and its answer. separator:
-    between an example and what follows. unconditional: the prompt with which an answer's own likelihood is measured.
-    metric, score: of `METRICS` and `SCORES`, the ones whose figure is the headline. until: strings that end a
-    generated answer, of at most `max_tokens` tokens. note: what a reader of the figures must know.
+    demonstrations: pool of few-shot examples; None: the items, and those used as examples are not evaluated.
+    instruction: text before everything. delimiter: between a prompt and its answer. separator: between an example and
+    the next text. unconditional: the prompt for an answer's unconditional likelihood. metric, score: those of `METRICS`
+    and `SCORES` whose figure is the headline. until: strings that end a generated answer, of at most `max_tokens`
+    tokens. note: a sentence that a reader of the figures must know.
     """
 
     name: str
@@ -89,10 +91,10 @@ class FewShotTask:
             raise UserError(f"{self.name} has no choices to choose from: evaluate it with the metric exact or cloze.")
 
     def sample(self, most: int, seed: int = 0, limit: int | None = None) -> "SampledItem":
-        """Sample up to `most` examples, in a random order, and the items to evaluate, at most `limit`.
+        """Sample up to `most` examples, in random order, and the items to evaluate, at most `limit`.
 
-        Where the items have no demonstrations of their own, examples come from those beyond the limit, if there are
-        enough, else from all. No item is its own example. Fewer than the shots are a `UserError`.
+        If the task has no demonstrations, examples come from the items beyond the limit if there are enough, else from
+        all items. No item is its own example. Raises `UserError` for fewer than `most`.
         """
         asked, pool = self.items[:limit], self.demonstrations
         if pool is None:
@@ -111,7 +113,7 @@ class FewShotTask:
 
 @dataclass(frozen=True)
 class SampledItem:
-    """A task's few-shot examples and the items to evaluate."""
+    """Few-shot examples of a task, and the items to evaluate."""
 
     task: FewShotTask
     examples: Sequence[TaskItem]
@@ -130,13 +132,14 @@ def _key(seed: int, item: TaskItem) -> bytes:
     return hashlib.blake2b(json.dumps([seed, item.prompt, item.answer]).encode(), digest_size=16).digest()
 
 
-WORDS = 60  # of an article that a prompt shows
-INSTANCES = 2000  # of each kind of arithmetic (section 3.9.1)
-EXAMPLES = 200  # others, to draw demonstrations from
+WORDS = 60  # words of an article in a prompt
+INSTANCES = 2000  # number of items of each kind of arithmetic (section 3.9.1)
+EXAMPLES = 200  # number of further items for demonstrations
 
 
 def topics() -> FewShotTask:
-    """Make a task of topics: one of 12 for a Wikipedia article, from the first 60 words of its title and summary."""
+    """Return the task of naming the topic, one of 12, of a Wikipedia article from the first 60 words of its title and
+    summary."""
     learned, validation = read("wiki-summaries").split(HELD_OUT_ARTICLES)
     labels = learned.classes
 
@@ -149,7 +152,8 @@ def topics() -> FewShotTask:
 
 
 def titles() -> FewShotTask:
-    """Make a task of titles: the article of a short description, among four of one topic chosen by a hash."""
+    """Return the task of choosing the article's title for a short description, among four of one topic chosen by a
+    hash."""
     content = json.loads(catalogue.fetch("wiki-summaries").read_text(encoding="utf-8"))
     by_topic: dict[str, list[str]] = defaultdict(list)
     for title, article in content.items():
@@ -167,8 +171,8 @@ def titles() -> FewShotTask:
 
 
 def last_word() -> FewShotTask:
-    """Make items of the last word of a passage of 40 words or more that names it before, as in LAMBADA (Paperno et al.,
-    2016), from the presidents' speeches."""
+    """Return the task of predicting the last word of a passage of at least 40 words that contains the word before, as
+    in LAMBADA (Paperno et al., 2016), from the presidents' speeches."""
     passages = dict.fromkeys(passage for speech in catalogue.documents("sotu") for passage in _passages(speech))
     unordered = (TaskItem(before, word) for before, word in passages)
     items = tuple(sorted(unordered, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))
@@ -177,7 +181,7 @@ def last_word() -> FewShotTask:
 
 
 def _passages(speech: str) -> Iterator[tuple[str, str]]:
-    """Return at most one passage of each paragraph: its words but the last one, and that."""
+    """Yield at most one passage of each paragraph: (all words but the last, the last word)."""
     for paragraph in speech.split("\n"):
         for end in re.finditer(r" ([a-z]{4,})[.?!]+(?= |$)", paragraph):
             before = paragraph[: end.start()]
@@ -186,7 +190,7 @@ def _passages(speech: str) -> Iterator[tuple[str, str]]:
                 break
 
 
-OPERATIONS = {  # a word for each, its sign, and what it does
+OPERATIONS = {  # (word, sign, function) of each
     "addition": ("plus", "+", int.__add__),
     "subtraction": ("minus", "-", int.__sub__),
     "multiplication": ("times", "*", int.__mul__),
@@ -194,7 +198,7 @@ OPERATIONS = {  # a word for each, its sign, and what it does
 
 
 def arithmetic(digits: int, operation: str) -> FewShotTask:
-    """Return questions such as "Q: What is 48 plus 76?", with numbers from 0 on, sampled uniformly (GPT-3, section
+    """Return questions such as "Q: What is 48 plus 76?" with uniformly sampled numbers from 0 on (GPT-3, section
     3.9.1)."""
     word, _, compute = OPERATIONS[operation]
 
@@ -218,7 +222,7 @@ def composite_arithmetic() -> FewShotTask:
 
 
 def _generated(name: str, question: Callable[[Random], TaskItem]) -> FewShotTask:
-    """Return distinct questions, always the same; the first are the items, the others the demonstrations."""
+    """Return distinct questions, always the same. The first are the items, the others the demonstrations."""
     draw, items = Random(name), dict[TaskItem, None]()
     while len(items) < INSTANCES + EXAMPLES:
         items[question(draw)] = None
@@ -247,7 +251,7 @@ SLOT = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 def is_task(path: Path) -> bool:
-    """Return whether a file describes a task, by its suffix and by one of the fields that a task needs."""
+    """Return whether a file describes a task: by its suffix, and by a field that every task has."""
     if path.suffix not in SUFFIXES or not path.is_file():
         return False
     text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -255,7 +259,7 @@ def is_task(path: Path) -> bool:
 
 
 def _field(name: str, text: str) -> re.Match[str] | None:
-    """Return position of a field in the description."""
+    """Return the position of a field in the description."""
     return re.search(rf"^[ \t{{,\"']*{re.escape(name)}[\"']?\s*:", text, re.MULTILINE)
 
 
@@ -278,7 +282,7 @@ def read_task(path: Path) -> FewShotTask:
 
 
 class _Description:
-    """The fields of a description, each of its kind, and the lines that they stand in."""
+    """Fields of a description, with their types checked, and the lines in which they are."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -298,12 +302,12 @@ class _Description:
                 raise UserError(f"{path}, line 1: the task has no field {name!r}, which it needs; it has {has}.")
 
     def place(self, name: str) -> str:
-        """Return the file, and the line in which the field is."""
+        """Return the file and line of a field, for errors."""
         match = _field(str(name), self.text)
         return f"{self.path}, line {self.text.count(chr(10), 0, match.start()) + 1 if match else 1}"
 
     def texts(self, name: str) -> list[str]:
-        """Read a field that is one text or several."""
+        """Return a field that is one text or a list of texts as a list."""
         value = self.given[name]
         values = [value] if isinstance(value, str) else value
         if not values or not all(isinstance(text, str) and text for text in values):
@@ -311,7 +315,7 @@ class _Description:
         return values
 
     def file(self, name: str) -> Path:
-        """Find the table that a field names, from the folder of the description."""
+        """Return the path of the table that a field names, relative to the description's folder."""
         path = self.path.parent / self.given[name]
         if not path.is_file():
             near = [str(file.relative_to(self.path.parent)) for file in self.path.parent.glob("*")]
@@ -322,7 +326,7 @@ class _Description:
 
 
 def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
-    """Make an item from each row of the table that a field names."""
+    """Yield an item for each row of the table that a field names."""
     template, answer, choices = fields.given["prompt"], fields.given["answer"], fields.given.get("choices")
     for row in read_records(fields.file(name)):
         prompt = _fill_template(template, row, fields.place("prompt"))
@@ -336,7 +340,7 @@ def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
 
 
 def _fill_template(template: str, row: Row, used: str) -> str:
-    """Fill the template with the row's fields; {{ and }} are braces."""
+    """Insert the row's fields into the template. {{ and }} are braces."""
 
     def slot(match: re.Match[str]) -> str:
         if match[1] is None:
@@ -357,7 +361,7 @@ def _value(row: Row, name: str, used: str) -> Any:
 
 
 def _texts(row: Row, name: str, used: str) -> list[str]:
-    """Read a field with one text, or a list of them (in a table without lists, written as JSON)."""
+    """Return a field with one text, or with a list of texts (written as JSON in a table without lists)."""
     value = _value(row, name, used)
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _quietly(json.loads, value)
@@ -380,7 +384,7 @@ def _right(row: Row, name: str, choices: list[str], used: str) -> str:
 
 
 def _quietly(function: Callable[[str], Any], text: str) -> Any:
-    """Return the function's result for the text, or the text itself if the function fails."""
+    """Return function(text), or the text itself if the function fails."""
     try:
         return function(text)
     except ValueError:

@@ -21,12 +21,12 @@ OPTIONS = {"output", "beam", "language"}
 
 
 def takes(model: nn.Module) -> bool:
-    """Return whether the model hears."""
+    """Return whether the model transcribes speech."""
     return isinstance(model, SpeechRecognizer)
 
 
 def names() -> list[str]:
-    """Return the name of the recordings that are made here."""
+    """Return the name of the synthetic recordings."""
     return [DIGITS]
 
 
@@ -36,12 +36,12 @@ def accepts(on: str) -> bool:
 
 
 def words(text: str) -> list[str]:
-    """Return the words that are compared: in lower case, without punctuation."""
+    """Split a text into words for comparison: in lower case, without punctuation."""
     return re.sub(r"[^\w' ]+", " ", text.lower()).split()
 
 
 def word_errors(written: Sequence[str], said: Sequence[str]) -> int:
-    """Return the least number of words that are inserted, deleted or replaced (Levenshtein, 1966)."""
+    """Return the smallest number of insertions, deletions and replacements of words (Levenshtein, 1966)."""
     row = list(range(len(written) + 1))
     for n, word in enumerate(said, 1):
         last, row[0] = row[0], n
@@ -51,7 +51,7 @@ def word_errors(written: Sequence[str], said: Sequence[str]) -> int:
 
 
 def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
-    """Return the word error rate on the test part, or on the first `limit` of it."""
+    """Return the word error rate on the test part, or on its first `limit` recordings."""
     tested = read_recordings(request.on)[1][: request.limit]
     if not any(words(recording.text) for recording in tested):
         raise UserError(f'{request.on} has no recordings of words to test on: give some of them "part": "test".')

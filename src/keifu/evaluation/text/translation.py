@@ -1,9 +1,10 @@
 """Evaluation of translation models: BLEU and chrF by sacrebleu, with the tokenizer that the language needs.
 
-Of a catalogue name the held-out test pairs are used, on which keifu never trains; of a file all pairs.
+For a catalogue entry the test pairs are used, on which keifu never trains; for a file all pairs.
 
-BLEU (Papineni et al., 2002) counts equal runs of words, so it depends on what a word is: scores are comparable only
-where their signatures are equal (Post, 2018). chrF (Popović, 2015) counts runs of characters and needs no words.
+BLEU (Papineni et al., 2002) counts common word n-grams, so it depends on the splitting into words: scores are
+comparable only if their signatures are equal (Post, 2018). chrF (Popović, 2015) counts character n-grams and needs no
+words.
 """
 
 import time
@@ -32,7 +33,7 @@ HOW = "pip install 'keifu[evaluation]'"
 
 @dataclass(frozen=True)
 class Scores:
-    """Both figures, from 0 to 100, with sacrebleu's signatures, which say how each was computed."""
+    """BLEU and chrF, from 0 to 100, with sacrebleu's signatures, which describe how each was computed."""
 
     bleu: float
     chrf: float
@@ -41,18 +42,18 @@ class Scores:
 
 
 class Scorer:
-    """The scores of translations into one language; `language` is a code such as ja, "" if it is not known.
+    """Scores of translations into one language.
 
-    `note` says what a reader of the figures must know, "" where there is nothing.
+    language: a code such as ja; "" if it is unknown. note: a sentence that a reader of the figures must know, or "".
     """
 
     def __init__(self, language: str):
-        _metrics()  # a missing package is said before anything is translated
+        _metrics()  # reports a missing package before translating
         self.language = language
         self.tokenizer, self.note = _tokenizer(language)
 
     def __call__(self, translations: Sequence[str], references: Sequence[str]) -> Scores:
-        """Score all translations together, each against its one reference."""
+        """Return the scores of all translations together, each with one reference."""
         metrics = _metrics()
         bleu, chrf = metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()
         both = [metric.corpus_score(list(translations), [list(references)]).score for metric in (bleu, chrf)]
@@ -63,7 +64,7 @@ class Scorer:
         metrics = _metrics()
         ranges = []
         for metric in (metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()):
-            # counts of each sentence, whose sums give a score; sacrebleu's own bootstrap fails for few sentences
+            # counts of each sentence; their sums give a score. sacrebleu's bootstrap fails for few sentences
             counts = np.array(metric._extract_corpus_statistics(list(translations), [list(references)]))
             generator = np.random.default_rng(0)
             chosen = (counts[generator.integers(0, len(counts), len(counts))] for _ in range(RESAMPLES))
@@ -75,8 +76,7 @@ class Scorer:
     def by_length(
         self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str], spaced: bool
     ) -> list[tuple[str, int, Scores]]:
-        """Score groups of sentences of similar length: return the range, the number of sentences and the scores of
-        each.
+        """Return (range, number of sentences, scores) for groups of sentences of similar length.
 
         The length is that of the source, in words (groups of 5) if it is `spaced`, else in characters (groups of 10).
         The last group has no upper bound (Bahdanau et al., 2014, figure 2).
@@ -95,7 +95,7 @@ class Scorer:
 
 
 def language_of(texts: Iterable[str]) -> str:
-    """Return ja, zh or ko if most letters are of that script, else "": a language by its script alone."""
+    """Return ja, zh or ko if most letters are of that script, else ""."""
     letters = np.frombuffer("".join(texts).encode("utf-32-le"), np.uint32).astype(np.int64)
     counts = Counter(SCRIPTS[number] for number in script_numbers(letters).tolist())
     kana, han, hangul = counts["Hiragana"] + counts["Katakana"], counts["Han"], counts["Hangul"]
@@ -135,7 +135,7 @@ OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "o
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is one of them, or a file or two."""
+    """Return whether `on` is a catalogue name, a file, or two files."""
     return on in names() or all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
 
 
@@ -176,7 +176,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 
 
 def training_pairs(on: str, languages: tuple[str, str]) -> list[Pair]:
-    """Return the training part of a catalogue name, in the direction of these languages."""
+    """Return the training pairs of a catalogue entry, in the direction of these languages."""
     pairs = read_pairs(on, False)
     return split(pairs if pairs.languages == languages else pairs.reversed()).train
 
@@ -184,7 +184,8 @@ def training_pairs(on: str, languages: tuple[str, str]) -> list[Pair]:
 def by_nearness(
     scorer: Scorer, translations: Sequence[str], references: Sequence[str], near: Sequence[bool]
 ) -> ResultTable:
-    """Return the scores of pairs with a near copy in the training part (one word or character), and of the rest."""
+    """Return the scores of pairs that have a near copy in training (within one word or character), and of the other
+    pairs."""
     rows = []
     for name, wanted in (("without", False), ("with", True)):
         members = [index for index, is_near in enumerate(near) if is_near == wanted]
@@ -197,7 +198,7 @@ def by_nearness(
 
 
 def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
-    """Return the test pairs, in the model's direction if that is known, and notes about them."""
+    """Return the test pairs, in the model's direction if it is known, and notes about them."""
     pairs = read_pairs(request.on, request.reverse, (request.source_field, request.target_field), request.encoding)
     notes = [pairs.left_out] if pairs.left_out else []
     trained = request.languages[0], request.languages[1]
@@ -214,7 +215,7 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
 
 
 def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], request: EvalRequest) -> list[Translation]:
-    """Return one translation for each source text, which is not split into sentences, since its reference is not."""
+    """Return one translation for each source text. Texts are not split into sentences, because references are not."""
     given = {field.name: vars(request).get(field.name) for field in fields(TranslationParams)}
     settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
     with counting("Translating", len(sources), "sentences") as progress:

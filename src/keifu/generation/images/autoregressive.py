@@ -21,7 +21,7 @@ from keifu.layers.attention.masks import real_tokens
 from keifu.layers.counter_rng import uniform
 
 Codes = Int[Tensor, "batch rows columns"]
-# what is heeded of an `ImageRequest`, see `resolved`
+# settings of `ImageRequest` that are used, see `resolved`
 HEEDED = ("seed", "count", "text", "truncate", "size", "steps", "guidance", "spacing")
 
 
@@ -30,14 +30,14 @@ def sample_image_tokens(
     model: Any, tokens: Int[Tensor, "batch text"], real: Bool[Tensor, "batch text"], seeds: Sequence[int],
     watch: Callable[[Codes], object] = lambda codes: None,
 ) -> Codes:  # fmt: skip
-    """Sample a grid of entries for each text, each drawn from what the model says of it; a picture's seed decides its
-    draws.
+    """Sample a grid of image tokens for each text, one token after another. The seed of a picture decides its random
+    numbers.
 
-    `watch` is given the grid after each entry, the missing ones 0.
+    watch: called with the grid after each token; missing tokens are 0.
     """
     height, width = model.config.grid.height, model.config.grid.width
     codes = torch.zeros(len(tokens), height * width, dtype=torch.long, device=tokens.device)
-    signed = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=tokens.device)  # of 64 bits
+    signed = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=tokens.device)  # as int64
     logits, state = model.begin(tokens, real)
     for position in range(height * width):
         codes[:, position] = sample(logits.float(), uniform(signed, torch.full_like(signed, position)))
@@ -48,10 +48,10 @@ def sample_image_tokens(
 
 
 class AutoregressivePipeline(TextToImagePipeline):
-    """The pipeline of a model of image tokens: it has no sampler, and no guidance."""
+    """Pipeline of an autoregressive model of image tokens. It has no diffusion sampler and no guidance."""
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """Return the request with all defaults; a setting that belongs to diffusion is a `UserError`."""
+        """Return the request with all defaults. Raises `UserError` for a setting of diffusion."""
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         usual = ImageRequest()
@@ -77,7 +77,7 @@ class AutoregressivePipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw as `TextToImagePipeline.draw` says; `watch` is given the grid after each entry."""
+        """Draw like `TextToImagePipeline.draw`; `watch` is called with the grid after each token."""
         tokens = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
         given = tokens.to(self.device), real_tokens(tokens, self.tokenizer.eos_id).to(self.device)
         codes = sample_image_tokens(self.model, *given, seeds, lambda codes: watch(SamplerStep(codes, codes)))

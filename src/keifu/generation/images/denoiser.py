@@ -1,7 +1,7 @@
-"""Denoisers: turn a network's output at a noise level into the predicted clean image and the predicted noise.
+"""Denoisers: convert a network's output at a noise level to the predicted clean image and the predicted noise.
 
-Here are also classifier-free guidance and dynamic thresholding. Axes: batch, `*shape` = an image's own (channels,
-height, width).
+Also classifier-free guidance and dynamic thresholding. Axes: batch, `*shape` = of an image (channels, height,
+width).
 """
 
 import math
@@ -19,15 +19,15 @@ from keifu.layers.diffusion.sampling_schedule import Level
 
 Sample = Float[Tensor, "batch *shape"]
 
-Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # from x and the timestep of every row to the output
+Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # x and each row's timestep to the output
 
 
 class DenoiserOutput(NamedTuple):
-    """The prediction for x = alpha · picture + sigma · noise.
+    """Prediction for x = alpha · picture + sigma · noise.
 
-    picture: clipped or thresholded if the denoiser does so. noise: computed from that picture, so that x is always
-    alpha · picture + sigma · noise.
-    variance_fraction: predicted interpolation between log β̃ (-1) and log β (1), if the network predicts it.
+    picture: clipped or thresholded if the denoiser does so. noise: computed from that picture, so that x = alpha ·
+    picture + sigma · noise still holds. variance_fraction: predicted interpolation between log β̃ (-1) and log β (1),
+    if the network predicts it.
     """
 
     picture: Tensor
@@ -38,8 +38,8 @@ class DenoiserOutput(NamedTuple):
 class Denoiser:
     """Converter of the network's prediction target (noise, image, velocity or flow) to an image and noise.
 
-    `clip` and `threshold`: whether the bounds of the `Noise` are applied, in which samplers differ. Outputs in half
-    precision are converted to x's type.
+    clip, threshold: whether to apply these bounds of the `Noise`; samplers differ in this. Outputs in half precision
+    are converted to x's dtype.
     """
 
     def __init__(self, network: Network, noise: Noise, clip: bool = True, threshold: bool = True):
@@ -57,20 +57,20 @@ class Denoiser:
         return self.read(self.output(x, level), x, level)
 
     def output(self, x: Sample, level: Level) -> Tensor:
-        """Compute the network's raw output; whole timesteps are passed as int64, others as float32."""
+        """Compute the network's raw output. Integer timesteps are passed as int64, others as float32."""
         dtype = torch.int64 if level.timestep.is_integer() else torch.float32
         timestep = torch.full((len(x),), level.timestep, dtype=dtype, device=x.device)
         return self.network(x, timestep).to(x.dtype)
 
     def read(self, output: Tensor, x: Sample, level: Level) -> DenoiserOutput:
-        """Convert a raw output to the image and the noise, by the prediction target."""
+        """Convert a raw output to image and noise by the prediction target."""
         fraction = None
         if self.noise.variance == "learned_range":
             output, fraction = output.chunk(2, 1)
         (_, alpha, sigma), target = level, self.noise.target
         picture = picture_of(target, output, x, alpha, sigma)
         noise = output if target == "noise" else (x - alpha * picture) / sigma
-        if target == "velocity":  # the difference of x and the picture loses digits at a small sigma
+        if target == "velocity":  # subtracting the picture from x would lose digits at a small sigma
             noise = (alpha * output + sigma * x) / (alpha * alpha + sigma * sigma)
         if self.threshold is not None or self.clip is not None:
             picture = self._bounded(picture)
@@ -84,19 +84,19 @@ class Denoiser:
 
 
 def dynamic_threshold(picture: Sample, share: float, most: float) -> Sample:
-    """Apply dynamic thresholding (Saharia et al., 2022, section 2.3): each image is clipped at the quantile `share` of
-    its absolute numbers, which is held between 1 and `most`, and divided by it."""
+    """Apply dynamic thresholding (Saharia et al., 2022, section 2.3): clip each image at the quantile `share` of its
+    absolute values, limited to [1, `most`], and divide by this threshold."""
     flat = picture.flatten(1)
     bound = flat.abs().quantile(share, dim=1, keepdim=True).clamp(1, most)
     return (flat.clamp(-bound, bound) / bound).view_as(picture)
 
 
 def guide(conditional: Sample, unconditional: Sample, guidance: float, rescale: float = 0.0) -> Sample:
-    """Guide without a classifier: extrapolate from the unconditional through the conditional prediction.
+    """Apply classifier-free guidance: extrapolate from the unconditional through the conditional prediction.
 
-    `guidance` is the s of unconditional + s · (conditional - unconditional): 1 is the conditional prediction itself,
-    and Ho and Salimans (2022) write s = 1 + w. `rescale` moves the result that far towards the standard
-    deviation of each image's conditional prediction (Lin et al., 2023, equations 15 and 16).
+    guidance: s in unconditional + s · (conditional - unconditional); 1 gives the conditional prediction. Ho and
+    Salimans (2022) write s = 1 + w. rescale: share by which each image's standard deviation is moved to that of the
+    conditional prediction (Lin et al., 2023, equations 15 and 16).
     """
     moved = unconditional + guidance * (conditional - unconditional)
     if not rescale:
@@ -109,8 +109,8 @@ def guide(conditional: Sample, unconditional: Sample, guidance: float, rescale: 
 def guided_denoiser(both: Network, noise: Noise, guidance: float, rescale: float = 0.0) -> Network:
     """Return a network with classifier-free guidance.
 
-    `both` is given every row of x twice: its first half is with the condition, the other without. A predicted variance
-    is that with the condition.
+    both: network that gets x twice along the batch: the first half with the condition, the second without. A predicted
+    variance is that of the conditional half.
     """
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def guided_denoiser(both: Network, noise: Noise, guidance: float, rescale: float
 def label_denoiser(
     model: ImageModel, label: Int[Tensor, " batch"] | None, guidance: float = 1.0, rescale: float = 0.0
 ) -> Network:
-    """Return the network of a model for these labels; with guidance, both predictions are made in one batch."""
+    """Return the model's network for these labels. With guidance, both predictions are computed in one batch."""
     if label is None or guidance == 1:
         return lambda x, timestep: model(x, timestep, label)
     labels = torch.cat([label, torch.full_like(label, model.config.n_classes)])
@@ -139,5 +139,6 @@ def standard_deviation(level: Level, next_level: Level) -> float:
 
 
 def new_variance(level: Level, next_level: Level) -> float:
-    """Return the variance of the noise that was added from the next level to this one: β where alpha² + sigma² is 1."""
+    """Return the variance of the noise that the forward process adds from the next level to this one: β if alpha² +
+    sigma² = 1."""
     return max(0.0, level.sigma**2 - (level.alpha / next_level.alpha * next_level.sigma) ** 2)

@@ -1,9 +1,9 @@
-"""Image-to-image (SDEdit) and inpainting: sampling that starts from a noised image, and keeps what the mask excludes.
+"""Image-to-image (SDEdit) and inpainting: sampling starts from a noised image, and keeps the region outside the mask.
 
-SDEdit (Meng et al., 2021) starts the sampler from the image with the noise of an intermediate level. Inpainting puts
-the kept region back, with the same noise, before every evaluation of the network (Lugmayr et al., 2022, equation 8a).
-Input image files are identified by a digest and scaled to the size of the output. Axes: batch, `*shape` = what the
-network sees of an image; channels, height, width of an image file.
+SDEdit (Meng et al., 2021) starts the sampler from the image with noise of an intermediate level. Inpainting restores
+the kept region, with the same noise, before every evaluation of the network (Lugmayr et al., 2022, equation 8a). Input
+image files are identified by a digest and scaled to the size of the output. Axes: batch, `*shape` = of the network's
+input; channels, height, width of an image file.
 """
 
 from collections.abc import Iterator
@@ -27,21 +27,21 @@ from keifu.layers.diffusion.sampling_schedule import CLEAN, Level, Schedule
 
 
 class KeptRegion(NamedTuple):
-    """An image, the initial noise, and the mask of the part to generate; the rest is kept."""
+    """Image, initial noise, and mask of the part to generate. The other part is kept."""
 
     picture: Sample
     noise: Sample
     anew: Bool[Tensor, "..."]
 
     def put_back(self, x: Sample, level: Level) -> Sample:
-        """Return x, and in the kept region the image with its noise at this level."""
+        """Return x with the image, noised to this level, in the kept region."""
         return torch.where(self.anew, x, level.alpha * self.picture + level.sigma * self.noise)
 
 
 class Inpainting(Denoiser):
-    """A denoiser whose network sees the kept region noised to the level of x, except at the first level, `start`.
+    """Denoiser whose network gets the kept region noised to the level of x, except at the first level, `start`.
 
-    Samplers update each number of x by itself, so what they compute in the kept region affects nothing else.
+    Samplers update each number of x separately, so their values in the kept region affect nothing else.
     """
 
     def __init__(self, network: Network, noise: Noise, clip: bool, threshold: bool, kept: KeptRegion, start: Level):
@@ -49,13 +49,13 @@ class Inpainting(Denoiser):
         self.kept, self.start = kept, start
 
     def output(self, x: Sample, level: Level) -> Tensor:
-        """Compute the network's output for x with the kept region put back."""
+        """Compute the network's output for x after restoring the kept region."""
         return super().output(x if level == self.start else self.kept.put_back(x, level), level)
 
 
 def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
-    """Return the last steps of a schedule: the share `strength` of them, rounded down; no step at all is a
-    `UserError`."""
+    """Return the last steps of a schedule, the share `strength` of them, rounded down. Raises `UserError` if none is
+    left."""
     steps = len(schedule.steps)
     taken = int(steps * strength)
     if not taken:
@@ -64,7 +64,7 @@ def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
 
 
 def add_initial_noise(picture: Sample, noise: Tensor, schedule: Schedule) -> Sample:
-    """Return the image with noise, at the level where a schedule begins."""
+    """Add noise to the image, at the first level of a schedule."""
     level = schedule.steps[0].level
     return level.alpha * picture + level.sigma * noise
 
@@ -77,7 +77,7 @@ def run_inpainting(
     random: Random,
     kept: KeptRegion | None = None,
 ) -> Iterator[SamplerStep]:
-    """Yield the state after each step of this schedule from x, with the kept region put back."""
+    """Run the sampler from x along this schedule with the kept region restored. Yield the state after each step."""
     if kept is None:
         yield from chosen.run(chosen.denoiser(network), x, schedule, random)
         return
@@ -87,18 +87,18 @@ def run_inpainting(
         yield SamplerStep(kept.put_back(state.x, level), kept.put_back(state.picture, CLEAN))
 
 
-WHITE_FROM = 128  # of 255
+WHITE_FROM = 128  # of 255; lighter mask pixels count as white
 
 
 @dataclass(frozen=True)
 class InputImage:
-    """An image file: its path, and the SHA-256 of its bytes, by which a changed file is noticed."""
+    """Image file: its path, and the SHA-256 of its bytes, which shows whether the file has changed."""
 
     place: str
     digest: str
 
     def image(self) -> Image.Image:
-        """Return the image, upright and without transparency; a file that has changed is a `UserError`."""
+        """Return the image, upright and without transparency. Raises `UserError` if the file has changed."""
         if read_input_image(self.place).digest != self.digest:
             raise UserError(f"{self.place} is not the file that it was: its digest was {self.digest[:12]}.")
         return read_image(Path(self.place)).image
@@ -109,7 +109,7 @@ class InputImage:
         return height, width
 
     def pixels(self, size: tuple[int, int], channels: int) -> Float[Tensor, "channels height width"]:
-        """Return the numbers from -1 to 1, scaled and centre-cropped to this size."""
+        """Return the pixels from -1 to 1, scaled and centre-cropped to this size."""
         fitted = fit_image(self.image(), size, channels)
         return to_signed(torch.from_numpy(fitted.copy()).permute(2, 0, 1))
 
@@ -120,7 +120,7 @@ class InputImage:
 
 
 def read_input_image(path: str | Path) -> InputImage:
-    """Return the image file at this path; a missing one is a `UserError`."""
+    """Return the image file at this path. Raises `UserError` if it is missing."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"There is no picture {path}.")

@@ -29,7 +29,7 @@ from keifu.generation.images.tiled_vae import LatentCodec, tile_of
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
-GUIDANCE = 7.5  # the released Stable Diffusion's
+GUIDANCE = 7.5  # as in Stable Diffusion
 Tokens = Int[Tensor, "batch length"]
 Latents = Float[Tensor, "batch channels height width"]
 
@@ -42,11 +42,10 @@ def text_denoiser(
     rescale: float = 0.0,
     beside: Float[Tensor, "batch more height width"] | None = None,
 ) -> Network:
-    """Return the denoising network of a model conditioned on a text for each row; texts are encoded and projected once,
-    here.
+    """Return the denoising network of a model for these texts. Texts are encoded and projected here, once.
 
-    With guidance, `without` are the negative prompts, and both predictions are made in one batch. `beside`: further
-    input channels of each row, after those of x.
+    given: the text of each row. without: the negative prompts for guidance; both predictions are computed in one batch.
+    beside: further input channels of each row, after those of x.
     """
 
     alone = guidance == 1 or without is None
@@ -60,15 +59,15 @@ def text_denoiser(
 
 
 def _project(model: Any, tokens: Tokens) -> Any:
-    """Compute the projection of each row's text; equal texts are encoded once."""
+    """Encode and project the text of each row. Equal texts are encoded once."""
     texts, indices = tokens.unique(dim=0, return_inverse=True)
     return model.project(model.encode_text(texts)[indices])
 
 
 def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncate: bool = False) -> Tokens:
-    """Return the ids of texts with the special tokens around them, padded to this length.
+    """Return the ids of texts with special tokens, padded to `length`.
 
-    A longer text is a `UserError` with both lengths, or is truncated with `truncate`.
+    Raises `UserError` for a longer text, unless `truncate` cuts it.
     """
     rows = tokenizer.encode_batch(texts, special=True)
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
@@ -83,7 +82,7 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
 
 
 class TextToImagePipeline(Pipeline):
-    """A text-to-image pipeline, with the tokenizer of its texts. colours: 1 for grey, 3 for colour."""
+    """Text-to-image pipeline with the tokenizer of its texts. colours: 1 for grey, 3 for colour."""
 
     pixels = False
 
@@ -92,19 +91,19 @@ class TextToImagePipeline(Pipeline):
         self.tokenizer, self.colours = tokenizer, int(model.config.colours)
 
     def fingerprint(self, beside: str = "") -> str:
-        """Return the fingerprint, of the tokenizer too."""
+        """Return the fingerprint of the model and the tokenizer."""
         return super().fingerprint(self.tokenizer.fingerprint + beside)
 
     def label(self, name: str) -> int:
-        """Refuse a label with a `UserError`: there is none."""
+        """Raise `UserError`: the model has no labels."""
         raise UserError(f"This model draws from a text and knows no classes: say {name!r} in the text.")
 
     def tokens(self, texts: Sequence[str], truncate: bool = False) -> Tokens:
-        """Return the ids of texts, padded to the model's length: see `text_tokens`."""
+        """Return the ids of texts, padded to the model's length (see `text_tokens`)."""
         return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
     def check_conditions(self, wanted: ImageRequest) -> None:
-        """Refuse a class, and a negative prompt without guidance."""
+        """Raise `UserError` for a label, and for a negative prompt without guidance."""
         if wanted.label is not None:
             self.label(str(wanted.label))
         if wanted.negative and wanted.guidance == 1:
@@ -114,33 +113,31 @@ class TextToImagePipeline(Pipeline):
             )
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """Return the same request with every default filled in; a request that the model cannot fulfil is a
-        `UserError`.
-        """
+        """Return the request with all defaults. Raises `UserError` for a request that the model cannot fulfil."""
         raise NotImplementedError
 
     def draw(
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw a finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
+        """Draw an image for each seed. Return uint8 on the CPU. `watch` is called with the state after each step.
 
-        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None.
+        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`.
         """
         raise NotImplementedError
 
 
 class LatentDiffusionPipeline(TextToImagePipeline):
-    """The pipeline of a latent diffusion model."""
+    """Pipeline of a latent diffusion model."""
 
     usual_guidance = GUIDANCE
 
     def __init__(self, model: Any, tokenizer: Tokenizer):
         super().__init__(model, tokenizer)
-        self.usual_sampler = "ddim" if self.noise.flows else "dpm++-2m"  # 20 steps of it for the 50 of others
+        self.usual_sampler = "ddim" if self.noise.flows else "dpm++-2m"  # 20 steps of it replace 50 of others
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """Return the same request with every default filled in, checked against the model."""
+        """Return the request with all defaults, checked against the model."""
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
         self.check_conditions(wanted)
@@ -161,10 +158,10 @@ class LatentDiffusionPipeline(TextToImagePipeline):
     def drawing(
         self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None = None
     ) -> Iterator[SamplerStep]:
-        """Yield x and the predicted latents after each step, for a picture of each seed, on the model's device.
+        """Yield x and the predicted latents after each step, with a row for each seed, on the model's device.
 
-        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. Convolutions are
-        packed for it once, which takes about as long as a step and their memory a second time.
+        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`. The convolutions' weights
+        are prepacked first, which takes about as long as a step and doubles their memory.
         """
         chosen = wanted.configure_sampler(self.noise)
         schedule, random = wanted.schedule(chosen.schedule), SeededNoise(seeds)
@@ -178,9 +175,9 @@ class LatentDiffusionPipeline(TextToImagePipeline):
     def _initial_latents(
         self, wanted: ImageRequest, schedule: Schedule, count: int, random: Random
     ) -> tuple[Latents, KeptRegion | None, Tensor | None]:
-        """Return the initial latents, the region that is kept, and the extra input channels of an inpainting network.
+        """Return the initial latents, the kept region, and the extra input channels of an inpainting network.
 
-        Those are the mask, and the latents of the image with grey in the mask's place."""
+        Those channels are the mask, and the latents of the image with grey in the masked region."""
         config, device = self.model.config, self.device
         assert wanted.size is not None
         sides = (side // config.factor for side in wanted.size)
@@ -207,7 +204,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), left], 1)
 
     def decoded(self, latents: Latents, wanted: ImageRequest) -> Float[Tensor, "batch colours rows columns"]:
-        """Decode latents to images, approximately from -1 to 1."""
+        """Decode latents to images with values of about -1 to 1."""
         return self._coder(wanted).pictures(latents)
 
     def _coder(self, wanted: ImageRequest) -> LatentCodec:
@@ -217,11 +214,12 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw as `TextToImagePipeline.draw` says."""
+        """Draw like `TextToImagePipeline.draw`."""
         x = last_x(self.drawing(wanted, seeds, texts), watch)
         return wanted.paste(to_pixels(self.decoded(x, wanted)))
 
 
 def downscale_mask(mask: Bool[Tensor, "1 height width"], factor: int) -> Bool[Tensor, "1 rows columns"]:
-    """Return a mask of pixels at the resolution of latents: each takes its upper left pixel's, as in diffusers."""
+    """Reduce a mask of pixels to the resolution of latents: each takes the value of its upper left pixel, as in
+    diffusers."""
     return mask[:, ::factor, ::factor]

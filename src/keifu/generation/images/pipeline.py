@@ -1,4 +1,4 @@
-"""Image pipelines: one interface for pixel diffusion, latent diffusion, unCLIP and DALL-E."""
+"""Image pipelines: common interface of pixel diffusion, latent diffusion, unCLIP and DALL-E."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -27,7 +27,7 @@ def is_text_to_image(model: nn.Module) -> bool:
 
 
 def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> TextToImagePipeline:
-    """Return the text-to-image pipeline of a model; any other model is a `UserError`."""
+    """Return the text-to-image pipeline of a model. Raises `UserError` for any other model."""
     pipeline = image_pipeline(model, lambda: tokenizer)
     if not isinstance(pipeline, TextToImagePipeline):
         raise UserError(f"A {type(model).__name__} draws from no text: choose a model that reads.")
@@ -35,8 +35,8 @@ def text_to_image_pipeline(model: nn.Module, tokenizer: Tokenizer | None) -> Tex
 
 
 def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) -> ImagePipeline:
-    """Return the pipeline of an image model, with its tokenizer if it is conditioned on text; any other is a
-    `UserError`."""
+    """Return the pipeline of an image model, with its tokenizer if it is conditioned on text. Raises `UserError` for
+    any other model."""
     if not isinstance(model, ImageModel) or model.draws == "pixels":
         return PixelPipeline(model)
     loaded = tokenizer()

@@ -1,10 +1,10 @@
-"""Pixel diffusion: settings of an image request, sampling of images from noise in one call or step by step, and strips
-that show noise being added to an image, or an image emerging from it.
+"""Pixel diffusion: settings of an image request, sampling of images in one call or step by step, and picture strips of
+noise being added or removed.
 
-A seed belongs to an image: with the same settings and seed the image is the same alone or in a batch, except for
-rounding of products that are computed for several images at once. Its noise is that of
-`torch.Generator().manual_seed(seed)` on the CPU, in the order of the calls, on any device; diffusers' generators give
-the same. Axes: batch, channels, height, width.
+A seed belongs to an image. With the same settings and seed the image is the same alone or in a batch, up to rounding of
+matrix multiplications over several images. Its noise comes from `torch.Generator().manual_seed(seed)` on the CPU, in
+the order of the calls, for any device. diffusers' generators give the same noise. Axes: batch, channels, height,
+width.
 """
 
 import hashlib
@@ -39,13 +39,13 @@ Watch: TypeAlias = Callable[[SamplerStep], object]  # called with the state afte
 
 
 class SeededNoise:
-    """Standard normal noise in the shape of x, each row's from its own generator."""
+    """Standard normal noise in the shape of x. Each row has a separate generator."""
 
     def __init__(self, seeds: Sequence[int]):
         self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
     def __call__(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
-        """Noise for each row of x, in its type and on its device."""
+        """Return noise for each row of x, in its dtype and on its device."""
         rows = [torch.randn(x.shape[1:], generator=random, dtype=x.dtype, device="cpu") for random in self.generators]
         return torch.stack(rows).to(x.device)
 
@@ -56,26 +56,26 @@ OF_EMBEDDINGS = ("prior_steps", "prior_guidance", "candidates", "upsampling_step
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """The settings of an image.
+    """Settings of an image.
 
     Attributes:
         sampler: a name in `SAMPLERS`, or `BY_TOKEN` for an autoregressive model.
-        steps: None for the sampler's default.
+        steps: number of steps; None for the sampler's default.
         seed: the same seed gives the same image; None chooses one at random.
-        label: the class to condition on, by number; None for unconditional sampling.
-        guidance: scale of classifier-free guidance; 1 is the conditional prediction itself.
+        label: number of the class to condition on; None for unconditional sampling.
+        guidance: scale of classifier-free guidance; 1 is the conditional prediction.
         guidance_rescale: share of the contrast added by guidance that is removed (Lin et al., 2023: 0.7).
-        size: height and width in pixels; None for those that the model was trained with.
+        size: height and width in pixels; None for the model's training size.
         spacing, karras: of the sampling schedule, see `sampling_schedule.py`. eta: DDIM's share of fresh noise.
         text, negative: the prompt and the negative prompt of a text-to-image model.
         truncate: whether a text that is too long for the model is truncated.
-        init: the input image of image-to-image and inpainting; None for noise alone.
+        init: the input image of image-to-image and inpainting; None starts from noise alone.
         strength: share of the steps that are run, the last ones; None for `STRENGTH`, or 1 with a mask.
         mask: white where the image is generated anew; None for the whole image.
-        tile: side in pixels of the tiles in which a large image is decoded; 0 for none, None for 512 where it has more
+        tile: side in pixels of the tiles for decoding a large image; 0 for none; None for 512 if the image has more
             than 1024 x 1024 pixels.
-        prior_steps, prior_guidance: those of unCLIP's prior, beside those of its decoder.
-        candidates: embeddings that the prior samples, of which the one nearest to the text is used.
+        prior_steps, prior_guidance: those of unCLIP's prior; `steps` and `guidance` are its decoder's.
+        candidates: number of embeddings that the prior samples; the one nearest to the text is used.
         upsampling_steps: those of unCLIP's super-resolution; None for the default.
         towards: a text or image to which unCLIP interpolates from `text` or `init`, in `count` images.
     """
@@ -123,11 +123,11 @@ class ImageRequest:
             raise UserError(f"guidance_rescale is a share between 0 and 1, not {self.guidance_rescale}.")
 
     def configure_sampler(self, noise: Noise) -> ConfiguredSampler:
-        """Return the sampler with these settings for a model's noise."""
+        """Return the sampler with these settings for a model's noise schedule."""
         return configure_sampler(noise, self.sampler, self.steps, self.spacing, self.karras, self.eta)
 
     def completed(self, noise: Noise, size: tuple[int, int]) -> "ImageRequest":
-        """Return the same request with this size, and with defaults for steps, seed, spacing and strength."""
+        """Return the request with this size, and with defaults for steps, seed, spacing and strength."""
         steps = len(self.configure_sampler(noise).schedule.steps)
         seed = secrets.randbits(32) if self.seed is None else self.seed
         usual = None if self.init is None else 1.0 if self.mask else STRENGTH
@@ -137,27 +137,27 @@ class ImageRequest:
         return whole if noise.flows else replace(whole, spacing=self.spacing or noise.spacing)
 
     def check_no_embedding(self) -> None:
-        """Raise a `UserError` if an option is set that only unCLIP has."""
+        """Raise `UserError` if an option is set that only unCLIP has."""
         if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
             option = f"--{given[0].replace('_', '-')}"
             raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")
 
     def sides(self) -> tuple[int, int] | None:
-        """Return height and width that were asked for, or those of the input image."""
+        """Return the requested height and width, or those of the input image; None if both are missing."""
         return self.size or (self.init.size() if self.init else None)
 
     def schedule(self, whole: Schedule) -> Schedule:
-        """Return the part of a sampler's schedule that is run, by the strength."""
+        """Return the part of a sampler's schedule that is run, by `strength`."""
         return whole if self.strength is None else truncate_schedule(whole, self.strength)
 
     @property
     def taken(self) -> int:
-        """The number of steps that are run, by the strength."""
+        """Number of steps that are run, by `strength`."""
         return int((self.steps or 0) * (1 if self.strength is None else self.strength))
 
     @property
     def from_noise(self) -> bool:
-        """Whether the picture, or its masked part, is drawn from pure noise."""
+        """Whether the picture, or its masked part, starts from pure noise."""
         return self.init is None or (self.mask is not None and self.strength == 1)
 
     def anew(self) -> Bool[Tensor, "1 height width"] | None:
@@ -166,14 +166,14 @@ class ImageRequest:
         return None if self.mask is None else self.mask.white(self.size)
 
     def paste(self, drawn: Bytes) -> Bytes:
-        """Return images with the input image's pixels where a mask keeps them: latents are not exact."""
+        """Copy the input image's pixels into the images outside the mask, because decoded latents are not exact."""
         if self.init is None or self.mask is None:
             return drawn
         size = int(drawn.shape[2]), int(drawn.shape[3])
         return torch.where(self.mask.white(size), drawn, to_bytes(self.init.pixels(size, drawn.shape[1])))
 
     def _check_mask(self, size: tuple[int, int]) -> None:
-        """Refuse a mask that has not the picture's size, or no white."""
+        """Raise `UserError` for a mask of another size than the picture's, or without white pixels."""
         if self.init is None or self.mask is None:
             return
         (height, width), (high, wide) = self.init.size(), self.mask.size()
@@ -187,14 +187,14 @@ class ImageRequest:
 
 
 def require_diffusion_model(model: nn.Module) -> ImageModel:
-    """Return the model if it removes noise; any other is a `UserError`."""
+    """Return the model if it is a diffusion model, else raise `UserError`."""
     if not isinstance(model, ImageModel) or model.draws != "pixels":
         raise UserError(f"A {type(model).__name__} draws no pictures: choose a model that was trained to remove noise.")
     return model
 
 
 def trained_size(model: ImageModel) -> tuple[int, int]:
-    """Return height and width of the pictures that a model was trained with."""
+    """Return height and width of the pictures that the model was trained on."""
     size = model.config.size
     if size is None:
         raise UserError("The model does not say how large its pictures are: give their size.")
@@ -202,7 +202,7 @@ def trained_size(model: ImageModel) -> tuple[int, int]:
 
 
 def check_label(model: ImageModel, label: int | None, guidance: float) -> None:
-    """Refuse a label or guidance that the model cannot have."""
+    """Raise `UserError` for a label or guidance that the model does not support."""
     classes, none = model.config.n_classes, model.config.null_class
     if label is not None and not classes:
         raise UserError("This model draws no classes, and it was given a label: leave it out.")
@@ -219,7 +219,7 @@ def check_label(model: ImageModel, label: int | None, guidance: float) -> None:
 class Pipeline:
     """Base class of image pipelines.
 
-    usual_guidance, usual_sampler: the defaults. pixels: whether its steps are images, not latents.
+    usual_guidance, usual_sampler: the defaults. pixels: whether steps are images, not latents.
     """
 
     usual_guidance = 1.0
@@ -231,16 +231,16 @@ class Pipeline:
 
     @property
     def noise(self) -> Noise:
-        """The noise schedule."""
+        """Noise schedule of the model."""
         return self.model.noise
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the model."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     def fingerprint(self, beside: str = "") -> str:
-        """Return the SHA-256 of every tensor's name, type, shape and bytes, of the config, and of `beside`.
+        """Return the SHA-256 of every tensor's name, dtype, shape and bytes, of the config, and of `beside`.
 
         Models with equal fingerprints generate the same images.
         """
@@ -253,14 +253,14 @@ class Pipeline:
 
 
 class PixelPipeline(Pipeline):
-    """Generator of images with a pixel diffusion model; any other model is a `UserError`."""
+    """Pipeline of a pixel diffusion model. Raises `UserError` for any other model."""
 
     def __init__(self, model: nn.Module):
         super().__init__(require_diffusion_model(model))
         self.pixels = self.model.coder is None
 
     def label(self, name: str) -> int:
-        """Return a class by its name, or by its number; an unknown one is a `UserError`."""
+        """Return the number of a class by its name or number. Raises `UserError` for an unknown one."""
         config = self.model.config
         for number, names in enumerate(config.classes):  # ImageNet has several names for a class
             if name in (names, *names.split(", ")):
@@ -272,7 +272,7 @@ class PixelPipeline(Pipeline):
         raise unknown("class of this model", name, config.classes or [str(n) for n in range(config.n_classes)])
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """Return the same request with every default filled in, checked against the model."""
+        """Return the request with all defaults, checked against the model."""
         if wanted.text is not None or wanted.negative:
             text = wanted.text or wanted.negative
             raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
@@ -286,9 +286,9 @@ class PixelPipeline(Pipeline):
 
     @torch.inference_mode()
     def drawing(self, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
-        """Yield x and the predicted images after each step, for an image of each seed, on the model's device.
+        """Yield x and the predicted images after each step, with a row for each seed, on the model's device.
 
-        The convolutions' weights are prepacked once, which takes about as long as a step.
+        The convolutions' weights are prepacked first, which takes about as long as a step.
         """
         model, device, factor = self.model, self.device, self.model.factor
         size = wanted.size or trained_size(model)
@@ -309,23 +309,23 @@ class PixelPipeline(Pipeline):
 
     @torch.inference_mode()
     def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
-        """Draw a finished image of each seed, as bytes on the CPU; `watch` is called with the state after each step.
+        """Draw an image for each seed. Return uint8 on the CPU. `watch` is called with the state after each step.
 
-        An image that is not finite, as from damaged weights, is a `UserError`.
+        Raises `UserError` for an image with NaN or infinity, for example from damaged weights.
         """
         drawn = to_pixels(self.model.to_pictures(last_x(self.drawing(wanted, seeds), watch)))
         return drawn if self.pixels else wanted.paste(drawn)
 
 
 def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
-    """Return the numbers from -1 to 1 as bytes, unless one is no number."""
+    """Convert numbers from -1 to 1 to bytes. Raises `UserError` for NaN or infinity."""
     if not bool(x.isfinite().all()):
         raise UserError("The picture has numbers that are not finite: its weights are damaged, or need float32.")
     return to_bytes(x).cpu()
 
 
 class Strip(NamedTuple):
-    """Pictures and a caption for each, for a sheet of one row or two."""
+    """Pictures with captions, for a sheet of one row or two."""
 
     pictures: UInt8[Tensor, "picture channels height width"]
     captions: list[str]
@@ -333,7 +333,7 @@ class Strip(NamedTuple):
 
 
 def noising_strip(picture: UInt8[Tensor, "channels height width"], noise: Noise, count: int) -> Strip:
-    """Return a picture at evenly spaced timesteps, from itself to the last, with the same noise growing on it."""
+    """Return a picture at evenly spaced timesteps, from 0 to the last, with growing amounts of the same noise."""
     clean = to_signed(picture)[None].expand(count, -1, -1, -1)
     added = SeededNoise([0])(clean[:1]).expand_as(clean)
     timestep = torch.linspace(0, noise.steps - 1, count, dtype=torch.float32, device="cpu").round().long()
@@ -343,8 +343,8 @@ def noising_strip(picture: UInt8[Tensor, "channels height width"], noise: Noise,
 
 
 def denoising_strip(states: Sequence[SamplerStep]) -> Strip:
-    """Return the first picture's way out of noise, evenly spaced: x above, and below it the picture that the network
-    saw in it."""
+    """Return the denoising of the first picture at evenly spaced steps: x in the upper row, the predicted picture below
+    it."""
     indices = torch.linspace(0, len(states) - 1, min(8, len(states)), dtype=torch.float32, device="cpu")
     steps = indices.round().long().tolist()
     shown = [states[step].x[0] for step in steps] + [states[step].picture[0] for step in steps]

@@ -18,17 +18,17 @@ from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.untrusted import parse_json, plain_file
 
 CHUNK = "keifu"
-MOST_PICTURES, MOST_THREADS = 10_000, 1024  # of a record that is drawn again
+MOST_PICTURES, MOST_THREADS = 10_000, 1024  # maxima for a record that is drawn again
 
 
 def versions() -> dict[str, str]:
-    """Return the programs that a picture's bits depend on."""
+    """Return the versions of the software on which a picture's bits depend."""
     return {"keifu": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 @dataclass(frozen=True)
 class LoraRecord:
-    """Record of a LoRA: its file, the SHA-256 of its bytes, and its weight, which is 1 as trained."""
+    """Record of a LoRA: its file, the SHA-256 of its bytes, and its scale (1 as trained)."""
 
     place: str
     digest: str
@@ -37,12 +37,13 @@ class LoraRecord:
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Everything that decides a picture.
+    """Everything that determines a picture.
 
-    model: where its weights were. weights: their `fingerprint`. drawing: its settings, with the first picture's seed.
-    count, batch_size: pictures that were asked for, and how many were drawn at a time; each has a seed one higher than
-    the one before. number: which of them it is, from 0; None for a sheet. kept: those on the sheet; () for all.
-    threads: over which products were split. loras: what was worked into the weights before their fingerprint was taken.
+    model: path or name of the model. weights: their `fingerprint`, with LoRAs merged. drawing: the settings, with the
+    first picture's seed. count, batch_size: number of requested pictures, and of those drawn at once; each picture's
+    seed is one higher than the previous one's. number: index of this picture from 0; None for a sheet. kept: indices of
+    the pictures on the sheet; () for all. threads: number of threads, over which matrix multiplications were split.
+    loras: those merged into the weights.
     """
 
     model: str
@@ -59,7 +60,7 @@ class ImageRecord:
     loras: tuple[LoraRecord, ...] = ()
 
     def seeds(self) -> list[list[int]]:
-        """Return the seeds of each batch that this picture, or sheet, needs."""
+        """Return the seeds of each batch that contains this picture, or pictures of this sheet."""
         if self.batch_size < 1 or not 0 <= (self.number or 0) < self.count:
             raise UserError(f"The record is wrong: picture {self.number} of {self.count}, {self.batch_size} at a time.")
         first = self.drawing.seed or 0
@@ -68,7 +69,7 @@ class ImageRecord:
         return batches if self.number is None else [batches[self.number // self.batch_size]]
 
     def texts(self) -> dict[str, str]:
-        """Return the text chunks of its PNG file: all as JSON, and a sentence for people."""
+        """Return the text fields of the PNG file: the record as JSON, and a sentence for people."""
         wanted = self.drawing
         seed = (wanted.seed or 0) + (self.number or 0)
         text = "" if wanted.text is None else f" from {wanted.text!r}"
@@ -79,7 +80,7 @@ class ImageRecord:
 
 
 def read_record(path: Path) -> ImageRecord:
-    """Return the record in a PNG file; a file that has none, or one that is damaged, is a `UserError`."""
+    """Return the record in a PNG file. Raises `UserError` if there is none or it is damaged."""
     plain_file(path, "picture")
     try:
         with Image.open(path) as image:
@@ -99,7 +100,7 @@ def read_record(path: Path) -> ImageRecord:
 
 
 def check_limits(record: ImageRecord, path: Path) -> None:
-    """Refuse the record of a picture if it asks for more than the picture shows, or than a computer can draw."""
+    """Raise `UserError` for a record with more pictures or pixels than the file has, or than a computer can draw."""
     with Image.open(path) as image:
         pixels = math.prod(image.size)
     shown = 1 if record.number is not None else len(record.kept) or record.count
@@ -120,7 +121,7 @@ def _record(json: dict[str, Any]) -> ImageRecord:
     for name in ("init", "mask", "towards"):
         facts = wanted.get(name)
         wanted[name] = InputImage(**facts) if isinstance(facts, dict) else facts
-    json = {"kept": (), "loras": (), **json}  # older pictures do not say it
+    json = {"kept": (), "loras": (), **json}  # missing in older pictures
     missing = {field.name for field in fields(ImageRecord)} - json.keys()
     if missing:
         raise KeyError(", ".join(sorted(missing)))

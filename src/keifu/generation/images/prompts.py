@@ -1,7 +1,7 @@
-"""Pictures in the prompt of a language model that sees (LLaVA; Liu et al., 2023).
+"""Pictures in the prompt of a vision-language model (LLaVA; Liu et al., 2023).
 
-A chat template writes one token where a picture is. It is repeated for each of the picture's embeddings, which the
-runner puts there. Blocks of keys and values are known by the picture's content, not by that token.
+A chat template writes one token for a picture. It is repeated for each of the picture's embeddings, which the runner
+inserts there. The hashes of key-value blocks use the picture's content, not that token.
 
 Axes: images, channels, rows and columns of pixels; patches = tokens of a picture, dim.
 """
@@ -20,14 +20,14 @@ from keifu.data.images.preprocessing import Preprocessing, TiledPreprocessing
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
-MOST_IMAGES = 16  # of one conversation
+MOST_IMAGES = 16  # maximum in one conversation
 Messages = Sequence[Mapping[str, Any]]
 
 
 @runtime_checkable
 class SeeingModel(Protocol):
-    """Interface of a language model that sees. Its `config` has `pixels`, `image_token` and `image_tokens`; with tiles
-    `picture_text(rows, columns)` too."""
+    """Interface of a vision-language model. Its `config` has `pixels`, `image_token` and `image_tokens`; with tiles
+    also `picture_text(rows, columns)`."""
 
     config: Any
 
@@ -35,21 +35,21 @@ class SeeingModel(Protocol):
 
 
 class ImagePrompt(NamedTuple):
-    """Ids of a prompt, with one token for each tile of its pictures."""
+    """Ids of a prompt, with one token for each tile of its pictures; and the pictures."""
 
     tokens: Sequence[int]
     images: Sequence[Image.Image]
 
 
 def sees(config: Any) -> bool:
-    """Return whether models of this Config read pictures; None is that of a model of text."""
+    """Return whether models with this Config read pictures. None is the Config of a text model."""
     return config is not None and isinstance(vars(config).get("image_token"), int)
 
 
 def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: Any) -> list[int] | ImagePrompt:
-    """Encode a conversation by the chat template; a message may have pictures, `images`, which come before its text.
+    """Encode a conversation by the chat template. A message may have pictures in `images`; they come before its text.
 
-    Pictures for a model that sees none are a `UserError`.
+    Raises `UserError` for pictures if the model does not read any.
     """
     images = [image for message in messages for image in message.get("images", ())]
     if not sees(config):
@@ -65,7 +65,7 @@ def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: A
 
 
 def preprocessing(config: Any) -> Preprocessing | TiledPreprocessing:
-    """Return the preprocessing of pictures for models of this Config."""
+    """Return the preprocessing of pictures for models with this Config."""
     fields = vars(config.pixels)
     return TiledPreprocessing(**fields) if "tile" in fields else Preprocessing(**fields)
 
@@ -73,22 +73,22 @@ def preprocessing(config: Any) -> Preprocessing | TiledPreprocessing:
 def _in_tiles(
     token: int, images: Iterator[Image.Image], tokenizer: Tokenizer, config: Any, ready: TiledPreprocessing
 ) -> list[int]:
-    """Return a token of a prompt; instead of a picture's, the tokens around its tiles and one for each."""
+    """Return [token], or for a picture's token the tokens around its tiles with one token for each tile."""
     image = next(images, None) if token == config.image_token else None
     return [token] if image is None else tokenizer.encode(config.picture_text(*ready.grid(image)), allow_special=True)
 
 
 def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message whose content is a list of its parts, as templates of such models have it."""
+    """Return a message whose content is a list of parts, as templates of such models expect."""
     pictures = [{"type": "image"} for _ in message.get("images", ())]
     text = {"type": "text", "text": message.get("content") or ""}
     return {name: value for name, value in message.items() if name != "images"} | {"content": [*pictures, text]}
 
 
 class InsertedImages:
-    """Pictures among the tokens of a prompt, as the model's tower sees them: bytes.
+    """Pictures among the tokens of a prompt, preprocessed to bytes.
 
-    tokens: the ids of the prompt, with a picture's token for each of its embeddings.
+    tokens: ids of the prompt, with a picture's token for each of its embeddings.
     """
 
     def __init__(self, prompt: ImagePrompt, config: Any):
@@ -96,7 +96,7 @@ class InsertedImages:
         if len(prompt.images) > MOST_IMAGES:
             raise UserError(f"{len(prompt.images)} pictures were given, but a prompt takes at most {MOST_IMAGES}.")
         length = len(prompt.tokens) + marks * (config.image_tokens - 1)
-        if length > config.context_length:  # before the pictures take memory
+        if length > config.context_length:  # checked before pictures take memory
             raise UserError(f"The prompt has {length} tokens, but the context is {config.context_length}: shorten it.")
         self._preprocessing = preprocessing(config)
         self._pixels = [tile for image in prompt.images for tile in self._preprocessing.tiles(image)]
@@ -112,16 +112,16 @@ class InsertedImages:
         self._places = [index for index, token in enumerate(self.tokens) if token == config.image_token]
 
     def identity(self, tokens: Sequence[int], start: int = 0) -> Sequence[int]:
-        """Return the tokens by which blocks are known, right from `start` on: a number of its content for those of a
-        picture. Nothing is copied for a prompt alone, nor after it."""
+        """Return the tokens for hashing key-value blocks, correct from index `start` on. A picture's tokens are
+        replaced by a number of its content. Text after the prompt is returned without a copy."""
         if start >= len(self._identity):
             return tokens
         return [*self._identity, *answer] if (answer := tokens[len(self._identity) :]) else self._identity
 
     def between(self, model: Any, start: int, stop: int) -> tuple[list[int], Float[Tensor, "count dim"] | None]:
-        """Return the positions of a picture's tokens between `start` and `stop`, and the embeddings of these tokens.
+        """Return the indices, counted from `start`, of picture tokens between `start` and `stop`, and their embeddings.
 
-        The positions count from `start`. The embeddings are computed at the first call.
+        The embeddings are computed at the first call.
         """
         rows = [row for row, position in enumerate(self._places) if start <= position < stop]
         if not rows:
@@ -131,20 +131,20 @@ class InsertedImages:
         return [self._places[row] - start for row in rows], self._embeddings[rows[0] : rows[-1] + 1]
 
     def _encode(self, model: Any) -> Float[Tensor, "tokens dim"]:
-        """Return the embeddings of all pictures, each computed alone: they do not depend on the others."""
+        """Return the embeddings of all pictures. Each is computed alone, so it does not depend on the others."""
         like: Tensor = next(model.parameters())
         ready = (self._preprocessing.normalised(pixels[None].to(like.device)) for pixels in self._pixels)
         return torch.cat([model.encode_images(pixels.to(like.dtype))[0] for pixels in ready])
 
 
 def _identity(pixels: UInt8[Tensor, "channels rows columns"]) -> int:
-    """Return a number of a picture's content, below all ids of tokens."""
+    """Return a negative number that identifies a picture's content. Ids of tokens are not negative."""
     digest = blake2b(pixels.numpy().tobytes(), digest_size=8).digest()
     return -1 - (int.from_bytes(digest, "big") >> 1)
 
 
 def insert_images(prompt: ImagePrompt, model: nn.Module) -> InsertedImages:
-    """Return the pictures of a prompt among its tokens; a model that sees none is a `UserError`."""
+    """Return the pictures of a prompt among its tokens. Raises `UserError` if the model does not read pictures."""
     config: Any = model.config
     if not sees(config) or not isinstance(model, SeeingModel):
         raise UserError(f"A {type(model).__name__} sees no pictures: choose a model that sees, such as a LLaVA.")

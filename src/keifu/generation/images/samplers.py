@@ -1,11 +1,11 @@
 """Diffusion samplers by name: from noise to an image in steps, with the schedule and default number of steps of each.
 
-Single-step samplers are DDPM, DDIM, Euler, Euler ancestral and Heun; multistep ones, which use earlier predictions too,
-are LMS, PLMS, DPM-Solver++ and UniPC. A sampler is a generator: it takes a denoiser, x at the first noise level, the
-schedule and a source of noise, and yields x and the predicted image after each step. x is what the network sees,
-x = alpha · image + sigma · noise; where papers write x / alpha (Karras et al., 2022), the formulas here are multiplied
-out. Clipping and thresholding are those of diffusers' scheduler of the same name. The noise is always computed from
-the clipped picture, which diffusers' DDIM does only with `use_clipped_model_output=True`: the noise of the raw output
+Single-step samplers are DDPM, DDIM, Euler, Euler ancestral and Heun. Multistep samplers, which also use earlier
+predictions, are LMS, PLMS, DPM-Solver++ and UniPC. A sampler is a generator: it gets a denoiser, x at the first noise
+level, the schedule and a source of noise, and yields x and the predicted image after each step. x is the network's
+input, x = alpha · image + sigma · noise; formulas of papers that use x / alpha (Karras et al., 2022) are multiplied by
+alpha. Clipping and thresholding are those of diffusers' scheduler of the same name. The noise is always computed from
+the clipped picture; diffusers' DDIM does so only with `use_clipped_model_output=True`. The noise of the raw output
 would subtract again what guidance added to the picture.
 """
 
@@ -32,18 +32,18 @@ from keifu.layers.diffusion.sampling_schedule import (
     flow_schedule,
 )
 
-Random: TypeAlias = Callable[[Tensor], Tensor]  # normal noise in the shape of x, each image's from its own seed
+Random: TypeAlias = Callable[[Tensor], Tensor]  # normal noise in the shape of x; each image has a separate seed
 
 
 class SamplerStep(NamedTuple):
-    """The state after a step: x at the level that the step goes to, and the image predicted in the step."""
+    """State after a step: x at the step's end level, and the image predicted in the step."""
 
     x: Sample
     picture: Sample
 
 
 def last_x(steps: Iterator[SamplerStep], watch: Callable[[SamplerStep], object] = lambda state: None) -> Tensor:
-    """Return x after all steps; `watch` is called with the state after each one."""
+    """Return x after all steps. `watch` is called with the state after each step."""
     x = torch.empty(0)
     for state in steps:
         watch(state)
@@ -55,11 +55,11 @@ SamplingFunction: TypeAlias = Callable[[Denoiser, Tensor, Schedule, Random], Ite
 
 
 def ddpm(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Sample by DDPM (Ho et al., 2020, algorithm 2): draw the posterior given the predicted image (equation 7) at each
-    step.
+    """Sample by DDPM (Ho et al., 2020, algorithm 2): each step draws from the posterior given the predicted image
+    (equation 7).
 
-    Its variance is that of the denoiser's `Noise`. A step that ends at the clean picture adds no noise; diffusers adds
-    it there unless the step begins at timestep 0.
+    The variance is that of the denoiser's `Noise`. A step that ends at the clean picture adds no noise; diffusers adds
+    noise there unless the step begins at timestep 0.
     """
     for level, next_level in schedule.steps:
         output = denoise(x, level)
@@ -79,7 +79,7 @@ def _ddpm_standard_deviation(output: DenoiserOutput, variance: str, level: Level
     if variance == "learned_range":
         assert output.variance_fraction is not None
         low = math.log(max(small, 1e-10))
-        high = math.log(max(large, 1e-10))  # 0 where a step goes nowhere
+        high = math.log(max(large, 1e-10))  # 0 for a step without a change of level
         return torch.exp(low + (output.variance_fraction + 1) / 2 * (high - low))
     return small if variance == "fixed_small" else large
 
@@ -96,10 +96,10 @@ def ddim(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random, eta: 
 
 
 def euler(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Follow Euler's method on the probability flow ODE (Karras et al., 2022, algorithm 1 at first order, without
+    """Sample by Euler's method on the probability flow ODE (Karras et al., 2022, algorithm 1 at first order, without
     churn).
 
-    By a constant noise in x / alpha, and in a flow by a constant velocity, a step has the same end.
+    A step assumes constant noise in x / alpha; for a flow, a constant velocity gives the same result.
     """
     for level, next_level in schedule.steps:
         picture = denoise(x, level).picture
@@ -108,7 +108,7 @@ def euler(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> I
 
 
 def euler_ancestral(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Follow Euler's method to a lower level, then fresh noise up to the next level: k-diffusion's (Crowson, 2022).
+    """Sample by Euler steps to a lower level, then fresh noise up to the next level, as in k-diffusion (Crowson, 2022).
 
     In exact arithmetic this is DDIM with η = 1 on the continuous schedule.
     """
@@ -122,10 +122,10 @@ def euler_ancestral(denoise: Denoiser, x: Sample, schedule: Schedule, random: Ra
 
 
 def heun(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Follow Heun's method (Karras et al., 2022, algorithm 1 without churn): the mean of the slopes at both ends of a
-    step.
+    """Sample by Heun's method (Karras et al., 2022, algorithm 1 without churn): the mean of the slopes at both ends of
+    a step.
 
-    It takes two evaluations a step, one in the last."""
+    Each step evaluates the network twice, the last one once."""
     for level, next_level in schedule.steps:
         picture = denoise(x, level).picture
         slope = derivative(x, picture, level)
@@ -138,28 +138,28 @@ def heun(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
 
 
 def derivative(x: Sample, picture: Sample, level: Level) -> Tensor:
-    """Return d(x / alpha) / dσ of the probability flow ODE, which is the noise in x given this predicted image."""
+    """Return d(x / alpha) / dσ of the probability flow ODE: the noise in x for this predicted image."""
     return (x - level.alpha * picture) / level.sigma
 
 
 def integrate_to(x: Sample, noise: Tensor, level: Level, next_level: Level) -> Tensor:
-    """Return x at another level, by a constant slope; with the network's noise, this is DDIM's deterministic step."""
+    """Return x at another level for a constant slope. With the network's noise, this is DDIM's deterministic step."""
     scale = next_level.alpha / level.alpha
     return scale * x + (next_level.sigma - scale * level.sigma) * noise
 
 
-FEW = 15  # DPM-Solver++ ends with a first-order step if there are fewer steps, or if it ends at the clean image
+FEW = 15  # DPM-Solver++ ends with a first-order step for fewer steps than this, or if it ends at the clean image
 ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)  # weights of the outputs, the newest first, by how many there are
+)  # weights of the outputs, the newest first, by the number of outputs
 
 
 def lms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Sample by LMS: linear multistep in σ with up to four slopes (k-diffusion's; Adams-Bashforth on unevenly spaced
-    levels)."""
+    """Sample by LMS: linear multistep in σ with up to four slopes (as in k-diffusion; Adams-Bashforth on unevenly
+    spaced levels)."""
     slopes: deque[Tensor] = deque(maxlen=4)
     ratios = [step.level.ratio for step in schedule.steps]
     for number, (level, next_level) in enumerate(schedule.steps):
@@ -173,8 +173,8 @@ def lms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Ite
 
 
 def lms_weights(known: Sequence[float], start: float, end: float) -> list[float]:
-    """Return the integral from start to end of each Lagrange polynomial on the known points (two Gauss nodes are
-    exact)."""
+    """Return the integral from start to end of each Lagrange polynomial on the known points. Gauss quadrature with two
+    nodes is exact."""
     middle = (start + end) / 2
     half = (end - start) / 2
     nodes = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
@@ -186,10 +186,10 @@ def lms_weights(known: Sequence[float], start: float, end: float) -> list[float]
 
 
 def plms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
-    """Sample by PLMS: pseudo linear multistep (Liu et al., 2022, equation 12) without Runge-Kutta steps: the first step
-    is taken twice, with the mean of the outputs at both ends, as in the released Stable Diffusion.
+    """Sample by PLMS: pseudo linear multistep (Liu et al., 2022, equation 12) without Runge-Kutta steps.
 
-    The network's raw outputs are combined, before they are converted to an image and noise.
+    The first step is taken twice, with the mean of the outputs at both ends, as in Stable Diffusion. The network's raw
+    outputs are combined before they are converted to image and noise.
     """
     outputs: deque[Tensor] = deque(maxlen=4)
     for level, next_level in schedule.steps:
@@ -205,7 +205,8 @@ def plms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
 
 
 def _plms_step(x: Sample, output: DenoiserOutput, level: Level, next_level: Level) -> Tensor:
-    """Compute DDIM's step without fresh noise; from the predicted image alone if x has none (zero terminal SNR)."""
+    """Compute DDIM's step without fresh noise; from the predicted image alone if x contains no image (zero terminal
+    SNR)."""
     if level.alpha:
         return integrate_to(x, output.noise, level, next_level)
     return next_level.alpha * output.picture + next_level.sigma * output.noise
@@ -217,7 +218,7 @@ def dpm_2m(
     """Sample by DPM-Solver++(2M) (Lu et al., 2022, algorithm 2): extrapolate the last two predicted images linearly in
     λ.
 
-    The first step is of first order, and so may be the last (see `FEW`). `stochastic` is SDE-DPM-Solver++(2M) of the
+    The first step is of first order; sometimes also the last (see `FEW`). stochastic: use SDE-DPM-Solver++(2M) of the
     same paper (equation 18), with DDPM's fresh noise.
     """
     previous: tuple[Tensor, Level] | None = None
@@ -244,8 +245,8 @@ def dpm_2m(
 def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Iterator[SamplerStep]:
     """Sample by UniPC of order 2 (Zhao et al., 2023, algorithms 5 to 8) with image prediction and B₂(h) = e^h - 1.
 
-    Each predicted image first corrects the x that it was predicted from, then predicts the next x: the corrector needs
-    no evaluation of its own.
+    Each predicted image first corrects the x that it was predicted from, then predicts the next x. So the corrector
+    needs no extra evaluation.
     """
     known: list[tuple[Tensor, Level]] = []
     previous = x
@@ -264,8 +265,8 @@ def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> I
 def _unipc_update(
     x: Tensor, known: Sequence[tuple[Tensor, Level]], end: Level, order: int, picture: Tensor | None = None
 ) -> Tensor:
-    """Return x, from the newest known level to another one: the predictor UniP, or with the image predicted there,
-    UniC."""
+    """Return x at another level than the newest known one: by the predictor UniP, or with `picture`, the image
+    predicted there, by the corrector UniC."""
     newest, level = known[-1]
     h = end.log_snr - level.log_snr
     growth = math.expm1(-h)
@@ -282,7 +283,7 @@ def _unipc_update(
 
 
 def _unipc_weights(ratios: Sequence[float], h: float, growth: float) -> list[float]:
-    """Return the weight of each difference, by equation 9; 1/2 for a single one, which is of the same order."""
+    """Return the weight of each difference by equation 9. A single one has weight 1/2, which is of the same order."""
     if len(ratios) < 2:
         return [0.5] * len(ratios)
     phi = growth / h - 1
@@ -293,12 +294,12 @@ def _unipc_weights(ratios: Sequence[float], h: float, growth: float) -> list[flo
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """A sampler's function, schedule and defaults.
+    """Function, schedule and defaults of a sampler.
 
-    schedule: makes the steps from a noise, their number and a spacing. steps: the default number; None for all
-    timesteps of the noise. karras: whether the schedule can take the levels of Karras et al. (2022). eta: whether η is
-    a setting. clip, threshold: which of the noise's bounds on predicted images are applied. flow: whether it can begin
-    where alpha is 0, as a flow does.
+    schedule: makes the steps from a noise, their number and a spacing. steps: the default number; None: all timesteps
+    of the noise. karras: whether the schedule supports the levels of Karras et al. (2022). eta: whether η is a setting.
+    clip, threshold: which bounds of the noise are applied to predicted images. flow: whether it can begin at alpha = 0,
+    as a flow does.
     """
 
     run: Callable[..., Iterator[SamplerStep]]
@@ -330,18 +331,18 @@ SAMPLERS = {
     ),
     "unipc": ImageSampler(unipc, dpm_solver_schedule, "good pictures in 8 to 20 steps", 20, threshold=True),
 }
-LOOK_BACK = ("lms", "dpm++-2m", "dpm++-2m-sde", "unipc")  # which divide by how far the levels of steps are apart
+LOOK_BACK = ("lms", "dpm++-2m", "dpm++-2m-sde", "unipc")  # they divide by the distance between the levels of steps
 
 
 def sampler(name: str) -> ImageSampler:
-    """Return the sampler of that name; an unknown one is a `UserError` with the nearest."""
+    """Return the sampler of that name. Raises `UserError`, with the nearest name, if it is unknown."""
     require_known("sampler", name, SAMPLERS)
     return SAMPLERS[name]
 
 
 @dataclass(frozen=True)
 class ConfiguredSampler:
-    """A sampler with its settings for a noise: `run(denoiser, x, schedule, random)` samples along the `schedule`."""
+    """Sampler with its settings for a noise. `run(denoiser, x, schedule, random)` samples along the `schedule`."""
 
     run: SamplingFunction
     schedule: Schedule
@@ -349,7 +350,7 @@ class ConfiguredSampler:
     noise: Noise
 
     def denoiser(self, network: Network, denoiser_class: Callable[..., Denoiser] = Denoiser) -> Denoiser:
-        """Return a denoiser of this class. It limits predicted images as the sampler asks."""
+        """Return a denoiser of this class with the sampler's bounds on predicted images."""
         return denoiser_class(network, self.noise, self.sampler.clip, self.sampler.threshold)
 
 
@@ -361,7 +362,7 @@ def configure_sampler(
     karras: bool = False,
     eta: float = 0.0,
 ) -> ConfiguredSampler:
-    """Return a sampler with its settings; a setting that it does not take is a `UserError`."""
+    """Return a sampler with its settings. Raises `UserError` for a setting that it does not support."""
     chosen = sampler(name)
     if noise.flows and not chosen.flow:
         able = ", ".join(sampler for sampler, known in SAMPLERS.items() if known.flow)
@@ -374,7 +375,7 @@ def configure_sampler(
         raise UserError(f"eta is a share of fresh noise between 0 and 1, not {eta}.")
     run = partial(chosen.run, eta=eta) if chosen.eta else chosen.run
     more = {"karras": True} if karras else {}
-    most = max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))  # that schedule omits the lowest timestep
+    most = max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))  # this schedule omits the lowest timestep
     count = steps or min(chosen.steps or noise.steps, most)
     schedule = (flow_schedule if noise.flows else chosen.schedule)(noise, count, spacing, **more)
     if name in LOOK_BACK and any(level == next_level for level, next_level in schedule.steps):

@@ -1,9 +1,9 @@
-"""Tiled autoencoder (VAE): images to latents and back, in tiles if they are large, in float32 if half precision fails.
+"""Tiled autoencoder (VAE): images to latents and back, in tiles for large images, in float32 if half precision fails.
 
-A whole image needs the memory of its largest layer; in tiles, that of one tile and of the image itself. All tiles are
-as large as asked for, evenly spaced and overlapping; in an overlap each tile is weighted by the distance to its own
-edge, so that no seam shows. (diffusers cuts at fixed distances, so that its last tiles are smaller and see little
-context.) Axes: batch, channels, height, width of latents; colours, rows, columns of images.
+A whole image needs the memory of its largest layer; with tiles, that of one tile and of the image. All tiles have the
+requested size; they are evenly spaced and overlap. In an overlap each tile is weighted by the distance to its edge, so
+that no seam is visible. (diffusers cuts at fixed distances, so its last tiles are smaller and have little context.)
+Axes: batch, channels, height, width of latents; colours, rows, columns of images.
 """
 
 import math
@@ -25,9 +25,9 @@ Pixels = Float[Tensor, "batch channels height width"]
 def decode_tiled(
     work: Callable[[Pixels, Place], Tensor], x: Pixels, side: int, overlap: int, cell: int = 1, made: int = 1
 ) -> Float[Tensor, "made_batch made_channels made_height made_width"]:
-    """Compute `work` for each piece and its position, blended where pieces overlap.
+    """Compute `work(tile, position)` for overlapping tiles of x, and blend the results into one tensor.
 
-    side, overlap: of pieces, at least, in cells: `cell` numbers of x, of which `made` numbers come out.
+    side, overlap: size of tiles and minimal overlap in cells. cell, made: side of a cell in x and in the result.
     """
     rows, columns = (tile_starts(length // cell, side, overlap) for length in x.shape[2:])
     canvas = total = None
@@ -46,9 +46,8 @@ def decode_tiled(
 
 
 def tile_starts(length: int, side: int, overlap: int) -> list[int]:
-    """Return the starts of tiles that cover a length and overlap by at least `overlap`; one start if one tile is
-    enough.
-    """
+    """Return the starts of tiles that cover `length` with an overlap of at least `overlap`. One tile has the start
+    0."""
     if length <= side:
         return [0]
     count = math.ceil((length - overlap) / (side - overlap))
@@ -56,17 +55,17 @@ def tile_starts(length: int, side: int, overlap: int) -> list[int]:
 
 
 def grow_tile(cells: slice, size: int) -> slice:
-    """Return a range of cells as one of their numbers."""
+    """Convert a range of cells to a range of numbers. size: numbers in a cell."""
     return slice(cells.start * size, cells.stop * size)
 
 
 def blend_weights(length: int) -> Float[Tensor, " length"]:
-    """Return how far each number is from the nearer end: 1, 2, ..., 2, 1."""
+    """Return each position's distance to the nearer end: 1, 2, ..., 2, 1."""
     ramp = torch.arange(1.0, length + 1, dtype=torch.float32, device="cpu")
     return torch.minimum(ramp, ramp.flip(0))
 
 
-WHOLE = 1024 * 1024  # pixels of the largest picture that is not tiled if nobody asks for it
+WHOLE = 1024 * 1024  # larger pictures, in pixels, are tiled by default
 TILE = 512
 NO_TILES = "Tiles are for pictures made of latents, and this model draws pixels: leave --tile out."
 Latents = Float[Tensor, "batch channels height width"]
@@ -74,21 +73,20 @@ Pictures = Float[Tensor, "batch colours rows columns"]
 
 
 class LatentCodec:
-    """Codes by an `ImageModel` of latents with `factor` pixels for each number; tile: the side of tiles in pixels, 0
-    for none."""
+    """Encoder and decoder of an `ImageModel` whose latents have `factor` pixels for each number. tile: side of tiles in
+    pixels; 0 for none."""
 
     def __init__(self, model: Any, factor: int, tile: int):
         self.model, self.factor, self.side = model, factor, tile // factor
 
     @torch.inference_mode()
     def pictures(self, latents: Latents) -> Pictures:
-        """Return the pictures of latents, about from -1 to 1; one after the other, since a large one takes much
-        memory."""
+        """Decode latents to pictures of about -1 to 1, one by one, because a large one takes much memory."""
         return torch.cat([self._sure(lambda x=latent: self._picture(x)) for latent in latents.split(1)])
 
     @torch.inference_mode()
     def latents(self, picture: Float[Tensor, "1 colours rows columns"], noise: Latents) -> Latents:
-        """Return the latents of one picture that each row of standard normal noise picks."""
+        """Encode one picture; return a sample of its latents for each row of standard normal noise."""
 
         def coded() -> Tensor:
             if not self._tiles(noise):
@@ -111,8 +109,8 @@ class LatentCodec:
         return self.model.autoencoder is not None and 0 < self.side < max(latents.shape[2:])
 
     def _sure(self, work: Callable[[], Tensor]) -> Tensor:
-        """Return the result; where it is not finite in half precision, the one in float32, in which the autoencoder is
-        left: the released Stable Diffusion's has numbers beyond float16's."""
+        """Return the result of `work`. If it is not finite in half precision, convert the autoencoder to float32 and
+        repeat: Stable Diffusion's has values beyond float16."""
         result, inner = work(), self.model.autoencoder
         if inner is None or bool(result.isfinite().all()):
             return result
@@ -126,8 +124,8 @@ class LatentCodec:
 
 
 def tile_of(wanted: int | None, size: tuple[int, int], factor: int) -> int:
-    """Return the side of tiles for pictures of this height and width: the one that is wanted, or, if none is, `TILE`
-    for pictures of more than `WHOLE` pixels, and 0 for others; a side that cannot be is a `UserError`."""
+    """Return the side of tiles for pictures of this height and width: `wanted`; by default `TILE` for more than `WHOLE`
+    pixels, else 0. Raises `UserError` for an impossible side."""
     if factor == 1:
         if wanted:
             raise UserError(NO_TILES)

@@ -1,7 +1,7 @@
 """unCLIP pipeline (DALL-E 2, Karlo): prior from text to image embedding, decoder, super-resolution.
 
-The embedding is sampled by the prior from a text, or computed from an image. Axes: batch, channels, height, width of
-images; length = tokens of a text; embedding = dimensions of an embedding.
+The prior samples the embedding from a text, or the embedding is computed from an image. Axes: batch, channels, height,
+width of images; length = tokens of a text; embedding = dimensions of an embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,12 +26,12 @@ from keifu.layers.diffusion.noise_schedule import Noise
 Embedding = Float[Tensor, "batch embedding"]
 
 
-PRIOR_GUIDANCE, PRIOR_STEPS, UPSAMPLING_STEPS = 4.0, 25, 7  # Karlo's, the published unCLIP
-OF_PIXELS = ("strength", "mask", "tile")  # without meaning where an image is generated from an embedding
+PRIOR_GUIDANCE, PRIOR_STEPS, UPSAMPLING_STEPS = 4.0, 25, 7  # as in Karlo, the published unCLIP
+OF_PIXELS = ("strength", "mask", "tile")  # not supported when an image is generated from an embedding
 
 
 def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embedding:
-    """Interpolate on a sphere from a to b; lengths are interpolated linearly (Ramesh et al., 2022, section 3.2)."""
+    """Interpolate on a sphere from a to b. Lengths are interpolated linearly (Ramesh et al., 2022, section 3.2)."""
     share = share[:, None].to(a.dtype)
     one, other = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     angle = (one * other).sum(-1, keepdim=True).clamp(-1, 1).acos()
@@ -42,9 +42,9 @@ def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embeddi
 
 
 class UnclipPipeline(TextToImagePipeline):
-    """The pipeline of an unCLIP model."""
+    """Pipeline of an unCLIP model."""
 
-    usual_guidance = 8.0  # Karlo's
+    usual_guidance = 8.0  # as in Karlo
 
     def __init__(self, model: Any, tokenizer: Tokenizer):
         super().__init__(model, tokenizer)
@@ -52,11 +52,11 @@ class UnclipPipeline(TextToImagePipeline):
 
     @property
     def noise(self) -> Noise:
-        """The noise schedule of the decoder."""
+        """Noise schedule of the decoder."""
         return self.model.config.decoder_noise
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """Return the same request with every default filled in, checked against the model."""
+        """Return the request with all defaults, checked against the model."""
         self._check(wanted)
         size = wanted.size or trained_size(self.model)
         self.model.check_size(*self._small(size))
@@ -68,7 +68,7 @@ class UnclipPipeline(TextToImagePipeline):
         return replace(done, init=wanted.init, **steps)
 
     def _check(self, wanted: ImageRequest) -> None:
-        """Refuse what this model cannot draw."""
+        """Raise `UserError` for settings that this model does not support."""
         self.check_conditions(wanted)
         if wanted.text is None and wanted.init is None:
             raise UserError("There is neither a text nor a picture: say what to draw, or give a picture (--init).")
@@ -88,7 +88,7 @@ class UnclipPipeline(TextToImagePipeline):
         self._caption(said, wanted.truncate)
 
     def _small(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width before super-resolution to this size."""
+        """Return height and width before super-resolution to `size`."""
         whole, small = self.model.config.size, self.model.config.small_size
         if self.pixels or whole is None or small is None:
             return size
@@ -118,14 +118,13 @@ class UnclipPipeline(TextToImagePipeline):
             return self.model.encode_text(tokens.to(self.device), real.to(self.device))
 
     def _both(self, texts: Sequence[str], wanted: ImageRequest) -> Any:
-        """Encode the texts, and after them as many negative prompts."""
+        """Encode the texts, followed by as many negative prompts."""
         return self._caption([*texts, *[wanted.negative] * len(texts)], wanted.truncate)
 
     @torch.no_grad()
     def sample_embeddings(self, texts: Sequence[str], wanted: ImageRequest, random: Random) -> Embedding:
-        """Sample an image embedding for each text, by the prior: the best of `wanted.candidates`.
-
-        That is the one nearest to the text's embedding (Ramesh et al., 2022, section 2.2)."""
+        """Sample `wanted.candidates` image embeddings for each text by the prior. Return the one nearest to the text's
+        embedding (Ramesh et al., 2022, section 2.2)."""
         guided, count = wanted.prior_guidance != 1, len(texts)
         caption = self._both(texts, wanted) if guided else self._caption(texts, wanted.truncate)
         noise, chosen = self.model.config.prior_noise, self._prior_sampler(wanted)
@@ -145,13 +144,13 @@ class UnclipPipeline(TextToImagePipeline):
 
     @torch.no_grad()
     def encode_image(self, picture: InputImage, count: int) -> Embedding:
-        """Embed an image; the embedding is repeated `count` times."""
+        """Embed an image. The embedding is repeated `count` times."""
         like = next(self.model.parameters())
         pixels = Preprocessing(**vars(self.model.config.pixels))([picture.image()])
         return self.model.encode_image(pixels.to(like)).expand(count, -1)
 
     def embeddings(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str], random: Random) -> Embedding:
-        """Return the embedding that each image is generated from."""
+        """Return the embedding from which each image is generated."""
         start = (
             self.encode_image(wanted.init, len(seeds)) if wanted.init else self.sample_embeddings(texts, wanted, random)
         )
@@ -176,8 +175,8 @@ class UnclipPipeline(TextToImagePipeline):
     ) -> Iterator[SamplerStep]:
         """Yield x and the predicted images after each step of the decoder, on the model's device.
 
-        wanted: as `resolved` gives it. texts: one for each seed; the one of `wanted` where None. All images of an
-        interpolation have the first one's noise, and no text besides their embeddings.
+        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`. In an interpolation all
+        images have the first one's noise, and no text besides their embeddings.
         """
         random = self._random(wanted, seeds) if random is None else random
         texts = texts or [wanted.text or ""] * len(seeds)
@@ -192,7 +191,8 @@ class UnclipPipeline(TextToImagePipeline):
         return SeededNoise(seeds if wanted.towards is None else [wanted.seed or 0] * len(seeds))
 
     def _decoder(self, image: Embedding, texts: Sequence[str], wanted: ImageRequest) -> Network:
-        """Return the decoder conditioned on these embeddings; with guidance, both predictions are made in one batch."""
+        """Return the decoder conditioned on these embeddings. With guidance, both predictions are computed in one
+        batch."""
         if wanted.guidance == 1:
             alone = self.model.tell(image, self._caption(texts, wanted.truncate))
             return lambda x, timestep: self.model(x, timestep, alone)
@@ -221,7 +221,7 @@ class UnclipPipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw as `TextToImagePipeline.draw` says; the steps are those of the decoder."""
+        """Draw like `TextToImagePipeline.draw`. The steps are those of the decoder."""
         random = self._random(wanted, seeds)
         x = last_x(self.drawing(wanted, seeds, texts, random), watch)
         return to_pixels(self.upsample(x, wanted, random))

@@ -1,6 +1,6 @@
-"""Rules of Whisper's transcripts: its special tokens, and the tokens that may follow those written so far.
+"""Rules of Whisper's transcripts: special tokens, and the tokens that may follow a partial transcript.
 
-Axes: rows = transcripts that are being written, written = tokens of each so far, vocab.
+Axes: rows = partial transcripts, written = tokens of each so far, vocab.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ _NAMES = """en english zh chinese de german es spanish ru russian ko korean fr f
     my myanmar bo tibetan tl tagalog mg malagasy as assamese tt tatar haw hawaiian ln lingala ha hausa ba
     bashkir jw javanese su sundanese yue cantonese"""
 _WORDS = _NAMES.split()
-LANGUAGES = {  # codes by the names of Whisper's languages, and by those that are called otherwise, too
+LANGUAGES = {  # language codes by Whisper's names and by other common names
     **dict(zip(_WORDS[1::2], _WORDS[::2], strict=True)), "haitian creole": "ht", "burmese": "my", "valencian": "ca",
     "flemish": "nl", "haitian": "ht", "letzeburgesch": "lb", "pushto": "ps", "panjabi": "pa", "moldavian": "ro",
     "moldovan": "ro", "sinhalese": "si", "castilian": "es", "mandarin": "zh",
@@ -37,9 +37,9 @@ SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", PREVIOUS, "<|nospeech|>", N
 
 @dataclass(frozen=True)
 class SpeechTokens:
-    """Special tokens, by the settings of generation_config.json; text has the ids below `end`, times come last.
+    """Special tokens from generation_config.json. Text has the ids below `end`; time tokens come last.
 
-    languages, tasks: the token of each; empty for a model that knows one language.
+    languages, tasks: the token of each; empty for a monolingual model.
     """
 
     start: int
@@ -54,12 +54,12 @@ class SpeechTokens:
 
     @property
     def times(self) -> int:
-        """The token of the time 0; the next ones are 0.02 seconds apart."""
+        """Token of the time 0. Consecutive time tokens are 0.02 seconds apart."""
         return self.without_times + 1
 
     @property
     def no_speech(self) -> int:
-        """The token that says that nobody speaks."""
+        """Token for silence."""
         return self.without_times - 1
 
     def prompt(self, language: str | None, task: str) -> list[int]:
@@ -70,12 +70,12 @@ class SpeechTokens:
         return tokens if self.has_times else [*tokens, self.without_times]
 
     def code(self, language: str | None) -> str | None:
-        """Return the code of a language that is given by its code, name or token; any other is returned as it is."""
+        """Return the code of a language given by code, name or token. An unknown language is returned unchanged."""
         plain = (language or "").strip("<|>").lower()
         return LANGUAGES.get(plain, plain) or None
 
     def check(self, language: str | None, task: str) -> None:
-        """Refuse a language or a task that the model does not know."""
+        """Raise `UserError` for a language or task that the model does not support."""
         require_known("language of this model", language or "en", self.languages or {"en": 0})
         require_known("task of this model", task, self.tasks or {"transcribe": 0})
 
@@ -102,8 +102,9 @@ def allow(
 ) -> Float[Tensor, "rows vocab"]:  # fmt: skip
     """Set the logits of tokens that may not follow to -inf, in place.
 
-    Times never go back. They come in pairs, the end of a segment and the start of the next, except the first and the
-    last. A time follows where all times together are likelier than the likeliest other token (the released code).
+    Times never decrease. They come in pairs, the end of a segment and the start of the next, except the first and the
+    last. A time token is forced if all time tokens together are more likely than any other token (as in Whisper's
+    code).
     """
     logits[:, list(tokens.suppressed)] = -torch.inf
     if not written.shape[1]:

@@ -1,8 +1,8 @@
-"""Transcription by a model that hears: windows of 30 seconds one after another, each written by the beam search.
+"""Transcription by a speech model: windows of 30 seconds, one after another, each decoded by beam search.
 
-A window ends where its last whole segment ends, and the next one begins there (Radford et al., 2022, section 4.5). A
-transcript that repeats itself or is unlikely is written again, with tokens drawn at a higher temperature.
-Axes: windows, mels, frames, rows = transcripts that are being written, vocab.
+A window ends where its last complete segment ends, and the next window begins there (Radford et al., 2022, section
+4.5). If a transcript repeats itself or is unlikely, tokens are sampled again at higher temperatures. Axes: windows,
+mels, frames, rows = partial transcripts, vocab.
 """
 
 import zlib
@@ -28,11 +28,11 @@ from keifu.native.model import native_form
 from keifu.native.targets import NativeHearer, pack_speech
 from keifu.ranges import Count, check
 
-TIME = 0.02  # seconds from one token of a time to the next
-SILENT, UNLIKELY = 0.6, -1.0  # P(nobody speaks), and the mean ln P of a transcript, of a window that is left out
-REPEATED = 2.4  # compression ratio above which a transcript repeats itself
-TEMPERATURES, DRAWN = (0.2, 0.4, 0.6, 0.8, 1.0), 5  # of further tries, and the transcripts drawn in each
-WARM = 0.5  # temperature above which the next window is not given the text
+TIME = 0.02  # seconds between consecutive time tokens
+SILENT, UNLIKELY = 0.6, -1.0  # a window is skipped with a higher P(silence) and a lower mean ln P of its transcript
+REPEATED = 2.4  # a higher compression ratio means that a transcript repeats itself
+TEMPERATURES, DRAWN = (0.2, 0.4, 0.6, 0.8, 1.0), 5  # of further attempts, and number of transcripts drawn in each
+WARM = 0.5  # above this temperature the next window does not get the text
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class TranscriptionParams:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a transcript: its seconds from start to end, its tokens, their mean ln P, and P(nobody speaks).
+    """Part of a transcript: start and end in seconds, its tokens, their mean ln P, and P(silence).
 
-    temperature: at which the tokens were drawn; 0 for the likeliest ones.
+    temperature: of the sampled tokens; 0 for the likeliest ones.
     """
 
     start: float
@@ -75,7 +75,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """Transcript of a sound of `duration` seconds; the language is None where the model knows a single one."""
+    """Transcript of `duration` seconds of sound. The language is None for a monolingual model."""
 
     text: str
     language: str | None
@@ -84,7 +84,7 @@ class Transcript:
 
 
 def speech_model(model: nn.Module) -> SpeechRecognizer:
-    """Return the same model, checked to be one that hears; any other is a `UserError`."""
+    """Return the model. Raises `UserError` if it is not a speech model."""
     if not isinstance(model, SpeechRecognizer):
         raise UserError(f"A {type(model).__name__} does not hear: choose a Whisper, such as whisper-tiny-en.")
     return model
@@ -94,13 +94,13 @@ Hearer = SpeechRecognizer | NativeHearer
 
 
 def hearer_of(model: nn.Module, rows: int) -> Hearer:
-    """Return the model, or its packed form if it has one, for a number of transcripts at a time."""
+    """Return the model, or its packed form if there is one, for `rows` transcripts at once."""
     hearer, packed = speech_model(model), native_form(model, pack_speech)
     return hearer if packed is None else NativeHearer(packed, rows)
 
 
 class SpeechBeamModel:
-    """Beam model of one window of sound, whose transcript begins with a prompt. before: called before each token."""
+    """Decoder of one window of sound, whose transcript begins with a prompt. before: called before each token."""
 
     def __init__(
         self, model: Hearer, memory: Memory, prompt: Sequence[int], longest: int, tokens: SpeechTokens,
@@ -133,14 +133,14 @@ def transcribe(
     settings: TranscriptionParams = TranscriptionParams(),  # noqa: B008 (it is frozen)
     progress: Callable[[float], object] = lambda _: None,
 ) -> Transcript:  # fmt: skip
-    """Transcribe sound of one channel at 16 kHz; before each token `progress` is called with the seconds done."""
+    """Transcribe sound of one channel at 16 kHz. `progress` is called with the finished seconds before each token."""
     hearer = hearer_of(model, max(settings.beams, DRAWN))
     tokens = speech_tokens(hearer.config, tokenizer)
     usual = tokenizer.generation_config.get("language") if tokens.languages else None
     language = tokens.code(settings.language or str(usual or ""))
     tokens.check(language, settings.task)
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
-    padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # short sound is followed by silence
+    padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # pad short sound with silence
     features = log_mel(padded, hearer.config.n_mels).to(device_of(model))
     place, seconds, segments = 0, len(samples) / RATE, list[Segment]()
     given = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
@@ -170,21 +170,22 @@ def transcribe(
 
 
 def silent(hypothesis: Hypothesis, no_speech: float) -> bool:
-    """Return whether nobody speaks in a window, by this transcript of it."""
+    """Return whether the window of this transcript is silence."""
     return no_speech > SILENT and hypothesis.score < UNLIKELY
 
 
 def compression_ratio(text: str) -> float:
-    """Return how many times zlib makes a text shorter; one that repeats itself is above 2.4 (section 4.5)."""
+    """Return the length of the text divided by its length after zlib compression. Above 2.4 the text repeats itself
+    (section 4.5)."""
     return len(data := text.encode()) / len(zlib.compress(data))
 
 
 def write_window(
     begin: Callable[[], SpeechBeamModel], tokenizer: Tokenizer, longest: int, settings: TranscriptionParams, seed: int
 ) -> tuple[Hypothesis, float, float]:
-    """Return the transcript of a window, P(nobody speaks), and the temperature of its tokens.
+    """Return the transcript of a window, P(silence), and the temperature of its tokens.
 
-    begin: function that returns a new decoder of the window. The transcript of the last temperature is always accepted.
+    begin: returns a new decoder of the window. The transcript at the last temperature is always accepted.
     """
     decoder = begin()
     search = Search((decoder.tokens.end,), settings.beams, penalty=lambda lengths: lengths)
@@ -198,7 +199,7 @@ def write_window(
 
 
 def draw(decoder: SpeechBeamModel, longest: int, temperature: float, seed: int) -> Hypothesis:
-    """Sample several transcripts at a temperature; return the likeliest."""
+    """Sample several transcripts at a temperature. Return the likeliest."""
     logits, end = decoder.first().expand(DRAWN, -1), decoder.tokens.end
     decoder.select(torch.zeros(DRAWN, dtype=torch.long))
     random = torch.Generator(logits.device).manual_seed(seed)
@@ -225,10 +226,11 @@ def find_language(model: Hearer, memory: Memory, tokens: SpeechTokens) -> str:
 
 
 def cut(written: Sequence[int], frames: int, tokens: SpeechTokens) -> tuple[list[tuple[float, float, list[int]]], int]:
-    """Cut a window's transcript into segments, (start, end, tokens) in seconds of the window; and the frames done.
+    """Split a window's transcript into segments (start, end, tokens), in seconds of the window. Also return the number
+    of frames done.
 
-    Two times in a row are a boundary. What follows the last boundary is heard again in the next window, unless it ends
-    with a time: then nothing more is said in this one.
+    Two consecutive time tokens are a boundary. Text after the last boundary is transcribed again in the next window.
+    But if the transcript ends with a single time token, the window contains no more speech.
     """
     is_time = [token >= tokens.times for token in written]
     times = [(token - tokens.times) * TIME for token in written]

@@ -1,7 +1,7 @@
-"""Beam search for encoder-decoders, one step for all beams of all sources at once.
+"""Beam search for encoder-decoders. Each step extends all beams of all sources at once.
 
-A step is a tensor program without a loop over sources or beams. Finished texts are kept in tensors too, and a source
-that is decided leaves the batch. A `BeamModel` gives the logits, such as `EncoderDecoderBeamModel`.
+A step is a tensor program without a loop over sources or beams. Finished texts are kept in tensors too. A source whose
+result is decided leaves the batch. A `BeamModel`, such as `EncoderDecoderBeamModel`, computes the logits.
 
 Axes: sources, beams = open texts of a source, rows = sources · beams in that order, vocab, longest.
 """
@@ -22,9 +22,10 @@ from keifu.generation.text.model import Translator
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A text that a beam search found.
+    """Result of a beam search.
 
-    tokens: without the end token. score: ln P over the length penalty. ended: by an end token, not by its limit.
+    tokens: without the end token. score: ln P over the length penalty. ended: whether it ends with an end token, not at
+    the limit.
     """
 
     tokens: list[int]
@@ -37,27 +38,27 @@ Logits = Float[Tensor, "rows vocab"]
 
 @runtime_checkable
 class BeamModel(Protocol):
-    """Texts that grow together. `first` gives one row of logits for each source, `next` one for each row: in
-    float32, and in memory that the caller may write over."""
+    """Texts that grow together. `first` returns one row of logits for each source, `next` one for each row. They are
+    float32, and the caller may overwrite them."""
 
     def first(self) -> Logits: ...
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Logits: ...
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Continue with these rows, whose numbers are in the host's memory; a row may be named several times."""
+        """Continue with these rows. The indices are on the host, and may repeat."""
         ...
 
 
 @runtime_checkable
 class BeamState(Protocol):
-    """State of an encoder-decoder: its sources and the targets so far."""
+    """State of an encoder-decoder: its encoded sources and the targets so far."""
 
     def select(self, rows: Int[Tensor, " kept"]) -> None: ...
 
 
 class EncoderDecoderBeamModel:
-    """Writer of targets of sources, which are read once; `longest` is the most tokens that are written."""
+    """Decoder of targets. Sources are encoded once. longest: maximal number of tokens in a target."""
 
     def __init__(self, model: Translator, sources: Sequence[Sequence[int]], longest: int, device: torch.device):
         self.model = model
@@ -77,41 +78,42 @@ class EncoderDecoderBeamModel:
 
 Lengths = Float[Tensor, " #sources"]
 Scores = Float[Tensor, "sources beams"]
-CHUNK = 64  # logits whose largest is looked at first
+CHUNK = 64  # number of logits of which first only the maximum is examined
 
 
 def paper_penalty(lengths: Lengths, alpha: float = 0.6) -> Lengths:
-    """Return ((5 + |Y|) / 6)^alpha, which divides ln P(Y) (Wu et al., 2016, equation 14; the Transformer has alpha
-    0.6).
+    """Return ((5 + |Y|) / 6)^alpha, the divisor of ln P(Y) (Wu et al., 2016, equation 14; alpha is 0.6 in the
+    Transformer).
 
-    |Y| counts every token written, the end token too.
+    |Y| counts all tokens, including the end token.
     """
     return ((5 + lengths) / 6) ** alpha
 
 
 def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Return whether an open text could still come among the wanted ones.
+    """Return whether an open text of each source can still become one of the results.
 
-    ln P only falls, so an open text can reach at most its ln P now over the largest penalty that is left: that of the
-    longest text, or of this one where the penalty falls with length. transformers: early_stopping="never".
+    ln P only decreases. So an open text can at most reach its present ln P divided by the largest remaining penalty:
+    that of the maximal length, or of the present length if the penalty decreases with length. transformers:
+    early_stopping="never".
     """
     return best_open / torch.maximum(now, last) > scores[:, -1]
 
 
 def until_full(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Return whether fewer texts have ended than there are beams. transformers: early_stopping=True."""
+    """Return whether a source has fewer ended texts than beams. transformers: early_stopping=True."""
     return scores[:, -1] == -torch.inf
 
 
 @dataclass(frozen=True)
 class Search:
-    """How to search.
+    """Settings of a search.
 
-    beams: open texts of each source. wanted: texts returned for each, at most `beams`.
-    penalty: what ln P of a text is divided by, as a function of lengths; its values must be positive.
-    ends: the tokens that end a text. never: tokens that are never written, though they keep their probability.
-    goes_on: until when a source goes on: `until_decided`, `until_full` or a rule of the same form. One beam is greedy
-    choice, which goes on until its likeliest token is an end.
+    beams: open texts of each source. wanted: number of results for each source, at most `beams`. penalty: divisor of a
+    text's ln P as a function of lengths; must be positive. ends: tokens that end a text. never: tokens that are never
+    generated; their probability is not given to others. goes_on: whether a source continues: `until_decided`,
+    `until_full` or another such function. One beam is greedy decoding, which continues until the likeliest token is an
+    end.
     """
 
     ends: tuple[int, ...]
@@ -132,15 +134,15 @@ class Search:
 
     @property
     def kept(self) -> int:
-        """How many ended texts of a source are kept: the exact rule looks at no more than are wanted."""
+        """Number of ended texts that are kept for each source. The exact rule needs only `wanted` of them."""
         return self.wanted if self.goes_on is until_decided else self.beams
 
 
 @torch.inference_mode()
 def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> list[list[Hypothesis]]:
-    """Find the best texts of each source, best first; one that reaches its source's limit of tokens ends there.
+    """Return the best texts of each source, the best one first. limits: maximal tokens of each source's texts.
 
-    Logits that are no numbers are a `UserError`.
+    Raises `UserError` for logits with NaN.
     """
     logits = decoder.first()
     beams = _Beams(search, limits, logits.device)
@@ -149,18 +151,18 @@ def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> li
         if not len(rows):
             return beams.best()
         if len(rows) != len(logits) or not torch.equal(rows, torch.arange(len(rows), device="cpu")):
-            decoder.select(rows)  # spared where every text continues its own row
+            decoder.select(rows)  # not needed if every text continues its row
         logits = decoder.next(tokens)
 
 
 class _Beams:
-    """The open texts of all sources that go on, and the best ended ones of all, best first: -1 stands behind the last
-    token of a text, and a place with the score -inf is empty."""
+    """Open texts of all unfinished sources, and the best ended ones of all. -1 follows the last token of a text; an
+    empty entry has score -inf."""
 
     def __init__(self, search: Search, limits: Sequence[int], device: torch.device):
         self.search, self.length = search, 0
         sources = len(limits)
-        self.sources = torch.arange(sources, device=device)  # those that go on, by their place in the batch
+        self.sources = torch.arange(sources, device=device)  # unfinished sources; their index is that in the batch
         self.limits = torch.tensor(limits, device=device)
         self.scores = torch.zeros(sources, 1, dtype=torch.float32, device=device)  # ln P, first of the empty text
         self.tokens = torch.full((sources, 1, max(limits)), -1, device=device)
@@ -170,7 +172,7 @@ class _Beams:
         self._never = torch.tensor(search.never, dtype=torch.long, device=device)
 
     def advance(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
-        """Add a token to every text; return which row each open text continues (in the host's memory), and its
+        """Extend every text by a token. Return for each open text the row that it continues (on the host), and its
         token."""
         beams, width = self.search.beams, self.scores.shape[1]
         scores, origins, written = self._candidates(logits)
@@ -187,22 +189,23 @@ class _Beams:
         return self._leave(rows, written.gather(1, picked), damaged)
 
     def best(self) -> list[list[Hypothesis]]:
-        """Return the best texts of each source, as many as are wanted, or all if there are fewer."""
+        """Return the best texts of each source, `wanted` of them or all if there are fewer."""
         rows = zip(self._best.tolist(), self._best_tokens.tolist(), strict=True)
         texts = [[candidate for candidate in zip(*row, strict=True) if candidate[0] > -torch.inf] for row in rows]
         return [[_hypothesis(*candidate, self.search.ends) for candidate in row[: self.search.wanted]] for row in texts]
 
     def _keep(self, scores: Scores, texts: Int[Tensor, "sources beams longest"]) -> None:
-        """Keep these ended texts as far as they are among the best; a score of -inf is no text."""
+        """Keep those ended texts that are among the best. A score of -inf means no text."""
         merged, picked = torch.cat([self._best[self.sources], scores], 1).topk(self.search.kept)
         self._best[self.sources] = merged
         both = torch.cat([self._best_tokens[self.sources], texts], 1)
         self._best_tokens[self.sources] = both.take_along_dim(picked[..., None], 1)
 
     def _candidates(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Scores, Tensor, Tensor]:
-        """Return the best continuations of each source: ln P, the beam that each continues, and its token.
+        """Return the best continuations of each source: ln P, index of the beam, token.
 
-        There are twice as many as beams (more with several end tokens), so that enough go on when the best all end.
+        There are twice as many as beams (more with several end tokens), so that enough texts continue if the best ones
+        all end.
         """
         sources, width = self.scores.shape
         count = max(2, 1 + len(self._ends)) * self.search.beams
@@ -212,7 +215,7 @@ class _Beams:
         vocab = tokens.shape[1]
         values, tokens = values.view(sources, width * vocab), tokens.view(sources, width * vocab)
         scores, indices = values.topk(min(count, width * vocab))
-        lacking = count - scores.shape[1]  # a vocabulary smaller than the beams
+        lacking = count - scores.shape[1]  # the vocabulary may be smaller than needed
         if lacking:
             scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
             indices = torch.nn.functional.pad(indices, (0, lacking))
@@ -222,9 +225,9 @@ class _Beams:
         self, rows: Int[Tensor, "sources beams"], tokens: Int[Tensor, "sources beams"],
         damaged: Bool[Tensor, " sources"],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Drop the sources that need no further step; return rows and tokens of the others.
+        """Remove finished sources. Return rows and tokens of the others.
 
-        The host reads once: rows, what goes on, and whether a number was no number.
+        The device is read once: rows, which sources continue, and whether there was NaN.
         """
         best_open = self.scores[:, 0]
         now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
@@ -251,16 +254,16 @@ def _hypothesis(score: float, padded: list[int], ends: Collection[int]) -> Hypot
 
 
 def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
-    """Return ln Σ exp of each row, as `logsumexp`, in the memory of the logits, which are lost."""
+    """Return ln Σ exp of each row, like `logsumexp`. The logits are overwritten."""
     return logits.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest
 
 
 def top_candidates(
     logits: Float[Tensor, "rows vocab"], count: int
 ) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
-    """Return each row's `count` largest values and their places, as `topk`, but on a CPU in one pass over long rows.
+    """Return each row's `count` largest values and their indices, like `topk`, but on a CPU in one pass over long rows.
 
-    The largest n numbers stand in the n chunks whose own largest are the largest: only these are looked into.
+    The n largest numbers are in the n chunks with the largest maxima, so only these chunks are examined.
     """
     chunks = logits.shape[1] // CHUNK
     if logits.device.type != "cpu" or chunks <= 2 * count:

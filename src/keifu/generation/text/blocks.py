@@ -1,11 +1,11 @@
-"""The block manager: which blocks of the key-value memory belong to which sequence, and which can be shared.
+"""Block manager: assigns blocks of the key-value memory to sequences, and shares blocks between them.
 
-A full block is identified by a hash of all tokens before it and in it, so that sequences that begin alike share their
-blocks (PagedAttention, Kwon et al., 2023; automatic prefix caching of vLLM). A block that no sequence uses stays known
-until its memory is needed: the least recently used is freed first, and of one sequence the last block before the first.
+A full block is identified by a hash of all tokens before and in it, so sequences with the same beginning share blocks
+(PagedAttention, Kwon et al., 2023; automatic prefix caching of vLLM). An unused block keeps its content until its
+memory is needed. The least recently used is freed first; of one sequence, the last block before the first.
 
-Some runners read keys and values fastest if the blocks of a sequence are consecutive. For them a sequence gets room to
-grow behind its last block, and copies what it would share with a sequence that still runs.
+Some runners read keys and values fastest if the blocks of a sequence are consecutive. For them a sequence gets free
+room after its last block, and blocks that would be shared with a running sequence are copied instead.
 """
 
 from array import array
@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 
 def digests(tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
-    """Return the hash of every full block: of its tokens and all before it. `known`: those of the first blocks."""
+    """Return the hash of every full block: of its tokens and all tokens before it. known: hashes of the first
+    blocks."""
     hashes = list(known)
     for start in range(len(hashes) * block_size, len(tokens) - block_size + 1, block_size):
         block = array("q", tokens[start : start + block_size]).tobytes()
@@ -25,10 +26,10 @@ def digests(tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ())
 
 
 class Start(NamedTuple):
-    """Blocks of a sequence that begins.
+    """Blocks of a new sequence.
 
-    blocks: its block table. sources: blocks whose contents are copied into the first of them before the first step;
-    the sequence uses them until then. known: how many of its first blocks are computed already.
+    blocks: its block table. sources: blocks to copy into the first of these before the first step; the sequence uses
+    them until then. known: number of its first blocks that are already computed.
     """
 
     blocks: list[int]
@@ -37,11 +38,11 @@ class Start(NamedTuple):
 
 
 class Gaps:
-    """Runs of empty blocks; neighbouring runs are joined."""
+    """Runs of empty blocks. Adjacent runs are joined."""
 
     def __init__(self, n_blocks: int):
-        self.stops = {0: n_blocks} if n_blocks else {}  # by their start
-        self._starts = {n_blocks: 0} if n_blocks else {}  # by their stop
+        self.stops = {0: n_blocks} if n_blocks else {}  # by start
+        self._starts = {n_blocks: 0} if n_blocks else {}  # by stop
         self.total = n_blocks
 
     def add(self, block: int) -> int:
@@ -54,7 +55,7 @@ class Gaps:
         return start
 
     def take(self, start: int, first: int, count: int) -> None:
-        """Take `count` blocks from `first` on out of the run that begins at `start`."""
+        """Remove `count` blocks, from `first` on, from the run that begins at `start`."""
         stop = self.stops.pop(start)
         del self._starts[stop]
         for begin, end in ((start, first), (first + count, stop)):
@@ -65,28 +66,29 @@ class Gaps:
 
 
 class BlockManager:
-    """Users and contents of `n_blocks` blocks of `block_size` tokens; sharing: whether sequences may share them."""
+    """Manager of `n_blocks` blocks of `block_size` tokens: their users and contents. sharing: whether sequences may
+    share blocks."""
 
     def __init__(self, n_blocks: int, block_size: int, sharing: bool = True):
         self.n_blocks, self.block_size, self.sharing = n_blocks, block_size, sharing
-        self._users: dict[int, int] = {}  # of the blocks in use
+        self._users: dict[int, int] = {}  # number of users of each block in use
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._unused: OrderedDict[int, None] = OrderedDict()  # hold what is known; the least recently used first
+        self._unused: OrderedDict[int, None] = OrderedDict()  # cached contents; the least recently used first
         self._gaps = Gaps(n_blocks)
-        self._reach: dict[int, int] = {}  # by the last block of a sequence: where the room that it may grow into ends
+        self._reach: dict[int, int] = {}  # by last block of a sequence: the end of the room after it
 
     def digests(self, tokens: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
-        """Return the hashes by which full blocks are shared; none if blocks are not shared."""
+        """Return the hashes for sharing full blocks; an empty list if blocks are not shared."""
         return digests(tokens, self.block_size, known) if self.sharing else []
 
     @property
     def free(self) -> int:
-        """Blocks that no sequence uses."""
+        """Number of blocks that no sequence uses."""
         return self.n_blocks - len(self._users)
 
     def shared(self, hashes: Sequence[bytes]) -> list[int]:
-        """Return the blocks that hold the longest beginning that is known."""
+        """Return the cached blocks of the longest known beginning."""
         known = []
         for digest in hashes:
             if (block := self._block_of.get(digest)) is None:
@@ -95,7 +97,7 @@ class BlockManager:
         return known
 
     def unused(self, blocks: Sequence[int]) -> int:
-        """Count the blocks that no sequence uses: sharing them takes them out of the free ones."""
+        """Return how many of these blocks are unused: sharing them reduces the number of free blocks."""
         return sum(block not in self._users for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
@@ -105,10 +107,11 @@ class BlockManager:
             self._unused.pop(block, None)
 
     def begin(self, hashes: Sequence[bytes], total: int, room: int = 0) -> Start | None:
-        """Take `total` blocks for a sequence, of which the first may hold `hashes` already; None if too few are free.
+        """Allocate `total` blocks for a sequence; cached blocks with `hashes` may be its first. Return None if too few
+        are free.
 
-        room: how many blocks the sequence may need later; above 0 they are to be consecutive. Known blocks are copied
-        if the block behind them is taken, and shared where they are if there is no memory for a copy.
+        room: number of further blocks that the sequence may need; above 0, all are to be consecutive. Then cached
+        blocks are copied if the block after them is taken. If there is no memory for a copy, they are shared.
         """
         known = self.shared(hashes)
         kept = self.unused(known)
@@ -123,19 +126,19 @@ class BlockManager:
         return Start(known + self.allocate(needed, after, room), [], len(known))
 
     def can_follow(self, blocks: Sequence[int]) -> bool:
-        """Return whether these blocks are consecutive and the block behind them is free."""
+        """Return whether these blocks are consecutive and the block after them is free."""
         first, behind = blocks[0], blocks[0] + len(blocks)
         return blocks == list(range(first, behind)) and (behind in self._gaps.stops or behind in self._unused)
 
     def has_run(self, count: int) -> bool:
-        """Return whether this number of consecutive blocks is empty, after the room that other sequences grow into."""
+        """Return whether there are `count` consecutive empty blocks outside the room of other sequences."""
         return any(stop - first >= count for _, first, stop in self._runs())
 
     def allocate(self, count: int, after: int | None = None, room: int = 0) -> list[int]:
-        """Take `count` blocks for one sequence alone; there must be as many free ones.
+        """Allocate `count` blocks for one sequence. At least as many must be free.
 
-        after: the sequence's last block, which they follow if they can. room: how many blocks the sequence will
-        probably have; 0 where their places do not matter.
+        after: the last block of the sequence; new blocks follow it if possible. room: number of blocks that the
+        sequence will probably have; 0 if they need not be consecutive.
         """
         blocks: list[int] = []
         last = after
@@ -157,19 +160,19 @@ class BlockManager:
         return blocks
 
     def _empty(self, block: int) -> bool:
-        """Return whether a run of empty blocks begins here. Cached blocks that no sequence uses are emptied."""
+        """Return whether a run of empty blocks begins here. Cached unused blocks are emptied first."""
         if block in self._unused:
             del self._unused[block]
             self._forget(block)
         return block in self._gaps.stops
 
     def _runs(self) -> list[tuple[int, int, int]]:
-        """List start, first block that nobody's room contains, and stop of each run of empty blocks."""
+        """Return (start, first block outside other sequences' room, stop) of each run of empty blocks."""
         runs = sorted(self._gaps.stops.items())
         return [(start, max(start, self._reach.get(start - 1, start)), stop) for start, stop in runs]
 
     def _place(self, wanted: int, room: int) -> tuple[int, int]:
-        """Choose a run of empty blocks and the first one to take; known blocks are emptied where it helps."""
+        """Choose a run of empty blocks and the first block to take. Cached blocks are emptied if that helps."""
         if not room:
             if not self._gaps.total:
                 self._forget(self._unused.popitem(last=False)[0])
@@ -198,12 +201,12 @@ class BlockManager:
         return start, first
 
     def _forget(self, block: int) -> int:
-        """Empty a block that is known and return the start of its run."""
+        """Empty a cached block. Return the start of its run."""
         del self._block_of[self._digest_of.pop(block)]
         return self._gaps.add(block)
 
     def remember(self, block: int, digest: bytes) -> None:
-        """Note that a block is full and has this hash; the first of equal blocks is remembered."""
+        """Record the hash of a full block. Of blocks with equal hashes, the first is recorded."""
         if digest not in self._block_of and block not in self._digest_of:
             self._block_of[digest], self._digest_of[block] = block, digest
 

@@ -1,4 +1,4 @@
-"""A conversation: its history, formatted by the chat template, and the model's replies."""
+"""Conversation with a model: its history, formatted by the chat template, and the model's replies."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,17 +20,16 @@ from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions
 
 
 class Conversation:
-    """A talk with a model. `messages` is the history: {"role": "system" | "user" | "assistant", "content": text}, ...
-    A message to a model that sees may have pictures, `images`.
+    """Conversation with a model. messages: the history, [{"role": "system" | "user" | "assistant", "content": text},
+    ...]. For a vision-language model a message may have pictures in `images`.
 
-    system: what the model is told before the talk; None leaves it to the template, which may have a text of its own.
-    guesses: as for `Engine`. options: variables of the chat template, such as enable_thinking.
-    thinking: whether the last prompt opened thoughts for the model. Thoughts are kept apart, as "reasoning_content":
-    the template decides which of them a later prompt has.
-    finish_reason: why the last answer ended, as in `Piece`; None while it goes on or if it was interrupted.
+    system: system prompt; None: the template's default. guesses: as in `Engine`. options: variables of the chat
+    template, such as enable_thinking. thinking: whether the last prompt opened thoughts for the model. Thoughts are
+    stored as "reasoning_content"; the template decides which of them a later prompt contains. finish_reason: why the
+    last answer ended, as in `Piece`; None while it continues or if it was interrupted.
 
-    The keys and values of earlier turns are kept: where the new layout begins with the same tokens, only the rest is
-    read again.
+    Keys and values of earlier turns are reused: only the tokens after the common beginning of the two prompts are
+    computed.
     """
 
     def __init__(
@@ -45,20 +44,20 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything but the system prompt."""
+        """Delete all messages except the system prompt."""
         self.messages: list[dict[str, Any]] = []
         self.instruct(self.system)
         self.finish_reason: str | None = None
         self.engine = Engine(self.model, self.tokenizer, guesses=self.guesses)
 
     def instruct(self, system: str | None) -> None:
-        """Change the system prompt, or remove it; the messages stay."""
+        """Change or remove the system prompt. The other messages stay."""
         said = [message for message in self.messages if message["role"] != "system"]
         self.system = system
         self.messages = said if system is None else [{"role": "system", "content": system}, *said]
 
     def restore(self, messages: Messages) -> None:
-        """Continue an earlier conversation; one that the template refuses is a `UserError`."""
+        """Continue an earlier conversation. Raises `UserError` if the template refuses it."""
         for images in (message["images"] for message in messages if "images" in message):
             if not isinstance(images, (list, tuple)) or not all(isinstance(image, Image.Image) for image in images):
                 raise UserError(f"The images of a message are {str(images)[:40]!r}, no pictures: remove that field.")
@@ -70,27 +69,27 @@ class Conversation:
     def reply(
         self, text: str, images: Sequence[Image.Image] = (), **sampling: Unpack[SamplingOptions]
     ) -> Iterator[str]:
-        """Answer a message, in pieces of text; both then belong to the history.
+        """Yield the answer to a message in pieces. Both are added to the history.
 
-        sampling: as for `generate`, but max_tokens is 1024 where the model names no number. An answer that is
-        interrupted stays as far as it came; if nothing came, the message is forgotten too. A conversation that no
-        longer fits the context is a `UserError`, raised at once; nothing is dropped from it.
+        sampling: as in `generate`, but the default of max_tokens is 1024 unless the model has one. The text of an
+        interrupted answer is kept; if it is empty, the message is removed. Raises `UserError` at once if the
+        conversation exceeds the context; no message is dropped.
         """
         return self.answer(text, sampling_for(self.tokenizer, sampling, ANSWER_TOKENS), images)
 
     def answer(self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = ()) -> Iterator[str]:
-        """Answer a message as `reply` does, with settings that are complete."""
+        """Answer a message like `reply`, with complete settings."""
         request, messages = self._request(text, settings, images)
         pieces = self._pieces(self.engine.add(request), messages)
         return (piece.text for piece in pieces if piece.text)
 
     def complete(self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = ()) -> Completion:
-        """Answer a message and return the whole answer with its tokens, log-probabilities and seed."""
+        """Return the whole answer to a message with its tokens, log-probabilities and seed."""
         request, messages = self._request(text, replace(settings, log_probabilities=True), images)
         return completion(request, [*self._pieces(self.engine.add(request), messages)])
 
     def take_back(self) -> dict[str, Any]:
-        """Remove the last message and its answer from the history, and return the message."""
+        """Remove the last message and its answer from the history. Return the message."""
         indices = [index for index, message in enumerate(self.messages) if message["role"] == "user"]
         if not indices:
             raise UserError("There is no message to answer again: ask something first.")
@@ -101,7 +100,7 @@ class Conversation:
     def _request(
         self, text: str, settings: SamplingParams, images: Sequence[Image.Image]
     ) -> tuple[Request, list[dict[str, Any]]]:
-        """Return the engine's request for the answer, and the history with the message."""
+        """Return the engine's request for the answer, and the history with the new message."""
         pictures = {"images": list(images)} if images else {}
         messages = [*self.messages, {"role": "user", "content": text, **pictures}]
         prompt = render(self.tokenizer, messages, self.config, **self.options)
@@ -117,7 +116,7 @@ class Conversation:
         return self.engine.request(prompt, settings), messages
 
     def _pieces(self, number: int, messages: list[dict[str, Any]]) -> Iterator[Piece]:
-        """Generate the answer; however it ends, the history and the engine agree afterwards."""
+        """Generate the answer. History and engine are consistent afterwards, also after an error."""
         self.finish_reason, answer = None, ""
         try:
             while self.engine.work:

@@ -1,8 +1,8 @@
-"""The engine: everything that writes text goes through its steps; requests come and go at any of them.
+"""Engine that generates text for many requests in common steps. Requests can be added and removed at any step.
 
-A step reads a chunk of new prompts and writes a token of every running text (continuous batching: Orca, Yu et al.,
-2022). On a CPU a request's tokens and log-probabilities depend on its prompt, settings and seed alone, not on who else
-is there. (A GPU chooses kernels by the number of tokens in a step, which changes the rounding.)
+A step reads a chunk of new prompts and generates a token of every running text (continuous batching: Orca, Yu et al.,
+2022). On a CPU a request's tokens and log-probabilities depend only on its prompt, settings and seed, not on other
+requests. (A GPU chooses kernels by the number of tokens in a step, which changes the rounding.)
 """
 
 import time
@@ -29,20 +29,20 @@ from keifu.generation.text.scheduler import Scheduler, Sequence
 from keifu.memory import reuse_freed
 from keifu.threads import on_threads
 
-MOST_GUESSES = 4  # tokens that are guessed where their number is not given
-FEW = 4  # sequences up to which guesses may be worth their computation
-RETRY = 64  # steps after which guesses that did not pay are tried again
+MOST_GUESSES = 4  # default maximum of guessed tokens
+FEW = 4  # with more sequences, guesses cost more than they gain
+RETRY = 64  # steps until guesses that were too slow are tried again
 
 
 class Guessing:
-    """Number of tokens to guess in the next step: none while steps with guesses write fewer tokens a second.
+    """Number of tokens to guess in the next step. It is 0 while steps with guesses generate fewer tokens per second.
 
-    most: of tokens that are guessed. measured: whether the speed decides; otherwise guesses are always made.
+    most: maximal number of guesses. measured: whether the speed decides; otherwise guesses are always made.
     """
 
     def __init__(self, most: int, measured: bool):
         self.most, self.measured = most, measured
-        self._seconds: dict[tuple[int, bool], float] = {}  # a token, by sequences and whether there were guesses
+        self._seconds: dict[tuple[int, bool], float] = {}  # per token, by sequences and guesses
         self._waited = 0
 
     def allowed(self, running: int) -> int:
@@ -56,14 +56,14 @@ class Guessing:
         return 0 if self._waited % RETRY else self.most
 
     def record(self, running: int, guessed: bool, seconds: float, tokens: int) -> None:
-        """Note the time of a step that wrote `tokens` tokens."""
+        """Record the time of a step that generated `tokens` tokens."""
         key, spent = (running, guessed), seconds / tokens
         self._seconds[key] = spent if key not in self._seconds else 0.8 * self._seconds[key] + 0.2 * spent
 
 
 class LaunchedStep(NamedTuple):
-    """A step that was launched: its logits, those that are wanted first of each sequence, by their rows, and the tokens
-    that were chosen after them, which the host has not read yet."""
+    """Step that was launched. rows: for each sequence the row of its first wanted logits. chosen: tokens sampled from
+    these rows, which the host has not read yet."""
 
     spans: list[Span]
     began: float
@@ -73,14 +73,14 @@ class LaunchedStep(NamedTuple):
 
 
 class Engine:
-    """Generation engine for many requests at a time: `add` them at any time, and call `step` while there is `work`.
+    """Generation engine for many requests at once: `add` requests at any time, and call `step` while there is `work`.
 
-    tokenizer: None gives tokens without text. runner: what computes a step; None is the model's own. max_running: the
-    most texts that are written at a time. step_tokens: the most tokens of a step; more of them read prompts faster, and
-    let a text that is being written wait longer. guesses: the most tokens that are guessed to come next, from what
-    followed the same three tokens earlier in the text; the text is the same without (prompt lookup, Saxena, 2023).
-    None: for few sequences and as long as it is faster, and only by native code, whose bits do not depend on it. A
-    `Draft` guesses by a smaller model instead.
+    tokenizer: None gives tokens without text. runner: computes the steps; None: the model's default. max_running:
+    maximal number of texts that are generated at once. step_tokens: maximal tokens of a step; a larger number reads
+    prompts faster, but delays running texts. guesses: maximal number of tokens to guess from the text after an earlier
+    occurrence of the last three tokens (prompt lookup, Saxena, 2023); they do not change the text. None: guess for few
+    sequences, as long as it is faster, and only in native code, whose bits do not depend on guesses. A `Draft` guesses
+    by a smaller model instead.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self._modules = list(model.modules())
         self.runner = runner_of(model) if runner is None else runner
-        # PyTorch's other threads would wait in a loop on the cores where native code computes the next step
+        # PyTorch's idle threads would spin on the cores on which native code computes the next step
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
         runner = self.runner
         draft, wanted = (guesses, guesses.most) if isinstance(guesses, Draft) else (None, guesses)
@@ -101,11 +101,11 @@ class Engine:
         most = min(usual if wanted is None else wanted, self.scheduler.step_tokens // max_running - 1)
         self.guessing = Guessing(most, wanted is None)
         self.drafter = Drafter(draft, runner.vocab_size) if draft else None
-        self.guessed = self.accepted = 0  # tokens, in all
+        self.guessed = self.accepted = 0  # total numbers of tokens
         self._sequences: dict[int, Sequence] = {}
         self._numbers = count()
         self._sampler: Sampler | None = None
-        self._steps: list[LaunchedStep] = []  # that were launched: one, or with `_ahead` two
+        self._steps: list[LaunchedStep] = []  # launched steps: one, or two if `_ahead`
         self._ahead = runner if isinstance(runner, TorchRunner) and runner.overlaps and not most else None
 
     @property
@@ -115,26 +115,25 @@ class Engine:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many requests wait and run."""
+        """Numbers of waiting and of running requests."""
         return len(self.scheduler.waiting), len(self.scheduler.running)
 
     def request(self, prompt: str | Tokens[int] | ImagePrompt, sampling: SamplingParams) -> Request:
-        """Make a request for this model, of a text, of token ids, or of those with pictures; an invalid request is a
-        `UserError`.
-        """
+        """Return a request of this model for a text, token ids, or a prompt with pictures. Raises `UserError` if it is
+        invalid."""
         images = insert_images(prompt, self.model) if isinstance(prompt, ImagePrompt) else None
         tokens = prompt_tokens(self.tokenizer, cast(Any, prompt)) if images is None else images.tokens
         limits = self.runner.vocab_size, self.runner.context_length
         return Request(tokens, sampling, self.tokenizer, *limits, images=images)
 
     def add(self, request: Request) -> int:
-        """Add a request and return its number, from 0 on, which its pieces have as their index.
+        """Add a request. Return its number, counted from 0, which is the index of its pieces.
 
-        One that does not fit the memory for keys and values is a `UserError`; where it names no number of tokens, that
-        memory ends its text as the context would.
+        Raises `UserError` if it exceeds the memory for keys and values. If the request does not set max_tokens, its
+        text ends when that memory is full.
         """
         length, pool = len(request.prompt), self.runner.n_blocks * self.runner.block_size
-        if length + request.limit - 1 > pool:  # the last token is not kept
+        if length + request.limit - 1 > pool:  # the last token needs no memory
             wanted = request.sampling.max_tokens
             if wanted is not None or length > pool:
                 raise UserError(
@@ -149,7 +148,7 @@ class Engine:
 
     @torch.inference_mode()
     def abort(self, number: int) -> None:
-        """Abort a request; one that has ended already is no error."""
+        """End a request. Nothing happens if it has already ended."""
         if (sequence := self._sequences.pop(number, None)) is not None:
             self.scheduler.remove(sequence)
             self.runner.forget(number)
@@ -159,10 +158,10 @@ class Engine:
             self._steps = [step for step in self._steps if any(span.sequence in living for span in step.spans)]
 
     def step(self) -> list[Piece]:
-        """Compute a step and return the tokens that it wrote; none while only prompts were read.
+        """Compute a step. Return the generated tokens; none while only prompts are read.
 
-        Where the device computes while the host goes on, the next step is launched before these tokens are read, if it
-        does not need them. A text that ended in them has a token too many there, which is dropped.
+        If the device works asynchronously, the next step is launched before these tokens are read, unless it depends on
+        them. If a text ends, its token of that next step is dropped.
         """
         with torch.inference_mode(), evaluation_mode(self.model, self._modules), self._threads():
             if not self._steps:
@@ -179,8 +178,8 @@ class Engine:
             self._steps = self._steps[1:]
             try:
                 pieces = self._write(step, figures)
-            except BaseException:  # what was not taken is computed and chosen again
-                # the step that was launched has replaced the states of fixed size before this one
+            except BaseException:  # tokens that were not taken are computed again
+                # the launched step has overwritten the states of fixed size before this one
                 for sequence in self.scheduler.restart() if self._steps and self.runner.state_bytes else ():
                     self.runner.forget(sequence.number)
                 self._steps, self._sampler = [], None
@@ -191,7 +190,7 @@ class Engine:
             return pieces
 
     def _launch(self, spans: list[Span], last: Tensor | None) -> None:
-        """Launch a step and the choice of a token after each span that wants one. last: as for `TorchRunner.run`."""
+        """Launch a step, and the sampling of a token after each span that wants one. last: as in `TorchRunner.run`."""
         began = time.perf_counter()
         logits = self.runner.run(spans) if self._ahead is None else self._ahead.run(spans, last)
         ends = accumulate(span.wanted for span in spans)
@@ -199,13 +198,13 @@ class Engine:
         self._steps.append(LaunchedStep(spans, began, logits, rows, self._choose(logits, rows)))
 
     def _launch_following(self, step: LaunchedStep) -> None:
-        """Launch the step after one whose tokens are not read yet, if neither its spans nor its sampler need them."""
+        """Launch the step after one whose tokens are not read yet, unless its spans or its sampler depend on them."""
         asks = self._sampler is None or self._sampler.asks
         if step.chosen is not None and not asks and (spans := self.scheduler.following(step.spans)):
             self._launch(spans, step.chosen.tokens)
 
     def _choose(self, logits: Tensor, rows: list[tuple[int, Sequence]]) -> Chosen | None:
-        """Choose a token after each of these rows of the logits."""
+        """Sample a token from each of these rows of the logits."""
         if not rows:
             return None
         some = logits if len(rows) == len(logits) else logits[[row for row, _ in rows]]
@@ -216,9 +215,10 @@ class Engine:
         return self._sampler.choose(some)
 
     def _read(self, step: LaunchedStep) -> list[list[float]]:
-        """Return the figures of the tokens that a step chose.
+        """Return the figures of the tokens that a step sampled.
 
-        Where one has to be chosen again from all tokens, the step after it has read a wrong one, and is computed again.
+        If one must be sampled again from the whole vocabulary, the following step has read a wrong token and is
+        computed again.
         """
         figures = [] if step.chosen is None else step.chosen.tolist()
         if again := [row for row, (token, *_) in enumerate(figures) if token < 0]:
@@ -230,10 +230,10 @@ class Engine:
         return figures
 
     def _write(self, step: LaunchedStep, figures: list[list[float]]) -> list[Piece]:
-        """Append the sampled token of each span that needs one, and further tokens while the guesses are right."""
+        """Append the sampled token of each span that wants one, and its guesses as long as they are right."""
         pieces: list[Piece] = []
         pairs = zip(step.rows, figures, strict=True)
-        chosen = [(row, figure) for row, figure in pairs if row[1].number in self._sequences]  # others were given up
+        chosen = [(row, figure) for row, figure in pairs if row[1].number in self._sequences]  # not aborted
         depth = 0
         while chosen:
             new = [(row, sequence, sequence.take(figure)) for (row, sequence), figure in chosen]
@@ -260,7 +260,7 @@ class Engine:
         return pieces
 
     def _draft(self, drafter: Drafter, written: list[int], most: int) -> None:
-        """Guess by the draft what comes next in the sequences that were written and go on."""
+        """Let the draft guess the next tokens of the sequences that were extended and continue."""
         going = [self._sequences[number] for number in written if number in self._sequences]
         wanted = {sequence.number: (sequence.tokens, min(most, sequence.room)) for sequence in going}
         guesses = drafter.guess({number: room for number, room in wanted.items() if room[1] > 0})
@@ -268,7 +268,7 @@ class Engine:
             sequence.guesses = guesses.get(sequence.number, [])
 
     def _count(self, request: Request, guessed: int, accepted: int) -> None:
-        """Count guesses, and those that were right."""
+        """Count guesses and right guesses."""
         self.guessed += guessed
         self.accepted += accepted
         request.guessed += guessed
@@ -276,5 +276,5 @@ class Engine:
 
 
 def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:
-    """Return whether the token was the guess at this depth, so that the logits after it are known."""
+    """Return whether the token was the guess at this depth. If so, the logits after it are computed."""
     return piece.finish_reason is None and sequence.guesses[depth : depth + 1] == [piece.token]

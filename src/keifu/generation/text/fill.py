@@ -21,7 +21,7 @@ from keifu.generation.unmasking import close_gaps, split_gaps
 
 @dataclass(frozen=True)
 class Guess:
-    """A token that may stand in a place, as it is spelled, and its probability."""
+    """Candidate token for a [MASK], as text, with its probability."""
 
     word: str
     token: int
@@ -30,10 +30,11 @@ class Guess:
 
 @torch.inference_mode()
 def fill(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 5) -> list[list[Guess]]:
-    """Return for each [MASK] in the text the `count` likeliest tokens, the likeliest first; each gap by itself.
+    """Return for each [MASK] in the text the `count` likeliest tokens, the likeliest first. Each gap is predicted
+    separately.
 
-    The mark is whatever the tokenizer calls its mask token. A text without one, a text that is too long, and a model
-    that fills in nothing are `UserError`s.
+    The mark is the tokenizer's mask token. Raises `UserError` for a text without one, a text that is too long, or a
+    model that does not predict masks.
     """
     if not isinstance(model, Encoder):
         raise UserError(f"A {type(model).__name__} fills in no words: load a model such as BERT.")
@@ -52,8 +53,8 @@ def fill(model: nn.Module, tokenizer: Tokenizer, text: str, count: int = 5) -> l
 
 
 def _mark_blanks(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """Return the ids of the text with [CLS] and [SEP] around it, and the places of the marks; only the marks are
-    special."""
+    """Return the ids of the text with [CLS] and [SEP], and the positions of the masks. Only the masks are encoded as
+    special tokens."""
     roles = ("mask_token", "cls_token", "sep_token")
     if missing := [role for role in roles if role not in tokenizer.special]:
         raise UserError(f"The tokenizer has no {', '.join(missing)}, so nothing can be filled in.")
@@ -73,10 +74,9 @@ GREEDY = SamplingParams(max_tokens=64, temperature=0, seed=0)
 
 
 def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
-    """Return the text with each `___` in it replaced by the few words that the model writes there ([NLU], UL2's
-    R-denoiser).
+    """Replace each `___` in the text by the few words that the model generates for it ([NLU], UL2's R-denoiser).
 
-    A text without a gap, and a tokenizer without modes and sentinels, are `UserError`s.
+    Raises `UserError` for a text without a gap, or a tokenizer without modes and sentinels.
     """
     parts = split_gaps(text)
     markers = Markers.of(tokenizer, len(parts) - 1)
@@ -88,9 +88,8 @@ def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
 
 
 def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list[int]:
-    """Return the mode, the parts with a sentinel between each two, and the first sentinel again, after which the model
-    writes.
-    """
+    """Return the mode, the parts with a sentinel between any two, and the first sentinel again, after which the model
+    continues."""
     encoded = tokenizer.encode_batch(close_gaps(parts))
     ids = [markers.modes[REGULAR], *encoded[0]]
     for sentinel, part in zip(markers.sentinels.tolist(), encoded[1:], strict=True):
@@ -99,7 +98,8 @@ def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list
 
 
 def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]]:
-    """Split the output into the spans of the sentinels, the first being given; a sentinel out of turn is skipped."""
+    """Split the output into spans at the sentinels. The first sentinel is in the prompt; a sentinel out of order is
+    ignored."""
     spans: list[list[int]] = [[] for _ in sentinels]
     indices = {int(sentinel): index for index, sentinel in enumerate(sentinels)}
     current = 0
@@ -112,7 +112,7 @@ def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]
 
 
 def continuation(model: nn.Module, tokenizer: Tokenizer, text: str, sampling: SamplingParams) -> str:
-    """Continue a text, by [S2S] if the tokenizer has it."""
+    """Continue a text, in mode [S2S] if the tokenizer has it."""
     vocabulary = tokenizer.backend.get_vocab()
     mode = [vocabulary[SEQUENTIAL]] if SEQUENTIAL in vocabulary else []
     return generate_batch(model, tokenizer, [[*mode, *tokenizer.encode(text)]], sampling)[0].text

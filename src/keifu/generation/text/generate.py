@@ -1,6 +1,6 @@
-"""Text generation in one call: as a stream of pieces, as strings, or as completions with their log-probabilities.
+"""Text generation in one call: as a stream of pieces, as strings, or as completions with log-probabilities.
 
-A seed belongs to a request: the same prompt, settings and seed give the same text alone or in a batch, on a CPU.
+A seed belongs to a request: on a CPU the same prompt, settings and seed give the same text alone or in a batch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,15 +37,13 @@ class GenerateOptions(SamplingOptions, total=False):
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished text.
+    """Finished text.
 
-    text: what the model wrote, without the stop token or stop string that ended it.
-    tokens: all that were sampled, the stop token or those of the stop string included.
-    log_probabilities, sampled_log_probabilities: one a token, as in `Piece`; None if not asked for.
-    finish_reason: "stop", "length" or "context", as in `Piece`.
-    seed: with it the same text comes again.
-    prompt_tokens: the length of the prompt.
-    guessed_tokens, accepted_tokens: tokens that were guessed to come next, and those of them that came.
+    text: the generated text, without the stop token or stop string that ended it. tokens: all sampled tokens, with the
+    stop token or those of the stop string. log_probabilities, sampled_log_probabilities: one for each token, as in
+    `Piece`; None if not requested. finish_reason: "stop", "length" or "context", as in `Piece`. seed: it reproduces the
+    text. prompt_tokens: the length of the prompt. guessed_tokens, accepted_tokens: numbers of guessed tokens and of
+    right guesses.
     """
 
     text: str
@@ -63,10 +61,10 @@ def stream(
     model: nn.Module, tokenizer: Tokenizer, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams],
     guesses: int | Draft | None = None,
 ) -> Iterator[Piece]:  # fmt: skip
-    """Yield the pieces of all texts as they are written, a token of each text in turn.
+    """Yield the pieces of all texts as they are generated, a token of each text in turn.
 
-    prompts: texts, or lists of token ids. samplings: one for all, or one for each. guesses: as for `Engine`.
-    An invalid request is a `UserError` at once, before the first piece. `finish_reason` marks the last piece of a text.
+    prompts: texts, or lists of token ids. samplings: one for all, or one for each. guesses: as in `Engine`. An invalid
+    request raises `UserError` before the first piece. `finish_reason` marks the last piece of a text.
     """
     engine = Engine(model, tokenizer, max_running=max(1, len(prompts)), guesses=guesses)
     _add(engine, prompts, samplings)
@@ -74,7 +72,7 @@ def stream(
 
 
 def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
-    """Let the engine write after each prompt."""
+    """Add a request for each prompt to the engine."""
     n = len(prompts)
     for_prompts = [samplings] * n if isinstance(samplings, SamplingParams) else list(samplings)
     if len(for_prompts) != n:
@@ -86,7 +84,7 @@ def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[
 
 
 def _pieces(engine: Engine) -> Iterator[Piece]:
-    """Yield everything that the engine's requests write, to their ends."""
+    """Yield the pieces of the engine's requests until all have ended."""
     while engine.work:
         yield from engine.step()
 
@@ -96,10 +94,10 @@ def generate_batch(
     samplings: SamplingParams | Sequence[SamplingParams], batch_size: int = 32,
     advance: Callable[[int], object] | None = None, guesses: int | Draft | None = None,
 ) -> list[Completion]:  # fmt: skip
-    """Generate the completion of every prompt, in their order; at most `batch_size` are written at a time.
+    """Generate the completion of every prompt, in order. At most `batch_size` are generated at once.
 
-    What prompts share at their beginning is computed once. tokenizer: None gives tokens without text. `advance` is
-    called with the number of prompts done. guesses: as for `Engine`.
+    A common beginning of prompts is computed once. tokenizer: None gives tokens without text. advance: called with the
+    number of finished prompts. guesses: as in `Engine`.
     """
     engine = Engine(model, tokenizer, max_running=batch_size, step_tokens=PREFILL_TOKENS, guesses=guesses)
     requests = _add(engine, prompts, samplings)
@@ -139,19 +137,19 @@ def generate(
     model: nn.Module, tokenizer: Tokenizer, prompt: str | list[str], *, raw: bool = False,
     **sampling: Unpack[GenerateOptions],
 ) -> str | list[str]:  # fmt: skip
-    """Return the text that the model writes after the prompt (without the prompt), or after each of several.
+    """Return the text that the model generates after the prompt (without the prompt), or after each of several.
 
-    A model with a chat template answers the prompt as a message. With one seed for several prompts each gets the text
+    A model with a chat template answers the prompt as a message. With one seed for several prompts, each gets the text
     that it would get alone, so equal prompts get equal texts.
 
     Args:
         prompt: The text to answer or to continue, or a list of texts.
         raw: Whether the prompt is continued as plain text, without the chat template.
         **sampling: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-            frequency_penalty, stop and seed, as in `SamplingParams`; images: files of pictures, for a model that sees.
-            A missing one has the value of generation_config.json. Without that file it is temperature=0 (greedy) for
+            frequency_penalty, stop and seed, as in `SamplingParams`; images: picture files, for a model that sees.
+            Missing ones come from generation_config.json. Without that file they are temperature=0 (greedy) for
             chat models, temperature=0.8, top_k=40, top_p=0.95 and min_p=0.05 for base models, and max_tokens=256.
-            A model of masked diffusion takes those of `keifu.generation.unmasking.Unmasking` instead.
+            A model of masked diffusion has the settings of `keifu.generation.unmasking.Unmasking` instead.
 
     Returns:
         The text, or a list of texts for a list of prompts.
@@ -181,10 +179,11 @@ def as_prompt(
     tokenizer: Tokenizer, text: str, raw: bool = False, config: Any = None, images: Sequence[Image.Image] = (),
     **options: Any,
 ) -> str | list[int] | ImagePrompt:  # fmt: skip
-    """Return the prompt made from a text: a message in the chat template if the tokenizer has one; otherwise, or if
-    `raw`, the text itself.
+    """Convert a text to a prompt: a message in the chat template if the tokenizer has one; otherwise, or if `raw`, the
+    text.
 
-    config: the model's, which says whether it sees. images: pictures of the message. options: of the chat template.
+    config: of the model; decides whether it reads pictures. images: pictures of the message. options: of the chat
+    template.
     """
     if options and (raw or tokenizer.chat_template is None):
         raise UserError(f"{', '.join(options)} belongs to a chat template: leave it out for a text without one.")

@@ -1,9 +1,9 @@
-"""Log-likelihoods: of the tokens of a finished text, and of candidate answers to a prompt.
+"""Log-likelihoods of the tokens of a finished text, and of candidate answers to a prompt.
 
-Logits exist for a few tokens at a time, so that memory does not grow with length · vocab. Prompts and their answers are
-read by the engine's runner, so that what they share at their beginning is computed once.
+Logits are computed for a few tokens at a time, so that memory does not grow with length · vocab. Prompts and answers
+are read by the engine's runner, so that common beginnings are computed once.
 
-Axes: batch = texts; length = tokens; part = tokens whose logits exist; vocab.
+Axes: batch = texts; length = tokens; part = tokens with logits in memory; vocab.
 """
 
 from collections import Counter, defaultdict
@@ -23,14 +23,14 @@ from keifu.generation.text.request import check_tokens
 from keifu.generation.text.runner import Runner, blocks_of, runner_of
 from keifu.native.model import Span, native_form
 
-CHUNK = 256  # tokens whose logits exist at the same time
+CHUNK = 256  # tokens with logits in memory
 
 
 @torch.inference_mode()
 def score(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch predicted"]:
-    """Return ln P(token | those before it) of every token but the first, [batch, length - 1] in float32.
+    """Return ln P(token | tokens before it) of every token but the first, [batch, length - 1] in float32.
 
-    This is what `log_probability` reports while a text is written. A text longer than the context is a `UserError`.
+    This equals `log_probability` during generation. Raises `UserError` for a text longer than the context.
     """
     left = tokens[:, 1:].flatten()
     parts = [left.new_zeros(0, dtype=torch.float32)]
@@ -49,7 +49,7 @@ class LikeliestTokens(NamedTuple):
 
 @torch.inference_mode()
 def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int) -> LikeliestTokens:
-    """Score as `score` does for one text, with the `count` likeliest tokens at each place."""
+    """Score one text like `score`, with the `count` likeliest tokens at each position."""
     values, top = list[float](), list[list[tuple[int, float]]]()
     for logits in _predictions(model, tokens[None]):
         values += log_probability(logits, tokens[len(values) + 1 :][: len(logits)]).tolist()
@@ -59,7 +59,7 @@ def score_likeliest(model: nn.Module, tokens: Int[Tensor, " length"], count: int
 
 
 def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Iterator[Float[Tensor, "chunk vocab"]]:
-    """Yield the logits that predict the tokens after the first, text after text, some at a time."""
+    """Yield the logits that predict the tokens after the first, text by text, in chunks."""
     context, longest = text_model(model).config.context_length, tokens.shape[1]
     if longest > context:
         raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
@@ -73,21 +73,21 @@ def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Itera
         yield writer.logits(states).float()
 
 
-BLOCK = 4  # tokens of a block of PyTorch's: what texts share is computed once but for the last few of its tokens
+BLOCK = 4  # tokens of a PyTorch block: up to so many tokens of a common beginning are computed again
 
 
 def reader_of(model: nn.Module, batch_size: int | None = None) -> "LikelihoodReader":
-    """Return the reader of texts for a model; it reads at most `batch_size` together."""
+    """Return a reader of texts for a model. It reads at most `batch_size` texts at once."""
     return LikelihoodReader(runner_of(model, block_size=BLOCK), batch_size)
 
 
 Tokens = tuple[int, ...]
 Advance = Callable[[int], object]
-ENCODED = 512  # texts whose tokens exist at the same time
+ENCODED = 512  # texts with tokens in memory
 
 
 class ScoredPair(NamedTuple):
-    """The tokens of a prompt and those of an answer after it."""
+    """Token ids of a prompt and of an answer after it."""
 
     prompt: Tokens
     answer: Tokens
@@ -95,7 +95,7 @@ class ScoredPair(NamedTuple):
 
 @dataclass(frozen=True)
 class Likelihood:
-    """ln P of each token of an answer after its prompt, and whether each is the likeliest one there (`greedy`)."""
+    """ln P of each token of an answer after its prompt. greedy: whether each token is the likeliest one."""
 
     log_probabilities: tuple[float, ...]
     greedy: bool
@@ -107,9 +107,8 @@ class Likelihood:
 
 
 def first_context(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
-    """Return the tokens that the tokenizer puts before a sequence: BOS or nothing. They are read from the first
-    non-empty text.
-    """
+    """Return the tokens that the tokenizer adds before a text: BOS or nothing. They are read from the first non-empty
+    text."""
     text = next(filter(None, texts), "")
     plain, whole = (tokenizer.encode(text, special=special) for special in (False, True))
     return whole[: next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)]
@@ -118,12 +117,12 @@ def first_context(tokenizer: Tokenizer, texts: Iterable[str]) -> list[int]:
 def join_tokens(
     tokenizer: Tokenizer, texts: Sequence[tuple[str, str]], allow_special: bool = False
 ) -> list[ScoredPair]:
-    """Return the tokens of prompts and of answers as they stand behind them, split where each prompt ends.
+    """Encode prompts with answers, and split each at the end of the prompt.
 
-    Spaces at a prompt's end belong to the answer, and both are encoded together: what comes after as many tokens as the
-    prompt alone has is the answer (lm-evaluation-harness does the same), for an answer may begin with another token
-    behind a prompt than alone. Where the two grow together into no more tokens than the prompt, the answer is encoded
-    apart. An empty prompt is the token that begins a text. An answer without tokens is a `UserError`.
+    Spaces at a prompt's end belong to the answer. Both are encoded together, since an answer may begin with another
+    token after a prompt than alone. The tokens after the number of tokens of the prompt alone are the answer, as in
+    lm-evaluation-harness. If the joint text has no more tokens than the prompt, the answer is encoded separately. An
+    empty prompt is the token that begins a text. Raises `UserError` for an answer without tokens.
     """
     split = [(prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer) for prompt, answer in texts]
     prompts = list(dict.fromkeys(prompt for prompt, _ in split))
@@ -131,7 +130,7 @@ def join_tokens(
     ids = dict(zip(prompts, tokenizer.encode_batch(prompts, allow_special=allow_special), strict=True))
     begun = {prompt: tuple(open_prefixes(front, each) or common_beginning(tokenizer)) for prompt, each in ids.items()}
     pairs = []
-    for start in range(0, len(split), ENCODED):  # of whole texts only their ends are kept
+    for start in range(0, len(split), ENCODED):  # of whole texts only the ends are stored
         some = split[start : start + ENCODED]
         wholes = tokenizer.encode_batch([prompt + answer for prompt, answer in some], allow_special=allow_special)
         for (prompt, answer), whole in zip(some, wholes, strict=True):
@@ -144,13 +143,12 @@ def join_tokens(
 
 
 def open_prefixes(front: list[int], ids: list[int]) -> list[int]:
-    """Return a text's tokens with what the tokenizer puts before it, unless the text spells that itself."""
+    """Return a text's tokens after those that the tokenizer adds before it, unless the text begins with them."""
     return ids if front and ids[: len(front)] == front else front + ids
 
 
 def common_beginning(tokenizer: Tokenizer) -> list[int]:
-    """Return the token that stands before a text where nothing else does: BOS, or else the one that ends a text
-    before."""
+    """Return the token that begins a text: BOS, or else the end-of-text token."""
     begin = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     if begin is None:
         raise UserError("A prompt is empty, and this tokenizer has no token that begins a text: give the prompt text.")
@@ -158,18 +156,18 @@ def common_beginning(tokenizer: Tokenizer) -> list[int]:
 
 
 class _Text(NamedTuple):
-    """A prompt, and answers to it that differ in their last tokens alone, which have no part in the logits."""
+    """Prompt with answers that differ only in the last token, so that all have the same logits."""
 
     prompt: Tokens
     body: Tokens
     answers: list[Tokens]
 
 
-AHEAD = 16  # prompts that are read, each with one answer, before their other answers are
+AHEAD = 16  # prompts that are read with one answer before their other answers are
 
 
 def _texts(pairs: Sequence[ScoredPair]) -> list[_Text]:
-    """Order texts so that prefixes are computed before the second text that shares them."""
+    """Order texts so that a common beginning is computed before a second text needs it."""
     answers: dict[Tokens, dict[Tokens, list[Tokens]]] = defaultdict(dict)
     for prompt, answer in dict.fromkeys(pairs):
         answers[prompt].setdefault(answer[:-1], []).append(answer)
@@ -184,11 +182,10 @@ def _texts(pairs: Sequence[ScoredPair]) -> list[_Text]:
 def likelihoods(
     model: nn.Module, pairs: Sequence[ScoredPair], batch_size: int | None = None, advance: Advance | None = None
 ) -> list[Likelihood]:
-    """Compute the likelihood of each answer after its prompt, in the order given; batching changes it by rounding only.
+    """Return the likelihood of each answer after its prompt, in the given order. Batching only changes rounding.
 
-    Equal pairs are computed once. batch_size: the most texts in a pass. `advance` is called with the number of
-    prompts done.
-    A pair whose tokens but the last do not fit the context is a `UserError` with both lengths.
+    Equal pairs are computed once. batch_size: maximal texts in a pass. advance: called with the number of finished
+    prompts. Raises `UserError` for a pair whose tokens, without the last, exceed the context.
     """
     _check(text_model(model).config, pairs)
     texts, by_pair = _texts(pairs), dict[ScoredPair, Likelihood]()
@@ -207,7 +204,7 @@ def likelihoods(
 
 
 def _judge(text: _Text, read: Iterator[Float[Tensor, "part vocab"]]) -> dict[ScoredPair, Likelihood]:
-    """Compute the likelihood of each answer of a text, whose logits come in one part or more."""
+    """Return the likelihood of each answer of a text. The logits come in one part or more."""
     values: dict[Tokens, list[float]] = {answer: [] for answer in text.answers}
     likeliest = list[int]()
     while len(likeliest) <= len(text.body):
@@ -233,23 +230,23 @@ def _check(config: Any, pairs: Sequence[ScoredPair]) -> None:
     check_tokens([row for pair in pairs for row in pair], config.vocab_size)
 
 
-STEP_TOKENS = 512  # of texts that are read together
+STEP_TOKENS = 512  # tokens of texts that are read together
 
 
 class LikelihoodReader:
-    """Reader of whole texts, for their logits; what texts share at their beginning is computed once.
+    """Reader that computes the logits of whole texts. Common beginnings are computed once.
 
-    most: of texts that are read together.
+    most: maximal number of texts that are read together.
     """
 
     def __init__(self, runner: Runner, most: int | None = None):
         self.runner, self.blocks, self.most = runner, blocks_of(runner), most
-        self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that a text fills
+        self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that each text fills
 
     def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """Return the logits after the last `wanted` tokens of each text, in the order of the texts; those of one longer
-        than `STEP_TOKENS` come in several parts. One that does not fit the memory for keys and values is a
-        `UserError`."""
+        """Yield the logits after the last `wanted` tokens of each text, in order. Those of a text longer than
+        `STEP_TOKENS` come in several parts. Raises `UserError` for a text that exceeds the memory for keys and
+        values."""
         size = self.runner.block_size
         for number, (tokens, wanted) in enumerate(texts):
             hashes = self.blocks.digests(tokens)
@@ -281,7 +278,7 @@ class LikelihoodReader:
         yield from self._run()
 
     def _run(self, going: int | None = None) -> Iterator[Float[Tensor, "wanted vocab"]]:
-        """Read the texts that were gathered; `going`: the one that continues."""
+        """Read the gathered texts. going: the text that continues in the next call."""
         batch, self._batch = self._batch, []
         spans = sorted((span for span, _ in batch), key=lambda span: len(span.tokens))  # equal lengths attend together
         logits = self.runner.run(spans).split([span.wanted for span in spans]) if spans else ()

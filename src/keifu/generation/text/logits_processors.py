@@ -1,10 +1,9 @@
 """Logits processors: penalties, temperature, top-k, top-p and min-p, on all rows at once.
 
-Every function is pure and takes one parameter per row. They are applied in this order, which is transformers':
-repetition penalty; presence and frequency penalty (where OpenAI and vLLM place them); logit bias; temperature; top-k;
-top-p; min-p.
-Each sees what the one before it left. Equally likely tokens are kept or removed together, so that the result does not
-depend on how a sort breaks ties.
+Every function is pure and takes one parameter per row. They are applied in the order of transformers: repetition
+penalty; presence and frequency penalty (as in OpenAI's API and vLLM); logit bias; temperature; top-k; top-p; min-p.
+Each gets the result of the previous one. Equally likely tokens are kept or removed together, so that the result does
+not depend on how a sort breaks ties.
 
 Axes: rows = independent distributions, vocab. A parameter has one value for each row, or one for all.
 """
@@ -16,14 +15,15 @@ from torch import Tensor
 
 from keifu.layers.wide import wide
 
-SHORTLIST = 256  # tokens among which `shortlist` looks
+SHORTLIST = 256  # number of tokens in a shortlist
 
 Logits = Float[Tensor, "rows vocab"]
 Parameter = Float[Tensor, " #rows"]
 
 
 def repetition_penalty(logits: Logits, seen: Bool[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
-    """Return positive logits of tokens that were seen / penalty, negative ones · penalty (CTRL, section 4.1)."""
+    """Return the logits with those of `seen` tokens changed: positive ones / penalty, negative ones · penalty (CTRL,
+    section 4.1)."""
     factor = torch.where(logits < 0, penalty[:, None], 1 / penalty[:, None])
     return torch.where(seen, logits * factor, logits)
 
@@ -39,17 +39,18 @@ def frequency_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penal
 
 
 def logit_bias(logits: Logits, tokens: Int[Tensor, "#rows biased"], bias: Float[Tensor, "#rows biased"]) -> Logits:
-    """Add to each row's logits of its `tokens`; a row that has fewer is filled up with a bias of 0."""
+    """Add a bias to the logits of each row's `tokens`. Rows with fewer tokens are padded with a bias of 0."""
     return logits.scatter_add(1, tokens.expand(len(logits), -1), bias.expand(len(logits), -1))
 
 
 def temperature(logits: Logits, t: Parameter) -> Logits:
-    """Return the logits / t: below 1 likely tokens become likelier still."""
+    """Return the logits / t. Values below 1 make likely tokens more likely."""
     return logits / t[:, None]
 
 
 def top_k(logits: Logits, k: Int[Tensor, " #rows"]) -> Logits:
-    """Return -inf for all but the k likeliest tokens and their equals (Fan et al., 2018); k = 0 keeps all."""
+    """Return -inf for all but the k likeliest tokens and those equal to the last of them (Fan et al., 2018); k = 0
+    keeps all."""
     vocab = logits.shape[1]
     last = torch.where(k > 0, k.clamp(max=vocab), vocab) - 1
     smallest = _descending(logits).gather(1, last.expand(len(logits))[:, None])
@@ -72,12 +73,12 @@ def min_p(logits: Logits, fraction: Parameter) -> Logits:
 def shortlist(
     logits: Logits, k: Int[Tensor, " #rows"], p: Parameter, every: bool
 ) -> tuple[Float[Tensor, "rows few"], Int[Tensor, "rows few"], Bool[Tensor, " rows"]]:
-    """Apply `top_k` and then `top_p` to each row's likeliest tokens alone and return their logits, -inf for those that
-    are removed; which tokens they are, in the order of the vocabulary; and the rows for which these are all.
+    """Apply `top_k`, then `top_p`, to only the likeliest tokens of each row.
 
-    A full sort of each row would take longer than a small model's step. How many tokens are looked at is the same for
-    all rows, so that no row's sums depend on another's k. every: whether all k are above 0, so that the device need not
-    be asked.
+    Return their logits (-inf if removed), their ids in ascending order, and for each row whether no other token passes
+    the filters. Sorting whole rows would take longer than a step of a small model. The number of examined tokens is the
+    same for all rows, so that a row's sums do not depend on another row's k. every: whether all k are above 0, so that
+    the device need not be read.
     """
     values, tokens = logits.topk(min(SHORTLIST, logits.shape[1]))
     last = torch.where(k > 0, k.clamp(max=values.shape[1]), values.shape[1]).expand(len(values)) - 1
@@ -90,24 +91,24 @@ def shortlist(
     kept = kept.masked_fill((kept < kept.gather(1, last)) & (p[:, None] < 1), -torch.inf)
     names, order = tokens.sort(-1)
     limited = torch.where(k > 0, k < values.shape[1], p < 1)
-    whole = kept[:, -1].isneginf() & limited  # what lies outside is no likelier than the last one
+    whole = kept[:, -1].isneginf() & limited  # tokens outside are no likelier than the last one
     return kept.gather(1, order), names, whole
 
 
 def likeliest(logits: Logits) -> Logits:
-    """Return -inf for all but one likeliest token: what greedy choice samples from."""
+    """Return -inf for all but one likeliest token, for greedy decoding."""
     best = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(-1, keepdim=True), True)
     return logits.masked_fill(~best, -torch.inf)
 
 
 def log_probability(logits: Logits, tokens: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
-    """Return ln of the probability that softmax(logits) gives each row's token."""
+    """Return the log-probability of each row's token under softmax(logits)."""
     return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def _descending(logits: Logits) -> Logits:
     """Return each row's values, largest first."""
-    # torch's sort carries indices along; on a CPU NumPy's, which does not, takes a twentieth of the time.
+    # torch's sort also sorts indices; NumPy's does not and takes a twentieth of the time on a CPU
     if logits.device.type == "cpu":
         return torch.from_numpy(np.sort(logits.detach().numpy(), axis=-1)).flip(-1)
     return logits.sort(-1, descending=True).values

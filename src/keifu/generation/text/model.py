@@ -1,4 +1,4 @@
-"""Interfaces of models that write text: a causal language model, in evaluation mode, its key-value cache.
+"""Interfaces of models: causal language models, encoders, translators and others; and checks for each.
 
 Axes: batch = texts, length = tokens, vocab.
 """
@@ -15,7 +15,7 @@ from keifu.errors import UserError
 from keifu.layers.attention.kv_cache import KVState
 from keifu.native.model import NativeLM
 
-PREFILL_TOKENS = 4096  # of all rows together in one pass: enough to fill a matrix product, few enough for memory
+PREFILL_TOKENS = 4096  # tokens of all rows in one pass: enough to use matrix multiplication well, few enough for memory
 
 Tokens = Int[Tensor, "batch length"]
 Padding = Int[Tensor, " batch"] | None
@@ -39,8 +39,8 @@ class Model(Protocol):
 
 @runtime_checkable
 class Encoder(Protocol):
-    """Interface of an encoder such as BERT, whose attention is bidirectional: it cannot continue a text, but fills in
-    words and chooses labels. Its `config` has `context_length`, `labels` and `words`."""
+    """Interface of an encoder such as BERT, with bidirectional attention. It cannot continue a text, but it predicts
+    masked words and labels. Its `config` has `context_length`, `labels` and `words`."""
 
     config: Any
 
@@ -62,12 +62,12 @@ class MaskPredictor(Protocol):
 
 @runtime_checkable
 class TwoTowers(Protocol):
-    """Interface of a model with an image tower and a text tower, such as CLIP. Its `config` has `pixels`, what an image
-    becomes before its tower sees it, and `context_length`; similarities are multiplied by exp(logit_scale)."""
+    """Interface of a model with an image tower and a text tower, such as CLIP. Its `config` has `pixels`, the
+    preprocessing of images, and `context_length`. Similarities are multiplied by exp(logit_scale)."""
 
     config: Any
     if TYPE_CHECKING:
-        logit_scale: Any  # a parameter, which isinstance sees before Python 3.12 alone
+        logit_scale: Any  # parameter; isinstance finds it only before Python 3.12
 
     def encode_image(self, pixels: Tensor) -> Tensor: ...
 
@@ -76,8 +76,8 @@ class TwoTowers(Protocol):
 
 @runtime_checkable
 class Translator(Protocol):
-    """Interface of an encoder-decoder, which encodes a source before it writes a target; its `config` has vocab_size,
-    context_length, start_id, end_id and pad_id."""
+    """Interface of an encoder-decoder, which encodes a source before it generates a target. Its `config` has
+    vocab_size, context_length, start_id, end_id and pad_id."""
 
     config: Any
 
@@ -95,7 +95,7 @@ class TaskHeadModel(Protocol):
 
     config: Any
     if TYPE_CHECKING:
-        decoder: Any  # a module, which isinstance sees before Python 3.12 alone
+        decoder: Any  # module; isinstance finds it only before Python 3.12
 
     def hidden(self, tokens: Tensor) -> Tensor: ...
 
@@ -122,14 +122,14 @@ def explain_not_causal(model: nn.Module) -> str:
 
 
 def causal(model: nn.Module) -> Model:
-    """Return the same model, checked to be a causal language model; any other is a `UserError`."""
+    """Return the model. Raises `UserError` if it is not a causal language model."""
     if not isinstance(model, Model):
         raise UserError(f"This model writes no text: {explain_not_causal(model)}")
     return model
 
 
 def text_model(model: nn.Module) -> Model | NativeLM:
-    """Return the same model, checked to be one that an engine can run; any other is a `UserError`."""
+    """Return the model. Raises `UserError` if an engine cannot run it."""
     return model if isinstance(model, NativeLM) else causal(model)
 
 
@@ -144,20 +144,20 @@ def continues_text(model: nn.Module) -> bool:
 
 
 def has_fixed_states(model: nn.Module) -> bool:
-    """Return whether layers keep a state of fixed size, which cannot go back to fewer tokens."""
+    """Return whether layers have states of fixed size, from which the last tokens cannot be removed."""
     return isinstance(model, Model) and bool(model.new_state(0, 1).row_bytes)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the device of the model's weights; the CPU for a model without weights."""
+    """Return the device of the model's weights; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
-    """Put the model in evaluation mode for a block; after it every module has the mode that it had before.
+    """Put the model in evaluation mode for a block. Afterwards every module has its former mode.
 
-    Blocks may be inside each other but must not overlap: a generator leaves its block before it yields.
+    Blocks may be nested but must not overlap: a generator leaves its block before it yields.
 
     Args:
         model: The model.

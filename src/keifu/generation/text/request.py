@@ -1,4 +1,4 @@
-"""A generation request: turns sampled tokens into pieces of text, and ends at a stop token, stop string or limit."""
+"""Generation request: converts sampled tokens to pieces of text, and ends at a stop token, stop string or limit."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ from keifu.generation.text.sampling_params import SamplingParams
 
 
 class StopText:
-    """Filter that passes text on as it comes, but holds back a suffix that may become a stop string.
+    """Filter that passes text on, but withholds an end that may become a stop string.
 
-    `found`: whether a stop string has come. The text then ends where the stop string that is complete first begins; of
-    several that end at the same character, the one that begins first counts. So the result does not depend on how the
-    text is cut into pieces.
+    found: whether a stop string has occurred. The text ends before the stop string that is first complete. If several
+    are complete at the same character, the one that begins first counts. So the result does not depend on how the text
+    is split into pieces.
     """
 
     def __init__(self, stops: Sequence[str]):
@@ -29,7 +29,7 @@ class StopText:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Return the text that can no longer belong to a stop string."""
+        """Return the text that cannot belong to a stop string any more."""
         text = self._held + text
         matches = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
         self.found = bool(matches)
@@ -38,28 +38,28 @@ class StopText:
         return text[:end]
 
     def flush(self) -> str:
-        """Return the text held back, which is no stop string since no more text comes."""
+        """Return the withheld text at the end of the stream."""
         text, self._held = self._held, ""
         return text
 
     def _beginning(self, text: str) -> int:
-        """Return how many characters at the end of the text are the beginning of a stop string."""
+        """Return the number of characters at the end of the text that begin a stop string."""
         longest = min(len(text), max(map(len, self.stops), default=1) - 1)
         return next((n for n in range(longest, 0, -1) if any(s.startswith(text[-n:]) for s in self.stops)), 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One more token of one text.
+    """One new token of a text.
 
     index: the number of its request in the engine.
     text: the characters that this token completes, often none; never a part of a stop string.
-    log_probability: ln of the token's probability under the model; None if not asked for.
+    log_probability: ln of the token's probability under the model; None if not requested.
     sampled_log_probability: the same under the distribution sampled from, after penalties, temperature and filters (0
-        for greedy choice); None if not asked for.
+        for greedy decoding); None if not requested.
     top_log_probabilities: the likeliest tokens here with ln of their probabilities under the model, in order.
-    finish_reason: None while the text goes on; "stop" (a stop token or a stop string), "length" (max_tokens written) or
-        "context" (no room is left in the model's context).
+    finish_reason: None while the text continues; "stop" (a stop token or a stop string), "length" (max_tokens reached)
+        or "context" (the model's context is full).
     """
 
     index: int
@@ -73,24 +73,24 @@ class Piece:
 
 @runtime_checkable
 class Constraint(Protocol):
-    """Interface of a constraint on one sequence: it decides at each position which tokens may come next."""
+    """Interface of a constraint on one sequence, which decides at each position which tokens are allowed."""
 
     def allowed(self) -> Bool[Tensor, " vocab"]:
-        """Return the tokens that may be chosen now, on the CPU; at least one, such as the one that ends the text."""
+        """Return a mask of the tokens that are allowed next, on the CPU. At least one is, such as the end token."""
         ...
 
     def accept(self, token: int) -> None:
-        """Note that the token was chosen."""
+        """Record that the token was chosen."""
         ...
 
 
 class Request:
-    """A prompt and its settings, checked against the model's vocabulary and context; `take` adds a token and returns
-    its `Piece`.
+    """Prompt with settings, checked against the model's vocabulary and context. `take` adds a token and returns its
+    `Piece`.
 
-    constraint: what holds the text to a form; None for any text. shown: special tokens that are text nevertheless.
-    images: the pictures among the prompt's tokens. A prompt that is empty or leaves no room in the context is a
-    `UserError`; a prompt is never truncated. Without a tokenizer the pieces have no text, and no token ends it.
+    constraint: of the text's format; None for any text. shown: special tokens that are not removed from the text.
+    images: pictures among the prompt's tokens. Raises `UserError` if the prompt is empty or leaves no room in the
+    context; it is never truncated. Without a tokenizer pieces have no text, and no stop token ends it.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Request:
         images: InsertedImages | None = None,
     ):  # fmt: skip
         self.images = images
-        self.index, self.prompt, self.sampling = 0, list(prompt), sampling.seeded()  # the engine gives it its number
+        self.index, self.prompt, self.sampling = 0, list(prompt), sampling.seeded()  # set by the engine
         check_tokens([prompt], vocab_size)
         if (largest := max((token for token, _ in sampling.logit_bias), default=-1)) >= vocab_size:
             raise UserError(f"logit_bias names the token {largest}, but the model knows only 0 to {vocab_size - 1}.")
@@ -114,17 +114,17 @@ class Request:
         wanted = sampling.max_tokens
         self.limit, self._full = (room, "context") if wanted is None or wanted > room else (wanted, "length")
         self.tokens: list[int] = []
-        self.cached = 0  # tokens of the prompt whose keys and values were there already
-        self.guessed = self.accepted = 0  # tokens that were guessed to come next, and those of them that came
+        self.cached = 0  # number of tokens of the prompt whose keys and values were cached
+        self.guessed = self.accepted = 0  # numbers of guessed tokens, and of right guesses
         self.constraint = constraint
         self._stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
         self._decoder = None if tokenizer is None else tokenizer.stream(shown=shown)
         self._text = StopText(sampling.stop)
 
     def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:
-        """Add a token and returns its piece. The numbers are a row of `SampledTokens.figures`.
+        """Add a token and return its piece. The arguments are a row of `SampledTokens.figures`.
 
-        A character whose last bytes have not come by the end of the text is left out.
+        An incomplete character at the end of the text is dropped.
         """
         if not math.isfinite(largest):
             raise UserError(
@@ -148,10 +148,10 @@ class Request:
 
 
 def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> list[int]:
-    """Return the ids of a prompt, with the BOS if the tokenizer adds one; an empty prompt is the BOS alone, if it has
+    """Return the ids of a prompt, with the BOS if the tokenizer adds one. An empty prompt is only the BOS, if there is
     one.
 
-    Text cannot spell control tokens; give ids to use them.
+    Text cannot contain control tokens; pass ids to use them.
     """
     if not isinstance(prompt, str):
         try:
@@ -164,7 +164,7 @@ def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> l
 
 
 def check_tokens(prompts: Iterable[Sequence[int]], vocab_size: int) -> None:
-    """Refuse tokens that the model has no embedding for."""
+    """Raise `UserError` for tokens that the model has no embedding for."""
     for token in (t for prompt in prompts if prompt for t in (min(prompt), max(prompt))):
         if not 0 <= token < vocab_size:
             raise UserError(

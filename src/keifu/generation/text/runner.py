@@ -1,8 +1,8 @@
-"""The runner of a causal model: tokens of several sequences go through it in one step, keys and values lie in blocks.
+"""Runner of a causal model: computes tokens of several sequences in one step. Keys and values are in blocks.
 
-Keys and values are in a pool of `n_blocks` blocks, each of `block_size` tokens. The token at position p of a sequence
-has its own in block `blocks[p // block_size]` of the sequence's block table, at place p % block_size. Which sequence
-has which blocks is decided by the scheduler. Axes: wanted = tokens whose logits are asked for, vocab.
+The pool has `n_blocks` blocks of `block_size` tokens. The keys and values of the token at position p of a sequence are
+in block `blocks[p // block_size]` of the sequence's block table, at index p % block_size. The scheduler assigns blocks
+to sequences. Axes: wanted = tokens whose logits are needed, vocab.
 """
 
 from collections.abc import Sequence
@@ -31,13 +31,14 @@ from keifu.native.model import Span, native_form, widest
 
 @runtime_checkable
 class Runner(Protocol):
-    """Interface of what computes the steps of one engine, in PyTorch (`TorchRunner`) or natively (`keifu.native`).
+    """Interface of a runner, which computes the steps of one engine, in PyTorch (`TorchRunner`) or natively
+    (`keifu.native`).
 
     block_size, n_blocks: tokens of a block, and blocks of the pool. vocab_size, context_length: of the model.
-    token_bytes: what the keys and values of a token take. window: the most tokens that a token sees in any layer, with
-    itself: blocks before them may be another sequence's by then. None: all tokens. contiguous: whether it reads the
-    blocks of a sequence fastest if they are consecutive. by_length: whether keys depend on the length of the prompt, so
-    that another prompt which begins alike cannot use them.
+    token_bytes: bytes of a token's keys and values. window: the largest number of tokens that a token attends to in any
+    layer, including itself; earlier blocks may be reused for other sequences. None: all tokens. contiguous: whether it
+    is fastest if a sequence's blocks are consecutive. by_length: whether keys depend on the prompt's length, so that
+    another prompt with the same beginning cannot reuse them.
     """
 
     block_size: int
@@ -51,28 +52,28 @@ class Runner(Protocol):
     by_length: bool
 
     def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
-        """Return the logits in float32 after each wanted token: span by span, within a span in the order of its tokens.
+        """Return float32 logits after each wanted token: span by span, within a span in the order of the tokens.
 
-        Writes the keys and values of the new tokens into the blocks. A shared block that one span of the batch writes
-        is not read by another: the scheduler shares a block only from the step after the one that filled it. A step
-        that was interrupted is run again: what it wrote is written over.
+        It writes the new keys and values into the blocks. A block that one span writes is not read by another in the
+        same step, because the scheduler shares a block only from the next step on. An interrupted step is repeated,
+        which overwrites its results.
         """
         ...
 
     def forget(self, sequence: int) -> None:
-        """Free what the runner keeps of a sequence besides the blocks: it has ended or was preempted."""
+        """Free the runner's data for a sequence, except blocks. The sequence has ended or was preempted."""
         ...
 
 
-POOL = 0.25  # the share of the free memory that the pool may take
-STATES = 32  # sequences for whose states of fixed size memory is left
+POOL = 0.25  # share of the free memory for the pool
+STATES = 32  # number of sequences for whose states of fixed size memory is left free
 
 
 def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16, native: bool = True) -> Runner:
-    """Return the runner of a model's native form if there is one, otherwise PyTorch's.
+    """Return the runner of the model's native form if there is one, otherwise PyTorch's.
 
-    memory: bytes for its blocks; None for a share of the free memory. block_size: of PyTorch's; the native form has its
-    own. native: whether to use the native form.
+    memory: bytes for its blocks; None: a share of the free memory. block_size: in PyTorch; the native form has a fixed
+    one. native: whether to use the native form.
     """
     packed = native_form(model) if native else None
     make = partial(TorchRunner, causal(model), block_size=block_size) if packed is None else packed.runner
@@ -84,29 +85,29 @@ def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16,
 
 
 def blocks_of(runner: Runner) -> BlockManager:
-    """Return the manager of a runner's blocks."""
+    """Return a manager of the runner's blocks."""
     return BlockManager(runner.n_blocks, runner.block_size, sharing=not (runner.state_bytes or runner.by_length))
 
 
-SHORT = 32  # tokens of spans that attend together though they begin at different positions: longer ones mask too much
+SHORT = 32  # shorter spans attend together at different positions; longer ones would mask too much
 
 
 class TorchRunner:
     """Runner of any causal model in PyTorch, on any device. All tokens of a step go through the linear layers together.
 
     The keys and values of a layer are one tensor [heads, tokens of all blocks, head_dim]. New ones are written by one
-    index for all sequences. On a CPU attention reads the blocks where they are: those of a sequence are consecutive
-    (`contiguous`), and sequences at equal distances from each other are one strided view. Elsewhere, and where blocks
-    could not be consecutive, they are gathered, which took 3 to 10 times as long on a CPU.
+    index for all sequences. On a CPU attention reads the blocks without a copy: those of a sequence are consecutive
+    (`contiguous`), and sequences at equal distances are one strided view. On other devices, and if blocks are not
+    consecutive, they are gathered; on a CPU this took 3 to 10 times as long.
 
-    On a GPU with a kernel for sequences of any lengths (`packs`), blocks of a Transformer run in a form with fewer
-    kernels, and steps of decoding are CUDA graphs if all blocks have this form.
+    On a GPU with a kernel for sequences of any lengths (`packs`), Transformer blocks run in a form with fewer kernels.
+    If all blocks have this form, decoding steps are CUDA graphs.
 
-    overlaps: whether the device computes a step while the host goes on, so that the next one can be launched before the
-    host has read the tokens of this one.
+    overlaps: whether the device computes asynchronously, so that the next step can be launched before the host has read
+    the tokens of this one.
 
-    copied_bytes: what a step needs for a token of the pool besides its keys and values: elsewhere than on a CPU, those
-    of one layer are gathered at a time, with up to a quarter of padding, and all graphs share that memory.
+    copied_bytes: further memory of a step for each token of the pool. Except on a CPU, the keys and values of one layer
+    at a time are gathered, with up to a quarter of padding; all graphs share this memory.
     """
 
     def __init__(self, model: Model, n_blocks: int, block_size: int = 16):
@@ -130,8 +131,8 @@ class TorchRunner:
         self.graphs = StepGraphs(self._pool, self._logits) if whole and not self.by_length else None
 
     def run(self, batch: Sequence[Span], last: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "wanted vocab"]:
-        """Do what `Runner.run` does. last: tokens on the device, which the spans name by their rows."""
-        # graphs and Triton's kernels are for the GPU that is current, which is the first one unless it is said
+        """Compute a step (see `Runner.run`). last: tokens on the device; spans refer to them by row."""
+        # graphs and Triton's kernels use the current GPU, by default the first one
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             return self._run(batch, last)
 
@@ -162,7 +163,7 @@ class TorchRunner:
         self._pool.states.forget(sequence)
 
     def _inserted(self, spans: Sequence[Span]) -> Inserted | None:
-        """Return the embeddings of the pictures in these spans; None without any."""
+        """Return the embeddings of the pictures in these spans; None if there are none."""
         places, embeddings, first = list[int](), list[Tensor](), 0
         for span in spans:
             if span.images is not None:
@@ -173,8 +174,9 @@ class TorchRunner:
         return Inserted(on_device([places], self.device)[0], torch.cat(embeddings)) if places else None
 
     def _groups(self, batch: Sequence[Span]) -> list[list[Span]]:
-        """Return the spans in groups that attend together: of equal numbers of tokens and about equal ends, in views of
-        the pool at equal distances. Without such views, those of one token. All, if a kernel takes any lengths."""
+        """Group the spans that attend together: with equal numbers of tokens, similar ends, and views of the pool at
+        equal distances. Without such views, group spans of one token. If a kernel takes any lengths, all are one
+        group."""
         if self.packs:
             return [list(batch)]
         size, groups = self.block_size, list[list[Span]]()
@@ -182,7 +184,7 @@ class TorchRunner:
         for span in batch:
             width, end = len(span.tokens), span.start + len(span.tokens)
             first = first_of_run(span.blocks[: -(-end // size)]) if self.contiguous else None
-            if first is None:  # it is gathered
+            if first is None:  # blocks are not consecutive, so they are gathered
                 key = (0, width) if width == 1 else (0, width, span.sequence)
             elif width > SHORT:
                 key = (1, width, span.sequence)
@@ -194,14 +196,13 @@ class TorchRunner:
                 groups.append(spans)
                 continue
             longest = max(span.start + len(span.tokens) for span in spans)
-            room = self._pool.capacity - longest  # a view of a shorter sequence goes on into what is behind it
+            room = self._pool.capacity - longest  # the view of a shorter sequence extends beyond its end
             groups += _equally_spaced(sorted(spans, key=lambda span: span.blocks[0]), room // size)
         return groups
 
 
 def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
-    """Return spans in the order of their first blocks, cut into groups at equal distances; those behind `last` are
-    alone."""
+    """Sort spans by their first blocks, and split them into groups at equal distances. Spans after `last` are alone."""
     groups: list[list[Span]] = []
     step = 0
     for span in spans:
@@ -216,7 +217,7 @@ def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
 
 
 def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
-    """Return the positions, in the tokens of the step, whose logits are needed. They are in the order of the batch."""
+    """Return the indices of the tokens whose logits are needed, in the order of the batch."""
     places = accumulate(len(span.tokens) for span in spans)
     ends = dict(zip((span.sequence for span in spans), places, strict=True))
     return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]

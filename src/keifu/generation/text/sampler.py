@@ -1,7 +1,7 @@
-"""Token sampling: chooses the next token of every row of a batch, each with its own settings and seed.
+"""Token sampling: chooses the next token of every row of a batch. Each row has its settings and seed.
 
-A row's token depends on its logits and on one uniform number, which its seed and position determine. Axes: rows =
-texts being written, or independent distributions; vocab.
+A row's token depends on its logits and on one uniform number, which is determined by seed and position. Axes: rows =
+running texts, or independent distributions; vocab.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,10 +19,10 @@ from keifu.layers.wide import wide
 
 
 def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Sample by the inverse transform: return the first token at which the cumulative probability passes u.
+    """Sample by the inverse transform: return the first token at which the cumulative probability exceeds u.
 
-    One number a row suffices, where the Gumbel trick needs one for each token of the vocabulary. The sum is float64, so
-    that rare tokens keep their probability; tokens of probability 0 are never sampled.
+    It needs one number for each row; the Gumbel trick needs one for each token of the vocabulary. The sum is float64,
+    so that rare tokens keep their probability. Tokens of probability 0 are never sampled.
     """
     return sample_scored(logits, u)[0]
 
@@ -30,17 +30,17 @@ def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> In
 def sample_scored(
     logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]
 ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
-    """Sample as `sample` does; return the tokens and ln of each token's probability."""
+    """Sample like `sample`. Return the tokens and ln of each token's probability."""
     probabilities = logits.softmax(-1)
     mass = wide(probabilities).cumsum(-1, dtype=torch.float64)
     tokens = torch.searchsorted(mass, wide(u)[:, None] * mass[:, -1:], right=True).to(logits.device)
-    tokens = tokens.clamp(max=logits.shape[1] - 1)  # a row of NaN has none: its logits are reported as damaged
+    tokens = tokens.clamp(max=logits.shape[1] - 1)  # a row of NaN has no token; see `Request.take`
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
-LARGE = 64 * logits_processors.SHORTLIST  # tokens; of a smaller vocabulary a shortlist takes longer than it saves
+LARGE = 64 * logits_processors.SHORTLIST  # for smaller vocabularies a shortlist does not save time
 NEUTRAL = vars(SamplingParams())
-FILTERS = {  # in their order
+FILTERS = {  # in the order of application
     "temperature": logits_processors.temperature,
     "top_k": logits_processors.top_k,
     "top_p": logits_processors.top_p,
@@ -49,11 +49,11 @@ FILTERS = {  # in their order
 
 
 class RowSettings:
-    """The settings of several rows as tensors; a call turns logits into those of the distribution to sample from.
+    """Settings of several rows as tensors. A call converts logits to those of the distribution to sample from.
 
-    One row's settings serve any number of distributions, as when a finished text is scored. defers: whether `choose`
-    reports rows that need more than a shortlist instead of waiting for the device; only where a top-k bounds each row,
-    so that this takes many equally likely tokens.
+    The settings of one row serve any number of distributions, for example to score a finished text. defers: whether
+    `choose` reports rows that need more than a shortlist, instead of waiting for the device. This is possible only if
+    each row has a top-k; then only many equally likely tokens need more.
     """
 
     def __init__(self, samplings: Sequence[SamplingParams], device: torch.device, defers: bool = False):
@@ -71,21 +71,21 @@ class RowSettings:
         self.bias = self._biases([s.logit_bias for s in samplings])
 
     def _column(self, name: str) -> Tensor | None:
-        """Return one value a row; None if all are neutral, so that the step is skipped."""
+        """Return one value for each row; None if all are neutral, so that the step is skipped."""
         neutral = NEUTRAL[name]
-        values = [vars(each)[name] or neutral for each in self.samplings]  # 0 is, also of a temperature: greedy choice
+        values = [vars(each)[name] or neutral for each in self.samplings]  # 0 is neutral, also for temperature: greedy
         dtype = torch.float32 if isinstance(neutral, float) else torch.int64
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=self.device)
 
     def _biases(self, pairs: Sequence[tuple[tuple[int, float], ...]]) -> tuple[Tensor, Tensor] | None:
-        """Return each row's biased tokens and their biases, filled up to equal length; None if there are none."""
+        """Return each row's biased tokens and their biases, padded to equal length; None if there are none."""
         longest = max(map(len, pairs), default=0)
         rows = [[*row, *[(0, 0.0)] * (longest - len(row))] for row in pairs]
         full = torch.tensor(rows, dtype=torch.float64, device="cpu")
         return (full[..., 0].long().to(self.device), full[..., 1].float().to(self.device)) if longest else None
 
     def apply_penalties(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
-        """Return the logits after the penalties and the bias; greedy decoding takes the largest of these."""
+        """Return the logits after the penalties and the bias. Greedy decoding takes their maximum."""
         if self.repetition is not None and history.seen is not None:
             logits = logits_processors.repetition_penalty(logits, history.seen, self.repetition)
         if self.presence is not None and history.counts is not None:
@@ -99,15 +99,15 @@ class RowSettings:
         return torch.where(self.greedy[:, None], logits_processors.likeliest(logits), self._filter(logits))
 
     def asks(self, vocab: int) -> bool:
-        """Return whether `choose` reads the device, to see if a shortlist was enough."""
+        """Return whether `choose` reads the device to check whether a shortlist was enough."""
         cut = not self.all_greedy and bool(self.filters.keys() & {"top_k", "top_p"})
         return cut and vocab >= LARGE and not self.defers
 
     def choose(
         self, logits: logits_processors.Logits, history: "History", u: Float[Tensor, " rows"]
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"], Bool[Tensor, " rows"] | None]:
-        """Return each row's token for its number u in [0, 1), ln of the probability that it is sampled with, and, where
-        some may have to be chosen again from the whole distribution, which are final."""
+        """Return each row's token for its uniform number u in [0, 1), ln of the token's probability, and a mask of
+        final rows. Rows that are not final must be sampled again from the whole distribution; None if all are final."""
         logits = self.apply_penalties(logits, history)
         if not self.any_greedy:
             return self._sample(logits, u)
@@ -119,7 +119,7 @@ class RowSettings:
         return torch.where(self.greedy, likeliest, tokens), torch.where(self.greedy, certain, logs), final
 
     def _sample(self, logits: logits_processors.Logits, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Sample from the shortlist if it has all tokens that a row's settings leave, else from all."""
+        """Sample from the shortlist if it contains all tokens that pass a row's filters, else from all tokens."""
         k, p = self.filters.get("top_k"), self.filters.get("top_p")
         if (k is None and p is None) or logits.shape[1] < LARGE:
             return *sample_scored(self._filter(logits), u), None
@@ -145,16 +145,16 @@ class RowSettings:
 
 @dataclass
 class History:
-    """The tokens so far, as the penalties need them; None if no row has such a penalty."""
+    """Tokens so far, in the form that penalties need; None if no row has such a penalty."""
 
     seen: Bool[Tensor, "rows vocab"] | None  # in the prompt or the output
-    counts: Float[Tensor, "rows vocab"] | None  # how often in the output
+    counts: Float[Tensor, "rows vocab"] | None  # number of occurrences in the output
 
     @classmethod
     def of_texts(
         cls, settings: RowSettings, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], vocab: int
     ) -> "History":
-        """Return the history of prompts and their continuations."""
+        """Return the history of prompts and their outputs."""
 
         def count(*texts: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
             cells = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
@@ -166,7 +166,7 @@ class History:
         return cls(seen, count(written) if settings.counts else None)
 
     def take(self, rows: Sequence[int], other: "History", positions: Sequence[int]) -> None:
-        """Copy these rows from another history, which has all that they need."""
+        """Copy rows from another history, which must have all of them."""
         for mine, theirs in ((self.seen, other.seen), (self.counts, other.counts)):
             if mine is not None and theirs is not None:
                 mine[rows] = theirs[positions]
@@ -181,14 +181,14 @@ class History:
 
 
 def copies_later(device: torch.device) -> bool:
-    """Return whether a device copies to pinned memory while the host goes on, with an event when it is done."""
+    """Return whether the device can copy to pinned memory asynchronously, with an event at the end."""
     return device.type == "cuda"
 
 
 class Chosen:
-    """Tokens that were chosen, and the table of `Sampler.choose`, which a GPU copies to the host when it gets there.
+    """Sampled tokens, and the table of `Sampler.choose`, which a GPU copies to the host asynchronously.
 
-    tokens: on the device, where the next step can take them.
+    tokens: on the device, as input of the next step.
     """
 
     def __init__(self, tokens: Int[Tensor, " rows"], table: Float[Tensor, "rows columns"]):
@@ -200,7 +200,7 @@ class Chosen:
             self._copied.record(torch.cuda.current_stream(table.device))
 
     def tolist(self) -> list[list[float]]:
-        """Return the rows of the table, as soon as they are there: later steps of the device are not waited for."""
+        """Return the rows of the table. Only wait for its copy, not for later steps of the device."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._table.tolist()
@@ -209,9 +209,9 @@ class Chosen:
 class Sampler:
     """Sampler of the next tokens of a fixed set of requests, one row for each request.
 
-    before: the one that chose every request's last token; the texts of those that it has are not counted again.
-    defers: whether a row may be left to be chosen again, by a new sampler (see `RowSettings`). asks: whether a choice
-    needs the host, for a constraint or a longer list.
+    before: the sampler of every request's last token; its counts are reused for the same texts. defers: whether a row
+    may be reported as unfinished, for a new sampler (see `RowSettings`). asks: whether a choice needs the host, for a
+    constraint or a longer list.
     """
 
     def __init__(
@@ -230,17 +230,17 @@ class Sampler:
             kept = [row for row, request in enumerate(requests) if request in known]
             self.history.take(kept, before.history, [known[requests[row]] for row in kept])
         seeds, positions = (torch.tensor(row, device=device) for row in ([s.seed for s in samplings], lengths))
-        self.streams = UniformStreams(seeds, positions)  # from the position of the next token in its own text
+        self.streams = UniformStreams(seeds, positions)  # start at the position of each text's next token
         self.certain = torch.zeros(len(requests), dtype=torch.float32, device=device)
         self.reports = any(s.log_probabilities for s in samplings)
         self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
     def choose(self, logits: logits_processors.Logits) -> Chosen:
-        """Return one token for each row, of those that its request allows; the next call is for the tokens after these.
+        """Return one allowed token for each row. The next call samples the tokens after these.
 
-        The table is read by the host in one copy: token (-1 if it has to be chosen again), largest logit and, if any
-        row asks for them, its log-probability under the model and under the distribution sampled from, then the
-        likeliest tokens under the model, as many as any row wants, each with its log-probability.
+        The host reads the table in one copy. Its columns: token (-1 if it must be sampled again), largest logit; if any
+        row requests them, the token's log-probability under the model and under the distribution sampled from; then the
+        likeliest tokens under the model with log-probabilities, as many as any row requests.
         """
         u = self.certain if self.settings.all_greedy else self.streams.next()
         tokens, sampled, final = self.settings.choose(self._allowed(logits), self.history, u)

@@ -1,8 +1,8 @@
 """Sampling parameters of a text request: how tokens are chosen, where the text ends, and a model's default settings.
 
-The defaults are those of the model's generation_config.json, else keifu's own: models with a chat template then answer
-greedily, for quantised or small ones err often when tokens are sampled; base models, whose greedy text repeats itself,
-sample with filters that exclude unlikely tokens.
+The defaults come from the model's generation_config.json, else from keifu. Then models with a chat template decode
+greedily, because quantised or small ones often err when tokens are sampled. Base models, whose greedy text repeats
+itself, sample with filters that exclude unlikely tokens.
 """
 
 import math
@@ -17,7 +17,7 @@ from keifu.ranges import Bias, Count, Likeliest, MinP, Penalty, RepetitionPenalt
 if TYPE_CHECKING:
     from keifu.data.tokenizers.tokenizer import Tokenizer
 
-ANSWER_TOKENS = 1024  # the most that an answer in a conversation has, unless another number is asked for
+ANSWER_TOKENS = 1024  # default maximum of an answer in a conversation
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ class SamplingParams:
             raise UserError(f"logit_bias is {self.logit_bias!r}, which must be pairs of a token's id and a number.")
 
     def seeded(self) -> "SamplingParams":
-        """Return the same settings with a seed: a fresh one, below 2^53 so that JSON can hold it, if there is none."""
+        """Return the settings with a seed. If there is none, draw one below 2^53, which JSON can represent."""
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Some of the fields of `SamplingParams`, by name; `stop` may be one string, `logit_bias` a dictionary."""
+    """Fields of `SamplingParams` by name, all optional. `stop` may be one string, `logit_bias` a dictionary."""
 
     max_tokens: int | None
     temperature: float
@@ -88,7 +88,8 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def sampling_params_from(options: Mapping[str, Any]) -> SamplingParams:
-    """Make settings by name; `stop` may be one string, `logit_bias` a dictionary; an unknown name is a `UserError`."""
+    """Return settings from fields by name. `stop` may be one string, `logit_bias` a dictionary. Raises `UserError` for
+    an unknown name."""
     known = [field.name for field in fields(SamplingParams)]
     for name in options:
         require_known("sampling option", name, known)
@@ -101,22 +102,22 @@ BASE = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)
 CHAT = replace(BASE, temperature=0)
 CHOOSING = ("temperature", "top_k", "top_p", "min_p")
 OTHERS = {"repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens"}
-UNSET = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers', where a model samples
+UNSET = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults
 
 
 class Defaults(NamedTuple):
-    """Settings of text generation, and whose they are, as the end of a sentence."""
+    """Default settings of text generation, and their origin as the end of a sentence."""
 
     sampling: SamplingParams
     source: str
 
 
 def defaults(tokenizer: "Tokenizer", max_tokens: int | None = 256) -> Defaults:
-    """Return how the tokenizer's model generates text when nothing is said.
+    """Return the default settings of the tokenizer's model.
 
-    `max_tokens` holds where the model's own settings name no number. What generation_config.json says of sampling is
-    read as transformers reads it: fields that it leaves out have transformers' values, and do_sample false is greedy
-    choice; but one that names a temperature or a filter without do_sample is taken at its word, as vLLM does.
+    max_tokens: used if the model's settings have no maximum. generation_config.json is interpreted as in transformers:
+    missing fields have transformers' values, and do_sample=false means greedy. But a file with a temperature or a
+    filter and without do_sample means sampling, as in vLLM.
     """
     config = tokenizer.generation_config
     chat = tokenizer.chat_template is not None
@@ -137,12 +138,14 @@ def defaults(tokenizer: "Tokenizer", max_tokens: int | None = 256) -> Defaults:
 
 
 def sampling_for(tokenizer: "Tokenizer", options: Mapping[str, Any], max_tokens: int | None = 256) -> SamplingParams:
-    """Return the defaults with these fields of `SamplingParams` in their place; an unknown name is a `UserError`."""
+    """Return the default settings, with `options` replacing fields of `SamplingParams`. Raises `UserError` for an
+    unknown name."""
     return sampling_params_from({**vars(defaults(tokenizer, max_tokens).sampling), **options})
 
 
 def in_words(sampling: SamplingParams) -> str:
-    """Return how tokens are chosen: "greedy", or "temperature 0.8, top-k 40, seed 3", without what changes nothing."""
+    """Describe how tokens are chosen: "greedy", or "temperature 0.8, top-k 40, seed 3". Neutral settings are
+    omitted."""
     values = vars(sampling)
     penalties = [name for name in values if name.endswith("_penalty")]
     names = ["temperature", *CHOOSING[1:], *penalties, "seed"] if sampling.temperature else penalties

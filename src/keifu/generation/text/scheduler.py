@@ -1,10 +1,10 @@
-"""The scheduler: which sequences take part in the next step, and with how many tokens each.
+"""Scheduler: selects the sequences of the next step, and the number of tokens of each.
 
-First come, first served. Sequences that write go first, one token each; what is left of the step's tokens goes to
-prompts, in chunks, so that a long prompt does not stall the others (Sarathi, Agrawal et al., 2023). A request waits
-until there are blocks for its whole prompt. Where blocks run out, the sequence that came last loses its own, and is
-computed again later (preemption by recomputation; vLLM, Kwon et al., 2023, section 4.5). Where every layer has a
-sliding window, a sequence gives up the blocks that no later token sees.
+First come, first served. Generating sequences go first, one token each. The remaining tokens of the step go to prompts,
+in chunks, so that a long prompt does not delay the others (Sarathi, Agrawal et al., 2023). A request waits until there
+are blocks for its whole prompt. If blocks run out, the newest sequence loses its blocks and is recomputed later
+(preemption by recomputation; vLLM, Kwon et al., 2023, section 4.5). If every layer has a sliding window, a sequence
+frees blocks that no later token attends to.
 """
 
 from collections import deque
@@ -15,18 +15,18 @@ from keifu.generation.text.blocks import BlockManager
 from keifu.generation.text.request import Piece, Request
 from keifu.native.model import Span
 
-NGRAM = 3  # tokens by which a guess is found
-LEAST_ROOM = 512  # tokens for which a sequence gets room, where its blocks are to be consecutive
+NGRAM = 3  # number of last tokens that are searched for a guess
+LEAST_ROOM = 512  # minimal tokens of a sequence's room, if its blocks are to be consecutive
 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request that waits or runs: its tokens so far, and how many of them have their keys and values in its blocks.
+    """Waiting or running request: its tokens so far, and the number of those whose keys and values are in its blocks.
 
-    guesses: tokens that may come next; they are computed with the last one, and kept as far as they are right.
-    admitted: whether it has run before, since what a preempted sequence finds again was its own.
-    passed: how many of its first blocks lie before the window, and are its own no longer.
-    sources: blocks that its next span copies into its first blocks.
+    guesses: possible next tokens; they are computed with the last one, and kept while they are right. admitted: whether
+    it has run before; blocks that a preempted sequence finds again were computed for it. passed: number of its first
+    blocks that are before the window and not its own any more. sources: blocks that its next span copies into its first
+    blocks.
     """
 
     number: int
@@ -39,34 +39,34 @@ class Sequence:
     sources: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
-    _after: dict[tuple[int, ...], int] = field(default_factory=dict)  # where three tokens stood last, and how many of
-    _known: int = NGRAM  # the tokens it was made from
+    _after: dict[tuple[int, ...], int] = field(default_factory=dict)  # position after three tokens,
+    _known: int = NGRAM  # number of tokens in `_after`
 
     @property
     def left(self) -> int:
-        """Tokens that are not computed yet: one while it writes, more while its prompt is read."""
+        """Number of tokens that are not computed yet: one during generation, more while the prompt is read."""
         return len(self.tokens) - self.computed
 
     @property
     def room(self) -> int:
-        """Tokens that may follow after the next one."""
+        """Number of tokens that may follow after the next one."""
         return self.request.limit - len(self.request.tokens) - 1
 
     def span(self, count: int) -> Span:
-        """Return its next `count` tokens for the runner, with logits wanted after the last one and after each guess."""
+        """Return the next `count` tokens for the runner. Logits are wanted after the last one and after each guess."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
         wanted = 1 + len(self.guesses) if count == self.left else 0
         prompt = len(self.request.prompt)
         return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, self.request.images, prompt)
 
     def take(self, figures: Iterable[float]) -> Piece:
-        """Append the token that the sampler chose, and return its piece of text."""
+        """Append the sampled token, and return its piece of text."""
         piece = self.request.take(*figures)
         self.tokens.append(piece.token)
         return piece
 
     def guess(self, most: int) -> None:
-        """Guess that what followed the last three tokens when they came before follows again."""
+        """Guess that the tokens after the last occurrence of the last three tokens follow again."""
         for end in range(self._known, len(self.tokens)):
             self._after[tuple(self.tokens[end - NGRAM : end])] = end
         self._known = max(self._known, len(self.tokens))
@@ -75,10 +75,10 @@ class Sequence:
 
 
 class Scheduler:
-    """Waiting and running sequences. `step_tokens`: the most tokens of a step, and `max_running`: of sequences.
+    """Scheduler of waiting and running sequences. step_tokens, max_running: maximal tokens and sequences of a step.
 
-    window: the last tokens that a token sees in any layer, itself included; None: all of them. contiguous: whether the
-    runner reads consecutive blocks fastest.
+    window: the largest number of tokens that a token attends to in any layer, including itself; None: all. contiguous:
+    whether the runner is fastest if a sequence's blocks are consecutive.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class Scheduler:
         self.contiguous = contiguous
         self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # by the order in which they were admitted
-        self.preempted: list[Sequence] = []  # by the last `schedule`
+        self.running: list[Sequence] = []  # in order of admission
+        self.preempted: list[Sequence] = []  # in the last `schedule`
 
     def add(self, sequence: Sequence) -> None:
-        """Add a request: it waits behind the others."""
+        """Add a request at the end of the queue."""
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Remove a sequence that has ended or is given up."""
+        """Remove a sequence that has ended or was aborted."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -105,14 +105,14 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Span]:
-        """Choose the spans of the next step; `done` follows for each of them when it has been computed."""
+        """Return the spans of the next step. After computing, call `done` for each of them."""
         self.preempted = []
         budget = self.step_tokens
         spans: list[Span] = []
         for sequence in list(self.running):
             count = min(sequence.left, budget)
             if sequence not in self.running or not count:
-                continue  # it was preempted for an earlier one, or waits for the next step
+                continue  # preempted for an earlier one, or waits for the next step
             sequence.guesses = sequence.guesses[: max(0, budget - count)] if sequence.left == 1 else []
             if self._extend(sequence, sequence.computed + count + len(sequence.guesses)):
                 spans.append(sequence.span(count))
@@ -122,11 +122,11 @@ class Scheduler:
         return spans
 
     def following(self, spans: list[Span]) -> list[Span]:
-        """Return the spans of the step after one that runs, whose tokens are not known yet; none if it needs them.
+        """Return the spans of the step after one whose tokens are not known yet; an empty list if it depends on them.
 
-        It does not if the same sequences go on: all that run write in both steps, nobody who waits could be admitted,
-        and there are blocks for all. Instead of its token, a span has the row of the token among those of the step
-        that runs. `done` is called for each of both steps, in their order.
+        It does not if the same sequences continue: all running ones generate in both steps, no waiting one can be
+        admitted, and there are enough blocks. A span then has, instead of its token, the token's row in the running
+        step. `done` is called for both steps, in order.
         """
         pairs = list(zip(self.running, spans, strict=False))
         same = len(spans) == len(self.running) and all(s.number == span.sequence for s, span in pairs)
@@ -143,14 +143,14 @@ class Scheduler:
         return [replace(x, tokens=[row], start=end, blocks=s.blocks, sources=()) for row, (end, (s, x)) in new]
 
     def restart(self) -> list[Sequence]:
-        """Preempt all running sequences, and return them: they are computed again from their first tokens."""
+        """Preempt all running sequences, and return them. They are recomputed from their first tokens."""
         running = [*self.running]
         for sequence in reversed(running):
             self._preempt(sequence)
         return running
 
     def done(self, sequence: Sequence, count: int) -> None:
-        """Note that more of a sequence's tokens were computed: its full blocks may be shared from now on."""
+        """Record that `count` more tokens of a sequence are computed. Its full blocks may be shared from now on."""
         self.blocks.release(sequence.sources)
         sequence.sources = []
         size = self.blocks.block_size
@@ -171,11 +171,11 @@ class Scheduler:
             if not budget or len(self.running) >= self.max_running:
                 return
             self._hash(sequence)
-            wanted = sequence.hashes[: (len(sequence.tokens) - 1) // self.blocks.block_size]  # the last one is computed
+            wanted = sequence.hashes[: (len(sequence.tokens) - 1) // self.blocks.block_size]  # without the last
             shared = self.blocks.shared(wanted)
             if any(digest in filling for digest in wanted[len(shared) :][:1]):
-                continue  # a sequence that runs computes what this one needs: it waits for that
-            known = len(shared) * self.blocks.block_size  # with windows, blocks are free again while the prompt is read
+                continue  # a running sequence computes the same block: wait for it
+            known = len(shared) * self.blocks.block_size  # with windows, reading a prompt frees blocks again
             reach = min(len(sequence.tokens), known + self.step_tokens + self.window)
             start = self.blocks.begin(wanted, self._blocks_for(reach), self._room(sequence))
             if start is None:
@@ -192,7 +192,7 @@ class Scheduler:
             yield sequence.span(count)
 
     def _extend(self, sequence: Sequence, length: int) -> bool:
-        """Allocate blocks for the tokens of a running sequence; return False if it had to give up its own instead."""
+        """Allocate blocks up to `length` tokens of a running sequence. Return False if it was preempted instead."""
         lacking = self._blocks_for(length) - len(sequence.blocks)
         while lacking > self.blocks.free:
             last = self.running[-1]
@@ -204,7 +204,7 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, lacking: int) -> None:
-        """Add blocks to a sequence, and move it if they are to be consecutive and cannot be otherwise."""
+        """Add `lacking` blocks to a sequence. Move it if its blocks are to be consecutive and cannot be otherwise."""
         total, room = len(sequence.blocks) + lacking, self._room(sequence)
         moves = room and not sequence.passed and not sequence.sources and not self.blocks.can_follow(sequence.blocks)
         if moves and self.blocks.has_run(total) and total <= self.blocks.free:
@@ -214,8 +214,9 @@ class Scheduler:
             sequence.blocks = sequence.blocks + self.blocks.allocate(lacking, sequence.blocks[-1], room)
 
     def _room(self, sequence: Sequence) -> int:
-        """Return blocks that a sequence will probably have, a power of two and often the same: then sequences are at
-        equal distances, and the runner attends to them together. 0 where their places do not matter."""
+        """Return the number of blocks that a sequence will probably need, as a power of two. Equal numbers put
+        sequences at equal distances, so that the runner attends to them together. 0 if blocks need not be
+        consecutive."""
         if not self.contiguous:
             return 0
         left = sequence.request.limit - len(sequence.request.tokens)
@@ -240,7 +241,7 @@ class Scheduler:
         sequence.hashes = self.blocks.digests(known, sequence.hashes)
 
     def _unfilled(self, sequence: Sequence) -> list[bytes]:
-        """Return the hashes of the blocks that a sequence has still to fill, while its prompt is read."""
+        """Return the hashes of the blocks that a sequence will fill while its prompt is read."""
         return sequence.hashes[sequence.computed // self.blocks.block_size :]
 
     def _blocks_for(self, tokens: int) -> int:

@@ -1,6 +1,7 @@
-"""Translation by an encoder-decoder: splits texts into sentences, batches them by length, and searches with beams.
+"""Translation by an encoder-decoder: splits texts into sentences, batches them by length, and runs beam search.
 
-A text's translation is the same alone and in a batch. Sentences are found by their punctuation, Latin or Japanese.
+The translation of a text does not depend on other texts of the batch. Sentences are found by punctuation, Latin or
+Japanese.
 """
 
 import re
@@ -28,24 +29,24 @@ from keifu.native.targets import NativeTargets, pack_translator
 from keifu.ranges import Count, Finite, check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
-FULL_WIDTH = "。！？｡"  # a sentence ends here whatever follows
-HALF_WIDTH = ".!?…"  # and here where a space follows
+FULL_WIDTH = "。！？｡"  # always ends a sentence
+HALF_WIDTH = ".!?…"  # ends a sentence before a space
 QUOTES = "\"'»’"
-PARTICLES = tuple("とっをはがにのもでへやなだじ、")  # a sentence continues with one of these after a Japanese quotation
-WORD = 60  # the longest word and the most spaces that are examined
+PARTICLES = tuple("とっをはがにのもでへやなだじ、")  # after a Japanese quotation these continue a sentence
+WORD = 60  # the longest word, and the most spaces, that are examined
 SHORTENED = """mr mrs ms dr prof st sr jr vs no nos vol pp ed eds cf al fig figs gen col capt lt sgt rev hon approx dept
 est jan feb mar apr jun jul aug sep sept oct nov dec bzw ca vgl nr str mme mlle sra srta"""
-ABBREVIATIONS = frozenset(SHORTENED.split())  # a name or a number may follow; single letters are seen without them
+ABBREVIATIONS = frozenset(SHORTENED.split())  # a name or number may follow; single letters need no entry
 LANGUAGE = re.compile(r"\s*(>>[^<>\s]+<<)\s*")  # target-language token of Marian's multilingual models
 WIDE = re.compile(r"[\u3000-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff00-\uff9f]")
 
 
 def sentences(text: str) -> list[str]:
-    """Split a text into its sentences, in order and without the spaces between them; none of a text of spaces.
+    """Split a text into its sentences, in order and without the spaces between them. A text of spaces has none.
 
-    A full stop inside a quotation or brackets that are closed later ends no sentence, nor does one after an initial, a
-    usual abbreviation or within a number. A text without such marks is one sentence, however long. A language
-    token at the beginning (>>fra<<) is put before each sentence.
+    A full stop does not end a sentence inside brackets or quotation marks that are closed later, after an initial or a
+    usual abbreviation, or within a number. A text without such marks is one sentence. A language token at the beginning
+    (>>fra<<) is repeated before each sentence.
     """
     if mark := LANGUAGE.match(text):
         return [f"{mark[1]} {sentence}" for sentence in sentences(text[mark.end() :])]
@@ -58,7 +59,7 @@ def sentences(text: str) -> list[str]:
 
 
 def join_sentences(parts: Iterable[str]) -> str:
-    """Join sentences with spaces, but without a space next to a Japanese or Chinese character."""
+    """Join sentences with spaces, except next to a Japanese or Chinese character."""
     text = ""
     for part in filter(None, (part.strip() for part in parts)):
         space = " " if text and not WIDE.match(text[-1]) and not WIDE.match(part[0]) else ""
@@ -67,7 +68,7 @@ def join_sentences(parts: Iterable[str]) -> str:
 
 
 def _ends(text: str) -> list[int]:
-    """Return the places behind which a new sentence begins."""
+    """Return the positions after which a new sentence begins."""
     enclosed = _is_enclosed(text)
     ends, position = [], 0
     while position < len(text):
@@ -85,7 +86,8 @@ def _ends(text: str) -> list[int]:
 
 
 def _starts_sentence(text: str, position: int) -> bool:
-    """Return whether the half-width mark before `position` ends a sentence: a space follows, then no small letter."""
+    """Return whether the half-width mark before `position` ends a sentence: a space follows, then no lower-case
+    letter."""
     before, rest = text[max(0, position - WORD) : position].split()[-1], text[position : position + WORD].lstrip()
     if not rest or not text[position].isspace() or rest.lstrip(OPENING + QUOTES)[:1].islower():
         return False
@@ -96,7 +98,7 @@ def _starts_sentence(text: str, position: int) -> bool:
 
 
 def _is_enclosed(text: str) -> list[bool]:
-    """Return for each character, and the end, whether it is inside brackets or quotation marks that match."""
+    """Return for each character, and for the end, whether it is inside matching brackets or quotation marks."""
     inside, opened = [False] * (len(text) + 1), []
     for index, character in enumerate(text):
         if character in OPENING:
@@ -111,8 +113,8 @@ def _is_enclosed(text: str) -> list[bool]:
     return inside
 
 
-PASS_TOKENS = 4096  # of the sources of a batch together, padding included
-MARGIN = 50  # tokens that a translation may have more than its source (the Transformer's paper, section 6.1)
+PASS_TOKENS = 4096  # tokens of a batch's sources, with padding
+MARGIN = 50  # maximal number of tokens by which a translation exceeds its source (the Transformer's paper, section 6.1)
 
 Progress = Callable[[int], None]
 
@@ -138,10 +140,11 @@ class TranslationParams:
 
 @dataclass(frozen=True)
 class Translation:
-    """A sentence's translation.
+    """Translation of a sentence.
 
-    score: ln P over the length penalty. tokens: how many were written, the end token aside. complete: False where the
-    limit of tokens cut it. source_tokens: those of the source with its end; `unknown` of them are the unknown token.
+    score: ln P over the length penalty. tokens: their number without the end token. complete: False if the limit of
+    tokens cut it. source_tokens: number of tokens of the source with its end. unknown: how many of these are the
+    unknown token.
     """
 
     source: str
@@ -171,7 +174,7 @@ def explain_not_translator(model: nn.Module) -> str:
 
 
 def translator(model: nn.Module) -> Translator:
-    """Return the same model, checked to be an encoder-decoder; any other is a `UserError`."""
+    """Return the model. Raises `UserError` if it is not an encoder-decoder."""
     if not isinstance(model, Translator):
         raise UserError(f"This model does not translate: {explain_not_translator(model)}")
     return model
@@ -206,8 +209,8 @@ def translate_texts(
 ) -> list[list[Translation]]:
     """Return for each text the translations of its sentences, in order; an empty text has none.
 
-    split: cuts a text into sentences. progress: called with the number of sentences done.
-    A sentence longer than the model takes is a `UserError` with both lengths.
+    split: function that cuts a text into sentences. progress: called with the number of finished sentences. Raises
+    `UserError` for a sentence longer than the context.
     """
     parts = [[part for part in split(text) if part.strip()] for text in texts]
     labels = [f"Sentence {k} of text {n}" for n, sentences in enumerate(parts, 1) for k in range(1, len(sentences) + 1)]
@@ -219,9 +222,8 @@ def translate_texts(
 
 
 def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of sentences, each with the end token; a sequence that is too long is a `UserError` that names
-    it.
-    """
+    """Return the tokens of sentences, each with the end token. Raises `UserError` for a sequence that is too long.
+    labels: names of the texts for that error."""
     room = model.config.context_length
     ids = [[*tokens, model.config.end_id] for tokens in tokenizer.encode_batch(texts)]
     for label, tokens in zip(labels, ids, strict=True):
@@ -233,7 +235,7 @@ def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], la
 def search(
     model: Translator, sources: Sequence[Sequence[int]], settings: TranslationParams, progress: Progress | None = None
 ) -> list[Hypothesis]:
-    """Find the best target of each source, in their order; sources of similar length are translated together."""
+    """Find the best target of each source, in order. Sources of similar length are translated together."""
     config = model.config
     idle = {config.pad_id, config.start_id} - {config.end_id}
     penalty = partial(paper_penalty, alpha=settings.alpha)
@@ -242,7 +244,7 @@ def search(
     assert isinstance(model, nn.Module)
     with evaluation_mode(model), torch.inference_mode():
         for indices in length_buckets([len(source) for source in sources], PASS_TOKENS, settings.batch_size):
-            # most tokens of a target with its end: the paper's, or as many as are wanted, but no more than fit
+            # maximal tokens of a target with its end: the user's limit or the paper's, but no more than fit the context
             most = [settings.max_tokens or len(sources[index]) + MARGIN for index in indices]
             limits = [min(config.context_length, tokens) for tokens in most]
             best = beam_search(_targets(model, [sources[index] for index in indices], max(limits), how), how, limits)
@@ -253,7 +255,7 @@ def search(
 
 
 def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:
-    """Return targets of these sources, by the native step if the model has one."""
+    """Return a beam model for these sources. It uses the native step if the model has one."""
     assert isinstance(model, nn.Module)
     packed = native_form(model, pack_translator)
     if packed is None:

@@ -1,1 +1,1 @@
-"""Memory of an engine in blocks: the pool, the state of a step, and its replay on a GPU."""
+"""Key-value memory of an engine in blocks: the pool, the state of a step, and CUDA graphs of steps."""

@@ -1,4 +1,4 @@
-"""The pool of keys and values of an engine, and the states of fixed size of its sequences."""
+"""Pool of keys and values of an engine, and the states of fixed size of its sequences."""
 
 import math
 import mmap
@@ -16,11 +16,11 @@ from keifu.native.model import Span
 class Pool:
     """Keys and values of all layers, [heads, tokens, head_dim] each.
 
-    On a CPU memory is reserved for all tokens, and the system gives it when it is first written. Elsewhere it grows
-    with what is used, layer by layer.
+    On a CPU memory is reserved for all tokens, and the system provides it at the first write. On other devices it grows
+    layer by layer when needed.
 
     joined: whether the keys and values of a token are one row, [1, tokens, 2 · heads · head_dim], so that one kernel
-    writes them and one reads them. Such a pool has one more token, `capacity`, into which padding is written.
+    writes them and one reads them. Such a pool has one more token, at index `capacity`, for writes of padding.
     """
 
     def __init__(self, empty: KVState, tokens: int, joined: bool = False):
@@ -40,7 +40,7 @@ class Pool:
 
     @property
     def capacity(self) -> int:
-        """Tokens that there is memory for."""
+        """Number of tokens that fit into the allocated memory."""
         return self.keys[0].shape[1] - self.joined
 
     @property
@@ -59,7 +59,7 @@ class Pool:
                 tensors[index][:, : old.shape[1]] = old
 
     def copy(self, sources: Sequence[int], blocks: Sequence[int], size: int) -> None:
-        """Copy whole blocks."""
+        """Copy whole blocks. sources, blocks: their numbers. size: tokens of a block."""
         pair = torch.tensor([sources, blocks], device="cpu")[:, :, None] * size + torch.arange(size, device="cpu")
         start, into = pair.flatten(1).to(self.device)
         for x in (*self.keys, *self.values):
@@ -67,17 +67,17 @@ class Pool:
 
 
 class FixedStates:
-    """States of fixed size of the sequences that run, [slots, numbers of all layers]; slot 0 is that without tokens.
+    """States of fixed size of running sequences, [slots, numbers of all layers]. Slot 0 is the initial state.
 
-    Each sequence has two: that after its last step and that before it. A step that was interrupted begins from the
-    latter again.
+    Each sequence has two: after its last step and before it. If a step is interrupted, it is repeated from the
+    latter.
     """
 
     def __init__(self, widths: Sequence[int], device: torch.device):
         self.ends = list(accumulate(widths))
         self.row_bytes = 8 * self.ends[-1]
         self.numbers = torch.zeros(1, self.ends[-1], device=device)
-        self._slots: dict[int, dict[int, int]] = {}  # of a sequence, by its number of tokens
+        self._slots: dict[int, dict[int, int]] = {}  # of each sequence, by its number of tokens
 
     def begin(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
         """Return the slots of the states before the step and of those after it."""
@@ -93,7 +93,7 @@ class FixedStates:
         return before, after
 
     def advance(self, spans: Sequence[Span], before: Sequence[int], after: Sequence[int]) -> None:
-        """Keep the states after a step, and those before it."""
+        """Record the states after a step and before it as the present ones."""
         for span, old, new in zip(spans, before, after, strict=False):
             self._slots[span.sequence] = {span.start: old, span.start + len(span.tokens): new}
 
@@ -102,11 +102,11 @@ class FixedStates:
         self._slots.pop(sequence, None)
 
     def layer(self, index: int) -> Float[Tensor, "slots numbers"]:
-        """Return the part of a layer."""
+        """Return the numbers of one layer."""
         return self.numbers[:, self.ends[index - 1] if index else 0 : self.ends[index]]
 
 
 def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return zeros in separate memory, which the system gives page by page when they are written."""
+    """Return zeros in separate memory, which the system provides page by page at the first write."""
     size = math.prod(shape) * like.element_size()
     return torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)[:size].view(like.dtype).view(shape)

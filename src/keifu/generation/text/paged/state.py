@@ -1,4 +1,5 @@
-"""The state of one step of an engine: where the new tokens are, what they attend to, and how it is read from the pool.
+"""State of one step of an engine: positions of the new tokens, the tokens they attend to, and how keys and values are
+read.
 
 Axes: tokens = new tokens of all sequences, heads, head_dim, seen = tokens that are attended to.
 """
@@ -16,7 +17,7 @@ from keifu.layers.attention.masks import CausalMask, RaggedMask
 from keifu.layers.attention.packed import Bounds, attend_packed
 from keifu.native.model import Span
 
-SMALLEST = 256  # sizes from which on spans attend together, and in whose multiples a kernel's memory is rounded
+SMALLEST = 256  # spans that are longer attend together; sizes for a kernel are rounded up to multiples of it
 
 
 def first_of_run(blocks: Sequence[int]) -> int | None:
@@ -26,7 +27,7 @@ def first_of_run(blocks: Sequence[int]) -> int | None:
 
 
 def numbers_of(spans: Sequence[Span], size: int) -> list[list[int]]:
-    """Return the tokens of a step, their positions, their places in the pool, and the lengths of their sequences."""
+    """Return the tokens of a step, their positions, their slots in the pool, and the lengths of their sequences."""
     tokens, positions, found, lengths = list[int](), list[int](), list[int](), list[int]()
     for span in spans:
         places = range(span.start, span.start + len(span.tokens))
@@ -38,22 +39,22 @@ def numbers_of(spans: Sequence[Span], size: int) -> list[list[int]]:
 
 
 def slots(span: Span, places: range, size: int) -> list[int]:
-    """Return the places in the pool of some positions of a sequence."""
+    """Return the slots in the pool of these positions of a sequence."""
     return [span.blocks[place // size] * size + place % size for place in places]
 
 
 def on_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Int[Tensor, " length"]]:
-    """Copy lists of numbers at once, without a wait on CUDA."""
+    """Copy lists of numbers to the device at once, on CUDA without waiting."""
     made = torch.tensor([*chain.from_iterable(lists)], dtype=torch.long, device="cpu")
     made = made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
     return [*made.split([*map(len, lists)])]
 
 
 class PagedState:
-    """The state of a step, as `DecoderLM` asks for it: the tokens of all groups one after the other in one row.
+    """State of a step for `DecoderLM`. The tokens of all groups are concatenated in one row.
 
-    wanted: places of the tokens whose logits are wanted. lists: numbers that `begin` is given on the device, where they
-    go in one copy.
+    wanted: indices of the tokens whose logits are needed. lists: numbers that are copied to the device at once, for
+    `begin`.
     """
 
     def __init__(self, pool: Pool, size: int, groups: Sequence[Sequence[Span]], wanted: list[int], packs: bool = False):
@@ -68,7 +69,7 @@ class PagedState:
             self.lists += [*(list(islice(slots, group.count)) for slots in states), *group.lists]
 
     def begin(self, parts: Sequence[Tensor]) -> None:
-        """Take the numbers of `lists` on the device."""
+        """Set the tensors of the step. parts: `lists` on the device."""
         tokens, positions, self.slots, lengths, self.wanted, *rest = parts
         self.tokens, self._positions, self.sequence_lengths = tokens[None], positions[None], lengths[None]
         own = iter(rest)
@@ -76,11 +77,11 @@ class PagedState:
             group.begin(part, (next(own), next(own)), [next(own) for _ in group.lists])
 
     def split(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
-        """Return the parts of the groups, of a tensor with an axis of all tokens."""
+        """Split a tensor with an axis of all tokens into the parts of the groups."""
         return x.split([group.tokens for group in self.groups], axis)
 
     def positions(self, length: int, padding: Tensor | None = None) -> Int[Tensor, "1 length"]:
-        """Return the position of each token in its own sequence."""
+        """Return the position of each token in its sequence."""
         return self._positions
 
     def layer(self, index: int) -> "PagedCache | PackedCache":
@@ -89,15 +90,16 @@ class PagedState:
         return PagedCache(self, self.pool.keys[index], self.pool.values[index], self.pool.states.layer(index))
 
     def advance(self) -> None:
-        """Keep the states of fixed size; the tokens were written when they attended."""
+        """Record the new states of fixed size. Keys and values were written during attention."""
         self.pool.states.advance(self._spans, *self._slots)
 
 
 class SpanGroup:
-    """Spans of one number of tokens that attend together, and how their keys and values are read from the pool.
+    """Spans with the same number of tokens that attend together, and the way to read their keys and values from the
+    pool.
 
-    lists: numbers that go to the device with the step's others; `begin` is given them there, with the positions of the
-    tokens and the slots of states of fixed size before and after the step.
+    lists: numbers that are copied to the device with those of the step. `begin` gets them there, with the positions of
+    the tokens and the slots of states of fixed size before and after the step.
     """
 
     def __init__(self, spans: Sequence[Span], size: int, device: torch.device):
@@ -115,7 +117,7 @@ class SpanGroup:
         self._gathered: dict[int, Tensor] = {}
 
     def begin(self, positions: Int[Tensor, " tokens"], states: tuple[Tensor, Tensor], numbers: list[Tensor]) -> None:
-        """Store the tensors of the step that are on the device."""
+        """Store the tensors of the step, which are on the device."""
         self.states = states
         self._tables = numbers[0].view(self.count, -1) if numbers else None
         self._mask: CausalMask | RaggedMask = RaggedMask(positions.view(self.count, -1), self.last)
@@ -126,7 +128,7 @@ class SpanGroup:
         self, q: Float[Tensor, "heads tokens head_dim"], keys: Tensor, values: Tensor, window: int | None,
         scoring: Scoring,
     ) -> Float[Tensor, "tokens dim"]:  # fmt: skip
-        """Return the output of attention for each token, from the keys and values of the pool."""
+        """Return the output of attention for each token, with keys and values of the pool."""
         first = 0 if window is None else max(0, self.first - window + 1)
         visible = self._mask.visible(self.last - first, window)
         queries = q.unflatten(1, (-1, self.width)).transpose(0, 1)
@@ -135,7 +137,7 @@ class SpanGroup:
     def _read(
         self, x: Float[Tensor, "heads tokens head_dim"], first: int
     ) -> Float[Tensor, "spans heads seen head_dim"]:
-        """Return the keys or values of a layer, of the tokens from position `first` on."""
+        """Return the keys or values of a layer for the tokens from position `first` on."""
         heads, _, dim = x.shape
         if self._view:
             block, step = (number * self._size for number in self._view)
@@ -144,7 +146,7 @@ class SpanGroup:
         return x.index_select(1, self._slots(first)).unflatten(1, (self.count, -1)).transpose(0, 1)
 
     def _slots(self, first: int) -> Int[Tensor, " seen"]:
-        """Return the places of the tokens from position `first` on, span by span."""
+        """Return the slots of the tokens from position `first` on, span by span."""
         if first not in self._gathered:
             assert self._tables is not None
             places = torch.arange(first, self.last, device=self._tables.device)
@@ -154,9 +156,9 @@ class SpanGroup:
 
 
 class PackedGroup(SpanGroup):
-    """Spans of any numbers of tokens that attend in one kernel; their keys and values are gathered without padding.
+    """Spans of any lengths that attend in one kernel. Their keys and values are gathered without padding.
 
-    Sizes are rounded up, so that the next step has the same and could be replayed: what is behind the last span is not
+    Sizes are rounded up, so that the next step has the same sizes and can be replayed. Data after the last span are not
     read.
     """
 
@@ -175,33 +177,33 @@ class PackedGroup(SpanGroup):
         self, q: Float[Tensor, "tokens heads head_dim"], pool: Float[Tensor, "1 capacity both"], window: int | None,
         scoring: Scoring,
     ) -> Float[Tensor, "tokens dim"]:  # fmt: skip
-        """Return the output of attention for each token, from the joined keys and values of the pool."""
+        """Return the output of attention for each token, with the pool's joined keys and values."""
         k, v = pool.index_select(1, self._seen)[0].unflatten(-1, (2, -1, q.shape[2])).unbind(1)
         return attend_packed(q, k, v, self._bounds, window, scoring).flatten(1)
 
 
 def _rounded(number: int) -> int:
-    """Return the next multiple of a quarter of the power of two below a number, and of 256."""
+    """Round a number up to a multiple of 256, and of a quarter of the power of two below it."""
     step = max(SMALLEST, (1 << number.bit_length()) >> 3)
     return -(-number // step) * step
 
 
 def _padded(tables: Sequence[list[int]]) -> list[list[int]]:
-    """Return tables of equal length: what is missing is the first block of each, which the mask hides there."""
+    """Pad tables to equal length with the first block of each; the mask hides the padding."""
     longest = max(map(len, tables))
     return [table + table[:1] * (longest - len(table)) for table in tables]
 
 
 class DecodingState(PagedState):
-    """The state of a step with one token of each sequence, padded to a power of two, so that it can be replayed.
+    """State of a step with one token of each sequence, padded to a power of two, so that it can be replayed.
 
-    The tokens of the padding belong to no sequence. Their keys and values go to a place that nobody reads.
+    Padding tokens belong to no sequence. Their keys and values are written to a slot that is never read.
     """
 
     def __init__(self, pool: Pool, size: int, spans: Sequence[Span]):
         super().__init__(pool, size, [spans], [*range(len(spans))], packs=True)
         count = 1 << (len(spans) - 1).bit_length()
-        self.longest = -count  # the engine keeps to the context; a check would read the device
+        self.longest = -count  # the engine respects the context; a check here would read the device
         packed = self.groups[0]
         packed.tokens = count
         for numbers, filler in zip(self.lists, (0, 0, pool.capacity, 1, 0), strict=False):
@@ -211,14 +213,14 @@ class DecodingState(PagedState):
 
     @property
     def bucket(self) -> tuple[int, ...]:
-        """Return the sizes of all that a replay has: tokens, tokens that they see, the most that one of them sees."""
+        """Sizes of a replay: tokens, tokens that they attend to, and the most that one of them attends to."""
         packed = self.groups[0]
         assert isinstance(packed, PackedGroup)
         return packed.tokens, len(packed.lists[2]), packed.most[1]
 
 
 class PagedCache:
-    """The keys and values of one layer in a step: one write for all tokens, then each group attends to its own."""
+    """Keys and values of one layer in a step. All tokens are written at once; then each group attends."""
 
     def __init__(self, step: PagedState, keys: Tensor, values: Tensor, states: Float[Tensor, "slots numbers"]):
         self.step, self.keys, self.values, self.states = step, keys, values, states
@@ -227,9 +229,9 @@ class PagedCache:
         self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"],
         values: Float[Tensor, "1 kv_heads length head_dim"] | None, window: int | None, scoring: Scoring,
     ) -> Float[Tensor, "1 length dim"]:  # fmt: skip
-        """Write the new keys and values, and return the output of attention for each token.
+        """Write the new keys and values. Return the output of attention for each token.
 
-        Without values the keys are the values too.
+        Without values the keys are also the values.
         """
         self.keys.index_copy_(1, self.step.slots, keys[0].to(self.keys.dtype))
         if values is not None:
@@ -240,9 +242,8 @@ class PagedCache:
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
 
     def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
-        """Apply `rule` to the new tokens and the states of their sequences; return its output, and write the new
-        states.
-        """
+        """Apply `rule` to the new tokens and the states of their sequences. Write the new states, and return the
+        output."""
         outputs = []
         for group, part in zip(self.step.groups, self.step.split(x[0], 0), strict=True):
             before, after = group.states
@@ -253,7 +254,7 @@ class PagedCache:
 
 
 class PackedCache:
-    """The keys and values of one layer in a step, joined: one kernel writes them and one reads them."""
+    """Joined keys and values of one layer in a step. One kernel writes them and one reads them."""
 
     def __init__(self, step: PagedState, pool: Float[Tensor, "1 capacity both"]):
         self.step, self.pool = step, pool
@@ -262,7 +263,7 @@ class PackedCache:
         self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"],
         values: Float[Tensor, "1 kv_heads length head_dim"] | None, window: int | None, scoring: Scoring,
     ) -> Float[Tensor, "1 length dim"]:  # fmt: skip
-        """Write the new keys and values, and return the output of attention for each token."""
+        """Write the new keys and values. Return the output of attention for each token."""
         assert values is not None
         heads = torch.cat([q, keys, values], 1).transpose(1, 2)
         return self.attend_joined(heads, q.shape[1], window, scoring)
@@ -270,7 +271,7 @@ class PackedCache:
     def attend_joined(
         self, heads: Float[Tensor, "1 length all_heads head_dim"], n_heads: int, window: int | None, scoring: Scoring
     ) -> Float[Tensor, "1 length dim"]:
-        """Do the same with `n_heads` queries, the keys and the values in one tensor, in this order."""
+        """Do the same for one tensor that contains `n_heads` queries, the keys and the values, in this order."""
         q, new = heads[0].split([n_heads, heads.shape[2] - n_heads], 1)
         self.pool.index_copy_(1, self.step.slots, new.flatten(1)[None])
         group = self.step.groups[0]
@@ -278,5 +279,5 @@ class PackedCache:
         return group.attend_joined(q, self.pool, window, scoring)[None]
 
     def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
-        """Raise an error: a pool with states of fixed size is not joined."""
+        """Raise an error, because a joined pool has no states of fixed size."""
         raise NotImplementedError
