@@ -1,4 +1,4 @@
-"""Recipes: one file for each run that `keifu train` knows, with its paper, command, cost, figure and options."""
+"""Recipes: one file for each run of `keifu train`, with its paper, command, cost, expected result and options."""
 
 FOLDERS = {
     "language": ("gpt", "gpt1", "gpt2", "gpt3", "llama", "llada", "olmo2", "palm", "palm2", "characters", "bert"),
@@ -9,6 +9,6 @@ FOLDERS = {
     "images": ("ddpm", "dit", "latent-diffusion", "dalle", "unclip", "clip", "lora-image"),
     "neurons": ("perceptron", "mlp", "mlp-compare"),
 }
-RECIPES = {  # what `keifu train` calls each, and its file in this folder
+RECIPES = {  # name in `keifu train`, and file in this folder
     name: f"{folder}.{name.replace('-', '_')}" for folder, names in FOLDERS.items() for name in names
 } | {"demo": "demo"}

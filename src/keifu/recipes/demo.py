@@ -1,4 +1,4 @@
-"""The demonstration: models trained before are shown, a LLaMA-type model learns English, a published one answers.
+"""Demonstration: pretrained models are shown, a LLaMA-type model learns English, and a published model answers.
 
 Papers: Touvron et al. (2023) for the model that is trained; SmolLM2 (Allal et al., 2025) for the one that answers.
 Command: keifu demo
@@ -34,7 +34,7 @@ class Recipe:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Return all parts of the demonstration, with their needs and their results."""
+    """Run all parts of the demonstration; print the requirements and results of each."""
     began = time.monotonic()
     print("\n1. Landmarks, in small models that these recipes trained before.", flush=True)
     for name, picture in landmarks.show().items():

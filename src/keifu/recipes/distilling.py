@@ -50,19 +50,20 @@ class Distill:
 
     @property
     def strength(self) -> float:
-        """Return β of the generalised Jensen-Shannon divergence, given or that of the divergence."""
+        """β of the generalised Jensen-Shannon divergence: the option, or the value of the chosen divergence."""
         usual = {"reverse": 1.0, "jsd": 0.5}
         return usual.get(self.divergence or "forward", 0.0) if self.beta is None else self.beta
 
     def options(self) -> dict[str, Any]:
-        """Return the values that decide the result of a run; none without a teacher."""
+        """Return the values that affect the result of a run; empty without a teacher."""
         return {} if self.teacher is None else {"distill": dict(vars(self))}
 
     def objective(self, tokenizer: Tokenizer, length: int, student: Any = None) -> Objective:
-        """Load the teacher; return the objective for rows of `length` tokens, or without a teacher that of the tokens.
+        """Load the teacher. Return the distillation objective for rows of `length` tokens; without a teacher, that of
+        the tokens.
 
-        A teacher with another tokenizer, or one that reads fewer tokens, is a `UserError`. So is a soft cap on
-        the logits of either model.
+        Raises `UserError` for a teacher with another tokenizer or a shorter context, and if either model has a soft cap
+        on its logits.
         """
         if self.teacher is None:
             return causal_language_modeling
@@ -79,9 +80,8 @@ class Distill:
         return Distillation(teacher, self.strength, self.temperature, self.hard)
 
     def _load(self, tokenizer: Tokenizer) -> Any:
-        """Return the teacher, in bfloat16 if the device has it. It is cut to the student's tokens, if their tokenizer
-        was cut from its own (`keifu.recipes.pruning`).
-        """
+        """Return the teacher, in bfloat16 if the device supports it. If the student's tokenizer was reduced from the
+        teacher's, the teacher is reduced to the same tokens (`keifu.recipes.pruning`)."""
         name = str(self.teacher)
         its = planned(name).source.tokenizer()
         same = its is not None and its.backend.get_vocab() == tokenizer.backend.get_vocab()
@@ -101,7 +101,8 @@ class Distill:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillAnswers(Distill):
-    """Learning from a larger model (Hinton et al., 2015), also on one's own answers (GKD, Agarwal et al., 2023)."""
+    """Learning from a larger model (Hinton et al., 2015), optionally on the student's answers (GKD, Agarwal et al.,
+    2023)."""
 
     on_policy: Share = 0.0
     """Share of the steps in which the student writes the answers itself, to the questions of the data."""

@@ -1,4 +1,4 @@
-"""The demonstration's landmarks: each at work in a small model of the package, in words and as a picture."""
+"""The demonstration's landmarks: each is shown by a small pretrained model of the package, as text and as a picture."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -20,23 +20,22 @@ from keifu.generation.text.fill import Guess, fill
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.recipes.neurons import perceptron
 
-WIDE = 14  # characters of a drawn digit
+WIDE = 14  # characters across a drawn digit
 BLOCKS = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 SENTENCES = {
-    "ja-en": ["この川の水はとても冷たい。", "昨日の夜、弟は宿題を忘れた。"],  # no training pair is within a character
+    "ja-en": ["この川の水はとても冷たい。", "昨日の夜、弟は宿題を忘れた。"],  # no near copies of training pairs
     "en-ja": ["There is a small library near our school.", "My brother forgot his homework last night."],
 }
 GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
-DIGIT, SEED = "7", 1  # of the picture that forms from noise
+DIGIT, SEED = "7", 1  # of the picture drawn from noise
 LEARNED = "red heart", "cat face", "Christmas tree", "ヒマワリ"
-UNSEEN = "sleeping face", "green book", "白鳥", "桜"  # emoji without a relative among those that were learned
+UNSEEN = "sleeping face", "green book", "白鳥", "桜"  # emoji without a relative in training
 PROMPTS = (*LEARNED, *UNSEEN)
 
 
 def show() -> dict[str, bytes]:
-    """Return landmarks in order of years, each by a model of the package; name the models that are missing. Return
-    pictures (PNG), by name.
-    """
+    """Show the landmarks in order of years, each by a model of the package. Print the names of missing models. Return
+    PNG pictures by name."""
     missing = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
     pictures: dict[str, bytes] = {}
     for name in [name for name in SHOWN if name not in missing]:
@@ -47,7 +46,7 @@ def show() -> dict[str, bytes]:
 
 
 def _learn(name: str) -> dict[str, bytes]:
-    """Train a neuron on AND from nothing, and compute AND by the one of the package."""
+    """Train a perceptron on AND, and compute AND with the pretrained one."""
     recipe = perceptron.Recipe()
     lesson = perceptron.prepare(recipe)
     stages = list(perceptron.learn(lesson, recipe))
@@ -69,14 +68,14 @@ def _read_digits(name: str) -> dict[str, bytes]:
 
 
 def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
-    """Return the digits that the network of that name sees, and how sure it is."""
+    """Return a text for each digit: the class predicted by the model of that name, and its probability."""
     network: Any = checkpoints.load(name)[0]
     shares, predicted = network.predict_proba(digits).max(-1)
     return [f"{digit} ({share:.0%})" for digit, share in zip(predicted.tolist(), shares.tolist(), strict=True)]
 
 
 def _translate(name: str) -> dict[str, bytes]:
-    """Return two sentences; the picture shows what each token of the last one looked at in the last layer."""
+    """Translate and print two sentences. The picture shows the last layer's attention for the last one."""
     translator, tokenizer = checkpoints.load(name)
     translations = [pair for [pair] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams())]
     for pair in translations:
@@ -98,7 +97,7 @@ def _fill(name: str) -> dict[str, bytes]:
 
 
 def _bars(fillings: dict[str, list[Guess]]) -> bytes:
-    """Draw the likeliest words for each gap as PNG."""
+    """Draw the likeliest words for each gap as a PNG."""
     figure, panels = canvas(len(fillings), len(fillings), 3.2)
     for axes, (text, guesses) in zip(panels, fillings.items(), strict=True):
         axes.barh([guess.word for guess in reversed(guesses)], [guess.probability for guess in reversed(guesses)])
@@ -121,7 +120,7 @@ def _draw(name: str) -> dict[str, bytes]:
 
 
 def _draw_emoji(name: str) -> dict[str, bytes]:
-    """Return emoji of a few names, and which of them CLIP finds in each."""
+    """Draw emoji for a few names, and print which of them CLIP recognises in each."""
     painter = text_to_image_pipeline(*checkpoints.load(name))
     wanted = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
     drawn = painter.draw(wanted, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
@@ -142,12 +141,12 @@ SHOWN: dict[str, Callable[[str], dict[str, bytes]]] = {
 
 
 def _pixels(digits: Float[Tensor, "digit pixels"]) -> Tensor:
-    """Return bytes [digit, 1, 28, 28], white on black."""
+    """Convert digits to bytes [digit, 1, 28, 28], white on black."""
     return (digits.clamp(0, 1) * 255).round().to(torch.uint8).view(len(digits), 1, 2 * WIDE, 2 * WIDE)
 
 
 def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:
-    """Draw the digits side by side in characters, two rows of pixels to a line of text."""
+    """Draw the digits side by side with characters; a line of text is two rows of pixels."""
     halves = digits.view(len(digits), WIDE, 2, WIDE, 2).amax(-1).transpose(0, 1)  # row, digit, its half, column
     lines = ((zip(*digit, strict=True) for digit in line) for line in halves.gt(0.4).tolist())
     return "\n".join(" ".join("".join(BLOCKS[pair] for pair in digit) for digit in line) for line in lines)

@@ -1,4 +1,4 @@
-"""Options of recipes: those that all have, their names on the command line, and reading and writing them as JSON."""
+"""Options of recipes: common ones, their names on the command line, and conversion to and from JSON."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ import tyro
 
 from keifu.ranges import Positive
 
-# options that mean in every recipe what `Settings` means by that name
+# options that in every recipe have the meaning of `Settings`
 LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "spikes", "ema", "precision", "compile",
         "keep", "seed", "tensorboard", "wandb")  # fmt: skip
 
@@ -29,28 +29,27 @@ class Logging:
     """Log to Weights & Biases too."""
 
     def loop(self, **usual: Any) -> dict[str, Any]:
-        """Return settings of the training loop: these, replaced by the options that are set and that it has too."""
+        """Return settings of the training loop: `usual`, replaced by options of the recipe that are set."""
         chosen = {name: value for name in LOOP if (value := vars(self).get(name)) is not None}
         return {"minutes": self.minutes, **usual, **chosen}
 
 
 def given(value: float | int | None, usual: float | int) -> float | int:
-    """Return the value if it is given, 0 too; else the usual one."""
+    """Return `value`, or `usual` if it is None."""
     return usual if value is None else value
 
 
-ARGUMENT: Any = type(tyro.conf.arg())  # the class of annotations that name an option, which tyro does not export
+ARGUMENT: Any = type(tyro.conf.arg())  # class of annotations that rename an option; tyro does not export it
 
 
 def to_json(recipe: Any) -> dict[str, Any]:
-    """Return all options, nested as in the dataclass, with lists for tuples and texts for paths."""
+    """Return all options, nested like the dataclass. Tuples become lists, and paths become strings."""
     return json.loads(json.dumps(asdict(recipe), default=str))
 
 
 def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
-    """Return a recipe with the options that `to_json` wrote. The other options are those of `usual`, or the class's
-    defaults.
-    """
+    """Return a recipe with options from `to_json`. Missing options are those of `usual`, a recipe or a class with
+    defaults."""
     hints = get_type_hints(usual if isinstance(usual, type) else type(usual))
     known = {field.name for field in fields(usual)} & json.keys()
     values = {name: _value(hints[name], json[name], getattr(usual, name, None)) for name in known}
@@ -58,7 +57,7 @@ def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
 
 
 def _value(hint: Any, value: Any, usual: Any) -> Any:
-    """Return a value read from JSON as its field's type: a tuple, a path or a dataclass."""
+    """Convert a JSON value to the type of its field: a tuple, a path or a dataclass."""
     if isinstance(value, dict) and (nested := usual if is_dataclass(usual) else _dataclass(hint)):
         return from_json(nested, value)
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -70,12 +69,12 @@ def _tupled(value: Any) -> Any:
 
 
 def by_option(options_class: type, values: Mapping[str, Any], hints: bool = False) -> dict[str, Any]:
-    """Return the values of `to_json` by option, such as model.n-layers; with the types of the options if `hints`."""
+    """Return the values of `to_json` by option name, such as model.n-layers; with hints=True also the types."""
     return {name: (value, hint) if hints else value for name, _, value, hint in _walk(options_class, values, "", ())}
 
 
 def paths(options_class: type, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the path of each option in what `to_json` gives."""
+    """Return for each option name its path in the result of `to_json`."""
     return {name: path for name, path, *_ in _walk(options_class, values, "", ())}
 
 
@@ -92,7 +91,7 @@ def _walk(
 
 
 def _option(field: str, hint: Any, prefix: str) -> str:
-    """Return a field's name on the command line; tyro omits a field that is annotated with an empty name."""
+    """Return a field's name on the command line. tyro omits a field that is annotated with an empty name."""
     notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
     given = [note.name for note in notes if isinstance(note, ARGUMENT)]
     word = given[0] if given and given[0] is not None else field.replace("_", "-")

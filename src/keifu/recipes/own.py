@@ -1,4 +1,4 @@
-"""`keifu.train`: the training loop for a model of one's own, with any module, loss and data."""
+"""`keifu.train`: trains a user's model, with any module, loss and data."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -62,7 +62,7 @@ def train(
 
 
 def _summed(objective: Loss) -> Objective:
-    """Convert the objective to the loop's form: a mean over rows becomes their sum and number."""
+    """Convert the objective to the loop's form: a mean over rows becomes a sum and a count."""
 
     def summed(model: nn.Module, batch: Batch) -> LossOutput:
         loss = objective(model, batch)

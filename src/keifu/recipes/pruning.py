@@ -1,7 +1,7 @@
-"""A small model from a large one: some of its layers and tokens stay, and it learns further from there.
+"""Pruning of a large model: some of its layers and tokens are kept, and the smaller model is trained further.
 
-DistilBERT (Sanh et al., 2019) keeps every other layer; "shrink and fine-tune" (Shleifer and Rush, 2020) keeps layers at
-even distances.
+DistilBERT (Sanh et al., 2019) keeps every other layer. "Shrink and fine-tune" (Shleifer and Rush, 2020) keeps evenly
+spaced layers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from keifu.models import llama
 
 
 def evenly(layers: int, kept: int) -> list[int]:
-    """Return the numbers of the layers to keep, at even distances, the first and the last always."""
+    """Return the indices of `kept` evenly spaced layers, with the first and the last."""
     if not (least := min(2, layers)) <= kept <= layers:
         raise UserError(f"A student of {kept} layers cannot be made of {layers}: choose {least} to {layers}.")
     return [round(number * (layers - 1) / max(1, kept - 1)) for number in range(kept)]
 
 
 def keep_layers(model: Any, kept: Sequence[int]) -> None:
-    """Remove all other layers of a model of LLaMA's type, whose layers are alike."""
+    """Remove all layers except `kept` from a LLaMA-like model with uniform layers."""
     if vars(model.config).keys() != vars(llama.Config()).keys():
         raise UserError("Only the layers of a model of LLaMA's type can be removed: choose another one.")
     model.blocks = nn.ModuleList(model.blocks[layer] for layer in kept)
@@ -36,7 +36,7 @@ def keep_layers(model: Any, kept: Sequence[int]) -> None:
 
 @torch.no_grad()
 def keep_rows(model: Any, ids: Sequence[int]) -> None:
-    """Remove the embeddings, and the rows of the head, of all tokens but these."""
+    """Remove the embeddings and the rows of the head except those of these tokens."""
     if "vocab_size" not in vars(causal(model).config):
         raise UserError("The tokens of a model that sees cannot be removed: choose another one, such as smollm2.")
     model.embedding.num_embeddings = len(ids)
@@ -51,8 +51,12 @@ def keep_rows(model: Any, ids: Sequence[int]) -> None:
 def prune(
     model: Any, tokenizer: Tokenizer, layers: int | None, merges: int | None, uses: Mapping[int, int] | None = None
 ) -> tuple[Any, Tokenizer]:
-    """Cut a model, in place, to a number of layers, and to the first merges of its byte-level BPE, or those that a text
-    uses most (see `first_merges`); None keeps all. Return it with its tokenizer."""
+    """Reduce a model, in place, to `layers` layers and a byte-level BPE with `merges` merges. Return it with its
+    tokenizer.
+
+    None keeps all. uses: token frequencies; if given, the most useful merges are kept instead of the first (see
+    `first_merges`).
+    """
     if layers is not None:
         keep_layers(model, evenly(len(model.blocks), layers))
     if merges is not None:

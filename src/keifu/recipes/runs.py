@@ -1,6 +1,5 @@
-"""Shared code of all recipes: the budget of a run, options of those that fine-tune, and the training of a run with its
-report.
-"""
+"""Shared code of all recipes: the budget of a run, options for fine-tuning, and the training of a run with its
+report."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,34 +27,34 @@ TrainingOptions = Annotated[Settings, tyro.conf.arg(name="")]  # options without
 
 
 def is_resuming(directory: Path, resume: bool) -> bool:
-    """Return whether a part of a resumed run was begun."""
+    """Return whether the run is to be resumed and has begun."""
     return resume and bool(checkpoint.steps(directory))
 
 
 class Budget(NamedTuple):
-    """A number of steps, or else minutes from which that number follows by the machine's pace."""
+    """Number of steps, or a number of minutes, from which the number of steps follows by the machine's speed."""
 
     steps: int | None
     minutes: float
 
     @classmethod
     def of(cls, steps: int | None, minutes: float | None, usual: float) -> "Budget":
-        """Make the budget of the options --steps and --minutes, with the usual minutes if neither is given."""
+        """Return the budget of the options --steps and --minutes. usual: minutes if neither is given."""
         if steps and minutes:
             raise UserError(f"--steps {steps} and --minutes {minutes:g} are two budgets: give one of them.")
         return cls(steps, usual if minutes is None else minutes)
 
     @property
     def limit(self) -> float | None:
-        """Return the minutes, for the training loop; None if the budget is in steps."""
+        """Number of minutes, for the training loop; None if the budget is in steps."""
         return None if self.steps else self.minutes
 
     def fit(
         self, directory: Path, resume: bool, model: nn.Module, objective: Objective, data: Data,
         settings: Callable[[int], Settings], largest: Batch | None = None,
     ) -> Settings:  # fmt: skip
-        """Return the settings for the given steps, for those of a resumed run, or for as many as fit the minutes by the
-        measured pace. largest: the batch that takes most memory, if batches differ."""
+        """Return the settings for the budget's steps, for those of a resumed run, or for as many as fit the minutes at
+        the measured speed. largest: the batch with the largest memory, if batches differ."""
         begun = checkpoint.latest_facts(directory) if resume else {}
         if steps := begun["described"]["settings"]["steps"] if begun and not self.steps else self.steps:
             return settings(steps)
@@ -66,7 +65,7 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(Logging):
-    """Options of every fine-tuning recipe, each of which sets its own defaults."""
+    """Options of every fine-tuning recipe, each of which has different defaults."""
 
     model: str = field(default="smollm2", kw_only=False)
     """The pretrained model: a run, a directory, a .gguf file, a catalogue name or a hub id."""
@@ -86,7 +85,7 @@ class FinetuneOptions(Logging):
     """Random seed of new weights, the order of the examples, dropout and sampling."""
 
     def origin(self) -> dict[str, Any]:
-        """Return the values with which a resumed run must begin too."""
+        """Return the values that a resumed run must share."""
         return {"begins with": self.model}
 
     def total_steps(self, steps_per_epoch: float | int) -> int:
@@ -94,16 +93,15 @@ class FinetuneOptions(Logging):
         return self.steps or max(1, round(self.epochs * steps_per_epoch))
 
     def settings(self, steps: int, **different: Any) -> Settings:
-        """Return AdamW without weight decay, five validations and ten checkpoints in `steps` steps; `different` are the
-        fields of `Settings` in which a recipe differs from that."""
+        """Return settings: AdamW without weight decay, five validations and ten checkpoints. different: fields of
+        `Settings` with other values."""
         usual = {"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999), "keep_best": True}
         every = {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
         return Settings(**self.loop(**usual | every | different))
 
 
 def attribution_of(data: str) -> dict[str, str]:
-    """Return licence and attribution of a catalogue entry, also of what is made of one, and how; nothing for other
-    data."""
+    """Return licence and attribution of a catalogue entry, also for data derived from one; {} for other data."""
     made = MADE_OF.get(data)
     entries = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
     facts = {"how it was made": made.how} if made else {}
@@ -122,11 +120,11 @@ def train_run(
     replace: bool = False, bytes_per_unit: float | None = None,
     watch: Callable[[Mapping[str, float]], Iterable[str]] | None = None, **about: Any,
 ) -> Summary:  # fmt: skip
-    """Train a model into the folder of a run, which then holds it and its tokenizer, or what `save` writes.
+    """Train a model into a run folder. Save it there with its tokenizer, or whatever `save` writes.
 
-    facts: of what is learned from, its name as "source" among them, which gets its licence. options: values that decide
-    the result apart from the settings, compared on resuming. about: further lines of the report. The others are those
-    of `Run` and of the training loop.
+    facts: about the data, with its name as "source"; the licence is added. options: values that affect the result, in
+    addition to the settings; a resumed run must have the same. about: further lines of the report. Other arguments are
+    those of `Run` and of the training loop.
     """
     described = {"title": title, **about, "data": [{**facts, **attribution_of(facts["source"])}]}
     run = Run(directory, resume, replace, options, described, unit, bytes_per_unit, watch)

@@ -1,6 +1,6 @@
-"""A run that starts from a trained model: lower learning rates, a warm-up that fits, and the best weights kept.
+"""Runs that start from a trained model: lower learning rates, a suitable warm-up, and selection of the best weights.
 
-Rates for new weights destroy what a trained model knows. A tenth of them adapts it (the recipes' own measurements on
+Rates for new weights destroy what a trained model has learned. A tenth of them adapts it (measured with the recipes for
 translators and language models). Validation runs before the first step and after the last one, and the loop keeps the
 weights with the lowest loss.
 """
@@ -16,13 +16,13 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.training.settings import Settings
 
-SHARE = 0.1  # of the rates for new weights
+SHARE = 0.1  # share of the rates for new weights
 
 
 def load_start(name: str, config: type, option: str = "--start-from") -> tuple[Any, Tokenizer | None]:
     """Load the model that a run starts from, in float32, and its tokenizer.
 
-    A model whose config is of another class is a `UserError`.
+    Raises `UserError` if the model's config has another class.
     """
     loaded, tokenizer = checkpoints.load(name, torch.float32)
     check_start(name, loaded, config, option)
@@ -30,7 +30,7 @@ def load_start(name: str, config: type, option: str = "--start-from") -> tuple[A
 
 
 def check_start(name: str, model: Any, config: type, option: str = "--start-from") -> None:
-    """Raise a `UserError` unless the config of a model that the run starts from is of that class."""
+    """Raise a `UserError` unless the config of the model that the run starts from has that class."""
     if not isinstance(model.config, config):
         raise UserError(f"{option} {name} is of the type {type(model).__name__}, which this recipe does not train.")
 
@@ -41,15 +41,15 @@ def scaled(rate: float, start_from: str | None) -> float:
 
 
 def keeps_best(start_from: str | None) -> dict[str, Any]:
-    """Return the settings that keep the best weights of a run that starts from a trained model."""
+    """Return the settings that keep the best weights of a run, if it starts from a trained model."""
     return {} if start_from is None else {"keep_best": True}
 
 
 def adapted(settings: Settings, defaults: Settings, start_from: str | None) -> Settings:
     """Return the settings of a run that starts from a trained model, for a recipe whose settings are options.
 
-    Rates and a warm-up that equal the recipe's defaults change: a tenth of the rate, and at most a tenth of the steps.
-    The rates are printed. Other values stay as they were given.
+    Rates that equal the recipe's defaults are reduced to a tenth, and a default warm-up to at most a tenth of the
+    steps. Other values are not changed. The rates are printed.
     """
     if start_from is None:
         return settings

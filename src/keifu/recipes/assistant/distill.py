@@ -1,9 +1,9 @@
 """Distillation: a student learns all probabilities of a teacher (Hinton et al., 2015; GKD, Agarwal et al., 2023).
 
 Paper: "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes": the divergence is forward or
-reverse KL or the generalised Jensen-Shannon divergence, on given answers, on the student's own, or on both. The student
-is --model. `--student-layers` and `--student-vocabulary` cut it first: layers at even distances and the first merges of
-the tokenizer stay. A teacher of more tokens is cut to the student's, so that both share ids.
+reverse KL or the generalised Jensen-Shannon divergence, on given answers, on the student's, or on both. The student is
+--model. `--student-layers` and `--student-vocabulary` reduce it first: evenly spaced layers and the first merges of the
+tokenizer are kept. A teacher with more tokens is reduced to the student's, so that both share ids.
 Command: keifu train distill --data summary-instructions --student-layers 7 --student-vocabulary 8000
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/guides/finetuning.md, "Learn from a larger model".
@@ -47,11 +47,11 @@ class Recipe(sft.Recipe):
     """Teacher that the student learns from."""
 
     def rate(self, full: float, adapters: float) -> float:
-        """Return the given learning rate, or else one for all weights or one for adapters."""
+        """Return the --learning-rate option, or else the default: `full` for all weights, `adapters` for adapters."""
         return super().rate(3e-4, adapters)
 
     def origin(self) -> dict[str, Any]:
-        """Return the values with which a resumed run must begin too."""
+        """Return the values that a resumed run must share."""
         return super().origin() | {
             "layers": self.student_layers, "vocabulary": self.student_vocabulary, "merges": self.student_merges,
         }  # fmt: skip

@@ -74,11 +74,11 @@ class Recipe(RankedOptions):
 
     @property
     def strength(self) -> float:
-        """Return β, given or usual."""
+        """β: the option or its default."""
         return given(self.beta, 2.0 if self.loss == "simpo" else 0.1)
 
     def losses(self) -> tuple[Objective, dict[str, Any]]:
-        """Return the objective, and the options that decide it."""
+        """Return the objective, and the options that affect it."""
         if self.loss == "kto":
             return kto(self.strength), {"loss": "kto", "beta": self.strength}
         options = {"loss": self.loss, "beta": self.strength, "label_smoothing": self.label_smoothing}
@@ -88,7 +88,7 @@ class Recipe(RankedOptions):
 
 @dataclass(frozen=True, eq=False)
 class PreferenceTask(FinetuneTask):
-    """A model to train, its tokenizer, the pairs, and how many were too long."""
+    """Model to train, its tokenizer, the pairs, and the number of those that were too long."""
 
     dropped: int
 
@@ -124,25 +124,26 @@ def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[li
 
 
 def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
-    """Return every better answer with every worse one, as ids."""
+    """Return every pair of a better and a worse answer, as ids."""
     turns = [sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
     return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
 
 
 class Marked(NamedTuple):
-    """An answer after its prompt, and whether it is good: 1 or 0."""
+    """Answer after its prompt. label: 1 if it is good, else 0."""
 
     turns: TurnMasks
     good: float
 
 
 def marked(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Marked]:
-    """Return every answer with its mark."""
+    """Return every answer with its label."""
     return [Marked(sample_answer(tokenizer, ranked, i), float(good)) for i, good in enumerate(ranked.marks())]
 
 
 def with_others(marked: Sequence[Marked], length: int) -> list[Pair]:
-    """Pair each answer with the next answer to another prompt, put after its own prompt and cut to the length."""
+    """Pair each answer with the answer to the next other prompt, placed after the former's prompt and cut to
+    `length`."""
     prompts = [answer.turns.ids[: answer.turns.last_answer] for answer in marked]
     made = []
     for i, (answer, prompt) in enumerate(zip(marked, prompts, strict=True)):
@@ -155,8 +156,10 @@ def with_others(marked: Sequence[Marked], length: int) -> list[Pair]:
 
 
 def with_reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:
-    """Return the log-probabilities of both answers of each pair, [pairs, 2], under the untrained model; similar lengths
-    are computed together. If processes share the model, each computes its part."""
+    """Return the log-probabilities of both answers of each pair, [pairs, 2], under the untrained model.
+
+    Answers of similar length are computed together. If processes share the model, each computes a part.
+    """
     module = current().split(ObjectiveModule(model))
     order = sorted(range(len(pairs)), key=lambda index: max(len(turns.ids) for turns in pairs[index]))
     values = torch.zeros(len(pairs), 2)
@@ -166,7 +169,7 @@ def with_reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int, pad
             batch = on_device(stack_rows([pairs[index] for index in indices], pad_id), next(model.parameters()).device)
             values[indices] = module(reference, batch).cpu()
             progress(min(at + batch_size, len(order)))
-    current().discard_gradients(module)  # FSDP holds the whole of some weights after a forward pass
+    current().discard_gradients(module)  # FSDP keeps some whole weights after a forward pass
     return values
 
 

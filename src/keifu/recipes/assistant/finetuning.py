@@ -1,6 +1,5 @@
-"""Shared code of the recipes that make an assistant of a language model: options, loading with a chat template,
-adapters, ranked responses, prompts with rewards, and saving.
-"""
+"""Shared code of the recipes that turn a language model into an assistant: options, loading with a chat template,
+adapters, ranked responses, prompts with rewards, and saving."""
 
 import copy
 import hashlib
@@ -45,7 +44,7 @@ from keifu.training.settings import Settings
 
 Template = Literal["own", "plain", "chatml"]
 CHAIN_SUM = "chain-sum"
-MADE: dict[str, Callable[[Any, int], Iterable[dict[str, Any]]]] = {  # tasks by name, from `SumPrompts` and a seed
+MADE: dict[str, Callable[[Any, int], Iterable[dict[str, Any]]]] = {  # built-in tasks, from `SumPrompts` and a seed
     CHAIN_SUM: lambda sums, seed: chain_sums(sums.count, sums.terms, sums.digits, seed),
     "countdown": lambda sums, seed: countdowns(sums.count, sums.terms, sums.digits, seed),
     "arithmetic": lambda sums, seed: arithmetic(sums.count, seed),
@@ -86,18 +85,18 @@ class AssistantOptions(FinetuneOptions):
     """Low-rank adapters."""
 
     def origin(self) -> dict[str, Any]:
-        """Return the values with which a resumed run must begin too."""
-        lora = {name: value for name, value in asdict(self.lora).items() if value != "float"}  # new; the default
+        """Return the values that a resumed run must share."""
+        lora = {name: value for name, value in asdict(self.lora).items() if value != "float"}  # new
         return super().origin() | {"lora": lora}
 
     def rate(self, full: float, adapters: float) -> float:
-        """Return the given learning rate, or else one for all weights or one for adapters."""
+        """Return the --learning-rate option, or else the default: `full` for all weights, `adapters` for adapters."""
         return given(self.learning_rate, adapters if self.lora.rank else full)
 
 
 @dataclass(frozen=True, eq=False)
 class FinetuneTask:
-    """Task that is ready to train: a model to train, its tokenizer, and the data."""
+    """Task that is ready to train: the model, its tokenizer, and the data."""
 
     model: Any
     tokenizer: Tokenizer
@@ -105,13 +104,13 @@ class FinetuneTask:
 
     @property
     def result(self) -> nn.Module:
-        """Return the part of the model that is kept."""
+        """Part of the model that is saved."""
         return self.model
 
 
 def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **different: Any) -> Settings:
-    """Return the settings of a recipe that passes over its examples. rates: the defaults for all weights and for
-    adapters; `different` are the fields in which the recipe differs."""
+    """Return the settings of a recipe that trains in epochs. rates: default learning rates for all weights and for
+    adapters. different: fields of `Settings` with other values."""
     steps = recipe.total_steps(data.steps_per_epoch)
     warmup = round(recipe.warmup * steps)
     return recipe.settings(steps, learning_rate=recipe.rate(*rates), warmup=warmup, **different)
@@ -122,10 +121,10 @@ def finetune(
     sample: Sample | None = None, save: Save | None = None, *, options: Mapping[str, Any], data: Mapping[str, Any],
     **report: Any,
 ) -> Summary:  # fmt: skip
-    """Train the task's model into a run folder, which then holds the result: a whole model, or its adapters.
+    """Train the task's model into a run folder, and save the result there: a whole model, or its adapters.
 
-    options: the values that decide the result, apart from the settings and `recipe.origin()`. data: counts of the
-    examples. report: what else the run is described by (see `train_run`)."""
+    options: values that affect the result, in addition to the settings and `recipe.origin()`. data: counts of the
+    examples. report: further facts for `train_run`."""
 
     def save_task(directory: Path) -> None:
         save_result(task.result, task.tokenizer, directory, recipe.model)
@@ -138,7 +137,7 @@ def finetune(
 
 
 def counted(what: str, parts: Sequence[Any], dropped: int) -> dict[str, int]:
-    """Return lines of the report: the examples of both parts, and those that were too long."""
+    """Return the numbers of training and held-out examples, and of those that were too long, for the report."""
     learned, validation = map(len, parts)
     return {f"{what} to learn from": learned, f"{what} held out": validation, "too long, left out": dropped}
 
@@ -167,7 +166,7 @@ def open_model(name: str, template: Template) -> tuple[Any, Tokenizer]:
 
 
 def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
-    """Return the tokenizer with that template; a template whose tokens it lacks is a `UserError`."""
+    """Return the tokenizer with that template. Raises `UserError` if it lacks a token of the template."""
     if template == "own" and tokenizer.chat_template:
         return tokenizer
     if template == "chatml":
@@ -178,9 +177,10 @@ def with_template(tokenizer: Tokenizer, template: Template) -> Tokenizer:
 
 
 def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
-    """Return the tokenizer with a padding token in which none of these texts ends, so that their ends are visible.
+    """Return the tokenizer with a padding token that is not the last token of any of these texts, so that their ends
+    can be recognised.
 
-    Where it has none, another of its special tokens is taken; where no other is, it stays without.
+    If it has none, another special token is used; if there is no other, the tokenizer stays without one.
     """
     ends = {text[-1] for text in texts}
     if tokenizer.pad_id is not None and tokenizer.pad_id not in ends:
@@ -193,7 +193,8 @@ def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
 
 
 def row_length(model: Any, wanted: int | None) -> int:
-    """Return tokens of a row: as many as wanted, or 1024 at most; more than the model takes is a `UserError`."""
+    """Return the number of tokens of a row: `wanted`, by default the context length up to 1024. Raises `UserError` if
+    `wanted` exceeds the context."""
     room = causal(model).config.context_length
     if wanted is not None and wanted > room:
         raise UserError(f"A row of {wanted} tokens does not fit this model's context of {room}: choose a smaller one.")
@@ -201,7 +202,8 @@ def row_length(model: Any, wanted: int | None) -> int:
 
 
 def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
-    """Add new adapters and freeze the rest; or unfreeze all weights, in float32. The model's file does not change."""
+    """Add new adapters and freeze the model; or without LoRA unfreeze all weights in float32. The model's file does not
+    change."""
     torch.manual_seed(seed)
     if lora.rank:
         adapt(model, lora.targets, LoraSettings(lora.rank, lora.alpha, lora.dropout, lora.dora))
@@ -210,13 +212,13 @@ def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
 
 
 def reference_model(model: nn.Module, lora: Lora) -> nn.Module:
-    """Return the model before training: a frozen copy, or with adapters the model itself, which they do not change (see
-    `unadapted`)."""
+    """Return the model before training: a frozen copy. With adapters it is the model itself, whose weights they do not
+    change (see `unadapted`)."""
     return model if lora.rank else copy.deepcopy(model).float().requires_grad_(False)
 
 
 def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[list[T], list[T]]:
-    """Split into training and held-out items by a hash of the text: items with the same text stay on one side."""
+    """Split into training and held-out items by a hash of the text. Items with the same text are not separated."""
     check_value("held_out", share, BELOW_ONE)
     keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
     chosen = {*sorted({*keys})[: round(share * len({*keys}))]}
@@ -227,7 +229,7 @@ def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[li
 
 
 def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: str) -> None:
-    """Write the result: a whole model, or adapters with the name of their base; the tokenizer either way."""
+    """Write the result: a whole model, or adapters with the name of their base; in both cases with the tokenizer."""
     if next(adapters(model), None) is None:
         checkpoints.save(model, tokenizer, directory)
         return
@@ -240,8 +242,8 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
 def prompt_parts(
     source: str, share: float, single: bool = False
 ) -> tuple[list[RankedResponses], list[RankedResponses]]:
-    """Split the preferences into training and held-out ones; the same question is never on both sides. single: answers
-    with a mark are preferences too."""
+    """Split the preferences into training and held-out ones without separating equal questions. single: whether single
+    answers with a label are allowed."""
     preferences = list(read_preferences(source, single))
     return held_out(preferences, [ranked.prompt[-1]["content"] for ranked in preferences], share)
 
@@ -254,8 +256,11 @@ def ranked_examples(
     message: tuple[str, str],
     single: bool = False,
 ) -> tuple[list[T], list[T], int]:
-    """Return training and held-out examples of the preferences, and how many were left out as one of their answers is
-    too long, which is an error unless they may be. `message` is the error's text before and after the length."""
+    """Return training and held-out examples, and the number of preferences that were left out because an answer is too
+    long.
+
+    Without --drop-long such an answer raises a `UserError`. message: the error's text before and after the length.
+    """
     fitting, dropped = list[list[T]](), 0
     for side in prompt_parts(recipe.data, recipe.held_out, single):
         examples = [example for ranked in side for example in make(ranked)]
@@ -273,7 +278,7 @@ def ranked_examples(
 
 
 def sample_answer(tokenizer: Tokenizer, ranked: RankedResponses, index: int) -> TurnMasks:
-    """Render a prompt with one of its answers. Only this answer is learned, not the assistant's earlier turns."""
+    """Render a prompt with one of its answers. Only this answer is trained, not the assistant's earlier turns."""
     said = {"role": "assistant", "content": ranked.answers[index]}
     turns = TurnMasks(*tokenizer.render_turns([*ranked.prompt, said]))
     return TurnMasks(turns.ids, [mine and i >= turns.last_answer for i, mine in enumerate(turns.learned)])
@@ -318,13 +323,13 @@ class RolloutOptions(AssistantOptions):
     """Updates in which the learning rate rises from 0."""
 
     def plan(self, group: int) -> RolloutPlan:
-        """Return the plan of a rollout that samples `group` responses to each prompt."""
+        """Return the plan of a rollout with `group` responses to each prompt."""
         return RolloutPlan(
             self.prompts, group, self.max_tokens, self.temperature, self.seed, self.minibatches, self.epochs
         )
 
     def parts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """Return prompts to learn from, and held out."""
+        """Return training and held-out prompts."""
         drawn = prompts(self.data, self.sums, self.seed)
         return held_out(drawn, [prompt.text for prompt in drawn], self.held_out)
 
@@ -340,7 +345,7 @@ def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
 
 @dataclass(frozen=True, eq=False)
 class RewardOptions:
-    """Scorer of answers; the reward model and its tokenizer, if it is one; its hash."""
+    """Scorer of answers, its hash, and if it is a reward model, the model and its tokenizer."""
 
     scorer: Scorer
     model: ModelReward | None
@@ -348,27 +353,28 @@ class RewardOptions:
 
 
 def make_rewards(name: str) -> RewardOptions:
-    """Score by a function (see `keifu.alignment.rewards.reward`), or by a reward model: a directory or a hub id."""
+    """Return the scorer of a function (see `keifu.alignment.rewards.reward`) or of a reward model (directory or hub
+    id)."""
     if name in BUILT_IN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
         return RewardOptions(score_responses(reward(name)), None, text_hash(name))
     model: Any
     model, tokenizer = checkpoints.load(name)
     if getattr(model.config, "form", "") != "score" or tokenizer is None:
         raise UserError(f"{name} gives no score: take a model of keifu train reward, or file.py:function.")
-    files = sorted(locate(name).glob("*.safetensors"))  # of a hub id, in the hub's cache
+    files = sorted(locate(name).glob("*.safetensors"))  # a hub id is in the hub's cache
     by = ModelReward(model.float().requires_grad_(False), tokenizer)
     return RewardOptions(by, by, "+".join(map(sha256, files)))
 
 
 @dataclass(frozen=True, eq=False)
 class RolloutTask(FinetuneTask):
-    """A model, its tokenizer, the prompts that it answers while it learns, and the reward."""
+    """Model, its tokenizer, the prompts for its rollouts, and the reward."""
 
     rewarding: RewardOptions
 
 
 def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Settings:
-    """Return the settings of a recipe that learns from sampled responses; every update has a line of metrics. Ratios of
+    """Return the settings of a recipe that learns from sampled responses. Every update is logged. Ratios of
     probabilities are close to 1, so they are computed in float32."""
     return recipe.settings(steps, schedule="constant", precision="float32", log_every=1, keep_best=False, **different)
 
@@ -377,9 +383,9 @@ def learn_from_rollouts(
     recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
     normal: Mapping[str, Healthy], options: Mapping[str, Any],
 ) -> tuple[Summary, DivergenceMonitor]:  # fmt: skip
-    """Train the task's model into a run folder. options: the values that decide the result, apart from the settings
-    and the reward; normal: the figures that are no warning."""
-    # warnings of a run that is resumed compare with its own first figures
+    """Train the task's model into a run folder. options: values that affect the result, in addition to the settings and
+    the reward. normal: ranges of figures outside which there is a warning."""
+    # a resumed run compares with its first figures
     first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
     watched = DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
     learned, validation = task.data.parts
@@ -397,8 +403,8 @@ def learn_from_rollouts(
 
 
 def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
-    """Return rewards that are shown and not learned from, each by the end of its name, as much of it as tells it from
-    the others: of runs/a/reward and runs/b/reward it is measured_a_reward and measured_b_reward."""
+    """Return rewards that are only reported, not trained on, by name. The name is the shortest end of the path that is
+    unique: for runs/a/reward and runs/b/reward, measured_a_reward and measured_b_reward."""
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"--measured names {twice} twice: leave one out.")

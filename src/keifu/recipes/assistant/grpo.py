@@ -64,18 +64,18 @@ class Recipe(RolloutOptions):
 
     @property
     def clips(self) -> tuple[float, float]:
-        """Return both ends of the range of ratios, given or usual."""
+        """Both ends of the range of ratios: the options or their defaults."""
         low = given(self.clip, 3e-4 if self.variant == "gspo" else 0.2)
         return low, given(self.clip_high, {"dapo": 0.28, "gspo": 4e-4}.get(self.variant, low))
 
     @property
     def penalty(self) -> float:
-        """Return β, given or usual."""
+        """β: the option or its default."""
         return given(self.beta, 0.04 if self.variant == "grpo" else 0.0)
 
 
 def prepare(recipe: Recipe) -> RolloutTask:
-    """Load the model and the reward, read or make the prompts, and keep the reference model."""
+    """Load the model and the reward, read or generate the prompts, and keep the reference model."""
     by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
     check_fields(recipe.reward, [*parts[0], *parts[1]])

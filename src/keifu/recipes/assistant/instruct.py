@@ -1,10 +1,10 @@
 """InstructGPT's three steps in one command (Ouyang et al., 2022): supervised fine-tuning, reward model, PPO.
 
 Paper: "Training language models to follow instructions with human feedback". Each step is the recipe of its name, with
-all of its options: sft, reward and ppo, in a folder each; the second and the third begin with what the first has left.
-One report shows all three. A run that was stopped goes on where it was, within a step too.
+all of its options: sft, reward and ppo, each in a separate folder. The second and third steps start from the results
+before them. One report shows all three. A stopped run resumes at any point, also within a step.
 Command: keifu train instruct --model smollm2 --sft.data chats.jsonl --reward.data preferences.jsonl
-Cost: that of each step is printed before it starts.
+Cost: the cost of each step is printed before it starts.
 Expected: see docs/results.md, "InstructGPT's pipeline".
 """
 
@@ -35,7 +35,7 @@ PHASES = "phases.json"  # options of each finished step
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of the run; what a step begins with and is rewarded by, the step before decides."""
+    """Options of the run. The model and the reward of a step come from the steps before it."""
 
     model: str = "smollm2"
     """The language model that becomes an assistant: a run, a directory, a catalogue name or a hub id."""
@@ -59,7 +59,7 @@ class Recipe:
 
 
 class Phase(NamedTuple):
-    """A step: its name, its recipe and what runs that, its folder."""
+    """Step of the pipeline: its name, recipe, module of the recipe, and folder."""
 
     name: str
     recipe: Any
@@ -68,12 +68,12 @@ class Phase(NamedTuple):
 
     @property
     def finished(self) -> bool:
-        """Return whether it came to its end."""
+        """Whether the step has finished."""
         return bool(read_recipe(self.folder).get("finished"))
 
 
 def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
-    """Return the three steps in their folders; each begins with the results of those before."""
+    """Yield the three steps with their folders. Each starts from the results of earlier steps."""
     tuned, judge = out / "sft", out / "reward"
     yield Phase("sft", replace(recipe.sft, model=recipe.model), first.run, tuned)
     yield Phase("reward", replace(recipe.reward, model=str(tuned)), second.run, judge)
@@ -81,7 +81,7 @@ def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Run all three steps, or those that are left, and write one report of them."""
+    """Run all three steps, or the unfinished ones. Write one report of all."""
     steps = [*phases(recipe, out)]
     done = read_json_object(out / PHASES) if resume and (out / PHASES).is_file() else {}
     for phase in steps:
@@ -123,12 +123,12 @@ def _prompts(recipe: third.Recipe) -> None:
     _ = next(iter(documents(recipe.text.data)), "") if recipe.text.data else ""
 
 
-# reads what a step learns from: what cannot be read is said before the first step begins
+# read the data of a step, so that errors are reported before the first step begins
 INPUTS: dict[str, Callable[[Any], None]] = {"sft": _demonstrations, "reward": _rankings, "ppo": _prompts}
 
 
 def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
-    """Refuse other options for a step that is done: what came after it rests on them."""
+    """Raise `UserError` if the options of a finished step have changed, because later steps depend on it."""
     if phase.name not in done:
         return
     if changed := compare(done[phase.name], flat(asdict(phase.recipe))):
@@ -140,7 +140,7 @@ def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
 
 
 def summary(steps: list[Phase]) -> str:
-    """Return a line for each step with its last figures."""
+    """Return a line with the last figures of each step."""
     shown = {"sft": ("validation_loss",), "reward": ("validation_accuracy", "validation_loss")}
     shown["ppo"] = ("reward", "kl", "validation_reward", "validation_kl", "validation_length", "validation_text_loss")
     lines = []

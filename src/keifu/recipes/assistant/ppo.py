@@ -50,7 +50,7 @@ class RolloutText(TextOptions):
     """Tokens of one."""
 
 
-# names of options in the facts of a saved state, which a resumed run compares
+# names of these options in a saved state, with which a resumed run compares
 STORED = {"kl_coef": "beta", "gae_lambda": "trace", "missing_eos_penalty": "cut_off"}
 
 
@@ -113,13 +113,13 @@ class Recipe(RolloutOptions):
 
 @dataclass(frozen=True, eq=False)
 class PPOTask(RolloutTask):
-    """The policy with its value model, its tokenizer, what it answers while it learns, the reward, and PPO's rule."""
+    """Policy with its value model, tokenizer, prompts, reward, and PPO's update rule."""
 
     rule: PPOSettings
 
     @property
     def result(self) -> nn.Module:
-        """Return the policy alone."""
+        """The policy."""
         return self.model.policy
 
 
@@ -142,7 +142,7 @@ def prepare(recipe: Recipe) -> PPOTask:
 
 
 def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
-    """Return the value model, ready for training, as a copy of the model that it starts from."""
+    """Return a trainable value model, as a copy of the model that it starts from."""
     chosen = finetuning.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
     if recipe.value == POLICY or chosen.model is None:
         if recipe.value not in (None, POLICY):
@@ -160,7 +160,7 @@ def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Token
     to_train(value.decoder, recipe.lora, recipe.seed + 1)
     value.task_head.requires_grad_(True)
     if value.decoder.head is not None:
-        value.decoder.head.requires_grad_(False)  # of words, which nothing here asks for
+        value.decoder.head.requires_grad_(False)  # the language model head is not used
     return value
 
 

@@ -32,7 +32,7 @@ from keifu.recipes.assistant.finetuning import FinetuneTask, Lora, RankedOptions
 from keifu.training.loop import Summary
 from keifu.training.run.report import CURVES
 
-DEMONSTRATIONS = 256  # most answers that are scored for the bias
+DEMONSTRATIONS = 256  # maximal number of demonstrations for computing the bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,29 +79,29 @@ def prepare(recipe: Recipe) -> RewardTask:
 
 
 def require_whole() -> None:
-    """Refuse a model that is split over processes: its saved bias comes from its own scores."""
+    """Raise `UserError` for a model that is split over processes, because its bias is computed from its scores."""
     if not current().is_replicated:
         raise UserError("A reward model is trained whole on each process: leave out --mesh.shard and --mesh.tensor.")
 
 
 def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithHead:
-    """Return the decoder, or adapters on it, and a new head for a score, ready for training."""
+    """Return the decoder, or adapters on it, with a new score head, ready for training."""
     config = task_head.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
     finetuning.to_train(decoder, lora, seed)
     model = task_head.add_head(decoder, config).to(choose())
     if decoder.head is not None:
-        decoder.head.requires_grad_(False)  # of words, which nothing here asks for
+        decoder.head.requires_grad_(False)  # the language model head is not used
     return model
 
 
 def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
-    """Return the answers with their prompt, whole: the score is read after the last token."""
+    """Return the answers with their prompt, not truncated, because the score is read after the last token."""
     turns = [sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
     return Ranking([turn._replace(learned=[True] * len(turn.ids)) for turn in turns], list(ranked.levels))
 
 
 def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:
-    """Return the conversations that fit into the context, as ids; none if there is no file of them."""
+    """Return the conversations that fit into the context, as ids; empty if there is no file of them."""
     rendered = [tokenizer.render_turns(chat)[0] for chat in conversations.read(source)] if source else []
     short = [ids for ids in rendered if len(ids) <= length]
     if rendered and not short:
@@ -122,8 +122,8 @@ def learn(recipe: Recipe, task: RewardTask, out: Path, resume: bool = False) -> 
 
 
 def leave(task: RewardTask, directory: Path) -> None:
-    """Write the model, whole and with the bias that makes the demonstrations zero, and its accuracy."""
-    model: Any = merge(copy.deepcopy(task.model))  # what is trained stays as it is
+    """Write the whole model, with a bias that makes the demonstrations' mean score zero, and its accuracy."""
+    model: Any = merge(copy.deepcopy(task.model))  # the trained model stays unchanged
     task_head.shift(model, -float(scores_of(model, task.demonstrations, task.tokenizer.pad_id or 0).mean()))
     checkpoints.save(model, task.tokenizer, directory)
     figures = calibration(margins(model, task.data.validation()))
@@ -131,7 +131,7 @@ def leave(task: RewardTask, directory: Path) -> None:
 
 
 def calibration_chart(figures: Calibration) -> dict[str, Any]:
-    """Return how often the model is right at each level of confidence, over held-out pairs."""
+    """Return a chart of the accuracy on held-out pairs at each level of confidence."""
     points = [*zip(figures.sure, figures.right, strict=True)]
     curves = [
         {"name": "held-out pairs", "points": points, "marked": True},

@@ -104,7 +104,7 @@ def prepare(recipe: Recipe) -> FinetuneTask:
 
 
 def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) -> tuple[llava.Llava, Tokenizer]:
-    """Return the decoder with a tower and a new projector, and the tokenizer with a token for a picture."""
+    """Return the decoder with a vision tower and a new projector, and the tokenizer with a token for pictures."""
     if vars(decoder.config).keys() != vars(llama.Config()).keys():
         raise UserError(f"{recipe.model} is no model of LLaMA's type, and LLaVA's decoder is one: choose another.")
     backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -122,7 +122,7 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) 
 
 
 def measured(found: Questions, side: int) -> Pixels:
-    """Return preprocessing with the mean and the deviation of the pictures to learn from, or of 500 of them. Then the
+    """Return preprocessing with the mean and standard deviation of the training pictures, or of 500 of them. Then the
     background is near 0, and a new tower learns sooner."""
     names = sorted({question.image for question in found.learned})[:: max(1, len(found.learned) // 5000)][:500]
     plain = Preprocessing(**vars(Pixels(side, side, squash=True)))
@@ -132,12 +132,13 @@ def measured(found: Questions, side: int) -> Pixels:
 
 
 def new_eyes(recipe: Recipe, questions: Questions) -> tuple[dict[str, torch.Tensor], llava.Config]:
-    """Return no weights, and a Config with the shape of the recipe's new tower."""
+    """Return empty weights, and a Config with the shape of the recipe's new tower."""
     return {}, LAST_STATES(image=recipe.image, pixels=measured(questions, recipe.image.image_size))
 
 
 def take_tower(name: str) -> tuple[dict[str, torch.Tensor], llava.Config]:
-    """Return the weights of the tower of a CLIP or of a model that sees, and a Config with its shape and pictures."""
+    """Return the tower's weights from a CLIP or a vision-language model, and a Config with its shape and
+    preprocessing."""
     model: Any = checkpoints.load_model(name)
     if vars(model.config).keys() == vars(llava.Config()).keys():
         return {key: value.float() for key, value in model.tower.state_dict().items()}, model.config
@@ -150,7 +151,7 @@ def take_tower(name: str) -> tuple[dict[str, torch.Tensor], llava.Config]:
 
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tuple[list[int], list[bool]]:
-    """Return the ids of a question about a picture with its answer, and the mask of the answer's."""
+    """Return the ids of a question about a picture with its answer, and the mask of the answer's tokens."""
     asked = in_parts({"role": "user", "content": question, "images": [None]})
     ids, mask = tokenizer.render_turns([asked, in_parts({"role": "assistant", "content": answer})])
     times = [config.image_tokens if token == config.image_token else 1 for token in ids]

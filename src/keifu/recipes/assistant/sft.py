@@ -66,7 +66,7 @@ class Recipe(AssistantOptions):
 
 @dataclass(frozen=True, eq=False)
 class SFTTask(FinetuneTask):
-    """A model, its tokenizer with a chat template, the rows, what they were made of, and what the samples ask."""
+    """Model, its tokenizer with a chat template, the rows and their conversations, and the questions for samples."""
 
     training: FittedConversations
     held: FittedConversations
@@ -97,7 +97,7 @@ def make_task(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> SFTTask:
 
 
 def select_conversations(chats: list[Conversation], limit: int | None) -> list[Conversation]:
-    """Choose at most `limit` of the conversations, at equal distances."""
+    """Return at most `limit` evenly spaced conversations."""
     if limit is not None and limit < 2:
         raise UserError(f"limit is {limit}, and at least 2 conversations are needed.")
     return chats if limit is None or limit >= len(chats) else [chats[i * len(chats) // limit] for i in range(limit)]
@@ -112,7 +112,7 @@ def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversatio
 def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **about: Any) -> Summary:
     """Fine-tune the task's model into a run folder, as a whole model or as adapters with the name of their base.
 
-    about: title and paper of the report, if they differ from the usual ones.
+    about: title and paper of the report, if they differ from the defaults.
     """
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
     chosen = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)

@@ -43,7 +43,7 @@ from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
 
 SCRATCH = "scratch"
-FEW = 3000  # labelled rows, below which frozen embeddings are better (docs/results/sentences.md)
+FEW = 3000  # with fewer labelled rows, frozen embeddings are better (docs/results/sentences.md)
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
 
 
@@ -77,7 +77,7 @@ class Recipe(TableOptions):
             raise UserError(f"{given[0]} is for fine-tuning, and --frozen trains no encoder: leave it out.")
 
     def fine_tuning_options(self) -> dict[str, bool]:
-        """Return the options that only fine-tuning has, and whether each was given."""
+        """Return for each option that only fine-tuning has whether it was given."""
         return {
             "--model scratch": self.model == SCRATCH,
             "--size": self.size != SMALL,
@@ -92,7 +92,7 @@ class Recipe(TableOptions):
 
 
 def freezes(recipe: Recipe, rows: int) -> bool:
-    """Return whether the encoder stays frozen; print why, if the number of labelled rows decides."""
+    """Return whether the encoder stays frozen. If the number of labelled rows decides, print the reason."""
     if recipe.frozen or recipe.fine_tune or rows >= FEW:
         return recipe.frozen
     if given := [option for option, changed in recipe.fine_tuning_options().items() if changed]:
@@ -115,12 +115,12 @@ def tables(recipe: Recipe) -> tuple[Examples, Examples]:
 
 
 def prepare(recipe: Recipe) -> TableTask:
-    """Read the table that the recipe names, hold rows out, and prepare the model."""
+    """Read the recipe's table, hold rows out, and prepare the model."""
     return ready(recipe, *tables(recipe))
 
 
 def labels_of(training: Examples) -> tuple[str, ...]:
-    """Return the labels of the training rows; fewer than two are a `UserError`."""
+    """Return the labels of the training rows. Raises `UserError` for fewer than two."""
     labels = training.classes
     if len(labels) < 2:
         alone = ", ".join(labels)
@@ -129,7 +129,8 @@ def labels_of(training: Examples) -> tuple[str, ...]:
 
 
 def ready(recipe: Recipe, training: Examples, validation: Examples) -> TableTask:
-    """Make the task of these rows; all labels must be among those to learn from, two at least."""
+    """Return the task for these rows. Raises `UserError` for fewer than two training labels, or a held-out label that
+    is not among them."""
     labels = labels_of(training)
     torch.manual_seed(recipe.seed)
     model, tokenizer = start_model(recipe, labels, training.texts)
@@ -138,7 +139,7 @@ def ready(recipe: Recipe, training: Examples, validation: Examples) -> TableTask
 
 
 def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> tuple[Any, Tokenizer]:
-    """Return a model with a head for these labels: new, or with the weights of the model to start from."""
+    """Return a model with a head for these labels: new, or with the weights of --model."""
     heads: dict[str, Any] = {"pooled": True, "words": False, "next_sentence": False, "labels": labels}
     heads["sentence_head"] = False
     if recipe.model == SCRATCH:
@@ -156,7 +157,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
 
 
 def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> Summary:
-    """Train the task's model into a run folder, and draws the confusion matrix of the held-out texts there."""
+    """Train the task's model into a run folder, and draw the confusion matrix of the held-out texts there."""
     return train_classifier(
         recipe, task, classification, out, resume, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
         warmup=lambda steps: steps // 10, who="A classifier", paper="Devlin et al., BERT (2018)", unit="texts",

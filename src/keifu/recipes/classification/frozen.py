@@ -1,7 +1,7 @@
-"""Classification from few labels: a frozen encoder's embeddings, and logistic regression on them.
+"""Classification from few labels: logistic regression on a frozen encoder's embeddings.
 
-With some hundred labels this is better than fine-tuning, and it takes seconds (docs/results/sentences.md). The saved
-model is the encoder with the regression as its head: `keifu classify` and `keifu embed` read it.
+With a few hundred labels this is better than fine-tuning, and it takes seconds (docs/results/sentences.md). The saved
+model is the encoder with the regression as its head, for `keifu classify` and `keifu embed`.
 """
 
 from dataclasses import replace
@@ -22,8 +22,8 @@ from keifu.training.run.report import write_page
 
 
 def learn(recipe: TableOptions, training: Examples, unseen: Examples, out: Path) -> Confusion | None:
-    """Fit the regression, save the model into `out` with a report, and print the figures; return those of held-out
-    rows."""
+    """Fit the regression, save the model into `out` with a report, and print the figures. Return the confusion matrix
+    of held-out rows, if there are any."""
     model, tokenizer = checkpoints.load(recipe.model, torch.float32)
     config = encoder(model).config
     check_cut(recipe.cut, LEAST_CUT, config.context_length)
@@ -63,14 +63,14 @@ def with_regression(model: Any, config: bert.Config, labels: tuple[str, ...], re
 
 
 def confusion(model: bert.Bert, tokenizer: Any, validation: Examples, recipe: TableOptions) -> Confusion:
-    """Return the confusion matrix of held-out rows, as `keifu classify --on` computes it."""
+    """Return the confusion matrix of held-out rows, computed like `keifu classify --on`."""
     judge = text_classifier(model, tokenizer)
     rows, _ = judge.read(validation, recipe.cut or judge.limit, recipe.cut is not None)
     return judge.confusion(validation, judge.predict_proba(rows))
 
 
 def sentence(rows: int, regression: Regression, tested: Confusion | None) -> str:
-    """Return the figures in words: accuracy in cross-validation, and on held-out rows if there are any."""
+    """Describe the accuracy in cross-validation, and on held-out rows if there are any, in a sentence."""
     first = (
         f"Cross-validation on the {rows:,} training rows: accuracy {regression.accuracy:.1%} (strength C = "
         f"{regression.strength:g}, chosen there)."

@@ -30,7 +30,7 @@ from keifu.recipes.classification.table_runs import TableOptions, TableTask, che
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
 
-LEAST_CUT = 8  # tokens: room for the special ones and something between them
+LEAST_CUT = 8  # tokens: special ones and at least one of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Recipe(TableOptions):
 
 
 def prepare(recipe: Recipe) -> TableTask:
-    """Read the tables that the recipe names, hold rows out if there is one, and prepare the model."""
+    """Read the recipe's tables, hold rows out if there is only one, and prepare the model."""
     form = input_formats.form_of(recipe.form)
     columns = recipe.columns, recipe.label, recipe.encoding
     table = input_formats.read_examples(recipe.data, form, *columns)
@@ -76,7 +76,8 @@ def prepare(recipe: Recipe) -> TableTask:
 
 
 def ready(recipe: Recipe, training: Examples, validation: Examples) -> TableTask:
-    """Make the task of these examples; all labels must be among those to learn from, two at least."""
+    """Return the task for these examples. Raises `UserError` for fewer than two training labels, or a held-out label
+    that is not among them."""
     labels, answers = training.classes, input_formats.form_of(recipe.form).answers
     if len(labels) < 2:
         raise UserError(f"There is nothing to tell apart in {training.source}: every label is {', '.join(labels)!r}.")
@@ -98,9 +99,9 @@ def _check_labels(validation: Examples, labels: tuple[str, ...]) -> None:
 
 
 def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.ModelWithHead, Tokenizer]:
-    """Load the decoder that the recipe names, with rows for the special tokens and a new head; and its tokenizer.
+    """Load the recipe's decoder with embeddings for the special tokens and a new head; and its tokenizer.
 
-    Of a decoder that was fine-tuned before, the head is left behind.
+    If the decoder was fine-tuned before, its head is replaced.
     """
     loaded, tokenizer = checkpoints.load(recipe.model, torch.float32)
     decoder: Any = loaded.decoder if isinstance(loaded, TaskHeadModel) else causal(loaded)
@@ -113,7 +114,7 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
 
 
 def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> Summary:
-    """Train the task's model into a run folder, and draws the confusion matrix of the held-out examples there."""
+    """Train the task's model into a run folder, and draw the confusion matrix of the held-out examples there."""
     return train_classifier(
         recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), out, resume,
         learning_rate=recipe.learning_rate, warmup=lambda steps: round(recipe.warmup * steps), who="A decoder",
@@ -123,6 +124,6 @@ def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> S
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu classify reads afterwards, and prints the held-out figures."""
+    """Train into `out`, which keifu classify reads afterwards, and print the held-out figures."""
     learn(recipe, prepare(recipe), out, resume)
     print(f"The model is in {out}: keifu classify {shell(out)} reads such examples.")

@@ -20,7 +20,7 @@ ITERATIONS = 300
 
 @dataclass(frozen=True, eq=False)
 class Regression:
-    """A fitted regression, and the accuracy of its strength in cross-validation."""
+    """Fitted regression, and its accuracy in cross-validation."""
 
     weight: Float[Tensor, "labels dim"]
     bias: Float[Tensor, "labels"]
@@ -28,7 +28,7 @@ class Regression:
     accuracy: float
 
     def predict(self, inputs: Float[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
-        """Return the number of the likeliest label of each row."""
+        """Return the index of the likeliest label of each row."""
         return F.linear(inputs.double(), self.weight, self.bias).argmax(-1)
 
 
@@ -36,7 +36,7 @@ def fit(
     inputs: Float[Tensor, "rows dim"], targets: Int[Tensor, "rows"], labels: int, strength: float,
     start: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Float[Tensor, "labels dim"], Float[Tensor, "labels"]]:  # fmt: skip
-    """Return the weights and the biases at the minimum. `start`: weights and biases to start from; zeros if None."""
+    """Return weights and biases at the minimum. start: initial weights and biases; None: zeros."""
     inputs = inputs.double()
     weight, bias = start or (inputs.new_zeros(labels, inputs.shape[1]), inputs.new_zeros(labels))
     weight = weight.clone().requires_grad_(True)
@@ -57,7 +57,7 @@ def fit(
 
 
 def folds(targets: Int[Tensor, "rows"], count: int) -> Int[Tensor, "rows"]:
-    """Return the fold of each row; the rows of each label are dealt out in turn, so that all folds are alike."""
+    """Return the fold of each row. The rows of each label are distributed evenly over the folds."""
     order = targets.argsort(stable=True)
     folds_of_rows = torch.empty_like(targets)
     folds_of_rows[order] = torch.arange(len(targets)) % count
@@ -67,7 +67,7 @@ def folds(targets: Int[Tensor, "rows"], count: int) -> Int[Tensor, "rows"]:
 def cross_validate(
     inputs: Float[Tensor, "rows dim"], targets: Int[Tensor, "rows"], labels: int, count: int = FOLDS
 ) -> dict[float, tuple[float, float]]:
-    """Return the cross-entropy and the accuracy of each strength on rows that its regression did not see."""
+    """Return (cross-entropy, accuracy) in cross-validation for each strength."""
     fold = folds(targets, min(count, len(targets)))
     sums = {strength: [0.0, 0.0] for strength in STRENGTHS}
     for part in fold.unique().tolist():

@@ -18,7 +18,7 @@ from keifu.recipes.runs import FinetuneOptions, train_run
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
 
-LEAST_CUT = 3  # tokens of a text: one, and the special ones around it
+LEAST_CUT = 3  # tokens of a text: special ones and at least one of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +45,8 @@ class TableOptions(FinetuneOptions):
 
 @dataclass(frozen=True, eq=False)
 class TableTask:
-    """Task that is ready to train: a model with a head, its tokenizer, the examples as ids, and those that are held
-    out.
-    """
+    """Task that is ready to train: the model with a head, its tokenizer, and the encoded training and held-out
+    examples."""
 
     model: Any
     tokenizer: Tokenizer
@@ -58,7 +57,7 @@ class TableTask:
 
 
 def check_cut(cut: int | None, least: int, limit: int) -> None:
-    """Raise a `UserError` if `cut` keeps fewer tokens than a sequence needs, or more than the model takes."""
+    """Raise `UserError` if `cut` is smaller than a sequence needs, or larger than the context."""
     if cut is not None and not least <= cut <= limit:
         raise UserError(f"cut must be from {least} to {limit} tokens, which is all that the model takes, not {cut}.")
 
@@ -66,7 +65,7 @@ def check_cut(cut: int | None, least: int, limit: int) -> None:
 def encode(
     recipe: TableOptions, model: Any, tokenizer: Tokenizer, training: Examples, held: Examples, make: type[EncodedTexts]
 ) -> TableTask:
-    """Make the task of these examples; all labels must be among the model's own; `make` makes its batches."""
+    """Return the task for these examples. All labels must be among the model's. make: class of its batches."""
     judge = text_classifier(model, tokenizer)
 
     def as_ids(part: Examples) -> tuple[EncodedTexts, int]:
@@ -87,11 +86,12 @@ def train_classifier(
     recipe: TableOptions, task: TableTask, objective: Objective, out: Path, resume: bool, *, learning_rate: float,
     warmup: Callable[[int], int], who: str, paper: str, unit: str, options: Mapping[str, Any], data: Mapping[str, Any],
 ) -> Summary:  # fmt: skip
-    """Train the task's model into a run folder, with the confusion matrix of the held-out examples as its sample, and
-    prints the held-out figures, unless the model is split over processes.
+    """Train the task's model into a run folder, with the confusion matrix of the held-out examples as its sample.
 
-    The rate falls linearly to 0, with two validations in an epoch. warmup: its steps in a run of that many. who: what
-    learns, for the title. options: the values that decide the result, apart from the model's config and the cut.
+    Print the held-out figures, unless the model is split over processes. The learning rate decreases linearly to 0,
+    with two validations in an epoch. warmup: function from the number of steps to that of warm-up steps. who: the
+    model's description, for the title. options: values that affect the result, in addition to the model's config and
+    the cut.
     """
     if task.cut:
         print(f"{task.cut} of {len(task.training) + len(task.held)} {unit} were cut to {recipe.cut} tokens.")

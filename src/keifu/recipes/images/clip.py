@@ -114,7 +114,7 @@ class ClipTask:
 
     @property
     def objective(self) -> Objective:
-        """Return the loss of the pictures as the model sees them: contrastive, or by the teacher that the data has."""
+        """Loss of the pictures: contrastive, or by the teacher's embeddings if the data have them."""
         loss = taught_loss if isinstance(self.data, TaughtBatches) else contrastive_loss
         return loss(retrieval.preprocessing(self.model).normalised)
 
@@ -151,7 +151,7 @@ def pixels_of(recipe: Recipe) -> clip.Pixels:
     """Return the format of pictures for a new model."""
     if recipe.tower == "resnet":
         size = recipe.resnet.image_size
-        if size < 64:  # the last batch norms would see one number a picture
+        if size < 64:  # the last batch norms would get one number for each picture
             raise UserError(f"A ResNet must see 64 pixels at least, and image_size is {size}: make it larger.")
         return clip.Pixels(size, size)
     size, grey = recipe.image.image_size, recipe.image.channels == 1
@@ -177,7 +177,7 @@ def _tokenizer(recipe: Recipe, pictures: ImageDataset, words: Sequence[str]) -> 
 
 
 def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: int) -> Tokens | None:
-    """Encode the captions, padded to one length: [language, picture, length]; None without any pictures."""
+    """Encode the captions, padded to one length: [language, picture, length]. Return None if there are no pictures."""
     if not len(pictures):
         return None
     texts = [text for language in recipe.languages for text in pictures.texts(language)]

@@ -89,14 +89,14 @@ class Recipe(image_runs.TextToImageOptions):
             raise UserError(f"text_weight must be from 0 to 1, not {self.text_weight}.")
 
     def vae(self, channels: int) -> discrete_vae.Config:
-        """Return the autoencoder's Config for pictures of that many channels."""
+        """Return the autoencoder's Config for pictures with this number of channels."""
         return discrete_vae.Config(
             size=self.size, channels=channels, codebook_size=self.codebook_size, widths=self.vae_widths,
             n_residual_blocks=1, code_dim=self.code_dim,
         )  # fmt: skip
 
     def ramps(self, steps: int) -> dict[str, Ramp]:
-        """Return the schedules of the loss: β rises during a tenth of the steps."""
+        """Return the schedules of the loss: β rises over a tenth of the steps."""
         return {
             losses.TEMPERATURE: Ramp(*TEMPERATURES, round(self.anneal * steps)),
             losses.KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10),
@@ -104,8 +104,8 @@ class Recipe(image_runs.TextToImageOptions):
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
-    """Train CLIP and the autoencoder, or finds them again, and builds the decoder. What cannot be is said before
-    anything is trained."""
+    """Train or load CLIP and the autoencoder, and build the decoder. Invalid options are reported before anything is
+    trained."""
     parts = read_captioned(recipe)
     vae = recipe.vae(parts.train.shape[0])
     with on_meta():
@@ -128,7 +128,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
 
 
 def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: discrete_vae.Config) -> dalle.Config:
-    """Return the whole model's Config."""
+    """Return the Config of the whole model."""
     if recipe.dim % recipe.n_heads:
         raise UserError(f"dim {recipe.dim} does not part into {recipe.n_heads} heads: change one of the two.")
     return dalle.Config(
@@ -138,7 +138,7 @@ def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: disc
 
 
 def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
-    """Train the autoencoder into a folder of the run, and freeze it; its rate falls to an eightieth (appendix A.2)."""
+    """Train the autoencoder into a folder of the run, and freeze it. Its rate decreases to 1/80 (appendix A.2)."""
     return image_runs.train_part(
         recipe, out / image_runs.DISCRETE, resume, partial(discrete_vae.build, recipe.vae(parts.train.shape[0])),
         losses.discrete_vae_loss, parts, Budget(recipe.vae_steps, recipe.vae_minutes),
@@ -151,7 +151,8 @@ def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) 
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train all parts into `out`, which keifu draw reads afterwards; decay and clipping are the paper's."""
+    """Train all parts into `out`, which keifu draw reads afterwards. Weight decay and clipping are those of the
+    paper."""
     task = prepare(recipe, out, resume)
     decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
     summary = task.learn(

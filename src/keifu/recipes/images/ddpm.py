@@ -42,8 +42,8 @@ from keifu.training.settings import Precision, Settings
 
 DIGITS = ("mnist", "fashion-mnist")
 DIGIT_SIZE = 28
-SIZE = 32  # of other pictures
-DRAWN, COLUMNS = 25, 10  # pictures of a sample, or classes of one
+SIZE = 32  # default side for other pictures
+DRAWN, COLUMNS = 25, 10  # pictures of a sample; with classes, columns of a sample
 KEIFU: dict[str, Any] = {
     "dim": 32, "multipliers": (1, 2, 4), "residual_blocks": 1, "attention": (2,), "dropout": 0.0, "scale_shift": True,
     "schedule": "cosine", "target": "velocity", "variance": "fixed_small", "weighting": "min_snr",
@@ -113,15 +113,15 @@ class PictureOptions(Logging):
 
     def __post_init__(self) -> None:
         check(self)
-        _ = self.budget  # raises its error at once
+        _ = self.budget  # raises its error early
 
     @property
     def budget(self) -> Budget:
-        """Return the steps or the minutes, once they are resolved."""
+        """Number of steps or minutes, after the options are resolved."""
         return Budget.of(self.steps, self.minutes, 0.0)
 
     def filled(self, usual: Mapping[str, Any]) -> Any:
-        """Return the recipe with these values for the unset options; steps and minutes exclude each other."""
+        """Return the recipe with these values for unset options. Steps and minutes exclude each other."""
         usual = {"flip": self.data not in DIGITS, "size": DIGIT_SIZE if self.data in DIGITS else SIZE} | dict(usual)
         usual["learning_rate"] = scaled(usual["learning_rate"], self.start_from)
         usual = {n: v for n, v in usual.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))}
@@ -152,7 +152,7 @@ class Recipe(PictureOptions):
     """Parameter of min_snr (5) and p2 (1)."""
 
     def resolved(self) -> "Recipe":
-        """Return the recipe with the unset options filled in."""
+        """Return the recipe with defaults for unset options."""
         fitting: dict[str, Any] = KEIFU | {} if self.recipe_of == "keifu" else PAPER | {"size": SIZE}
         if self.schedule == "flow":
             fitting |= FLOW
@@ -172,7 +172,7 @@ class DiffusionTask:
 
 
 def prepare(recipe: Recipe) -> DiffusionTask:
-    """Read the pictures, hold some out, and build the network; unset options must have been resolved."""
+    """Read the pictures, hold some out, and build the network. Options must be resolved."""
 
     def build(channels: int, classes: tuple[str, ...]) -> ddpm.DDPM:
         return ddpm.build(network(recipe, channels, classes))
@@ -184,8 +184,11 @@ def prepare_task(
     recipe: PictureOptions, config_class: type, build: Callable[[int, tuple[str, ...]], Any],
     weighting: Weighting = "simple", gamma: float | None = None,
 ) -> DiffusionTask:  # fmt: skip
-    """Read the pictures, hold some out, and build the network of pictures with that many channels and these classes;
-    `config_class` is the class of its Config. With an autoencoder, pictures are encoded here, once."""
+    """Read the pictures, hold some out, and build the network.
+
+    config_class: class of the network's Config. build: function from the number of channels and the classes to the
+    network. With an autoencoder, the pictures are encoded here, once.
+    """
     started = load_start(recipe.start_from, config_class)[0] if recipe.start_from else None
     size, channels = (started.config.size, started.colours) if started else (recipe.size, recipe.channels)
     pictures = read_images(recipe.data, size, channels, recipe.fit)
@@ -212,7 +215,8 @@ def prepare_task(
 
 
 def check_classes(known: Sequence[str], given: Sequence[str], recipe: PictureOptions) -> None:
-    """Raise a `UserError` unless the pictures have the classes of the model that the run starts from, in its order."""
+    """Raise `UserError` unless the pictures have the classes of the model that the run starts from, in the same
+    order."""
     if tuple(given) != tuple(known):
         raise UserError(
             f"{recipe.start_from} knows the classes {', '.join(known)}, and the pictures of {recipe.data} have "
@@ -221,7 +225,8 @@ def check_classes(known: Sequence[str], given: Sequence[str], recipe: PictureOpt
 
 
 def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Config:
-    """Return the network's Config; its norms have the most groups that divide every level, of at least 4 channels."""
+    """Return the network's Config. Its norms have the largest number of groups that divides every level, with at least
+    4 channels in a group."""
     full = vars(recipe)
     widths = [full["dim"] * multiplier for multiplier in full["multipliers"]]
     groups = math.gcd(32, max(1, full["dim"] // 4), *widths)
@@ -235,14 +240,15 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
-    """Return the training loop's settings for that many steps."""
+    """Return the training settings for this number of steps."""
     paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
     different = paper if recipe.recipe_of == "paper" else {}
     return image_settings(recipe, steps, **different, **keeps_best(recipe.start_from))
 
 
 def sampler(model: Any, seed: int) -> Callable[[int], bytes]:
-    """Draw the same seeds at each call, by DDIM: a row for each class, or a square of pictures."""
+    """Return a function that draws a sample by DDIM with the same seeds at each call: a row for each class, or a square
+    of pictures."""
     classes = range(min(COLUMNS, model.config.n_classes))
     count = DRAWN // max(1, len(classes)) or 1
     seeds = [seed + number for number in range(count)]
@@ -269,7 +275,8 @@ def train(
     recipe: PictureOptions, task: DiffusionTask, out: Path, resume: bool, settings: Callable[[int], Settings],
     named: Sequence[str], name: str, paper: str,
 ) -> Summary:  # fmt: skip
-    """Train a task's model into `out`; named: the options of the recipe alone that decide the result."""
+    """Train the model of a task into `out`. named: options of the recipe, in addition to the common ones, that affect
+    the result."""
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
     if task.parts.train.classes and not task.model.config.n_classes:
         print("The classes are not learned: add --classes to draw them by name.", flush=True)

@@ -45,7 +45,7 @@ class Recipe(ddpm.PictureOptions):
     """Numbers in a head; the width is the heads times it."""
 
     def resolved(self) -> "Recipe":
-        """Return the recipe with the unset options filled in."""
+        """Return the recipe with defaults for unset options."""
         if self.autoencoder and (self.flip or self.dequantise):
             raise UserError("Latents are made once, of the pictures as they are: leave out --flip and --dequantise.")
         target = "flow" if self.schedule in (None, "flow") else "noise"
@@ -70,7 +70,7 @@ def prepare(recipe: Recipe) -> ddpm.DiffusionTask:
 def model_config(
     recipe: Recipe, coder: autoencoder_kl.Config | None, channels: int, classes: tuple[str, ...]
 ) -> dit.Config:
-    """Return the model's Config for pictures with that many channels."""
+    """Return the model's Config for pictures with this number of channels."""
     full: dict[str, Any] = vars(recipe)
     if coder is not None and coder.channels != channels:
         raise UserError(f"The autoencoder has pictures of {coder.channels} channels, not {channels}: set --channels.")

@@ -1,7 +1,7 @@
-"""Shared code of the image recipes: options and settings, and runs that train several models one after the other.
+"""Shared code of the image recipes: options and settings, and runs that train several models one after another.
 
-Each model of such a run has a directory of its own inside the run's. One that is trained is loaded, and one that was
-stopped is resumed, so that the whole run resumes bit for bit. One report shows them all.
+Each model of such a run has a directory inside the run's. A finished model is loaded, and an unfinished one is resumed,
+so the whole run resumes bit for bit. One report shows all models.
 """
 
 import json
@@ -38,13 +38,13 @@ from keifu.training.run.directory import SAMPLES
 from keifu.training.run.report import CURVES
 from keifu.training.settings import Precision, Settings
 
-SHOWN, BATCH = 12, 64  # pictures of a sample, and those that are encoded at a time
+SHOWN, BATCH = 12, 64  # pictures of a sample, and pictures that are encoded at once
 PROMPTS = (
     "red heart", "cat face", "green book", "full moon face", "blue apple", "red cat face",
     "赤いハート", "ネコの顔", "緑の本", "ヒマワリ", "青いリンゴ", "緑のハート",
 )  # fmt: skip
-COLUMNS = 6  # pictures of a row
-AUTOENCODER, DISCRETE, CLIP = "autoencoder", "dvae", "clip"  # folders of parts inside the run's
+COLUMNS = 6  # pictures in a row
+AUTOENCODER, DISCRETE, CLIP = "autoencoder", "dvae", "clip"  # folders of other models in the run's folder
 PARTS = {AUTOENCODER: "Autoencoder", DISCRETE: "Autoencoder", CLIP: "CLIP"}
 
 
@@ -94,13 +94,13 @@ class TextToImageOptions(Logging):
 
     @property
     def budget(self) -> Budget:
-        """Return the budget of the model itself."""
+        """Budget of the main model."""
         return Budget(self.steps, self.minutes)
 
 
 @dataclass(frozen=True, eq=False)
 class TextToImageTask:
-    """Task that is ready to train: the whole model, what draws with it, the pictures, their batches and the loss."""
+    """Task that is ready to train: the whole model, its drawing pipeline, the pictures, their batches and the loss."""
 
     model: Any
     painter: TextToImagePipeline
@@ -113,12 +113,11 @@ class TextToImageTask:
         named: Sequence[str], parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None,
         **different: Any,
     ) -> Summary:  # fmt: skip
-        """Train the whole model, its other parts being done, whose curves stand in its report too.
+        """Train the main model after the others. The report shows the curves of all.
 
-        request: how the prompts are drawn, with the same seeds in each sample; title: the model's name; named: the
-        recipe's options that decide the result, apart from the data and the settings; parts: the networks, whose
-        parameters are counted; before: called before a sample is drawn and the model saved; different: see
-        `image_settings`.
+        request: settings for drawing the prompts, with the same seeds in each sample. title: name of the model. named:
+        options of the recipe that affect the result, in addition to data and settings. parts: networks whose parameters
+        are counted. before: called before a sample is drawn or the model is saved. different: see `image_settings`.
         """
         resume, training = is_resuming(out, resume), (self.model, self.objective, self.data)
         settings = recipe.budget.fit(out, resume, *training, partial(image_settings, recipe, **different))
@@ -146,7 +145,7 @@ class TextToImageTask:
 
 
 def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> ImageSplit:
-    """Read the pictures in the recipe's size, split them, and print their number."""
+    """Read the pictures at the recipe's size, split them, and print their number."""
     parts = split(read_images(recipe.data, recipe.size, channels))
     print(parts.train.sentence(), parts.sentence(), flush=True)
     return parts
@@ -156,14 +155,16 @@ Made = TypeVar("Made")
 
 
 def of_both(parts: ImageSplit, make: Callable[[ImageDataset], Made]) -> tuple[Made, Made | None]:
-    """Apply `make` to the pictures to learn from, and to those for validation, if there are any."""
+    """Apply `make` to the training pictures, and to the validation pictures if there are any."""
     return make(parts.train), make(parts.validation) if len(parts.validation) else None
 
 
 def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
-    """Return AdamW with a warm-up of a twentieth of the steps and a cosine to 0, and as many validations; `different`
-    are the fields of `Settings` in which a recipe differs from that. A sample takes as long as several steps: at least
-    50 lie between two."""
+    """Return settings: AdamW with warm-up over a twentieth of the steps, cosine to 0, and 20 validations.
+
+    A sample takes as long as several steps, so at least 50 steps are between two. different: fields of `Settings` with
+    other values.
+    """
     often = max(1, steps // 20)
     usual = {"steps": steps, "minutes": recipe.budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
     usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": max(50, 2 * often)}
@@ -173,9 +174,11 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
 def describe(
     recipe: Any, pictures: ImageDataset, named: Sequence[str], options: Mapping[str, Any], **held_out: Any
 ) -> dict[str, Any]:
-    """Return the facts that `train_run` records of a run that learns from pictures. named: the recipe's options that
-    decide the result, apart from the settings; options: what else does, such as the model's Config; held_out: how the
-    pictures were split, if not as usual."""
+    """Return the facts that `train_run` records of a run on pictures.
+
+    named: options of the recipe that affect the result, in addition to the settings. options: further values that
+    affect it, such as the model's Config. held_out: how the pictures were split, if not by default.
+    """
     facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
     chosen = {**options, **{name: vars(recipe)[name] for name in named}}
     return {"facts": facts, "options": chosen, "unit": "pictures", "held_out": WHOLE_FAMILIES | held_out}
@@ -186,11 +189,11 @@ def train_part(
     budget: Budget, *, title: str, paper: str, options: Mapping[str, Any], batch_size: int,
     of_steps: Callable[[Data, int], Data] = lambda data, steps: data, **different: Any,
 ) -> Any:  # fmt: skip
-    """Train a part that learns from pictures alone into a folder of the run, and freeze it. The recipe may flip every
-    second picture. A tenth of its steps is between two validations, samples and checkpoints.
+    """Train a model on pictures alone into a folder of the run, and freeze it.
 
-    options: the values that decide the result, apart from the model's Config and the settings. of_steps: the data of a
-    run of that many steps. different: the fields of `Settings` in which a part differs.
+    The recipe may flip every second picture. Validations, samples and checkpoints are a tenth of its steps apart.
+    options: values that affect the result, in addition to the model's Config and the settings. of_steps: converts the
+    data for a run of that many steps. different: fields of `Settings` with other values.
     """
     torch.manual_seed(recipe.seed)
     model = build().to(choose())
@@ -216,14 +219,13 @@ def train_part(
 
 @torch.no_grad()
 def encode_pictures(model: nn.Module, encode: Callable[[Tensor], Tensor], pictures: ImageDataset) -> Tensor:
-    """Encode pictures by a network in batches: computed once."""
+    """Encode pictures by a network, in batches."""
     device = next(model.parameters()).device
     return torch.cat([encode(pixels.to(device)).cpu() for pixels in pictures.batches(BATCH)])
 
 
 def before_and_after(model: nn.Module, parts: ImageSplit) -> Callable[[int], bytes]:
-    """Make samples of a model that reconstructs pictures: held-out ones, if there are any, above their
-    reconstructions."""
+    """Return a function that draws held-out pictures, if there are any, above their reconstructions."""
     part = parts.validation if len(parts.validation) else parts.train
     some = part.take(slice(0, SHOWN))
 
@@ -236,7 +238,7 @@ def before_and_after(model: nn.Module, parts: ImageSplit) -> Callable[[int], byt
 
 
 def show(out: Path) -> None:
-    """Add the curves and the last pictures of finished parts to the report of the run that follows."""
+    """Add the curves and the last pictures of finished models to the report of the next run."""
     charts = []
     for name, directory in ((name, out / folder) for folder, name in PARTS.items() if (out / folder).exists()):
         lines = metrics.last_metrics(metrics.read(directory))

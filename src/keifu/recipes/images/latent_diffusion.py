@@ -45,8 +45,8 @@ from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, add_draws, use_latents
 from keifu.training.protocols import Data
 
-MEASURED = 500  # pictures whose latents are measured, at most
-STEPS = 20  # of a sample's pictures, by DPM-Solver++
+MEASURED = 500  # maximal pictures for measuring the scale of latents
+STEPS = 20  # DPM-Solver++ steps of a sample
 LATENTS: dict[str, Any] = {"widths": (64, 128, 192), "attention": (1, 2)}
 PIXELS: dict[str, Any] = {"widths": (32, 64, 128, 128), "attention": (2, 3)}
 
@@ -107,11 +107,11 @@ class Recipe(image_runs.TextToImageOptions):
 
     @property
     def budget(self) -> Budget:
-        """Return the budget of the U-Net: in pixels it has the autoencoder's minutes too."""
+        """Budget of the U-Net. With pixels it includes the autoencoder's minutes."""
         return Budget(self.steps, self.minutes + (self.autoencoder_minutes if self.space == "pixels" else 0.0))
 
     def autoencoder(self, channels: int) -> autoencoder_kl.Config:
-        """Return the autoencoder's Config for pictures of that many channels."""
+        """Return the autoencoder's Config for pictures with this number of channels."""
         widths = self.autoencoder_widths
         return autoencoder_kl.Config(
             size=self.size, channels=channels, latent_channels=self.latent_channels, widths=widths,
@@ -119,15 +119,15 @@ class Recipe(image_runs.TextToImageOptions):
         )  # fmt: skip
 
     def resolved(self) -> "Recipe":
-        """Return the recipe with the unset options filled in."""
+        """Return the recipe with defaults for unset options."""
         usual = LATENTS if self.space == "latents" else PIXELS
         usual = usual | {"learning_rate": scaled(1e-3, self.start_from)}
         return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
-    """Train CLIP and the autoencoder, or finds them again, and builds the model; the recipe must be resolved. What
-    cannot be is said before anything is trained."""
+    """Train or load CLIP and the autoencoder, and build the model. The recipe must be resolved. Invalid options are
+    reported before anything is trained."""
     if recipe.start_from is not None:
         return start_task(recipe, recipe.start_from)
     parts = read_captioned(recipe)
@@ -147,7 +147,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
 
 
 def start_task(recipe: Recipe, name: str) -> TextToImageTask:
-    """Load the model that a run starts from, and read the pictures in its size and the captions by its tokenizer."""
+    """Load the model that a run starts from, and read the pictures at its size, with captions by its tokenizer."""
     model, tokenizer = load_start(name, latent_diffusion.Config)
     if model.config.masked or tokenizer is None:
         raise UserError(f"--start-from {name} does not draw from a text alone: start from another model.")
@@ -178,8 +178,8 @@ def task_of(
 def model_config(
     recipe: Recipe, text: clip_text.Config, autoencoder: autoencoder_kl.Config | None, channels: int
 ) -> latent_diffusion.Config:
-    """Return the whole model's Config; the U-Net's norms have the most groups that divide every level, of 4 channels at
-    least."""
+    """Return the Config of the whole model. The U-Net's norms have the largest number of groups that divides every
+    level, with at least 4 channels in a group."""
     full: dict[str, Any] = vars(recipe)
     widths, attention = full["widths"], full["attention"]
     if wrong := [level for level in attention if not 0 <= level < len(widths)]:
@@ -202,7 +202,8 @@ def caption_batches(
     parts: ImageSplit, tokens: text_encoder.Tokens, model: latent_diffusion.LatentDiffusion, batch_size: int, seed: int,
     evenly: bool = False,
 ) -> Data:  # fmt: skip
-    """Return batches with captions (see `caption_tokens`); in latents, of what was encoded here, once."""
+    """Return batches with captions (see `caption_tokens`). For a model of latents the pictures are encoded here,
+    once."""
     batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens, evenly=evenly)
     data = add_draws(batches, seed)
     if model.autoencoder is None:
@@ -211,7 +212,7 @@ def caption_batches(
 
 
 def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
-    """Train the autoencoder into a folder of the run, with the scale that gives its latents a variance of 1."""
+    """Train the autoencoder into a folder of the run. Set its scale so that its latents have variance 1."""
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
     budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
     trained = image_runs.train_part(
@@ -226,8 +227,8 @@ def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -
 
 
 def set_scale(model: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderKL:
-    """Return the autoencoder with its `scale`: one over the standard deviation of the latents of these pictures, or of
-    some spread over them (Rombach et al., 2022, appendix G)."""
+    """Return the autoencoder with its `scale`: 1 / the standard deviation of the latents of these pictures, or of
+    evenly spaced ones of them (Rombach et al., 2022, appendix G)."""
     one = replace(model.config, scale=1.0)
     seen = encode_dataset(model, one.scale, pictures.chosen(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
     variance = seen.mean.var() + seen.deviation.square().mean()
@@ -236,7 +237,7 @@ def set_scale(model: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderK
 
 
 def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: ImageDataset) -> EncodedImages:
-    """Encode pictures as the latents of the diffusion, computed once."""
+    """Encode pictures as latents for diffusion."""
 
     def mean_and_deviation(pixels: Tensor) -> Tensor:
         latents = model.encode(to_signed(pixels))

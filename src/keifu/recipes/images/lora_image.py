@@ -1,9 +1,9 @@
-"""A LoRA for a text-to-image diffusion model (Hu et al., 2021): a style or an object, learned from a few pictures.
+"""LoRA for a text-to-image diffusion model (Hu et al., 2021): a style or an object, learned from a few pictures.
 
-Paper: "LoRA: Low-Rank Adaptation of Large Language Models". The model stays as it is; next to the four matrices of
-every look of its U-Net, at the picture and at the text, two thin ones learn, by the noise and the target that the model
-was trained with. --targets names other layers (convolutions too), --text-rank adds the text's encoder. What is left is
-pytorch_lora_weights.safetensors, which diffusers loads, or kohya's tools with --style kohya.
+Paper: "LoRA: Low-Rank Adaptation of Large Language Models". The model is frozen. Low-rank adapters for the four
+matrices of each attention of its U-Net (self-attention and cross-attention) are trained with the noise and the target
+of the model's training. --targets names other layers (convolutions too), --text-rank adds the text encoder. The result
+is pytorch_lora_weights.safetensors, for diffusers, or with --style kohya for kohya's tools.
 Command: keifu train lora-image --model runs/latent-diffusion --data openmoji --limit 50
 Cost: printed before it starts, measured on the machine.
 Expected: the validation loss falls, and the samples show each text without the LoRA and with it.
@@ -41,8 +41,8 @@ from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import TextDiffusionLoss
 from keifu.training.settings import Precision, Settings
 
-STEPS = 20  # of a sample's pictures, by DPM-Solver++
-SHOWN = 6  # texts of a sample
+STEPS = 20  # DPM-Solver++ steps of a sample
+SHOWN = 6  # number of texts in a sample
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class Recipe(Logging):
 
 @dataclass(frozen=True, eq=False)
 class LoraImageTask(TextToImageTask):
-    """Task that is ready to train: the model has its adapters, and `prompts` are those of the samples."""
+    """Task that is ready to train: a model with adapters. prompts: those of the samples."""
 
     prompts: tuple[str, ...]
 
 
 def prepare(recipe: Recipe) -> LoraImageTask:
-    """Load the model, encode the pictures and their captions, and attach the adapters."""
+    """Load the model, encode the pictures and their captions, and add the adapters."""
     painter = open_pipeline(recipe.model)
     model: Any = painter.model
     parts = with_words(recipe, read(recipe, painter))
@@ -131,7 +131,7 @@ def prepare(recipe: Recipe) -> LoraImageTask:
 
 
 def open_pipeline(name: str) -> LatentDiffusionPipeline:
-    """Return the model as a text-to-image diffusion model; any other is a `UserError`."""
+    """Return the pipeline of a latent diffusion model. Raises `UserError` for any other model."""
     model, tokenizer = checkpoints.load(name, torch.float32)
     pipeline = image_pipeline(model.eval(), lambda: tokenizer)
     if not isinstance(pipeline, LatentDiffusionPipeline) or pipeline.model.config.masked:
@@ -140,7 +140,7 @@ def open_pipeline(name: str) -> LatentDiffusionPipeline:
 
 
 def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
-    """Read the pictures in the model's size; those to learn from are limited."""
+    """Read the pictures at the model's size, and limit the training part."""
     model = painter.model
     sides = (recipe.size, recipe.size) if recipe.size else model.config.size
     if sides is None or sides[0] != sides[1]:
@@ -148,7 +148,7 @@ def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
     model.check_size(*sides)
     pictures = read_images(recipe.data, sides[0], 3 if model.config.colours == 3 else 1)
     parts = split(pictures)
-    if not len(parts.train):  # a set that is kept to test models by, such as openmoji, is split for this one
+    if not len(parts.train):  # a set that is held out whole, such as openmoji, is split here
         parts = split(replace(pictures, parts=("",) * len(pictures)))
     if recipe.limit is not None:
         parts = replace(parts, train=parts.train.spread(recipe.limit))
@@ -157,7 +157,7 @@ def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
 
 
 def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
-    """Return the parts with the captions that are learned and no others, with the words before each."""
+    """Return the parts with only the captions that are trained on, each after the trigger words."""
 
     def change(part: ImageDataset) -> ImageDataset:
         if not part.captions:
@@ -172,7 +172,7 @@ def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
 
 
 def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]:
-    """Return the layers that get an adapter, and their names."""
+    """Add adapters to the model. Return the LoRA settings of each target."""
     matched = dict[Target, LoraSettings]()
     sides = {"unet": (recipe.rank, recipe.targets), "text_encoder": (recipe.text_rank, recipe.text_targets)}
     for part, (rank, targets) in sides.items():
@@ -184,7 +184,7 @@ def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]
 
 
 def settings(recipe: Recipe) -> Settings:
-    """Return the training loop's settings."""
+    """Return the training settings."""
     often = max(1, recipe.steps // 10)
     every = {"evaluate_every": often, "sample_every": max(1, recipe.steps // 4), "save_every": often}
     warmup = min(50, recipe.steps // 10)
@@ -193,7 +193,8 @@ def settings(recipe: Recipe) -> Settings:
 
 
 def sampler(task: LoraImageTask, recipe: Recipe) -> Callable[[int], bytes]:
-    """Draw the prompts, the same seeds at each call: above by the model, below by the model with its LoRA."""
+    """Return a function that draws the prompts with the same seeds at each call: in the upper row by the model, in the
+    lower row with its LoRA."""
     wanted = ImageRequest(
         "dpm++-2m", STEPS, recipe.seed, size=task.parts.train.shape[1:], guidance=recipe.guidance, text=task.prompts[0],
         truncate=recipe.truncate,
@@ -223,7 +224,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         out, resume, task.model, task.objective, task.data, settings(recipe),
         title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
         paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
-        sample=sampler(task, recipe) if current().is_replicated else None,  # a split model is not sampled from
+        sample=sampler(task, recipe) if current().is_replicated else None,  # a split model draws no samples
         save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
         **describe(recipe, pictures, reported, {"size": pictures.shape[1]}),
     )  # fmt: skip

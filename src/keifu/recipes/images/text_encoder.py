@@ -1,4 +1,4 @@
-"""The CLIP text encoder that conditions a diffusion model: loaded, or trained first as a part of the run."""
+"""CLIP text encoder that conditions a diffusion model: loaded, or trained first in a folder of the run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,13 @@ from keifu.recipes.images.image_runs import CLIP, TextToImageOptions, of_both
 from keifu.recipes.runs import Budget, is_resuming
 from keifu.training.settings import Settings
 
-Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of captions to learn from, and to validate on
+Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of training and validation captions
 
 
 def two_towers_of(
     recipe: TextToImageOptions, parts: ImageSplit, out: Path, resume: bool
 ) -> tuple[clip.Clip, Tokenizer, Tokens]:
-    """Load the CLIP, or train it into a folder of the run; return it with its tokenizer and the encoded captions."""
+    """Load CLIP, or train it into a folder of the run. Return it with its tokenizer and the encoded captions."""
     directory = Path(recipe.clip) if recipe.clip else out / CLIP
     if not recipe.clip:
         _train(recipe, directory, is_resuming(directory, resume))
@@ -45,7 +45,7 @@ def _train(recipe: TextToImageOptions, directory: Path, resume: bool) -> None:
     chosen = replace(made.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
     task = clip_recipe.prepare(replace(made, training=chosen))
     limit: Any = task.model.config
-    # what is too long is said before the training
+    # reports texts that are too long before the training
     text_tokens(task.tokenizer, recipe.prompts, limit.context_length, recipe.truncate)
     budget = Budget(recipe.clip_steps, recipe.clip_minutes)
 
@@ -58,7 +58,7 @@ def _train(recipe: TextToImageOptions, directory: Path, resume: bool) -> None:
 
 
 def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
-    """Return the text tower without its projection, frozen: a U-Net attends to every token's hidden state."""
+    """Return the frozen text tower without its projection. A U-Net attends to the hidden state of every token."""
     tower = clip_text.TextTower(replace(model.config.text, projected=False))
     kept = {name: tensor for name, tensor in model.text.state_dict().items() if not name.startswith("projection")}
     tower.load_state_dict(kept)
@@ -68,8 +68,8 @@ def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
 def caption_tokens(
     tokenizer: Tokenizer, length: int, parts: ImageSplit, languages: tuple[str, ...], truncate: bool
 ) -> Tokens:
-    """Encode the captions for training and for validation, padded as for drawing: [language, picture, length]; None
-    without pictures."""
+    """Encode the training and validation captions, padded as for drawing: [language, picture, length]; None without
+    pictures."""
 
     def tokens(part: ImageDataset) -> torch.Tensor:
         return torch.stack([text_tokens(tokenizer, part.texts(language), length, truncate) for language in languages])

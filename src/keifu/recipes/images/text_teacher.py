@@ -1,9 +1,9 @@
-"""A locked teacher of both towers of a CLIP: an encoder of English texts that has read far more than the captions.
+"""Frozen teacher of both towers of a CLIP: an encoder of English texts that was trained on far more than the captions.
 
-Pictures learn the teacher's embedding of their English caption, which does not change (LiT, Zhai et al., 2021). The
-text tower learns the same embedding from the caption in each language, and from the words of a dictionary the teacher's
-embedding of their English meaning (Reimers and Gurevych, 2020, "Making Monolingual Sentence Embeddings Multilingual").
-So a name that no picture has is near the names of similar things. The mean of the captions is subtracted from all.
+Pictures learn the teacher's embedding of their English caption (LiT, Zhai et al., 2021). The text tower learns the same
+embedding from the caption in each language. From words of a dictionary it learns the teacher's embedding of their
+English meaning (Reimers and Gurevych, 2020, "Making Monolingual Sentence Embeddings Multilingual"). So a name without a
+picture is near the names of similar things. The mean of the captions is subtracted from all embeddings.
 """
 
 import hashlib
@@ -28,13 +28,13 @@ from keifu.data.translation.pairs import read_pairs
 from keifu.evaluation.classification.embeddings import embed, encode_texts, encoder
 from keifu.evaluation.images.retrieval import padding
 
-WORDS = 2  # of the dictionary, for each picture of a batch
+WORDS = 2  # dictionary words for each picture of a batch
 ENGLISH = "en"
 
 
 @dataclass(frozen=True, eq=False)
 class Lessons:
-    """The teacher's embeddings of the captions for training and validation, and of a dictionary's texts."""
+    """Teacher's embeddings of the training and validation captions, and of a dictionary's texts."""
 
     training: Float[Tensor, "pictures embedding"]
     held: Float[Tensor, "held_pictures embedding"]
@@ -43,7 +43,7 @@ class Lessons:
 
     @property
     def dim(self) -> int:
-        """Return the size of an embedding."""
+        """Size of an embedding."""
         return self.training.shape[1]
 
 
@@ -65,7 +65,7 @@ def ask(teacher: str, dictionary: str | None, parts: ImageSplit) -> Lessons:
 
 
 class Words(NamedTuple):
-    """A dictionary's texts as tokens, and the teacher's embedding of each."""
+    """Texts of a dictionary as tokens, and the teacher's embedding of each."""
 
     tokens: Int64[Tensor, "words length"]
     points: Float[Tensor, "words embedding"]
@@ -74,7 +74,7 @@ class Words(NamedTuple):
 class TaughtBatches(ImageBatches):
     """Batches of captioned pictures with "points", the teacher's embeddings of the captions [row, embedding].
 
-    With a dictionary a batch has also "words" [row, words, length] and "word_points" [row, words, embedding], drawn by
+    With a dictionary a batch also has "words" [row, words, length] and "word_points" [row, words, embedding], drawn by
     the seed and the step.
     """
 
@@ -91,7 +91,7 @@ class TaughtBatches(ImageBatches):
         return digest.hexdigest()
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
-        """Return some rows of the batch of a step."""
+        """Return a slice of the batch of a step (see `ImageBatches.part`)."""
         batch, first, total = super().part(step, bounds)
         if self.words is not None:
             drawn = uniform(self.seed + 3, step, batch["indices"].numpy(), WORDS)
@@ -100,13 +100,13 @@ class TaughtBatches(ImageBatches):
         return batch, first, total
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
-        """Return some pictures as they are, with the teacher's embeddings of their captions."""
+        """Return these pictures without augmentation, with the teacher's embeddings of their captions."""
         points = self.lessons.held if validating else self.lessons.training
         return super().make_batch(validating, items) | {"points": points[torch.from_numpy(items)]}
 
 
 def encode_words(lessons: Lessons, tokenizer: Tokenizer, limit: int) -> Words | None:
-    """Encode a dictionary's texts; None without a dictionary."""
+    """Encode the texts of a dictionary; None without a dictionary."""
     if not lessons.words:
         return None
     rows, _ = encode_texts(tokenizer, lessons.words, limit, cut=True)

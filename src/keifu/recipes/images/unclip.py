@@ -55,8 +55,8 @@ from keifu.training.objectives.diffusion import DiffusionLoss, add_draws
 
 
 def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
-    """Return the whole model's Config around a CLIP's; its norms have the most groups that divide every level, of 4
-    channels."""
+    """Return the Config of the whole model around a CLIP's Config. Norms have the largest number of groups that divides
+    every level, with at least 4 channels in a group."""
     text, image, widths = towers.text, cast(clip_image.Config, towers.image), recipe.widths
     if "patch_size" not in vars(image) or text.dim != text.embedding_dim:
         raise UserError(
@@ -103,7 +103,7 @@ def _groups(widths: tuple[int, ...]) -> int:
     return math.gcd(32, max(1, widths[0] // 4), *widths)
 
 
-STEPS = 25  # of a sample's pictures
+STEPS = 25  # steps of a sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class Recipe(TextToImageOptions):
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
-    """Train CLIP, or finds it, and builds the model around it. What cannot be is said before anything is trained."""
+    """Train or load CLIP, and build the model around it. Invalid options are reported before anything is trained."""
     if not recipe.clip:
         made = clip_recipe.Recipe()
         planned = clip.Config(made.text, made.image, clip_recipe.pixels_of(made))
@@ -168,7 +168,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
         part.load_state_dict(tower.state_dict())
         part.requires_grad_(False)
     if model.config.last_upsampler is not None:
-        model.last_upsampler.requires_grad_(False)  # it becomes what the other one is
+        model.last_upsampler.requires_grad_(False)  # replaced by the other upsampler after training
     _check_sizes(recipe, model)
     model.to(choose())
     ready = preprocessing(towers)
@@ -191,7 +191,7 @@ def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:
 
 
 def _visible_images(recipe: Recipe, towers: clip.Clip, parts: ImageSplit) -> ImageSplit:
-    """Read the same pictures in the size that CLIP sees."""
+    """Read the same pictures at CLIP's input size."""
     seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))
     assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
     return seen
@@ -215,7 +215,7 @@ def _objective(recipe: Recipe, model: unclip.Unclip, tokenizer: Tokenizer) -> lo
 
 
 def complete_config(model: unclip.Unclip) -> unclip.Unclip:
-    """Return the model with the trained upsampler for the last step too."""
+    """Copy the trained upsampler to the upsampler of the last step. Return the model."""
     if model.config.last_upsampler is not None:
         model.last_upsampler.load_state_dict(model.upsampler.state_dict())
     return model

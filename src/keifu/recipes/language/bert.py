@@ -89,7 +89,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 
 def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) -> str:
-    """Return each sentence, and under it the likeliest words for each of its gaps."""
+    """Return each sentence, followed by the likeliest words for each of its gaps."""
     lines = []
     for sentence in gaps:
         lines.append(sentence)
@@ -99,7 +99,7 @@ def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) 
 
 
 def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
-    """Return the model to train and its tokenizer: new, or loaded, with the heads that the rows need."""
+    """Return the model to train and its tokenizer: new, or loaded, with the heads for these rows."""
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
     if recipe.start_from is None:

@@ -20,7 +20,7 @@ from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text, 
 from keifu.recipes.options import Logging
 from keifu.training.settings import Settings
 
-# name -> the model's builder, its config and how it learns
+# name -> builder of the model, its config, training settings
 WAYS: dict[str, tuple[Any, Any, Settings]] = {
     "keifu": (
         llama.build,
@@ -60,7 +60,7 @@ class Recipe(TextOptions, Logging):
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`. The whole held-out part is evaluated."""
+    """Train into `out`, and evaluate on the whole held-out part."""
     require_known("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
     warmup = min(settings.warmup, recipe.steps or settings.steps)

@@ -1,8 +1,9 @@
 """A language model whose size one option sets: --depth decides width, heads, context, learning rate, batch and steps.
 
-The model is LLaMA's block (Touvron et al., 2023), the optimiser Muon with AdamW; sizes follow nanochat's idea of one
-dial, the number of tokens Hoffmann et al. (2022): 20 a parameter, but at most 4 passes over the text (Muennighoff et
-al., 2023). With `--distill.teacher` it learns all probabilities of a larger model with the same tokenizer.
+The model consists of LLaMA's blocks (Touvron et al., 2023); the optimiser is Muon with AdamW. One option for all sizes
+is nanochat's idea. The number of tokens follows Hoffmann et al. (2022): 20 a parameter, but at most 4 passes over the
+text (Muennighoff et al., 2023). With `--distill.teacher` the model learns all probabilities of a larger model with the
+same tokenizer.
 Command: keifu train gpt --depth 4 --data english
 Cost: printed before it starts, measured on the machine; depth 4 is about 5 M parameters and an hour on 2 cores.
 Expected: see docs/results.md, "Loss and size".
@@ -32,7 +33,7 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class Recipe(TextOptions, Logging):
-    """Options of the run. What is not given follows from the depth."""
+    """Options of the run. Unset ones follow from the depth."""
 
     depth: Depth = 4
     """Number of blocks; the width is 64 times as many, and the rest follows."""
@@ -80,7 +81,7 @@ class Recipe(TextOptions, Logging):
 
 
 def model_config(depth: int, vocab_size: int, context_length: int | None = None) -> llama.Config:
-    """Return the model's config at one setting of the dial."""
+    """Return the model's config for this depth."""
     dim = HEAD_DIM * depth
     return llama.Config(
         vocab_size=vocab_size,
@@ -95,7 +96,7 @@ def model_config(depth: int, vocab_size: int, context_length: int | None = None)
 
 
 def hybrid_config(config: llama.Config) -> qwen3_5.Config:
-    """Return Qwen3.5 of the same sizes; the last layer has attention if there are fewer than four."""
+    """Return a Qwen3.5 config with the same sizes. With fewer than four layers, the last one has attention."""
     shared = {name: vars(config)[name] for name in ("vocab_size", "context_length", "dim", "hidden_dim", "n_layers")}
     heads, n_layers = config.n_heads, config.n_layers
     return qwen3_5.Config(
@@ -109,7 +110,7 @@ FAMILIES: dict[str, Any] = {"llama": (llama.build, lambda config: config), "qwen
 
 
 def usual_context(depth: int) -> int:
-    """Return tokens that a model of that depth sees."""
+    """Return the default context length for this depth."""
     return min(2048, 128 * 2 ** (depth // 2))
 
 
@@ -119,8 +120,7 @@ def parameters(config: llama.Config) -> int:
 
 
 def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Settings:
-    """Return batch, steps and rates at one setting of the dial, for a model of that size (parameters), rows of that
-    many tokens, and a text of that many."""
+    """Return batch size, steps and rates for this depth. size: number of parameters. row: tokens of a row."""
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
@@ -132,7 +132,7 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
 
 
 def prepare(recipe: Recipe, out: Path | None = None) -> tuple[TextTask, llama.Config, Settings]:
-    """Return the text, the model's config and the settings that the dial gives."""
+    """Return the text, and the model's config and the settings for this depth."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
     task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), out)
     config = model_config(recipe.depth, task.tokenizer.vocab_size, recipe.context_length)
@@ -151,14 +151,14 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def start_model(name: str) -> tuple[Any, Any]:
-    """Load a language model to train on, in float32, with adapters merged; and its tokenizer."""
+    """Load a language model for further training, in float32, with adapters merged; and its tokenizer."""
     loaded, tokenizer = checkpoints.load(name, torch.float32)
     return causal(merge(loaded).requires_grad_(True)), tokenizer
 
 
 def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
-    """Return the same for a given model: its weights, sizes and tokenizer, and rows as long as the dial or the model
-    has."""
+    """Continue the training of a given model, with its weights, sizes and tokenizer. Rows have the depth's context
+    length, at most the model's."""
     model, tokenizer = start_model(name)
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))

@@ -61,27 +61,27 @@ class Recipe(Logging):
 
 
 def settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
-    """Return keifu's settings for that many steps."""
+    """Return keifu's settings for this number of steps."""
     return settings_of(recipe, steps, batch_size, **muon_settings(recipe, steps))
 
 
 def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
-    """Return the settings of section 4.1; a run shorter than its warm-up has its rising part alone, and clipping is the
-    released code's."""
+    """Return the settings of section 4.1, with gradient clipping from the released code. A run shorter than the warm-up
+    only has the rising part of its schedule."""
     return settings_of(
         recipe, steps, batch_size, warmup=min(PAPER_WARMUP, steps), schedule="cosine", final_ratio=0.0,
         learning_rate=2.5e-4, weight_decay=0.01, betas=(0.9, 0.999), clip=1.0,
     )  # fmt: skip
 
 
-WAYS: dict[str, tuple[Callable[[Recipe, int, int], Settings], int, float]] = {  # settings, rows in a step, epochs
+WAYS: dict[str, tuple[Callable[[Recipe, int, int], Settings], int, float]] = {  # settings, batch size, epochs
     "keifu": (settings, 16, 2),
     "paper": (paper_settings, 64, 100),
 }
 
 
 def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:
-    """Return the settings for a text of that many tokens."""
+    """Return the settings for a text of this number of tokens."""
     how, rows, epochs = WAYS[recipe.recipe_of]
     batch_size = recipe.batch_size or rows
     wanted = (recipe.epochs or epochs) * training_tokens / (batch_size * recipe.model.context_length)

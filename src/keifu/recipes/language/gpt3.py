@@ -20,8 +20,8 @@ from keifu.recipes.language.pretraining import PretrainingOptions, own_settings,
 from keifu.training.loop import Summary
 from keifu.training.settings import Settings
 
-TOKENS, WARMUP, DECAY, RAMP = 300e9, 0.375e9, 260e9, 4e9  # the paper's; the ramp is 4 to 12 B, by size
-FIRST = 32 / 500  # of the batch, at the start
+TOKENS, WARMUP, DECAY, RAMP = 300e9, 0.375e9, 260e9, 4e9  # as in the paper; the ramp is 4 to 12 B tokens, by size
+FIRST = 32 / 500  # initial share of the batch size
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Recipe(PretrainingOptions):
 
 
 def paper_settings(recipe: Recipe) -> Settings:
-    """Return the settings of appendix B, its tokens as shares of those of a run whose batches were all whole."""
+    """Return the settings of appendix B. Its numbers of tokens are converted to shares of the run's tokens."""
     first = max(1, round(FIRST * recipe.batch_size))
     over = max(1, round(RAMP / TOKENS * recipe.steps * recipe.batch_size))
     return recipe.settings(

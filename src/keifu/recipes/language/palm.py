@@ -24,7 +24,7 @@ from keifu.training.loop import Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
 from keifu.training.settings import Settings
 
-STEPS, HELD, GROWS = 255_000, 10_000, (50_000, 115_000)  # the paper's
+STEPS, HELD, GROWS = 255_000, 10_000, (50_000, 115_000)  # as in the paper
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Recipe(PretrainingOptions):
 
 
 def paper_settings(recipe: Recipe) -> Settings:
-    """Return the settings of section 5, its steps as shares of the run."""
+    """Return the settings of section 5. Its numbers of steps are converted to shares of the run."""
     rows = [max(1, recipe.batch_size // 4), max(1, recipe.batch_size // 2)]
     until = [recipe.share(step / STEPS) for step in GROWS]
-    growing = until[0] < until[1] and until[0] > 0  # else the run is too short to grow in
+    growing = until[0] < until[1] and until[0] > 0  # otherwise the run is too short for growth
     return recipe.settings(
         batch_stages=tuple(zip(rows, until, strict=True)) if growing else (), optimizer="adafactor", learning_rate=1e-2,
         schedule="inverse_sqrt", hold=max(1, recipe.share(HELD / STEPS)), weight_decay=1.0, clip=1.0,
     )  # fmt: skip
 
 
-WAYS = {"keifu": (own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # and the usual z-loss
+WAYS = {"keifu": (own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # with their default z-loss
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

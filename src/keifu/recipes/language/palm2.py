@@ -63,9 +63,9 @@ from keifu.training.objectives.language_modeling import masked_share_loss, span_
 from keifu.training.protocols import Run
 from keifu.training.settings import Settings
 
-CHARACTERS = 12_000_000  # of the mixture that the tokenizer is learned from
-BITS = methodcaller("bits_per_byte", 1.0)  # of a text, for a loss of one nat a token
-OFTEN = 4  # epochs, from which on more of the same text teaches less (Muennighoff et al., 2023)
+CHARACTERS = 12_000_000  # for training the tokenizer
+BITS = methodcaller("bits_per_byte", 1.0)  # of a text, for a loss of one nat per token
+OFTEN = 4  # more epochs of the same text teach less (Muennighoff et al., 2023)
 SMALL = palm.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, head_dim=64)
 LEARNING = Settings(
     steps=3000, batch_size=32, optimizer="muon", learning_rate=1e-2, warmup=100, final_ratio=0.0, weight_decay=0.01,
@@ -103,7 +103,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class PreparedMixture:
-    """Mixture that is ready to train on: its sources as ids, and the tokenizer that made them."""
+    """Mixture that is ready to train on: its tokenized sources, and the tokenizer."""
 
     mixture: Mixture
     tokenizer: Tokenizer
@@ -111,7 +111,7 @@ class PreparedMixture:
 
 
 def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS, out: Path | None = None) -> PreparedMixture:
-    """Fetch the texts, learn the tokenizer and tokenise, each once."""
+    """Download the texts, train the tokenizer and tokenize. Results are cached."""
     tokenizer = tokenizer_of(mixture, vocab_size, sentinels, out)
     pairs = zip(mixture.sources, prepare_mixture(mixture, tokenizer), strict=True)
     total = sum(source.weight for source in mixture.sources)
@@ -121,8 +121,7 @@ def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS, out: 
 
 
 def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int, out: Path | None) -> Tokenizer:
-    """Return byte-level BPE learned from the mixture by its weights, so that no text has a character that it cannot
-    spell."""
+    """Return a byte-level BPE trained on the mixture by its weights. It can encode every character."""
     content = hashlib.sha256(content_hash(mixture).encode()).hexdigest()
 
     def learn() -> Tokenizer:
@@ -134,7 +133,7 @@ def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int, out: Path | 
 
 
 def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
-    """Return the same tokenizer, which puts [S2S] before a text by itself: the loaded model continues such texts."""
+    """Return the tokenizer with [S2S] added before each text, since the loaded model continues texts in that mode."""
     backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
     special = tokenizer.special | {"bos_token": SEQUENTIAL}
     put_around_text(backend, special, bos=True, eos=False)
@@ -142,7 +141,8 @@ def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[CorruptionTask, dict[str, Check]]:
-    """Generate a continuation, and measure each source: bits a byte, and the loss of hidden parts."""
+    """Return the training task (denoising or causal), and the metrics for each source: bits per byte and the loss of
+    hidden parts."""
     context = recipe.model.context_length
     if recipe.objective == "causal":
         return CausalBatches(context), {"bits_per_byte": Check(CausalBatches(context - 1), BITS)}
@@ -164,7 +164,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 
 def learn(recipe: Recipe, prepared: PreparedMixture, out: Path, resume: bool = False) -> Summary:
-    """Return the same from a mixture that is ready."""
+    """Train on a prepared mixture into `out`."""
     config = replace(recipe.model, vocab_size=prepared.tokenizer.vocab_size)
     torch.manual_seed(recipe.training.seed)
     model = palm.build(config).to(choose())

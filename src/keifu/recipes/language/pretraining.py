@@ -1,6 +1,5 @@
-"""Shared code of the language model recipes: text, tokenizer, the training run, and the options and settings that GPT-3
-and PaLM have in common.
-"""
+"""Shared code of the language model recipes: text, tokenizer, the training run, and common options and settings of
+GPT-3 and PaLM."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -36,13 +35,13 @@ from keifu.training.protocols import Data, Objective
 from keifu.training.settings import Settings
 
 VALIDATION_TOKENS = 100_000
-PER_TOKEN = (causal_language_modeling, masked_diffusion)  # whose losses are nats a token of the text
+PER_TOKEN = (causal_language_modeling, masked_diffusion)  # their losses are nats per token of the text
 SAMPLE_TOKENS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How a text is read, and what of it is held out."""
+    """Format of a text, and its held-out part."""
 
     held_out: BelowOne = 0.05
     """Share of the text that is kept for validation."""
@@ -55,15 +54,15 @@ class TextOptions:
 
     @property
     def form(self) -> TextFileFormat:
-        """How the text lies in its files."""
+        """Format of the text files."""
         return TextFileFormat(self.text_field, self.encoding)
 
     def reading(self) -> dict[str, Any]:
-        """Return these options alone, by name."""
+        """Return only these options, by name."""
         return {field.name: getattr(self, field.name) for field in fields(TextOptions)}
 
     def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
-        """Return the ids of both parts of a text, or of a folder of shards (keifu data prepare)."""
+        """Return the tokenized training and held-out parts of a text, or of a folder of shards (keifu data prepare)."""
         if is_prepared(data):
             return open_prepared(data, self.held_out)
         return prepare(data, tokenizer, held_out=self.held_out, form=self.form, validation=self.validation_data)
@@ -87,7 +86,7 @@ TextArgument = Annotated[Text, tyro.conf.arg(name="")]  # options without a pref
 
 @dataclass(frozen=True)
 class TextTask:
-    """Text that is ready to train on: its tokens on disk, and the tokenizer that made them."""
+    """Text that is ready to train on: its tokens on disk, and the tokenizer."""
 
     text: Text
     tokenizer: Tokenizer
@@ -101,16 +100,17 @@ class TextTask:
 
 
 def prepare_text(text: Text, out: Path | None = None, **options: Any) -> TextTask:
-    """Fetch the text, learn the tokenizer (with these options of learning) and tokenise, each once. `out`: the folder
-    of the run, which keeps the learned tokenizer."""
+    """Download the text, train the tokenizer (with these options) and tokenize. Results are cached. out: folder of the
+    run, which stores a trained tokenizer."""
     tokenizer = tokenizer_of(text, out, **options)
     return TextTask(text, tokenizer, text.shards(text.data, tokenizer))
 
 
 def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokenizer:
-    """Return the tokenizer that a text names, or learn one, with these options of learning.
+    """Load the tokenizer of a text, or train one with these options.
 
-    One that belongs to another model keeps its vocabulary alone: a model that begins to learn is no chat model.
+    Of another model's tokenizer only the vocabulary is kept, because a model at the start of its training is not a chat
+    model.
     """
     if is_prepared(text.data):
         return load_prepared_tokenizer(text.data)
@@ -131,7 +131,7 @@ def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokeniz
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Documents in pieces of limited length, so that all cores share the counting of one long document."""
+    """Documents in pieces of limited length, so that all cores help to count one long document."""
 
     text: Text
 
@@ -146,11 +146,11 @@ def pretrain(
     row: int | None = None, objective: Objective = causal_language_modeling, options: Mapping[str, Any] = {},
     change: Callable[[Data, int], Data] = lambda data, seed: data,
 ) -> Summary:  # fmt: skip
-    """Train a causal model on a text into a run folder. The vocabulary is the tokenizer's, whatever config says.
+    """Train a causal model on a text into a run folder. The vocabulary is the tokenizer's, not that of `config`.
 
-    `start_over` removes an earlier run in that folder, which is refused otherwise. row: tokens of a row, where those
-    are fewer than the model takes. objective: of the tokens, or of a teacher; options: what else decides the result.
-    change: of the data, with the seed.
+    start_over: remove an earlier run in that folder; otherwise it raises an error. row: tokens of a row, if fewer than
+    the context. objective: of the tokens, or of a teacher. options: further values that affect the result. change:
+    converts the data; its second argument is the seed.
     """
     torch.manual_seed(settings.seed)
     config, split = replace(config, vocab_size=task.tokenizer.vocab_size), not current().is_replicated
@@ -224,15 +224,15 @@ class PretrainingOptions(Logging):
         return round(part * self.steps)
 
     def settings(self, **chosen: Any) -> Settings:
-        """Return these settings, with at least a tenth of the run between two samples or states, and half of that
-        between two validations."""
+        """Return the training settings. Samples and checkpoints are at least a tenth of the run apart, validations a
+        twentieth."""
         tenth = self.share(0.1)
         every = {"evaluate_every": max(50, self.share(0.05)), "sample_every": max(50, tenth)}
         return Settings(**self.loop(**every, save_every=max(100, tenth), **chosen))
 
 
 def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:
-    """Return keifu's settings for a number of steps: Muon, with a linear decay of the rates to 0."""
+    """Return keifu's settings for this number of steps: Muon, with a linear decay of the rates to 0."""
     return {
         "warmup": min(100, -(-steps // 10)), "optimizer": "muon", "schedule": "linear", "learning_rate": 2e-3,
         "matrix_rate": recipe.matrix_rate, "final_ratio": 0.0, "weight_decay": 0.01,
@@ -240,8 +240,8 @@ def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:
 
 
 def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> Settings:
-    """Return the usual settings, changed by the recipe's options, for that many steps: 20 validations, 10 samples and
-    states, fewer in a short run."""
+    """Return settings for this number of steps, changed by the recipe's options: 20 validations, 10 samples and 10
+    checkpoints, fewer in a short run."""
     every = {"evaluate_every": max(50, steps // 20), "sample_every": max(50, steps // 10)}
     every["save_every"] = max(100, steps // 10)
     return Settings(**recipe.loop(steps=steps, batch_size=batch_size, **every, **usual))

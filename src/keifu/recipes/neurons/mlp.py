@@ -45,7 +45,7 @@ DIGITS: dict[str, Any] = {
     "hidden": (512, 256), "steps": 800, "batch_size": 128, "learning_rate": 2e-3, "dropout": 0.3, "weight_decay": 0.1,
 }  # fmt: skip
 AUGMENTED = DIGITS | {"steps": 2400, "dropout": 0.1}
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # sums over rows; of all but the first, of means over outputs
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # sums over rows; except for the first, of means over outputs
     "cross_entropy": lambda logits, targets: F.cross_entropy(logits, targets, reduction="sum"),
     "binary_cross_entropy": lambda logits, targets: (
         F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(-1).sum()
@@ -57,7 +57,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # sums over rows; of 
 
 @dataclass(frozen=True)
 class Recipe(Logging):
-    """Options of the run. Unset ones take values that suit the data: `SMALL`, or `DIGITS` or `AUGMENTED` for mnist."""
+    """Options of the run. Unset ones depend on the data: `SMALL`, or `DIGITS` or `AUGMENTED` for mnist."""
 
     data: str = "xor"
     """mnist, and, or, xor, moons, spirals, or a CSV file: columns of numbers, and one of labels."""
@@ -85,7 +85,7 @@ class Recipe(Logging):
     """Random seed of the weights, the order of the rows, dropout and augmentation."""
 
     def resolved(self) -> "Recipe":
-        """Return the recipe with the unset options filled in."""
+        """Return the recipe with defaults for unset options."""
         fitting = SMALL if self.data != "mnist" else AUGMENTED if self.augment else DIGITS
         return replace(self, **{name: value for name, value in fitting.items() if vars(self)[name] is None})
 
@@ -101,10 +101,10 @@ class Recipe(Logging):
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train and save the network, and print its accuracy on the held-out rows.
+    """Train and save the network. Print its accuracy on the held-out rows.
 
-    Of two columns, boundary.png shows the decision at stages of learning (of a resumed run: since it was resumed); of
-    digits, the samples are those that it still takes for others.
+    For two columns, boundary.png shows the decision at stages of learning (in a resumed run, since the resumption). For
+    digits, the samples are misclassified digits.
     """
     learned, chosen = check_learnable(recipe), settings(recipe)
     model = network(recipe, learned)
@@ -113,7 +113,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         sample = boundary(learned, model, chosen.steps, out)
         if not resume:
             sample(0)
-    with on_threads(1):  # products this small gain little from a second, and on a busy machine wait long for it
+    with on_threads(1):  # small matrices gain little from a second thread, and wait for it on a busy machine
         learn(recipe, learned, model, chosen, out, resume, sample)
     print(f"{verdict(learned, model)} The network is in {out}.")
 
@@ -136,7 +136,7 @@ def learn(
 
 
 def settings(recipe: Recipe) -> Settings:
-    """Return the training loop's settings: AdamW with a warm-up and a cosine to zero, in float32."""
+    """Return the training settings: AdamW with warm-up and a cosine to zero, in float32."""
     full = recipe.resolved()
     assert full.steps is not None
     every = {"evaluate_every": max(1, full.steps // 12)}
@@ -147,7 +147,7 @@ def settings(recipe: Recipe) -> Settings:
 
 
 def check_learnable(recipe: Recipe) -> ToyDataset:
-    """Return the data that the recipe names, after a check of all its options."""
+    """Check all options, and return the recipe's data."""
     for option, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
         require_known(option, name, known)
     if recipe.activation == "step" and recipe.resolved().hidden:
@@ -158,7 +158,7 @@ def check_learnable(recipe: Recipe) -> ToyDataset:
 
 
 def points(learned: ToyDataset) -> Table:
-    """Return the training rows for a picture; they must have two columns."""
+    """Return the training rows for a picture. They must have two columns."""
     return Table(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
 
 
@@ -184,7 +184,8 @@ def network(recipe: Recipe, learned: ToyDataset) -> MLP:
 
 
 def objective(loss: str) -> Objective:
-    """Return the loss of that name between outputs and one-hot classes, with the number of rows that are right."""
+    """Return the objective for that loss between outputs and one-hot classes. It also counts the rows that are
+    right."""
 
     def outcome(model: nn.Module, batch: Batch) -> LossOutput:
         outputs, targets = model(batch["inputs"]), batch["targets"]
@@ -195,12 +196,13 @@ def objective(loss: str) -> Objective:
 
 
 def distort(inputs: Float[Tensor, "rows dim"], generator: Generator) -> Float[Tensor, "rows dim"]:
-    """Return digits moved, turned, sized and bent a little."""
+    """Distort digits by small shifts, rotations, zooms and elastic bends."""
     return Distortion()(inputs.view(-1, 28, 28), generator).flatten(1)
 
 
 def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable[[int], bytes]:
-    """Draw the decision between two columns' numbers as it stands after a step; at the end, its stages in `out`."""
+    """Return a function that draws the decision over two columns after a step. At the end it writes the stages to
+    `out`."""
     shown, stages = points(learned), []
 
     def sample(step: int) -> bytes:
@@ -208,7 +210,7 @@ def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable
         stages.append(
             (f"step {step:,}\n{correct:.0%} right", decision_boundary.class_shares_on(shown, model.predict_proba))
         )
-        if step >= steps:  # a run that was made longer ends later
+        if step >= steps:  # an extended run ends later
             chosen = [stages[index] for index in decision_boundary.spread(range(len(stages)))]
             write_atomic(out / "boundary.png", decision_boundary.strip(shown, chosen))
         return decision_boundary.strip(shown, stages[-1:])
@@ -217,13 +219,13 @@ def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable
 
 
 def wrong_digits(learned: ToyDataset, model: MLP) -> Callable[[int], bytes]:
-    """Draw held-out digits that the network takes for others."""
+    """Return a function that draws misclassified held-out digits."""
     inputs, targets = learned.held.inputs, learned.held.targets
     return lambda step: metrics.picture(inputs.view(-1, 28, 28), targets, model.predict(inputs), learned.classes)
 
 
 def accuracy(model: MLP, split: LabelledTensors) -> float:
-    """Return the share of rows whose class the network finds."""
+    """Return the share of rows that the network classifies correctly."""
     with evaluation_mode(model):
         return float((model.predict(split.inputs) == split.targets).float().mean())
 

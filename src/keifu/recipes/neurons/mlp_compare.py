@@ -62,14 +62,14 @@ class Recipe:
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train all networks, prints the table, writes comparison.json, curves.png and, of two columns, boundaries.png.
+    """Train all networks. Print the table; write comparison.json, curves.png and, for two columns, boundaries.png.
 
-    Each network's own run is in a folder named after its pair; one that was stopped is resumed, network by network.
+    Each network has a run folder named after its pair. Stopped runs are resumed network by network.
     """
     pairs = recipe.pairs()
     if not pairs:
         raise UserError("There is nothing to compare: give at least one of --activations and one of --losses.")
-    subject = [mlp.check_learnable(pair) for pair in pairs][0]  # every name is checked before anything starts
+    subject = [mlp.check_learnable(pair) for pair in pairs][0]  # check every name before any training
     results = []
     with counting("networks", len(pairs), "networks") as advance:
         for number, pair in enumerate(pairs, 1):
@@ -95,7 +95,7 @@ def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool =
     """Train one network of the comparison."""
     steps = mlp.settings(pair).steps
     then = read_recipe(directory).get("options", {}) if resume else {}
-    begun = replace(pair, steps=then.get("steps", pair.steps))  # a resumed run may have other steps now
+    begun = replace(pair, steps=then.get("steps", pair.steps))  # a resumed run may have another number of steps
     different = {"steps": steps, "sample_every": 0, "save_every": 0, "evaluate_every": max(1, steps // 30)}
     settings = replace(mlp.settings(begun), **different)
     model = mlp.network(pair, subject)

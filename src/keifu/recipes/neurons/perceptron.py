@@ -48,10 +48,10 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """A table as the neuron sees it: `seen` are its inputs with each column's mean and deviation taken out.
+    """Table for the perceptron. seen: inputs with each column's mean removed and its standard deviation divided out.
 
-    That moves no row across a plane, and lets a CSV file's small columns count as much as its large ones. The toy sets
-    stay as they are.
+    This does not change which side of a plane a row is on, and columns with small numbers count as much as others. The
+    toy sets are not scaled.
     """
 
     table: Table
@@ -63,16 +63,16 @@ class Lesson:
         return (self.table.inputs - self.mean) / self.scale
 
     def unscaled(self, plane: Plane) -> Plane:
-        """Convert the plane to the table's own numbers."""
+        """Convert the plane to the units of the table."""
         weights = plane[:-1] / self.scale
         return torch.cat([weights, (plane[-1] - weights @ self.mean)[None]])
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Learn, print the corrections and the bound, and save the neuron and, of two columns, boundary.png.
+    """Train, print the corrections and the bound, and save the perceptron and, for two columns, boundary.png.
 
-    There is nothing to resume: the rule draws no random number, so it starts over to the same end. Raises UserError,
-    with the proof, where no plane parts the classes.
+    Nothing is resumed: the rule uses no random numbers, so a repetition gives the same result. Raises `UserError`, with
+    the proof, if no plane separates the classes.
     """
     lesson = prepare(recipe)
     table, targets = lesson.table, lesson.table.targets.double()
@@ -102,7 +102,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
 
 
 def refuse(recipe: Recipe, table: Table, proof: Separation, out: Path) -> NoReturn:
-    """Raise the error that says why no plane separates the classes; draw the reason if there are two columns."""
+    """Raise an error with the reason why no plane separates the classes; for two columns, draw the reason."""
     text = refusal(recipe, table, proof)
     if proof.exact and len(table.columns) == 2:
         title = f"{Path(recipe.data).stem}: no line parts the classes"
@@ -112,7 +112,7 @@ def refuse(recipe: Recipe, table: Table, proof: Separation, out: Path) -> NoRetu
 
 
 def prepare(recipe: Recipe) -> Lesson:
-    """Read the table that the recipe names, which must have two classes."""
+    """Read the recipe's table, which must have two classes."""
     if not recipe.rate > 0:
         raise UserError(f"The learning rate must be above 0, not {recipe.rate}.")
     table = toy.toy_table(recipe.data, recipe.label)
@@ -128,11 +128,8 @@ def prepare(recipe: Recipe) -> Lesson:
 
 
 def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
-    """Yield the number of corrections and the plane, in the table's own numbers: first, after each one, or only at
-    last.
-
-    Of more than two columns no picture is drawn, so only the last plane is given.
-    """
+    """Yield (number of corrections, plane in the table's units). For two columns, first and after each correction;
+    otherwise only at the end, because nothing is drawn."""
     neuron = perceptron.build(Config(len(lesson.table.columns)))
     drawn, updates = len(lesson.table.columns) == 2, 0
     corrections = perceptron.learn(neuron, lesson.seen, lesson.table.targets.double(), recipe.rate)
@@ -146,12 +143,12 @@ def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
 
 
 def plane_of(neuron: Perceptron) -> Plane:
-    """Return its weights, then its bias."""
+    """Return the weights, then the bias."""
     return torch.cat([neuron.weight, neuron.bias[None]])
 
 
 def build_neuron(plane: Plane) -> Perceptron:
-    """Return the neuron with that plane."""
+    """Return a perceptron with that plane."""
     neuron = perceptron.build(Config(len(plane) - 1))
     neuron.weight.copy_(plane[:-1])
     neuron.bias.copy_(plane[-1])
@@ -159,14 +156,14 @@ def build_neuron(plane: Plane) -> Perceptron:
 
 
 def formula(plane: Plane, columns: tuple[str, ...]) -> str:
-    """Write the neuron as a formula: its weighted sum and the threshold -b."""
+    """Format the perceptron as a formula: weighted sum and threshold -b."""
     *weights, bias = plane.tolist()
     terms = " + ".join(f"{weight:.4g}·{name}" for weight, name in zip(weights, columns, strict=True))
     return f"{terms if len(weights) <= 6 else 'Σ w x'} ≥ {-bias + 0.0:.4g}".replace("+ -", "- ")
 
 
 def refusal(recipe: Recipe, table: Table, proof: Separation) -> str:
-    """Say that the data cannot be separated, why that is certain, and what to use instead."""
+    """Describe that the data cannot be separated, the proof, and what to use instead."""
     advice = f"Use keifu train mlp --data {shell(recipe.data)}: a hidden layer can part them."
     if not proof.exact:
         return (
@@ -183,7 +180,7 @@ def refusal(recipe: Recipe, table: Table, proof: Separation) -> str:
 
 
 def describe(table: Table, mixture: Float[Tensor, "rows"], label: int) -> str:
-    """Return the rows of a class that meet in the shared point."""
+    """Describe the rows of a class whose combination is the common point."""
     rows = table.inputs[(table.targets == label) & (mixture > 0)].tolist()
     if len(rows) > 4 or len(table.columns) > 6:
         return f"{len(rows)} rows of class {table.classes[label]}"
@@ -191,7 +188,7 @@ def describe(table: Table, mixture: Float[Tensor, "rows"], label: int) -> str:
 
 
 def numbers(row: list[float]) -> str:
-    """Write a row as a person does."""
+    """Format a row of numbers for people."""
     return f"({', '.join(f'{value:.4g}' for value in row)})"
 
 

@@ -1,1 +1,1 @@
-"""Recipes that train models which hear."""
+"""Recipes that train speech models."""

@@ -63,9 +63,11 @@ class Recipe:
 
 
 def learn_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str] = SPECIAL) -> Tokenizer:
-    """Learn a byte-level BPE of transcripts; its special tokens, which end with `<|notimestamps|>`, follow its text.
+    """Train a byte-level BPE on transcripts. The ids of its special tokens, the last being `<|notimestamps|>`, follow
+    those of text.
 
-    `vocab_size` counts text and special tokens, at least 256 bytes and those. Its models write no times.
+    vocab_size: number of text and special tokens; at least 256 bytes and the special tokens. Its models write no
+    times.
     """
     learned = train_tokenizer("bpe", texts, max(vocab_size - len(special), 256) + 1)
     parts = learned.description()["model"]
@@ -79,7 +81,7 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str
 
 
 def counting_errors(tokenizer: Tokenizer, begin: int, tokens_per_word: float) -> Objective:
-    """Return the loss of transcripts; in validation it also counts the errors in what the model writes by itself.
+    """Return the loss of transcripts. In validation it also counts word errors of generated transcripts.
 
     begin: number of tokens that begin each transcript. tokens_per_word: of the validation data, since figures are means
     over tokens.

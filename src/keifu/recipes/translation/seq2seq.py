@@ -49,7 +49,7 @@ class Recipe(TranslationOptions):
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
-    """Return keifu's settings for that many steps."""
+    """Return keifu's settings for this number of steps."""
     return settings_of(
         recipe, steps, warmup=min(200, -(-steps // 5)),
         learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)), schedule="linear",

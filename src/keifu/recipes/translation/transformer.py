@@ -47,7 +47,7 @@ class Recipe(TranslationOptions):
 
 
 def settings(recipe: Recipe, steps: int) -> Settings:
-    """Return keifu's settings for that many steps."""
+    """Return keifu's settings for this number of steps."""
     return settings_of(
         recipe, steps, warmup=min(400, -(-steps // 5)), optimizer="muon",
         learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)),
@@ -57,8 +57,8 @@ def settings(recipe: Recipe, steps: int) -> Settings:
 
 
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
-    """Return the paper's settings (5.3): the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5), of a shorter run its
-    rising part alone."""
+    """Return the paper's settings (5.3): the rate is d^-0.5 · min(step^-0.5, step · 4000^-1.5). A short run only has
+    the rising part."""
     warmup = min(PAPER_WARMUP, steps)
     return settings_of(
         recipe, steps, warmup=warmup,

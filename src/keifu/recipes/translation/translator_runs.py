@@ -34,11 +34,11 @@ from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
 from keifu.training.settings import Settings
 
-LEARNED = "bpe", "unigram"  # kinds of tokenizer that have an end token and lose no character
+LEARNED = "bpe", "unigram"  # they have an end token and can encode every character
 PAD = "<pad>"
 MINUTES = 45.0
 SAMPLES = 6
-# what a resumed run may change, or its config says
+# options that may change in a resumed run, or that are also in its config
 FREE = {"steps", "minutes", "micro_batch", "average", "keep", "model", "tensorboard", "wandb"}
 
 
@@ -82,7 +82,7 @@ class TranslationOptions(Logging):
 
 @dataclass(frozen=True)
 class TranslationTask:
-    """Pairs that are ready to train on: their source, their three parts, and a tokenizer for both sides."""
+    """Sentence pairs that are ready to train on: their source, their three parts, and a tokenizer for both sides."""
 
     pairs: Pairs
     parts: PairSplit
@@ -90,7 +90,7 @@ class TranslationTask:
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Return the ids around a sentence. A tokenizer without an end token is a `UserError`."""
+    """Return the ids around a sentence. Raises `UserError` for a tokenizer without an end token."""
     start, end, pad = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
     if end is None:
         raise UserError("This tokenizer has no end token, so a translation could not end: take another.")
@@ -98,8 +98,8 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 
 def prepare_pairs(options: TranslationOptions, out: Path | None = None) -> TranslationTask:
-    """Read and split the pairs, and learn the tokenizer from the training part, once; print their number.
-    `out`: the folder of the run, which keeps the tokenizer that it learned."""
+    """Read and split the pairs, and train the tokenizer on the training part; print the number of pairs. out: folder of
+    the run, which stores a trained tokenizer."""
     pairs = _read(options, options.data)
     validation, test = (
         None if path is None else _read(options, path) for path in (options.validation_data, options.test_data)
@@ -130,13 +130,13 @@ def _tokenizer(options: TranslationOptions, train: list[Pair], out: Path | None)
         return load_tokenizer(locate(options.start_from))
     if algorithm not in LEARNED:
         return load_tokenizer(catalogue.fetch(algorithm) if in_catalogue(algorithm) else Path(algorithm))
-    texts = sorted(side for pair in train for side in pair)  # one tokenizer for both directions
+    texts = sorted(side for pair in train for side in pair)  # sorted, so that both directions get the same tokenizer
     content = hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
     def learn() -> Tokenizer:
         _print_sentence(f"Learning a {algorithm} tokenizer of {options.vocab_size} tokens from {options.data} ...")
         learned = train_tokenizer(algorithm, texts, options.vocab_size, [PAD])
-        put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end so, as Marian's do
+        put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end with EOS, as in Marian
         return Tokenizer(learned.backend, learned.special | {"pad_token": PAD})
 
     return learned_tokenizer(f"pairs-{algorithm}-{options.vocab_size}-{content[:16]}", learn, out)
@@ -147,11 +147,11 @@ def learn(
     settings: Callable[[Any, int], Settings], batching: Callable[[np.ndarray], Batching], smoothing: float,
     average: int,
 ) -> Summary:  # fmt: skip
-    """Train an encoder-decoder on pairs into a run folder. The vocabulary and the ids that begin, end and pad a
-    sentence are the tokenizer's, whatever the config says.
+    """Train an encoder-decoder on pairs into a run folder. The vocabulary and the special ids are the tokenizer's, not
+    those of `config`.
 
-    settings: of the options and a number of steps. batching: from the sizes of the rows. average: the model that is
-    left is the mean of that many last saved states.
+    settings: from the options and the number of steps. batching: from the sizes of rows. average: number of last
+    checkpoints whose mean is the result.
     """
     budget = Budget.of(options.steps, options.minutes, MINUTES)
     task = prepare_pairs(options, out)
@@ -163,7 +163,7 @@ def learn(
     data = _data(options, task, model.config.context_length, batching)
     objective = partial(translation, label_smoothing=smoothing)
     chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average)}
-    if average > 1:  # the model is a mean of states, not one of them
+    if average > 1:  # the result is a mean of checkpoints, not one of them
         chosen["keep_best"] = False
 
     def save(directory: Path) -> None:
@@ -183,17 +183,17 @@ def learn(
 
 
 def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
-    """Return a model with the sizes and the weights of another, and the dropout of this run."""
-    started: Any = checkpoints.load_model(name, torch.float32)  # no copy: a process then reads its part alone
+    """Return a model with the sizes and weights of `name`, and the dropout of this run."""
+    started: Any = checkpoints.load_model(name, torch.float32)  # not copied, so that each process only reads its part
     check_start(name, started, type(config))
     dropouts = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
     model = build(replace(started.config, **dropouts))
-    model.load_state_dict(started.state_dict(), assign=True)  # of a file, the part that this process will hold
+    model.load_state_dict(started.state_dict(), assign=True)  # from a file a process reads only its part
     return model
 
 
 def _two_vocabularies(task: TranslationTask, config: Any) -> dict[str, Any]:
-    """Return the fields of a config for a target with its own vocabulary: its size, and no shared embedding."""
+    """Return the config fields for a target with a separate vocabulary: its size, and no shared embedding."""
     size = task.tokenizer.target_vocab_size
     if size is None:
         return {}
@@ -204,7 +204,8 @@ def _two_vocabularies(task: TranslationTask, config: Any) -> dict[str, Any]:
 def _data(
     options: TranslationOptions, task: TranslationTask, context_length: int, batching: Callable[[np.ndarray], Batching]
 ) -> PairData:
-    """Return both parts as ids. Print and leave out the number of pairs that are too long for the model."""
+    """Return the encoded training and held-out pairs. Pairs that are too long are left out, and their number is
+    printed."""
     reader, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
     source = special if reader.eos_id is None else special_ids(reader)
     train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
@@ -223,8 +224,8 @@ def _fitting(task: TranslationTask, rows: list[Pair], context_length: int) -> En
 
 
 def settings_of(options: TranslationOptions, steps: int, **chosen: Any) -> Settings:
-    """Return these settings, else the recipe's options, for that many steps, with 20 validations, 10 samples and 50
-    states."""
+    """Return settings for this number of steps: `chosen`, else the recipe's options, with 20 validations, 10 samples
+    and 50 checkpoints."""
     every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
     best = keeps_best(options.start_from)
     return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | best | chosen)
@@ -243,7 +244,7 @@ def _source(options: TranslationOptions, task: TranslationTask, data: PairData) 
 
 
 def _sampler(task: TranslationTask, model: nn.Module) -> Callable[[int], str]:
-    """Translate the first held-out sentences that the model takes, by greedy decoding."""
+    """Return a function that translates the first held-out sentences that fit the model, by greedy decoding."""
     room: Any = model.config
     shown = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]
 
