@@ -1,1 +1,1 @@
-"""The HTTP service: OpenAI's API for programs and one page for people, on the engine of each model."""
+"""HTTP service: OpenAI's API for programs and one page for people, on the engine of each model."""

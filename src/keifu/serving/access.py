@@ -1,6 +1,6 @@
-"""Who may ask: the names that the server answers to, the origins of web pages, and API keys.
+"""Access control: host names of the server, origins of web pages, and API keys.
 
-These are plain ASGI middleware, so that a stream passes through them as it comes.
+These are plain ASGI middleware, so that streams pass through without delay.
 """
 
 import hashlib
@@ -14,35 +14,35 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from keifu.serving.errors import ApiError
 
 GUARDED = ("/v1/", "/api/", "/metrics")
-LOCAL = ("localhost", "127.0.0.1", "[::1]")  # names at which other programs of this machine serve pages too
+LOCAL = ("localhost", "127.0.0.1", "[::1]")  # on these, other programs of this machine may serve pages too
 READING = ("GET", "HEAD", "OPTIONS")
 
 
 class Gate:
-    """Middleware that lets a request pass unless `refusal` gives an error for it."""
+    """Middleware that passes a request on unless `refusal` returns an error."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
 
     def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """Return the error that answers the request, or None to let it pass."""
+        """Return an error for the request, or None to pass it on."""
         raise NotImplementedError
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as an ASGI application."""
+        """Handle a request (ASGI)."""
         error = self.refusal(scope, Headers(scope=scope)) if scope["type"] == "http" else None
         await (self.app if error is None else error.response())(scope, receive, send)
 
 
 class Hosts(Gate):
-    """Gate for requests that name another host than `names`; "*" is any name, "*.x" any name that ends in ".x"."""
+    """Gate that refuses requests for other hosts than `names`. "*" is any name, "*.x" any name that ends in ".x"."""
 
     def __init__(self, app: ASGIApp, names: Sequence[str]):
         super().__init__(app)
         self.names = [name.lower() for name in names]
 
     def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """Return an error that names the option, for a name that this server does not answer to."""
+        """Return an error, with the option to use, for a host name that is not in `names`."""
         name = host_name(headers.get("host", ""))
         if any(known in ("*", name) or (known[:2] == "*." and name.endswith(known[1:])) for known in self.names):
             return None
@@ -52,9 +52,9 @@ class Hosts(Gate):
 
 
 class Origins(Gate):
-    """Gate for web pages of other servers, which could otherwise send forms without a preflight request.
+    """Gate that refuses web pages of other servers, which could otherwise send forms without a preflight request.
 
-    origins: pages that may ask, as --cors names them. hosts: names of this server behind a proxy.
+    origins: pages that may send requests (--cors). hosts: names of this server behind a proxy.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str], hosts: Sequence[str]):
@@ -62,9 +62,7 @@ class Origins(Gate):
         self.origins, self.hosts = origins, {host.lower() for host in hosts} - {*LOCAL}
 
     def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """Return an error for a request from another origin that changes something; the error names the option. Else
-        return None.
-        """
+        """Return an error, with the option to use, for a request from another origin that changes something."""
         origin = headers.get("origin")
         if origin is None or scope["method"] in READING or {"*", origin} & {*self.origins}:
             return None
@@ -80,14 +78,14 @@ class Origins(Gate):
 
 
 class ApiKeys(Gate):
-    """Gate for requests without one of the keys; its time does not tell how much of a key was right."""
+    """Gate that refuses requests without a valid key. Its duration does not depend on the key."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]):
         super().__init__(app)
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
-        """Return an error that names the header, for a guarded path without a key."""
+        """Return an error, with the header to use, for a guarded path without a valid key."""
         if not scope["path"].startswith(GUARDED) or not self.digests or self._knows(headers):
             return None
         text = "This server needs a key: send the header Authorization: Bearer KEY."
@@ -96,12 +94,12 @@ class ApiKeys(Gate):
     def _knows(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            key = headers.get("x-api-key", "")  # as Anthropic's clients send it
+            key = headers.get("x-api-key", "")  # sent by Anthropic's clients
         digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-        return any([hmac.compare_digest(digest, known) for known in self.digests])  # always all of them
+        return any([hmac.compare_digest(digest, known) for known in self.digests])  # in constant time
 
 
 def host_name(netloc: str) -> str:
-    """Return the name without the port, in lower case: "[::1]:8000" gives "[::1]"."""
+    """Return the host name without the port, in lower case: "[::1]:8000" gives "[::1]"."""
     name = netloc[: netloc.find("]") + 1] if netloc.startswith("[") else netloc.partition(":")[0]
     return name.lower()

@@ -1,4 +1,4 @@
-"""The application: routes, middleware and the state of the whole service."""
+"""Application of the service: routes, middleware and state."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -22,12 +22,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": errors.ERROR, "5XX": errors
 
 @dataclass(frozen=True)
 class Access:
-    """Limits on who may ask, and what.
+    """Limits on requests.
 
-    keys: any of them opens /v1; none: everyone may ask. origins: pages of other servers that may ask. hosts: names that
-    this server answers to; "*" is any. body: the most bytes of a request. strict: whether fields of OpenAI's that
-    nothing heeds are refused. runs: the folder of runs whose figures the page shows. documents: the folder that is
-    searched.
+    keys: API keys that open /v1; empty: no key is needed. origins: other web pages that may send requests. hosts: names
+    of this server; "*" is any. body: maximal bytes of a request. strict: whether fields of OpenAI's API without effect
+    are refused. runs: folder of the runs that the page shows. documents: folder for search.
     """
 
     keys: Sequence[str] = ()
@@ -40,7 +39,7 @@ class Access:
 
 
 def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # noqa: B008 (it is frozen)
-    """Return the service over these models."""
+    """Return the service for these models."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""POST /v1/classify: the label of each text, by a trained classifier. The fields are those of vLLM's path."""
+"""POST /v1/classify: the label of each text, by a trained classifier. Path and fields are those of vLLM."""
 
 import time
 import uuid
@@ -18,14 +18,14 @@ from keifu.serving.openai.schemas import Neutral, Texts
 from keifu.serving.streaming import whole
 from keifu.serving.worker import GoOn
 
-Found = tuple[list[tuple[str, ...]], Tensor, int]  # the labels of each text, their probabilities, and tokens read
+Found = tuple[list[tuple[str, ...]], Tensor, int]  # labels of each text, their probabilities, number of tokens
 
 
 class ClassifyRequest(Texts):
     """POST /v1/classify.
 
-    input: a text or several; a tab separates the parts of one, if the model reads several parts together. cut: whether
-    to keep the beginning of a text that is longer than the model takes.
+    input: one text or several. If the model reads several texts together, separate them by a tab. cut: whether to keep
+    the beginning of a text that is longer than the context.
     """
 
     cut: bool = False
@@ -34,7 +34,7 @@ class ClassifyRequest(Texts):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the route, for these models."""
+    """Add the route for these models."""
 
     async def answer(body: ClassifyRequest) -> dict[str, Any]:
         name = models.find(body.model, "classification").name
@@ -54,7 +54,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 def _classify(model: nn.Module, tokenizer: Any, go_on: GoOn, body: ClassifyRequest) -> Found:
-    """Return the labels, their probabilities, and how many tokens were read."""
+    """Return the labels, their probabilities, and the number of tokens read."""
     go_on()
     classifier = text_classifier(model, tokenizer)
     examples = examples_of(body.texts, classifier.form)

@@ -1,4 +1,4 @@
-"""Errors of the service in OpenAI's shape: {"error": {"message", "type", "param", "code", "request_id"}}."""
+"""Errors of the service in OpenAI's format: {"error": {"message", "type", "param", "code", "request_id"}}."""
 
 import json
 import logging
@@ -16,10 +16,10 @@ from keifu.serving.facts import current
 
 LOG = logging.getLogger("keifu.serving")
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # in a path: types, no fields
+UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # in a path: types, not fields
 FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message"]}}}
 ERROR = {"description": "An error, in a sentence", "content": {"application/json": {"schema": FORM}}}
-BODY = {  # errors of a body before its fields are read
+BODY = {  # messages for a body that is not valid JSON
     UnicodeDecodeError: "The body is not UTF-8 text: send JSON in UTF-8.",
     RecursionError: "The body's JSON is nested too deeply: send a flatter one.",
 }
@@ -28,8 +28,9 @@ BODY = {  # errors of a body before its fields are read
 class ApiError(Exception):
     """Error that is sent to the client.
 
-    param: the field that is wrong. code: a short name for programs. retry: seconds after which the same request may
-    succeed. close: whether the connection is closed. reason: the message for the log, without values of the client.
+    param: name of the wrong field. code: a short name for programs. retry: seconds after which the same request may
+    succeed. close: whether to close the connection. reason: the message for the log, without values sent by the
+    client.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class ApiError(Exception):
         self.reason = reason or message
 
     def body(self) -> dict[str, Any]:
-        """Return the JSON of the answer, and note the reason for the access log."""
+        """Return the JSON of the answer, and store the reason for the access log."""
         facts = current()
         facts.reason = self.reason
         error_type = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
@@ -49,24 +50,24 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": error_type, **about}}
 
     def response(self) -> Response:
-        """Return the whole answer. Half a surrogate pair is escaped, so that it can be sent."""
+        """Return the HTTP response. Half a surrogate pair is escaped, so that it can be sent."""
         headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
         headers |= {"Connection": "close"} if self.close else {}
         return Response(json.dumps(self.body(), ensure_ascii=True), self.status, headers, "application/json")
 
 
 def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
-    """Return the error that a client gets for any exception; an error of keifu's own goes to the log.
+    """Return the client's error for any exception. A bug of keifu is also logged.
 
     Args:
         error: the exception.
-        fields: fields of the request; a `UserError` that begins with the name of one is about that field.
+        fields: names of the request's fields. A `UserError` that begins with one of them is assigned to it.
     """
     if isinstance(error, ApiError):
         return error
     if isinstance(error, UserError):
         first = re.match(r"\w+", str(error))
-        text = str(error).replace("with --cut", "with the field cut")  # a name of the command line
+        text = str(error).replace("with --cut", "with the field cut")  # the message names an option of the command line
         return ApiError(400, text, first[0] if first and first[0] in fields else None)
     if isinstance(error, TimeoutError):
         return ApiError(504, "The answer took longer than this server allows: ask for fewer tokens.", code="timeout")
@@ -77,10 +78,10 @@ def of_exception(error: BaseException, fields: Sequence[str] = ()) -> ApiError:
 
 
 def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
-    """Return one error for all that pydantic reports, with the field's name and the value.
+    """Combine pydantic's errors into one that contains the field's name and value.
 
-    A field that may have several types has one error for each. The deepest is about the type that was meant; a list's
-    wrong length counts more.
+    A field with several types has one error for each. The deepest one belongs to the type that the client meant. A
+    wrong length of a list has priority.
     """
     first = max(errors, key=lambda e: (e["type"].startswith("too_"), len(e["loc"]), e["type"] == "literal_error"))
     path = ".".join(str(part) for part in first["loc"] if not re.fullmatch(UNION, str(part)))
@@ -94,7 +95,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if error_type in ("unknown_field", "refused_field"):
         name = first["ctx"]["name"]
         return ApiError(400, str(first["msg"]), f"{path}.{name}" if path else name, error_type)
-    if isinstance(first.get("input"), bytes):  # it was not read as JSON
+    if isinstance(first.get("input"), bytes):  # the body was not parsed as JSON
         return ApiError(400, "The body is not declared as JSON: send the header Content-Type: application/json.")
     seen = json.dumps(first.get("input"), default=str)
     shown = seen if len(seen) <= 60 else f"{seen[:60]}…"
@@ -104,7 +105,7 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
-    """Return the error for a request that the framework refuses before a route is reached."""
+    """Return the error for a request that the framework refuses before it reaches a route."""
     message = BODY.get(type(error.__cause__), str(error.detail))  # type: ignore[arg-type]
     if error.status_code == 404:
         message = f"There is nothing at {request.url.path}: /openapi.json lists what there is."
@@ -114,7 +115,7 @@ def _of_http(request: Request, error: HTTPException) -> ApiError:
 
 
 def install(app: FastAPI) -> None:
-    """Answer every error of the app in this shape."""
+    """Make the app answer every error in this format."""
 
     async def answer(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):

@@ -1,4 +1,4 @@
-"""Facts of the request that is being answered: its id, its size, and the values for the access log."""
+"""Facts of the current request: its id, its size, and values for the access log."""
 
 import re
 import uuid
@@ -10,9 +10,10 @@ ID = re.compile(r"[\w.:-]{1,64}")
 
 @dataclass
 class Facts:
-    """Facts of one request. strict: whether fields that nothing heeds are refused. ignored: those that were sent.
+    """Facts of one request. strict: whether fields without effect are refused. ignored: names of such fields in the
+    request.
 
-    size: bytes of the body so far. reason: the error that was answered, without the values that the client sent.
+    size: bytes of the body so far. reason: error message for the log, without values sent by the client.
     """
 
     id: str = "none"
@@ -29,10 +30,10 @@ _CURRENT: ContextVar[Facts] = ContextVar("keifu_request")
 
 
 def begin(sent: str, strict: bool) -> Facts:
-    """Return the facts of a new request, which `current` gives from now on.
+    """Create the facts of a new request, which `current` then returns.
 
     Args:
-        sent: the id that the client chose; another is made if it is empty or has other signs than letters and ".:-_".
+        sent: the client's request id. If it is empty or has signs other than letters, digits and ".:-_", one is made.
         strict: see `Facts`.
     """
     facts = Facts(sent if ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}", strict)
@@ -41,5 +42,5 @@ def begin(sent: str, strict: bool) -> Facts:
 
 
 def current() -> Facts:
-    """Return the facts of the request that is being answered; outside of one, facts that nobody reads."""
+    """Return the facts of the current request; outside of a request, unused facts."""
     return _CURRENT.get(None) or Facts()

@@ -23,14 +23,14 @@ from keifu.serving.openai.images import PICTURE_BYTES
 from keifu.serving.openai.schemas import Body
 from keifu.serving.streaming import whole
 
-MOST_TOKENS = 128  # of a text: attention grows with their square
+MOST_TOKENS = 128  # maximum of a text, since attention grows quadratically
 
 
 class InspectRequest(Body):
     """POST /v1/inspect.
 
-    input: a text; with the tokenizer's mask token in it, for models that fill in words. top: how many tokens of the
-    lens, or for a mask.
+    input: a text; for models that predict masked words it may contain the tokenizer's mask token. top: number of tokens
+    for each position of the lens, or for each mask.
     """
 
     model: str = ""
@@ -39,7 +39,7 @@ class InspectRequest(Body):
 
 
 class MatchRequest(Body):
-    """POST /v1/match. images: files in base64. texts: what they may show."""
+    """POST /v1/match. images: files in base64. texts: possible descriptions of them."""
 
     model: str = ""
     images: Annotated[list[str], Field(min_length=1, max_length=64)]
@@ -47,7 +47,7 @@ class MatchRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
 
     @app.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
     async def inspect(body: InspectRequest, request: Request) -> Response:
@@ -89,18 +89,18 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
 
 
 def _bytes(weights: Tensor) -> str:
-    """Return weights as bytes, 255 for 1, in base64: each head's rows one after another."""
+    """Return weights as bytes (255 for 1) in base64: the rows of each head one after another."""
     return base64.b64encode((255 * weights).round().byte().numpy().tobytes()).decode("ascii")
 
 
 def _match(model: nn.Module, tokenizer: Any, _: Any, body: MatchRequest) -> dict[str, Any]:
-    """Return the cosine of each picture and each text, and each text's share among all."""
+    """Return the cosine of each picture and each text, and the probability of each text for each picture."""
     try:
         files = [base64.b64decode(image, validate=True) for image in body.images]
     except ValueError as error:
         raise UserError(f"images must be files in base64, and one is not: {error}.") from error
     opened = (read_image(file, f"Picture {number}", PICTURE_BYTES).image for number, file in enumerate(files, 1))
-    pictures = torch.cat([embed_pictures(model, [picture]) for picture in opened])  # one at a time, for memory's sake
+    pictures = torch.cat([embed_pictures(model, [picture]) for picture in opened])  # one at a time, to save memory
     with torch.no_grad():
         texts = embed_texts(model, tokenizer, body.texts)
         shares = label_shares(model, pictures, texts)

@@ -1,4 +1,4 @@
-"""Figures of the service, in Prometheus' text format at /metrics."""
+"""Metrics of the service in Prometheus' text format, at /metrics."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -6,7 +6,7 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Figures of one service; each is labelled with the model or with the path and status of the answer."""
+    """Metrics of one service. Labels are the model, or the path and status of the answer."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -26,5 +26,5 @@ class Metrics:
         self.loaded_bytes = Gauge("keifu_loaded_bytes", "Weights in memory", **of_model)
 
     def text(self) -> bytes:
-        """Return the figures as Prometheus reads them."""
+        """Return the metrics in Prometheus' format."""
         return generate_latest(self.registry)

@@ -1,6 +1,6 @@
-"""Limits on the body of every request, and a line about it in the access log.
+"""Limits on the body of every request, and the access log.
 
-These are plain ASGI middleware, so that a stream passes through them as it comes.
+These are plain ASGI middleware, so that streams pass through without delay.
 """
 
 import asyncio
@@ -18,26 +18,26 @@ from keifu.serving.facts import Facts, begin, current
 from keifu.serving.metrics import Metrics
 
 ACCESS = logging.getLogger("keifu.serving.access")
-BODY_SECONDS, BODY_RATE = 20.0, 1000  # a body may take so many seconds, and one more for each so many bytes
-MOST_LOGGED = 200  # characters of a path or of a reason
+BODY_SECONDS, BODY_RATE = 20.0, 1000  # time limit for a body in seconds, plus one second for each so many bytes
+MOST_LOGGED = 200  # maximal characters of a path or a reason
 
 
 class Refused(Exception):
-    """End of an application whose request is refused while its body is read."""
+    """Exception that ends the application when a request is refused while its body is read."""
 
 
 class BodyLimit:
-    """Refusal of bodies of more than `limit` bytes, by their header or as they come, and of bodies that come slowly."""
+    """Middleware that refuses bodies of more than `limit` bytes, by their header or during reading, and slow bodies."""
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self.limit = app, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as an ASGI application."""
+        """Handle a request (ASGI)."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        length = int(Headers(scope=scope).get("content-length", "0"))  # uvicorn has refused what is no number
+        length = int(Headers(scope=scope).get("content-length", "0"))  # uvicorn has refused values that are not numbers
         reader = BodyReader(receive, send, self.limit)
         if length <= self.limit:
             with suppress(Refused):
@@ -49,7 +49,7 @@ class BodyLimit:
 
 
 class BodyReader:
-    """The two channels of one request, as the application sees them. error: the refusal, once there is one."""
+    """The two ASGI channels of a request, for the application. error: the refusal, or None."""
 
     def __init__(self, receive: Receive, send: Send, limit: int):
         self._receive, self._send, self.limit = receive, send, limit
@@ -58,11 +58,11 @@ class BodyReader:
         self.began, self.complete = False, False
 
     def too_large(self) -> ApiError:
-        """Return the refusal of a large body."""
+        """Return the error for a body that is too large."""
         return ApiError(413, f"The body has more than the {self.limit:,} bytes that this server reads: send less.")
 
     async def receive(self) -> Message:
-        """Return the next part of the body, in time."""
+        """Return the next part of the body, within the time limit."""
         if self.complete:
             return await self._receive()
         try:
@@ -79,23 +79,23 @@ class BodyReader:
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the answer, unless it is the application's answer to `Refused`."""
+        """Send a part of the answer, unless it is the application's reaction to `Refused`."""
         if self.began or self.error is None:
             self.began = True
             await self._send(message)
 
 
 class Requests:
-    """An id for every request, the figures of its answer, and a line of JSON in the access log.
+    """Middleware that assigns an id to every request, counts its answer, and writes a line of JSON to the access log.
 
-    The line holds nothing of what was asked or answered. strict: see `Facts`.
+    The line contains no text of the request or the answer. strict: see `Facts`.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, strict: bool):
         self.app, self.metrics, self.strict = app, metrics, strict
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as an ASGI application."""
+        """Handle a request (ASGI)."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -133,7 +133,7 @@ def _add_headers(message: Message, facts: Facts) -> None:
 
 
 def _line(scope: Scope, facts: Facts) -> dict[str, Any]:
-    """Return the part of a line that says who asked for what. A path that is none of the service's is cut."""
+    """Return the log fields for client and path. Unknown paths are truncated."""
     path = scope["route"].path if "route" in scope else scope["path"][:MOST_LOGGED]
     client = (scope.get("client") or ("",))[0]
     line = {"time": round(time.time(), 3), "id": facts.id, "client": client, "method": scope["method"], "path": path}

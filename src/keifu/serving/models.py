@@ -1,6 +1,6 @@
-"""The models of a service and their abilities; a model is loaded at its first request.
+"""Models of a service and their uses. A model is loaded at its first request.
 
-If memory is bounded, the model that was not used longest is unloaded first.
+If memory is limited, the least recently used model is unloaded first.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ from keifu.serving.facts import current
 from keifu.serving.metrics import Metrics
 from keifu.serving.worker import Limits, Loaded, Worker
 
-USES = {  # the uses of a model, and the path that serves each
+USES = {  # uses of a model, and the path of each
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
     "embedding": "/v1/embeddings",
@@ -44,15 +44,15 @@ USES = {  # the uses of a model, and the path that serves each
     "inspection": "/v1/inspect",
     "match": "/v1/match",
 }
-PACKED_TOO = "translation", "transcription"  # uses of models that are packed, and keep PyTorch's weights
+PACKED_TOO = "translation", "transcription"  # uses of packed models that keep PyTorch weights too
 
 
 @dataclass(frozen=True)
 class Description:
     """Facts about a model that are known before it is loaded.
 
-    name: its id for clients. source: the path or name that it is loaded from. size: the most bytes of its weights, and
-    whole: of those of PyTorch alone. fixed_states: whether it keeps states of fixed size.
+    name: its id for clients. source: the path or name to load. size: maximal bytes of its weights in all forms. whole:
+    bytes of the PyTorch weights. fixed_states: whether it has states of fixed size.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Description:
 
 
 def describe(source: str, name: str | None = None) -> Description:
-    """Read a model's config, tensor names and tokenizer, and none of its weights."""
+    """Read a model's config, tensor names and tokenizer, but no weights."""
     device = choose()
     plan = planned(source, device=device)
     tokenizer = plan.source.tokenizer()
@@ -85,7 +85,7 @@ def describe(source: str, name: str | None = None) -> Description:
 
 
 def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
-    """Return the uses of a model of this kind with this tokenizer."""
+    """Return the uses of this model with this tokenizer."""
     inside = ("inspection",) if tokenizer is not None and not isinstance(model, NativeLM) else ()
     if is_writer(model) and tokenizer is not None:
         return (*(("completion",) if tokenizer.chat_template is None else ("chat", "completion")), *inside)
@@ -115,14 +115,14 @@ def _is_classifier(model: nn.Module, tokenizer: Any) -> bool:
 
 
 def public_names(sources: Sequence[str], named: Mapping[str, str]) -> dict[str, str]:
-    """Return the ids of models for clients, each with the path or name that the model is loaded from.
+    """Return the path or name of each model by its id for clients.
 
-    An id is the source as it was given; only the last part of an absolute path or of one that leaves the folder, so
-    that no client sees the server's paths. Two models with one id are a `UserError`.
+    The id is the source. For an absolute path, or one that leaves the folder, it is only the last part, so that clients
+    do not see the server's paths. Raises `UserError` if two models have the same id.
 
     Args:
         sources: models without a chosen id.
-        named: models with one, by id.
+        named: models with a chosen id, by id.
     """
     paths = dict(named)
     for source in sources:
@@ -134,19 +134,19 @@ def public_names(sources: Sequence[str], named: Mapping[str, str]) -> dict[str, 
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """Return further names that models answer to: the last part of an id, such as "bard" of "runs/bard", if unique."""
+    """Return further names of models: the last part of an id, such as "bard" for "runs/bard", if it is unique."""
     parts = [(name.rstrip("/").rpartition("/")[2].removesuffix(".gguf"), name) for name in names]
     short = [part for part, _ in parts]
     return {part: name for part, name in parts if short.count(part) == 1 and part not in names}
 
 
 def _whole(name: str) -> str:
-    """Return the key of the worker that has the PyTorch weights of a model that is packed alone."""
+    """Return the key of the worker with the PyTorch weights of a model that otherwise is only packed."""
     return f"{name} (inspection)"
 
 
 def _load_both(source: str) -> tuple[nn.Module, Any]:
-    """Load a model that can be inspected, and its tokenizer; it generates natively if that keeps the file's numbers."""
+    """Load a model for inspection, and its tokenizer. It generates natively if this keeps the numbers of the file."""
     model, tokenizer = load(source, weights=OWN)
     if not isinstance(model, NativeLM):
         return model, tokenizer
@@ -156,12 +156,12 @@ def _load_both(source: str) -> tuple[nn.Module, Any]:
 
 
 class ServedModels:
-    """Models by id, loaded and unloaded as they are asked for.
+    """Models by id, loaded and unloaded as requests need them.
 
-    sources: the path or name of each, by id. memory: bytes that the weights of all loaded models and of a draft may
-    take; None for no bound; a model that is larger than what a draft leaves is a `UserError`. weights: f32, bf16, int8
-    or int4 packs models that write text, and those that translate or transcribe, for native code. folder: where clients
-    may load further models from.
+    sources: path or name of each, by id. memory: maximal bytes of the weights of all loaded models and of a draft;
+    None: unlimited. weights: format (f32, bf16, int8 or int4) in which models for text, translation and transcription
+    are packed for native code. folder: folder from which clients may load further models. Raises `UserError` for a
+    model that is larger than the memory without the draft.
     """
 
     def __init__(
@@ -179,14 +179,14 @@ class ServedModels:
             self._add(describe(source, name))
 
     def _add(self, model: Description) -> None:
-        """Serve one more model; one that alone is larger than the memory is a `UserError`."""
+        """Serve one more model. Raises `UserError` if it is larger than the memory."""
         name, writes = model.name, "completion" in model.uses
         if writes:
             check_guesses(self.limits.guesses, model.tokenizer, model.config.vocab_size, model.fixed_states)
         if self.weights and (writes or {*PACKED_TOO} & {*model.uses}):
             self.packed[name] = self.weights
         if self.weights and writes:
-            model = replace(model, size=model.whole)  # in memory once
+            model = replace(model, size=model.whole)  # in memory only once
             self._sizes[_whole(name)] = model.size
         if self.memory is not None and model.size + self._draft > self.memory:
             draft = f" and the draft {self._draft / 2**20:,.0f} MiB" if self._draft else ""
@@ -199,7 +199,7 @@ class ServedModels:
         self._other_names = short_names(list(self.descriptions)) | sources
 
     def add_from_folder(self, name: str) -> None:
-        """Serve the model of that name in the folder that clients may load from, if there is one and it is new."""
+        """Serve the model of that name from the folder that clients may load from, if it exists and is new."""
         if name in self._other_names or name in self.descriptions or self.folder is None:
             return
         inside = [path.name for path in self.folder.glob("[!.]*") if path.resolve().parent == self.folder.resolve()]
@@ -207,10 +207,10 @@ class ServedModels:
             self._add(describe(str(self.folder / name), name))
 
     def named(self, name: str, use: str | None = None) -> Description:
-        """Return the model of that id or short name.
+        """Return the model with that id or short name.
 
-        An empty name is the only model, or the only one for this use. An unknown name is an `ApiError` with the
-        nearest.
+        An empty name selects the only model, or the only one for this use. Raises `ApiError`, with the nearest name,
+        for an unknown name.
         """
         if not name:
             able = [description for description in self.descriptions.values() if use is None or use in description.uses]
@@ -225,14 +225,14 @@ class ServedModels:
         return self.descriptions[name]
 
     def reader(self, name: str) -> Description:
-        """Return the model of that name, if it reads text; otherwise raise an `ApiError`."""
+        """Return the model of that name. Raises `ApiError` if it does not read text."""
         about = self.named(name)
         if about.tokenizer is None:
             raise ApiError(400, f"The model {name!r} reads no text, so it has no tokens.", "model", "wrong_model")
         return about
 
     def find(self, name: str, use: str) -> Description:
-        """Return the model of that name, if it has this use; otherwise raise an `ApiError`."""
+        """Return the model of that name. Raises `ApiError` if it does not have this use."""
         about = self.named(name, use)
         if use not in about.uses:
             able = [description.name for description in self.descriptions.values() if use in description.uses]
@@ -242,14 +242,14 @@ class ServedModels:
         return about
 
     def worker(self, name: str) -> Worker:
-        """Return the thread that has the model of this id; start it and make room for the model if necessary."""
+        """Return the thread of this model. Start it, and make room for the model, if necessary."""
         source, packed = self.descriptions[name].source, self.packed.get(name)
         loading = partial(load, source, weights=packed) if packed else partial(_load_both, source)
         writes = {"completion", *PACKED_TOO} & {*self.descriptions[name].uses}
         return self._worker(name, loading, partial(load, source) if writes else None)
 
     def inspector(self, name: str) -> Worker:
-        """Return the thread that has the model's PyTorch weights: a second one if the model is packed alone."""
+        """Return the thread with the model's PyTorch weights: a second one if the model is only packed."""
         if _whole(name) not in self._sizes:
             return self.worker(name)
         return self._worker(_whole(name), partial(load, self.descriptions[name].source))
@@ -271,7 +271,7 @@ class ServedModels:
         return True
 
     async def unload_idle(self) -> None:
-        """Unload models, until cancelled, that nothing has asked for `limits.keep_alive` seconds."""
+        """Unload models that had no request for `limits.keep_alive` seconds. Runs until cancelled."""
         while (seconds := self.limits.keep_alive) is not None:
             await asyncio.sleep(min(seconds / 4, 10))
             for key in list(self.workers):
@@ -281,7 +281,7 @@ class ServedModels:
                     self.unload(key)
 
     def _make_room(self, wanted: int) -> None:
-        """Unload models that nothing asks, those not used longest first, until the wanted bytes are free."""
+        """Unload models without requests, the least recently used first, until `wanted` bytes are free."""
         if self.memory is None:
             return
         taken = self._draft + sum(self._sizes[name] for name in self.workers)

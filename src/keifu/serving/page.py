@@ -1,4 +1,4 @@
-"""The page for people at /: files of this package, and the policy that lets it load and ask this server alone."""
+"""Web page at /: files of this package, with a policy that only allows requests to this server."""
 
 import base64
 import hashlib
@@ -19,7 +19,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
     "media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-LINKS = {  # of the lineage: to its page in the other language, and to the page
+LINKS = {  # links of the lineage: to its other language, and to the page
     "en": '<p><a href="/lineage?language=ja" lang="ja">日本語</a> · <a href="/">The page of this server</a></p>',
     "ja": '<p><a href="/lineage?language=en" lang="en">English</a> · <a href="/">このサーバーのページ</a></p>',
 }
@@ -32,7 +32,7 @@ HEADERS = {
 
 
 def in_language(page: bytes, language: str) -> bytes:
-    """Return the page that begins in this language, unless its reader chose another; "": in the browser's."""
+    """Return the page in this language, unless the reader chose another. "": the browser's language."""
     if not language:
         return page
     require_known("language (KEIFU_LANG)", language, lineage.LANGUAGES)
@@ -40,7 +40,7 @@ def in_language(page: bytes, language: str) -> bytes:
 
 
 def routes() -> APIRouter:
-    """Return the routes of the page and its files, which are read once."""
+    """Return the routes of the page and its files. The files are read once."""
     router = APIRouter(include_in_schema=False)
     paths = FOLDER.rglob("*")
     files = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths if path.suffix in TYPES}

@@ -1,4 +1,4 @@
-"""The running server: its socket, its logs, and uvicorn, which finishes running answers before it stops."""
+"""Server: its socket, its logs, and uvicorn, which finishes running answers before it stops."""
 
 import asyncio
 import errno
@@ -20,8 +20,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from keifu.errors import UserError
 
-BACKLOG = 128  # asyncio accepts so many at once, before any of them can be closed
-HEAD_SECONDS = 20.0  # for the head of a request, from its first byte or from the connection
+BACKLOG = 128  # asyncio accepts so many at once
+HEAD_SECONDS = 20.0  # time limit for the head of a request, from its first byte or from the connection
 FEWEST, MOST = 64, 4096  # connections
 
 
@@ -39,13 +39,14 @@ class Address:
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the address."""
         with suppress(ValueError):
             return self.path is not None or self.host == "localhost" or ip_address(self.host).is_loopback
         return False
 
     def open(self) -> socket.socket:
-        """Return the bound socket; raise a `UserError` that names the process that has the address already."""
+        """Return the bound socket. Raises `UserError`, with the name of the process that uses the address, if it is
+        taken."""
         return self._open_unix(self.path) if self.path is not None else self._open_port()
 
     def _open_port(self) -> socket.socket:
@@ -67,7 +68,7 @@ class Address:
     def _open_unix(path: Path) -> socket.socket:
         listening = socket.socket(socket.AF_UNIX)
         if path.is_socket():
-            with suppress(ConnectionRefusedError):  # one that was left behind
+            with suppress(ConnectionRefusedError):  # socket file of a dead process
                 listening.connect(str(path))
                 raise UserError(f"A server listens at {path} already: choose another --socket, or end that one.")
             path.unlink()
@@ -81,7 +82,7 @@ class Address:
 
 
 def _user_of(port: int) -> str:
-    """Return the process that listens at a port, as part of a sentence; "" if the system does not say it."""
+    """Return the process that listens at a port, as part of a sentence; "" if unknown."""
     with suppress(OSError, ValueError):
         tables = [path.read_text().splitlines()[1:] for path in Path("/proc/net").glob("tcp*")]
         rows = [line.split() for lines in tables for line in lines]
@@ -95,7 +96,7 @@ def _user_of(port: int) -> str:
 
 
 def most_connections() -> int:
-    """Return how many connections may be open: half of the files that this process may open."""
+    """Return the maximal number of open connections: half of the files that this process may open."""
     if sys.platform == "win32":
         return MOST
     import resource
@@ -104,7 +105,8 @@ def most_connections() -> int:
 
 
 class Connection(H11Protocol):
-    """Connection that is closed if a request's head does not come in time, or first if too many are open."""
+    """Connection that is closed if a request's head is late. If too many connections are open, the one that waits
+    longest is closed."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -112,7 +114,7 @@ class Connection(H11Protocol):
         self._since = math.inf  # when it began to wait for a request
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first request."""
+        """Start to wait for the first request."""
         super().connection_made(transport)
         if len(self.connections) > most_connections():
             idle = [each for each in self.connections if isinstance(each, Connection) and each._since < math.inf]
@@ -122,17 +124,17 @@ class Connection(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Read a part of a request."""
+        """Receive a part of a request."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
+        """Remove the connection from the list."""
         super().connection_lost(exc)
         self._forget()
 
     def _watch(self) -> None:
-        """Set the time limit if no request is being answered; otherwise remove it."""
+        """Set the time limit if no request is being answered, else remove it."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._forget()
         elif self._deadline is None:
@@ -146,7 +148,7 @@ class Connection(H11Protocol):
 
 
 def server_of(app: FastAPI) -> uvicorn.Server:
-    """Return the server, not yet started."""
+    """Return the server, which is not started yet."""
     options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "on"}
     return uvicorn.Server(uvicorn.Config(app, http=Connection, backlog=BACKLOG, **options))
 
@@ -156,7 +158,7 @@ def serve(app: FastAPI, address: Address, access_log: bool = True) -> None:
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("keifu.serving").setLevel(logging.INFO)
     logging.getLogger("keifu.serving.access").setLevel(logging.INFO if access_log else logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it once more at its end
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
     listening = address.open()
     listening.listen(BACKLOG)
     where = f"the socket {address.path}" if address.path else f"http://{address.host}:{listening.getsockname()[1]}/"

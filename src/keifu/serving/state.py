@@ -1,4 +1,4 @@
-"""The state of the service: its models, their loading, its health and its figures; and runs that are in training."""
+"""State of the service: its models, loading, health and metrics; and runs in training."""
 
 import time
 from contextlib import suppress
@@ -18,9 +18,9 @@ from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.schemas import Body
 from keifu.serving.streaming import json_response, whole
 
-SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")  # defaults that clients see
-METRICS = "metrics.jsonl"  # of a run, as training writes it
-MOST_BYTES = 2**20  # of the metrics in one answer
+SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")  # settings that clients see
+METRICS = "metrics.jsonl"  # metrics file of a run
+MOST_BYTES = 2**20  # maximal bytes of metrics in one answer
 
 
 class ModelRequest(Body):
@@ -30,7 +30,7 @@ class ModelRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
 
     def entry(name: str) -> dict[str, Any]:
         model = models.descriptions[name]
@@ -69,20 +69,20 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 def _defaults(about: Description) -> dict[str, Any] | None:
-    """Return the settings that a writing model has of itself, with those that `Sampling` does not show left out."""
+    """Return the default settings of a model that generates text, restricted to fields of `Sampling`."""
     if "completion" not in about.uses:
         return None
-    with suppress(UserError):  # its generation_config.json is damaged, which an answer says
+    with suppress(UserError):  # generation_config.json is damaged; an answer will report it
         settings = vars(sampling_for(about.tokenizer, {}, ANSWER_TOKENS if "chat" in about.uses else 256))
         return {name: settings[name] for name in SHOWN}
     return None
 
 
 def run_routes(app: FastAPI, folder: Path) -> None:
-    """Add the routes that let the page follow the runs in this folder; only their metrics are read."""
+    """Add the routes by which the page follows the runs in this folder. Only their metrics are read."""
 
     def runs() -> dict[str, Path]:
-        """Return the metrics of each run in the folder, the latest first; links that leave the folder are none."""
+        """Return the metrics file of each run in the folder, the latest first. Links out of the folder are skipped."""
         files = (path.resolve() for path in folder.glob(f"*/{METRICS}"))
         inside = [path for path in files if path.is_file() and path == folder.resolve() / path.parent.name / METRICS]
         return {path.parent.name: path for path in sorted(inside, key=lambda path: -path.stat().st_mtime)}
@@ -98,7 +98,7 @@ def run_routes(app: FastAPI, folder: Path) -> None:
             raise ApiError(404, str(unknown("run", name, folders)), "name", "run_not_found")
         with folders[name].open("rb") as file:
             size = file.seek(0, SEEK_END)
-            start = file.seek(start if start <= size else 0)  # it is shorter than before: the run began again
+            start = file.seek(start if start <= size else 0)  # a shorter file means that the run began again
             text = file.read(MOST_BYTES)
         lines, end, _ = text.rpartition(b"\n")
         seconds = max(0.0, time.time() - folders[name].stat().st_mtime)
@@ -108,7 +108,7 @@ def run_routes(app: FastAPI, folder: Path) -> None:
 
 
 def health_routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes that programs watch."""
+    """Add the routes for monitoring."""
 
     @app.get("/health", summary="Whether the server runs", tags=["state"])
     async def health() -> Response:

@@ -1,4 +1,4 @@
-"""Answers that end when the client leaves: whole ones, and streams of server-sent events."""
+"""Answers that end if the client leaves: whole ones, and streams of server-sent events."""
 
 import asyncio
 import json
@@ -13,8 +13,8 @@ from starlette.types import Message, Receive, Scope, Send
 from keifu.serving.errors import of_exception
 
 Result = TypeVar("Result")
-STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # what may come beside JSON
-LEFT = 499  # as nginx has it: nobody reads this answer
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # also possible instead of JSON
+LEFT = 499  # status of nginx: the client has left
 
 
 async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
@@ -23,7 +23,7 @@ async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """Return the result of the work; cancel the work and return None if the client leaves before."""
+    """Return the result of the work. If the client leaves, cancel the work and return None."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -35,21 +35,21 @@ async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -
 
 
 async def whole(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-    """Return the JSON of the work's result."""
+    """Return a JSON response with the work's result."""
     content = await while_connected(request.receive, work)
     return Response(status_code=LEFT) if content is None else json_response(content)
 
 
 def json_response(content: Any) -> Response:
-    """Return JSON as bytes; half a surrogate pair in a text is sent as the replacement character."""
+    """Return a JSON response. Half a surrogate pair in a text becomes the replacement character."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Response(text.encode("utf-8", "replace"), media_type="application/json")
 
 
 class EventStream(Response):
-    """Server-sent events, each a JSON object; an error on the way is the last of them.
+    """Server-sent events, each a JSON object. An error becomes the last event.
 
-    A reader that is not done `timeout` seconds after the start is left.
+    A client that has not read everything `timeout` seconds after the start is disconnected.
     """
 
     media_type = "text/event-stream"
@@ -60,7 +60,7 @@ class EventStream(Response):
         self.events, self.timeout, self.named = events, timeout, named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer as an ASGI application."""
+        """Handle a request (ASGI)."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with suppress(TimeoutError):
             async with aclosing(self.events), asyncio.timeout(self.timeout + 5):
@@ -82,7 +82,7 @@ class EventStream(Response):
 
 
 class LineStream(EventStream):
-    """JSON objects, one a line, as ollama streams them."""
+    """JSON objects, one on each line, as streamed by ollama."""
 
     media_type = "application/x-ndjson"
 

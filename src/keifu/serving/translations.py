@@ -41,7 +41,7 @@ class TokenizeRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
 
     async def answer(body: TranslationRequest) -> dict[str, Any]:
         name = models.find(body.model, "translation").name

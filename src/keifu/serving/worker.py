@@ -1,6 +1,6 @@
-"""The thread that owns a model: requests come in by a queue, pieces of text go out to asyncio.
+"""Thread that owns a model. Requests arrive in a queue, and pieces of text are sent to asyncio.
 
-A model computes in its thread alone, between two steps of its engine, so nothing needs a lock.
+Only this thread computes with the model, so nothing needs a lock. Other work runs between two steps of its engine.
 """
 
 import asyncio
@@ -30,19 +30,19 @@ from keifu.serving.metrics import Metrics
 LOG = logging.getLogger("keifu.serving")
 Result = TypeVar("Result")
 Pieces = list[tuple[int, Piece]]
-Loaded = tuple[nn.Module, Any]  # a model and its tokenizer
-NATIVE_SECONDS = 3.0  # to wait for the native step; PyTorch answers while it is compiled for longer
-GoOn = Callable[..., None]  # raises where nobody waits any more; any arguments, so that it can stand for a progress
+Loaded = tuple[nn.Module, Any]  # model and tokenizer
+NATIVE_SECONDS = 3.0  # to wait for the native step; if compiling takes longer, PyTorch answers meanwhile
+GoOn = Callable[..., None]  # raises if nobody waits any more; takes the arguments of any progress function
 
 
 @dataclass(frozen=True)
 class Limits:
     """Limits of a model's thread.
 
-    slots: requests that are written at the same time. queue: requests that may wait. timeout: seconds after which an
-    answer is given up. cache: bytes of a model's keys and values; None for a quarter of the free memory. keep_alive:
-    seconds after which a model that nothing asks is unloaded; None for never. guesses: tokens that are guessed; None
-    for as many as are worth it. pictures: the folder whose files a message may show; None for none.
+    slots: maximal requests that are generated at once. queue: maximal waiting requests. timeout: seconds after which an
+    answer is aborted. cache: bytes for keys and values; None: a quarter of the free memory. keep_alive: seconds without
+    requests after which a model is unloaded; None: never. guesses: number of guessed tokens; None: as many as are
+    worthwhile. pictures: folder of files that a message may use; None: none.
     """
 
     slots: int = 16
@@ -65,16 +65,16 @@ class Job:
     started: bool = False
 
     def put(self, item: Pieces | Exception) -> None:
-        """Pass pieces to the event loop that reads them. Do nothing if the loop is closed."""
+        """Send pieces to the event loop that reads them. Do nothing if the loop is closed."""
         with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.out.put_nowait, item)
 
 
 def _native_is_ready() -> bool:
-    """Return whether the native step is there or known to be missing; begin to compile it in a thread if not."""
+    """Return whether the native step is compiled or known to be missing. If neither, start compiling in a thread."""
 
     def open_once() -> None:
-        with suppress(Unavailable, UserError):  # they are raised again by what uses it
+        with suppress(Unavailable, UserError):  # raised again at first use
             open_library()
 
     if not is_open():
@@ -87,8 +87,8 @@ def _native_is_ready() -> bool:
 class Worker:
     """Thread that loads a model and computes with it until it is closed.
 
-    load: gives the model and its tokenizer. The request that caused the load gets its error; the next one tries again.
-    interim: gives the same for PyTorch alone, which answers while the native step is compiled.
+    load: returns the model and its tokenizer. If loading fails, the request that needed it gets the error, and the next
+    request tries again. interim: returns the same for PyTorch only, to answer while the native step is compiled.
     """
 
     def __init__(
@@ -98,20 +98,20 @@ class Worker:
         self.name, self.limits, self.metrics = name, limits, metrics
         self._interim, self._is_interim = interim, False
         self._engine: Engine | None = None
-        self.pending = 0  # answers that are being computed or wait, counted in the loop's thread
+        self.pending = 0  # running and waiting answers; changed only in the loop's thread
         self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
-        self.model: Loaded | None = None  # and its tokenizer, once it is loaded
+        self.model: Loaded | None = None  # set once it is loaded
         self._jobs: dict[int, tuple[Job, int]] = {}
-        self._guesses = 0, 0  # made, and right, as far as the metrics know
+        self._guesses = 0, 0  # made and right guesses that the metrics contain
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
         self._thread.start()
 
     async def call(self, work: Callable[[nn.Module, Any, GoOn], Result]) -> Result:
-        """Return the result of `work` on the model and its tokenizer, in the model's thread.
+        """Run `work` on the model and its tokenizer in the model's thread. Return its result.
 
-        `work` calls its third argument between its batches or steps: that ends the work, by an `ApiError`, if nobody
-        waits for it any more.
+        `work` must call its third argument between batches or steps. It raises an `ApiError` if nobody waits for the
+        result.
         """
         self.check_room(1)
         future, left = Future[Result](), threading.Event()
@@ -137,7 +137,7 @@ class Worker:
             self.pending -= 1
 
     def check_room(self, count: int) -> None:
-        """Refuse that many more requests if the queue has no room for them."""
+        """Raise an error if the queue has no room for `count` more requests."""
         room = self.limits.slots + self.limits.queue
         if count > room:
             raise ApiError(400, f"{count} texts were asked for at a time; this server writes at most {room}.", "n")
@@ -147,7 +147,7 @@ class Worker:
             raise ApiError(429, text, code="queue_full", retry=wait)
 
     async def generate(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Yield the pieces of all requests as they are written, each with the index of its request.
+        """Yield the generated pieces of all requests, each with the index of its request.
 
         Closing the iterator frees the memory of the requests within a step.
         """
@@ -157,9 +157,9 @@ class Worker:
         try:
             self._commands.put(lambda: self._add(job))
             while going:
-                # `wait_for` of Python 3.11 loses a cancellation as an item comes
+                # `wait_for` of Python 3.11 loses a cancellation that comes together with an item
                 async with asyncio.timeout(job.began + self.limits.timeout - time.monotonic()):
-                    await asyncio.sleep(0)  # or `timeout` never ends a job whose pieces wait
+                    await asyncio.sleep(0)  # otherwise `timeout` never ends a job whose pieces are waiting
                     item = await job.out.get()
                 if isinstance(item, Exception):
                     raise item
@@ -174,7 +174,7 @@ class Worker:
             self._mean_seconds += (seconds - self._mean_seconds) / 8
 
     def end(self) -> None:
-        """End the thread, and free the model's memory, after the work that was asked before."""
+        """End the thread after its pending work, and free the model's memory."""
         self._commands.put(None)
 
     async def close(self) -> None:
@@ -182,7 +182,7 @@ class Worker:
         self.end()
         await asyncio.to_thread(self._thread.join)
 
-    # What follows runs in the model's thread.
+    # The following methods run in the model's thread.
 
     def _run(self) -> None:
         closing = False
@@ -192,13 +192,13 @@ class Worker:
                 self._step()
 
     def _obey(self) -> bool:
-        """Do the work that was queued since the last step; wait for some if nothing runs. Return False at the end."""
+        """Do the queued work. If nothing is running, wait for some. Return False at the end."""
         try:
             command = self._commands.get(block=not self._jobs)
             while command is not None:
                 try:
                     command()
-                except Exception as error:  # the thread lives on for the others
+                except Exception as error:  # the thread continues for other requests
                     of_exception(error)
                 command = self._commands.get(block=False)
         except Empty:
@@ -217,9 +217,9 @@ class Worker:
         return self.model
 
     def _started(self) -> Engine:
-        """Return the engine of the model, which is loaded if necessary."""
+        """Return the engine of the model; load the model if necessary."""
         model, tokenizer = self._loaded()
-        if self._engine is None:  # a cached property would have all workers' models wait for one's load
+        if self._engine is None:  # a cached property would make all workers wait for one load
             runner = runner_of(model, self.limits.cache, native=not self._is_interim)
             self._engine = Engine(model, tokenizer, runner, self.limits.slots, guesses=self.limits.guesses)
             self._guesses = 0, 0
@@ -235,7 +235,7 @@ class Worker:
             job.put(error)
 
     def _abort(self, job: Job) -> None:
-        engine = self._engine  # not a new one, which `_started` might make
+        engine = self._engine  # `_started` might create a new one
         for number in [number for number, (other, _) in self._jobs.items() if other is job]:
             del self._jobs[number]
             if engine is not None:
@@ -243,7 +243,7 @@ class Worker:
                 self._count(engine)
 
     def _step(self) -> None:
-        """Do one step of the engine; if it fails, every request in it gets the error."""
+        """Do one step of the engine. If it fails, every request in it gets the error."""
         engine = self._started()
         try:
             written = engine.step()

@@ -1,6 +1,6 @@
-"""Class of all bodies of requests, and the parts of messages.
+"""Base class of all request bodies, and the parts of messages.
 
-Every field is heeded, ignored or refused by name (see `schemas`).
+Every field has an effect, is ignored, or is refused by name (see `schemas`).
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from keifu.errors import unknown
 from keifu.serving.facts import current
 from keifu.serving.openai.json_schema import SURROGATE
 
-OF_STREAMS = ("stream_options", "partial_images")  # fields that only a stream heeds
-INSTEAD = {"lora": "choose an adapter by its name as model (keifu serve --lora NAME=PATH)"}  # of a refused field
-Neutral = dict[str, tuple[Any, ...]]  # fields, with the values that change nothing
+OF_STREAMS = ("stream_options", "partial_images")  # they have an effect only in streams
+INSTEAD = {"lora": "choose an adapter by its name as model (keifu serve --lora NAME=PATH)"}  # advice for refused fields
+Neutral = dict[str, tuple[Any, ...]]  # by field, values without effect
 
 
 def about(error_type: Literal["unknown_field", "refused_field"], name: str, sentence: str) -> PydanticCustomError:
@@ -25,8 +25,8 @@ def about(error_type: Literal["unknown_field", "refused_field"], name: str, sent
 class Body(BaseModel):
     """JSON object of known fields.
 
-    refused: fields of OpenAI's that ask for what this server does not have. ignored: fields that only hint. Both with
-    the values, besides null, that change nothing.
+    refused: fields of OpenAI's API that this server does not support. ignored: fields that are only hints. Both are by
+    field the values, in addition to null, that have no effect.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -82,14 +82,14 @@ class Part(Body):
 
 
 def _one_of(part: Any, pictured: bool, url: Any) -> Any:
-    """Return a part of a message, checked to have its text or its picture, and not the other."""
+    """Return a part of a message after checking that it has either text or a picture, as its type says."""
     if pictured == (url is None) or pictured == (part.text is not None):
         raise ValueError(f"a part of the type {part.type!r} needs {'image_url' if pictured else 'text'} alone")
     return part
 
 
 def content_of(content: str | Sequence[Any] | None) -> dict[str, Any]:
-    """Return a message's text, of parts joined by line breaks, and the URLs of its pictures."""
+    """Return the text of a message (parts joined by line breaks) and the URLs of its pictures."""
     parts = () if isinstance(content, str) else content or ()
     images = [part.url for part in parts if part.url]
     text = content if isinstance(content, str) else "\n".join(part.text for part in parts if part.text is not None)
@@ -97,7 +97,7 @@ def content_of(content: str | Sequence[Any] | None) -> dict[str, Any]:
 
 
 class ItemPart(Body):
-    """Part of an item: the user's text or picture or, in an earlier answer, the model's text."""
+    """Part of an item: the user's text or picture, or the model's text in an earlier answer."""
 
     type: Literal["input_text", "output_text", "input_image"]
     text: str | None = None

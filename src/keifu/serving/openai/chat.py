@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: messages in, an answer out, whole or as a stream."""
+"""POST /v1/chat/completions: answers to messages, whole or as a stream."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,7 +20,7 @@ from keifu.serving.streaming import STREAM, EventStream, whole
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the route, for these models."""
+    """Add the route for these models."""
 
     @app.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"], responses=STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
@@ -31,7 +31,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
-    """Return the answer to a conversation, checked and not begun. prefix: the first part of its id."""
+    """Check a conversation and return its answer, which has not begun. prefix: first part of its id."""
     tools = body.tool_use()
     schema = body.response_format.schema if body.response_format else None
     options = body.chat_template_kwargs or {}
@@ -45,7 +45,7 @@ async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
 
 
 async def begin_from(models: ServedModels, fields: dict[str, Any], prefix: str) -> Answer:
-    """Return the answer to a conversation in OpenAI's fields, which another interface was translated to."""
+    """Return the answer to a conversation in OpenAI's fields, translated from another protocol."""
     try:
         body = ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
@@ -82,7 +82,7 @@ def _message(reply: Reply) -> dict[str, Any]:
 
 
 def _delta(part: Delta, reply: Reply) -> dict[str, Any]:
-    """Return a part of an answer as the API has it; the first of a call has its id and name."""
+    """Return a part of an answer in the API's format. The first part of a call has its id and name."""
     if part.call < 0:
         return {"content": part.content}
     if not part.name:
@@ -92,7 +92,7 @@ def _delta(part: Delta, reply: Reply) -> dict[str, Any]:
 
 
 async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the answer in chunks; a token's probability comes with the text that it completes."""
+    """Yield the answer in chunks. The probability of a token comes with the text that it completes."""
     head = answer.head("chat.completion.chunk")
     usage = {"usage": None} if body.includes_usage else {}
     tokens: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
@@ -121,9 +121,9 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
 
 
 def _tokens(answer: Answer, piece: Piece) -> list[dict[str, Any]]:
-    """Return a piece's token with its probability and the likeliest ones, if they were asked for.
+    """Return a token with its probability and those of the likeliest tokens, if they were requested.
 
-    The token that was sampled is always among them, as in OpenAI's answers: after the likeliest, if it is none of them.
+    The sampled token is always included, as in OpenAI's answers: after the likeliest if it is not one of them.
     """
     tokenizer = answer.description.tokenizer
     if piece.log_probability is None or piece.token in tokenizer.stop_ids:

@@ -1,4 +1,4 @@
-"""POST /v1/completions: continued texts, whole or as a stream; with `echo` the prompts and their scores."""
+"""POST /v1/completions: continuations of texts, whole or as a stream; with `echo` also the prompts and their scores."""
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,7 +20,7 @@ from keifu.serving.streaming import STREAM, EventStream, whole
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the route, for these models."""
+    """Add the route for these models."""
 
     @app.post("/v1/completions", summary="Continue texts", tags=["text"], responses=STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -37,25 +37,26 @@ COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 class CompletionChoice:
-    """Text as it grows, with its tokens and their probabilities if they were asked for."""
+    """Growing text of a choice, with its tokens and their probabilities if they were requested."""
 
     def __init__(self, answer: Answer, body: CompletionRequest, index: int):
         self.tokenizer = answer.description.tokenizer
         self.index, self.top = index, body.logprobs
-        self.text, self.length = "", 0  # text since the last `take`; characters of the whole
-        self.tokens: list[tuple[str, float | None, dict[str, float] | None, int]] = []  # in these columns
+        self.text, self.length = "", 0  # text since the last `take`; characters in all
+        self.tokens: list[tuple[str, float | None, dict[str, float] | None, int]] = []  # text, probability, top, offset
 
     def add(self, text: str, token: int, value: float | None, top: Any) -> None:
-        """Add one more token, and the text that it completes."""
+        """Add a token, and the text that it completes."""
         if self.top is not None:
-            chosen = [(token, value)] if self.top and value is not None else []  # it may be none of the likeliest
+            chosen = [(token, value)] if self.top and value is not None else []  # it may not be one of the likeliest
             both = dict(likeliest(self.tokenizer, [*top, *chosen])) if chosen else None
             self.tokens.append((token_text(self.tokenizer, token), value, both, self.length))
         self.text += text
         self.length += len(text)
 
     def take(self, reason: str | None) -> dict[str, Any]:
-        """Return the text since the last call, as the API has it. reason: why a `Piece` was the last, if one was."""
+        """Return the text since the last call in the API's format. reason: `finish_reason` of the last `Piece`, or
+        None."""
         logprobs = None
         if self.top is not None:
             logprobs = {name: [row[column] for row in self.tokens] for column, name in enumerate(COLUMNS)}
@@ -80,7 +81,7 @@ def _score(prompt: list[int], top: int, model: nn.Module, *_: Any) -> LikeliestT
 
 
 def _echo(choice: CompletionChoice, prompt: list[int], scores: LikeliestTokens | None) -> None:
-    """Add the prompt's text and, if there are scores, its tokens; the first token has no score."""
+    """Add the prompt's text and, if there are scores, its tokens. The first token has no score."""
     stream = choice.tokenizer.stream(skip_special=False)
     for position, token in enumerate(prompt):
         text = stream.push(token)

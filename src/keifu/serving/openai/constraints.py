@@ -1,4 +1,5 @@
-"""Tokens that an answer may have: a grammar, such as a JSON schema, allows them at each position (llguidance)."""
+"""Constraints of an answer: a grammar, for example of a JSON schema, defines the allowed tokens at each position
+(llguidance)."""
 
 import json
 from collections.abc import Callable
@@ -14,53 +15,54 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.serving.errors import ApiError
 from keifu.serving.openai.json_schema import checked
 
-# Without these a small model could write white space without end.
+# Otherwise a small model might write endless white space.
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 BITS = torch.arange(8, dtype=torch.uint8)
 
 
 class GrammarConstraint:
-    """`Constraint` of one text. vocab_size: of the model, whose last ids the tokenizer may not have."""
+    """Constraint of one text. vocab_size: of the model; its last ids may be missing in the tokenizer."""
 
     def __init__(self, matcher: LLMatcher, vocab_size: int):
         self.matcher, self.vocab_size = matcher, vocab_size
 
     def allowed(self) -> Bool[Tensor, " vocab"]:
-        """Return which tokens may come next; at the end of the grammar, the tokens that end the text."""
+        """Return a mask of the tokens that may come next. At the end of the grammar, these are the tokens that end the
+        text."""
         packed = torch.frombuffer(bytearray(self.matcher.compute_bitmask()), dtype=torch.uint8)
         mask = ((packed[:, None] >> BITS) & 1).bool().flatten()[: self.vocab_size]
         return torch.nn.functional.pad(mask, (0, self.vocab_size - len(mask)))
 
     def accept(self, token: int) -> None:
-        """Advance the state by this token."""
+        """Advance the grammar's state by this token."""
         self.matcher.consume_token(token)
 
 
 @lru_cache(maxsize=16)
 def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
-    """Return the tokenizer as llguidance has it, which takes a second to make."""
+    """Convert the tokenizer for llguidance, which takes a second."""
     return LLTokenizer(
         json.dumps(tokenizer.description()), n_vocab=tokenizer.vocab_size, eos_token=[*tokenizer.stop_ids]
     )
 
 
 class Grammar(NamedTuple):
-    """Grammar of a text, as llguidance has it, and the field of the request that asked for it."""
+    """Grammar of a text in llguidance's format, and the request's field for which it was made."""
 
     source: str
     field: str
 
 
 def schema_grammar(schema: Any) -> Grammar:
-    """Return the grammar of the JSON that follows a schema; see `json_schema.checked` for what is refused."""
+    """Return the grammar of JSON that follows a schema. See `json_schema.checked` for unsupported schemas."""
     grammar_schema = checked(schema, "response_format")
     return Grammar(LLMatcher.grammar_from_json_schema(grammar_schema, overrides=LAYOUT), "response_format")
 
 
 def constraints(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> Callable[[], GrammarConstraint]:
-    """Return a function that makes the constraint of each text.
+    """Return a function that creates a constraint for each text.
 
-    A schema that nothing satisfies, or that has keywords that cannot be followed, is an `ApiError` with the reason.
+    Raises `ApiError`, with the reason, for a schema that cannot be satisfied or has unsupported keywords.
     """
     if not tokenizer.stop_ids:
         text = "This model has no token that ends a text, so none can be held to a schema: choose another model."

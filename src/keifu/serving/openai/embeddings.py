@@ -1,4 +1,4 @@
-"""POST /v1/embeddings and /v1/rerank: embeddings of length 1, and documents by how near they are to a query."""
+"""POST /v1/embeddings and /v1/rerank: embeddings of length 1, and documents sorted by similarity to a query."""
 
 import base64
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class EmbeddingRequest(Body):
     """POST /v1/embeddings.
 
-    input: a text or several, or ids of the model's own tokens; a CLIP takes texts too. cut: whether to keep the
-    beginning of a text that is longer than the model takes.
+    input: one text or several, or ids of the model's tokens; a CLIP accepts texts too. cut: whether to keep the
+    beginning of a text that is longer than the context.
     """
 
     model: str = ""
@@ -40,13 +40,13 @@ class EmbeddingRequest(Body):
 
     @property
     def inputs(self) -> list[str] | list[list[int]]:
-        """Texts or ids, one or several."""
+        """Texts or ids, as a list."""
         given: Any = [self.input] if isinstance(self.input, str) else self.input
         return [given] if isinstance(given[0], int) else given
 
 
 class RerankRequest(Body):
-    """POST /v1/rerank. top_n: the number of documents in the answer, the nearest first."""
+    """POST /v1/rerank. top_n: number of documents in the answer, the nearest first."""
 
     model: str = ""
     query: str
@@ -57,7 +57,7 @@ class RerankRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
 
     async def compute(about: Description, inputs: Sequence[str] | Sequence[list[int]], cut: bool) -> tuple[Tensor, int]:
         rows, tokens = await models.worker(about.name).call(partial(embed_inputs, about=about, inputs=inputs, cut=cut))
@@ -96,7 +96,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 def embed_inputs(
     model: nn.Module, tokenizer: Any, go_on: GoOn, about: Description, inputs: Sequence[Any], cut: bool
 ) -> tuple[Tensor, int]:
-    """Return the embeddings on the CPU, and how many tokens were read. go_on: see `Worker.call`."""
+    """Return the embeddings on the CPU, and the number of tokens read. go_on: see `Worker.call`."""
     limit = about.config.context_length
     if isinstance(inputs[0], str):
         rows = encode_texts(tokenizer, inputs, limit, cut).rows
@@ -107,7 +107,7 @@ def embed_inputs(
 
 
 def _checked_ids(inputs: Sequence[list[int]], vocab_size: int, limit: int, cut: bool) -> list[list[int]]:
-    """Return the ids, cut to the limit if that is permitted; ids that the model does not know are a `UserError`."""
+    """Return the ids, truncated to `limit` if `cut`. Raises `UserError` for ids that the model does not have."""
     for number, ids in enumerate(inputs, 1):
         if max(ids) >= vocab_size:
             raise UserError(
@@ -120,5 +120,5 @@ def _checked_ids(inputs: Sequence[list[int]], vocab_size: int, limit: int, cut: 
 
 
 def _base64(embeddings: Tensor) -> list[str]:
-    """Return each embedding as little-endian float32, which OpenAI's client asks for."""
+    """Return each embedding as little-endian float32 in base64, as OpenAI's client expects."""
     return [base64.b64encode(row.tobytes()).decode("ascii") for row in embeddings.numpy().astype("<f4")]

@@ -1,4 +1,4 @@
-"""Requests for the engine from the fields of a body, and tokens, probabilities and usage from its pieces."""
+"""Conversion of request bodies to engine requests, and of pieces to tokens, probabilities and usage."""
 
 import asyncio
 import time
@@ -25,8 +25,8 @@ from keifu.serving.openai.tools import Reply, ToolUse, tool_format
 from keifu.serving.worker import Worker
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
-PREPARE_SECONDS = 30.0  # for prompts and grammars, before an answer is begun
-LARGE = 2**16  # bytes of a body whose preparation does not run among the small ones
+PREPARE_SECONDS = 30.0  # time limit for prompts and grammars, before an answer begins
+LARGE = 2**16  # larger bodies, in bytes, are prepared separately from small ones
 SMALL_POOL = ThreadPoolExecutor(4, "keifu-prepare")
 LARGE_POOL = ThreadPoolExecutor(2, "keifu-prepare-large")
 
@@ -55,25 +55,23 @@ class Answer:
 
     @property
     def worker(self) -> Worker:
-        """Thread that has the model now: until something is asked of it, another model may take its room."""
+        """Thread that has the model. Until it has work, another model may replace its model."""
         return self.models.worker(self.description.name)
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of tokens of the prompts; choices of one prompt count once."""
+        """Number of tokens of the prompts. A prompt with several choices counts once."""
         return sum(len(request.prompt) for request in self.requests[:: self.choices])
 
     @property
     def completion_tokens(self) -> int:
-        """Number of tokens written up to now, in all choices."""
+        """Number of tokens generated so far, in all choices."""
         return sum(len(request.tokens) for request in self.requests)
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Numbers of tokens up to now; cached: those of the prompts that had been computed before.
-
-        accepted and rejected: tokens that were guessed to come next, by whether they came.
-        """
+        """Numbers of tokens so far. cached: tokens of the prompts that had been computed before. accepted and rejected:
+        right and wrong guesses of speculative decoding."""
         written = self.completion_tokens
         cached = {"cached_tokens": sum(request.cached for request in self.requests[:: self.choices])}
         total = self.prompt_tokens + written
@@ -85,12 +83,12 @@ class Answer:
         return {**counts, "prompt_tokens_details": cached, "completion_tokens_details": details}
 
     def head(self, object_name: str) -> dict[str, Any]:
-        """Return the first fields of every object of this answer."""
+        """Return the common first fields of all objects of this answer."""
         name = self.description.name
         return {"id": self.id, "object": object_name, "created": self.created, "model": name, "seed": self.seed}
 
     def reply(self) -> Reply:
-        """Return the splitter of the next choice into thoughts, text and calls."""
+        """Return a splitter of a choice into thoughts, text and calls."""
         tokenizer = self.description.tokenizer
         reply = Reply(form := tool_format(tokenizer), form.trigger(tokenizer)) if self.tools else Reply()
         prompt = self.requests[len(self.replies)].prompt
@@ -99,7 +97,7 @@ class Answer:
         return reply
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """Yield each piece with the index of its request, as they are written."""
+        """Yield each generated piece with the index of its request."""
         try:
             async with aclosing(self.worker.generate(self.requests)) as pieces:
                 async for item in pieces:
@@ -112,16 +110,16 @@ async def prepare(
     models: ServedModels, body: Sampling, use: str, prompts: Callable[[Description], Sequence[list[int] | ImagePrompt]],
     prefix: str, schema: dict[str, Any] | None = None, tools: ToolUse | None = None,
 ) -> Answer:  # fmt: skip
-    """Return the answer to a body, checked and not begun.
+    """Check a body and return its answer, which has not begun.
 
-    Prompts are read in threads of their own, in limited time. Large bodies and those with a schema have other threads
+    Prompts are encoded in separate threads, within a time limit. Large bodies and those with a schema use other threads
     than small ones, so that they do not delay them.
 
     Args:
         models: the models of the service.
         body: the request.
-        use: the use of a model that it needs.
-        prompts: makes the ids of each prompt, with the model's tokenizer.
+        use: the use that the model must have.
+        prompts: encodes each prompt with the model's tokenizer.
         prefix: the first part of the answer's id.
         schema: the JSON schema that each text must follow, if any.
         tools: the functions that the answer may call, if any.
@@ -144,7 +142,7 @@ async def prepare(
 def _requests(
     description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any, tools: ToolUse | None
 ) -> list[Request]:
-    """Return the requests of all prompts and choices, each with its own seed."""
+    """Return the requests of all prompts and choices, each with a different seed."""
     tokenizer, config = description.tokenizer, description.config
     ids = prompts(description)
     grammar = tools.grammar(tokenizer, schema) if tools else None if schema is None else schema_grammar(schema)
@@ -162,28 +160,28 @@ def _requests(
 
 
 def check_count(messages: int, about: Description) -> None:
-    """Refuse a conversation with more messages than the context has tokens, before it is rendered."""
+    """Raise an error for a conversation with more messages than the context has tokens, before it is rendered."""
     if about.context_length is not None and messages > about.context_length:
         text = f"messages has {messages:,} entries, and the context of this model has {about.context_length:,} tokens"
         raise ApiError(400, f"{text}: send fewer.", "messages", "context_length_exceeded")
 
 
 def finish_reason(piece: Piece, reply: Reply) -> str | None:
-    """Return the API's reason why the answer ended with this piece; None while it goes on."""
+    """Return the API's reason why the answer ended with this piece; None if it continues."""
     reason = REASONS[piece.finish_reason] if piece.finish_reason else None
     return "tool_calls" if reason == "stop" and reply.calls and not reply.unfinished else reason
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """Return the bytes of a token; none for an id beyond the tokenizer's, which a padded embedding has."""
+    """Return the bytes of a token; b"" for an id beyond the tokenizer's, which a padded embedding may have."""
     return tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b""
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token as text; bytes that are no whole character become U+FFFD."""
+    """Return a token as text. Incomplete characters become U+FFFD."""
     return token_bytes(tokenizer, token).decode("utf-8", "replace")
 
 
 def likeliest(tokenizer: Tokenizer, pairs: Sequence[tuple[int, float]]) -> Iterator[tuple[str, float]]:
-    """Return the texts of tokens with their log-probabilities."""
+    """Yield the texts of tokens with their log-probabilities."""
     return ((token_text(tokenizer, token), value) for token, value in pairs)

@@ -1,6 +1,6 @@
 """POST /v1/images/generations and /v1/images/edits: pictures from a text, a label or a picture.
 
-Each is a PNG file that records how it was drawn. A stream shows the states on the way from noise.
+Each is a PNG file that contains its settings. A stream shows intermediate states of sampling.
 """
 
 import asyncio
@@ -38,18 +38,18 @@ from keifu.serving.openai.schemas import Body, Neutral
 from keifu.serving.streaming import STREAM, EventStream, whole
 from keifu.serving.worker import GoOn
 
-PICTURE_BYTES = 2**26  # of a decoded picture: 22 megapixels in colour
-ROLES = {"image": "init", "mask": "mask"}  # the files of a form, in the library's terms
-Files = Mapping[str, tuple[str, bytes]]  # the name and the bytes of "image" and "mask"
-Show = Callable[[int, int, Tensor], None]  # which picture, how many were shown of it before, and what it is like now
+PICTURE_BYTES = 2**26  # maximum of a decoded picture: 22 megapixels in colour
+ROLES = {"image": "init", "mask": "mask"}  # files of a form, by their names in the library
+Files = Mapping[str, tuple[str, bytes]]  # name and bytes of "image" and "mask"
+Show = Callable[[int, int, Tensor], None]  # index of a picture, number of earlier states, its state
 
 
 class ImageGenerationRequest(Body):
     """POST /v1/images/generations.
 
-    prompt: for models that read. size: WIDTHxHEIGHT, or auto for the model's own. response_format: url gives a data
-    URL, which holds the picture itself. partial_images: how many states a stream shows before the picture. The other
-    fields are those of `keifu draw`.
+    prompt: for models that read text. size: WIDTHxHEIGHT, or auto for the model's default. response_format: url gives a
+    data URL, which contains the picture. partial_images: number of states that a stream shows before the picture. The
+    other fields are those of `keifu draw`.
     """
 
     model: str = ""
@@ -81,13 +81,13 @@ class ImageGenerationRequest(Body):
 
 
 class ImageEditRequest(ImageGenerationRequest):
-    """POST /v1/images/edits, without its files. strength: the share of the steps that are run on the picture."""
+    """POST /v1/images/edits, without its files. strength: share of the steps that are run on the picture."""
 
     strength: float | None = None
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
     fingerprints: dict[str, str] = {}
 
     async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
@@ -132,7 +132,7 @@ async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files
 
 
 def _form() -> dict[str, Any]:
-    """Return the fields of /v1/images/edits, as OpenAPI has them."""
+    """Return the fields of /v1/images/edits for OpenAPI."""
     schema = ImageEditRequest.model_json_schema()
     schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
     schema["required"] = ["image"]
@@ -140,7 +140,7 @@ def _form() -> dict[str, Any]:
 
 
 async def _events(work: Callable[[Show], Any], event_name: str) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the states of a picture as they come, then the pictures."""
+    """Yield the intermediate states of a picture, then the pictures."""
     loop, out = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def show(number: int, index: int, picture: Tensor) -> None:
@@ -165,7 +165,7 @@ def _draw_all(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Draw all pictures of a request.
 
-    fingerprints: hashes of the models that have drawn; a missing one is computed. go_on: see `Worker.call`.
+    fingerprints: hashes of the models that have drawn; missing ones are computed. go_on: see `Worker.call`.
     """
     pipeline = image_pipeline(model, lambda: tokenizer)
     with TemporaryDirectory() as folder:
@@ -174,7 +174,7 @@ def _draw_all(
             asked = _request(pipeline, body, given)
             _check_sides(model.config.size, asked.sides())
             wanted = pipeline.resolved(asked)
-        except UserError as error:  # the client knows the files by their roles
+        except UserError as error:  # report files by the field names that the client used
             raise UserError(str(error).replace(f"{folder}/", "")) from error
         if body.model not in fingerprints:
             fingerprints[body.model] = pipeline.fingerprint()
@@ -186,10 +186,10 @@ def _draw_all(
 
 
 def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
-    """Refuse a picture of more than 16 times the pixels that the model was trained with.
+    """Raise an error for a picture of more than 16 times the pixels that the model was trained with.
 
-    Memory grows with them, and time with their square. trained: a side, or height and width; None, if the model does
-    not say it, counts as 256.
+    Memory grows with the pixels, and time with their square. trained: a side, or height and width; None, if unknown,
+    means 256.
     """
     height, width = trained if isinstance(trained, tuple) else (trained or 256,) * 2
     if sides is not None and math.prod(sides) > 16 * height * width:
@@ -198,7 +198,8 @@ def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
 
 
 def _written(path: Path, name: str, data: bytes) -> InputImage:
-    """Check and write a file of the request; the transparent part of a mask is generated, as in OpenAI's API."""
+    """Check a file of the request and write it to disk. The transparent part of a mask is generated, as in OpenAI's
+    API."""
     read_image(data, name, PICTURE_BYTES)
     path.write_bytes(data)
     if path.name == "mask":
@@ -209,7 +210,7 @@ def _written(path: Path, name: str, data: bytes) -> InputImage:
 
 
 def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mapping[str, InputImage]) -> ImageRequest:
-    """Return the settings in the library's terms, not yet resolved."""
+    """Return the request for the library, without defaults."""
     width, _, height = (body.size or "auto").partition("x")
     return ImageRequest(
         sampler=body.sampler or pipeline.usual_sampler,
@@ -229,9 +230,9 @@ def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mappi
 def _draw(
     pipeline: ImagePipeline, record: ImageRecord, names: Mapping[str, str], count: int, go_on: GoOn, show: Show
 ) -> dict[str, Any]:
-    """Draw one picture alone, so that `keifu draw --again` draws its file bit for bit. go_on: see `Worker.call`.
+    """Draw one picture alone, so that `keifu draw --again` reproduces its file bit for bit. go_on: see `Worker.call`.
 
-    names: the files that it is drawn on. count: how many states are shown.
+    names: input files by role. count: number of states that are shown.
     """
     number, steps, done, shown = record.number or 0, max(1, record.drawing.taken), 0, 0
     count = min(count, steps)
@@ -253,5 +254,5 @@ def _draw(
 
 
 def _encoded(picture: Tensor, texts: Mapping[str, str]) -> str:
-    """Return a PNG file with these texts, in base64."""
+    """Return a PNG file with these text fields, in base64."""
     return base64.b64encode(png(to_image(picture), texts)).decode("ascii")

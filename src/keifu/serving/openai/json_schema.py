@@ -1,7 +1,7 @@
-"""JSON schemas of requests: which are refused, and how they are narrowed so that answers come to an end.
+"""Checks of JSON schemas, and additional limits that make answers end.
 
-A small model that may write anything writes without end: further properties, digits, or one long string. An object with
-properties is therefore closed unless the schema says otherwise, as in llama.cpp, and numbers and strings get bounds.
+A small model without limits may write endless properties, digits or strings. So an object with properties is closed
+unless the schema says otherwise, as in llama.cpp, and numbers and strings get limits.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 from keifu.serving.errors import ApiError
 
 MOST_BYTES = 2**18
-MOST_CHARACTERS = 2000  # of a string without maxLength, pattern, format, enum or const
+MOST_CHARACTERS = 2000  # maximum of a string without maxLength, pattern, format, enum or const
 MOST_INTEGER = 10**16 - 1
-SMALLEST_STEP = 1e-10  # between numbers
+SMALLEST_STEP = 1e-10  # smallest difference between numbers
 LARGEST_LITERAL = 2**63
 SURROGATE = re.compile("[\ud800-\udfff]")
-BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # keys with schemas by name
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # keys whose values are schemas by name
 COMBINED = ("allOf", "anyOf", "oneOf")
-ALONE = {"$defs", "definitions", "title", "description", "default", "examples", "$schema", "$id"}  # not limits
+ALONE = {"$defs", "definitions", "title", "description", "default", "examples", "$schema", "$id"}  # no limits
 LIMITED = {"enum", "const"}
 VALUE = {"$ref": "#/$defs/value"}
 ANY_OBJECT: dict[str, Any] = {
@@ -39,11 +39,11 @@ ANY_OBJECT: dict[str, Any] = {
 
 
 def checked(schema: Any, field: str) -> Any:
-    """Return the schema as answers follow it; raise an `ApiError` for one that is too large or has impossible values.
+    """Return the schema with additional limits. Raises `ApiError` for one that is too large or has invalid values.
 
     Args:
         schema: the schema of the request.
-        field: the field of the request that has it, for errors.
+        field: the field of the request that contains it, for errors.
     """
     try:
         size = len(json.dumps(schema))
@@ -56,7 +56,7 @@ def checked(schema: Any, field: str) -> Any:
 
 
 def _check_values(part: Any, field: str) -> None:
-    """Refuse numbers and characters that JSON cannot carry to other programs."""
+    """Raise an error for numbers and characters that JSON cannot represent."""
     if isinstance(part, Mapping):
         for name, value in part.items():
             _check_values(name, field)
@@ -74,7 +74,7 @@ def _check_values(part: Any, field: str) -> None:
 
 
 def _has_mixed_parts(part: Any) -> bool:
-    """Return whether an object anywhere has to follow several schemas at once, so that none of them may be closed."""
+    """Return whether any object must follow several schemas at once. Then none of them may be closed."""
     if isinstance(part, list):
         return any(map(_has_mixed_parts, part))
     if not isinstance(part, Mapping):
@@ -85,7 +85,7 @@ def _has_mixed_parts(part: Any) -> bool:
 
 
 def narrowed(schema: Any, open_parts: bool) -> Any:
-    """Return the schema with closed objects and bounded numbers and strings.
+    """Return the schema with closed objects and limits for numbers and strings.
 
     Args:
         schema: a schema, or `True` or `False`.
@@ -111,7 +111,7 @@ def narrowed(schema: Any, open_parts: bool) -> Any:
 
 
 def _bounds(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return further limits for the values of a schema."""
+    """Return additional limits for the values of a schema."""
     types = schema.get("type")
     kinds = types if isinstance(types, list) else [types]
     bounds: dict[str, Any] = {}

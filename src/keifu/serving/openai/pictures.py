@@ -1,4 +1,4 @@
-"""Pictures in the messages of a conversation: data URLs, and files of a folder that the server permits."""
+"""Pictures in messages: data URLs, and files of a permitted folder."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ SHOWN = 40  # characters of a URL in an error
 
 
 def open_images(messages: Sequence[Mapping[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
-    """Return the messages with pictures instead of their URLs.
+    """Replace the URLs of pictures in messages by the pictures.
 
-    Together they may take the memory of one large picture. folder: whose files may be named, if any. Nothing is fetched
-    from the network. What is no picture or not permitted is a `UserError`.
+    All together may need at most the memory of one large picture. folder: folder of permitted files, if any. Nothing is
+    downloaded. Raises `UserError` for anything that is not a picture or not permitted.
     """
     count = sum(len(message.get("images", ())) for message in messages)
     if count > MOST_IMAGES:
@@ -38,7 +38,7 @@ def open_images(messages: Sequence[Mapping[str, Any]], folder: Path | None) -> l
 
 
 def _file(url: str, folder: Path | None) -> Path | bytes:
-    """Return a file's bytes of a data URL, or the path of a permitted file."""
+    """Return the bytes of a data URL, or the path of a permitted file."""
     if url.startswith("data:"):
         head, _, content = url.partition(",")
         try:
@@ -48,7 +48,7 @@ def _file(url: str, folder: Path | None) -> Path | bytes:
         except ValueError as error:
             raise UserError(f"image_url is a data URL that cannot be read: {error}.") from error
     if url.startswith("file://") and folder is not None:
-        with suppress(ValueError, OSError):  # a path that no system has
+        with suppress(ValueError, OSError):  # an impossible path
             path = Path(unquote(urlsplit(url).path)).resolve()
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 return path

@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer form of a conversation, whose earlier turns the server keeps in memory."""
+"""/v1/responses: OpenAI's newer API for conversations, whose earlier turns the server stores in memory."""
 
 import json
 from collections import OrderedDict
@@ -23,7 +23,7 @@ KEPT_RESPONSES, KEPT_BYTES = 1000, 2**26
 
 
 class StoredResponses:
-    """Responses and the conversations that they end, by id, as JSON; the oldest are forgotten if there is no room."""
+    """Responses with their conversations, by id, as JSON. The oldest are dropped if there is no room."""
 
     def __init__(self) -> None:
         self.entries: OrderedDict[str, bytes] = OrderedDict()
@@ -31,14 +31,14 @@ class StoredResponses:
 
     def add(self, response: dict[str, Any], messages: Messages) -> None:
         """Store a response."""
-        entry = json.dumps([response, messages]).encode()  # as objects they would take more memory than their bytes say
+        entry = json.dumps([response, messages]).encode()  # objects would take more memory than the bytes suggest
         self.entries[response["id"]] = entry
         self.bytes += len(entry)
         while len(self.entries) > KEPT_RESPONSES or self.bytes > KEPT_BYTES:
             self.remove(next(iter(self.entries)))
 
     def find(self, name: str) -> tuple[dict[str, Any], Messages]:
-        """Return a response by its id; raise an `ApiError` for an unknown id."""
+        """Return a response and its conversation. Raises `ApiError` for an unknown id."""
         if name not in self.entries:
             text = f"There is no response {name!r}: it was not stored, or has been forgotten."
             raise ApiError(404, text, "previous_response_id", "response_not_found")
@@ -46,14 +46,14 @@ class StoredResponses:
         return response, messages
 
     def remove(self, name: str) -> None:
-        """Forget one."""
+        """Remove a response."""
         if name not in self.entries:
             self.find(name)
         self.bytes -= len(self.entries.pop(name))
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
     stored = StoredResponses()
 
     @app.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
@@ -85,12 +85,12 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 class Turn:
-    """Answer as it is written. messages: the conversation before it; stored: the store that keeps it, if any."""
+    """Growing response. messages: the conversation before it. stored: the store that keeps it, if any."""
 
     def __init__(self, answer: Answer, body: ResponseRequest, messages: Messages, stored: StoredResponses | None):
         self.answer, self.body, self.messages, self.stored = answer, body, messages, stored
         self.reply, self.reason = answer.reply(), "stop"
-        self.output: list[dict[str, Any]] = []  # the items, of which the last may be unfinished
+        self.output: list[dict[str, Any]] = []  # items; the last may be unfinished
 
     async def response(self) -> dict[str, Any]:
         """Return the whole response."""
@@ -101,7 +101,7 @@ class Turn:
         return answer
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield the response as events, numbered."""
+        """Yield the response as numbered events."""
         number = 0
         async with aclosing(self._events()) as events:
             async for event in events:
@@ -127,7 +127,7 @@ class Turn:
         yield {"type": f"response.{answer['status']}", "response": answer}
 
     def _go_on(self, part: Delta) -> Iterator[dict[str, Any]]:
-        """Yield the events of the next delta, and those of a new item if it begins one."""
+        """Yield the events of the next delta, after those of a new item if it begins one."""
         item_type = "reasoning" if part.call == THOUGHTS else "function_call" if part.call >= 0 else "message"
         if not self.output or part.name or self.output[-1]["type"] != item_type:
             yield from self._end("completed")
@@ -149,7 +149,7 @@ class Turn:
             yield {"type": "response.function_call_arguments.delta", **self._place(), "delta": part.arguments}
 
     def _end(self, status: str) -> Iterator[dict[str, Any]]:
-        """Yield the events of the end of the last item, if there is one."""
+        """Yield the events at the end of the last item, if there is one."""
         if not self.output:
             return
         item, index = self.output[-1], self._place()
@@ -172,7 +172,7 @@ class Turn:
         return {"type": "function_call", "id": f"fc_{self.answer.id}_{index}", "status": "in_progress", **call}
 
     def _finish(self, status: str) -> dict[str, Any]:
-        """Return the finished response, and store it if it is to be kept."""
+        """Return the finished response, and store it if requested."""
         answer_object = self._object(status)
         if self.stored is not None:
             calls = {"tool_calls": self.reply.calls} if self.reply.calls and not self.reply.unfinished else {}
@@ -180,7 +180,7 @@ class Turn:
             answer = {"role": "assistant", "content": self.reply.text, **calls, **thoughts}
             earlier, last = self.messages, self.messages[-1]
             if not calls and len(earlier) > 1 and last["role"] == "assistant" and "tool_calls" not in last:
-                answer["content"] = last["content"] + answer["content"]  # the answer continues it
+                answer["content"] = last["content"] + answer["content"]  # the answer continues that message
                 earlier = earlier[:-1]
             self.stored.add(answer_object, [*earlier, answer])
         return answer_object

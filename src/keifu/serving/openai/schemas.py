@@ -1,8 +1,8 @@
 """Bodies of requests.
 
-Every field is heeded, ignored or refused by name. An unknown name is refused with the nearest known one. A field of
-OpenAI's that asks for another answer is refused. A field that only hints is ignored and named in a header of the
-answer; the option --strict refuses it, unless its value changes nothing.
+Every field has an effect, is ignored, or is refused by name. An unknown name is refused with the nearest known one. A
+field of OpenAI's API that asks for a different answer is refused. A field that is only a hint is ignored and named in a
+header of the answer; the option --strict refuses it, unless its value has no effect.
 """
 
 import json
@@ -18,7 +18,7 @@ from keifu.serving.openai.json_schema import ANY_OBJECT
 from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES, MAX_MESSAGES = 128, 10_000
-HINTS: Neutral = {  # fields of OpenAI's for its own service
+HINTS: Neutral = {  # fields of OpenAI's API for its servers
     "metadata": ({},), "prompt_cache_key": (), "prompt_cache_retention": (), "safety_identifier": (),
     "service_tier": ("auto", "default"),
 }  # fmt: skip
@@ -35,19 +35,19 @@ class Texts(Body):
 
     @property
     def texts(self) -> list[str]:
-        """Texts, one or several."""
+        """Texts as a list."""
         return [self.input] if isinstance(self.input, str) else self.input
 
 
 class StreamOptions(Body):
-    """Options of a stream. include_usage: a last event with the numbers of tokens."""
+    """Options of a stream. include_usage: whether a last event has the numbers of tokens."""
 
     include_usage: bool = False
     refused: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
 
 class Sampling(Body):
-    """Fields of all bodies that generate text. A setting that is not given has the model's own value."""
+    """Fields of all bodies that generate text. Unset ones have the model's defaults."""
 
     model: str = ""
     max_tokens: int | None = None
@@ -99,7 +99,7 @@ def _json_object(text: str) -> str:
 
 
 class FunctionCall(Body):
-    """Call of a function as the model wrote it; `arguments` is JSON."""
+    """Call of a function, written by the model. `arguments` is JSON."""
 
     name: str
     arguments: Annotated[str, AfterValidator(_json_object)]
@@ -115,7 +115,7 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """Message of a conversation; "developer" is another name for "system"."""
+    """Message of a conversation. The role "developer" means "system"."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Part] | None = None
@@ -134,7 +134,7 @@ class Message(Body):
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Return the message in the form of chat templates: its parts are joined by line breaks."""
+        """Return the message for chat templates. Its parts are joined by line breaks."""
         message = {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
         calls = [call.model_dump(exclude={"index"}) for call in self.tool_calls or ()] or None
         message |= {"name": self.name, "tool_calls": calls, "tool_call_id": self.tool_call_id}
@@ -143,7 +143,8 @@ class Message(Body):
 
 
 class Function(Body):
-    """Function that may be called. parameters: the JSON schema that its arguments follow, `strict` or not."""
+    """Function that may be called. parameters: JSON schema of its arguments, which they follow also without
+    `strict`."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
@@ -213,7 +214,7 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
 
 
 class JsonSchema(Body):
-    """Schema by name; the answer always follows it, `strict` or not."""
+    """Named schema. The answer always follows it, also without `strict`."""
 
     name: str
     description: str | None = None
@@ -222,7 +223,7 @@ class JsonSchema(Body):
 
 
 class ResponseFormat(Body):
-    """Form of an answer: any text, any JSON object, or JSON that follows a schema."""
+    """Format of an answer: any text, any JSON object, or JSON that follows a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -277,7 +278,7 @@ class ChatRequest(Sampling):
         return tool_use(functions, self.tool_choice, name, self.parallel_tool_calls)
 
     def options(self) -> SamplingOptions:
-        """Return the options of `Sampling` with this body's own."""
+        """Return the options of `Sampling`, and those of this body."""
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         top = {"log_probabilities": bool(self.logprobs), "top_log_probabilities": self.top_logprobs or 0}
         return {**super().options(), **({} if limit is None else {"max_tokens": limit}), **top}  # type: ignore[return-value]
@@ -293,12 +294,12 @@ class Item(Body):
     refused: ClassVar[Neutral] = {"status": ("completed", "incomplete"), "phase": ()}
 
     def plain(self) -> dict[str, Any]:
-        """Return the message as chat templates take it."""
+        """Return the message for chat templates."""
         return {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
 
 
 class ReasoningItem(Body):
-    """Thoughts in the input of a response, which the model wrote earlier."""
+    """Thoughts in the input of a response, written by the model earlier."""
 
     type: Literal["reasoning"]
     id: str | None = None
@@ -314,7 +315,7 @@ class ReasoningItem(Body):
 
 
 class CallItem(Body):
-    """Call in the input of a response, which the model wrote earlier."""
+    """Call in the input of a response, written by the model earlier."""
 
     type: Literal["function_call"]
     id: str | None = None
@@ -344,7 +345,7 @@ class ResultItem(Body):
 
 
 class TextFormat(JsonSchema):
-    """`ResponseFormat` with the schema in the same object."""
+    """`ResponseFormat` whose schema is in the same object."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str = ""
@@ -356,7 +357,7 @@ class TextFormat(JsonSchema):
 
 
 class ResponseText(Body):
-    """Form of a response's text."""
+    """Format of a response's text."""
 
     format: TextFormat | None = None
     ignored: ClassVar[Neutral] = {"verbosity": ("medium",)}
@@ -367,7 +368,7 @@ Value = Annotated[str, Field(max_length=512)]
 
 
 class ResponseRequest(Sampling):
-    """POST /v1/responses. store: keep the response in memory, for `previous_response_id` and to be asked for again."""
+    """POST /v1/responses. store: whether to keep the response in memory, for `previous_response_id` and GET."""
 
     input: str | Annotated[list[Item | ReasoningItem | CallItem | ResultItem], Field(min_length=1)]
     instructions: str | None = None
@@ -389,13 +390,13 @@ class ResponseRequest(Sampling):
     }  # fmt: skip
 
     def options(self) -> SamplingOptions:
-        """Return the options of `Sampling` with this body's own."""
+        """Return the options of `Sampling`, and those of this body."""
         options = super().options()
         return options if self.max_output_tokens is None else {**options, "max_tokens": self.max_output_tokens}
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """Input as messages; calls belong to the message of the assistant before them, thoughts to the one after."""
+        """Input as messages. Calls are added to the assistant message before them, thoughts to the one after them."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         messages: list[dict[str, Any]] = []
@@ -427,7 +428,7 @@ class ResponseRequest(Sampling):
 
     @property
     def form(self) -> dict[str, Any]:
-        """Form of the text, as the response repeats it."""
+        """Format of the text, as it is repeated in the response."""
         given = self.text and self.text.format
         if given and given.type == "json_schema":
             return given.model_dump(by_alias=True)
@@ -435,7 +436,7 @@ class ResponseRequest(Sampling):
 
 
 class CompletionRequest(Sampling):
-    """POST /v1/completions. prompt: a text, several, the ids of one, or those of several."""
+    """POST /v1/completions. prompt: a text, several texts, the ids of one, or those of several."""
 
     prompt: str | list[int] | Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=MAX_CHOICES)]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -444,11 +445,11 @@ class CompletionRequest(Sampling):
     ignored: ClassVar[Neutral] = HINTS
 
     def options(self) -> SamplingOptions:
-        """Return the options of `Sampling`; OpenAI's limit is 16 tokens if none is given."""
+        """Return the options of `Sampling`. The default of max_tokens is OpenAI's, 16."""
         top = {"log_probabilities": self.logprobs is not None, "top_log_probabilities": self.logprobs or 0}
         return {"max_tokens": 16, **super().options(), **top}  # type: ignore[return-value]
 
     def prompts(self) -> list[str | list[int]]:
-        """Return the prompts, one or several."""
+        """Return the prompts as a list."""
         given: Any = self.prompt
         return [*given] if isinstance(given, list) and given and not isinstance(given[0], int) else [given]

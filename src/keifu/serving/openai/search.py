@@ -1,6 +1,6 @@
 """POST /v1/search: the passages of a folder's documents that are nearest to a question, by the index of `keifu search`.
 
-Clients see paths in the folder alone, and a link that leads out of the folder is not followed.
+Clients only see paths relative to the folder. Links that lead out of the folder are not followed.
 """
 
 from dataclasses import asdict
@@ -27,8 +27,8 @@ from keifu.serving.worker import GoOn, Loaded
 
 
 class SearchRequest(Body):
-    """POST /v1/search. limit: the number of passages in the answer, the nearest first. cut: whether to keep the
-    beginning of a query that is longer than the model takes."""
+    """POST /v1/search. limit: number of passages in the answer, the nearest first. cut: whether to keep the beginning
+    of a query that is longer than the context."""
 
     model: str = ""
     query: str
@@ -37,17 +37,17 @@ class SearchRequest(Body):
 
 
 class Documents:
-    """Documents of a folder, and for each model the index of their passages, which follows the files' changes."""
+    """Documents of a folder, and for each model an index of their passages, which is updated when files change."""
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         self._indexes: dict[str, tuple[list[Any], SearchIndex]] = {}
 
     def index(self, source: str, encoder: Loaded) -> SearchIndex:
-        """Return the index by the model of that path or name; only new passages are embedded.
+        """Return the index for the model with that path or name. Only new passages are embedded.
 
-        An index that was begun is finished, also if the client leaves: the next query needs it. An `ApiError` says that
-        there is no index now, and the log why: the reason may name a path.
+        Building continues if the client leaves, because the next query needs the index. Raises `ApiError` if there is
+        no index; only the log has the reason, because it may contain a path.
         """
         try:
             inside = [path for path in document_files(self.folder) if path.resolve().is_relative_to(self.folder)]
@@ -64,7 +64,7 @@ class Documents:
 
 
 def routes(app: FastAPI, models: ServedModels, folder: Path | None) -> None:
-    """Add the route, for these models and the documents in this folder."""
+    """Add the route for these models and the documents in this folder."""
     documents = None if folder is None else Documents(folder)
 
     async def answer(body: SearchRequest) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Tools: the form in which a chat template writes calls of functions, a grammar for answers, and a parser.
+"""Tools: the format of function calls in a chat template, a grammar for answers, and a parser.
 
-The format is read off the template, which renders a call of a function that does not exist. A model whose template
-knows no tools is told of them in the system message, and calls them as Hermes and Qwen do.
+The format is found by rendering a call of a nonexistent function with the template. If a model's template does not
+support tools, the system message describes them, and the model calls them in the format of Hermes and Qwen.
 """
 
 import json
@@ -25,7 +25,7 @@ from keifu.serving.openai.json_schema import COMBINED, checked
 
 Messages = Sequence[Mapping[str, Any]]
 PROBES = ("first_probe", "second_probe")
-THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # a template may open one for the answer, and in none of before
+THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # some templates open a thought for the answer only
 TOLD = """\
 You can call functions. These are their descriptions, one a line:
 {functions}
@@ -37,9 +37,10 @@ To call one, answer in exactly this form:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """The text of calls: opening NAME middle ARGUMENTS, between NAME middle ARGUMENTS for each further one, closing.
+    """Format of calls: opening NAME middle ARGUMENTS, then between NAME middle ARGUMENTS for each further call, then
+    closing.
 
-    between: None where the template writes one call at a time. native: whether the template knows tools itself.
+    between: None if the template only writes one call at a time. native: whether the template supports tools.
     """
 
     opening: str
@@ -49,13 +50,14 @@ class ToolFormat:
     native: bool = True
 
     def trigger(self, tokenizer: Tokenizer) -> str:
-        """Return the start of the opening, which tells calls from text: one token, or everything before the JSON."""
+        """Return the start of the opening, which distinguishes calls from text: one token, or everything before the
+        JSON."""
         added = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values()]
         tokens = [token for token in added if self.opening.startswith(token)]
         return max(tokens, key=len, default="") or re.split(r"[{\[]", self.opening)[0].rstrip() or self.opening
 
     def special(self, tokenizer: Tokenizer) -> dict[str, int]:
-        """Return the special tokens in it with their ids."""
+        """Return the special tokens in the format with their ids."""
         whole = "\n".join((self.opening, self.middle, self.between or "", self.closing))
         return {word: token for token in tokenizer.special_ids if (word := _token(tokenizer, token)) in whole}
 
@@ -71,7 +73,7 @@ def _token(tokenizer: Tokenizer, number: int) -> str:
 
 @lru_cache(maxsize=16)
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:
-    """Return the form in which the tokenizer's template writes calls; Hermes' form if it writes none, or no JSON."""
+    """Return the format of calls in the tokenizer's template; Hermes' format if it writes no calls, or not as JSON."""
     for count in (2, 1):
         with suppress(UserError):
             if tool_format := _probe(tokenizer, PROBES[:count]):
@@ -80,9 +82,9 @@ def tool_format(tokenizer: Tokenizer) -> ToolFormat:
 
 
 def _probe(tokenizer: Tokenizer, names: Sequence[str]) -> ToolFormat | None:
-    """Return the format, read off the template's rendering of a turn that calls these functions."""
+    """Return the format, derived from the template's rendering of calls to these functions."""
     asked = [{"role": "user", "content": "x"}]
-    calls = [_call(name, json.dumps({"probe": name}), "000000000") for name in names]  # Mistral wants nine signs
+    calls = [_call(name, json.dumps({"probe": name}), "000000000") for name in names]  # Mistral needs nine digits
     results = [{"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "y"} for c in calls]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     tools = [{"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in names]
@@ -106,7 +108,7 @@ def _call(name: str, arguments: str, number: str) -> dict[str, Any]:
 
 
 def with_objects(messages: Messages) -> list[dict[str, Any]]:
-    """Return the messages with the arguments of calls as objects, which templates expect."""
+    """Return the messages with the arguments of calls as objects, as templates expect."""
 
     def with_object(call: Any) -> dict[str, Any]:
         return call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
@@ -118,10 +120,10 @@ def with_objects(messages: Messages) -> list[dict[str, Any]]:
 def render(
     tokenizer: Tokenizer, messages: Messages, functions: Sequence[Mapping[str, Any]], config: Any = None, **options: Any
 ) -> list[int] | ImagePrompt:
-    """Return the ids of a conversation in which these functions may be called, and others have been.
+    """Encode a conversation in which these functions may be called, and may have been called.
 
-    The answer continues a last message of the assistant. config: the model's, which says whether it sees. options: of
-    the chat template.
+    If the last message is the assistant's, the answer continues it. config: of the model; decides whether it reads
+    pictures. options: of the chat template.
     """
     options = template_options(tokenizer, options)
     if len(messages) > 1 and messages[-1]["role"] == "assistant" and not messages[-1].get("tool_calls"):
@@ -141,9 +143,10 @@ def render(
 
 
 def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the conversation for a template that knows no tools.
+    """Convert a conversation for a template without support for tools.
 
-    The functions are in the system message, calls are words of the assistant, and results are words of the user.
+    The system message describes the functions. Calls become text of the assistant, and results become text of the
+    user.
     """
     described = TOLD.format(functions="\n".join(json.dumps(function, ensure_ascii=False) for function in functions))
     turns: list[dict[str, Any]] = [{"role": "system", "content": described}] if functions else []
@@ -163,14 +166,15 @@ def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> lis
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The functions that an answer may call. choice: "auto", "required", or the name of the one that it must call."""
+    """Functions that an answer may call. choice: "auto", "required", or the name of the function that must be
+    called."""
 
     functions: Sequence[Mapping[str, Any]]
     choice: str = "auto"
     parallel: bool = True
 
     def grammar(self, tokenizer: Tokenizer, schema: dict[str, Any] | None) -> Grammar:
-        """Return the grammar of an answer: calls, or with "auto" also text, which may follow a schema."""
+        """Return the grammar of an answer: calls; with "auto" alternatively text, which may have to follow a schema."""
         form = tool_format(tokenizer)
         special = form.special(tokenizer)
 
@@ -202,11 +206,11 @@ class ToolUse:
         return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", lead]
 
 
-THOUGHTS = -2  # as the number of a call
+THOUGHTS = -2  # stands for thoughts in the field `call`
 
 
 class Delta(NamedTuple):
-    """Next part of a streamed answer: text, or the name of call number `call`, or the next part of its arguments."""
+    """Next part of a streamed answer: text, the name of call number `call`, or the next part of its arguments."""
 
     content: str = ""
     call: int = -1
@@ -216,8 +220,8 @@ class Delta(NamedTuple):
 
 @dataclass
 class Reply:
-    """Answer as it grows, split into thoughts, text and calls. form: None if nothing may be called. thought: the part
-    of the thoughts in the text that was last pushed; reasoning: all of them."""
+    """Growing answer, split into thoughts, text and calls. form: None if nothing may be called. thought: thoughts in
+    the text of the last push. reasoning: all thoughts."""
 
     form: ToolFormat | None = None
     trigger: str = ""
@@ -234,11 +238,11 @@ class Reply:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the arguments of the last call have not come to their end, as where a stop string ends the text."""
+        """Whether the arguments of the last call are incomplete, for example after a stop string."""
         return self._state == "arguments"
 
     def push(self, text: str, last: bool = False) -> list[Delta]:
-        """Add the text of a token; return the parts that are certain now."""
+        """Add the text of a token. Return the parts that are now certain."""
         begun, (self.thought, text) = self.splitter.part, self.splitter(text)
         if last:
             self.thought, text = map("".join, zip((self.thought, text), self.splitter.end(), strict=True))
@@ -254,12 +258,12 @@ class Reply:
         return deltas
 
     def parts(self, text: str, last: bool) -> list[Delta]:
-        """Return `push`, with the thoughts first."""
+        """Return the result of `push`, with the thoughts first."""
         deltas = self.push(text, last)
         return [Delta(self.thought, THOUGHTS), *deltas] if self.thought else deltas
 
     def _next(self, form: ToolFormat, last: bool) -> Delta | None:
-        """Return one step; None if more text is needed."""
+        """Return the next part; None if more text is needed."""
         if self._state == "text":
             return self._plain(form, last)
         if self._state == "name":
@@ -291,7 +295,7 @@ class Reply:
         return self._cut(len(self._held) - kept, "text") if len(self._held) > kept else None
 
     def _arguments(self) -> Delta | None:
-        """Return the arguments as far as they have come; they end with the brace that closes the first."""
+        """Return the new part of the arguments. They end with the brace that closes the first one."""
         if not self._held:
             return None
         length, state = len(self._held), "arguments"
@@ -305,12 +309,12 @@ class Reply:
                     length, state = match.end(), "after"
                     break
         if state == "arguments" and len(self._held) - len(self._held.rstrip("\\")) & 1:
-            length -= 1  # what it escapes has not come
+            length -= 1  # the escaped character is missing
         part = self._cut(length, state).content
         self.calls[-1]["function"]["arguments"] += part
         return Delta(call=len(self.calls) - 1, arguments=part) if part else None
 
     def _cut(self, length: int, state: str) -> Delta:
-        """Take `length` characters; they are sent as they are if the state stays text."""
+        """Remove `length` characters from the waiting text and return them as a delta; in the state text, unchanged."""
         text, self._held, self._state = self._held[:length], self._held[length:], state
         return Delta(text)

@@ -1,4 +1,4 @@
-"""POST /v1/audio/transcriptions and /v1/audio/translations: what is said in a sound file, as text or subtitles."""
+"""POST /v1/audio/transcriptions and /v1/audio/translations: transcripts of a sound file, as text or subtitles."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ from keifu.serving.openai.body import Body, Neutral
 from keifu.serving.streaming import LEFT, json_response, while_connected
 from keifu.serving.worker import GoOn
 
-SECONDS = 3600.0  # of a sound
+SECONDS = 3600.0  # maximal length of a sound
 Task = Literal["transcribe", "translate"]
 
 
@@ -37,7 +37,7 @@ class TranscriptionRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
 
     async def answer(request: Request, task: Task) -> Response:
         body, data, name = await _read_form(request)
@@ -66,7 +66,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 async def _read_form(request: Request) -> tuple[TranscriptionRequest, bytes, str]:
-    """Return the fields, and the bytes and the name of the file of a form."""
+    """Return the fields of a form, and its file's bytes and name."""
     async with request.form(max_files=1) as form:
         given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
         sent = [(await value.read(), value.filename or "file") for _, value in given if isinstance(value, UploadFile)]
@@ -80,7 +80,7 @@ async def _read_form(request: Request) -> tuple[TranscriptionRequest, bytes, str
 
 
 def _form() -> dict[str, Any]:
-    """Return the fields, as OpenAPI has them."""
+    """Return the fields for OpenAPI."""
     schema = TranscriptionRequest.model_json_schema()
     schema["properties"]["file"] = {"type": "string", "format": "binary"}
     schema["required"] = ["file"]
@@ -88,7 +88,7 @@ def _form() -> dict[str, Any]:
 
 
 def _verbose(done: Transcript, task: Task) -> dict[str, Any]:
-    """Return the fields of verbose_json, whose segments have OpenAI's names."""
+    """Return the fields of verbose_json. Segments have OpenAI's field names."""
     segments = [
         {
             "id": n, "seek": 0, "start": part.start, "end": part.end, "text": part.text, "tokens": part.tokens,

@@ -1,1 +1,1 @@
-"""Interfaces of other services, each translated to a conversation of OpenAI's."""
+"""APIs of other services, translated to OpenAI's conversations."""

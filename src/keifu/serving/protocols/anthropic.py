@@ -1,4 +1,4 @@
-"""POST /v1/messages: Anthropic's form of a conversation."""
+"""POST /v1/messages: Anthropic's API for conversations."""
 
 import json
 from collections.abc import AsyncGenerator, Iterator
@@ -32,7 +32,7 @@ class AnthropicMessage(Body):
 
 
 class Thinking(Body):
-    """Whether the model is to think before it answers; adaptive: as its chat template says."""
+    """Whether the model thinks before it answers. adaptive: by the default of its chat template."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     ignored: ClassVar[Neutral] = {"budget_tokens": (), "display": ()}
@@ -59,7 +59,7 @@ class MessagesRequest(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the route, for these models."""
+    """Add the route for these models."""
 
     @app.post("/v1/messages", summary="Answer a conversation (Anthropic)", tags=["other clients"], responses=STREAM)
     async def messages(body: MessagesRequest, request: Request) -> Response:
@@ -70,7 +70,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 def _options(body: MessagesRequest, models: ServedModels) -> dict[str, Any] | None:
-    """Return variables for the chat template that turn thoughts on or off; refuse a model that never thinks."""
+    """Return chat template variables that turn thoughts on or off. Raises an error for a model that never thinks."""
     if body.thinking is None or body.thinking.type == "adaptive":
         return None
     wanted, template = body.thinking.type == "enabled", models.find(body.model, "chat").tokenizer.chat_template
@@ -104,7 +104,7 @@ def _fields(body: MessagesRequest) -> dict[str, Any]:
 
 
 def _text(blocks: Any) -> str:
-    """Return text, or the text of blocks; a picture is refused there."""
+    """Return the text of a string or of blocks. Raises an error for pictures."""
     if not isinstance(blocks, list):
         return blocks
     parts = [block for block in blocks if isinstance(block, dict)]
@@ -114,7 +114,7 @@ def _text(blocks: Any) -> str:
 
 
 def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
-    """Yield the message in OpenAI's form: results of tools are messages of their own."""
+    """Yield the message in OpenAI's format. Results of tools become separate messages."""
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
         return
@@ -167,7 +167,7 @@ async def _message(answer: Answer) -> dict[str, Any]:
 
 
 def _object(arguments: str) -> dict[str, Any]:
-    """Return the arguments of a call; an empty object for those that the token limit has cut."""
+    """Return the arguments of a call; {} if the token limit has cut them."""
     with suppress(ValueError):
         return json.loads(arguments)
     return {}

@@ -1,4 +1,4 @@
-"""/api/chat, /api/tags and /api/version: the paths that ollama's clients ask."""
+"""/api/chat, /api/tags and /api/version: the paths used by clients of ollama."""
 
 import json
 import time
@@ -37,7 +37,7 @@ class OllamaMessage(Body):
 
 
 class OllamaChat(Body):
-    """POST /api/chat. Options that ollama has for its own engine are ignored."""
+    """POST /api/chat. Options for ollama's engine are ignored."""
 
     model: str = ""
     messages: Annotated[list[OllamaMessage], Field(min_length=1)]
@@ -49,7 +49,7 @@ class OllamaChat(Body):
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes, for these models."""
+    """Add the routes for these models."""
 
     @app.post("/api/chat", summary="Answer a conversation (ollama)", tags=["other clients"], responses=STREAM)
     async def chat(body: OllamaChat, request: Request) -> Response:
@@ -75,7 +75,7 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
     """Return the request in OpenAI's fields."""
     options = body.options or {}
     kept = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
-    if isinstance(kept.get("max_tokens"), int) and kept["max_tokens"] < 0:  # to the end
+    if isinstance(kept.get("max_tokens"), int) and kept["max_tokens"] < 0:  # negative: unlimited
         del kept["max_tokens"]
     form: Any = {"type": "json_object"} if body.format == "json" else None
     if isinstance(body.format, dict):
@@ -95,13 +95,13 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
         parts: list[Any] = [{"type": "text", "text": turn.content}]
         parts += [{"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}} for image in turn.images or ()]
         turns.append({"role": turn.role, "content": parts if turn.images else turn.content, **more})
-    # ollama's clients add ":latest" to a name without a tag
+    # ollama's clients append ":latest" to a name without a tag
     model = body.model.removesuffix(":latest")
     return {"model": model, "messages": turns, "tools": body.tools or None, "response_format": form, **kept}
 
 
 async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the parts of an answer, then its figures. A call is whole when it comes."""
+    """Yield the parts of an answer, then its figures. Each call is sent as a whole."""
     begin, first, reply, reason = time.monotonic_ns(), 0, answer.reply(), "length"
 
     def line(message: dict[str, Any], **more: Any) -> dict[str, Any]:
