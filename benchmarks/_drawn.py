@@ -1,4 +1,4 @@
-"""What benchmarks of drawing have in common: a run, and the features of the pictures that it learned from."""
+"""Shared by benchmarks of drawing: loading a run, and the features of its training pictures."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from keifu.generation.images.pixel_diffusion import require_diffusion_model
 
 
 class Beside(NamedTuple):
-    """A model that draws, the features of what it learned from, and the kernel distance of held-out pictures to it."""
+    """Model that draws, the features of its training pictures, and the kernel distance of held-out pictures to them."""
 
     model: Any
     extract: Extractor

@@ -1,16 +1,16 @@
-"""The reward that benchmarks/instruct.py takes for the truth: what a person would have been asked for, as a program."""
+"""Gold reward of benchmarks/instruct.py: a program instead of people's judgement."""
 
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-WORDS = 20  # that an answer should have
+WORDS = 20  # desired length of an answer in words
 
 
 def gold(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
-    """Score an answer from about 3.5 down: how many words of the question's subject it names, how few it repeats,
-    whether it ends, and how far its length is from 20 words. An empty answer has -3."""
+    """Return a score of at most about 3.5 for an answer: how many words of the question's subject it names, how few it
+    repeats, whether it ends properly, and how close its length is to 20 words. An empty answer has -3."""
     words = re.findall(r"[a-z0-9']+", answer.lower())
     if not words:
         return -3.0

@@ -1,4 +1,4 @@
-"""llama.cpp by its low-level API (llama-cpp-python): files quantised by it, and its logits for any batch of tokens."""
+"""llama.cpp's low-level API (llama-cpp-python): quantised files, and logits for any batch of tokens."""
 
 import ctypes
 from pathlib import Path
@@ -22,8 +22,8 @@ llama_cpp.llama_log_set(_quiet, ctypes.c_void_p(0))
 
 
 def quantised(model: nn.Module, kind: str, folder: Path) -> Path:
-    """Return the path of the model as a GGUF file that llama.cpp quantised. By default the head of q4_0 and q4_k has 6
-    bits. With "q4_0_pure" all matrices have the same type."""
+    """Quantise the model with llama.cpp and return the path of the GGUF file. By default the head of q4_0 and q4_k has
+    6 bits. With "q4_0_pure" all matrices have the same type."""
     whole, path = folder / "f32.gguf", folder / f"{kind}.gguf"
     if not whole.exists():
         checkpoints.save_gguf(model, None, whole, "f32")
@@ -35,7 +35,7 @@ def quantised(model: nn.Module, kind: str, folder: Path) -> Path:
 
 
 class LlamaCpp:
-    """A model with room for `streams` texts of `length` tokens each."""
+    """Model with memory for `streams` texts of `length` tokens each."""
 
     def __init__(self, path: Path, streams: int, length: int, threads: int):
         settings: Any = llama_cpp.llama_context_default_params()
@@ -48,7 +48,7 @@ class LlamaCpp:
         self.batch = llama_cpp.llama_batch_init(settings.n_batch, 0, 1)
 
     def rollback(self, length: int) -> None:
-        """Forget all tokens of each text but the first `length`."""
+        """Remove all tokens of each text except the first `length`."""
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), -1, length, -1)
 
     def run(self, texts: list[list[int]], start: int, wanted: int) -> np.ndarray:

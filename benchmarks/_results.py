@@ -1,4 +1,4 @@
-"""Tables of docs/results/data: a benchmark replaces its own, with the command that made it and the machine."""
+"""Tables of docs/results/data. A benchmark replaces its table, with the command and the machine that made it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def write_table(
 ) -> None:
     """Write a table to a data file. It replaces the first table of the same section and benchmark, or is appended.
 
-    Cells are as the page has them; the machine is this one. values: the raw values by seed, round or item.
+    Cells are those of the page; the machine is this one. values: the raw values by seed, round or item.
     """
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     machine = f"{os.cpu_count()} cores of {processor_name()}"
@@ -44,7 +44,7 @@ def write_table(
 
 
 def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], always: Collection[str] = ()) -> str:
-    """Return the command with the options among `defaults` that differ from them, or are in `always`."""
+    """Return the command with those options that differ from `defaults` or are in `always`."""
     words = [f"python benchmarks/{script}"]
     for name, usual in defaults.items():
         if (value := options[name]) != usual or name in always:
@@ -56,7 +56,7 @@ def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], 
 def renewed(page: str, tables: Sequence[dict]) -> str:
     """Return a page whose marked tables, `<!-- table: SECTION -->`, have the cells of the data file.
 
-    The header and the first cell of each row stay as the page has them, in its language.
+    The header and the first cell of each row are not changed, since they are in the page's language.
     """
 
     def replace(found: re.Match[str]) -> str:
@@ -74,7 +74,7 @@ def renewed(page: str, tables: Sequence[dict]) -> str:
 
 
 def as_text(tables: Sequence[dict]) -> str:
-    """Return JSON with a line for each row."""
+    """Return the tables as JSON with a line for each row."""
     return "[\n" + ",\n".join(map(_one, tables)) + "\n]\n"
 
 

@@ -1,4 +1,4 @@
-"""Side-by-side timing: every contender runs once in each round, so that a machine that slows down slows all of them."""
+"""Timing in rounds: every contender runs once in each round, so that a slow phase of the machine affects all."""
 
 import platform
 import statistics
@@ -19,7 +19,7 @@ def machine() -> str:
 
 
 def spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Return the mean; of several values the lowest and the highest in brackets."""
+    """Return the mean; for several values also the lowest and the highest in brackets."""
     around = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
     return f"{statistics.mean(values):{form}}{around}"
 
@@ -27,10 +27,10 @@ def spread(values: Sequence[float], form: str = ".3f") -> str:
 def interleaved(
     contenders: Mapping[str, Callable[[], object]], rounds: int, warm: bool = False
 ) -> dict[str, list[float]]:
-    """Return seconds of each contender in each round after an uncounted one; warm: each works twice in a round,
-    of which the second time counts, since caches and memory went to others while it waited.
+    """Return the seconds of each contender in each round, after an uncounted round.
 
-    Before each there is a pause: the threads of the one before may wait for more work in a loop, on the same cores.
+    warm: run each twice and count the second run, because its caches were lost while it waited. There is a pause before
+    each run: threads of the previous contender may still spin on the cores.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
@@ -46,7 +46,7 @@ def interleaved(
 
 
 def table(seconds: Mapping[str, list[float]], amount: float, unit: str, base: str, notes: Mapping[str, str]) -> str:
-    """Return medians, and ratios to `base` taken round by round, as Markdown."""
+    """Return medians, and ratios to `base` in the same round, as Markdown."""
     lines = [f"| | {unit}/s | ratio to {base} (min to max) | |", "|---|---:|---:|---|"]
     for name, own in seconds.items():
         ratios = [b / a for a, b in zip(own, seconds[base], strict=True)]

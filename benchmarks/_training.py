@@ -1,4 +1,4 @@
-"""Steps of training as contenders: keifu's, and those of any other model; each keeps the losses it sees."""
+"""Training steps as contenders: of keifu, and of any other model. Each records its losses."""
 
 import time
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def peer(
     fused: bool,
     losses: list[float],
 ) -> Callable[[], None]:
-    """Return the same step as a plain PyTorch loop, for another library's model."""
+    """Return the same step as a plain PyTorch loop, for a model of another library."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -72,7 +72,7 @@ def plain_steps(
     warmup: int,
     weight_decay: float = 0.1,
 ) -> None:
-    """Train by AdamW on the loss of each step; the rate rises linearly, and falls to 0 in the last third."""
+    """Train by AdamW on the loss of each step. The rate rises linearly, and decreases to 0 over the last third."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=weight_decay, betas=(0.9, 0.95))
     for step in range(steps):
         loss(step).backward()
@@ -90,9 +90,9 @@ def learned(
     between: Callable[[int], None] = lambda step: None,
     objective: Objective = causal_language_modeling,
 ) -> float:
-    """Train a causal model as keifu's loop does, without the work between steps, and return the seconds.
+    """Train a causal model with keifu's loop, without the work between steps. Return the seconds.
 
-    `between` is called with the number of steps done, and its time is not counted.
+    between: called with the number of finished steps; its time is not counted.
     """
     trainer = Trainer(model, objective, settings)
     seconds = 0.0
@@ -110,7 +110,7 @@ def learned(
 
 @torch.no_grad()
 def validation(model: torch.nn.Module, data: Data) -> float:
-    """Return nats a token of a causal model on the data's held-out part, in float32."""
+    """Return the loss of a causal model on the held-out part of the data, in nats per token, in float32."""
     total = weight = 0.0
     for batch in data.validation():
         outcome = causal_language_modeling(model.eval(), batch)

@@ -1,14 +1,14 @@
-"""Fine-tuning and GRPO with TRL and PEFT: the same weights, conversations and prompts, interleaved rounds.
+"""Fine-tuning and GRPO compared with TRL and PEFT: the same weights, conversations and prompts, in alternating rounds.
 
 python benchmarks/alignment.py [--model DIR] [--dim 256] [--layers 4] [--steps 20] [--rounds 3] [--batch 8]
     [--only sft lora grpo ppo] [--threads 2]
 
-Without --model a LLaMA with random weights is made (what is timed does not depend on what a model knows); a directory
-is any that transformers loads. Every contender trains in a process of its own in each round, and gives what it did a
-second after its first ten steps, and the most memory that the process held. sft and lora count the tokens that are
-learned, in rows that are not packed on either side; keifu's packed rows stand beside them. grpo counts answers, 8 to a
-prompt, with a reference. TRL 1.16 has no PPO: keifu's stands alone. Both sides compute in the same type: bfloat16 where
-the processor has it for sft and lora, float32 for answers.
+Without --model a LLaMA with random weights is made, because the time does not depend on the weights; a directory is any
+that transformers loads. In each round every contender trains in a separate process. It reports its speed after the
+first ten steps, and its peak memory. sft and lora count trained tokens, in rows that are not packed on either side;
+keifu's packed rows are reported separately. grpo counts answers, 8 for each prompt, with a reference model. TRL 1.16
+has no PPO, so keifu's has no comparison. Both sides compute in the same dtype: for sft and lora bfloat16 if the
+processor supports it, float32 for answers.
 """
 
 import argparse
@@ -37,14 +37,14 @@ from keifu.recipes.assistant.finetuning import Lora, with_template
 from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.run import metrics
 
-WARM = 10  # steps that are not counted
+WARM = 10  # uncounted steps
 GROUP, ANSWER = 8, 24
 WORDS = ["the", "cat", "sees", "a", "dog", "and", "birds", "fly", "over", "green", "hills", "while", "people", "sleep"]
 CPU = torch.device("cpu")
 
 
 def prepared(folder: Path, options: argparse.Namespace) -> None:
-    """Write the model, conversations, prompts and a reward function to files that both sides read."""
+    """Write the model, conversations, prompts and a reward function to files for both sides."""
     chance = random.Random(0)
 
     def said(least: int, most: int) -> str:
@@ -69,7 +69,7 @@ def prepared(folder: Path, options: argparse.Namespace) -> None:
 
 
 def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool) -> float:
-    """Return learned tokens a second of keifu's recipe."""
+    """Return trained tokens per second of keifu's recipe."""
     recipe = sft.Recipe(
         str(folder / "model"), str(folder / "talks.jsonl"), context_length=256, packed=packed, held_out=0.0,
         steps=options.steps + WARM, batch_size=options.batch, lora=Lora(rank=rank),
@@ -79,7 +79,7 @@ def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool)
 
 
 def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
-    """Return answers a second of keifu's recipe."""
+    """Return answers per second of keifu's recipe."""
     recipe = grpo.Recipe(
         str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch, group=GROUP, max_tokens=ANSWER, steps=options.steps + WARM,
@@ -89,7 +89,7 @@ def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
 
 
 def ours_ppo(folder: Path, options: argparse.Namespace) -> float:
-    """Return answers a second, the value model of the policy's size among it."""
+    """Return answers per second of keifu's recipe, with a value model of the policy's size."""
     recipe = ppo.Recipe(
         str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch * GROUP, minibatches=1, max_tokens=ANSWER, rollouts=options.steps + WARM,
@@ -104,7 +104,7 @@ def rate(run: Path, name: str) -> float:
 
 
 def theirs(kind: str, folder: Path, options: argparse.Namespace) -> float:
-    """Return how many units TRL's trainer processes per second: learned tokens, or answers."""
+    """Return the speed of TRL's trainer: trained tokens, or answers, per second."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback

@@ -4,17 +4,17 @@ python benchmarks/balancing.py [--steps 250] [--seeds 0 1 2] [--only NAME ...] [
     [--picture PNG]
 python benchmarks/balancing.py --speed [--rounds 3] [--write JSON]
 
-All models have two LLaMA blocks of width 32 and differ in the feed-forward network. The dense one has 144 hidden
-units. "8 experts" (Mixtral) has experts of 72, of which a token uses two. "32 fine experts" (DeepSeekMoE) has experts
-of 16, of which a token uses eight, and a shared one of 16 that every token uses. So each token uses 144 hidden units.
-Each mixture is trained without balancing, with the loss of Switch Transformers, and with the corrections of DeepSeek-V3
-and its sigmoid router. All read the same windows of 128 characters in the same order; seeds change weights and order.
-"Busiest expert" is the share of held-out characters that use the busiest expert, the mean of the layers: 25% if all
+All models have two LLaMA blocks of width 32 and differ in the feed-forward network. The dense one has 144 hidden units.
+"8 experts" (Mixtral) has experts of 72, of which a token uses two. "32 fine experts" (DeepSeekMoE) has experts of 16,
+of which a token uses eight, and a shared one of 16 that every token uses. So each token uses 144 hidden units. Each
+mixture is trained without balancing, with the loss of Switch Transformers, and with the corrections of DeepSeek-V3 and
+its sigmoid router. All read the same windows of 128 characters in the same order; seeds change weights and order.
+"Busiest expert" is the share of held-out characters that use the busiest expert, averaged over the layers: 25% if all
 experts have the same load.
 
---speed times training and decoding of the same architectures, here and with width 512, in turn, and also of a dense
-model with about as many parameters as the mixtures. All run in PyTorch in float32, without the native step, which has
-no mixtures. Each figure is the median of the rounds; in brackets the lowest and the highest.
+--speed times training and decoding of the same architectures, here and with width 512, in alternating rounds, and also
+of a dense model with about as many parameters as the mixtures. All run in PyTorch in float32, without the native step,
+which has no mixtures. Each figure is the median of the rounds; in brackets the lowest and the highest.
 """
 
 import argparse
@@ -53,13 +53,13 @@ CONTEXT, HEAD = 128, 16
 EIGHT, FINE = "8 experts", "32 fine experts"
 NONE, LOSS, BIAS = "no balancing", "loss", "bias"
 WAYS = ["dense", *(f"{kind}, {how}" for kind in (EIGHT, FINE) for how in (NONE, LOSS, BIAS))]
-BALANCING = 0.01  # weight of the balancing loss, that of Switch Transformers
+BALANCING = 0.01  # weight of the balancing loss, as in Switch Transformers
 SPEED, SECTION = "Speed of mixtures of experts", "Mixtures of experts"
 LARGE = "dense, all parameters"
 
 
 def feedforward(way: str, dim: int, layer: int = 0) -> nn.Module:
-    """Return the network of a block, of which each token uses 4.5 · dim hidden units."""
+    """Return the feed-forward network of a block. Each token uses 4.5 · dim hidden units."""
     hidden = 9 * dim // 2
     network = partial(GatedFeedForward, dim, activation=nn.SiLU())
     if way.startswith("dense"):
@@ -71,7 +71,7 @@ def feedforward(way: str, dim: int, layer: int = 0) -> nn.Module:
 
 
 def build(way: str, dim: int, layers: int, vocab_size: int) -> DecoderLM:
-    """Build a model, initialised as LLaMA is."""
+    """Build a model with LLaMA's initialisation."""
     config = llama.Config(
         vocab_size=vocab_size, context_length=2 * CONTEXT, dim=dim, n_layers=layers, n_heads=dim // HEAD, tied=True
     )
@@ -80,7 +80,7 @@ def build(way: str, dim: int, layers: int, vocab_size: int) -> DecoderLM:
 
 @torch.no_grad()
 def busiest(model: DecoderLM, data: PackedText) -> float:
-    """Return the share of held-out tokens that use the busiest expert, the mean of the layers; 0 without experts."""
+    """Return the share of held-out tokens that use the busiest expert, averaged over the layers; 0 without experts."""
     loads: list[torch.Tensor] = []
     for batch in data.validation():
         with recorded_routing(model.eval()) as found:
@@ -94,7 +94,7 @@ def busiest(model: DecoderLM, data: PackedText) -> float:
 
 
 def run(way: str, seed: int, task: TextTask, options: argparse.Namespace) -> tuple[float, float]:
-    """Train a model; return its validation loss in nats and the share of the busiest expert."""
+    """Train a model. Return its validation loss in nats and the share of the busiest expert."""
     settings = Settings(
         steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
         final_ratio=0.0, weight_decay=0.1, precision="float32", seed=seed,
@@ -125,7 +125,7 @@ def chart(found: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def kept(way: str, seed: int, task: TextTask, options: argparse.Namespace) -> tuple[float, float]:
-    """Return the result of a run, which a folder may have already."""
+    """Return the result of a run from the folder, or train it."""
     name = f"{way}, seed {seed}, {options.steps} steps.json"
     path: Path | None = options.out / name if options.out else None
     if path and path.is_file():
@@ -160,7 +160,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def decoder(model: DecoderLM, streams: int, tokens: int, vocab_size: int) -> Callable[[], object]:
-    """Return a call that writes so many tokens after short prompts."""
+    """Return a function that generates `tokens` tokens after short prompts."""
     prompts = torch.randint(vocab_size, (streams, 16), generator=torch.Generator().manual_seed(0)).tolist()
     return lambda: generate_batch(model.eval(), None, prompts, SamplingParams(temperature=0, max_tokens=tokens, seed=0))
 

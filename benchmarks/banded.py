@@ -1,11 +1,11 @@
-"""Banded attention beside dense: time and memory of a layer by the length of the text, in prefill and cached decoding.
+"""Banded attention compared with dense: time and memory of a layer by text length, in prefill and cached decoding.
 
 python benchmarks/banded.py [--lengths 512 1024 2048 4096 8192] [--band 256] [--dim 768] [--heads 12] [--picture PNG]
 
 The layer is GPT-3 Small's attention with its projections (12 heads of 64; every second layer of GPT-3 is banded). Dense
-attention runs twice: fused, as torch has it, which never writes the square of scores down, and written out as in 2020.
-Prefill takes in the whole text; decoding one token with that many in the cache. Memory is what a process of its own
-holds at its peak beyond what it held before the pass (Linux says both), and the cache's bytes as they are allocated.
+attention runs twice: torch's fused version, which never stores the matrix of scores, and the explicit version of 2020.
+Prefill reads the whole text; decoding reads one token after that many cached ones. Memory is the peak of a separate
+process minus its memory before the pass (from Linux), and the allocated bytes of the cache.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask
 
 KINDS = ("dense, written out", "dense", "banded")
-STEPS = 32  # tokens that are decoded in a round
+STEPS = 32  # decoded tokens in a round
 
 
 def layer(kind: str, options: argparse.Namespace) -> Attention:
@@ -37,7 +37,7 @@ def layer(kind: str, options: argparse.Namespace) -> Attention:
 
 
 def written_out(attention: Attention, x: Tensor) -> Tensor:
-    """Compute dense attention with its square of scores."""
+    """Compute dense attention with an explicit matrix of scores."""
     q, k, v = attention.qkv(x).unflatten(-1, (3, attention.n_heads, -1)).permute(2, 0, 3, 1, 4)
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(future, -torch.inf)
@@ -53,7 +53,7 @@ def prefill(kind: str, length: int, options: argparse.Namespace) -> Callable[[],
 
 
 def decoding(kind: str, length: int, options: argparse.Namespace) -> tuple[Callable[[], None], int]:
-    """Decode one token at a time behind `length` others; return the steps and the bytes of the cache."""
+    """Return a function that decodes tokens after `length` others, and the bytes of the cache."""
     attention = layer(kind, options)
     heads = attention.n_kv_heads, attention.head_dim
     state = KVState([heads], 1, length + STEPS, torch.empty(0))
@@ -74,26 +74,26 @@ def decoding(kind: str, length: int, options: argparse.Namespace) -> tuple[Calla
 
 
 def peak(kind: str, length: int, options: argparse.Namespace) -> float:
-    """Return MB that a pass takes at its peak, in a process of its own."""
+    """Return the peak memory of a pass in MB, measured in a separate process."""
     own = [sys.executable, __file__, "--child", kind, "--lengths", str(length)]
     sizes = [f"--{name}={vars(options)[name]}" for name in ("band", "dim", "heads")]
-    given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the process at once
+    given_back = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory leaves the process at once
     done = subprocess.run([*own, *sizes], capture_output=True, text=True, check=True, env=given_back)
     return json.loads(done.stdout)
 
 
 def child(options: argparse.Namespace) -> None:
-    """Print the MB that one pass adds to the memory at its peak."""
+    """Print the peak memory that one pass adds, in MB."""
     work = prefill(options.child, options.lengths[0], options)
-    prefill(options.child, 2 * options.band, options)()  # what is loaded at a first call
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    prefill(options.child, 2 * options.band, options)()  # loads what a first call needs
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = held("VmRSS")
     work()
     print(json.dumps(held("VmHWM") - before))
 
 
 def held(name: str) -> float:
-    """Return MB that the process holds now (VmRSS) or held at its peak (VmHWM)."""
+    """Return the memory of the process in MB: now (VmRSS) or at its peak (VmHWM)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -113,7 +113,7 @@ def measured(length: int, options: argparse.Namespace) -> dict[str, dict[str, fl
 
 
 def draw(found: dict[int, dict[str, dict[str, float]]], options: argparse.Namespace) -> None:
-    """Draw four pictures, each kind a line over the length."""
+    """Draw four pictures with a line for each kind over the length."""
     import matplotlib.pyplot as plt
 
     titles = {"ms": "prefill, ms", "MB": "prefill, MB at the peak", "token ms": "a token, ms", "cache MB": "cache, MB"}

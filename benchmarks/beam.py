@@ -1,14 +1,14 @@
-"""Sentences a second of beam search, beside transformers' generate and CTranslate2 on the same weights.
+"""Sentences per second of beam search, compared with transformers' generate and CTranslate2 on the same weights.
 
 python benchmarks/beam.py [--dim 512] [--layers 6] [--vocab 16000] [--beams 4] [--sentences 128] [--dtype float32]
     [--weights bf16 int8]
 python benchmarks/beam.py --model runs/transformer --data tatoeba-ja-en     (a trained model, on its test sentences)
 
-The default has random weights that end no text: every sentence gets `--tokens` tokens. A trained model ends its texts;
-then each side has its own length penalty and its own rule of when to stop. transformers gets its sentences in batches
-of `--batch-size`, once in the order given and once sorted by length. CTranslate2 (with random weights, where it is
-installed) computes in float32 like the others, and sorts by itself. With `--weights` keifu's decoder is packed for the
-native step, and CTranslate2 has the same number of bits where it offers them here.
+The default model has random weights and never ends a text: every sentence gets `--tokens` tokens. A trained model ends
+its texts; then each side uses its default length penalty and stopping rule. transformers gets batches of `--batch-size`
+sentences, once in the given order and once sorted by length. CTranslate2 (only with random weights, if it is installed)
+computes in float32 like the others, and sorts the sentences. With `--weights` keifu's decoder is packed for the native
+step, and CTranslate2 has the same number of bits if it supports them here.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def main() -> None:
 def ctranslate(
     model: Any, folder: Path, widths: Sequence[str]
 ) -> dict[str, Callable[[Sources, argparse.Namespace], Sources]]:
-    """Return CTranslate2's search with these weights, by ids, for each width; none if it is not installed."""
+    """Return for each width a function that searches by CTranslate2 with these weights; {} if it is not installed."""
     if find_spec("ctranslate2") is None:
         return {}
     import ctranslate2
@@ -143,7 +143,7 @@ def trained_sources(options: argparse.Namespace, folder: Path) -> Sources:
 
 
 def generate(model: Any, sources: Sequence[list[int]], options: argparse.Namespace) -> list[list[int]]:
-    """Return the best sequences of transformers, by its own stopping rule, with keifu's limit of length."""
+    """Return the best sequences of transformers, by its stopping rule, with keifu's length limit."""
     config, found = model.config, []
     for start in range(0, len(sources), options.batch_size):
         batch = sources[start : start + options.batch_size]

@@ -1,4 +1,4 @@
-"""Blind comparison of chat models: a sheet of answers that hides their writers, and the count of a judge's choices.
+"""Blind comparison of chat models: a sheet of answers that hides their models, and the count of a judge's choices.
 
 python benchmarks/blind_comparison.py FOLDER --models FIRST OTHER [OTHER ...] [--seed 0] [--temperature 0.6]
     [--max-tokens 200] [--weights own]
@@ -6,12 +6,12 @@ python benchmarks/blind_comparison.py FOLDER --choices FILE --judge WORDS [--wri
 
 The first command asks 40 prompts: 20 conversations, 8 of them with a second question, 10 stories and 10 questions with
 a known answer. None of them is in the lists of `teacher_texts.py`. FIRST is compared with each OTHER, and answers anew
-for each, so that no answer is on the sheet twice. A base model reads "A: ...", line break, "B:", as keifu's texts of
-conversations are, and stops where the next turn begins. FOLDER/sheet.md shows the items in random order with random
-sides; FOLDER/key.json has the writers. The judge reads only the sheet, and writes FILE: a line for each item, such as
+for each, so that no answer is on the sheet twice. A base model reads "A: ...", line break, "B:", the format of keifu's
+conversation texts, and stops where the next turn begins. FOLDER/sheet.md shows the items in random order with random
+sides; FOLDER/key.json has the models. The judge reads only the sheet, and writes FILE: a line for each item, such as
 `12 A`, `13 B` or `14 tie`.
 
-The second command counts. A share is of all items, so that a tie is no success; its interval is Wilson's. --write puts
+The second command counts. A share is of all items, so a tie is not a success; its interval is Wilson's. --write puts
 the table into a data file of docs/results/data, and all answers and choices next to it, into blind-comparison.json.
 """
 
@@ -39,7 +39,7 @@ NEXT_TURN = "\nA:"
 BASE = """{{ bos_token }}{% for message in messages %}
 {{ 'A' if message['role'] == 'user' else 'B' }}: {{ message['content'] }}
 {% endfor %}B:"""  # the chat template of a base model
-PROMPTS = {  # turns of the user
+PROMPTS = {  # the user's turns
     "conversation": [
         ["Hey, how is your day going?"],
         ["I just moved to a new town and I don't know anybody."],
@@ -95,7 +95,7 @@ def asked(turns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def answers(name: str, against: str, options: argparse.Namespace) -> list[list[str]]:
-    """Return a model's answers to the turns of each prompt; "[...]" marks those that --max-tokens cut."""
+    """Return a model's answers to the turns of each prompt. "[...]" marks answers cut by --max-tokens."""
     model, tokenizer = checkpoints.load(name, weights=options.weights)
     stop = () if tokenizer.chat_template else (NEXT_TURN,)
     tokenizer = tokenizer.with_chat_template(tokenizer.chat_template or BASE)
@@ -116,7 +116,7 @@ def answers(name: str, against: str, options: argparse.Namespace) -> list[list[s
 
 
 def pair_up(other: str, ours: list[list[str]], theirs: list[list[str]], options: argparse.Namespace) -> list[dict]:
-    """Return an item for each prompt: its kind and turns, the writers of A and B, and their answers."""
+    """Return an item for each prompt: its kind and turns, the models of A and B, and their answers."""
     kinds = [(kind, turns) for kind, several in PROMPTS.items() for turns in several]
     items = []
     for (kind, turns), mine, its in zip(kinds, ours, theirs, strict=True):
@@ -129,7 +129,7 @@ def pair_up(other: str, ours: list[list[str]], theirs: list[list[str]], options:
 
 
 def sheet(items: Iterable[Mapping[str, Any]]) -> str:
-    """Return the items as Markdown, without their writers."""
+    """Return the items as Markdown, without their models."""
     lines = ["# Which answer is better: A, B or tie?"]
     for item in items:
         lines.append(f"## {item['item']}")
@@ -141,7 +141,7 @@ def sheet(items: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_sheet(options: argparse.Namespace) -> None:
-    """Let all models answer, and write the sheet and its key."""
+    """Let all models answer. Write the sheet and its key."""
     first, *others = options.models
     items: list[dict] = []
     for other in others:
@@ -163,7 +163,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_choices(path: Path, count: int) -> dict[int, str]:
-    """Return the choice of each item; a line that is none, and an item without one or with two, are errors."""
+    """Return the choice of each item. Raises an error for a line that is not a choice, and for an item with none or
+    two."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = [line for line in lines if not re.fullmatch(r"\s*\d+\s+(A|B|tie)\s*", line)]
     if wrong:
@@ -175,7 +176,7 @@ def read_choices(path: Path, count: int) -> dict[int, str]:
 
 
 def decided(key: Mapping[str, Any], choices: Mapping[int, str]) -> list[dict]:
-    """Return the items, each with the model that was better, or tie."""
+    """Return the items, each with the better model, or "tie"."""
     return [{**item, "better": item.get(choices[item["item"]], "tie")} for item in key["items"]]
 
 

@@ -4,17 +4,17 @@ python benchmarks/chain_sum.py [--sft-steps 2000] [--grpo-steps 300] [--shown 60
     [--group 8] [--rate 1e-4] [--beta 0.0] [--terms 3 4] [--plain] [--digits 1] [--dim 128] [--layers 2] [--seeds 0]
     [--threads 2] [--variant grpo] [--built-in] [--beside] [--drawn 64] [--picture PNG] [--out DIR]
 
-The problems are reasoning-gym's chain_sum where that is installed (else, and with --built-in, sums of the same form
-made here), each once: 500 are held out and never seen, --shown are fine-tuned on, and of all others only the prompts
-are used, whose last number is checked while GRPO learns. What is shown is of mixed quality, as what people write is: a
-share of --hasty stops after the first sum, the others go on to the answer ("7 5 14" for 4 + 3 - 2 + 9; with --plain all
-are the answer alone). Fine-tuning imitates both; the reward tells them apart, and right sums from wrong ones. The
-model, a LLaMA of half a million weights, knows nothing before: what it can do after fine-tuning is the level that GRPO
-begins with. Accuracy is that of the likeliest answer; answers are drawn at temperature 1. With --beside it is also
-fine-tuned on the shown ones for as many seconds more as GRPO had: what GRPO's lift has to be compared with. With
---hasty 0 there is no habit to lose. --drawn answers a problem give pass@k, the chance that one of k answers is right
-(Chen et al., 2021, section 2.1). --variant is that of keifu train grpo; the mean lengths of right and of wrong answers
-are printed for the first and the last tenth of the steps.
+The problems are reasoning-gym's chain_sum if it is installed (otherwise, and with --built-in, sums of the same form
+made here). Each occurs once. 500 are held out. --shown problems are used for fine-tuning. Of all others GRPO uses only
+the prompts, and the last number of each answer is checked. The answers shown in fine-tuning are of mixed quality, like
+texts by people: a share of --hasty stops after the first sum, the others continue to the answer ("7 5 14" for 4 + 3 - 2
++ 9; with --plain all are only the answer). Fine-tuning imitates both kinds; the reward separates them, and right sums
+from wrong ones. The model is a LLaMA of half a million weights without pretraining, so GRPO begins at the level of
+fine-tuning. Accuracy is that of the likeliest answer; answers are sampled at temperature 1. With --beside the model is
+also fine-tuned for as many further seconds as GRPO took, which is the fair comparison for GRPO's gain. With --hasty 0
+no answer stops early. --drawn answers for each problem give pass@k, the chance that one of k answers is right (Chen et
+al., 2021, section 2.1). --variant is that of keifu train grpo; the mean lengths of right and of wrong answers are
+printed for the first and the last tenth of the steps.
 """
 
 import argparse
@@ -50,14 +50,14 @@ from keifu.training.run import metrics
 
 HELD_OUT = 500
 NAMES = {"sft": "fine-tuned", "grpo": "then GRPO", "more": "or fine-tuned for as long"}
-POOL = 20_000  # problems that are drawn; the same one counts once
-LONGEST = 12  # tokens of an answer
+POOL = 20_000  # problems to draw; repetitions are dropped
+LONGEST = 12  # maximal tokens of an answer
 Problem = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model: the share of the likeliest answers that are right, pass@k, and the seconds that it learned."""
+    """Results of a model: share of right likeliest answers, pass@k, and seconds of training."""
 
     right: float
     passed: dict[int, float]
@@ -65,7 +65,7 @@ class Row:
 
 
 def made(options: argparse.Namespace) -> tuple[list[Problem], str]:
-    """Return different problems with their answers, in an order that the seed decides; and whose they are."""
+    """Return different problems with answers, shuffled by the seed; and the name of their source."""
     least, most = options.terms
     settings = f"min_terms={least},max_terms={most},min_digits=1,max_digits={options.digits}"
     found, whose = None, "sums made here"
@@ -90,7 +90,7 @@ def worked(problem: Problem) -> str:
 
 
 def written(shown: Sequence[Problem], options: argparse.Namespace) -> Iterator[tuple[Problem, str]]:
-    """Yield each shown problem with the answer to learn."""
+    """Yield each problem for fine-tuning with its answer."""
     chance = random.Random(options.seed)
     for each in shown:
         whole = each["answer"] if options.plain else worked(each)
@@ -98,7 +98,7 @@ def written(shown: Sequence[Problem], options: argparse.Namespace) -> Iterator[t
 
 
 def begun(folder: Path, texts: Sequence[Problem], options: argparse.Namespace) -> None:
-    """Save an untrained model, and a tokenizer for such problems, as a directory."""
+    """Save an untrained model, and a tokenizer for these problems, in a directory."""
     said = [f"User: {each['prompt']}\nAssistant: {worked(each)}\n" for each in texts]
     tokenizer = train_tokenizer("bpe", said, 400)
     torch.manual_seed(options.seed)
@@ -119,7 +119,7 @@ def accuracy(run: Path, held: Sequence[Problem]) -> float:
 
 
 def passed(run: Path, held: Sequence[Problem], drawn: int) -> dict[int, float]:
-    """Return pass@k for k = 1, 2, 4 ... up to the answers drawn for each problem, estimated without bias."""
+    """Return pass@k for k = 1, 2, 4 ... up to the number of answers for each problem, estimated without bias."""
     model, tokenizer = checkpoints.load(run)
     prompts = [tokenizer.render_chat([{"role": "user", "content": e["prompt"]}]) for e in held for _ in range(drawn)]
     ways = [SamplingParams(temperature=1.0, seed=number, max_tokens=LONGEST) for number in range(len(prompts))]
@@ -148,7 +148,7 @@ def draw(found: dict[str, list[Row]], picture: Path) -> None:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Return the seconds of some work, whose printed words are hidden."""
+    """Run `work` without its output. Return the seconds."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         work()
@@ -156,7 +156,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def tuned(options: argparse.Namespace, folder: Path, model: Path, name: str, steps: int) -> float:
-    """Fine-tune on the problems that are shown, and return the seconds."""
+    """Fine-tune on the shown problems. Return the seconds."""
     recipe = sft.Recipe(
         str(model), str(folder / "shown.jsonl"), template="plain", context_length=64, packed=False, held_out=0.02,
         steps=steps, batch_size=64, learning_rate=1e-3, weight_decay=0.1, seed=options.seed,
@@ -165,7 +165,7 @@ def tuned(options: argparse.Namespace, folder: Path, model: Path, name: str, ste
 
 
 def rewarded(options: argparse.Namespace, folder: Path) -> float:
-    """Learn from the reward on prompts alone, and return the seconds."""
+    """Train by the reward on prompts only. Return the seconds."""
     recipe = grpo.Recipe(
         str(folder / "sft"), str(folder / "prompts.jsonl"), reward="last-number", held_out=0.02,
         prompts=options.prompts, group=options.group, max_tokens=LONGEST, beta=options.beta, steps=options.grpo_steps,
@@ -181,7 +181,7 @@ def rewarded(options: argparse.Namespace, folder: Path) -> float:
 
 
 def of_seed(options: argparse.Namespace, folder: Path) -> dict[str, Row]:
-    """Run everything with one seed: each model on the held-out problems."""
+    """Run everything with one seed. Return the results of each model on the held-out problems."""
     folder.mkdir(parents=True, exist_ok=True)
     found, whose = made(options)
     shown, others = found[HELD_OUT : HELD_OUT + options.shown], found[HELD_OUT + options.shown :]

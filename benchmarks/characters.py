@@ -1,11 +1,11 @@
-"""Seconds until nanoGPT's loss on its own example for a CPU, one change after another, and nanoGPT itself.
+"""Seconds until nanoGPT's loss on its example for a CPU, for one change after another, and for nanoGPT.
 
 python benchmarks/characters.py input.txt [--target 1.886] [--nanogpt FOLDER] [--only LAST] [--picture PNG]
 
 The text is tiny Shakespeare (1,115,394 characters), its last tenth held out. Every line of the table keeps the changes
-of the lines above it. The time is that of the training steps alone. The target is looked for every 25 steps on 25,600
-held-out characters spread over them all; the loss at the end is that of the whole held-out text, in nats a character.
-`--nanogpt` names a clone of nanoGPT, whose train.py is run as its README says for a laptop, with 2,000 steps.
+of the lines above it. The time is that of the training steps alone. The target is checked every 25 steps on 25,600
+evenly spaced held-out characters; the final loss is that of the whole held-out text, in nats per character. `--nanogpt`
+names a clone of nanoGPT, whose train.py is run with its README's settings for a laptop, with 2,000 steps.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Way:
 
 
 def ladder() -> list[Way]:
-    """List the ways from nanoGPT's settings to ours, one change a line."""
+    """Return the settings of each line, from nanoGPT's to keifu's, with one change in each line."""
     _, nano, nano_settings = WAYS["nanogpt"]
     build, ours, settings = WAYS["keifu"]
     adamw = replace(nano_settings, batch_size=settings.batch_size, learning_rate=3e-3, warmup=20)
@@ -64,7 +64,7 @@ Curve = list[tuple[float, float]]  # seconds, loss
 
 
 def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
-    """Train one way and return its line (steps and seconds to the target, and where it ends) and its curve."""
+    """Train with one setting. Return its line (steps and seconds to the target, final loss) and its curve."""
     task = prepare_text(Text(source, "characters", 65_536, held_out=0.1))
     config = replace(way.config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(0)
@@ -87,14 +87,14 @@ def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
             curve.append((seconds, loss))
             if loss <= target and reached == "not reached":
                 reached = f"{step + 1} steps, {seconds:.1f} s"
-                if settings.steps == 2000:  # what comes after is not asked of these lines
+                if settings.steps == 2000:  # later lines need no further steps
                     break
     loss = trainer.validation(whole.validation())["loss"]
     return f"| {way.name} | {reached} | {loss:.3f} after {step + 1} steps, {seconds:.1f} s |", curve
 
 
 def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
-    """Draw loss over seconds, a line for each way."""
+    """Draw loss over seconds, with a line for each setting."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), label=name)
@@ -106,7 +106,7 @@ def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
 
 
 def nanogpt(folder: Path, source: Path) -> str:
-    """Run nanoGPT's own train.py with the settings of its README for a laptop; its time includes evaluations."""
+    """Run nanoGPT's train.py with the settings of its README for a laptop. Its time includes evaluations."""
     data = folder / "data" / "shakespeare_char"
     shutil.copy(source, data / "input.txt")
     subprocess.run([sys.executable, "prepare.py"], cwd=data, check=True, capture_output=True)
@@ -135,7 +135,7 @@ def main() -> None:
         print(nanogpt(options.nanogpt, options.text), flush=True)
     curves: dict[str, Curve] = {}
     for way in ladder()[-options.only :]:
-        with keep_freed(CPU):  # as keifu's loop does
+        with keep_freed(CPU):  # as in keifu's loop
             line, curves[way.name] = measure(way, str(options.text), options.target)
         print(line, flush=True)
     if options.picture:

@@ -1,10 +1,10 @@
-"""CLIP ViT-B/32: pictures and captions a second, beside transformers and open_clip on the same random weights.
+"""CLIP ViT-B/32: pictures and captions per second, compared with transformers and open_clip on the same random weights.
 
 python benchmarks/clip.py [--dtype float32 bfloat16] [--rounds 5] [--batch 1 16] [--captions 256]
 
-Pictures are numbers at random; captions are token ids at random, of 8 to 24 tokens with their ends, as captions of
-photographs have. Each library is given captions as it takes them: keifu and transformers padded to the longest, and
-open_clip padded to 77, without which its released code does not run; a second table gives 77 tokens to all three.
+Pictures are random numbers; captions are random token ids, of 8 to 24 tokens with special ones, like captions of
+photographs. Each library gets captions in its format: keifu and transformers padded to the longest, and open_clip
+padded to 77, which its released code requires; in a second table all three get 77 tokens.
 """
 
 import argparse
@@ -41,7 +41,7 @@ def models(dtype: torch.dtype) -> tuple[clip.Clip, CLIPModel, CLIP]:
 
 
 def captions(count: int) -> Tensor:
-    """Return token ids [count, 77], padded with the end."""
+    """Return token ids [count, 77], padded with the end token."""
     lengths = torch.randint(8, 25, (count, 1))
     tokens = torch.randint(1, 49_000, (count, 77))
     tokens[:, 0] = 49_406
@@ -75,7 +75,7 @@ def read(three: tuple[clip.Clip, CLIPModel, CLIP], tokens: Tensor, whole: bool) 
 
 @torch.inference_mode()
 def compared(title: str, running: Contenders, rounds: int, amount: int, unit: str) -> None:
-    """Return the difference of the results, and the table."""
+    """Print the difference of the results, and the table."""
     found = {name: work().float() for name, work in running.items()}
     apart = max(float((found[name] - found[BASE]).abs().max() / found[BASE].abs().max()) for name in found)
     print(f"\n{title}; results within {apart:.1e} of the largest\n")

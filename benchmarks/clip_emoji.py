@@ -1,13 +1,13 @@
-"""CLIP learned from emoji and their names: what it finds among names, and in a drawing style, that it never saw.
+"""CLIP trained on emoji and their names: retrieval of names, and of a drawing style, that it never saw.
 
 python benchmarks/clip_emoji.py [--run runs/clip] [--steps 1000] [--picture similarity.png]
 
-Without --run, the recipe `clip` is trained first with its own settings. Searched are the held-out tenth's testing half
-of Twemoji, whose names were never seen, the same names drawn by OpenMoji, and all other names drawn by OpenMoji, whose
-names were seen but not that style. Beside it stands a baseline that learns nothing but counts: a picture is its
-histogram of 64 colours, a name its bag of words (of letters for Japanese); a picture's words are those of the training
-pictures with the most similar colours, and a name's colours those of the training names with the most similar words.
-Groups are told zero-shot, by a few words for each.
+Without --run, the recipe `clip` is trained first with its default settings. Three sets are searched: Twemoji's test
+part, whose names were never seen; the same names drawn by OpenMoji; and all other names drawn by OpenMoji, whose names
+were seen but not that style. The baseline only counts: a picture is its histogram of 64 colours, a name its bag of
+words (of letters for Japanese); a picture's words are those of the training pictures with the most similar colours, and
+a name's colours those of the training names with the most similar words. Groups are classified zero-shot, by a few
+words for each.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def retrieval(task: recipe.ClipTask, sets: dict[str, ImageDataset]) -> None:
 
 
 def groups(task: recipe.ClipTask, name: str, pictures: ImageDataset) -> None:
-    """Return zero-shot accuracy over the groups that have words here."""
+    """Print zero-shot accuracy over the groups for which this file has words."""
     known = [place for place, label in enumerate(pictures.labels) if pictures.classes[label] in GROUPS]
     pictures, labels = pictures.chosen(known), [*GROUPS]
     points = torch.stack([label_points(task.model, task.tokenizer, words, ["{}"]).mean(0) for words in GROUPS.values()])
@@ -94,7 +94,7 @@ def groups(task: recipe.ClipTask, name: str, pictures: ImageDataset) -> None:
 
 
 def draw(task: recipe.ClipTask, pictures: ImageDataset, path: Path, count: int = 12) -> None:
-    """Draw cosines of some held-out pictures and their names, in English and in Japanese."""
+    """Draw the cosines between some held-out pictures and their names, in English and in Japanese."""
     font_manager.fontManager.addfont(str(catalogue.fetch("japanese-font")))
     plt.rcParams["font.family"] = ["DejaVu Sans", "IPAexGothic"]
     some = pictures.distinct()

@@ -1,15 +1,15 @@
-"""Cache of one sequence behind 1,024 to 32,768 tokens: MHA, GQA, MQA, a window, latent attention and a hybrid.
+"""Cache of one sequence after 1,024 to 32,768 tokens: MHA, GQA, MQA, a window, latent attention and a hybrid.
 
 python benchmarks/context.py [--lengths 1024 32768] [--seconds] [--out JSON] [--picture PNG]
 
 All models have 8 layers of 16 heads of 64 numbers, in bfloat16. GQA (Ainslie et al., 2023) has 4 heads of keys and
 values and MQA (Shazeer, 2019) has 1. The window has 1,024 tokens and the heads of GQA. Latent attention (DeepSeek-V2,
-2024) keeps 256 + 32 numbers of a token; the hybrid (Qwen3-Next, 2025) has GQA in layers 4 and 8, and a Gated DeltaNet
-with a state in float32 in the others.
+2024) stores 256 + 32 numbers for each token; the hybrid (Qwen3-Next, 2025) has GQA in layers 4 and 8, and a Gated
+DeltaNet with a state in float32 in the others.
 
-The engine reads a prompt. What is counted are the blocks that its scheduler then holds for the sequence, by the bytes
-of the tensors allocated for them, and the states of fixed size, of which the engine keeps two. The prompt's keys and
-values are not computed, since their numbers do not change their size. --seconds: time the next tokens, computed.
+The engine reads a prompt. The figure is the size of the blocks that its scheduler then assigns to the sequence, in
+bytes of the allocated tensors, and of the states of fixed size, two for each sequence. The prompt's keys and values are
+not computed, because this does not change their size. --seconds: time the next tokens, with computation.
 """
 
 import argparse
@@ -50,7 +50,7 @@ TIMED = 5  # tokens
 
 
 class Allocating(TorchRunner):
-    """Runner that computes nothing until `computes` is set, and keeps the engine's books as if it did."""
+    """Runner that computes nothing until `computes` is set, but otherwise behaves as if it did."""
 
     computes = False
 
@@ -63,12 +63,13 @@ class Allocating(TorchRunner):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block, of the tensors that there are."""
+        """Bytes of a block in the allocated tensors."""
         return sum(x.nbytes for x in (*self._pool.keys, *self._pool.values)) // self.n_blocks
 
 
 def measure(model: torch.nn.Module, length: int, timed: int) -> tuple[int, list[float]]:
-    """Measure bytes that the engine keeps of a sequence of `length` tokens, and seconds of the next `timed` ones."""
+    """Return the bytes that the engine keeps for a sequence of `length` tokens, and the seconds of the next `timed`
+    ones."""
     runner = Allocating(model, n_blocks=-(-(length + TIMED + 1) // 16))
     engine = Engine(model, None, runner)
     engine.add(engine.request([1] * length, SamplingParams(max_tokens=TIMED + 1, temperature=0)))

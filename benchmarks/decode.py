@@ -1,4 +1,4 @@
-"""Tokens a second of greedy decoding at batch 1, beside transformers on the same weights.
+"""Tokens per second of greedy decoding at batch 1, compared with transformers on the same weights.
 
 python benchmarks/decode.py [--shape llama|gpt2] [--dtype float32|bfloat16] [--rounds 5] [--tokens 64] [--llama-cpp]
 """
@@ -50,7 +50,7 @@ def main() -> None:
     same = contenders["transformers"]()[0, 16:].tolist() == contenders["keifu"]()[0].tokens
     seconds = interleaved(contenders, options.rounds)
     bandwidth, weights = read_bandwidth(prompt.device), sum(p.nbytes for p in plain.parameters())
-    if plain.head is not None:  # then a token reads one row of the embedding
+    if plain.head is not None:  # then a token only reads one row of the embedding
         weights -= plain.embedding.weight.nbytes
     shares = {n: f"{weights * options.tokens / statistics.median(s) / bandwidth:.0%} of it" for n, s in seconds.items()}
     print(f"{machine()}; {options.shape} shape, {options.dtype}, {options.tokens} tokens, {options.rounds} rounds")

@@ -1,19 +1,19 @@
-"""Soft against hard labels: the same student on the same conversations, for equal minutes.
+"""Soft compared with hard labels: the same student on the same conversations, for equal minutes.
 
 python benchmarks/distillation.py --data FILE.jsonl [--minutes 20] [--seeds 0 1 2] [--ways hard soft] [--out DIR]
     [--teacher smollm2] [--weights int8] [--student MODEL | --layers 7] [--vocabulary 8000]
     [--merges first|used] [--batch-size 8] [--context-length 512] [--learning-rate 3e-4] [--write JSON]
 
---data: as `keifu train sft` reads it, such as the lines of `benchmarks/teacher_texts.py`. Without --student the student
-is cut from the teacher: it keeps some layers and merges. hard: it learns the tokens. soft: all of the teacher's
+--data: conversations for `keifu train sft`, such as the lines of `benchmarks/teacher_texts.py`. Without --student the
+student is a reduced teacher: it keeps some layers and merges. hard: it learns the tokens. soft: all of the teacher's
 probabilities (forward KL). mixed: half of each. reverse and jsd: other divergences. own: soft, and half of the steps on
-its own answers. All ways have the same minutes of training, in which validations and the teacher's work count, and take
-turns for each seed.
+its own answers. All ways have the same minutes of training, which include validations and the teacher's work, and
+alternate for each seed.
 
-A figure is of the held-out conversations that fit into the context, in float32: nats a learned token, and bits a byte
-of the answers' UTF-8. Only bits a byte compare models of different tokens, and a model with fewer tokens may leave out
-more long conversations. The teacher is also measured when it is cut to the student's tokens. A run that is in DIR is
-not made again.
+A figure is of the held-out conversations that fit into the context, in float32: nats per trained token, and bits per
+byte of the answers' UTF-8. Only bits per byte compare models with different tokens, and a model with fewer tokens may
+leave out more long conversations. The teacher is also measured with the student's tokens. A run that is in DIR is not
+repeated.
 """
 
 import argparse
@@ -49,7 +49,7 @@ NAMES = {
 
 
 class Figures(NamedTuple):
-    """Losses of the held-out conversations, and the steps of the training."""
+    """Losses of the held-out conversations, and the number of training steps."""
 
     nats: float
     bits_per_byte: float
@@ -57,7 +57,7 @@ class Figures(NamedTuple):
 
 
 def recipe(options: argparse.Namespace, model: str, **different: Any) -> sft.Recipe:
-    """Return the options of fine-tuning that all ways share."""
+    """Return the fine-tuning options that all ways share."""
     shared = {
         "model": model, "data": options.data, "context_length": options.context_length, "too_long": "drop",
         "batch_size": options.batch_size, "learning_rate": options.learning_rate, "held_out": options.held_out,
@@ -66,7 +66,7 @@ def recipe(options: argparse.Namespace, model: str, **different: Any) -> sft.Rec
 
 
 def measure(options: argparse.Namespace, model: str, steps: int) -> Figures:
-    """Return the figures of a model on the held-out conversations that fit by its own tokens."""
+    """Return the figures of a model on the held-out conversations that fit its context."""
     task = sft.prepare(recipe(options, model))
     nats = validation(task.model, task.data)
     learned = [[id for id, mine in zip(turns.ids, turns.learned, strict=True) if mine] for turns in task.held.kept]
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, model: str, steps: int) -> Figures:
 
 
 def learn(options: argparse.Namespace, student: Path, way: str, seed: int) -> Figures:
-    """Train the student in one of the ways, unless that is done."""
+    """Train the student in one way, unless this was done before. Return its figures."""
     out, taught = options.out / f"{way}-{seed}", WAYS[way]
     if not (out / "report.html").exists() or not metrics.read(out):
         distill = DistillAnswers() if taught is None else DistillAnswers(
@@ -87,7 +87,7 @@ def learn(options: argparse.Namespace, student: Path, way: str, seed: int) -> Fi
 
 
 def uses(options: argparse.Namespace, tokenizer: Tokenizer) -> Counter[int]:
-    """Return how often the data have each token, if the merges are chosen by that."""
+    """Return the frequency of each token in the data, if it decides the choice of merges."""
     chats = conversations.read(options.data) if options.merges == "used" else []
     return Counter(id for chat in chats for id in tokenizer.render_turns(chat)[0])
 

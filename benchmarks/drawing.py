@@ -1,10 +1,10 @@
-"""How well a network draws over the time of its training: kernel distance of each saved state, and what it draws.
+"""Quality of a network's pictures during training: kernel distance of each saved state, and pictures.
 
 python benchmarks/drawing.py RUN --data emoji [--distinct] [--pictures 256] [--steps 20] [--picture PNG] [--sheet PNG]
 
-RUN was trained with states that it kept (`keifu train ddpm ... --keep 50`); each draws the same seeds with its moving
-average by DPM-Solver++ (2M). Below the table stands what the held-out pictures reach. The features are named; figures
-by different ones cannot be compared. `--sheet` shows eight of the seeds, a row for each state.
+RUN must have saved states (`keifu train ddpm ... --keep 50`). Each state draws the same seeds with its moving average
+by DPM-Solver++ (2M). Below the table is the distance of the held-out pictures. Figures with different features cannot
+be compared, so the features are named. `--sheet` shows eight of the seeds, with a row for each state.
 """
 
 import argparse
@@ -42,7 +42,8 @@ def states(run: Path, model: nn.Module, at_most: int | None = None) -> Iterator[
 
 
 def measure(options: argparse.Namespace) -> tuple[list[tuple[int, float, float]], float, list[Tensor], str]:
-    """Step, minutes and kernel distance of each state, that of the held-out pictures, and some of what was drawn."""
+    """Return step, minutes and kernel distance of each state, that of the held-out pictures, some drawn pictures, and
+    the name of the features."""
     model, extract, real, floor = beside(options.run, options.data, options.distinct)
     config = model.config
     labels = range(config.n_classes) if config.n_classes else [None]

@@ -1,11 +1,11 @@
-"""Sentence embeddings a second of MiniLM, beside sentence-transformers and transformers on the same weights.
+"""Sentence embeddings per second of MiniLM, compared with sentence-transformers and transformers on the same weights.
 
 python benchmarks/embeddings.py [--dtype float32 bfloat16] [--rounds 5] [--sentences 2000] [--summaries 300]
 
 Two sets of real texts: everyday sentences (Tatoeba, median 7 words) and summaries of Wikipedia articles (about 100
-tokens), spread evenly over the set and in its order. sentence-transformers runs as it comes, in its batches of 32 and
-sorted by length, but may read 512 tokens, so that it cuts nothing. transformers runs as the model's card says: batches
-of 32 in the order given, padded, the mean over the mask, normalised.
+tokens), evenly spaced, in their order. sentence-transformers has its defaults, batches of 32 sorted by length, except
+that it may read 512 tokens, so that it cuts nothing. transformers runs as on the model's card: batches of 32 in the
+given order, padded, the mean over the mask, normalised.
 """
 
 import argparse
@@ -29,7 +29,7 @@ BASE = "sentence-transformers"
 
 
 def contenders(texts: list[str], dtype: torch.dtype) -> Contenders:
-    """Return the functions that embed the same sentences in the same type, one for each contender."""
+    """Return for each contender a function that embeds the same sentences in the same dtype."""
     path = str(catalogue.fetch("minilm"))
     transformer = Transformer(path, max_seq_length=512, model_kwargs={"dtype": dtype})
     packaged = SentenceTransformer(

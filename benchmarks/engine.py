@@ -1,9 +1,9 @@
-"""Tokens a second of decoding and of reading a prompt, beside llama.cpp and transformers on the same weights.
+"""Tokens per second of decoding and of reading a prompt, compared with llama.cpp and transformers on the same weights.
 
 python benchmarks/engine.py [--shape 110m|1.1b|smollm2] [--weights bf16 int8 int4] [--streams 1 8 32] [--rounds 3]
 
-The contenders take turns in one process. Of llama.cpp, bf16 stands beside bf16, q8_0 beside int8, q4_0 and q4_k beside
-int4, and q4_0 with a head of 4 bits too beside int4_pure.
+The contenders alternate in one process. llama.cpp's bf16 is compared with bf16, q8_0 with int8, q4_0 and q4_k with
+int4, and q4_0 with a head of 4 bits also with int4_pure.
 """
 
 import argparse
@@ -29,11 +29,11 @@ SHAPES = {
     "smollm2": llama.SIZES["smollm2-135m"],
 }
 PEERS = {"bf16": ["bf16"], "int8": ["q8_0"], "int4": ["q4_0", "q4_k"], "int4_pure": ["q4_0_pure"]}
-PROMPT = 32  # tokens before those that are timed
+PROMPT = 32  # tokens before the timed ones
 
 
 class Native:
-    """Streams of texts of `length` tokens, decoded greedily by the native step."""
+    """Texts of `length` tokens in parallel, decoded greedily by the native step."""
 
     def __init__(self, model: NativeLM, streams: int, length: int):
         each = -(-length // BLOCK_SIZE)
@@ -44,11 +44,11 @@ class Native:
         """Return the likeliest next token of each sequence, after it has read these tokens."""
         pairs = enumerate(zip(texts, self.tables, strict=True))
         logits = self.runner.run([Span(n, text, start, blocks) for n, (text, blocks) in pairs])
-        return logits.numpy().argmax(-1).tolist()  # as of llama.cpp's: torch's threads would spin where its own work
+        return logits.numpy().argmax(-1).tolist()  # by NumPy as for llama.cpp, since torch's threads would spin
 
 
 class Peer:
-    """The same by llama.cpp."""
+    """The same texts, decoded by llama.cpp."""
 
     def __init__(self, path: Path, streams: int, length: int):
         self.engine = LlamaCpp(path, streams, length, torch.get_num_threads())
@@ -60,7 +60,7 @@ class Peer:
 
 
 class Transformers:
-    """The same by transformers, in bfloat16."""
+    """The same texts, decoded by transformers in bfloat16."""
 
     def __init__(self, model: torch.nn.Module, folder: Path):
         import transformers

@@ -1,4 +1,5 @@
-"""Time of a decoding step of a mixture of experts, next to dense models with as many active and as many total weights.
+"""Time of a decoding step of a mixture of experts, compared with dense models of as many active and as many total
+weights.
 
 python benchmarks/experts.py [--weights f32 bf16 int8 int4] [--streams 1 8 32] [--rounds 9] [--steps 32] [--json FILE]
 
@@ -42,7 +43,7 @@ def build() -> dict[str, torch.nn.Module]:
 
 
 class Decoding:
-    """Greedy decoding of several streams, each begun with a token of its own."""
+    """Greedy decoding of several streams, each of which begins with a different token."""
 
     def __init__(self, packed: NativeLM, streams: int, steps: int):
         self.streams, self.steps = streams, steps

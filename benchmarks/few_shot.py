@@ -1,11 +1,12 @@
-"""Requests a second of few-shot scoring, beside lm-evaluation-harness with transformers on the same model and requests.
+"""Requests per second of few-shot scoring, compared with lm-evaluation-harness with transformers on the same model.
 
 python benchmarks/few_shot.py [--model smollm2] [--on topics] [--shots 0 4] [--items 4] [--rounds 3] [--batch-size 8]
 
-A request is a prompt with one of its choices. Both sides get them as texts, through the harness's own interface; its
-backend runs as it comes, in batches of `--batch-size` sorted by length, and takes answers of one token that have the
-same prompt from one row. keifu computes what prompts share once, so its lead grows with the examples, the choices, and
-the items that share them: without examples only the choices of an item share its prompt.
+A request is a prompt with one of its choices. Both sides get the same requests as texts, through the harness's
+interface. Its backend has default settings with batches of `--batch-size` sorted by length, and scores one-token
+answers to the same prompt with one row. keifu computes common beginnings of prompts once, so its advantage grows with
+the examples, the choices and the items that share them: without examples only the choices of an item share its
+prompt.
 """
 
 import argparse
@@ -31,7 +32,7 @@ BASE = "lm-evaluation-harness, transformers"
 
 
 def requests(name: str, shots: int, items: int) -> list[Any]:
-    """Return the requests that the harness gives to a model: pairs of context and continuation."""
+    """Return the harness's requests to a model: pairs of context and continuation."""
     drawn = TASKS[name]().sample(shots, limit=items)
     pairs = [(p, f" {c}") for p, i in zip(drawn.prompts(shots), drawn.items, strict=True) for c in i.choices]
     return [SimpleNamespace(args=pair, task_name=name) for pair in pairs]

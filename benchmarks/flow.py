@@ -3,10 +3,11 @@
 python benchmarks/flow.py [--data mnist] [--minutes 2] [--seeds 0 1 2] [--pictures 500] [--steps 1 2 4 8 16 50]
     [--write JSON] [--picture PNG]
 
-Each network learns for the same time of one core (`time.process_time`), on the same pictures, with the same optimizer.
-Then it draws the same seeds by DDIM in so many steps; in a flow this is Euler's method. The table has 1000 · kernel
-distance to the training pictures: the mean of the seeds, and in brackets the lowest and the highest. The ways named
-logit-normal draw their times so; the others draw uniform times. The picture has a row for each way and number of steps.
+Each network is trained for the same time of one core (`time.process_time`), on the same pictures, with the same
+optimizer. Then it draws the same seeds by DDIM with each number of steps; in a flow this is Euler's method. The table
+has 1000 · kernel distance to the training pictures: the mean of the seeds, and in brackets the lowest and the highest.
+Training times are uniform, except for the ways named logit-normal. The picture has a row for each way and number of
+steps.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from keifu.evaluation.images.features import extractor
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.recipes.images import ddpm, dit
 
-RATE, WARMUP, DECAY = 1e-3, 0.05, 0.995  # highest rate, share of the time until it, decay of the moving average
-SHOWN = 4  # pictures of a cell
+RATE, WARMUP, DECAY = 1e-3, 0.05, 0.995  # maximal rate, share of the time for warm-up, decay of the moving average
+SHOWN = 4  # pictures in a cell
 UNET: dict[str, Any] = {"dim": 16, "multipliers": (1, 2, 4), "weighting": "simple"}
 NOISE = {"schedule": "linear", "target": "noise"}
 DIT = {"n_layers": 4, "n_heads": 4, "head_dim": 24}
@@ -47,7 +48,7 @@ WAYS: dict[str, Callable[..., ddpm.DiffusionTask]] = {
 
 
 def learn(task: ddpm.DiffusionTask, seconds: float) -> tuple[nn.Module, int]:
-    """Return the moving average of the weights after so many seconds of a core, and the number of updates."""
+    """Train for `seconds` of one core. Return the moving average of the weights, and the number of updates."""
     model: Any = task.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.99), weight_decay=0.01)
     averages, start, step = [p.detach().clone() for p in model.parameters()], time.process_time(), 0
@@ -74,7 +75,7 @@ def drawn(model: nn.Module, steps: int, count: int) -> Tensor:
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, dict[str, list[float]]], dict[str, int], list[Tensor]]:
-    """Measure distances by way and steps, a number for each seed; parameters; pictures of the first seed."""
+    """Return distances by way and steps, a number for each seed; numbers of parameters; pictures of the first seed."""
     distances: dict[str, dict[str, list[float]]] = {}
     sizes, rows, extract = dict[str, int](), list[Tensor](), extractor()
     real: Tensor | None = None

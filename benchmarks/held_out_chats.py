@@ -1,15 +1,15 @@
-"""Bits a byte of the answers in held-out conversations, for chat models of any tokenizer.
+"""Bits per byte of the answers in held-out conversations, for chat models with any tokenizer.
 
-python benchmarks/held_out_chats.py MODEL [MODEL ...] --data FILE.jsonl [--json] [--write JSON]
-python benchmarks/held_out_chats.py --split TRAINING.jsonl --data FILE.jsonl [--held-out 0.05] [--most 300]
+python benchmarks/held_out_chats.py MODEL [MODEL ...] --data FILE.jsonl [--json] [--write JSON] python
+benchmarks/held_out_chats.py --split TRAINING.jsonl --data FILE.jsonl [--held-out 0.05] [--most 300]
 
-Each model reads each conversation in its own chat template, a base model in keifu's plain one, in float32. A figure is
-the information of the assistant's tokens, the ends of its turns included, per byte of its text in UTF-8. Conversations
-that one of the models cannot read whole are left out for all. Intervals resample conversations. --write puts the
-table, and the bits of each conversation, into a data file of docs/results/data.
+Each model reads each conversation in its chat template, a base model in keifu's plain one, in float32. A figure is the
+information of the assistant's tokens, including the ends of its turns, per byte of its text in UTF-8. Conversations
+that exceed the context of any model are left out for all. Intervals resample conversations. --write puts the table, and
+the bits of each conversation, into a data file of docs/results/data.
 
 --split writes the conversations that `keifu train distill --data TRAINING.jsonl` holds out: their first questions are
-not in training, and each is written once. Most, if there are more, are spread over all.
+not in training, and each is written once; at most --most, evenly spaced.
 """
 
 import argparse
@@ -36,7 +36,7 @@ COLUMNS = ("model", "bits a byte of answers", "95% interval")
 
 
 def bits(name: str, chats: Sequence[Conversation]) -> dict[int, float]:
-    """Return the bits of the assistant's turns of each conversation, by its number, but of those too long."""
+    """Return by index the bits of the assistant's turns of each conversation that fits the context."""
     model: Any
     model, tokenizer = checkpoints.load(name, torch.float32)
     tokenizer, found = with_template(tokenizer, "own"), dict[int, float]()
@@ -54,7 +54,7 @@ def size(chat: Conversation) -> int:
 
 
 def interval(values: Sequence[float], sizes: Sequence[int], resamples: int = 1000) -> tuple[float, float]:
-    """Return the 95% percentile interval of a ratio of sums, by resampling the items; always the same."""
+    """Return the 95% percentile interval of a ratio of sums, by resampling the items with a fixed seed."""
     above, below = np.asarray(values), np.asarray(sizes)
     generator = np.random.default_rng(0)
     chosen = (generator.integers(0, len(above), len(above)) for _ in range(resamples))
@@ -63,7 +63,7 @@ def interval(values: Sequence[float], sizes: Sequence[int], resamples: int = 100
 
 
 def figures(measured: Mapping[str, Sequence[float]], sizes: Sequence[int]) -> dict[str, Any]:
-    """Return the figures: those of the first model, then those of the others with their names."""
+    """Return the first model's figures, then those of the others with their names."""
     found: dict[str, Any] = {}
     for index, (name, values) in enumerate(measured.items()):
         low, high = interval(values, sizes)
@@ -79,7 +79,7 @@ def rows(measured: Mapping[str, Sequence[float]], sizes: Sequence[int]) -> list[
 
 
 def measure(models: Sequence[str], data: str) -> tuple[dict[str, list[float]], list[int]]:
-    """Return the bits of each conversation by each model, and its bytes."""
+    """Return for each model the bits of each conversation; and the bytes of each conversation."""
     chats = list(conversations.read(data))
     measured = {name: bits(name, chats) for name in models}
     read = sorted(set[int].intersection(*map(set, measured.values())))

@@ -1,12 +1,12 @@
-"""In-context learning, by size: made-up mappings of letters, by models trained here and by published ones.
+"""In-context learning by size: random mappings of letters, by models trained here and by published ones.
 
 python benchmarks/in_context.py [--layers 1 2 3] [--dim 64] [--steps 2500] [--models smollm2 gpt-en] [--picture PNG]
 
-Each question has a mapping of its own: eight letters to eight others, drawn at random, so that nothing but the prompt
-tells it. The prompt gives examples, whose letters are drawn with replacement, and a letter; the answer is the likeliest
-of the eight others. The models trained here are of LLaMA's type and read synthetic text, mappings of this kind alone, a
-new one in each row; they differ in their layers. A published model reads lines such as `b -> q`. The most that can be
-known, since a letter may not be among the examples, stands beside. Intervals are Wilson's, 95%.
+Each question has a new random mapping of eight letters to eight others, so only the prompt contains it. The prompt has
+examples, whose letters are drawn with replacement, and a letter; the answer is the likeliest of the eight others. The
+models trained here are LLaMA-like and read only synthetic text, with a new mapping in each row; they differ in the
+number of layers. A published model reads lines such as `b -> q`. The upper bound is also shown, since a letter may not
+be among the examples. Intervals are Wilson's, 95%.
 """
 
 import argparse
@@ -34,7 +34,7 @@ Examples = list[tuple[str, str]]
 
 
 def mapped(chance: random.Random, count: int) -> Examples:
-    """Return letters drawn with replacement, and their images under one made-up mapping."""
+    """Return letters drawn with replacement, and their images under one random mapping."""
     mapping = dict(zip(FROM, chance.sample(TO, len(TO)), strict=True))
     return [(letter, mapping[letter]) for letter in chance.choices(FROM, k=count)]
 
@@ -51,7 +51,8 @@ def knowable(count: int, questions: int = 20_000) -> float:
 
 @dataclass(frozen=True)
 class Mappings:
-    """Rows of pairs of letters as tokens, each row of a mapping of its own; the second of each pair is to be told."""
+    """Rows of pairs of letters as tokens. Each row has a different mapping; the second letter of each pair is
+    predicted."""
 
     rows: int
     seed: int
@@ -80,14 +81,14 @@ def trained(layers: int, options: argparse.Namespace) -> Any:
 
 @torch.inference_mode()
 def right_of_trained(model: Any, counts: list[int], questions: int) -> dict[int, int]:
-    """Return right answers by the number of examples, all from one reading of each row."""
+    """Return the numbers of right answers by the number of examples, all from one pass over each row."""
     tokens = Mappings(questions, -1).batch(0)["tokens"]
     likeliest = model(tokens)[:, :, len(FROM) :].argmax(-1) + len(FROM)
     return {n: int((likeliest[:, 2 * n] == tokens[:, 2 * n + 1]).sum()) for n in counts}
 
 
 def right_of_published(name: str, counts: list[int], questions: int) -> dict[int, int]:
-    """Return right answers by the number of examples, each question a prompt of its own."""
+    """Return the numbers of right answers by the number of examples. Each question is a separate prompt."""
     model, tokenizer = checkpoints.load(name)
     choices = [tuple(tokenizer.encode(f" {letter}")) for letter in TO]
     found = {}
@@ -109,7 +110,7 @@ def _text(examples: Examples) -> str:
 
 
 def draw(found: dict[str, dict[int, tuple[float, float, float]]], counts: list[int], path: Path) -> None:
-    """Draw accuracy over the number of examples, with intervals, and the most that can be known."""
+    """Draw accuracy over the number of examples, with intervals, and the upper bound."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     axes.plot(range(len(counts)), [knowable(n) for n in counts], color="grey", linestyle=":", label="what can be known")
     for name, points in found.items():

@@ -1,19 +1,20 @@
-"""InstructGPT's pipeline on a model trained here: a stated gold reward, a reward model that only sees rankings by it,
-and how both fare while PPO follows the second.
+"""InstructGPT's pipeline on a model trained here: PPO follows a reward model that was trained only on rankings by a
+gold reward, and both rewards are compared.
 
 python benchmarks/instruct.py [--depth 3] [--pretraining-steps 1200] [--sft-steps 300] [--ranked 400] [--answers 4]
     [--noise 0.5] [--reward-steps 150] [--rollouts 60] [--prompts 64] [--dpo-steps 150] [--test 200] [--seeds 0]
     [--threads 2] [--out DIR] [--picture PNG]
 
-A small LLaMA reads Wikipedia summaries, is fine-tuned on "What is X?" with the summary as the answer, and answers
---ranked further questions several times. benchmarks/_gold.py scores the answers and stands for people here: what it
-says, with noise added, ranks them, so the preferences are synthetic. A reward model learns the rankings; PPO learns
-from the reward model, with and without pretraining text beside it (PPO-ptx), and DPO from the same pairs. Then: the
-reward model's accuracy on held-out pairs; gold and learned reward by how far (KL) PPO has gone, which is the
-over-optimisation curve; and of each model on questions that none has seen the gold reward, how often it beats the
-fine-tuned one by gold, with Wilson's 95% interval, and the loss on pretraining text that was held out. Of several
-seeds, each of which makes everything anew, the means, in brackets the lowest and the highest; answers that won are
-added up.
+A small LLaMA is trained on Wikipedia summaries, fine-tuned on "What is X?" with the summary as the answer, and answers
+--ranked further questions several times. benchmarks/_gold.py scores the answers instead of people. These scores, with
+added noise, rank the answers, so the preferences are synthetic. A reward model learns the rankings. PPO learns from the
+reward model, with and without additional pretraining text (PPO-ptx), and DPO from the same pairs.
+
+Results: the reward model's accuracy on held-out pairs; gold and learned reward by the KL divergence that PPO has
+reached (the over-optimisation curve); and for each model on unseen questions the gold reward, how often it beats the
+fine-tuned one by gold, with Wilson's 95% interval, and the loss on held-out pretraining text. Each seed repeats
+everything. With several seeds, figures are means, in brackets the lowest and the highest; winning answers are added
+up.
 """
 
 import argparse
@@ -49,13 +50,13 @@ from keifu.training.run import metrics
 
 TEXT = "wiki-summaries"
 CONTEXT = 128
-LONGEST = 48  # tokens of an answer
+LONGEST = 48  # maximal tokens of an answer
 GOLD = f"{Path(__file__).parent / '_gold.py'}:gold"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model on questions that it has not seen, answers drawn at temperature 1."""
+    """Results of a model on unseen questions, with answers sampled at temperature 1."""
 
     name: str
     gold: float
@@ -66,7 +67,7 @@ class Row:
 
 
 def line(rows: Sequence[Row]) -> str:
-    """Return a row of the table, from one model's rows of all seeds."""
+    """Return a row of the table from one model's results of all seeds."""
     wins, decided = sum(row.wins for row in rows), sum(row.decided for row in rows)
     low, high = wilson(wins, decided)
     won = f"{wins / decided:.1%} ({low:.1%} to {high:.1%})" if decided else ""
@@ -75,7 +76,7 @@ def line(rows: Sequence[Row]) -> str:
 
 
 def quietly(work: Callable[[], object]) -> float:
-    """Return the seconds of some work, whose printed words are hidden."""
+    """Run `work` without its output. Return the seconds."""
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         work()
@@ -91,7 +92,7 @@ def answers(run: Path, questions: Sequence[str], seed: int) -> list[str]:
 
 
 def ranked(run: Path, questions: Sequence[str], options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return answers of a model, and scores by gold with noise, as a file of preferences has them."""
+    """Return several answers to each question with their noisy gold scores, as records of a file of preferences."""
     chance, count = random.Random(options.seed), options.answers
     said = answers(run, [each for each in questions for _ in range(count)], options.seed + 1)
     made = []
@@ -114,7 +115,7 @@ def nats(run: Path, windows: int = 60) -> float:
 
 
 def measured(name: str, run: Path, questions: Sequence[str], beside: Sequence[str], seconds: float, seed: int) -> Row:
-    """Return a model's row. `beside` holds the answers of the fine-tuned model."""
+    """Return a model's results. beside: the answers of the fine-tuned model."""
     said = answers(run, questions, seed)
     scores = [gold(question, each, {}) for question, each in zip(questions, said, strict=True)]
     others = [gold(question, each, {}) for question, each in zip(questions, beside, strict=True)]
@@ -210,7 +211,7 @@ def draw(curves: dict[str, list[Curve]], picture: Path) -> None:
 
 
 def of_seed(options: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, Curve]]:
-    """Run everything with one seed: a row for each model, and the curves of PPO."""
+    """Run everything with one seed. Return the results of each model, and the curves of PPO."""
     test = prepared(options, folder)
     seconds = learned(options, folder)
     last = [each for each in metrics.read(folder / "reward") if "validation_accuracy" in each][-1]

@@ -2,13 +2,13 @@
 
 python benchmarks/llama_changes.py [--steps 400] [--seeds 0 1 2] [--only NAME ...] [--picture PNG]
 
-Every model is made here of the shared layers: 6 blocks of width 192 with 3 heads, GPT-2's order of norms, biases,
-initialisation and tied head. RMSNorm stands for LayerNorm; SwiGLU with a hidden width of 8/3 for GELU with one of 4, so
-that its three products cost what two did; rotary positions for learned ones. The FLOPs of a token are counted by torch
-and printed. All see the same windows of 128 tokens in the same order for the same number of steps, with AdamW and the
-same rates; seeds change weights and order. The loss is that of held-out text, and beyond the trained length that of
-tokens at places 128 to 255 and 256 to 511 of windows of 512: there the learned positions have rows that no step has
-touched. Means over the seeds, in brackets the lowest and the highest.
+Every model is built from the shared layers: 6 blocks of width 192 with 3 heads, GPT-2's order of norms, biases,
+initialisation and tied head. RMSNorm replaces LayerNorm; SwiGLU with a hidden width of 8/3 replaces GELU with one of 4,
+so that its three matrices cost as much as two; rotary positions replace learned ones. The FLOPs of a token are counted
+by torch and printed. All see the same windows of 128 tokens in the same order for the same number of steps, with AdamW
+and the same rates; seeds change weights and order. The loss is that of held-out text. Beyond the trained length it is
+that of tokens at positions 128 to 255 and 256 to 511 of windows of 512, for which the learned positions were never
+trained. Figures are means over the seeds, in brackets the lowest and the highest.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from keifu.training.hardware.flops import count_flops
 from keifu.training.settings import Settings
 
 DIM, LAYERS, HEADS = 192, 6, 3
-TRAINED, LONGEST = 128, 512  # tokens of a window in training, and of the windows that are looked at afterwards
+TRAINED, LONGEST = 128, 512  # tokens of a window in training, and of the windows for evaluation
 PARTS = {"trained length": (0, TRAINED), "128 to 255": (TRAINED, 256), "256 to 511": (256, LONGEST)}
 
 
 @dataclass(frozen=True)
 class Model:
-    """The three places in which GPT-2 and LLaMA differ here."""
+    """Settings of the three differences between GPT-2 and LLaMA."""
 
     norm: Callable[[], nn.Module] = partial(nn.LayerNorm, DIM)
     feedforward: Callable[[], nn.Module] = partial(FeedForward, DIM, 4 * DIM, activation("gelu_tanh"))
@@ -76,7 +76,7 @@ MODELS = {
 
 
 def flops(model: DecoderLM) -> float:
-    """Return floating-point operations of a forward pass over the trained length, for each token."""
+    """Return the floating-point operations per token of a forward pass over the trained length."""
     with torch.no_grad():
         return count_flops(lambda: model(torch.zeros(1, TRAINED, dtype=torch.int64))) / TRAINED
 
@@ -92,7 +92,7 @@ def by_place(model: DecoderLM, rows: Tensor) -> Tensor:
 
 
 def run(name: str, seed: int, task: TextTask, options: argparse.Namespace) -> tuple[Tensor, float]:
-    """Train a model, and return its loss by position and the seconds of training."""
+    """Train a model. Return its loss by position and the seconds of training."""
     settings = Settings(
         steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
         final_ratio=0.0, weight_decay=0.1, seed=seed,
@@ -105,7 +105,7 @@ def run(name: str, seed: int, task: TextTask, options: argparse.Namespace) -> tu
 
 
 def draw(losses: dict[str, list[Tensor]], path: Path) -> None:
-    """Draw the loss by position, smoothed over 16 positions; the shade is the spread of the seeds."""
+    """Draw the loss by position, smoothed over 16 positions. The shade is the range of the seeds."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, seeds in losses.items():
         curves = torch.stack(seeds).unflatten(1, (-1, 16)).mean(2)

@@ -1,12 +1,12 @@
-"""Names of emoji from new families, by two text sides: words that are counted, and a sentence encoder that is locked.
+"""Names of emoji from new families, with two text sides: word counts, and a frozen sentence encoder.
 
 python benchmarks/locked_text.py [--part test] [--out docs/results/data/text_and_pictures.json]
 
-Both have the same picture side, without a network: histograms of 64 colours, histograms of oriented gradients (Dalal
-and Triggs, 2005) in cells of 12 and of 24 pixels, and the picture in 8 x 8 pixels. Kernel ridge regression from these
-features gives a picture's words (TF-IDF), or the embedding of its English name by all-MiniLM-L6-v2. The encoder is not
-trained, as in LiT (Zhai et al., 2021). Features and ridge were chosen on the validation families. Each picture of the
-part is once in the gallery; intervals are 95%, by resampling families.
+Both have the same picture side without a network: histograms of 64 colours, histograms of oriented gradients (Dalal and
+Triggs, 2005) in cells of 12 and of 24 pixels, and the picture in 8 x 8 pixels. Kernel ridge regression from these
+features predicts a picture's words (TF-IDF), or the embedding of its English name by all-MiniLM-L6-v2. The encoder is
+not trained, as in LiT (Zhai et al., 2021). Features and ridge were chosen on the validation families. Each picture of
+the part is once in the gallery; intervals are 95%, by resampling families.
 """
 
 import argparse
@@ -37,7 +37,7 @@ WAYS = {
 
 
 def gradients(pictures: Tensor, cell: int) -> Tensor:
-    """Return histograms of the directions of grey gradients, weighted by their size, in cells of so many pixels."""
+    """Return histograms of gradient directions, weighted by magnitude, in cells of `cell` pixels."""
     grey = F.pad(pictures.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
     down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
@@ -53,7 +53,8 @@ def features(pictures: ImageDataset) -> Tensor:
 
 
 def regress(known: Tensor, searched: Tensor, values: Tensor) -> Tensor:
-    """Fit kernel ridge regression with a Gaussian as wide as the median distance."""
+    """Fit kernel ridge regression with a Gaussian whose width is the median distance. Return the predictions for
+    `searched`."""
     distances = torch.cdist(known, known).square()
     width = distances.median()
     weights = torch.linalg.solve((-distances / width).exp() + RIDGE * torch.eye(len(known)), values)
@@ -61,7 +62,7 @@ def regress(known: Tensor, searched: Tensor, values: Tensor) -> Tensor:
 
 
 def right(train: ImageDataset, searched: ImageDataset) -> dict[str, dict[str, list[int]]]:
-    """Return whether each picture finds its name first, and each name its picture, by way."""
+    """Return by way whether each picture finds its name first, and each name its picture."""
     names, asked = (list(part.texts("en")) for part in (train, searched))
     counter, (encoder, tokenizer) = WordCounter(names, "en"), checkpoints.load("minilm", torch.float32)
     embedded = embed(encoder, tokenizer, [*names, *asked])

@@ -2,20 +2,20 @@
 
 python benchmarks/long_context.py [--seeds 0 1 2] [--steps 800] [--tuned 60] [--out JSON] [--picture PNG]
 
-A model of LLaMA's type with 2 layers is trained on windows of 128 tokens (in the first quarter of the steps of 32, in
-which it learns to find the passkey: after 300 steps of 128 it does not). Every second window is text with a passkey: a
-mark and three digits at a random position, and the same once more behind it, where the model names the digits
-(Mohtashami and Jaggi, 2023). The digits are 30 tokens that the text does not have, ten for each of the three. When
-passkeys are measured, the second is at the end of the window.
+A LLaMA-like model with 2 layers is trained on windows of 128 tokens (in the first quarter of the steps of 32, in which
+it learns to find the passkey; 300 steps of 128 do not suffice). Every second window is text with a passkey: a mark and
+three digits at a random position, and the same again later, where the model must predict the digits (Mohtashami and
+Jaggi, 2023). The digits are 30 tokens that the text does not have, ten for each of the three. When passkeys are
+measured, the second is at the end of the window.
 
-The same weights then read windows of 512 tokens, with the rotary positions as they are ("none"), with positions divided
-by 4 ("interpolation", Chen et al., 2023), with a larger base ("NTK", theta · 4^(d / (d - 2))) and with YaRN (Peng et
-al., 2023). Each is measured at once, and after --tuned steps of training on windows of 512 tokens ("none" too). The
-last row is the model as it was trained, which sees only the last 128 tokens ("window"): its loss is that of the second
-half of windows of 128.
+The same weights then read windows of 512 tokens, with unchanged rotary positions ("none"), with positions divided by 4
+("interpolation", Chen et al., 2023), with a larger base ("NTK", theta · 4^(d / (d - 2))) and with YaRN (Peng et al.,
+2023). Each is measured at once, and after --tuned steps of training on windows of 512 tokens ("none" too). The last row
+is the trained model that sees only the last 128 tokens ("window"): its loss is that of the second half of windows of
+128.
 
-Loss: nats of a token of held-out text without passkeys, by its position. Passkeys: the share of windows in which all
-three digits are right, each given those before; a guess is right once in 1,000 times. The file has the values of each
+Loss: nats per token of held-out text without passkeys, by position. Passkeys: the share of windows in which all three
+digits are right, each given the previous ones; a guess is right once in 1,000 times. The file has the values of each
 seed; cells have the mean, and in brackets the lowest and the highest.
 """
 
@@ -41,10 +41,10 @@ from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 
-BEGIN, TRAINED, FACTOR = 32, 128, 4  # tokens of a window at first, and then; times the second is the longest
+BEGIN, TRAINED, FACTOR = 32, 128, 4  # tokens of a window at first and later; the longest has FACTOR times the latter
 LONG = FACTOR * TRAINED
-VOCAB, DIGITS = 512, 10  # tokens of the text; then the mark and the digits
-MARK, KEY = VOCAB, 3  # and the digits of a passkey
+VOCAB, DIGITS = 512, 10  # tokens of the text, after which come the mark and the digits
+MARK, KEY = VOCAB, 3  # and number of digits of a passkey
 HEAD_DIM, THETA = 32, 10_000.0
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB + 1 + KEY * DIGITS,
@@ -60,21 +60,21 @@ METHODS: dict[str, tuple[float, RopeScaling | None]] = {
     "NTK": (THETA * FACTOR ** (HEAD_DIM / (HEAD_DIM - 2)), None),
     "YaRN": (THETA, RopeScaling("yarn", FACTOR, TRAINED)),
 }
-STEP = 16  # positions whose losses are one number of the file
+STEP = 16  # positions that are averaged to one number of the file
 LENGTHS = (TRAINED, 2 * TRAINED, LONG)
 PARTS = {f"{a} to {b - 1}": (a, b) for a, b in ((TRAINED // 2, TRAINED), (TRAINED, 2 * TRAINED), (2 * TRAINED, LONG))}
 
 
 def found_in(losses: Tensor, shares: list[float]) -> dict[str, list[float]]:
-    """Return the mean losses of the first 16 positions of a long window, of the next 16 and so on, and the share of
-    right passkeys by the length of the window."""
+    """Return the mean losses of each 16 positions of a long window, and the share of right passkeys for each window
+    length."""
     means = [round(float(each.mean()), 4) for each in losses.split(STEP)]
     return {"loss": means, "passkeys": [round(share, 4) for share in shares]}
 
 
 def with_passkeys(text: Tensor, random: torch.Generator, at_end: bool = True) -> tuple[Tensor, Tensor]:
-    """Put a passkey into each row at a random position, and once more at its end or anywhere behind the first; return
-    the rows and the positions of the digits of the second, [rows, KEY]."""
+    """Put a passkey into each row at a random position, and again at the end or at a random later position. Return the
+    rows, and the positions of the second one's digits [rows, KEY]."""
     rows, length = text.shape
     keys = MARK + 1 + torch.randint(DIGITS, (rows, KEY), generator=random) + DIGITS * torch.arange(KEY)
     marked = torch.cat([torch.full((rows, 1), MARK), keys], 1)
@@ -99,8 +99,8 @@ def rotate(model: DecoderLM, method: str) -> DecoderLM:
 
 
 def train(model: DecoderLM, task: TextTask, length: int, steps: int, tokens: int, rate: float, seed: int) -> None:
-    """Train on windows of a length, of which every second has a passkey; the loss is the mean of all tokens plus the
-    mean of the digits of passkeys that come again."""
+    """Train on windows of `length` tokens, every second with a passkey. The loss is the mean of all tokens plus the
+    mean of the repeated passkeys' digits."""
     rows = tokens // length
     data = PackedText(task.shards, length - 1, rows, seed)
     random = torch.Generator().manual_seed(seed)
@@ -117,7 +117,7 @@ def train(model: DecoderLM, task: TextTask, length: int, steps: int, tokens: int
 
 @torch.no_grad()
 def measure(model: DecoderLM, held_out: Tensor) -> Found:
-    """Return the loss by position and the passkeys found in windows of each length."""
+    """Return the loss by position and the share of right passkeys in windows of each length."""
     losses = torch.zeros(LONG - 1)
     for part in held_out.split(16):
         losses += nn.functional.cross_entropy(model(part[:, :-1]).mT, part[:, 1:], reduction="none").sum(0)
@@ -133,7 +133,7 @@ def measure(model: DecoderLM, held_out: Tensor) -> Found:
 
 @torch.no_grad()
 def measure_window(model: DecoderLM, held_out: Tensor) -> Found:
-    """Return the same for windowed attention over the last 128 tokens, computed on windows cut from the text."""
+    """Return the same for attention over only the last 128 tokens, computed on windows cut from the text."""
     rows = held_out.unfold(1, TRAINED + 1, TRAINED // 2).flatten(0, 1)
     losses = torch.cat([
         nn.functional.cross_entropy(model(part[:, :-1]).mT, part[:, 1:], reduction="none") for part in rows.split(64)
@@ -149,7 +149,8 @@ def measure_window(model: DecoderLM, held_out: Tensor) -> Found:
 
 
 def run(seed: int, task: TextTask, held_out: Tensor, options: argparse.Namespace) -> dict[str, Found]:
-    """Train a model, and measure it with each scaling, before and after tuning; a seed that was kept is read."""
+    """Train a model, and measure it with each scaling, before and after tuning. A saved result of the seed is read
+    instead."""
     kept = options.keep / f"{seed}.json" if options.keep else None
     if kept is not None and kept.exists():
         return json.loads(kept.read_text())

@@ -1,23 +1,25 @@
-"""Masked diffusion (LLaDA) next to left to right (LLaMA): the same blocks, the same text, the same minutes of a core.
+"""Masked diffusion (LLaDA) compared with left to right (LLaMA): the same blocks, text and minutes of a core.
 
 python benchmarks/masked_diffusion.py [--minutes 6] [--seed 0] [--out JSON]
 
-Both models have 4 of LLaMA's layers, and learn windows of 128 tokens for --minutes of processor time each, on one
-thread. One sees the tokens before, the other all tokens that no mask hides.
+Both models have 4 of LLaMA's layers, and are trained on windows of 128 tokens for --minutes of processor time each, on
+one thread. One attends to earlier tokens, the other to all tokens that are not masked.
 
 Bits per byte: of held-out windows, for masked diffusion an upper bound (the mean of 16 random masks of each window).
-The first token of a window has nothing before it: left to right it has its share of the training text. The interval is
-of windows drawn anew.
+The first token of a window has no context: for the left-to-right model its probability is its share of the training
+text. The interval resamples windows.
 
-Steps: 64 tokens behind 16 of a held-out text, drawn at temperature 1. Judged by the loss of the model from left to
-right, which favours its own text, and by the different tokens among the 64: repetitions have a low loss too.
+Steps: 64 tokens after 16 of a held-out text, sampled at temperature 1. They are judged by the loss of the left-to-right
+model, which favours its own text, and by the number of different tokens among the 64, because repetitions have a low
+loss too.
 
-Gaps: tokens in the middle of 96 tokens that are hidden are written greedily; the share that is exactly right.
+Gaps: tokens in the middle of 96 tokens are hidden and generated greedily; the figure is the share of exactly right
+ones.
 
-Reversed relations, synthetic: 200 teachers and 200 pupils, each a token. Of 150 pairs both sentences are learned, "A
-teaches B" and "B learns from A", of 50 pairs the first one alone. The 50 are asked in the direction of training ("A
-teaches _"), in words that were not learned of them ("B learns from _"), and, where a model fills gaps, by the first
-token of the sentence that was learned ("_ teaches B"). A guess among all names is right once in 400 times.
+Reversed relations, synthetic: 200 teachers and 200 pupils, each a token. Of 150 pairs both sentences are trained, "A
+teaches B" and "B learns from A", of 50 pairs only the first. The 50 are asked in the direction of training ("A teaches
+_"), in the sentence that was not trained ("B learns from _"), and, if a model fills gaps, by the first token of the
+trained sentence ("_ teaches B"). A guess among all names is right once in 400 times.
 """
 
 import argparse
@@ -57,7 +59,7 @@ Values = dict[str, Any]
 
 
 class Rows:
-    """Batches of a function of the step, as data of the training loop."""
+    """Training data whose batches are a function of the step."""
 
     fingerprint = ""
 
@@ -65,7 +67,7 @@ class Rows:
         self.batch = batch
 
     def validation(self) -> Any:
-        """There are none."""
+        """Return no batches."""
         return iter(())
 
 
@@ -78,7 +80,8 @@ def both(vocab: int, sizes: dict[str, Any], seed: int) -> tuple[nn.Module, nn.Mo
 
 
 def train(model: nn.Module, objective: Any, batches: Batches, minutes: float, rate: float) -> int:
-    """Train for so much processor time, with a warm-up and a fall in its last third; return the number of steps."""
+    """Train for `minutes` of processor time, with warm-up and a decreasing rate in the last third. Return the number of
+    steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1, betas=(0.9, 0.95))
     began, step, share = time.process_time(), 0, 0.0
     model.train()
@@ -97,7 +100,7 @@ def train(model: nn.Module, objective: Any, batches: Batches, minutes: float, ra
 
 @torch.no_grad()
 def causal_losses(model: nn.Module, windows: Tensor, first: Tensor) -> list[float]:
-    """Return the nats a token of each window; the first token of one costs what `first` says of it."""
+    """Return the nats per token of each window. first: loss of each token at the start of a window."""
     losses = []
     for part in windows.split(32):
         rest = F.cross_entropy(model(part[:, :-1]).mT, part[:, 1:], reduction="none")
@@ -107,7 +110,7 @@ def causal_losses(model: nn.Module, windows: Tensor, first: Tensor) -> list[floa
 
 @torch.no_grad()
 def judged(judge: nn.Module, prompts: Tensor, written: Tensor) -> list[str]:
-    """Return the loss of written tokens behind their prompts, and the different ones of each text."""
+    """Return the loss of generated tokens after their prompts, and the number of different tokens in each text."""
     tokens = torch.cat([prompts, written], 1)
     logits = judge(tokens)[:, PROMPT - 1 : -1]
     loss = F.cross_entropy(logits.mT, written)
@@ -116,7 +119,7 @@ def judged(judge: nn.Module, prompts: Tensor, written: Tensor) -> list[str]:
 
 
 def by_steps(causal: nn.Module, masked: nn.Module, held_out: Tensor, texts: int) -> list[list[str]]:
-    """Return a row for each way of writing: passes of the model a text, loss by the judge, different tokens."""
+    """Return a row for each way of generating: passes of the model for a text, loss by the judge, different tokens."""
     prompts, real = held_out[:texts, :PROMPT], held_out[:texts, PROMPT : PROMPT + WRITTEN]
     rows = [["the text itself", "", *judged(causal, prompts, real)]]
     samplings = [SamplingParams(max_tokens=WRITTEN, temperature=1.0, seed=seed) for seed in range(texts)]
@@ -132,7 +135,7 @@ def by_steps(causal: nn.Module, masked: nn.Module, held_out: Tensor, texts: int)
 
 
 def by_gaps(causal: nn.Module, masked: nn.Module, held_out: Tensor, texts: int) -> list[list[str]]:
-    """Return a row for each length of a gap: the share of its tokens that each model writes right."""
+    """Return a row for each length of a gap: the share of its tokens that each model predicts correctly."""
     rows, greedy = [], {"temperature": 0, "seed": 0}
     for gap in GAPS:
         begin = (AROUND - gap) // 2
@@ -155,7 +158,7 @@ def _share(right: int, total: int) -> str:
 
 
 def relations(seed: int, minutes: float) -> tuple[list[list[str]], Values]:
-    """Return a row for each question about the pairs of which one sentence alone was learned."""
+    """Return a row for each kind of question about the pairs of which only one sentence was trained."""
     random = torch.Generator().manual_seed(seed)
     teachers, pupils = torch.randperm(PAIRS, generator=random), PAIRS + torch.randperm(PAIRS, generator=random)
     ones = torch.ones_like(pupils)

@@ -1,17 +1,19 @@
-"""What a mixture of objectives bought: UL2's denoisers beside plain left-to-right learning at equal tokens, by source.
+"""Gain of a mixture of objectives: UL2's denoisers compared with plain left-to-right training at equal tokens, by
+source.
 
 python benchmarks/mixture.py [--mixture multilingual] [--minutes 12 | --steps N] [--context 256] [--picture PNG]
     [--points 10 --curve PNG] [--out FOLDER]
 
-Two models of PaLM's block begin with the same weights and read as many rows of as many tokens from the same sources by
-the same weights. The steps are what --minutes of the plain model's training hold, tried before the start; the other
-takes as many. Then both are measured on the same held-out windows of every source: left to right, in bits a byte, and
-on hidden tokens, in nats a token. The plain model knows only what stands before a hidden token, for it can know no
-more; the other is given both sides of each gap. `--mixture english` is one text of the catalogue alone. With --points
-so many states of each run, evenly spread, are measured on the same windows, and --curve draws them over the tokens
-read; with --out a run that was cut off goes on. What the second model takes from around a gap is seen from its losses
-on the same hidden tokens after the sentinels of another gap, and after another text. With --minutes 12 it takes about
-half an hour, beside fetching and tokenising the texts at the first time. --minutes 3 --dim 128 is a quick look.
+Two models of PaLM's block begin with the same weights and read as many rows of as many tokens from the same sources
+with the same shares. The plain model is trained for --minutes (the number of steps is measured before the start); the
+other for as many steps. Then both are measured on the same held-out windows of every source: left to right, in bits per
+byte, and on hidden tokens, in nats per token. The plain model only sees the tokens before a hidden one, because it
+cannot use more; the other sees both sides of each gap. `--mixture english` is a single text of the catalogue. With
+--points, as many states of each run, evenly spaced, are measured on the same windows, and --curve draws them over the
+tokens read; with --out an interrupted run is resumed. To show how far the second model uses the text around a gap, it
+is also measured on the same hidden tokens after the sentinels of another gap, and after another text. With --minutes 12
+it takes about half an hour, in addition to downloading and tokenizing the texts. --minutes 3 --dim 128 is a quick
+test.
 """
 
 import argparse
@@ -53,12 +55,12 @@ MODELS = {"causal": "plain", "ul2": "UL2"}
 
 
 class CausalRows(SpanCorruptionBatches):
-    """The texts of a decoder's rows as they were, for a model that reads from left to right: "mask" is True on the
-    hidden tokens of `InfillingExamples`, of which it knows only what stands before them."""
+    """The original text of a decoder's rows, for a model that reads from left to right. "mask" is True on the hidden
+    tokens of `InfillingExamples`; the model only sees the tokens before each."""
 
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
-        """Return the original text: the visible tokens and the hidden spans, merged in their order. The mask marks
-        hidden tokens."""
+        """Return the original text: the visible tokens and the hidden spans in their order. The mask marks hidden
+        tokens."""
         marks = [np.isin(side, self.markers.sentinels) for side in (inputs, targets)]
         runs = [2 * np.cumsum(marks[0], axis=1), 2 * np.cumsum(marks[1], axis=1) - 1]
         kept, hidden = (side[~mark].reshape(len(side), -1) for side, mark in zip((inputs, targets), marks, strict=True))
@@ -77,7 +79,7 @@ def _pad_wider(tokens: np.ndarray, places: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Measured:
-    """What both models reached on one source, by model and task; left to right in bits a byte, hidden in nats."""
+    """Losses of both models on one source, by model and task; left to right in bits per byte, hidden in nats."""
 
     source: WeightedSource
     figures: dict[str, dict[str, float]]
@@ -113,7 +115,7 @@ def steps_for(options: argparse.Namespace, found: PreparedMixture) -> int:
 
 
 def tasks(objective: str, markers: Markers, context: int) -> dict[str, CorruptionTask]:
-    """Return the tasks with the same tokens to predict for both models, each in the form that its model knows."""
+    """Return the tasks, with the same tokens to predict for both models, each in the format of its model."""
     if objective == "causal":
         hidden = {name: CausalRows([each], markers, context) for name, each in HIDDEN.items()}
         return {"left to right": CausalBatches(context - 1), **hidden}
@@ -122,8 +124,8 @@ def tasks(objective: str, markers: Markers, context: int) -> dict[str, Corruptio
 
 
 class OtherInputs:
-    """The examples of hidden tokens with the inputs of the row before, or with their own sentinels in reverse order: a
-    model that looks up what stands around a gap loses by it."""
+    """Examples of hidden tokens with the inputs of the previous row, or with their sentinels in reverse order. A model
+    that uses the text around a gap gets worse on them."""
 
     def __init__(self, examples: InfillingExamples, which: str):
         self.examples, self.which = examples, which
@@ -132,7 +134,7 @@ class OtherInputs:
     def rows(self, windows: np.ndarray, numbers: np.ndarray, random: np.random.Generator) -> Rows:
         rows = self.examples.rows(windows, numbers, random)
         tokens = rows["tokens"].copy()
-        end = int(rows["mask"][0].argmax()) - 1  # before the targets' first sentinel
+        end = int(rows["mask"][0].argmax()) - 1  # just before the targets' first sentinel
         if self.which == "another text":
             tokens[:, 1:end] = np.roll(tokens, 1, axis=0)[:, 1:end]
         else:
@@ -143,7 +145,7 @@ class OtherInputs:
 
 
 def controls(model: torch.nn.Module, found: PreparedMixture, options: argparse.Namespace) -> str:
-    """Return UL2's losses on the hidden tokens, by the weights, after inputs that are not theirs."""
+    """Return UL2's weighted losses on the hidden tokens after wrong inputs."""
     lines = ["| UL2 after | " + " | ".join(map(title, HIDDEN)) + " |", "|---|" + "---:|" * len(HIDDEN)]
     for which in ("its own text", "its sentinels in reverse order", "another text"):
         own = tasks("ul2", Markers.of(found.tokenizer), options.context)
@@ -158,7 +160,7 @@ def controls(model: torch.nn.Module, found: PreparedMixture, options: argparse.N
 
 
 def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options: argparse.Namespace) -> list[Measured]:
-    """Measure every source by both models on all tasks."""
+    """Measure both models on every source and all tasks."""
     markers = Markers.of(found.tokenizer)
     one = partial(losses, context=options.context, rows=options.windows, batch_size=options.batch)
     measured = []
@@ -176,7 +178,7 @@ def measure(models: dict[str, torch.nn.Module], found: PreparedMixture, options:
 
 
 def curve(runs: dict[str, Path], found: PreparedMixture, options: argparse.Namespace) -> dict[int, list[Measured]]:
-    """Return the same measurements at each step for which both runs have a saved state."""
+    """Return the measurements at each step for which both runs have a saved state."""
     points: dict[int, list[Measured]] = {}
     models = {objective: checkpoints.load(str(run))[0] for objective, run in runs.items()}
     for step in sorted(set.intersection(*(set(checkpoint.steps(run)) for run in runs.values()))):

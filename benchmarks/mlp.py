@@ -1,9 +1,9 @@
-"""keifu's multi-layer network beside scikit-learn's MLPClassifier: same digits, same split, same size, several seeds.
+"""keifu's multi-layer network compared with scikit-learn's MLPClassifier: same digits, split and sizes, several seeds.
 
     python benchmarks/mlp.py --hidden 64 32
 
-Both learn 4,000 MNIST digits and are asked for the other 1,000. keifu runs as `keifu train mlp --data mnist --hidden
-...` does, through the training loop with its log, validation and state; scikit-learn runs with its own defaults. Runs
+Both are trained on 4,000 MNIST digits and tested on the other 1,000. keifu runs like `keifu train mlp --data mnist
+--hidden ...`, through the training loop with its log, validation and state; scikit-learn has its default settings. Runs
 alternate, so that a busy machine slows both. Needs scikit-learn (development dependencies).
 """
 

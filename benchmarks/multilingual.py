@@ -2,16 +2,17 @@
 
 python benchmarks/multilingual.py [--steps 6000] [--items 200] [--shots 0 1 3] [--out FOLDER] [--picture PNG]
 
-Two models of PaLM's block, written left to right, begin with the same seed and read as many tokens: one the mixture
-`multilingual` (14 sources, a fifth of whose tokens are pairs of sentences), one its English sources alone, by the same
-weights among each other; each has a tokenizer of its own text, of the same size. PaLM 2's report (Anil et al., 2023,
-section 1) says of its mixture that it serves many languages "without causing a drop in English language understanding
-performance": so both are also measured on the English sources, in bits a byte. Then each model is shown so many pairs
-of a sentence and its English translation, and one sentence more: the right one of eight English sentences is to be the
-likeliest (the others are translations of other sentences, nearest in length; a guess is right in 12.5%; Wilson's
-intervals, 95%), also with each sentence's likelihood divided by what it has after "English:" alone, which leaves what
-the question adds (Brown et al., 2020, section 2.4). No sentence of it was in any training text. With --out a run that
-was cut off goes on.
+Two left-to-right models of PaLM's block begin with the same seed and read as many tokens: one the mixture
+`multilingual` (14 sources; a fifth of the tokens are pairs of sentences), the other only its English sources, with the
+same relative shares. Each has a tokenizer of the same size trained on its text. PaLM 2's report (Anil et al., 2023,
+section 1) says that its mixture serves many languages "without causing a drop in English language understanding
+performance", so both are also measured on the English sources, in bits per byte.
+
+Then each model reads some pairs of a sentence and its English translation, and one more sentence. The right one of
+eight English sentences must be the likeliest. The others are translations of other sentences of similar length; a guess
+is right in 12.5%; intervals are Wilson's, 95%. A second score divides each sentence's likelihood by its likelihood
+after "English:" alone, which leaves the effect of the question (Brown et al., 2020, section 2.4). No test sentence was
+in any training text. With --out an interrupted run is resumed.
 """
 
 import argparse
@@ -41,7 +42,7 @@ from keifu.training.run import checkpoint
 LANGUAGES = ("ja", "de", "fr", "es")
 CHOICES, CONTEXT = 8, 256
 PLAIN, DIVIDED = "likeliest", "likeliest, divided"
-BYTES = 39  # of a sentence at most: a tokenizer of English alone may spell it byte by byte
+BYTES = 39  # maximal bytes of a sentence: an English tokenizer may encode it byte by byte
 Pair = tuple[str, str]
 Share = tuple[float, float, float]
 
@@ -78,7 +79,7 @@ def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out:
 
 
 def english(model: nn.Module, found: PreparedMixture, names: Sequence[str], options: argparse.Namespace) -> float:
-    """Return bits a byte of what is held out of the English sources, by their weights."""
+    """Return the bits per byte on the held-out part of the English sources, weighted by their shares."""
     task = CausalBatches(CONTEXT - 1)
     own = [source for source in found.sources if source.name in names]
     total, sum_of = sum(source.weight for source in own), 0.0
@@ -91,7 +92,8 @@ def english(model: nn.Module, found: PreparedMixture, names: Sequence[str], opti
 
 
 def items(code: str, options: argparse.Namespace) -> list[tuple[list[Pair], str, list[str]]]:
-    """Return held-out examples: a sentence, and eight English ones of which the first is its translation."""
+    """Return held-out examples: example pairs, a sentence, and eight English sentences of which the first is its
+    translation."""
     held = [row for row in map(tatoeba.sentences_of, tatoeba.rows(0.02)[1]) if {code, "en"} <= row.keys()]
     unlike = {
         row["en"]: (row[code], row["en"]) for row in held if len(row["en"]) <= 40 and len(row[code].encode()) <= BYTES
@@ -128,7 +130,7 @@ def asked(
 
 
 def draw(found: dict[str, dict[str, dict[int, dict[str, Share]]]], shots: Sequence[int], path: Path) -> None:
-    """Draw a panel for each language: the share of right answers over the number of examples, by divided likelihood."""
+    """Draw a panel for each language: the share of right answers by the second score over the number of examples."""
     figure, panels = plt.subplots(1, len(LANGUAGES), figsize=(11, 3.4), sharey=True, layout="constrained")
     for axes, code in zip(panels, LANGUAGES, strict=True):
         for name, languages in found.items():

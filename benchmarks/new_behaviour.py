@@ -1,14 +1,15 @@
-"""A new behaviour by LoRA: what SmolLM2 takes up from some hundred answers, on prompts it never saw, and what it keeps.
+"""A new behaviour by LoRA: what SmolLM2 learns from a few hundred answers, on prompts it never saw, and what it
+retains.
 
 python benchmarks/new_behaviour.py [--model smollm2] [--shown 320] [--steps 80] [--rank 8] [--asked 40] [--text sotu]
     [--text-windows 2] [--seed 0] [--threads 1] [--out DIR]
 
-Wikipedia's summaries become instructions: "What is X?", answered by "In short: " and the first sentence, and no more.
-`keifu train sft --lora.rank` learns them. Held-out questions of the same kind, and of another ("How do I make X?"), are
-then answered greedily by the model before and after, and an answer follows if it begins with those words, has one
-sentence, and ends by itself. What the model knew is its perplexity on a text that has nothing to do with this. The
-adapter is worked into the model for comparison, and PEFT loads it beside transformers' model: how far the logits of
-both are from keifu's.
+Wikipedia's summaries become instructions: "What is X?", answered only by "In short: " and the first sentence. `keifu
+train sft --lora.rank` trains on them. Held-out questions of the same kind, and of another ("How do I make X?"), are
+then answered greedily by the model before and after. An answer has the new form if it begins with those words, has one
+sentence, and ends with an end token. Forgetting is measured by the perplexity on an unrelated text. The adapter is also
+merged into the model, and PEFT loads it with transformers' model; the differences of both logits from keifu's are
+printed.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def logits(model: Any, rows: Tensor) -> Tensor:
 
 
 def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Dialogue]]) -> None:
-    """Return a table of both models."""
+    """Return a table of the model before and after."""
     print("| | " + " | ".join(f"follows, {name}" for name in asked) + f" | perplexity on {options.text} |")
     print(f"|---|{'---:|' * (len(asked) + 1)}", flush=True)
     perplexities = []
@@ -87,7 +88,7 @@ def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Dial
 
 
 def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Dialogue]) -> None:
-    """Compare adapters apart from the model, merged into it, and as PEFT has them."""
+    """Compare logits with separate adapters, with merged ones, and with those loaded by PEFT."""
     model, tokenizer = checkpoints.load(folder / "run", torch.float32)
     rows = torch.tensor([tokenizer.render_chat(asked[0])])
     beside = logits(model, rows)

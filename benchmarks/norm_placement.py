@@ -2,10 +2,10 @@
 
 python benchmarks/norm_placement.py [--depths 2 6 12 24] [--steps 300] [--seeds 0 1 2] [--picture PNG]
 
-GPT-1 and GPT-2 of width 64 with 2 heads, each with its own initialisation (GPT-2's divides by √N what writes to the
-residual stream). Both see the same windows of 64 tokens in the same order with AdamW, the same rate and a warm-up of a
-tenth of the steps; seeds change weights and order. The loss is that of held-out text: the mean over the seeds, in
-brackets the lowest and the highest.
+GPT-1 and GPT-2 of width 64 with 2 heads, each with its published initialisation (GPT-2 divides the weights that write
+to the residual stream by √N). Both see the same windows of 64 tokens in the same order with AdamW, the same rate and a
+warm-up of a tenth of the steps; seeds change weights and order. The loss is that of held-out text: the mean over the
+seeds, in brackets the lowest and the highest.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def run(name: str, depth: int, seed: int, task: TextTask, options: argparse.Name
 
 
 def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
-    """Draw held-out loss over depth, a line for each position of the norms; bars span the seeds."""
+    """Draw held-out loss over depth, with a line for each placement of the norms. Bars are the range of the seeds."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, by_depth in losses.items():
         means = [mean(seeds) for seeds in by_depth.values()]

@@ -1,18 +1,19 @@
-"""What PaLM's layer and its optimizer bought: time, memory of the cache, and loss at equal tokens.
+"""Gain of PaLM's layer and its optimizer: time, memory of the cache, and loss at equal tokens.
 
 python benchmarks/palm.py [--part speed|learning] [--picture PNG]     (both parts: PNG-speed.png and PNG-learning.png)
 
-Speed: a training step of parallel and of serial layers of the same sizes (also of parallel layers whose first products
-are one matrix, the reason that the paper gives), and decoding one token behind 512 to 8,192 others with one head of
-keys and values, with a quarter of the heads and with all. Nothing is read from those tokens but their keys and values,
-so these are random. Contenders run in turn; ratios are taken round by round.
+Speed: a training step of parallel and of serial layers of the same sizes (also of parallel layers whose first matrices
+are joined, the paper's reason for them), and decoding one token after 512 to 8,192 others with one head of keys and
+values, with a quarter of the heads and with all. Only keys and values of these tokens are used, so they are random.
+Contenders alternate; ratios are taken in each round.
 
-Learning: models of PaLM's parts that see the same windows in the same order, the same seed behind their weights:
-serial or parallel, one head of keys and values or all; since a single head saves weights, also with a feed-forward that
-is wider by as many. Then PaLM's optimizer beside AdamW, each at several rates, on PaLM's layer: Adafactor without
-factoring, its rate held for a twenty-fifth of the run and then falling with the root of the step, with a decay of the
-rate's square and a batch of one size; AdamW with a cosine to a tenth. Losses are of held-out text, in nats a token.
-On 2 cores the first part takes about 5 minutes, the second about 25; --steps, --dim and --layers make it less.
+Learning: models of PaLM's parts that see the same windows in the same order, with the same seed for weights: serial or
+parallel, one head of keys and values or all. A single head saves weights, so there is also a model with a feed-forward
+network wider by as many. Then PaLM's optimizer is compared with AdamW, each at several rates, on PaLM's layer:
+Adafactor without factoring, with a rate that is constant for 1/25 of the run and then decreases with the root of the
+step, weight decay by the square of the rate, and a constant batch size; AdamW with a cosine to a tenth. Losses are of
+held-out text, in nats per token. On 2 cores the first part takes about 5 minutes, the second about 25; --steps, --dim
+and --layers reduce this.
 """
 
 import argparse
@@ -43,7 +44,7 @@ TOKENS = 16  # decoded in a round
 
 
 class Serial(PreNorm):
-    """The same attention and feed-forward one after the other, each with a norm."""
+    """Attention, then feed-forward, each with a norm."""
 
     def __init__(self, block: Parallel):
         second = nn.LayerNorm(block.norm.normalized_shape, block.norm.eps, bias=False)
@@ -51,7 +52,7 @@ class Serial(PreNorm):
 
 
 class Joined(nn.Module):
-    """A parallel block whose first products, for attention and feed-forward, are one."""
+    """Parallel block with one joined matrix for the inputs of attention and feed-forward."""
 
     def __init__(self, block: Parallel):
         super().__init__()
@@ -89,7 +90,7 @@ def config_of(options: argparse.Namespace, dim: int, layers: int, vocab_size: in
 
 
 def steps_timed(options: argparse.Namespace) -> str:
-    """Return the table of training steps, in the type that is fastest on this machine."""
+    """Return the table of training steps, in the fastest dtype of this machine."""
     config = config_of(options, options.wide, options.deep, 8192)
     rows = torch.randint(8192, (options.rows, options.context + 1))
     dtype, contenders = resolve_dtype("auto", CPU), {}
@@ -105,7 +106,7 @@ def steps_timed(options: argparse.Namespace) -> str:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Milliseconds a step, and megabytes of the cache, by the kind of attention."""
+    """Milliseconds per step, and megabytes of the cache, by kind of attention."""
 
     milliseconds: dict[str, float]
     megabytes: dict[str, float]
@@ -130,7 +131,7 @@ def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], No
 
 @torch.inference_mode()
 def decoded(length: int, batch: int, options: argparse.Namespace) -> Decoding:
-    """Measure all kinds of attention behind this many tokens."""
+    """Measure all kinds of attention after `length` tokens."""
     heads, dtype = options.wide // 64, resolve_dtype("auto", CPU)
     kinds = {f"{heads} heads": heads, f"{max(1, heads // 4)} heads": max(1, heads // 4), "1 head": 1}
     work, megabytes = {}, {}
@@ -182,7 +183,7 @@ def curves(axes: plt.Axes, values: dict[int, dict[str, float]]) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """A line of the table: a model and how it learns."""
+    """Line of the table: a model and its training settings."""
 
     name: str
     build: Callable[[int], DecoderLM]
@@ -190,10 +191,10 @@ class Way:
 
 
 def layers(options: argparse.Namespace, usual: Settings) -> list[Way]:
-    """Compare PaLM's layer with its two changes undone, one at a time and both."""
+    """Return PaLM's layer, and versions with one of its two changes undone, and with both undone."""
     config = partial(config_of, options, options.dim, options.layers)
     heads = options.dim // 64
-    wider = 4 * options.dim + round(2 * (heads - 1) * 64 / 3)  # three matrices for the two that became small
+    wider = 4 * options.dim + round(2 * (heads - 1) * 64 / 3)  # three matrices, wider by the weights saved in two
     one, many, wide = {}, {"n_kv_heads": heads}, {"hidden_dim": wider}
     kinds = {
         "parallel, 1 head of keys and values": ("parallel", one),
@@ -206,7 +207,7 @@ def layers(options: argparse.Namespace, usual: Settings) -> list[Way]:
 
 
 def optimizers(options: argparse.Namespace, usual: Settings) -> list[Way]:
-    """Compare PaLM's optimizer and AdamW on PaLM's layer."""
+    """Return PaLM's optimizer and AdamW with PaLM's layer."""
     config = partial(config_of, options, options.dim, options.layers)
     held = max(1, round(10_000 / 255_000 * options.steps))
     palms = replace(usual, optimizer="adafactor", schedule="inverse_sqrt", hold=held, warmup=0, weight_decay=1.0)
@@ -216,7 +217,7 @@ def optimizers(options: argparse.Namespace, usual: Settings) -> list[Way]:
 
 
 def learn(way: Way, task: TextTask, options: argparse.Namespace) -> tuple[str, dict[int, float]]:
-    """Train, and return the line of the table and the held-out loss by steps."""
+    """Train. Return the line of the table and the held-out loss by step."""
     model = way.build(task.tokenizer.vocab_size)
     data = PackedText(task.shards, options.context, options.rows, options.seed, options.held_out)
     losses: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""The pictures of the pages of parts (docs/parts), remade by one command.
+"""Pictures of the pages in docs/parts, all made by one command.
 
 python benchmarks/parts.py [--out docs/pictures] [--only NAME ...]
 """
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def panels(count: int, height: float = 3.2) -> Iterator[Axes]:
-    """Return this many axes side by side in a new figure."""
+    """Yield this many axes side by side in a new figure."""
     _, found = plt.subplots(1, count, figsize=(4 * count, height), layout="constrained", squeeze=False)
     return iter(found[0])
 
@@ -48,7 +48,7 @@ def activations() -> None:
 
 
 def attention() -> None:
-    """Draw four masks of sixteen tokens: white is seen."""
+    """Draw four masks of sixteen tokens. White positions can be attended to."""
     documents = torch.tensor([[0] * 6 + [1] * 10])
     place = torch.arange(16)
     causal = place[:, None] >= place
@@ -78,7 +78,8 @@ def positions() -> None:
 
 
 def tokenizers() -> None:
-    """Draw bytes a token of the lineage's pages over the vocabulary's size, by two kinds in two languages."""
+    """Draw bytes per token of the lineage's pages over the vocabulary size, for two kinds of tokenizer in two
+    languages."""
     axes = next(panels(1))
     pages = sorted((ROOT / "docs/lineage").glob("*.md"))
     for language, japanese in (("English", False), ("Japanese", True)):
@@ -132,9 +133,10 @@ def optimizers() -> None:
 
 
 def exact_network(noise: Noise, deviation: float = 0.6) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return an exact predictor of the noise, for pictures that are ±1, equally often, with a given deviation.
+    """Return an exact predictor of the noise for pictures that are ±1 with equal probability, with a given standard
+    deviation.
 
-    Between whole timesteps, where some samplers ask, ln(σ / α) is interpolated.
+    Between integer timesteps, which some samplers use, ln(σ / α) is interpolated.
     """
     table = ((1 - noise.alpha_bar) / noise.alpha_bar).log() / 2
 
@@ -152,7 +154,7 @@ def exact_network(noise: Noise, deviation: float = 0.6) -> Callable[[Tensor, Ten
 
 
 def diffusion_samplers() -> None:
-    """Draw the distance of each sampler's end from that of 400 steps of Heun, over its evaluations."""
+    """Draw the distance of each sampler's result from 400 steps of Heun, over its evaluations."""
     axes = next(panels(1, 3.6))
     noise = Noise(clip=None)
     torch.manual_seed(0)
@@ -175,11 +177,11 @@ def diffusion_samplers() -> None:
 
 
 def quantisation() -> None:
-    """Draw the error of rounding normal numbers to 8, 6, 5 and 4 bits, by the size of the group that shares a scale."""
+    """Draw the error of rounding normal numbers to 8, 6, 5 and 4 bits, by the size of the groups that share a scale."""
     axes = next(panels(1))
     torch.manual_seed(0)
     weights = torch.randn(256, 4096)
-    weights[:, ::512] *= 8  # a few large ones, as trained weights have them
+    weights[:, ::512] *= 8  # a few large ones, as in trained weights
     groups = [16, 32, 64, 128, 256, 1024, 4096]
     for bits in (8, 6, 5, 4):
         errors = []

@@ -1,16 +1,16 @@
-"""`keifu plan` beside what was published: LLaMA-65B, PaLM-540B, GPT-3 175B, Llama 2 70B and Stable Diffusion 1; and
-beside steps of training on this machine.
+"""`keifu plan` compared with published figures (LLaMA-65B, PaLM-540B, GPT-3 175B, Llama 2 70B and Stable Diffusion 1),
+and with training steps on this machine.
 
-python benchmarks/plan.py
-python benchmarks/plan.py --here --json docs/results/data/plan.json
+python benchmarks/plan.py python benchmarks/plan.py --here --json docs/results/data/plan.json
 
-One set of constants for all GPUs. Of Stable Diffusion the operations of the U-Net and of the encoder of pictures are
-counted by torch on the meta device, for the steps and sizes of its model card (237,000 steps of 2,048 pictures at 256
-pixels, 934,000 at 512), and taken at the share of the peak that large products have in the plans. MosaicML's repository
-diffusion says what the U-Net of Stable Diffusion 2 took them on 8 A100 (81.33 days), latents computed before.
+One set of constants is used for all GPUs. For Stable Diffusion, torch counts the operations of the U-Net and of the
+image encoder on the meta device, for the steps and sizes of its model card (237,000 steps of 2,048 pictures at 256
+pixels, 934,000 at 512). They are assumed to run at the plans' share of peak speed for large matrices. MosaicML's
+repository diffusion reports the time for the U-Net of Stable Diffusion 2 on 8 A100 (81.33 days), with precomputed
+latents.
 
-Here, three models are trained in processes of their own: the median of five steps after the first two, and the peak of
-the process's memory less what it had before the model was built.
+On this machine, three models are trained in separate processes: the median of five steps after the first two, and the
+peak of the process's memory minus that before the model was built.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from keifu.training.trainer import Trainer
 SIZES = {size.name: size for size in published_sizes()}
 
 
-TORCHTITAN = {  # tokens/s a GPU of its published runs on H100 (benchmarks/llama3_h100_202412), plans are in bfloat16
+TORCHTITAN = {  # published tokens/s per H100 (benchmarks/llama3_h100_202412); the plans are in bfloat16
     ("llama3.1-8b", 8, 131e3, "not compiled"): 5762, ("llama3.1-8b", 8, 131e3, "compiled"): 6667,
     ("llama3.1-8b", 128, 2e6, "not compiled"): 5605, ("llama3.1-8b", 128, 2e6, "compiled"): 6514,
     ("llama3.1-70b", 256, 4e6, "float8"): 829, ("llama3.1-405b", 512, 4e6, "float8, pipeline"): 128,
@@ -51,8 +51,11 @@ def planned(name: str, devices: str, batch: float) -> plan.Plan:
 
 
 def diffusion_hours(unet: str, pictures: dict[int, int], encodes: bool) -> float:
-    """Return A100 hours of a U-Net and this many pictures of each side: its forward pass is counted, its backward pass
-    takes twice as much. encodes: the autoencoder's encoder too, which has no backward pass."""
+    """Return the A100 hours of a U-Net for this many pictures of each side.
+
+    Its forward pass is counted; its backward pass takes twice as much. encodes: include the forward pass of the
+    autoencoder's encoder.
+    """
     with on_meta():
         model = conditioned_unet.build(config := conditioned_unet.SIZES[unet])
         vae = autoencoder_kl.build(autoencoder_kl.SIZES["stable-diffusion-autoencoder"])
@@ -85,7 +88,7 @@ def expected(name: str) -> tuple[plan.Plan, int]:
 
 
 def train(name: str, micro_batch: int) -> None:
-    """Print the seconds of a training step of this model, and the bytes of memory that it has taken."""
+    """Print the seconds of a training step of this model, and the bytes of memory that it used."""
     module, config, rows = MODELS[name]
     torch.ones(256, 256) @ torch.ones(256, 256)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -103,7 +106,7 @@ def train(name: str, micro_batch: int) -> None:
 
 
 def here(to: Path | None) -> None:
-    """Print the table of this machine, and write it to a file if a path is given."""
+    """Print the table of this machine, and write it to `to` if a path is given."""
     table = {}
     print(f"{'':18} {'s a step':>9} {'measured':>9} {'ratio':>6} {'GB':>7} {'measured':>9} {'ratio':>6}")
     for name in MODELS:

@@ -1,14 +1,14 @@
-"""Generative pretraining: the topics of Wikipedia summaries, told by a GPT-1 that wrote before, or did not.
+"""Generative pretraining: topics of Wikipedia summaries, classified by a GPT-1 with and without pretraining.
 
 python benchmarks/pretraining.py [--minutes 12] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--picture PNG]
 
 10,033 summaries with 12 topics, 1,000 of them held out by a hash of their text (the split of benchmarks/topics.py). A
-GPT-1 of 4 blocks and width 256 is pretrained by `keifu train gpt1`'s way for so many minutes on the catalogue's English
-text, from which the held-out summaries are taken out; its tokenizer is learned from the rest too. Then `keifu train
-gpt1-finetune` teaches it the topics, with the auxiliary loss and without, and so it teaches the same model with random
-weights, for as many steps. All read the first 64 tokens of a summary, and see 9,033 of them twice, 1,000 five times and
-100 twelve times. Random weights get a higher rate than pretrained ones. Seconds are those of fine-tuning and of reading
-the held-out texts; accuracies are means over the seeds.
+GPT-1 of 4 blocks and width 256 is pretrained with the settings of `keifu train gpt1` for --minutes on the catalogue's
+English text without the held-out summaries; its tokenizer is trained on the same text. Then `keifu train gpt1-finetune`
+trains it on the topics, with and without the auxiliary loss, and the same model with random weights for as many steps.
+All read the first 64 tokens of a summary, and see 9,033 of them twice, 1,000 five times and 100 twelve times. Random
+weights have a higher rate than pretrained ones. Seconds are those of fine-tuning and of reading the held-out texts;
+accuracies are means over the seeds.
 """
 
 import argparse
@@ -43,15 +43,15 @@ from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.setup import steps_within
 
 HELD_OUT, ALL = 1000, 9033
-VALIDATION = 0x400  # of 2^16 keys: one document in 64 is for the loss of pretraining
+VALIDATION = 0x400  # of 2^16 keys: one document in 64 is for the pretraining loss
 MODEL = replace(writing.SMALL, context_length=128)
 DROPOUT = 0.1  # in fine-tuning, as in the paper
-WARMUP = 0.1  # of the steps: random weights in this order of norms need one, and there are few steps
+WARMUP = 0.1  # of the steps: random weights with post-norm need a warm-up, and there are few steps
 
 
 @dataclass(frozen=True)
 class Way:
-    """A line of the table: from which weights, and what the auxiliary loss counts."""
+    """Line of the table: the initial weights, and the weight of the auxiliary loss."""
 
     title: str
     pretrained: bool
@@ -91,7 +91,7 @@ def prepared(options: argparse.Namespace, held: Examples) -> TextTask:
 
 
 def pretrained(options: argparse.Namespace, task: TextTask, out: Path) -> None:
-    """Train for this many minutes, and save the model in a folder."""
+    """Train for --minutes, and save the model in a folder."""
     recipe = writing.Recipe(model=MODEL, batch_size=32, seed=options.seeds[0])
     config = replace(MODEL, vocab_size=task.tokenizer.vocab_size)
     data = PackedText(task.shards, config.context_length, 32, options.seeds[0], VALIDATION_TOKENS)
@@ -108,7 +108,8 @@ def pretrained(options: argparse.Namespace, task: TextTask, out: Path) -> None:
 
 
 def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) -> str:
-    """Save a folder's model, or a new one of the same shape if a tokenizer is given, with fine-tuning's dropout."""
+    """Save a folder's model with the dropout for fine-tuning. If a tokenizer is given, save a new model of the same
+    shape."""
     if tokenizer is None:
         weights, words = checkpoints.load(folder)
         model = gpt1.build(replace(weights.config, dropout=DROPOUT))

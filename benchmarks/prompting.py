@@ -1,10 +1,10 @@
-"""What prompting buys: zero-, one- and few-shot accuracy on topics and on arithmetic, with 95% intervals (Wilson's).
+"""Gain of prompting: zero-, one- and few-shot accuracy on topics and on arithmetic, with 95% intervals (Wilson's).
 
 python benchmarks/prompting.py [--model smollm2] [--shots 0 1 8] [--items 300] [--only topics ...] [--picture PNG]
 
 The same items are asked with each number of examples. Topics are chosen among 12 by four scores of likelihood;
-arithmetic (Brown et al., 2020, section 3.9.1) is written out and must be exact. In bfloat16 figures differ in the last
-digit.
+arithmetic (Brown et al., 2020, section 3.9.1) is generated and must match exactly. In bfloat16 figures differ in the
+last digit.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from keifu.evaluation.text.few_shot import evaluate
 from keifu.evaluation.text.tasks import SCORES, TASKS
 
 SHOWN = ("topics", "2-digit-addition", "2-digit-subtraction", "2-digit-multiplication")
-Line = tuple[int, str, float, float, float]  # shots, scored by, accuracy and its interval
+Line = tuple[int, str, float, float, float]  # shots, score, accuracy and its interval
 
 
 def draw(found: dict[str, tuple[list[Line], dict[str, Any]]], path: Path) -> None:
-    """Draw accuracy by the number of examples, a picture for topics by score and one for what is written."""
+    """Draw accuracy over the number of examples: a picture for topics by score, and one for generated answers."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
     for name, (lines, figures) in found.items():
         for way in dict.fromkeys(line[1] for line in lines):

@@ -1,4 +1,5 @@
-"""What packed weights cost: perplexity of a model on held-out text in each format, beside llama.cpp's at the same bits.
+"""Cost of packed weights: perplexity of a model on held-out text in each format, compared with llama.cpp at the same
+bits.
 
 python benchmarks/quantisation.py [--model smollm2] [--on sotu] [--windows 16] [--length 512] [--json FILE]
 """
@@ -32,7 +33,7 @@ def windows(name: str, tokenizer, count: int, length: int) -> torch.Tensor:
 
 
 def losses(logits: torch.Tensor, window: torch.Tensor) -> float:
-    """Return nats of the window's tokens after its first, summed."""
+    """Return the summed nats of the window's tokens after its first."""
     return float(torch.nn.functional.cross_entropy(logits[:-1].double(), window[1:], reduction="sum"))
 
 

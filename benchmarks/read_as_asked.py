@@ -1,9 +1,9 @@
-"""Share of drawn digits that a classifier reads as the class that was asked for, picture by picture.
+"""Share of drawn digits that a classifier assigns to the requested class, picture by picture.
 
 python benchmarks/read_as_asked.py [--pictures 200] [--out docs/results/data/read_as_asked.json]
 
 Each class is drawn by the command of the README, `keifu draw digits --label CLASS --guidance 2`, with the seeds from 0
-on. The packaged `network` reads the pictures. The file holds the reading of each picture.
+on. The packaged `network` classifies the pictures. The file has the class of each picture.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PACKAGES = ("keifu", "torch")
 
 
 def draw(label: str, count: int, folder: Path) -> Iterator[torch.Tensor]:
-    """Run the README's command for the seeds from 0 to `count` - 1 and yield each picture as numbers from 0 to 1."""
+    """Run the README's command for the seeds 0 to `count` - 1. Yield each picture as numbers from 0 to 1."""
     out = folder / f"{label}.png"
     words = COMMAND.format(label=label).split()[1:]
     cli.main([*words, "--seed", "0", "--count", str(count), "--out", str(out)])
@@ -36,7 +36,7 @@ def draw(label: str, count: int, folder: Path) -> Iterator[torch.Tensor]:
 
 
 def main() -> None:
-    """Draw, read, print the share and write the readings."""
+    """Draw and classify; print the share and write the classes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=200, help="in all; the classes get equally many")
     parser.add_argument("--out", type=Path, help="JSON file with the readings")

@@ -5,18 +5,18 @@ python benchmarks/reasoning.py --out DIR [--seeds 0 1 2] [--variants grpo dr-grp
 python benchmarks/reasoning.py --distil --out DIR [--seeds 0 1 2] [--write JSON]
 
 The problems are all 2,048 sums and differences of four numbers from 0 to 3, such as 2 + 3 - 1 + 0. A LLaMA of 0.1 M
-weights is first fine-tuned on 1,200 of them with worked answers: "5 4 4". Of these, a share of --hasty stops after the
-first sum, and every number is written once, twice or three times at random ("5 5 4 4 4 4"). So length is free, and a
-longer answer is not better by itself. Then each loss learns from the prompts that are not held out, and from the reward
-alone, 1 if the last number is right. All losses begin with the same model and have no reference.
+weights is first fine-tuned on 1,200 of them with worked answers: "5 4 4". A share of --hasty of these stops after the
+first sum, and every number is written once, twice or three times at random ("5 5 4 4 4 4"). So the length is free, and
+a longer answer is not better. Then each loss is trained on the prompts that are not held out, with only the reward: 1
+if the last number is right. All losses begin with the same model and have no reference model.
 
-Accuracy is that of the likeliest answers to 300 problems that no model has seen. For 100 of them --drawn answers are
-drawn at temperature 1: their lengths are counted in tokens, and k of them vote by their last number, or the reward
-chooses the best of k. All seconds are of one core (`time.process_time`).
+Accuracy is that of the likeliest answers to 300 held-out problems. For 100 of them --drawn answers are sampled at
+temperature 1: their lengths are counted in tokens, and k of them vote by their last number, or the reward chooses the
+best of k. All seconds are of one core (`time.process_time`).
 
 --distil needs the runs of the first command in DIR. A smaller model is fine-tuned on the same shown problems. Then it
-learns by GRPO itself; or from right answers that the larger model, after GRPO, gives to other prompts, for as many
-seconds, writing of the answers included; or for as many seconds from the shown problems again.
+is trained in three ways for as many seconds: by GRPO; on right answers that the larger model, after GRPO, gives to
+other prompts, generation included; or again on the shown problems.
 """
 
 import argparse
@@ -49,10 +49,10 @@ from keifu.models import llama
 from keifu.recipes.assistant import grpo, sft
 from keifu.training.run import metrics
 
-HELD_OUT, SHOWN, VOTED = 300, 1200, 100  # problems
-LONGEST = 24  # tokens of an answer
-LARGE, SMALL = 64, 32  # width of the model, and of the one that is distilled
-POINT = 5  # steps of a point of a curve
+HELD_OUT, SHOWN, VOTED = 300, 1200, 100  # numbers of problems
+LONGEST = 24  # maximal tokens of an answer
+LARGE, SMALL = 64, 32  # width of the model, and of the one that learns from it
+POINT = 5  # steps of a point in a curve
 NAMES = {"sft": "fine-tuned", "grpo": "GRPO", "dr-grpo": "Dr. GRPO", "dapo": "DAPO", "gspo": "GSPO"}
 LOSSES, VOTES, DISTILLED = "Three losses of GRPO", "Votes of several samples", "Distillation and GRPO"
 TOLD = {
@@ -74,7 +74,8 @@ def problems() -> list[Problem]:
 
 
 def worked(problem: Problem, chance: random.Random, hasty: float) -> str:
-    """Return an answer: each sum on the way once to three times, or only the first one."""
+    """Return an answer in which each partial sum is repeated one to three times, or with the probability `hasty` only
+    the first one."""
     signs = re.findall(r"([+-]?)\s*(\d+)", problem["prompt"])
     sums = [*accumulate(int(sign + number) for sign, number in signs)][1:]
     sums = sums[:1] if chance.random() < hasty else sums
@@ -86,7 +87,7 @@ def write_lines(path: Path, lines: Sequence[Problem]) -> None:
 
 
 def prepare(options: argparse.Namespace, seed: int, folder: Path) -> list[Problem]:
-    """Write what is shown and all prompts; return the problems that are held out."""
+    """Write the shown problems and all prompts. Return the held-out problems."""
     folder.mkdir(parents=True, exist_ok=True)
     found = problems()
     random.Random(seed).shuffle(found)
@@ -99,7 +100,7 @@ def prepare(options: argparse.Namespace, seed: int, folder: Path) -> list[Proble
 
 
 def begin(folder: Path, name: str, dim: int, seed: int) -> None:
-    """Save a model that knows nothing, with a tokenizer of such texts."""
+    """Save an untrained model, with a tokenizer for these texts."""
     lines = (folder / "shown.jsonl").read_text(encoding="utf-8").splitlines()
     said = [f"User: {each['prompt']}\nAssistant: {each['response']}\n" for each in map(json.loads, lines)]
     tokenizer = train_tokenizer("bpe", said, 400)
@@ -111,7 +112,7 @@ def begin(folder: Path, name: str, dim: int, seed: int) -> None:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Return the seconds of a core that some work took; nothing is printed."""
+    """Run `work` without its output. Return its seconds of processor time."""
     start = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         work()
@@ -119,7 +120,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def finetune(folder: Path, model: str, data: str, out: str, steps: int, seed: int) -> float:
-    """Fine-tune on problems with answers; return the seconds."""
+    """Fine-tune on problems with answers. Return the seconds."""
     recipe = sft.Recipe(
         str(folder / model), str(folder / f"{data}.jsonl"), template="plain", context_length=64, packed=False,
         held_out=0.02, steps=steps, batch_size=32, learning_rate=3e-3, weight_decay=0.1, seed=seed,
@@ -128,7 +129,7 @@ def finetune(folder: Path, model: str, data: str, out: str, steps: int, seed: in
 
 
 def reinforce(folder: Path, model: str, out: str, variant: Any, options: argparse.Namespace, seed: int) -> float:
-    """Learn from the reward on prompts alone; return the seconds."""
+    """Train by the reward on prompts only. Return the seconds."""
     recipe = grpo.Recipe(
         str(folder / model), str(folder / "prompts.jsonl"), reward="last-number", held_out=0.005, prompts=16, group=8,
         max_tokens=LONGEST, beta=0.0, steps=options.grpo_steps, learning_rate=options.rate,
@@ -138,7 +139,7 @@ def reinforce(folder: Path, model: str, out: str, variant: Any, options: argpars
 
 
 def answers(run: Path, problems: Sequence[Problem], drawn: int = 0) -> list[Completion]:
-    """Return the likeliest answer to each problem, or so many drawn ones."""
+    """Return the likeliest answer to each problem, or `drawn` sampled ones."""
     model, tokenizer = checkpoints.load(run)
     assert tokenizer
     prompts = [tokenizer.render_chat([{"role": "user", "content": each["prompt"]}]) for each in problems]
@@ -151,14 +152,14 @@ def answers(run: Path, problems: Sequence[Problem], drawn: int = 0) -> list[Comp
 
 
 def rights(found: Sequence[Completion], problems: Sequence[Problem]) -> list[bool]:
-    """Return which answers are right, of equally many to each problem."""
+    """Return for each answer whether it is right. There are equally many for each problem."""
     each = [problem for problem in problems for _ in range(len(found) // len(problems))]
     return [last_number(p["prompt"], a.text, p) > 0 for p, a in zip(each, found, strict=True)]
 
 
 def votes(found: Sequence[Completion], right: Sequence[bool], problems: int, drawn: int) -> dict[str, dict[str, float]]:
-    """Return the share of problems that k samples get right, by vote and by the reward: the mean of 20 choices of k. Of
-    answers with equally many votes the first one counts."""
+    """Return the share of problems that k samples solve, by vote and by the reward: the mean of 20 choices of k
+    samples. Of answers with equal votes the first one counts."""
     chance = random.Random(0)
     last = [(NUMBER.findall(each.text) or [""])[-1] for each in found]
     sums = {"vote": Counter[str](), "best": Counter[str]()}
@@ -185,7 +186,7 @@ def measure(run: Path, held: Sequence[Problem], drawn: int) -> dict[str, Any]:
 
 
 def curves(run: Path) -> dict[str, list[float]]:
-    """Return the mean of each figure of training, of five steps a point; a step without such answers does not count."""
+    """Return the training curves, averaged over five steps for each point. Steps without a figure are skipped."""
     lines = [line for line in metrics.read(run) if "length_of_right" in line]
     parts = [lines[start : start + POINT] for start in range(0, len(lines), POINT)]
     names = ("reward", "length_of_right", "length_of_wrong")
@@ -193,10 +194,10 @@ def curves(run: Path) -> dict[str, list[float]]:
 
 
 def kept(folder: Path, name: str, train: Callable[[], float], held: Sequence[Problem], drawn: int) -> dict[str, Any]:
-    """Return what was measured of a run, after training it; a file has it if that was done already."""
+    """Train a run and return its measurements. If they are already in a file, return them instead."""
     path = folder / f"{name}.json"
     if not path.is_file():
-        shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was cut off
+        shutil.rmtree(folder / name, ignore_errors=True)  # of an interrupted run
         spent = train()
         found = measure(folder / name, held, drawn) | {"core seconds": round(spent, 1)}
         found |= {"curves": curves(folder / name)} if found and "sft" not in name else {}
@@ -207,7 +208,7 @@ def kept(folder: Path, name: str, train: Callable[[], float], held: Sequence[Pro
 
 
 def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Train every loss with every seed; return by name and seed what was measured."""
+    """Train every loss with every seed. Return the measurements by name and seed."""
     found: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
         folder = options.out / f"seed-{seed}"
@@ -256,7 +257,7 @@ def tell(options: argparse.Namespace, section: str, columns: list[str], rows: li
 
 
 def draw_curves(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Draw the reward and the lengths of right and wrong answers over the steps, of each loss; the shade is the spread
+    """Draw for each loss the reward and the lengths of right and wrong answers over the steps. The shade is the range
     of the seeds."""
     figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     titles = {"reward": "drawn answers right", "length_of_right": "tokens of right answers",
@@ -292,7 +293,7 @@ def draw_votes(shares: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def taught(folder: Path) -> Iterator[Problem]:
-    """Yield other problems with the answers of the larger model that are right."""
+    """Yield further problems with the larger model's right answers."""
     lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     problems = [*map(json.loads, lines)]
     found = answers(folder / "grpo", problems, 1)
@@ -302,8 +303,8 @@ def taught(folder: Path) -> Iterator[Problem]:
 
 
 def finetune_for(folder: Path, limit: float, step: float, seed: int, name: str) -> float:
-    """Fine-tune the smaller model for so many seconds, on the larger one's answers or on what was shown; return the
-    seconds, with those of the writing. step: seconds of a step."""
+    """Fine-tune the smaller model for `limit` seconds, on the larger one's answers or on the shown problems. Return the
+    seconds, including generation. step: seconds of a step."""
     spent, data = 0.0, "shown"
     if name == "distilled":
         spent, data = seconds_of(lambda: write_lines(folder / "taught.jsonl", [*taught(folder)])), "taught"

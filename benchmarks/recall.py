@@ -1,20 +1,21 @@
-"""How many pairs a state of fixed size recalls: softmax, linear attention, DeltaNet, Gated DeltaNet and a hybrid.
+"""Number of pairs that a state of fixed size recalls: softmax, linear attention, DeltaNet, Gated DeltaNet and a hybrid.
 
 python benchmarks/recall.py [--rewritten] [--steps 1000] [--seeds 0 1 2] [--only NAME ...] [--out JSON] [--picture PNG]
 
-Multi-query associative recall (Arora et al., 2023): a sequence has pairs of a key and a value, then each key once more
-in another order, and the model names its value. All models have two layers with the same projections, the same short
-convolution and the same number of parameters; they differ in the rule that stores and reads. Linear attention adds
-v kᵀ to a matrix (Katharopoulos et al., 2020), DeltaNet corrects what the matrix has for k (Yang et al., 2024), and
-Gated DeltaNet lets it fade too. These three have a state of 2 heads of 16 · 16 numbers in each layer. Softmax attention
-keeps keys and values of all tokens; the hybrid has one Gated DeltaNet and one layer of softmax attention.
+Multi-query associative recall (Arora et al., 2023): a sequence has pairs of a key and a value, then each key again in
+another order, and the model must predict its value. All models have two layers with the same projections, the same
+short convolution and the same number of parameters; they differ in the rule that writes and reads the state. Linear
+attention adds v kᵀ to a matrix (Katharopoulos et al., 2020), DeltaNet corrects the matrix's value for k (Yang et al.,
+2024), and Gated DeltaNet also lets the matrix decay. These three have a state of 2 heads of 16 · 16 numbers in each
+layer. Softmax attention keeps keys and values of all tokens; the hybrid has one Gated DeltaNet and one layer of softmax
+attention.
 
-Queries and keys begin as the same matrix, of this token and of the one before it: a model learns that in thousands of
-steps, and here it is given, since the question is how much the state holds. Each step has sequences of 8, 16 or 32
-pairs in turn; the accuracy is of new sequences, also of more pairs than any in training. Gated DeltaNet usually forgets
-fast when it begins; here it begins with little decay (`DECAY`), or it would need far more steps. A guess is right once
-in 64 times. With --rewritten all keys come with other values first, and the second value is right; no layer has
-positions, so softmax attention sees no order of the two. The file has the accuracy of each seed.
+Queries and keys begin as the same matrix, of this token and of the previous one. A model would learn this in thousands
+of steps; here it is given, since the question is the capacity of the state. Each step has sequences of 8, 16 or 32
+pairs in turn; the accuracy is of new sequences, also of more pairs than any in training. Gated DeltaNet usually begins
+with fast decay; here it begins with slow decay (`DECAY`), or it would need far more steps. A guess is right once in 64
+times. With --rewritten all keys first come with other values, and the second value is right; no layer has positions, so
+softmax attention cannot distinguish the two. The file has the accuracy of each seed.
 """
 
 import argparse
@@ -39,8 +40,8 @@ from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 
 DIM, HEADS = 32, Heads(2, 2, 16, 16)
-DECAY = -3.0  # logarithm of the factor of the decays when a model begins
-KEYS = 64  # tokens that are keys, and as many that are values
+DECAY = -3.0  # initial logarithm of the decay factor
+KEYS = 64  # number of key tokens, and of value tokens
 TRAINED, LOOKED_AT = (8, 16, 32), (4, 8, 16, 32, 48, 64)
 
 
@@ -53,7 +54,7 @@ class DeltaNet(GatedDeltaNet):
 
 
 class LinearAttention(DeltaNet):
-    """Linear attention: all products q kᵀ up to the token, times the values, without softmax."""
+    """Linear attention: all dot products q kᵀ up to the token, times the values, without softmax."""
 
     def _recur(self, x: Tensor, state: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, strength, _ = self._of(x)
@@ -69,7 +70,7 @@ class LinearAttention(DeltaNet):
 class SoftmaxAttention(LinearAttention):
     """Softmax attention of the same queries, keys and values; `sharpness` is the factor of the scores."""
 
-    sharpness = 16.0  # since queries and keys have the length 1
+    sharpness = 16.0  # because queries and keys have length 1
 
     def _recur(self, x: Tensor, state: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q, k, v, _, _ = self._of(x)
@@ -105,7 +106,7 @@ def build(name: str, seed: int) -> DecoderLM:
 def draw(rows: int, pairs: int, random: torch.Generator, rewritten: bool = False) -> tuple[Tensor, Tensor]:
     """Draw sequences of pairs and queries, [rows, 3 · pairs], and the values of the queries, [rows, pairs].
 
-    rewritten: the keys come with other values before, which the model must forget: [rows, 5 · pairs]."""
+    rewritten: the keys first come with other values, which the model must forget: [rows, 5 · pairs]."""
     keys = torch.rand(rows, KEYS, generator=random).argsort(1)[:, :pairs]
     values = torch.randint(KEYS, 2 * KEYS, (rows, pairs), generator=random)
     order = torch.rand(rows, pairs, generator=random).argsort(1)
@@ -132,14 +133,14 @@ def train(model: DecoderLM, seed: int, options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def accuracy(model: DecoderLM, pairs: int, rewritten: bool) -> float:
-    """Return the share of correct values, over the same queries, 1,024 or more, for each model."""
+    """Return the share of correct values on the same queries (at least 1,024) for each model."""
     tokens, wanted = draw(max(64, 4096 // pairs), pairs, torch.Generator().manual_seed(pairs), rewritten)
     logits = model.logits(model.hidden(tokens)[:, -pairs:])
     return round((logits.argmax(-1) == wanted).float().mean().item(), 4)
 
 
 def chart(found: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draw mean accuracy over the number of pairs; the shade is the spread of the seeds."""
+    """Draw mean accuracy over the number of pairs. The shade is the range of the seeds."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name, by_pairs in found.items():
         shares = 100 * torch.tensor([*by_pairs.values()])

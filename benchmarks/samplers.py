@@ -1,12 +1,12 @@
-"""What each sampler makes of few steps: the kernel distance of drawn pictures to those that a run learned from.
+"""Quality of each sampler with few steps: the kernel distance of drawn pictures to a run's training pictures.
 
 python benchmarks/samplers.py RUN --data emoji [--samplers ddim dpm++-2m ...] [--evaluations 5 10 20 50 100 1000]
     [--pictures 512] [--distinct] [--batch-size 64] [--picture PNG]
 
-All samplers begin with the same noise, and the model of RUN draws as many pictures with each. What counts as work is an
-evaluation of the network: heun makes two a step, and plms one more than it has steps. Below the table stands what the
-held-out pictures reach, which no sampler can be asked to surpass. A model that knows classes draws each of them equally
-often. The features are named; figures by different ones cannot be compared.
+All samplers begin with the same noise, and RUN's model draws as many pictures with each. The cost is the number of
+network evaluations: heun has two per step, and plms one more than steps. Below the table is the distance of the
+held-out pictures, which a sampler cannot be expected to surpass. A model with classes draws each of them equally often.
+Figures with different features cannot be compared, so the features are named.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from keifu.evaluation.images.features import Extractor
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.generation.images.samplers import SAMPLERS
 
-ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # rows beside the samplers' own
+ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # additional rows
 
 
 def steps_for(sampler: str, evaluations: int) -> int:
@@ -34,7 +34,7 @@ def steps_for(sampler: str, evaluations: int) -> int:
 
 
 def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: int) -> Tensor:
-    """Draw pictures of the seeds from 0 on; classes take turns."""
+    """Draw pictures with the seeds from 0 on. Classes alternate."""
     classes = model.config.n_classes
     parts = []
     with counting(f"{sampler}, {steps} steps", count, "pictures") as advance:
@@ -48,7 +48,7 @@ def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: i
 
 
 def measure(options: argparse.Namespace, model, extract: Extractor, real: Tensor) -> dict[str, dict[int, tuple]]:
-    """Measure kernel distance, its deviation and seconds a picture, by row and number of evaluations."""
+    """Return kernel distance, its standard deviation and seconds per picture, by row and number of evaluations."""
     rows = {name: (name, 0.0) for name in options.samplers} | (ETAS if "ddim" in options.samplers else {})
     found: dict[str, dict[int, tuple]] = {name: {} for name in rows}
     for evaluations in options.evaluations:
@@ -77,7 +77,8 @@ def show(found: dict[str, dict[int, tuple]], evaluations: list[int], floor: floa
 
 
 def plot(found: dict[str, dict[int, tuple]], floor: float, features: str, path: Path) -> None:
-    """Draw quality over work on logarithmic axes; a distance of the held-out pictures at or below 0 is only printed."""
+    """Draw quality over evaluations on logarithmic axes. If the distance of the held-out pictures is not positive, it
+    is only printed."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in found.items():
         axes.plot(list(row), [1e3 * values[0] for values in row.values()], marker="o", markersize=3, label=name)

@@ -1,10 +1,10 @@
-"""What saving a state costs: seconds that it holds the training up, and by which the steps beside it take longer.
+"""Cost of saving a state: seconds that training waits for it, and how much longer the next steps take.
 
 python benchmarks/saving.py --json docs/results/data/saving.json
 
-A LLaMA of 17 M parameters learns random tokens: on two processes of one thread that share it (FSDP), whose states are
-written by a thread while training goes on, and on one process of two threads, which waits until its state is on disk.
-A state is saved every ten steps; the three after it are those beside.
+A LLaMA of 17 M parameters learns random tokens in two settings: on two processes of one thread that share it (FSDP),
+whose states are written by a thread while training continues; and on one process of two threads, which waits until its
+state is on disk. A state is saved every ten steps; the next steps are the three after it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ KINDS = {"two processes that share the model": 2, "one process": 1}
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """Rows that nothing can be learned from."""
+    """Rows of random tokens."""
 
     fingerprint: str = "random tokens"
 
@@ -50,7 +50,7 @@ class RandomTokens:
 
 
 def learn(folder: Path, steps: int) -> None:
-    """Train a run, as one of its processes."""
+    """Train a run as one of its processes."""
     torch.manual_seed(0)
     settings = Settings(steps=steps, batch_size=ROWS, micro_batch=ROWS, precision="bfloat16", log_every=1, keep=10,
                         evaluate_every=0, save_every=EVERY, warmup=1)  # fmt: skip
@@ -59,8 +59,8 @@ def learn(folder: Path, steps: int) -> None:
 
 
 def measure(folder: Path, world: int, steps: int) -> dict[str, float]:
-    """Measure medians over the saves of a run, in seconds: a step, its delay by a save, and how much longer the steps
-    next to a save took; and the bytes of a state."""
+    """Return medians over the saves of a run: seconds of a step, its delay by a save, and the additional seconds of the
+    next steps; and the bytes of a state."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -76,7 +76,7 @@ def measure(folder: Path, world: int, steps: int) -> dict[str, float]:
     rounds = [seconds[at : at + EVERY] for at in range(EVERY, len(seconds) - EVERY + 1, EVERY)]  # each after a save
     step = median(each for every in rounds for each in every[BESIDE:])
     states = sorted((folder / "state").glob("step-*.json"))
-    held = [json.loads(state.read_text())["lasted"].get("state") for state in states]  # by the save before
+    held = [json.loads(state.read_text())["lasted"].get("state") for state in states]  # by the previous save
     files = [file for file in (folder / "state").rglob("*.safetensors") if states[0].stem in str(file)]
     return {"step": step, "held_up": median(found for found in held if found is not None),
             "longer": median(sum(every[:BESIDE]) - BESIDE * step for every in rounds),

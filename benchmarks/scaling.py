@@ -1,14 +1,14 @@
-"""What scale bought: held-out loss by size and by text, Chinchilla's law fitted to it, and a size left out, predicted.
+"""Gain of scale: held-out loss by size and text, Chinchilla's law fitted to it, and the prediction for a left-out size.
 
 python benchmarks/scaling.py [--sizes 32x2 48x2 64x3 80x3 96x4] [--left-out 128x4] [--tokens 2.5e5 1e6 4e6]
     [--points FILE] [--picture PNG]
 
-Models of LLaMA's type, WIDTHxLAYERS, learn English; held are a tokenizer of 1,024 tokens, rows of 128, 4,096 tokens a
-step and the rates of `keifu train gpt`. The loss is that of 100,000 held-out tokens. Fitted is L = E + A N^-a + B D^-b
-(Hoffmann et al., 2022, section 3.3 and appendix D.2: Huber's loss of log L, from many starts), N being all parameters
-but those of the norms and D the tokens seen. The interval of a prediction holds 95% of those of laws that are fitted
-again to the fitted losses with residuals drawn anew, each with a residual of its own. With --points the losses are kept
-in a file, a line each, and those that are there are not measured again.
+LLaMA-like models, WIDTHxLAYERS, are trained on English. Constant are a tokenizer of 1,024 tokens, rows of 128, 4,096
+tokens per step and the rates of `keifu train gpt`. The loss is that of 100,000 held-out tokens. The fitted law is L = E
++ A N^-a + B D^-b (Hoffmann et al., 2022, section 3.3 and appendix D.2: Huber's loss of log L, from many starts). N
+counts all parameters except those of norms; D counts the tokens seen. For the 95% interval of a prediction, residuals
+are resampled, laws are fitted to them, and each prediction gets a resampled residual. With --points the losses are
+stored in a file, one on each line, and existing ones are not measured again.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from keifu.recipes.language import gpt
 from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Text, TextTask, prepare_text
 
 CONTEXT, ROWS, HEAD_DIM = 128, 32, 16
-DELTA, DRAWS = 1e-3, 200  # of Huber's loss; laws that an interval is made of
+DELTA, DRAWS = 1e-3, 200  # of Huber's loss; number of resampled laws for an interval
 STARTS = [(a, b, e, c, c) for a in (0.0, 5.0, 10.0) for b in (0.0, 5.0, 10.0) for e in (-1.0, 0.5) for c in (0.2, 0.7)]
 
 
 @dataclass(frozen=True)
 class Point:
-    """A model that was trained: its name, parameters, the tokens it saw, and its loss in nats a token."""
+    """Trained model: its name, parameters, tokens seen, and loss in nats per token."""
 
     size: str
     parameters: int
@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Law:
-    """L = E + A N^-alpha + B D^-beta, with the logarithms of A, B and E."""
+    """Law L = E + A N^-alpha + B D^-beta, with the logarithms of A, B and E."""
 
     a: float
     b: float
@@ -66,7 +66,7 @@ class Law:
 
 
 def fitted(sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, starts: list) -> Law:
-    """Fit the law that minimises the sum of Huber losses of the logarithms of the losses."""
+    """Fit the law by minimising the sum of Huber losses of the log losses."""
 
     def cost(values: np.ndarray) -> float:
         error = np.abs(Law(*values).log_loss(sizes, tokens) - logs)
@@ -77,10 +77,10 @@ def fitted(sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, starts: list
 
 
 def predictions(law: Law, sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarray, asked: list[Point]) -> np.ndarray:
-    """Return losses of the points by laws that the same residuals in another order give [draw, point]."""
+    """Return losses of the points `asked` predicted by laws fitted to resampled residuals [draw, point]."""
     chance = np.random.default_rng(0)
     middle, places = law.log_loss(sizes, tokens), _columns(asked)[:2]
-    spread = (logs - middle) * np.sqrt(len(logs) / max(1, len(logs) - 5))  # the law has five parameters
+    spread = (logs - middle) * np.sqrt(len(logs) / max(1, len(logs) - 5))  # corrects for the law's five parameters
     start = [(law.a, law.b, law.e, law.alpha, law.beta)]
     drawn = []
     for _ in range(DRAWS):
@@ -90,7 +90,7 @@ def predictions(law: Law, sizes: np.ndarray, tokens: np.ndarray, logs: np.ndarra
 
 
 def measured(task: TextTask, size: str, tokens: float, options: argparse.Namespace) -> Point:
-    """Train one model and return its losses."""
+    """Train one model and return its point."""
     width, layers = map(int, size.split("x"))
     config = llama.Config(
         vocab_size=task.tokenizer.vocab_size, context_length=CONTEXT, dim=width, hidden_dim=-(-8 * width // 48) * 16,
@@ -107,7 +107,7 @@ def measured(task: TextTask, size: str, tokens: float, options: argparse.Namespa
 
 
 def points(options: argparse.Namespace) -> list[Point]:
-    """Measure all points, and print each at once."""
+    """Measure all points. Print each at once."""
     kept = options.points.read_text().splitlines() if options.points and options.points.exists() else []
     known = {(each.size, each.tokens): each for each in (Point(**json.loads(line)) for line in kept)}
     task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
@@ -137,7 +137,7 @@ def _columns(found: list[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw(law: Law, used: list[Point], asked: list[Point], ranges: np.ndarray, path: Path) -> None:
-    """Draw losses over sizes, a line for each number of tokens; those left out as rings, with their interval."""
+    """Draw losses over sizes, with a line for each number of tokens. Left-out points are rings with their interval."""
     figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
     line = np.geomspace(min(p.parameters for p in used) / 1.2, max(p.parameters for p in asked) * 1.2, 200)
     for number, seen in enumerate(sorted({p.tokens for p in used})):

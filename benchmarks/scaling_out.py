@@ -1,11 +1,11 @@
-"""Two processes of one thread against one of two threads: the same losses, the speed of each mesh, bytes exchanged.
+"""Two processes of one thread compared with one of two threads: equal losses, speed of each mesh, bytes exchanged.
 
 python benchmarks/scaling_out.py --picture docs/pictures/pathways.png --json docs/results/data/scaling_out.json
 
-A small LLaMA learns in float32 on the example texts, each run from the same seed. Two pods are held, bit for bit,
-against one process of one thread that adds up two micro-batches. Bytes are those that the loopback network carried in a
-run, less those of a run with fewer steps, a step; headers of packets and what belongs to others are among them. Beside
-them are those of the formulas (see `formulas`), of all processes together.
+A small LLaMA is trained in float32 on the example texts; each run has the same seed. Two pods are compared, bit for
+bit, with one process of one thread that adds up two micro-batches. Bytes per step are those of the loopback network
+during a run minus those of a run with fewer steps; they include packet headers and other programs' data. They are
+compared with the formulas (see `formulas`), summed over all processes.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def train(name: str, folder: Path, steps: int) -> tuple[list[dict[str, Any]], in
     threads, words = RUNS[name]
     before, out, world = sent(), folder / f"{name}-{steps}", 1 if name.startswith("one process") else 2
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT / "src")}
-    with socket.socket() as free:  # as torchrun does, whose processes have sessions of their own
+    with socket.socket() as free:  # as in torchrun, whose processes have separate sessions
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
@@ -59,14 +59,14 @@ def train(name: str, folder: Path, steps: int) -> tuple[list[dict[str, Any]], in
 
 
 def formulas(tensors: dict[str, Any]) -> dict[str, float]:
-    """Return megabytes that a step exchanges on each mesh of two processes, from the model's tensors.
+    """Return the megabytes that a step exchanges on each mesh of two processes, computed from the model's tensors.
 
-    Each process sends the other one half of what is gathered, or all of what is summed, for which gloo does as much
-    where each needs a part alone (reduce-scatter). Pods sum the gradients. FSDP gathers the weights of the blocks for
-    each pass and the others once, and sums gradients. Tensor parallelism gathers four times and sums four times the
-    hidden states of a block, in both passes together; they are gathered behind the blocks, and in front of them in the
-    backward pass; the embedding's output is summed, and the gradient of the head's input. In both, Muon gathers the
-    weights, gradients and momenta of its matrices.
+    Each process sends the other one half of what is gathered, or all of what is summed; gloo's reduce-scatter needs as
+    much. Pods sum the gradients. FSDP gathers the weights of the blocks for each pass and the others once, and sums
+    gradients. Tensor parallelism gathers a block's hidden states four times and sums them four times, in both passes
+    together. They are also gathered after the blocks, and before them in the backward pass; the embedding's output is
+    summed, and the gradient of the head's input. In both, Muon gathers the weights, gradients and momenta of its
+    matrices.
     """
     sizes = {name: 4 * tensor.numel() / 1e6 for name, tensor in tensors.items()}
     blocks = {name: size for name, size in sizes.items() if ".layers." in name}
@@ -81,7 +81,7 @@ def formulas(tensors: dict[str, Any]) -> dict[str, float]:
 
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw two pods' losses over those of one process."""
+    """Draw the losses of two pods over those of one process."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")

@@ -1,14 +1,16 @@
-"""How well a small model sees: right answers on easy-VQA, next to the same model without the picture and to counting.
+"""Vision of a small model: right answers on easy-VQA, compared with the same model without the picture and with
+counting.
 
 python benchmarks/seeing.py [--model gpt-en] [--rank 0] [--template plain] [--tower emoji-clip] [--patch 8]
     [--tower-rate 0] [--mixed] [--steps 3000] [--batch 64] [--learning-rate 1e-3] [--questions 2000] [--seeds 0]
     [--folder FOLDER] [--title TITLE] [--write FILE]
 
-A decoder reads the questions of easy-VQA's training part: one of 0.5 M parameters from nothing, with a tokenizer
-learned from the questions, or --model, whole or with adapters of a rank. Its tower is that of --tower, a CLIP or a
-model that sees; or, as in LLaVA, that of a CLIP (0.8 M parameters, patches of 8 or 16 pixels) which learns in 600 or
-1,500 steps from the same pictures with captions such as "blue circle", made of the answers. Pictures that may show a
-teal triangle are left out of both. Then the questions of the test part are asked, with the picture and without it.
+A decoder is trained on the questions of easy-VQA's training part: an untrained one of 0.5 M parameters, with a
+tokenizer trained on the questions, or --model, whole or with adapters of --rank. Its vision tower is that of --tower, a
+CLIP or a vision-language model. By default, as in LLaVA, it is that of a CLIP (0.8 M parameters, patches of 8 or 16
+pixels) trained for 600 or 1,500 steps on the same pictures with captions such as "blue circle", made from the answers.
+Pictures that may show a teal triangle are left out of both trainings. Then the questions of the test part are asked,
+with the picture and without it.
 """
 
 import argparse
@@ -38,7 +40,7 @@ TOWERS: dict[int, dict[str, Any]] = {8: {"steps": 600}, 16: {"steps": 1500, "opt
 
 
 def captioned(folder: Path, data: str = DATA) -> Path:
-    """Write the pictures to learn from with captions such as "a blue circle", made of the open questions' answers."""
+    """Write the training pictures with captions such as "a blue circle", made from the answers to open questions."""
     questions, captions = read_questions(data), dict[str, list[str]]()
     for row in questions.without(PAIR):
         if row.answer not in CLOSED:
@@ -55,7 +57,7 @@ def captioned(folder: Path, data: str = DATA) -> Path:
 
 
 def train_tower(folder: Path, patch: int, seed: int) -> str:
-    """Train a CLIP on the captioned pictures, unless the folder has one, and return its run."""
+    """Train a CLIP on the captioned pictures, unless the folder has one. Return its run."""
     if (folder / "clip" / "config.json").exists():
         return str(folder / "clip")
     image = replace(see.Recipe.image, projected=True, embedding_dim=128, patch_size=patch)
@@ -67,7 +69,7 @@ def train_tower(folder: Path, patch: int, seed: int) -> str:
 
 
 def small_decoder(folder: Path, seed: int, data: str = DATA) -> str:
-    """Write a decoder with random weights and a tokenizer of the questions, and return its folder."""
+    """Write a decoder with random weights and a tokenizer of the questions. Return its folder."""
     texts = [f"User: {each.question}\nAssistant: {each.answer}\n" for each in read_questions(data).learned]
     tokenizer = train_tokenizer("bpe", texts, 400)
     torch.manual_seed(seed)
@@ -79,7 +81,7 @@ def small_decoder(folder: Path, seed: int, data: str = DATA) -> str:
 
 
 def train(folder: Path, steps: int, seed: int, decoder: str | None = None, **changes: Any) -> Path:
-    """Train a model, unless the folder has it, and return its run."""
+    """Train a model, unless the folder has it. Return its run."""
     if (folder / "run" / "config.json").exists():
         return folder / "run"
     recipe = see.Recipe(
@@ -91,7 +93,7 @@ def train(folder: Path, steps: int, seed: int, decoder: str | None = None, **cha
 
 
 def measure(run: Path, questions: int | None, data: str = DATA) -> dict[str, Any]:
-    """Return the figures of a run on the test part, and on the pictures of what was left out."""
+    """Return the figures of a run on the test part, and on pictures of the left-out combination."""
     model, tokenizer = checkpoints.load(run)
     request = EvalRequest(on=data, limit=questions, held_out={"left_out": list(PAIR)})
     return evaluate(model, tokenizer, request).figures
@@ -130,13 +132,13 @@ def read_options() -> argparse.Namespace:
 
 
 def command(options: argparse.Namespace) -> str:
-    """Return the command with the options that decide the figures and differ from the defaults."""
+    """Return the command with the options that affect the figures and differ from the defaults."""
     defaults = {name: usual for name, usual in options.defaults.items() if name not in ("folder", "write", "title")}
     return typed("seeing.py", vars(options), defaults, ("seeds",))
 
 
 def main() -> None:
-    """Train for each seed, ask, print and write the shares of right answers."""
+    """Train for each seed and test; print and write the shares of right answers."""
     options = read_options()
     folder = options.folder or Path(tempfile.mkdtemp())
     measured: dict[int, dict[str, Any]] = {}

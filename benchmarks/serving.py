@@ -1,18 +1,18 @@
-"""Load on the service: many clients at a time with prompts and answers of mixed lengths, beside llama.cpp's server.
+"""Load test of the service: many clients with prompts and answers of mixed lengths, compared with llama.cpp's server.
 
-python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10]
-python benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40] [--arrivals 2 8] [--sampled]
+python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10] python
+benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40] [--arrivals 2 8] [--sampled]
 
-The first counts errors, compares every greedy answer with what the same request got alone before, and tells tokens a
-second, the time to first token and the memory; meanwhile some clients leave early, some read slowly, and some open a
-connection and say nothing. Then: a second turn of a long chat, what clients without manners cost the others, SIGTERM
-under load, and SIGKILL and a start. It ends with status 1 and a sentence for each thing that is not as it must be.
+The first counts errors, compares every greedy answer with the answer to the same request alone, and prints tokens per
+second, the time to first token and the memory. Meanwhile some clients leave early, some read slowly, and some open a
+connection and send nothing. Then it tests the second turn of a long chat, the cost of rude clients for others, SIGTERM
+under load, and SIGKILL with a restart. It ends with status 1 and a sentence for each failed check.
 
 The second gives keifu and llama-server the same file, slots and clients, in turn, and prints the ratio of each round.
-With --arrivals, requests come by themselves, so many a second on average (a Poisson process, the same for both),
-whether earlier ones are answered or not; it prints tokens a second until all are answered, and the seconds to the first
-token, to each further one, and to the end of an answer. With --sampled answers are not greedy, but sampled as of a base
-model for which nothing is said.
+With --arrivals, requests come at random times, at each of these rates per second (a Poisson process, the same for
+both), whether earlier ones are answered or not. It prints tokens per second until all are answered, and the seconds to
+the first token, to each further one, and to the end of an answer. With --sampled answers are not greedy, but sampled
+with the default settings of base models.
 """
 
 import argparse
@@ -39,23 +39,23 @@ from keifu.data.catalogue.catalogue import fetch
 
 WORDS = ("the", "sea", "is", "wide", "and", "a", "small", "boat", "sails", "to", "an", "old", "town", "of", "stars")
 MANNERS = ("leaves", "slow")
-RUDE = 0.1  # the share of clients that leave early or read slowly
-SILENT = 4  # connections over which nothing is said
+RUDE = 0.1  # share of clients that leave early or read slowly
+SILENT = 4  # idle connections
 SAMPLING: dict[str, float] = {"temperature": 0}
 SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
-FLAT = 0.02  # what memory may grow by in the last half
+FLAT = 0.02  # allowed growth of memory in the last half
 
 
 @dataclass
 class Outcome:
-    """What the clients of one server saw."""
+    """Measurements of the clients of one server."""
 
     tokens: int = 0
     errors: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)  # tokens a second of each whole answer, from its first one on
+    rates: list[float] = field(default_factory=list)  # tokens per second of each whole answer, after its first token
     whole: list[float] = field(default_factory=list)  # seconds of each whole answer
-    texts: list[tuple[int, str, bool]] = field(default_factory=list)  # number, text, and whether it is whole
+    texts: list[tuple[int, str, bool]] = field(default_factory=list)  # number, text, whether it is whole
     memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -76,7 +76,7 @@ def request(number: int, model: str) -> dict[str, Any]:
 
 
 def chat(model: str, turns: list[str], max_tokens: int) -> dict[str, Any]:
-    """Return the request body of a conversation whose first turn is the user's."""
+    """Return the request body of a conversation. The turns alternate, beginning with the user's."""
     messages = [{"role": ("user", "assistant")[place % 2], "content": each} for place, each in enumerate(turns)]
     return {"model": model, "messages": messages, "max_tokens": max_tokens, "seed": 1, "stream": True, **SAMPLING}
 
@@ -107,7 +107,7 @@ async def pieces(url: str, body: dict[str, Any]) -> AsyncGenerator[str, None]:
 
 
 async def answer(url: str, body: dict[str, Any], found: Outcome, number: int = 0, manner: str = "") -> str:
-    """Return the text of one answer. `manner`: whether the client leaves early or reads slowly."""
+    """Return the text of one answer. manner: whether the client leaves early or reads slowly."""
     began, first, text, count = time.monotonic(), 0.0, "", 0
     async with aclosing(pieces(url, body)) as parts:
         async for part in parts:
@@ -129,7 +129,7 @@ async def answer(url: str, body: dict[str, Any], found: Outcome, number: int = 0
 
 @dataclass
 class Load:
-    """Clients that ask one request after another. distinct: how many requests there are, None for no end of them."""
+    """Clients that send one request after another. distinct: number of different requests; None: unlimited."""
 
     url: str
     model: str
@@ -139,7 +139,7 @@ class Load:
     rude: float = RUDE
     silent: int = SILENT
     process: int | None = None
-    whole: bool = True  # whether answers that are being written at the end are waited for
+    whole: bool = True  # whether to wait for running answers at the end
 
     async def run(self, found: Outcome | None = None) -> Outcome:
         """Run the clients, and add their measurements to those in `found`."""
@@ -231,7 +231,7 @@ def llama(options: argparse.Namespace, url: str) -> list[str]:
 
 
 async def alone(url: str, model: str, count: int) -> list[str]:
-    """Return the answer to each request when the server has no other request."""
+    """Return the answer to each request without other requests."""
     return [await answer(url, request(number, model), Outcome()) for number in range(count)]
 
 
@@ -255,8 +255,11 @@ def second_turn(url: str, model: str) -> float:
 
 
 def manners(url: str, model: str, clients: int, seconds: float) -> float:
-    """Print the token rate of half of the clients next to polite clients, and next to rude and silent ones. Return the
-    ratio. Rude clients leave early or read slowly. 32 silent clients only connect."""
+    """Return the ratio of token rates with and without rude clients, and print both.
+
+    Half of the clients are measured, first next to polite clients, then next to rude ones, which leave early or read
+    slowly, and 32 silent ones, which only connect.
+    """
     rates: dict[float, list[float]] = {0.0: [], 1.0: []}
 
     async def beside(rude: float) -> list[float]:
@@ -274,7 +277,7 @@ def manners(url: str, model: str, clients: int, seconds: float) -> float:
 
 
 def stop_under_load(process: subprocess.Popen, url: str, model: str) -> bool:
-    """Send SIGTERM while answers are written; return whether each came to its end."""
+    """Send SIGTERM while answers are generated. Return whether each answer was completed."""
 
     async def several() -> list[str | BaseException]:
         found = Outcome()
@@ -334,7 +337,7 @@ def start_again(command: list[str], url: str, model: str) -> float:
 
 
 def compare(options: argparse.Namespace) -> Iterable[str]:
-    """Compare keifu's and llama.cpp's server over the same file, by turns."""
+    """Compare keifu's and llama.cpp's server with the same file, in turns. Return failed checks."""
     urls = {"keifu": free_url(), "llama-server": free_url()}
     model = str(options.gguf)
     running = [

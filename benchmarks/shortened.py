@@ -1,10 +1,10 @@
-"""Short answers for a small student: the first sentences of each answer of a file of conversations.
+"""Short answers for a small student: the first sentences of each answer in a file of conversations.
 
 python benchmarks/shortened.py --data FILE.jsonl --out FILE.jsonl [--sentences 2] [--story-sentences 5]
 
-A model of few parameters loses the thread of a long answer. An answer keeps its first sentences of the first
-paragraph; one to a turn with the word "story" or "poem" keeps more, of all paragraphs. A conversation ends before an
-answer without a whole sentence, or with more than 700 characters.
+A model of few parameters loses the thread of a long answer. An answer keeps the first sentences of its first paragraph;
+an answer to a turn with the word "story" or "poem" keeps more, of all paragraphs. A conversation ends before an answer
+without a whole sentence, or with more than 700 characters.
 """
 
 import argparse
@@ -17,13 +17,13 @@ LONGEST = 700  # characters of an answer
 
 
 def first_sentences(text: str, count: int) -> str:
-    """Return the first whole sentences of a text, or nothing."""
+    """Return the first whole sentences of a text; "" if there are none."""
     ends = [match.end() for match in SENTENCE.finditer(text)][:count]
     return text[: ends[-1]].strip() if ends else ""
 
 
 def shorten(messages: list[dict[str, str]], sentences: int, story_sentences: int) -> list[dict[str, str]]:
-    """Return the turns with short answers, up to one that has none."""
+    """Return the turns with short answers, up to the first without one."""
     short: list[dict[str, str]] = []
     for asked, answered in zip(messages[::2], messages[1::2], strict=False):
         story = re.search(r"\b(story|poem)\b", asked["content"].lower())

@@ -1,17 +1,17 @@
-"""Attention sinks: the first tokens of a window as a place for attention, with and without a learned sink.
+"""Attention sinks: attention to the first tokens of a window, with and without a learned sink.
 
 python benchmarks/sinks.py [--seeds 0 1 2] [--steps 1000] [--out JSON] [--picture PNG]
 
-Two models of LLaMA's type with 3 layers differ in one number for each head: the learned sink of gpt-oss (2025), a score
-that takes weight and gives no value. Both are trained on windows of 128 tokens that begin with the same token. A head
-that finds nothing must put its weight somewhere; Xiao et al. (2023) found it on the first tokens, and found that a
-model fails as soon as a sliding window drops them.
+Two LLaMA-like models with 3 layers differ in one number for each head: the learned sink of gpt-oss (2025), a score that
+takes weight and gives no value. Both are trained on windows of 128 tokens that begin with the same token. A head that
+finds nothing must put its weight somewhere. Xiao et al. (2023) found it on the first tokens, and found that a model
+fails as soon as a sliding window drops them.
 
-The held-out windows are read in three ways: with all tokens seen, with a window of 64 tokens, and with that window and
-the first 4 tokens. The loss is that of positions 64 to 127, after the window has moved past the first tokens. The
-shares of attention are those of queries at the same positions, with all tokens seen: mean of heads and layers, and the
-largest of a head. An even share of one token among those seen would be about 1%. The file has the values of each seed;
-cells have the mean, and in brackets the lowest and the highest.
+The held-out windows are read in three ways: with attention to all tokens, with a window of 64 tokens, and with that
+window and the first 4 tokens. The loss is that of positions 64 to 127, after the window has moved past the first
+tokens. The shares of attention are those of queries at the same positions, with attention to all tokens: the mean over
+heads and layers, and the largest of a head. An even share of one token would be about 1%. The file has the values of
+each seed; cells have the mean, and in brackets the lowest and the highest.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from keifu.models import llama
 from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 
 LENGTH, WINDOW, FIRST = 128, 64, 4
-VOCAB = 512  # tokens of the text; the next one begins a window
+VOCAB = 512  # tokens of the text; the next id begins a window
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB + 1,
     "context_length": LENGTH,
@@ -49,7 +49,8 @@ READ = {"all": (LENGTH, 0), f"window of {WINDOW}": (WINDOW, 0), f"window and fir
 
 
 class WindowAndFirst:
-    """Each token sees the last `window` tokens, itself included, and the `first` ones of the sequence."""
+    """Mask in which each token attends to the last `window` tokens, including itself, and the `first` ones of the
+    sequence."""
 
     def __init__(self, window: int, first: int):
         self.window, self.first = window, first
@@ -83,7 +84,7 @@ def train(model: DecoderLM, task: TextTask, seed: int, options: argparse.Namespa
 
 @torch.no_grad()
 def loss(model: DecoderLM, rows: Tensor, window: int, first: int) -> float:
-    """Return the loss of positions from WINDOW on, of windows read through that mask."""
+    """Return the loss of positions from WINDOW on with that mask."""
 
     def through(module: nn.Module, args: Any, context: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, context | {"mask": WindowAndFirst(window, first)}
@@ -103,7 +104,7 @@ def attentions(model: DecoderLM) -> list[Attention]:
 
 @torch.no_grad()
 def shares(model: DecoderLM, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the shares of attention that the first token and the sink get, of each layer and head, [layers, heads]."""
+    """Return the shares of attention of the first token and of the sink, [layers, heads] each."""
     kept: list[tuple[Tensor, Positions]] = []
 
     def keep(module: nn.Module, args: tuple[Tensor], context: dict[str, Any]) -> None:
@@ -157,7 +158,7 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def run(name: str, seed: int, task: TextTask, rows: Tensor, options: argparse.Namespace) -> dict[str, float]:
-    """Train a model and measure it; one that was kept is read."""
+    """Train a model and measure it. A saved one is loaded instead."""
     kept = options.keep / f"{name}-{seed}.json" if options.keep else None
     if kept is not None and kept.exists():
         return json.loads(kept.read_text())

@@ -1,16 +1,16 @@
-"""Speculative decoding of SmolLM2: tokens a second by kind of text and number of streams, with and without guesses.
+"""Speculative decoding of SmolLM2: tokens per second by kind of text and number of streams, with and without guesses.
 
 python benchmarks/speculation.py [--weights bf16 int4] [--streams 1 4 8] [--tokens 64] [--rounds 3] [--threads N]
     [--write JSON]
 
-Eight texts of each kind are written, as many at a time as there are streams. Copying: a chat message asks for the
+Eight texts of each kind are generated, as many at once as there are streams. Copying: a chat message asks for the
 summary of a Wikipedia article word for word. Code: the beginnings of modules of Python's standard library are
-continued. Chat: short questions are answered. All are greedy. The contenders write the same tokens: without guesses;
-with four guesses from what followed the same three tokens earlier in the text (prompt lookup, `--guesses 4`); as the
+continued. Chat: short questions are answered. All are greedy. The contenders generate the same tokens: without guesses;
+with four guesses from the text after the last three tokens' earlier occurrence (prompt lookup, `--guesses 4`); as the
 engine chooses by measured speed (`--guesses` unset); and, if the weights are not int4, with the same model in int4 as
-the draft (`--draft`). The catalogue's file of SmolLM2 has 4 bits a weight, so this draft is nearly always right: it
-shows what a draft can give at best. All contenders take turns in each round. Only decoding is timed, not the reading of
-prompts. Ratios are to the speed without guesses in the same round: the median, and the lowest and highest.
+the draft (`--draft`). The catalogue's file of SmolLM2 has 4 bits per weight, so this draft is nearly always right: it
+shows the best possible gain of a draft. All contenders alternate in each round. Only decoding is timed, not the reading
+of prompts. Ratios are to the speed without guesses in the same round: the median, and the lowest and highest.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from keifu.generation.text.sampling_params import SamplingParams
 from keifu.native.library import use_threads
 
 SECTION = "Speculative decoding"
-TEXTS, BEGINNING = 8, 160  # of each kind; tokens of code that a model continues
+TEXTS, BEGINNING = 8, 160  # texts of each kind; tokens of code before the continuation
 QUESTIONS = (
     "What is photosynthesis?", "How do I make tea?", "Why is the sky blue?", "Tell me about the city of Paris.",
     "What can I do on a rainy day?", "How does a bicycle stay upright?", "Who was Isaac Newton?",
@@ -59,7 +59,7 @@ def prompts(tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
 
 
 class Writer:
-    """Contender: an engine that writes the same texts again in each round."""
+    """Contender: an engine that generates the same texts again in each round."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, guesses: Any, streams: int, tokens: int):
         self.engine = Engine(model, tokenizer, max_running=streams, step_tokens=max(512, 33 * streams), guesses=guesses)
@@ -68,7 +68,7 @@ class Writer:
         self.written: list[list[int]] = []
 
     def write(self, texts: Sequence[list[int]]) -> None:
-        """Write all texts, `streams` at a time, and note the tokens a second of decoding."""
+        """Generate all texts, `streams` at once, and record the tokens per second of decoding."""
         count, seconds, self.written = 0, 0.0, []
         for first in range(0, len(texts), self.streams):
             own: dict[int, list[int]] = {}
@@ -90,12 +90,12 @@ class Writer:
 
     @property
     def accepted(self) -> float:
-        """Share of guessed tokens that came."""
+        """Share of guesses that were right."""
         return self.engine.accepted / max(1, self.engine.guessed)
 
 
 def race(contenders: dict[str, Writer], texts: Sequence[list[int]], rounds: int) -> None:
-    """Run all contenders in turn in each round, after one round that is not counted; check that they write the same."""
+    """Run all contenders in turn in each round, after an uncounted round. Check that they generate the same text."""
     for number in range(rounds + 1):
         for contender in contenders.values():
             time.sleep(PAUSE)
@@ -108,7 +108,7 @@ def race(contenders: dict[str, Writer], texts: Sequence[list[int]], rounds: int)
 
 
 def cells(contenders: dict[str, Writer]) -> list[str]:
-    """Return the speed without guesses, and of every other way the ratio and the share of guesses that came."""
+    """Return the speed without guesses, and for every other way the ratio and the share of right guesses."""
     base = contenders["none"].rates
     found = [f"{statistics.median(base):.0f}"]
     for way in list(WAYS)[1:]:

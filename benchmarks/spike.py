@@ -1,13 +1,12 @@
-"""A provoked spike of the loss, with and without PaLM's way out of it: going back and leaving batches out.
+"""A provoked spike of the loss, with and without PaLM's recovery: going back and leaving batches out.
 
 python benchmarks/spike.py [--steps 700] [--at 350] [--bad 12] [--rate 0.1] [--picture PNG] [--out FOLDER]
 
-A small PaLM learns a text with its paper's optimizer, at a rate and without a clip that let a few batches harm it. Some
-batches in the middle hold random tokens. Three runs with the same weights and the same batches: as they come; with the
-rule (section 5.1); and without the bad batches at all, for what would have been. The table has the highest loss of a
-step, how many steps the loss then stood above what it was before, and the held-out loss at the end, in nats a token;
-the rule's run makes some steps twice, which its last column counts.
-With the defaults a run takes about 2 minutes on 2 cores.
+A small PaLM is trained with its paper's optimizer, at a rate and without clipping so that a few batches can harm it.
+Some batches in the middle are random tokens. Three runs have the same weights and batches: without the rule; with the
+rule (section 5.1); and without the bad batches, for reference. The table has the highest loss of a step, the number of
+steps with a loss above that before the spike, and the final held-out loss, in nats per token. The run with the rule
+repeats some steps, which its last column counts. With the defaults a run takes about 2 minutes on 2 cores.
 """
 
 import argparse
@@ -35,7 +34,7 @@ RULES = {"as they come": SpikeSettings(), "with the rule": SpikeSettings(rise=0.
 
 @dataclass(frozen=True)
 class Spoiled:
-    """The batches of a text, some of which hold tokens drawn at random."""
+    """Batches of a text, some of which are replaced by random tokens."""
 
     data: PackedText
     bad: range
@@ -57,7 +56,7 @@ class Spoiled:
 
 
 def run(name: str, task: TextTask, options: argparse.Namespace, out: Path) -> list[dict[str, float]]:
-    """Train, and return all lines of metrics.jsonl: one for each step."""
+    """Train. Return all lines of metrics.jsonl, one for each step."""
     size, dim = task.tokenizer.vocab_size, options.dim
     config = palm.Config(
         vocab_size=size, context_length=options.context, dim=dim, hidden_dim=4 * dim, n_layers=options.layers,
@@ -96,7 +95,7 @@ def row(name: str, lines: list[dict[str, float]], at: int) -> str:
 
 
 def draw(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
-    """Draw the loss of each step. Steps that the rule has undone are dotted."""
+    """Draw the loss of each step. Steps that the rule undid are dotted."""
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     axes.axvspan(options.at, options.at + options.bad, color="grey", alpha=0.3, label="random batches")
     for number, (name, lines) in enumerate(runs.items()):

@@ -1,9 +1,9 @@
-"""How well a Whisper that learned from nothing hears other voices: its word errors on spoken digits.
+"""Accuracy of a Whisper that was trained here on unseen voices: its word errors on spoken digits.
 
 python benchmarks/spoken_digits.py [--steps 1000] [--seed 0] [--run FOLDER] [--write docs/results/data/sentences.json]
 
-The recipe of keifu train whisper learns from 2,000 recordings of espeak-ng (synthetic speech). The 300 recordings of
-the test have other voices and other speeds. --run measures a run that is there.
+The recipe of keifu train whisper trains on 2,000 recordings of espeak-ng (synthetic speech). The 300 test recordings
+have other voices and other speeds. --run measures an existing run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from keifu.recipes.speech import whisper
 
 
 def main() -> None:
-    """Train, transcribe, print and write the errors and the transcripts that are wrong."""
+    """Train and transcribe; print and write the errors and the wrong transcripts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

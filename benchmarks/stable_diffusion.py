@@ -1,14 +1,14 @@
-"""Stable Diffusion 1 beside diffusers: a step of its U-Net, the decoding of its latents, and a whole picture.
+"""Stable Diffusion 1 compared with diffusers: a step of its U-Net, the decoding of its latents, and a whole picture.
 
 python benchmarks/stable_diffusion.py [--what step decode picture] [--dtype float32 bfloat16] [--rounds 3]
     [--steps 50] [--few 20] [--side 64] [--model stable-diffusion-1] [--tiny]
 
-Both have the same random weights, which they share where they can, so that speed is all that differs. A step is one
-guided prediction for latents of `--side`: a batch of two for both; keifu's keys and values of the text are made once a
-picture, outside of it. A whole picture is text, steps and decoding: diffusers as its pipeline comes (PNDM, 50 steps),
-keifu by the same steps, and by the few that DPM-Solver++ needs. A row more gives diffusers channels-last weights, which
-its users must ask for. Peak memory (--memory) is that of a process of its own for each row, weights included. `--tiny`
-is a network of few weights, to try the program.
+Both have the same random weights, shared if possible, so that they only differ in speed. A step is one guided
+prediction for latents of `--side`: a batch of two for both; keifu computes keys and values of the text once for each
+picture, outside of it. A whole picture is text, steps and decoding: diffusers with its default pipeline (PNDM, 50
+steps), keifu with the same steps, and with the few that DPM-Solver++ needs. A further row gives diffusers channels-last
+weights, which its users must request. Peak memory (--memory) is that of a separate process for each row, including
+weights. `--tiny` is a small network for testing the program.
 """
 
 import argparse
@@ -52,7 +52,7 @@ TINY = latent_diffusion.Config(
 
 
 def built(config: latent_diffusion.Config, dtype: torch.dtype) -> latent_diffusion.LatentDiffusion:
-    """Build keifu's model without the zeros of a fresh network, as if it were trained."""
+    """Build keifu's model with random instead of zero weights where a new network has zeros, as if it were trained."""
     torch.manual_seed(0)
     model = latent_diffusion.build(config)
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def built(config: latent_diffusion.Config, dtype: torch.dtype) -> latent_diffusi
 
 
 def peers(own: latent_diffusion.LatentDiffusion) -> dict[str, Any]:
-    """Build diffusers' and transformers' models with the same weights, shared but for joined matrices."""
+    """Build diffusers' and transformers' models with the same weights, shared except for joined matrices."""
     told = latent_diffusion.to_published(own.config)
     weights = dict(published_tensors(own, links(own, latent_diffusion.WEIGHT_NAMES)))
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def peers(own: latent_diffusion.LatentDiffusion) -> dict[str, Any]:
         found = {name.removeprefix("text_model.") if short else name: tensor for name, tensor in found.items()}
         missing, _ = model.load_state_dict(found, strict=False, assign=True)
         assert not missing, missing
-        for name, buffer in [*model.named_buffers()]:  # position_ids, which no file holds
+        for name, buffer in [*model.named_buffers()]:  # position_ids, which files do not contain
             if buffer.is_meta:
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, torch.arange(buffer.shape[-1])[None])
@@ -103,7 +103,7 @@ def step(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Name
     kind, timestep = next(own.parameters()).dtype, torch.tensor([500, 500])
     x, context = x.to(kind), context.to(kind)
     if row == OWN:
-        quick = prepack(own)  # as a drawing has it
+        quick = prepack(own)  # as for a drawing
         projected = quick.project(context)
         return lambda: quick(x, timestep, projected)
     theirs = peers(own)["unet"]
@@ -125,7 +125,7 @@ def decode(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Na
 
 
 def picture(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], object]:
-    """Draw one picture from a text."""
+    """Return a function that draws one picture from a text."""
     config, tokenizer = own.config, tokens(own.config)
     side = options.side * config.factor
     if row != BASE:
@@ -169,7 +169,7 @@ def flops_of(own: latent_diffusion.LatentDiffusion, what: str, options: argparse
 
 @torch.inference_mode()
 def measure(options: argparse.Namespace, what: str, name: str) -> None:
-    """Measure one table."""
+    """Measure and print one table."""
     dtype = DTYPES[name]
     own = built(config_of(options), dtype)
     seconds = interleaved({row: KINDS[what](own, row, options) for row in rows(what, options)}, options.rounds)

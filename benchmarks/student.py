@@ -1,10 +1,10 @@
-"""A student with the layers of one model and the tokens of another, its teacher, to distil the teacher into it.
+"""A student with the layers of one model and the tokens of another, its teacher, for distillation from the teacher.
 
 python benchmarks/student.py --data FILE.jsonl --out DIR [--body gpt-en] [--teacher smollm2] [--vocabulary 6000]
 
-Forward and reverse KL need a student that has its teacher's tokens. The student's tokenizer keeps those of the
-teacher's merges whose tokens the conversations of FILE use most, and the teacher's chat template. The embedding of a
-token begins as the mean of the body's embeddings of the tokens of the same text, so that the body's layers can read it.
+Forward and reverse KL need a student with its teacher's tokens. The student's tokenizer keeps the teacher's merges
+whose tokens are most frequent in the conversations of FILE, and the teacher's chat template. A token's embedding begins
+as the mean of the body's embeddings of the tokens of the same text, so that the body's layers can use it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from keifu.recipes.pruning import prune
 
 @torch.no_grad()
 def with_tokens(body: Any, tokenizer: Tokenizer, tokens: Tokenizer) -> Any:
-    """Return the body, changed in place, with embeddings of these tokens and no head of its own."""
+    """Return the body, changed in place, with embeddings of these tokens and no separate head."""
     rows = body.embedding.weight
     texts = [tokens.decode([id]) for id in range(tokens.vocab_size)]
     pieces = [[] if "\ufffd" in text else tokenizer.encode(text) for text in texts]

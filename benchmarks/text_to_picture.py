@@ -50,21 +50,21 @@ from keifu.training.run import checkpoint, metrics
 
 PROMPTS = (
     "red heart", "cat face", "full moon face", "green book", "sunflower", "police car", "strawberry", "ghost",
-    "blue apple", "red cat face", "purple heart with a face", "penguin with a hat",  # these four are no emoji
+    "blue apple", "red cat face", "purple heart with a face", "penguin with a hat",  # these four are not emoji
     "赤いハート", "ネコの顔", "顔のある満月", "緑の本", "ヒマワリ", "パトカー", "いちご", "お化け",
     "青いリンゴ", "赤いネコの顔", "顔のある紫のハート", "帽子をかぶったペンギン",
 )  # fmt: skip
-NAMES, EMOJI = len(PROMPTS) // 2, 8  # prompts of a language, and how many are names of emoji
-TIMES = 3  # that all prompts are drawn
+NAMES, EMOJI = len(PROMPTS) // 2, 8  # prompts in each language, and number of those that name emoji
+TIMES = 3  # number of times that all prompts are drawn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
-BATCH, ACROSS = 16, 4  # pictures drawn together, and prompts of a row side by side
-VARIED, VARIATIONS = 6, 5  # pictures, and of each
+BATCH, ACROSS = 16, 4  # pictures drawn at once, and prompts in a row
+VARIED, VARIATIONS = 6, 5  # pictures, and variations of each
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A run that draws from text."""
+    """Run that draws pictures from text."""
 
     name: str
     drawer: TextToImagePipeline
@@ -74,16 +74,16 @@ class Contestant:
 
     @property
     def parameters(self) -> int:
-        """All of its numbers that are learned."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
     def guided(self) -> bool:
-        """Whether it can be led towards the text."""
+        """Whether the run supports guidance."""
         return self.drawer.usual_guidance != 1
 
     def draw(self, texts: Sequence[str], options: argparse.Namespace, guidance: float) -> Tensor:
-        """Draw a picture of each text, with consecutive seeds."""
+        """Draw a picture for each text, with consecutive seeds."""
         chosen = {"sampler": options.sampler, "steps": options.steps} if self.guided else {}
         towards = guidance if self.guided else 1.0
         wanted = self.drawer.resolved(ImageRequest(seed=0, text="a", truncate=True, guidance=towards, **chosen))
@@ -94,12 +94,12 @@ class Contestant:
         return torch.cat(made)
 
 
-Eyes = Sequence[Callable[[Tensor], Tensor]]  # what makes features of pictures; the last one is CLIP
+Eyes = Sequence[Callable[[Tensor], Tensor]]  # functions that compute features of pictures; the last one is CLIP's
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What all are measured against at one size: captions with pictures, and the features of those in training."""
+    """Reference at one size: captions with pictures, and the features of the training pictures."""
 
     captions: tuple[str, ...]
     real: Tensor
@@ -115,7 +115,7 @@ def contestant(given: str, dtype: torch.dtype) -> Contestant:
 
 
 def clip_features(towers: Any) -> Callable[[Tensor], Tensor]:
-    """Return CLIP's points, as long as the kernel distance has them: numbers with a variance of about 1."""
+    """Return a function that computes CLIP's embeddings, scaled for the kernel distance to a variance of about 1."""
 
     def see(pictures: Tensor) -> Tensor:
         points = embed_pictures(towers[0], map(to_image, pictures))
@@ -154,7 +154,7 @@ def row(each: Contestant, on: Ground, towers: Any, eyes: Eyes, options: argparse
 
 
 def recognised(drawn: Tensor, towers: Any) -> str:
-    """Return how many pictures find their prompt among all, in either language, each time that all were drawn."""
+    """Return how many pictures find their prompt among all, in either language, for each time that all were drawn."""
     own = np.arange(len(PROMPTS)) % NAMES
     nearest = cosines(*towers, drawn, PROMPTS * TIMES).argmax(1).reshape(TIMES, -1) % NAMES
     right, emoji = nearest == own, own < EMOJI
@@ -176,7 +176,7 @@ def side_by_side(contestants: Sequence[Contestant], towers: Any, options: argpar
 
 
 def variations(contestants: Sequence[Contestant], options: argparse.Namespace) -> bytes:
-    """Return held-out pictures, a row for each, and what unCLIP draws of their embeddings."""
+    """Return held-out pictures, with a row for each, and unCLIP's pictures of their embeddings."""
     rows, captions = [], []
     for each in (one for one in contestants if isinstance(one.model, Unclip)):
         held = split(read_images(options.data, each.size, 3)).test.spread(VARIED)
@@ -239,7 +239,7 @@ def over_time(
     for each in contestants:
         on, points = grounds[each.size], []
         learned = checkpoint.read(each.folder, checkpoint.steps(each.folder)[-1]).tensors
-        for name, parameter in each.model.named_parameters():  # a state holds what its run trained, and no more
+        for name, parameter in each.model.named_parameters():  # a state only has what its run trained
             parameter.requires_grad_(f"model.{name}" in learned)
         parts = [metrics.read(each.folder / part) for part in ("autoencoder", "dvae") if (each.folder / part).exists()]
         before = sum(max(line.get("seconds", 0.0) for line in lines) for lines in parts) / 60

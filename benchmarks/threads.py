@@ -1,10 +1,10 @@
-"""How threads should wait: rates of training and decoding on a quiet machine, and beside busy programs.
+"""Waiting policies of threads: rates of training and decoding on a quiet machine, and next to busy programs.
 
 python benchmarks/threads.py [--busy 0 1] [--rounds 3] [--seconds 0.7] [--workloads "small GPT" translator ...]
 
-Each setting is a process of its own, since OpenMP reads its variables once, and does every workload in each round,
-after a second that is not counted; all others do nothing meanwhile. "keifu" sets no variable and follows the load.
-What other programs took of the cores is measured beside (Linux).
+Each setting is a separate process, since OpenMP reads its variables once. It runs every workload in each round, after
+an uncounted second, while all others are idle. "keifu" sets no variable and follows the load. The cores used by other
+programs are measured too (Linux).
 """
 
 import argparse
@@ -37,9 +37,9 @@ SETTINGS: dict[str, dict[str, str]] = {
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
     FOLLOWS: {},
 }
-WARM = 1.0  # seconds before those that count
+WARM = 1.0  # uncounted seconds
 BUSY = "while True: pass"
-Work = tuple[Callable[[], object], int]  # what is done once, and how many units that is
+Work = tuple[Callable[[], object], int]  # function, and the number of units that a call computes
 
 
 def language_model(config: gpt2.Config, rows: int, length: int) -> Work:
@@ -70,7 +70,7 @@ def translator() -> Work:
 
 
 def decoding() -> Work:
-    """Decode 16 greedy tokens of a small LLaMA, one at a time."""
+    """Return a function that decodes 16 greedy tokens of a small LLaMA, one at a time, and 16."""
     config = llama.Config(
         vocab_size=8192, context_length=64, dim=256, hidden_dim=704, n_layers=6, n_heads=4, n_kv_heads=4
     )
@@ -112,7 +112,7 @@ def serve(names: list[str], follow: bool) -> None:
 
 
 def rate(work: Work, seconds: float) -> float:
-    """Return units a second, over at least so long and at least once."""
+    """Return units per second, over at least `seconds` and at least one call."""
     run, units = work
     start, done = time.perf_counter(), 0
     while not done or time.perf_counter() - start < seconds:
@@ -122,13 +122,13 @@ def rate(work: Work, seconds: float) -> float:
 
 
 def used() -> float:
-    """Return seconds of all cores that the machine has spent on anything so far."""
+    """Return the seconds that all cores of the machine were used so far."""
     fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def spent(process: subprocess.Popen[str]) -> float:
-    """Return seconds of cores that a process has used so far."""
+    """Return the seconds of cores that a process has used so far."""
     fields = Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -143,14 +143,14 @@ def started(setting: str, names: list[str]) -> subprocess.Popen[str]:
 
 
 def ask(process: subprocess.Popen[str], line: str) -> str:
-    """Send a line to a setting's process, and return the line that it answers."""
+    """Send a line to a setting's process. Return its answer."""
     assert process.stdin and process.stdout
     process.stdin.write(f"{line}\n")
     process.stdin.flush()
     return process.stdout.readline().strip()
 
 
-Rates = dict[tuple[str, str], list[float]]  # by workload and setting, one a round
+Rates = dict[tuple[str, str], list[float]]  # by workload and setting, one for each round
 
 
 def measured(
@@ -173,7 +173,8 @@ def measured(
 
 
 def table(rates: Rates, names: list[str]) -> str:
-    """Return medians as Markdown, a row a setting; last, the shares of the default and of the best fixed one."""
+    """Return medians as Markdown with a row for each setting; last, the ratios to the default and to the best fixed
+    setting."""
     medians = {key: statistics.median(values) for key, values in rates.items()}
     units = [f"{name}, {WORKLOADS[name][1]}/s" for name in names]
     lines = ["| | " + " | ".join(units) + " |", "|---|" + "---:|" * len(names)]

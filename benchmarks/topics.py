@@ -1,18 +1,17 @@
-"""Bidirectional pretraining: the topics of Wikipedia summaries, told by four ways from few labels or many.
+"""Bidirectional pretraining: topics of Wikipedia summaries, classified in several ways from few or many labels.
 
 python benchmarks/topics.py [--only NAME ...] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--seeds 0]
     [--left RUN] [--choose] [--picture PNG]
 
-10,033 summaries with 12 topics, of which 1,000 are held out by a hash of their text and never learned from; the others
-are taken in the order of that hash, so that 100 labels are part of the 1,000. The ways: bag of words (TF-IDF of words
-and pairs of words) and logistic regression on the embeddings of MiniLM as it is, whose strength of regularisation is
-chosen by cross-validation on the labels at hand; a BERT of MiniLM's shape that begins with random weights; MiniLM
-fine-tuned; bert-en of keifu's package, fine-tuned with a rate of its own and five times as often, since it is small;
-and with --left RUN a GPT-1 of the same size that has read the same text as often from left to right, fine-tuned
-likewise (--left-rate, --lm-weight).
-The BERTs see the first 64 tokens of a summary, the others all of it; they see 9,033 summaries twice, 1,000 five times
-and 100 twelve times. --choose judges on 1,000 other summaries, which no count of labels reaches: for choosing a rate.
-Accuracies are means over the seeds. Seconds are those of learning and of reading the held-out texts.
+10,033 summaries have 12 topics. 1,000 of them are held out by a hash of their text; the others are used in the order of
+that hash, so that 100 labels are part of the 1,000. The ways: logistic regression on a bag of words (TF-IDF of words
+and pairs of words) and on MiniLM's embeddings, with a regularisation chosen by cross-validation on the given labels; a
+BERT of MiniLM's shape with random weights; fine-tuned MiniLM; fine-tuned bert-en of keifu's package, with a different
+rate and five times as many epochs, since it is small; and with --left RUN a fine-tuned GPT-1 of the same size that has
+read the same text as often from left to right (--left-rate, --lm-weight). The BERTs see the first 64 tokens of a
+summary, the others all of it; they see 9,033 summaries twice, 1,000 five times and 100 twelve times. --choose evaluates
+on 1,000 other summaries that are never trained on, for choosing a rate. Accuracies are means over the seeds. Seconds
+are those of training and of reading the held-out texts.
 """
 
 import argparse
@@ -43,21 +42,21 @@ from keifu.recipes.classification import classifier, gpt1_finetune
 from keifu.recipes.classification.classifier import SCRATCH, Recipe
 from keifu.recipes.classification.table_runs import evaluate
 
-ALL = 9033  # labels that are left to learn from
+ALL = 9033  # number of labels for training
 STRENGTHS = {"logisticregression__C": [0.3, 1.0, 3.0, 10.0, 30.0]}
 SHAPE = bert.SIZES["all-minilm-l6-v2"]
 Way = Callable[[Examples, Examples, argparse.Namespace], Confusion]
 
 
 def judged(right: Sequence[str], given: Sequence[str]) -> Confusion:
-    """Return the confusion figures of the given labels."""
+    """Return the confusion matrix of true labels (`right`) and predicted ones (`given`)."""
     labels = sorted({*right, *given})
     numbers = {label: number for number, label in enumerate(labels)}
     return Confusion.of(*(torch.tensor([numbers[label] for label in each]) for each in (right, given)), labels)
 
 
 def regression(steps: list[Any], inputs: Any, labels: Sequence[str]) -> Any:
-    """Return logistic regression behind these steps, its strength chosen by three-fold cross-validation."""
+    """Return logistic regression after these steps, with a strength chosen by three-fold cross-validation."""
     folds = StratifiedKFold(3, shuffle=True, random_state=0)
     search = GridSearchCV(make_pipeline(*steps, LogisticRegression(max_iter=2000)), STRENGTHS, cv=folds)
     return search.fit(inputs, labels)
@@ -77,7 +76,7 @@ def frozen(training: Examples, held: Examples, options: argparse.Namespace) -> C
 
 
 def passes(training: Examples, options: argparse.Namespace) -> int:
-    """Return the passes over the labels: more for fewer labels, which would give few steps."""
+    """Return the number of epochs: more for fewer labels, so that there are enough steps."""
     return max(1, round(options.epochs * (ALL / len(training)) ** 0.4))
 
 
@@ -107,7 +106,7 @@ def small(training: Examples, held: Examples, options: argparse.Namespace) -> Co
 
 
 def left_to_right(training: Examples, held: Examples, options: argparse.Namespace) -> Confusion:
-    """Fine-tune GPT-1 by its recipe, with as many tokens and epochs as `small`, and return the figures."""
+    """Fine-tune GPT-1 by its recipe, with as many tokens and epochs as `small`. Return the figures."""
     recipe = gpt1_finetune.Recipe(
         model=str(options.left), cut=options.tokens, epochs=options.times * passes(training, options),
         seed=options.seed, lm_weight=options.lm_weight, warmup=0.1, learning_rate=options.left_rate,

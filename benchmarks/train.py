@@ -1,11 +1,11 @@
-"""Tokens a second of training GPT-2 124M (batch 4, length 256), beside transformers and nanoGPT.
+"""Tokens per second of training GPT-2 124M (batch 4, length 256), compared with transformers and nanoGPT.
 
 python benchmarks/train.py [--dtype float32|bfloat16] [--nanogpt FOLDER] [--compile [--alone]] [--rounds 5]
 
-One contender a line: each makes the same AdamW steps (clipping at 1.0) on the same tokens from the same weights, and
-the losses of all are printed. `--nanogpt` names a clone of nanoGPT; it is run as shipped, and with fused AdamW. Each
-has a process of its own, in which keifu's loop alone tells the C library to keep freed memory, and which waits while
-the others compute. `--alone` times keifu and nanoGPT compiled, and nanoGPT compiled where it keeps freed memory too.
+One contender on each line: each makes the same AdamW steps (clipping at 1.0) on the same tokens from the same weights,
+and the losses of all are printed. `--nanogpt` names a clone of nanoGPT; it is run unchanged, and with fused AdamW. Each
+has a separate process, which waits while the others compute. Only keifu's loop tells the C library to keep freed
+memory. `--alone` times keifu and nanoGPT compiled, and also nanoGPT compiled that keeps freed memory.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def nanogpt(folder: str, dtype: torch.dtype, compile: bool, fused: bool, losses:
 
     model = GPT(GPTConfig(block_size=1024, vocab_size=50_257, dropout=0.0, bias=True)).train()
     given = theirs_model().state_dict()
-    for name, own in model.state_dict().items():  # the names are the same; Hugging Face's matrices are transposed
+    for name, own in model.state_dict().items():  # equal names; Hugging Face's matrices are transposed
         own.copy_(
             given[name] if own.shape == given[name].shape and "h." not in name or own.dim() == 1 else given[name].T
         )
@@ -109,7 +109,7 @@ def main() -> None:
             here.send(None)
             losses[name].append(here.recv())
 
-        step()  # what is made and compiled before the first one is ready before the next contender begins
+        step()  # finishes setup and compilation before the next contender begins
         contenders[name] = step
 
     if not options.alone:

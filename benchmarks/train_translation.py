@@ -1,11 +1,12 @@
-"""Tokens a second of training the Transformer (2017), beside transformers' Marian and PyTorch's own nn.Transformer.
+"""Tokens per second of training the Transformer (2017), compared with transformers' Marian and PyTorch's
+nn.Transformer.
 
 python benchmarks/train_translation.py [--dtype float32|bfloat16] [--dim 256] [--layers 3] [--rounds 5]
 
 All make the same AdamW steps (clipping at 1.0) on the same padded sentences: sources of 8 to 32 tokens, targets of as
-many, an ending token on each side. keifu and Marian begin with the same weights; nn.Transformer has the same sizes and
-its own. Dropout is 0.1 for all (Marian and keifu have it on embeddings and sublayers, nn.Transformer inside
-feed-forward and attention too, as it comes); label smoothing 0.1 for all. Padding is not counted as tokens.
+many, and an end token on each side. keifu and Marian begin with the same weights; nn.Transformer has the same sizes and
+other weights. Dropout is 0.1 for all (Marian and keifu have it on embeddings and sublayers, nn.Transformer by default
+also inside feed-forward and attention); label smoothing is 0.1 for all. Padding is not counted as tokens.
 """
 
 import argparse
@@ -45,12 +46,12 @@ def batch(step: int) -> Batch:
 
 
 def counted(rows: Batch) -> int:
-    """Return tokens that are read and tokens that are predicted."""
+    """Return the number of tokens that are read and of those that are predicted."""
     return int(rows["source_mask"].sum() + rows["target_mask"][:, 1:].sum())
 
 
 def loss_of(logits: Tensor, rows: Batch) -> Tensor:
-    """Compute the cross-entropy by PyTorch."""
+    """Return the cross-entropy, computed by PyTorch."""
     targets = rows["target"][:, 1:].masked_fill(~rows["target_mask"][:, 1:], -100)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), label_smoothing=0.1)
 
@@ -84,7 +85,7 @@ def marian(dim: int, layers: int, dtype: torch.dtype, losses: list[float]) -> Ca
 
 
 class Plain(nn.Module):
-    """nn.Transformer between a tied embedding and sinusoids."""
+    """nn.Transformer with a tied embedding and sinusoidal positions."""
 
     def __init__(self, dim: int, layers: int):
         super().__init__()

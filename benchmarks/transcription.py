@@ -1,12 +1,12 @@
-"""Word errors of Whisper tiny.en on ten recorded sentences, next to transformers and faster-whisper.
+"""Word errors of Whisper tiny.en on ten recorded sentences, compared with transformers and faster-whisper.
 
 python benchmarks/transcription.py [--weights int8 | --write docs/results/data/sentences.json]
 
 The recordings are those of Debian's package pocketsphinx-testdata: five sentences of LibriVox and five card calls. The
-package is fetched by apt-get and read at run time. Words are compared in lower case, without punctuation. Each program
-reads all recordings in turn, and the order of the programs changes; the seconds are printed and not written.
+package is downloaded by apt-get and read at run time. Words are compared in lower case, without punctuation. Each
+program reads all recordings in turn, and the order of the programs changes; the seconds are printed and not written.
 keifu's time is that of native code, as in `keifu transcribe`. faster-whisper is left out if it is not installed. Its
-time includes its own features. --weights int8 compares keifu and faster-whisper with matrices of 8 bits.
+time includes its feature extraction. --weights int8 compares keifu and faster-whisper with 8-bit matrices.
 """
 
 import argparse
@@ -37,7 +37,7 @@ NUMBERS = {"mr": "mister"} | {str(number): word for number, word in enumerate(DI
 
 
 def recordings(folder: Path) -> dict[str, tuple[torch.Tensor, list[str]]]:
-    """Return sound and words of each recording by its name."""
+    """Return sound and words of each recording by name."""
     file = apt_download(PACKAGE, VERSION, f"{PACKAGE}_{VERSION}_all.deb", folder, folder)
     with tarfile.open(fileobj=BytesIO(read_debian(file))) as archive:
         contents = {m.name: archive.extractfile(m).read() for m in archive if m.isfile() and "/data/" in m.name}

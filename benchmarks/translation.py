@@ -31,7 +31,7 @@ Runs = list[tuple[str, Path]]
 
 
 def by_length(runs: Runs, on: str, reverse: bool, limit: int | None, picture: Path) -> None:
-    """Print BLEU and chrF of each run, overall and by the length of the source, and draw those by length."""
+    """Print BLEU and chrF of each run, overall and by the length of the source. Draw those by length."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     for name, path in runs:
         found = evaluate(*keifu.load(path), EvalRequest(on, limit, reverse, by_length=True))
@@ -75,7 +75,7 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Pa
 
 
 def states(run: Path, most: int) -> Iterable[tuple[float, dict[str, Any]]]:
-    """Return minutes of training and weights of `most` kept states, evenly spread, with the last one."""
+    """Return minutes of training and weights of `most` evenly spaced saved states, including the last one."""
     kept = sorted((run / "state").glob("step-*.json"))
     for facts in kept if len(kept) <= most else [kept[round(i * len(kept) / most) - 1] for i in range(1, most + 1)]:
         yield json.loads(facts.read_text())["seconds"] / 60, load_file(facts.with_suffix(".safetensors"))
@@ -93,7 +93,7 @@ def losses(run: Path) -> list[tuple[float, float]]:
 
 
 def heads(path: Path, sentence: str, picture: Path) -> None:
-    """Draw every head that reads the source while a greedy translation of the sentence is written."""
+    """Draw every head of cross-attention during the greedy translation of a sentence."""
     model, tokenizer = keifu.load(path)
     seen = inspect_translation(model, [*tokenizer.encode(sentence), model.config.end_id])
     cross = {name.replace("decoder.", "layer ").replace(".cross_attention", ""): each

@@ -1,10 +1,10 @@
-"""DDPM's U-Net for CIFAR-10 (35.7 M parameters): pictures a second forward and in training, beside diffusers.
+"""DDPM's U-Net for CIFAR-10 (35.7 M parameters): pictures per second forward and in training, compared with diffusers.
 
 python benchmarks/unet.py [--dtype float32 bfloat16] [--rounds 5] [--batch 1 16] [--training-batch 16]
 
-Both have the same random weights and see the same noisy pictures. In bfloat16 the forward pass has weights in that
-type, and training has autocast over float32 weights, as anyone would; a row more gives diffusers channels-last weights,
-which its users must ask for. A training step is the squared error of the noise, its gradient clipped at 1, and AdamW.
+Both have the same random weights and see the same noisy pictures. In bfloat16 the forward pass has bfloat16 weights,
+and training has autocast over float32 weights, as is usual; a further row gives diffusers channels-last weights, which
+its users must request. A training step is the squared error of the noise, its gradient clipped at 1, and AdamW.
 """
 
 import argparse
@@ -27,14 +27,14 @@ from keifu.training.protocols import Batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE, LAST = "diffusers", "diffusers, channels-last"
-CONFIG = ddpm.Config(dropout=0.0)  # no dropout, which would hide a difference; each side draws its own noise
+CONFIG = ddpm.Config(dropout=0.0)  # without dropout, whose random numbers would differ between the sides
 
 
 def models() -> tuple[ddpm.DDPM, UNet2DModel, UNet2DModel]:
-    """Build keifu's and two of diffusers', the second channels-last, with the same weights."""
+    """Build keifu's model and two of diffusers', the second channels-last, with the same weights."""
     torch.manual_seed(0)
     own = ddpm.build(CONFIG)
-    for parameter in own.parameters():  # the last layers are zero in a fresh network
+    for parameter in own.parameters():  # the last layers are zero in a new network
         if not bool(parameter.any()):
             torch.nn.init.normal_(parameter, std=0.02)
     told = {key: value for key, value in ddpm.to_published(CONFIG).items() if key not in ("model_type", "scheduler")}
@@ -46,7 +46,7 @@ def models() -> tuple[ddpm.DDPM, UNet2DModel, UNet2DModel]:
 
 
 def pictures(batch: int, seed: int = 0) -> Tensor:
-    """Draw random numbers [batch, 3, 32, 32]."""
+    """Draw random pictures [batch, 3, 32, 32]."""
     return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
 
 
@@ -78,7 +78,7 @@ def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
         return {"pictures": pictures(batch, step), "draws": draw_noise(0, step, batch)}
 
     def loss(model: UNet2DModel, rows: Batch) -> Tensor:
-        """Return the same loss with torch's own noise, so that it does not include the cost of keifu's."""
+        """Return the same loss with torch's noise, so that the cost of keifu's noise is not included."""
         timestep, added = torch.randint(0, 1000, (batch,)), torch.randn_like(rows["pictures"])
         noisy = add_noise(rows["pictures"], added, CONFIG.noise.alpha_bar, timestep)
         return torch.nn.functional.mse_loss(model(noisy, timestep).sample.float(), added)
@@ -95,7 +95,7 @@ def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
 
 
 def show(seconds: dict[str, list[float]], batch: int, dtype: torch.dtype, flops: float, notes: dict[str, str]) -> None:
-    """Print pictures a second, ratios to diffusers, and the share of the matmul peak."""
+    """Print pictures per second, ratios to diffusers, and the share of the peak speed of matrix multiplication."""
     peak = matmul_peak(CPU, dtype)
     shares = {name: f"{flops / sorted(own)[len(own) // 2] / peak:.0%} of the peak" for name, own in seconds.items()}
     told = {name: ", ".join(filter(None, [share, notes.get(name)])) for name, share in shares.items()}
