@@ -99,8 +99,9 @@ def native_logits(model: NativeLM, tokens: Tokens, documents: Tokens | None) -> 
 class StudentAnswers(PackedConversations, StatelessBatches):
     """Training data in which the student writes some of the batches itself (GKD, algorithm 1).
 
-    share: of these batches, which the seed and the step choose. Each row is then the prompt of one of the row's
-    conversations, with an answer of at most `max_tokens` tokens, which is learned. Validation uses the given answers.
+    share: the share of such batches; the seed and the step choose them. Each row is then the prompt of one of the row's
+    conversations, with the student's answer of at most `max_tokens` tokens, which is learned. Validation uses the given
+    answers.
     """
 
     def __init__(self, student: nn.Module, tokenizer: Tokenizer, share: float, max_tokens: int, *given: Any):

@@ -41,9 +41,10 @@ MAX_BATCH_ANSWERS = 256  # answers that are generated or scored at a time
 
 
 class PolicyOutput(NamedTuple):
-    """For each token of all answers: its log-probability, the entropy before it in nats, and the row of its answer.
+    """Results for all tokens of all answers: log-probability, entropy before the token in nats, row of the answer, and
+    position.
 
-    positions: of the tokens in the flattened (batch, length - 1) array of positions after the first.
+    positions: indices in the flattened (batch, length - 1) array of all positions after the first.
     """
 
     logs: Tokens

@@ -152,7 +152,7 @@ class FileWeights(Weights):
     def _piece(
         self, link: Link, number: int, rows: slice, read: Callable[[str], Tensor], ggml_type: int | None = None
     ) -> Tensor:
-        """Return rows of our tensor that their tensor `number` makes. ggml_type: of its blocks, if it is read as
+        """Return rows of our tensor that their tensor `number` makes. ggml_type: type of its blocks, if it is read as
         blocks."""
         key = link.theirs[number], ggml_type
         if self._part[0] != key:

@@ -17,7 +17,7 @@ from keifu.checkpoints.hf.native_config import check_types, from_json
 from keifu.checkpoints.hf.weight_names import Table
 from keifu.errors import UserError
 from keifu.layers.meta import on_meta
-from keifu.models.hf.config import write_own
+from keifu.models.hf.config import write_native
 
 # Settings of any published config that are not implemented, with their neutral value.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
@@ -33,20 +33,21 @@ def _tie(config: Any, tied: bool) -> Any:
 class Family:
     """One model_type: its form of config.json and its weight names.
 
-    module: the model's file.
-    read, write: convert a config.json to a Config and back.
-    names: the table of weight names. prefix: of their names; files may omit it from all names, and files of the
-    architectures `without_prefix` do. old_endings, old_beginnings: today's ending (beginning) of a name → that of old
-    files.
-    not_weights: patterns of tensors that are not weights, with fields of the Config in braces. copies: a tensor → the
-    tensor of the file that it repeats. full_precision: patterns of tensors that keep the file's dtype if it is wider
-    than the others'.
-    in_file: fields of the Config that are True if the file has a tensor, whatever its config says.
-    unsupported: settings, each with the only value that is implemented.
-    aliases: returns, for a Config, the other names in files of a matrix that is used in several places.
-    inside: prefix of the decoder that `tied` refers to. tie: returns a Config with its head tied to the embedding, or
-    not.
-    files: names of the config and of the weights in a directory.
+    - module: the model's file.
+    - read, write: convert a config.json to a Config and back.
+    - names: the table of weight names.
+    - prefix: prefix of published names. A file may omit it from all names; files of the architectures `without_prefix`
+      always do.
+    - old_endings, old_beginnings: today's ending (beginning) of a published name → the one in old files.
+    - not_weights: patterns of tensors that are not weights, with fields of the Config in braces.
+    - copies: a tensor → the tensor of the file that it repeats.
+    - full_precision: patterns of tensors that keep the file's dtype if it is wider than the others'.
+    - in_file: fields of the Config that are True if the file has a tensor, whatever its config says.
+    - unsupported: settings, each with the only value that is implemented.
+    - aliases: returns, for a Config, the other names in files of a matrix that is used in several places.
+    - inside: prefix of the decoder that `tied` refers to.
+    - tie: returns a Config with its head tied to the embedding, or not.
+    - files: names of the config and of the weights in a directory.
     """
 
     module: Any
@@ -164,7 +165,7 @@ def families_of(name: str) -> dict[str, Family]:
         name: Family(model_type=name, read=module.from_published, write=module.to_published, files=files, **shared)
         for name in offered.get("MODEL_TYPES", ())
     }
-    read, write = partial(from_json, module.Config), partial(write_own, generic)
+    read, write = partial(from_json, module.Config), partial(write_native, generic)
     families.setdefault(generic, Family(model_type=generic, read=read, write=write, **shared))
     return _with_open_clip(**families) if name == "clip.clip" else families
 

@@ -63,7 +63,7 @@ class Layout:
     def pieces(self, shard: int, tensor: int) -> list[ShardPiece]:
         """Return the slices of a tensor that the rank (shard, tensor) of the mesh stores."""
         total = sum(map(len, self.rows[tensor]))
-        size = ceil(total / self.shards)  # as FSDP splits
+        size = ceil(total / self.shards)  # FSDP splits in this way
         shard %= self.shards  # an unsharded tensor: each rank has all rows
         first, end = min(shard * size, total), min((shard + 1) * size, total)
         column, shards, below = self.columns[tensor].start if self.columns else 0, [], 0

@@ -128,7 +128,7 @@ class SplitHeadsNorm(AllHeadsRMSNorm):
         flat = x.float().flatten(-2)
         squares = self.tokens.move(flat.square().sum(-1, keepdim=True), Partial(), Replicate())
         count = len(self.weight) * self.tokens.size
-        # of the sum over ranks the gradient is summed too
+        # the gradient of a sum over ranks has to be summed over ranks too
         scale = (self.tokens.sum_gradient(squares) / count + self.eps).rsqrt()
         return (flat * scale * self.weight.float()).to(x.dtype).unflatten(-1, x.shape[-2:])
 

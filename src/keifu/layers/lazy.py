@@ -118,7 +118,7 @@ def settle(module: nn.Module) -> None:
 
 
 class _Operation(NamedTuple):
-    """Operation of a trace. state: of the random generator before it; None if it draws nothing."""
+    """Operation of a trace. state: the random generator's state before it; None if it draws nothing."""
 
     func: Any
     args: tuple

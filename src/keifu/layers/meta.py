@@ -16,11 +16,11 @@ _FILL = {
 }  # fmt: skip
 
 
-class _NothingDrawn(TorchFunctionMode):
-    """Initialisation leaves a tensor as it is.
+class _NoInitialisation(TorchFunctionMode):
+    """Mode in which initialisation does not change a tensor.
 
-    On the meta device there is nothing to fill; but PyTorch's own way to fill nothing is written in Python and imports
-    its compiler, which takes longer than to load a small model.
+    On the meta device there are no numbers to set. But PyTorch's own fill functions for it import its compiler, which
+    takes longer than loading a small model.
     """
 
     def __torch_function__(
@@ -34,7 +34,7 @@ class _NothingDrawn(TorchFunctionMode):
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Make a context in which tensors have a shape and a type but no numbers, as within `torch.device("meta")`, and
-    initialisation costs nothing."""
-    with torch.device("meta"), _NothingDrawn():
+    """Create tensors in this block with a shape and a dtype but no numbers, as within `torch.device("meta")`.
+    Initialisation has no cost."""
+    with torch.device("meta"), _NoInitialisation():
         yield

@@ -18,7 +18,7 @@ Tokens = Float[Tensor, "tokens dim"]
 
 
 class Routing(NamedTuple):
-    """Choice of a router: the experts of each token, their weights, and the scores of all experts, which sum to 1."""
+    """A router's choice: the experts of each token, their weights, and the scores of all experts, which sum to 1."""
 
     weights: Float[Tensor, "tokens k"]
     experts: Int[Tensor, "tokens k"]
@@ -31,9 +31,9 @@ class Routing(NamedTuple):
 
     @property
     def balancing_loss(self) -> Float[Tensor, ""]:
-        """Return the balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6).
+        """The balancing loss of Switch Transformers (Fedus et al., 2021, equations 4 to 6).
 
-        It is n_experts · Σ share of tokens · mean score: k when the load is even, and more when it is not.
+        It is n_experts · Σ share of tokens · mean score: k if the load is even, and more if it is not.
         """
         shares = self.load.to(self.scores) / len(self.scores)
         return self.scores.shape[-1] * (shares * self.scores.mean(0)).sum()
@@ -42,7 +42,7 @@ class Routing(NamedTuple):
 class SoftmaxRouter(nn.Module):
     """Router that takes the k highest of a softmax (Shazeer et al., 2017; Mixtral, Qwen3-MoE, OLMoE, gpt-oss).
 
-    normalised: the weights of a token are divided by their sum.
+    normalised: whether the weights of a token are divided by their sum.
     """
 
     def __init__(self, dim: int, n_experts: int, k: int, normalised: bool = True, bias: bool = False):
@@ -61,17 +61,18 @@ class SoftmaxRouter(nn.Module):
 
 
 class FloatLinear(Linear):
-    """Linear layer without a bias that computes in float32, whatever the type of its input and weight."""
+    """Linear layer without a bias that computes in float32 for any dtype of its input and weight."""
 
     def forward(self, input: Float[Tensor, "*batch in_features"]) -> Float[Tensor, "*batch out_features"]:  # noqa: A002
         return nn.functional.linear(input.float(), self.weight.float())
 
 
 class GroupedSigmoidRouter(nn.Module):
-    """Router of DeepSeek-V3 (2024, section 2.1.2): sigmoid scores, a correction for the choice alone, and groups.
+    """Router of DeepSeek-V3 (2024, section 2.1.2): sigmoid scores, a correction that affects only the choice, and
+    groups.
 
-    Experts are chosen within the `k_groups` groups whose two best corrected scores have the highest sum. The correction
-    changes which experts are chosen; the weights are the uncorrected scores, times `scale`.
+    Experts are chosen within the `k_groups` groups whose two best corrected scores have the highest sum. The weights
+    are the uncorrected scores, times `scale`.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class GroupedSigmoidRouter(nn.Module):
 
     @torch.no_grad()
     def balance_(self, load: Int[Tensor, " experts"], rate: float = 1e-3) -> None:
-        """Raise the correction of experts below the mean load and lower that of the others (Wang et al., 2024)."""
+        """Raise the correction of experts below the mean load, and lower that of the others (Wang et al., 2024)."""
         load = load.to(self.correction)
         self.correction += rate * (load.mean() - load).sign()
 
@@ -113,7 +114,8 @@ def _check_counts(n_experts: int, k: int) -> None:
 
 
 class GatedNetwork(nn.Module):
-    """Shared expert whose output is multiplied by the sigmoid of one number made of the token (Qwen2-MoE, 2024)."""
+    """Shared expert whose output is multiplied by the sigmoid of one number, computed from the token
+    (Qwen2-MoE, 2024)."""
 
     def __init__(self, dim: int, network: Any):
         super().__init__()
@@ -121,7 +123,8 @@ class GatedNetwork(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         y = self.network(x)
-        return self.gate(x).expand_as(y).sigmoid() * y  # the bits of one number depend on its index in a tensor
+        # expanded first: the bits of a sigmoid depend on the number's index in a tensor
+        return self.gate(x).expand_as(y).sigmoid() * y
 
     @property
     def residual_weights(self) -> list[Tensor]:
@@ -130,7 +133,7 @@ class GatedNetwork(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Feed-forward network made of a router, its experts, and experts that every token uses (`shared`)."""
+    """Feed-forward network: a router, its experts, and a network that every token uses (`shared`)."""
 
     def __init__(
         self,
@@ -140,8 +143,8 @@ class MixtureOfExperts(nn.Module):
     ):
         super().__init__()
         self.router, self.experts, self.shared = router, nn.ModuleList(experts), shared
-        self.counted: Tensor | None = None  # tokens of each expert in this step of training
-        self.load: Tensor | None = None  # and in the last one, of all processes
+        self.counted: Tensor | None = None  # tokens of each expert in the current training step
+        self.load: Tensor | None = None  # tokens of each expert in the last training step, of all ranks
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         tokens = x.reshape(-1, x.shape[-1])
@@ -183,9 +186,9 @@ def mixtures(model: nn.Module) -> dict[str, MixtureOfExperts]:
 
 
 def end_step(model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
-    """End a step of training: keep the load of each mixture, and balance the routers that have a correction.
+    """End a training step: store the load of each mixture, and balance the routers that have a correction.
 
-    total: sums a tensor over the processes that share a batch.
+    total: sums a tensor over the ranks that share a batch.
     """
     for mixture in mixtures(model).values():
         if mixture.counted is None:
@@ -195,7 +198,7 @@ def end_step(model: nn.Module, total: Callable[[Tensor], Tensor]) -> None:
             mixture.router.balance_(mixture.load)
 
 
-COLLAPSED = 0.9  # share of the tokens that one expert has, above which a router is reported
+COLLAPSED = 0.9  # a router is reported if one expert has a larger share of the tokens
 
 
 def collapsed_routers(model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""Normalisations that torch lacks, or whose published rounding differs from torch's. (LayerNorm alone is torch's.)"""
+"""Normalisations that torch lacks, or whose published rounding differs from torch's. (Plain LayerNorm is torch's.)"""
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, 2019): computed in float32, rounded, then scaled.
+    """Norm x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, 2019): computed in float32, rounded, then scaled.
 
-    A GPU has one kernel for all of it, which scales before it rounds.
+    A GPU has one kernel for all of this, which scales before it rounds.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5):
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 class PlainRMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), without weights (nanochat, 2025): computed in float32, then rounded."""
+    """Norm x / sqrt(mean(x²) + eps), without weights (nanochat, 2025): computed in float32, then rounded."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -35,7 +35,7 @@ class PlainRMSNorm(nn.Module):
 
 
 class ScaledRMSNorm(RMSNorm):
-    """RMSNorm times a number. As the last norm it scales the logits, since the head is linear (Granite, 2024)."""
+    """RMSNorm times a constant. As the final norm it scales the logits, since the head is linear (Granite, 2024)."""
 
     def __init__(self, dim: int, eps: float, scale: float):
         super().__init__(dim, eps)
@@ -46,7 +46,7 @@ class ScaledRMSNorm(RMSNorm):
 
 
 class UnitOffsetRMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · (1 + weight), all in float32, then rounded; weights begin at 0 (Gemma, 2024)."""
+    """Norm x / sqrt(mean(x²) + eps) · (1 + weight), all in float32, then rounded. Weights start at 0 (Gemma, 2024)."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -79,7 +79,7 @@ class AllHeadsRMSNorm(FullPrecisionRMSNorm):
 
 
 class ScaledLayerNorm(nn.LayerNorm):
-    """LayerNorm without bias, times a number. As the last norm it scales the logits, since the head is linear: PaLM
+    """LayerNorm without bias, times a constant. As the final norm it scales the logits, since the head is linear. PaLM
     divides them by √dim, because its head is the embedding, whose numbers are near 1 (Chowdhery et al., 2022)."""
 
     def __init__(self, dim: int, eps: float = 1e-5, scale: float = 1.0):

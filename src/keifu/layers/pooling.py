@@ -1,4 +1,4 @@
-"""Pooling of hidden states into one embedding for each sequence, and a classification head on it.
+"""Pooling of hidden states into one embedding per sequence, and a classification head.
 
 Axes: batch, length = tokens, dim, labels.
 """
@@ -22,7 +22,7 @@ def mean_pool(
 
 class SentenceHead(nn.Module):
     """Logistic regression on sentence embeddings: the mean hidden state, scaled to length 1 (Reimers and Gurevych,
-    2019), and one matrix with a bias."""
+    2019), then a linear layer."""
 
     def __init__(self, dim: int, labels: int):
         super().__init__()

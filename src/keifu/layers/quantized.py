@@ -1,9 +1,9 @@
-"""Frozen linear layers whose matrices stay in GGUF's blocks: the base of adapters (QLoRA, Dettmers et al., 2023), and
-models of GGUF files on GPUs.
+"""Frozen linear layers whose matrices stay in GGUF blocks: the base of adapters (QLoRA, Dettmers et al., 2023), and
+GGUF models on GPUs.
 
-A block of Q4_0 has 32 numbers of a row, each a multiple from -8 to 7 of the block's scale in float16. (The paper's NF4
-has 16 levels at quantiles of the normal distribution.) The numbers are those of the gguf package, bit for bit. Axes:
-blocks = groups of numbers that share a scale, bytes = of one block as it is stored, numbers = of one block.
+A block of Q4_0 has 32 numbers of a row. Each is a multiple, from -8 to 7, of the block's float16 scale. (The paper's
+NF4 has 16 levels at quantiles of the normal distribution.) The numbers equal the gguf package's bit for bit. Axes:
+blocks = groups of numbers that share a scale; bytes of a stored block; numbers of a block.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,12 @@ from keifu.layers.linear import linear, product, triton_kernels
 Stored = UInt8[Tensor, "blocks bytes"]
 Numbers = Float[Tensor, "blocks numbers"]
 SIZE = 32  # numbers of a block of Q4_0
-IN_CACHE = 8192 * SIZE  # numbers that are unpacked at once, so that a processor's cache holds them
-AT_A_TIME = 2**24  # and on a GPU, so that few are in float32
+IN_CACHE = 8192 * SIZE  # numbers unpacked at a time on a CPU, so that they fit its cache
+AT_A_TIME = 2**24  # numbers unpacked at a time on a GPU, so that few are in float32
 
 
 class Format(NamedTuple):
-    """Blocks of a type: their numbers, their bytes, and how they are read."""
+    """A type of blocks: the numbers and the bytes of a block, and the function that reads blocks."""
 
     numbers: int
     bytes: int
@@ -37,7 +37,7 @@ def _half(stored: Stored) -> Float[Tensor, "blocks 1"]:
 
 
 def _nibbles(stored: Stored, out: Numbers) -> Numbers:
-    """Return the lower four bits of all bytes, then the upper ones."""
+    """Write the lower four bits of all bytes, then the upper ones, to `out`, and return it."""
     half = stored.shape[1]
     out[:, :half] = stored & 15
     out[:, half:] = stored >> 4
@@ -45,22 +45,22 @@ def _nibbles(stored: Stored, out: Numbers) -> Numbers:
 
 
 def _q8_0(stored: Stored, out: Numbers) -> None:
-    """Read a scale in float16, then 32 whole numbers."""
+    """Read a scale in float16, then 32 signed bytes."""
     out.copy_(stored[:, 2:].view(torch.int8)).mul_(_half(stored[:, :2]))
 
 
 def _q4_0(stored: Stored, out: Numbers) -> None:
-    """Read a scale in float16, then 32 numbers of four bits, of which 8 is zero."""
+    """Read a scale in float16, then 32 four-bit numbers, offset by 8."""
     _nibbles(stored[:, 2:], out).sub_(8).mul_(_half(stored[:, :2]))
 
 
 def _q4_1(stored: Stored, out: Numbers) -> None:
-    """Read a scale and the least number in float16, then 32 numbers of four bits."""
+    """Read a scale and a minimum in float16, then 32 four-bit numbers."""
     _nibbles(stored[:, 4:], out).mul_(_half(stored[:, :2])).add_(_half(stored[:, 2:4]))
 
 
 def _q4_k(stored: Stored, out: Numbers) -> None:
-    """Read two factors in float16, 8 scales and 8 minima of six bits, then 8 groups of 32 numbers of four bits."""
+    """Read two factors in float16, 8 scales and 8 minima of six bits, then 8 groups of 32 four-bit numbers."""
     low, middle, high = stored[:, 4:16].unflatten(1, (3, 4)).unbind(1)
     scales = torch.cat([low & 63, (high & 15) | (low >> 2 & 48)], 1) * _half(stored[:, :2])
     minima = torch.cat([middle & 63, high >> 4 | (middle >> 2 & 48)], 1) * _half(stored[:, 2:4])
@@ -70,7 +70,8 @@ def _q4_k(stored: Stored, out: Numbers) -> None:
 
 
 def _q6_k(stored: Stored, out: Numbers) -> None:
-    """Read 256 numbers of six bits, of which 32 is zero: their lower four and upper two; 16 scales and their factor."""
+    """Read 256 six-bit numbers, offset by 32: their lower four bits and upper two bits; then 16 scales and their
+    factor."""
     low, high = stored[:, :128].unflatten(1, (2, 1, 64)), stored[:, 128:192].unflatten(1, (2, 1, SIZE))
     lower = torch.cat([low & 15, low >> 4], 2).view(-1, 2, 4, SIZE)
     upper = torch.cat([high & 3, high >> 2 & 3, high >> 4 & 3, high >> 6], 2)
@@ -86,7 +87,7 @@ FORMATS = {
 
 
 def pack(weight: Float[Tensor, "out in"]) -> Stored:
-    """Return the blocks of Q4_0 of a matrix; its number farthest from 0 is -8 times a block's scale."""
+    """Quantise a matrix to blocks of Q4_0. In each block, the number farthest from 0 becomes -8 times the scale."""
     blocks = weight.detach().float().view(-1, SIZE)
     farthest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
     scale = farthest / -8
@@ -112,11 +113,11 @@ def unpack(stored: Stored, format: str, dtype: torch.dtype = torch.float32) -> N
 
 
 class QuantizedLinear(nn.Module):
-    """Frozen linear layer that unpacks its matrix for each forward and backward pass, and does not keep it.
+    """Frozen linear layer that unpacks its matrix for each forward and backward pass, and does not store it.
 
-    Each row must be whole blocks. The blocks are not in the state dict: they are made again from the model's file.
+    Each row must be whole blocks. The blocks are not in the state dict: they are read again from the model's file.
 
-    parts: blocks of the rows, from the first row on, with their type; None packs the matrix of `layer` in Q4_0.
+    parts: blocks of consecutive rows, each with their type; None quantises the matrix of `layer` to Q4_0.
     """
 
     def __init__(self, layer: nn.Linear, parts: Sequence[tuple[str, Stored]] | None = None):
@@ -128,7 +129,7 @@ class QuantizedLinear(nn.Module):
         self.shape, self.kinds = layer.weight.shape, [format for format, _ in joined]
         for number, (_, blocks) in enumerate(joined):
             self.register_buffer(f"blocks{number}", torch.cat(blocks), persistent=False)
-        self.layer = layer  # its bias and type, and what it is when adapters are merged
+        self.layer = layer  # its bias and dtype are used; merging adapters fills in its weight
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
@@ -143,7 +144,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
-        """Return the matrix, unpacked."""
+        """Return the unpacked matrix."""
         return self.unpacked(self.layer.weight.dtype)
 
     @property
@@ -152,12 +153,13 @@ class QuantizedLinear(nn.Module):
         return [(format, self.get_buffer(f"blocks{number}")) for number, format in enumerate(self.kinds)]
 
     def unpacked(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """Return the matrix in a type."""
+        """Return the unpacked matrix in a dtype."""
         parts = [unpack(blocks, format, dtype).view(-1, self.shape[1]) for format, blocks in self.stored]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def product(self, x: Float[Tensor, "*batch in"], bias: Tensor | None) -> Float[Tensor, "*batch out"]:
-        """Multiply with the matrix; few tokens with its blocks, if there are kernels for them."""
+        """Return x @ weight.T + bias. For few tokens, kernels multiply with the blocks directly, if there are
+        kernels."""
         kernels = triton_kernels(x.device)
         if kernels is None or x.numel() > kernels.FEW * x.shape[-1] or not {*self.kinds} <= kernels.KINDS.keys():
             return linear(x, self.unpacked(x.dtype), bias)

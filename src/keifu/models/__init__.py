@@ -1,1 +1,1 @@
-"""The models, one file a paper: each offers Config, SIZES, build and, where weights were published, their names."""
+"""The models, one file per paper. Each has Config, SIZES, build and, if weights were published, their names."""

@@ -1,6 +1,6 @@
 """BERT (Devlin et al., 2018, "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding"): a
-bidirectional encoder. New are its pretraining tasks, masked language modelling and next-sentence prediction, which let
-every token attend to both sides; it is then fine-tuned on a task.
+bidirectional encoder. Its new pretraining tasks, masked language modelling and next-sentence prediction, let every
+token attend to both sides. Then it is fine-tuned on a task.
 
 Axes: batch, length = tokens, dim, vocab, labels.
 """
@@ -32,7 +32,7 @@ Hidden = Float[Tensor, "batch length dim"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are BERT-base as it is pretrained. The last five fields are the heads on top of the encoder."""
+    """The defaults are BERT-base as pretrained. The last five fields are the heads on top of the encoder."""
 
     vocab_size: Count = 30_522  # tokens in the vocabulary
     context_length: Count = 512  # longest sequence in tokens
@@ -51,7 +51,7 @@ class Config:
     sentence_head: bool = False  # whether the classification head reads the sentence embedding, not the pooled state
 
 
-# Printed are 110 M and 340 M, which leave out the heads of pretraining.
+# The paper's 110 M and 340 M leave out the heads of pretraining.
 SIZES = {
     "bert-base": Config(),
     "bert-large": Config(dim=1024, hidden_dim=4096, n_layers=24, n_heads=16),
@@ -61,7 +61,7 @@ PAPER_PARAMETERS = {"bert-base": 110e6, "bert-large": 340e6, "all-minilm-l6-v2":
 
 
 class WordHead(nn.Module):
-    """The head of masked language modelling, up to its last matrix, which is the embedding."""
+    """The head of masked language modelling without its last matrix, which is the embedding."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -74,7 +74,7 @@ class WordHead(nn.Module):
 
 
 class Bert(nn.Module):
-    """The encoder, and the heads that its config names; the others are None."""
+    """The encoder, and the heads that its config selects; the others are None."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -97,12 +97,11 @@ class Bert(nn.Module):
     def encode(
         self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Hidden:
-        """Return hidden states. `segments` are 0 for the first sentence, 1 for the second; `mask` is True on real
-        tokens."""
+        """Return the hidden states. segments: 0 for the first sentence, 1 for the second. mask: True on real tokens."""
         length = tokens.shape[1]
         if length > self.config.context_length:
-            room = f"the {self.config.context_length} positions that this model has learned"
-            raise UserError(f"{length} tokens do not fit {room}; shorten the text.")
+            limit = f"the {self.config.context_length} positions that this model has learned"
+            raise UserError(f"{length} tokens do not fit {limit}; shorten the text.")
         x = self.embedding(tokens) + self.positions(torch.arange(length, device=tokens.device))
         x = x + self.segments(tokens.new_zeros(1, 1) if segments is None else segments)
         x, visible = self.dropout(self.norm(x)), PaddingMask(mask)
@@ -117,7 +116,7 @@ class Bert(nn.Module):
         return torch.tanh(_there(self.pooler, "pooled state")(hidden[:, 0]))
 
     def words(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """Return the logits of the word at each position; the head's last matrix is the embedding."""
+        """Return the logits of the word at each position. The head's last matrix is the embedding."""
         return linear(self.word_states(hidden), self.head_weight, self.head_bias)
 
     def word_states(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
@@ -136,7 +135,7 @@ class Bert(nn.Module):
         return _there(self.word_head, "head for masked words").bias
 
     def next_sentence(self, pooled: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch 2"]:
-        """Return the logits of the two classes: the second sentence follows the first, or is a random one."""
+        """Return the logits of two classes: the second sentence follows the first, or it is a random one."""
         return _there(self.next_head, "head for the next sentence")(pooled)
 
     def classify(
@@ -170,8 +169,8 @@ def build(config: Config) -> Bert:
 
 
 def with_heads(base: nn.Module, config: Config, **heads: Any) -> Bert:
-    """Build a model with the weights of one that has this config, and other heads: those that it lacks begin anew, and
-    so does the one for labels where the labels are others."""
+    """Build a model with the weights of `base`, whose config is `config`, and other heads. New heads are initialised,
+    also the labels' head if the labels differ."""
     model, weights = build(replace(config, **heads)), base.state_dict()
     if model.config.labels != config.labels:
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith("classifier.")}
@@ -203,11 +202,11 @@ PREFIX = "bert."
 WITHOUT_PREFIX = ("BertModel",)  # the architecture whose files have no prefix
 NOT_WEIGHTS = ("bert.embeddings.position_ids",)
 OLD_ENDINGS = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}  # TensorFlow's names
-COPIES = {  # old files hold these next to the tensors that they repeat
+COPIES = {  # old files have these duplicates
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-# Heads of which files hold more than their architecture has (bert-base-uncased): the file decides.
+# Files may have more heads than their architecture (bert-base-uncased): the file decides.
 IN_FILE = {
     "pooled": "bert.pooler.dense.weight",
     "words": "cls.predictions.bias",
@@ -220,7 +219,7 @@ UNSUPPORTED = {
     "add_cross_attention": False,
     "problem_type": "single_label_classification",
 }
-# architecture -> pooled, words, next_sentence, labels; a plain model's file says whether it is pooled
+# architecture → pooled, words, next_sentence, labels; a BertModel's file shows whether it is pooled
 ARCHITECTURES = {
     "BertForPreTraining": (True, True, True, False),
     "BertForMaskedLM": (False, True, False, False),
@@ -274,6 +273,7 @@ def to_published(config: Config) -> dict[str, Any]:
         "add_pooling_layer": config.pooled,
         "tie_word_embeddings": True,
     }
-    json |= {"sentence_head": True} if config.sentence_head else {}  # transformers reads the encoder alone
+    # transformers ignores it and reads only the encoder
+    json |= {"sentence_head": True} if config.sentence_head else {}
     names = {"id2label": labels, "label2id": {label: n for n, label in enumerate(config.labels)}}
     return json | (names if labels else {})

@@ -1,6 +1,6 @@
-"""Gemma 3 (Gemma Team, 2025), its text model: five layers of sliding-window attention for each of full attention, so
-that the key-value cache of a long text stays small; norms before and after each sublayer, QK-norm, embeddings times
-√dim.
+"""The text model of Gemma 3 (Gemma Team, 2025): five layers of sliding-window attention for each layer of full
+attention, so that the key-value cache of a long text stays small; norms before and after each sublayer, QK-norm, and
+embeddings times √dim.
 
 The rotary base is 10,000 in local layers (sliding window) and 1,000,000 in global ones. Norms multiply by 1 + weight.
 """
@@ -35,9 +35,9 @@ class Config(llama.DecoderConfig):
     local_rope_theta: float = 10_000.0
     local_rope_scaling: RopeScaling | None = None
     activation: str = field(default="gelu_tanh", kw_only=True)
-    sliding_window: int = 512  # tokens that a local layer attends to, the token itself included
+    sliding_window: int = 512  # tokens that a local layer attends to, including the token itself
     global_layers: tuple[int, ...] | None = None  # None: every sixth, from layer 5 on
-    attention_scale: float | None = None  # 1 / √head_dim
+    attention_scale: float | None = None  # None: 1 / √head_dim
     attention_bias: bool = False
     tied: bool = field(default=True, kw_only=True)
 
@@ -60,7 +60,7 @@ PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the vision enco
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model with GPT-2's initialisation: N(0, 0.02²), scaled residual projections. The report prints none."""
+    """Build a model with GPT-2's initialisation: N(0, 0.02²), scaled residual projections. The report gives none."""
     blocks = [_block(config, layer) for layer in range(config.n_layers)]
     norm = UnitOffsetRMSNorm(config.dim, config.norm_eps)
     embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)
@@ -68,12 +68,12 @@ def build(config: Config) -> DecoderLM:
 
 
 def _block(config: Config, layer: int) -> SandwichNorm:
-    everything = layer in llama.global_layers(config, 6)
-    theta = config.rope_theta if everything else config.local_rope_theta
+    is_global = layer in llama.global_layers(config, 6)
+    theta = config.rope_theta if is_global else config.local_rope_theta
     norm = partial(UnitOffsetRMSNorm, eps=config.norm_eps)
     attention = llama.attention(
-        config, config.attention_bias, window=None if everything else config.sliding_window,
-        rotary=Rotary(config.head_dim, theta, config.rope_scaling if everything else config.local_rope_scaling),
+        config, config.attention_bias, window=None if is_global else config.sliding_window,
+        rotary=Rotary(config.head_dim, theta, config.rope_scaling if is_global else config.local_rope_scaling),
         scale=config.attention_scale, qk_norm=(norm(config.head_dim), norm(config.head_dim)),
     )  # fmt: skip
     feedforward = llama.gated(config, layer)
@@ -126,7 +126,7 @@ def read_scale(json: dict[str, Any], head_dim: int) -> float | None:
 
 
 def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
-    """Read base and scaling of the global and of the local layers. transformers 5 has both in `rope_parameters`."""
+    """Read base and scaling of the global and of the local layers. transformers 5 writes both in `rope_parameters`."""
     context = {"max_position_embeddings": json.get("max_position_embeddings", 131_072)}
     both = json.get("rope_parameters") or {}
     old = {"rope_theta": json.get("rope_theta", 1e6), **(json.get("rope_scaling") or {})}
@@ -154,7 +154,8 @@ def to_published(config: Config) -> dict[str, Any]:
 
 
 def write_scale(config: Any) -> dict[str, Any]:
-    """Return the published number whose 1 / √ is the factor of the scores: a whole one in every published config."""
+    """Return query_pre_attn_scalar, the inverse square of the factor of the scores: a whole number in every published
+    config."""
     if (scale := config.attention_scale) is None:
         return {"query_pre_attn_scalar": config.head_dim}
     if not scale > 0:

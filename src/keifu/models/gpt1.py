@@ -1,6 +1,6 @@
 """GPT-1 (Radford et al., 2018, "Improving Language Understanding by Generative Pre-Training"): a decoder-only
-Transformer, pretrained as a language model and then fine-tuned on a task. New against the Transformer of 2017: no
-encoder and no cross-attention, learned positions, and GELU. The norms still stand after each sublayer (post-norm).
+Transformer, pretrained as a language model and then fine-tuned on a task. Compared with the Transformer of 2017: no
+encoder and no cross-attention, learned positions, and GELU. The norms are still after each sublayer (post-norm).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from keifu.ranges import BelowOne, Count, NotNegative
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the published model (section 4.1); its vocabulary is that of the released files."""
+    """The defaults are the published model (section 4.1), with the vocabulary of the released files."""
 
     vocab_size: Count = 40_478  # tokens in the vocabulary
     context_length: Count = 512  # longest sequence in tokens
@@ -42,8 +42,8 @@ PAPER_PARAMETERS = {"gpt1": 117e6}  # not in its own paper; GPT-2's table 2 coun
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model whose weights, positions too, are initialised from N(0, 0.02²). There is no final norm: the last
-    block ends in one."""
+    """Build a model with all weights, including positions, initialised from N(0, 0.02²). There is no final norm: the
+    last block ends in one."""
     norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
     blocks = [
         PostNorm(
@@ -70,11 +70,11 @@ WEIGHT_NAMES = {
     "blocks.*.feedforward.down": "transformer.h.*.mlp.c_proj.T",
     "head": "lm_head",
 }
-PREFIX = "transformer."  # OpenAI's own files have the same names without it
-NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.position_ids")  # old files keep the mask and the numbers
+PREFIX = "transformer."  # OpenAI's files have the same names without it
+NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.position_ids")  # old files have the mask and the positions
 MODEL_TYPES = {"openai-gpt": "OpenAIGPTLMHeadModel"}
 
-_ACTIVATIONS = {"gelu": "gelu_tanh", "swish": "silu", "silu": "silu", "relu": "relu"}  # values of `afn`, and our names
+_ACTIVATIONS = {"gelu": "gelu_tanh", "swish": "silu", "silu": "silu", "relu": "relu"}  # values of `afn` → our names
 
 
 def _read_activation(afn: str) -> str:
@@ -106,5 +106,5 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers reads, which has no field for another `hidden_dim` than 4 · dim."""
+    """Return the config.json that transformers reads. It has no field for a `hidden_dim` other than 4 · dim."""
     return hf.write(config, MODEL_TYPES, FIELDS)

@@ -1,5 +1,5 @@
-"""GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"): new against GPT-1 are
-pre-norm blocks with a final norm, an initialisation scaled for the number of residual layers, and prompts instead of
+"""GPT-2 (Radford et al., 2019, "Language Models are Unsupervised Multitask Learners"). Compared with GPT-1: pre-norm
+blocks with a final norm, an initialisation scaled for the number of residual layers, and prompts instead of
 fine-tuning.
 """
 
@@ -24,7 +24,7 @@ from keifu.ranges import BelowOne, Count, NotNegative
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the smallest published size. `dropout` 0.1 is the released configuration's."""
+    """The defaults are the smallest published size. `dropout` 0.1 is from the released configuration."""
 
     vocab_size: Count = 50_257  # tokens in the vocabulary
     context_length: Count = 1024  # longest sequence in tokens
@@ -35,11 +35,11 @@ class Config:
     norm_eps: NotNegative = 1e-5  # number ε in the normalisation
     activation: str = "gelu_tanh"  # activation of the feed-forward layers
     dropout: BelowOne = 0.1  # share of dropped activations
-    bias: bool = True  # whether layers have biases; without is nanoGPT's variant; no published weights have it
+    bias: bool = True  # whether layers have biases; False is nanoGPT's variant, which no published weights have
     tied: bool = True  # whether the head is the token embedding
 
 
-# The paper's table 2 prints 117, 345, 762 and 1542 million; the released weights count 124, 355, 774 and 1558.
+# The paper's table 2 gives 117, 345, 762 and 1542 million; the released weights have 124, 355, 774 and 1558.
 SIZES = {
     "gpt2": Config(),
     "gpt2-medium": Config(dim=1024, hidden_dim=4096, n_layers=24, n_heads=16),
@@ -50,13 +50,13 @@ PAPER_PARAMETERS = {"gpt2": 117e6, "gpt2-medium": 345e6, "gpt2-large": 762e6, "g
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model with the paper's initialisation; positions have half the deviation, as in the released code."""
+    """Build a model with the paper's initialisation. Positions have half the deviation, as in the released code."""
     attention = partial(Attention, config.dim, config.n_heads, bias=config.bias, dropout=config.dropout)
     return assemble(config, lambda layer: attention(), config.bias)
 
 
 def assemble(config: Any, attention: Callable[[int], Attention], bias: bool = True) -> DecoderLM:
-    """Build GPT-2 with this attention in each layer, counted from 0."""
+    """Build GPT-2 with the given attention of each layer, counted from 0."""
     norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=bias)
     blocks = [
         PreNorm(
@@ -81,7 +81,7 @@ WEIGHT_NAMES = gpt1.WEIGHT_NAMES | {
     "norm": "transformer.ln_f",
 }
 PREFIX = gpt1.PREFIX
-NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias")  # old files keep the causal mask
+NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.h.*.attn.masked_bias")  # old files have the causal mask
 MODEL_TYPES = {"gpt2": "GPT2LMHeadModel"}
 UNSUPPORTED = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
 

@@ -2,11 +2,11 @@
 task from examples in the prompt (few-shot). New in the model: banded (local) attention in every second layer (section
 2.1, after Child et al., 2019), whose cost grows with the band's width and not with the square of the length.
 
-Where table 2.1 does not add up, this file keeps to d_model = n_heads · d_head: XL has 16 heads of 128 (printed: 24,
-which would make it 1.5 billion and not 1.3), 13B has dim 5120 (printed: 5140, which 40 heads do not divide). The band's
-width was not published: 256 is that of GPT-Neo, whose weights were (Black et al., 2021; the same layers, with unscaled
-attention and no biases on q, k and v). Nor was it published whether the first layer is dense (here it is, as in
-GPT-Neo) or banded, nor the dropout (here 0).
+Table 2.1 has inconsistent rows; this file uses d_model = n_heads · d_head: XL has 16 heads of 128 (the table's 24 would
+make it 1.5 billion, not 1.3), and 13B has dim 5120 (the table's 5140 is not divisible by 40 heads). The band's width is
+unpublished: 256 is from GPT-Neo, whose weights were published (Black et al., 2021; the same layers, with unscaled
+attention and no biases on q, k and v). It is also unpublished whether the first layer is dense (here it is, as in
+GPT-Neo) or banded, and the dropout rate (here 0).
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from keifu.ranges import BelowOne, Count, NotNegative
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are GPT-3 Small. `band` None makes every layer dense, which is GPT-2."""
+    """The defaults are GPT-3 Small. band: None makes every layer dense, as in GPT-2."""
 
     vocab_size: Count = 50_257  # tokens in the vocabulary
     context_length: Count = 2048  # longest sequence in tokens
@@ -34,7 +34,7 @@ class Config:
     norm_eps: NotNegative = 1e-5  # number ε in the normalisation
     activation: str = "gelu_tanh"  # activation of the feed-forward layers
     dropout: BelowOne = 0.0  # share of dropped activations
-    band: Count | None = 256  # width of the attention in layers 1, 3, 5, ..., the token itself included
+    band: Count | None = 256  # width of the attention in layers 1, 3, 5, ..., including the token itself
     qkv_bias: bool = True  # whether queries, keys and values have a bias
     scaled_attention: bool = True  # whether scores are divided by √(dim / n_heads); not in GPT-Neo
     tied: bool = True  # whether the head is the token embedding
@@ -67,7 +67,7 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model with GPT-2's initialisation, as the paper says."""
+    """Build a model with GPT-2's initialisation, as in the paper."""
     return gpt2.assemble(config, partial(_attention, config))
 
 
@@ -87,7 +87,7 @@ PREFIX = gpt2.PREFIX
 NOT_WEIGHTS = ("transformer.h.*.attn.attention.bias", "transformer.h.*.attn.attention.masked_bias")  # causal masks
 MODEL_TYPES = {"gpt_neo": "GPTNeoForCausalLM"}
 
-FIELDS: hf.Fields = gpt2.FIELDS | {  # of GPT-Neo
+FIELDS: hf.Fields = gpt2.FIELDS | {  # GPT-Neo's fields
     "context_length": "max_position_embeddings",
     "dim": "hidden_size",
     "hidden_dim": hf.Field("intermediate_size", lambda json: 4 * json["hidden_size"]),
@@ -105,9 +105,11 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def _read_band(json: dict[str, Any]) -> int | None:
-    """Return the width of the band, from [[["global", "local"], 6]]: kinds of layers, and how often they repeat."""
+    """Return the width of the band. attention_types, such as [[["global", "local"], 6]], lists the types of layers and
+    their repetitions."""
     written, n_layers = json["attention_types"], hf.check_layers(json, "num_layers")
-    layers = [layer for kinds, times in written for layer in kinds * min(times, n_layers + 1)]  # one too many is enough
+    # one layer too many is enough for the error below
+    layers = [layer for kinds, times in written for layer in kinds * min(times, n_layers + 1)]
     if layers == ["global"] * n_layers:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:
@@ -123,8 +125,7 @@ def _attention_types(n_layers: int, banded: bool) -> list[list[Any]]:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json of GPT-2 for a dense model with its attention, else of GPT-Neo, which has another
-    attention."""
+    """Return the config.json of GPT-2 for a dense model with GPT-2's attention, otherwise of GPT-Neo."""
     if config.band is None and config.qkv_bias and config.scaled_attention:
         return hf.write(config, gpt2.MODEL_TYPES, gpt2.FIELDS)
     return {

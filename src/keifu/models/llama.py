@@ -1,6 +1,5 @@
 """LLaMA (Touvron et al., 2023) and later models with the same layers: LLaMA 2 and 3, SmolLM2, TinyLlama, Mistral
-(sliding window), Qwen2 (biased q, k, v). New against GPT-2: RMSNorm, SwiGLU, rotary positions, no biases.
-"""
+(sliding window), Qwen2 (biased q, k, v). Compared with GPT-2: RMSNorm, SwiGLU, rotary positions, no biases."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class Config(DecoderConfig):
-    """The defaults are LLaMA-7B. `hidden_dim` is printed in no paper: 256 · ceil(8/3 · dim / 256) in LLaMA 1."""
+    """The defaults are LLaMA-7B. No paper gives `hidden_dim`: it is 256 · ceil(8/3 · dim / 256) in LLaMA 1."""
 
     vocab_size: Count = 32_000  # tokens in the vocabulary
     context_length: Count = 2048  # longest sequence in tokens
@@ -45,8 +44,8 @@ class Config(DecoderConfig):
     head_dim: Count | None = None  # width of a head; None: dim / n_heads
     norm_eps: NotNegative = 1e-6  # number ε in the normalisation
     rope_theta: Positive = 10_000.0  # base of the rotary frequencies
-    sliding_window: Count | None = None  # tokens that a token attends to, itself included (Mistral); None: all
-    first_window_layer: Natural = 0  # first layer with a window; those below it have full attention (Qwen2)
+    sliding_window: Count | None = None  # tokens that a token attends to, including itself (Mistral); None: all
+    first_window_layer: Natural = 0  # first layer with a window; earlier layers have full attention (Qwen2)
     qkv_bias: bool = False  # whether queries, keys and values have a bias
     out_bias: bool = False  # whether the attention's output has a bias
     feedforward_bias: bool = False  # whether the feed-forward layers have a bias
@@ -95,9 +94,9 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model initialised as GPT-2, N(0, 0.02²) with scaled residual projections.
+    """Build a model with GPT-2's initialisation, N(0, 0.02²) with scaled residual projections.
 
-    The LLaMA papers do not print their initialisation.
+    The LLaMA papers do not give their initialisation.
     """
     return assemble(config, partial(_attention, config), partial(gated, config, bias=config.feedforward_bias))
 
@@ -106,34 +105,34 @@ def assemble(
     config: Any, attention: Callable[[int], nn.Module], feedforward: Callable[[int], nn.Module] | None = None,
     block: Callable[..., nn.Module] = PreNorm, norm: Callable[[int, float], nn.Module] = RMSNorm,
 ) -> DecoderLM:  # fmt: skip
-    """Build LLaMA with the layers that are passed in.
+    """Build LLaMA with the given layers.
 
-    attention, feedforward: the sublayers of the block with this number, from 0 on; by default SwiGLU. block: joins the
-    two with their norms. norm: of a width and an ε.
+    attention, feedforward: build the sublayers of a block from its number, from 0 on; the default feedforward is
+    SwiGLU. block: builds a block from both sublayers and their norms. norm: builds a norm from a width and an ε.
     """
-    made = partial(norm, config.dim, config.norm_eps)
+    new_norm = partial(norm, config.dim, config.norm_eps)
     feedforward = feedforward or partial(gated, config)
     blocks = [
-        block(attention(layer), feedforward(layer), (made(), made()), config.dropout)
+        block(attention(layer), feedforward(layer), (new_norm(), new_norm()), config.dropout)
         for layer in range(config.n_layers)
     ]
-    return initialise(DecoderLM.of(config, blocks, made()))
+    return initialise(DecoderLM.of(config, blocks, new_norm()))
 
 
 def gated(config: Any, layer: int, bias: bool = False) -> GatedFeedForward:
-    """Build the gated feed-forward of a Config, the same in every layer."""
+    """Build the gated feed-forward network of a Config, the same in every layer."""
     return GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias)
 
 
 def initialise(model: DecoderLM) -> DecoderLM:
-    """Initialise a later model, whose paper does not print its initialisation, as LLaMA."""
+    """Initialise a later model like LLaMA, if its paper does not give its initialisation."""
     normal_(model, std=0.02)
     scale_residual_(residual_weights(model.blocks), len(model.blocks))
     return model
 
 
 def global_layers(config: Any, every: int) -> tuple[int, ...]:
-    """Return the layers with full attention of a Config that lists them; by default the last of `every` layers."""
+    """Return the layers with full attention that a Config lists; by default the last of each `every` layers."""
     listed: tuple[int, ...] | None = config.global_layers
     return tuple(range(every - 1, config.n_layers, every)) if listed is None else listed
 
@@ -141,7 +140,8 @@ def global_layers(config: Any, every: int) -> tuple[int, ...]:
 def attention(
     config: Any, bias: bool = False, layer: Callable[..., Attention] = Attention, **settings: Any
 ) -> Attention:
-    """Build rotary attention of a Config's sizes; other settings are those of the class `layer`."""
+    """Build rotary attention with a Config's sizes. layer: the attention class. settings: further arguments of this
+    class."""
     head_dim = vars(config).get("head_dim")
     if "rotary" not in settings:
         settings["rotary"] = Rotary(head_dim or config.dim // config.n_heads, config.rope_theta, config.rope_scaling)
@@ -164,8 +164,8 @@ WEIGHT_NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
-PREFIX = "model."  # files of the model without its head have the same names without it
-NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files keep the rotary frequencies
+PREFIX = "model."  # files of the model without its head omit it
+NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files have the rotary frequencies
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
 FIELDS: hf.Fields = hf.SIZE_FIELDS | {
@@ -205,7 +205,7 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "model_type": model_type,
         "architectures": [MODEL_TYPES[model_type]],
-        "num_key_value_heads": config.n_heads,  # where the Config leaves it to the default
+        "num_key_value_heads": config.n_heads,  # overwritten below unless the Config has None
         **hf.write_fields(config, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),
         **more,

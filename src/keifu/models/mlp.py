@@ -1,10 +1,8 @@
 """The multi-layer network (Rumelhart, Hinton and Williams, 1986, "Learning representations by back-propagating
-errors"): layers of units between input and output, all trained by the gradient of one error
-(backpropagation).
+errors"): layers of units between input and output, all trained by the gradient of one error (backpropagation).
 
-What was new: the step is replaced by a smooth unit (the paper's is the sigmoid), so that the chain rule carries the
-error of the outputs back through every layer and the hidden units find features of their own. What one neuron cannot
-do, XOR, two layers learn.
+New: a smooth unit (in the paper, the sigmoid) replaces the step. So the chain rule propagates the error of the outputs
+back through every layer, and the hidden units learn features. Two layers learn XOR, which one neuron cannot compute.
 
 Axes: batch, dim = inputs, classes = outputs.
 """
@@ -26,9 +24,10 @@ from keifu.ranges import BELOW_ONE, check_value
 
 @dataclass(frozen=True)
 class Config:
-    """`hidden_dims` is the width of each hidden layer, `output` the activation of the last one.
+    """Sizes and settings of a network.
 
-    `classes` names the outputs, where they have names. `dropout` is the fraction of hidden units dropped in a step.
+    hidden_dims: the width of each hidden layer. output: the activation of the last layer. classes: names of the
+    outputs; empty if they have none. dropout: share of hidden units dropped in a step.
     """
 
     dim: int = 2
@@ -52,9 +51,9 @@ SIZES = {"mlp-symmetry": Config(dim=6, hidden_dims=(2,), n_outputs=1, output="si
 
 
 class MLP(nn.Module):
-    """output(W … activation(W x' + b) … + b) with x' = (x - mean) / scale.
+    """Network output(W … activation(W x' + b) … + b), where x' = (x - mean) / scale.
 
-    `mean` and `scale` [dim] belong to the data that the network learned from and are saved with it: 0 and 1 unless set.
+    mean, scale (dim,): of the training data; they are saved with the network. They are 0 and 1 unless set.
     """
 
     mean: Tensor
@@ -83,7 +82,7 @@ class MLP(nn.Module):
 
     @torch.inference_mode()
     def predict(self, x: Float[Tensor, "batch dim"]) -> Int[Tensor, "batch"]:
-        """Return the class with the largest output, where x is; the network may be elsewhere."""
+        """Return the class with the largest output, on the device of x. The network may be on another one."""
         return self(x.to(self.mean.device)).argmax(-1).to(x.device)
 
     @property
@@ -101,10 +100,10 @@ class MLP(nn.Module):
 
 
 def build(config: Config) -> MLP:
-    """Build a network whose weights differ ("to break symmetry") and neither swell nor shrink what passes through
-    them."""
+    """Build a network with random weights ("to break symmetry"), scaled so that activations keep their variance in all
+    layers."""
     model = MLP(config)
-    gain = 1.0  # the inputs are taken to have variance 1
+    gain = 1.0  # assumes inputs with variance 1
     for layer in model.layers:
         assert isinstance(layer, nn.Linear)
         nn.init.normal_(layer.weight, std=gain / math.sqrt(layer.in_features))
@@ -114,11 +113,12 @@ def build(config: Config) -> MLP:
 
 
 def forward_gain(function: Activation) -> float:
-    """Return 1/√E[f(z)²] for a standard normal z: weights with this gain give the next layer sums of variance 1 again.
+    """Return 1/√E[f(z)²] for a standard normal z: with this gain, the sums in the next layer have variance 1 again.
 
-    It is He et al.'s √2 (2015) for the ramp, and their argument for any other activation.
+    It is He et al.'s √2 (2015) for the ramp, generalised to any activation.
     """
-    z = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")  # a number, wherever the network is built
+    # on the CPU, also within a context of another device
+    z = torch.linspace(-8, 8, 4001, dtype=torch.float64, device="cpu")
     density = torch.exp(-z.square() / 2)
     return float((density.sum() / (density * function(z).square()).sum()).sqrt())
 
@@ -129,7 +129,7 @@ MODEL_TYPES = {"keifu_mlp": "MLP"}
 
 FIELDS: hf.Fields = {name: name for name in ("dim", "n_outputs", "activation", "output", "dropout")} | {
     "hidden_dims": hf.Field("hidden_dims", read=tuple, write=list),
-    "classes": hf.Field(  # where transformers puts them
+    "classes": hf.Field(  # the same field as in transformers
         "id2label", read=lambda labels: tuple(labels[str(index)] for index in range(len(labels))),
         write=lambda names: {str(index): name for index, name in enumerate(names)},
     ),

@@ -1,6 +1,6 @@
-"""OLMo 2 (Ai2, 2024): LLaMA's layers, made stable for training.
+"""OLMo 2 (Ai2, 2024): LLaMA's layers with changes for stable training.
 
-New against LLaMA: the norms come after the sublayers instead of before them (reordered norm), and queries and keys are
+Compared with LLaMA: the norms are after the sublayers instead of before them (reordered norm), and queries and keys are
 normalised over all heads together (QK-norm). Both ideas are older: Liu et al. (2021) and Dehghani et al. (2023).
 """
 
@@ -19,7 +19,7 @@ from keifu.ranges import Count, NotNegative, Positive
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are OLMo 2 7B."""
+    """Sizes and settings of a model. The defaults are OLMo 2 7B."""
 
     vocab_size: Count = 100_352  # tokens in the vocabulary
     context_length: Count = 4096  # longest sequence in tokens
@@ -43,7 +43,7 @@ PAPER_PARAMETERS = {"olmo2-1b": 1.48e9, "olmo2-7b": 7.30e9, "olmo2-13b": 13.7e9,
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here.
+    """Build a model with the initialisation of keifu's LLaMA.
 
     The paper draws every weight from N(0, 0.02²) and does not scale the residual projections (section 3.3).
     """
@@ -81,7 +81,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     return {
-        "num_key_value_heads": config.n_heads,  # where the Config leaves it to the default
+        "num_key_value_heads": config.n_heads,  # overwritten below unless the Config has None
         **hf.write(config, MODEL_TYPES, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),
     }

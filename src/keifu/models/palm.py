@@ -1,9 +1,10 @@
-"""PaLM (Chowdhery et al., 2022): parallel attention and feed-forward layers behind one norm, so that their first matrix
-products can be one; a single head of keys and values (multi-query attention), so that the key-value cache is n_heads
-times smaller; SwiGLU, rotary positions, no biases, and a head tied to the embedding, its logits divided by √dim.
+"""PaLM (Chowdhery et al., 2022): parallel attention and feed-forward layers after one norm, so that their first
+matrices can be multiplied at once; a single head of keys and values (multi-query attention), so that the key-value
+cache is n_heads times smaller; SwiGLU, rotary positions, no biases, and a head tied to the embedding, with logits
+divided by √dim.
 
 No PaLM weights were published. Cohere's Command-R has the same layer, and its files are read and written here. Rotary
-pairs are interleaved, as in Cohere's code; the paper does not say. Nor does it print the norms' ε.
+pairs are interleaved, as in Cohere's code; the paper does not mention this, nor the norms' ε.
 """
 
 from dataclasses import dataclass
@@ -85,13 +86,13 @@ WEIGHT_NAMES = {
     "head": "lm_head",
 }
 PREFIX = "model."
-NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files keep the rotary frequencies
+NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files have the rotary frequencies
 MODEL_TYPES = {"cohere": "CohereForCausalLM"}
 UNSUPPORTED = {"attention_bias": False, "use_qk_norm": False}
 
 FIELDS: hf.Fields = hf.SIZE_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
-    "head_dim": hf.Field("head_dim", None),  # transformers takes it, where heads are not dim / n_heads wide
+    "head_dim": hf.Field("head_dim", None),  # transformers reads it if heads are not dim / n_heads wide
     "norm_eps": hf.Field("layer_norm_eps", 1e-5, float),
     "activation": hf.activation_field("hidden_act", "silu"),
     "logit_scale": hf.Field("logit_scale", lambda json: 0.0625, float),
@@ -108,7 +109,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers reads."""
     return {
-        "logit_scale": config.dim**-0.5,  # where the Config leaves it to the default
+        "logit_scale": config.dim**-0.5,  # overwritten below unless the Config has None
         **hf.write(config, MODEL_TYPES, FIELDS),
         **UNSUPPORTED,
         **hf.write_rope(config.rope_theta, config.rope_scaling),

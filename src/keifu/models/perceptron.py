@@ -1,13 +1,12 @@
 """The perceptron (Rosenblatt, 1958): one neuron with a step function, trained by correcting its mistakes.
 
-What was new: McCulloch and Pitts' threshold neuron (1943) computed, but its weights were set by hand. Rosenblatt gave
-it a rule that finds them: w ← w + η (t - y) x, b ← b + η (t - y), applied only where the output y is not the target t.
-A step has no gradient; the rule needs none. If a plane parts the two classes, the rule finds one after at most (R/γ)²
-corrections (Novikoff, 1962); if none does (XOR), it never ends, so linear separability is decided beforehand, with a
-proof.
+New: the weights of McCulloch and Pitts' threshold neuron (1943) were set by hand. Rosenblatt's rule finds them: w ← w +
+η (t - y) x, b ← b + η (t - y), applied only if the output y is not the target t. A step has no gradient; the rule needs
+none. If a plane separates the two classes, the rule finds one after at most (R/γ)² corrections (Novikoff, 1962). If no
+plane does (XOR), the rule never ends. So linear separability is decided beforehand, with a proof.
 
 Axes: rows = examples, dim = inputs. A signed row is ±(x, 1): the bias is the weight of a constant 1, and the sign is
-that of the class, so that a separator is a vector whose product with every signed row is positive.
+the class's. So a separator is a vector whose product with every signed row is positive.
 """
 
 from collections.abc import Iterator
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 
 from keifu.layers.activations import step
 
-LARGEST_PROOF = 40  # rows; beyond it the exact arithmetic of `exact_mixture` would take minutes
+LARGEST_PROOF = 40  # rows; with more, the exact arithmetic of `exact_mixture` would take minutes
 
 
 @dataclass(frozen=True)
 class Config:
-    """`dim`: number of inputs."""
+    """The number of inputs, `dim`."""
 
     dim: int = 2
 
@@ -34,7 +33,7 @@ SIZES: dict[str, Config] = {}  # the paper gives a rule, not a size
 
 
 class Perceptron(nn.Module):
-    """Output 1 where Σ w x + b ≥ 0, else 0 (the tie is a 1), in float64; weights and bias start at zero."""
+    """Neuron with output 1 if Σ w x + b ≥ 0 (a tie is a 1), else 0, in float64. Weights and bias start at zero."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -44,7 +43,7 @@ class Perceptron(nn.Module):
 
     @property
     def threshold(self) -> float:
-        """Return the threshold that Σ w x must reach for an output of 1: -b."""
+        """The threshold that Σ w x must reach for an output of 1: -b."""
         return -float(self.bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
@@ -56,28 +55,28 @@ class Perceptron(nn.Module):
         return "0", "1"
 
     def predict_proba(self, x: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch classes"]:
-        """Return 1 for the class of each row, 0 for the other: a step is never in doubt."""
+        """Return 1 for the class of each row and 0 for the other: a step has no uncertainty."""
         fires = self(x.to(self.weight)).to(x)
         return torch.stack([1 - fires, fires], -1)
 
     def correct(self, x: Float[Tensor, "dim"], target: float, rate: float = 1.0) -> None:
-        """Apply the perceptron rule to one row; it changes nothing if the output is right already."""
+        """Apply the perceptron rule to one row. Nothing changes if the output is already right."""
         error = rate * (target - self(x))
         self.weight += error * x
         self.bias += error
 
 
 def build(config: Config) -> Perceptron:
-    """Build a neuron with all weights zero, as Novikoff's bound asks."""
+    """Build a neuron with all weights zero, as Novikoff's bound requires."""
     return Perceptron(config)
 
 
 def learn(
     neuron: Perceptron, x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"], rate: float = 1.0
 ) -> Iterator[int]:
-    """Show the rows in turn, again and again, and corrects each mistake; yields the row of each correction.
+    """Go through the rows repeatedly and correct each mistake. Yield the index of each corrected row.
 
-    It ends when every row is right: never, where the classes cannot be parted by a plane.
+    It ends when every row is right: never, if no plane separates the classes.
     """
     position = 0
     while len(wrong := (neuron(x) != targets).nonzero().flatten()):
@@ -90,14 +89,14 @@ def learn(
 
 @dataclass(frozen=True)
 class Separation:
-    """Whether a plane parts two classes, and the proof of it.
+    """Whether a plane separates two classes, and the proof.
 
-    `mixture` [rows]: weights ≥ 0 with sum 1 of the mixture of signed rows that lies nearest to zero. `separator`
-    [dim + 1]: weights, then bias, of the plane with the widest margin; None where none was found. `margin`: γ, its
-    smallest distance to a signed row; without a separator, a distance that no separator's margin exceeds. `radius`: R,
-    the length of the longest signed row. `exact`: the answer is proved, whatever rounding does. A separator is proved
-    by its products, further from zero than their rounding error. That there is none is proved by a mixture that is
-    zero in rational arithmetic (Gordan, 1873).
+    mixture (rows): weights ≥ 0 with sum 1 of the mixture of signed rows nearest to zero. separator (dim + 1): weights,
+    then bias, of the plane with the widest margin; None if there is none. margin: γ, the smallest distance of the plane
+    to a signed row; without a separator, an upper bound of any margin. radius: R, the length of the longest signed row.
+    exact: whether the answer is proved, independently of rounding. A separator is proved if its products are further
+    from zero than their rounding error. That there is none is proved by a mixture that is zero in rational arithmetic
+    (Gordan, 1873).
     """
 
     mixture: Float[Tensor, "rows"]
@@ -108,16 +107,16 @@ class Separation:
 
     @property
     def bound(self) -> float:
-        """Novikoff's: the most corrections that the rule can make from zero weights, (R/γ)²."""
+        """Novikoff's bound of the number of corrections from zero weights, (R/γ)²."""
         return (self.radius / self.margin) ** 2 if self.margin else float("inf")
 
 
 def separate(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Separation:
-    """Decide whether a plane parts the rows with target 1 from those with target 0, and find the widest margin.
+    """Decide whether a plane separates the rows with target 1 from those with target 0, and find the widest margin.
 
-    The separator with the widest margin is the point nearest to zero in the convex hull of the signed rows; there is
-    none exactly when that hull holds zero. (Parting with ≥ on one side is parting with > on both: rows are finite, so
-    the plane can be shifted a little.)
+    The separator with the widest margin is the point nearest to zero in the convex hull of the signed rows. There is
+    none exactly if the hull contains zero. (Separation with ≥ on one side equals separation with > on both: there are
+    finitely many rows, so the plane can be shifted a little.)
     """
     signed = signed_rows(x, targets)
     radius = float(signed.norm(dim=1).max())
@@ -137,16 +136,16 @@ def separate(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Se
 
 
 def signed_rows(x: Float[Tensor, "rows dim"], targets: Float[Tensor, "rows"]) -> Float[Tensor, "rows dim1"]:
-    """Return (x, 1) where the target is 1, -(x, 1) where it is 0, in float64."""
+    """Return (x, 1) if the target is 1, and -(x, 1) if it is 0, in float64."""
     lifted = torch.cat([x.double(), x.new_ones(len(x), 1, dtype=torch.float64)], 1)
     return lifted * (2 * targets.double() - 1)[:, None]
 
 
 def nearest_mixture(points: Float[Tensor, "rows dim1"]) -> Float[Tensor, "rows"]:
-    """Return weights of the convex mixture of points nearest to zero (Wolfe, 1976: finite, with no step size).
+    """Return the weights of the convex mixture of points nearest to zero (Wolfe, 1976: finite, with no step size).
 
-    It keeps a few affinely independent points; each turn takes in the point furthest towards zero as seen from the
-    present mixture, until none is nearer than rounding can tell.
+    The support is a few affinely independent points. Each iteration adds the point furthest in the direction from the
+    current mixture to zero, until rounding hides any improvement.
     """
     radius, eps = float(points.norm(dim=1).max()), torch.finfo(torch.float64).eps
     support = points.norm(dim=1).argmin()[None]
@@ -162,7 +161,7 @@ def nearest_mixture(points: Float[Tensor, "rows dim1"]) -> Float[Tensor, "rows"]
         support, weights = absorb(
             points, torch.cat([support, entering[None]]), torch.cat([weights, weights.new_zeros(1)])
         )
-    if length >= previous:  # rounding made the last turn worse
+    if length >= previous:  # rounding made the last iteration worse
         support, weights = best
     return points.new_zeros(len(points)).index_put_((support,), weights)
 
@@ -170,8 +169,7 @@ def nearest_mixture(points: Float[Tensor, "rows dim1"]) -> Float[Tensor, "rows"]
 def absorb(
     points: Float[Tensor, "rows dim1"], support: Int[Tensor, "few"], weights: Float[Tensor, "few"]
 ) -> tuple[Int[Tensor, "fewer"], Float[Tensor, "fewer"]]:
-    """Return the mixture of the support nearest to zero, and its support: Wolfe's inner loop; it drops points as it
-    goes."""
+    """Return the mixture of the support nearest to zero, and its support, which may lose points: Wolfe's inner loop."""
     while True:
         target = affine_weights(points[support])
         falling = target <= 0
@@ -180,21 +178,21 @@ def absorb(
         reach = torch.where(falling, weights / (weights - target).clamp_min(1e-300), torch.inf)
         leaving = reach.argmin()
         weights = weights + reach[leaving].clamp_max(1.0) * (target - weights)
-        kept = (weights > 0) & (torch.arange(len(weights)) != leaving)
-        support, weights = support[kept], weights[kept] / weights[kept].sum()
+        staying = (weights > 0) & (torch.arange(len(weights)) != leaving)
+        support, weights = support[staying], weights[staying] / weights[staying].sum()
 
 
 def affine_weights(points: Float[Tensor, "few dim1"]) -> Float[Tensor, "few"]:
-    """Return the weights with sum 1, of any sign, of the point nearest to zero in the flat through the points."""
-    first, rest = points[0], points[1:]
-    others = torch.linalg.lstsq((rest - first).T, -first[:, None], driver="gelsd").solution.flatten()
+    """Return the weights (sum 1, any sign) of the point nearest to zero in the affine hull of the points."""
+    first, more = points[0], points[1:]
+    others = torch.linalg.lstsq((more - first).T, -first[:, None], driver="gelsd").solution.flatten()
     return torch.cat([1 - others.sum(dim=0, keepdim=True), others])
 
 
 def exact_mixture(points: list[list[float]]) -> list[Fraction] | None:
     """Return the weights ≥ 0 with sum 1 whose mixture of the points is zero in rational arithmetic, or None.
 
-    The points must be affinely independent, so that there is at most one answer: Gauss' elimination finds it.
+    The points must be affinely independent, so that there is at most one answer: Gaussian elimination finds it.
     """
     size = len(points)
     rows = [[Fraction(point[axis]) for point in points] + [Fraction(0)] for axis in range(len(points[0]))]

@@ -1,7 +1,7 @@
-"""Qwen3 (Yang et al., 2025): LLaMA's layers, with QK-norm (an RMSNorm of each head's queries and keys) in
-place of Qwen2's biases.
+"""Qwen3 (Yang et al., 2025): LLaMA's layers, with QK-norm (an RMSNorm of each head's queries and keys) instead of
+Qwen2's biases.
 
-QK-norm keeps attention logits from growing, so that training is stable (Dehghani et al., 2023).
+QK-norm limits the growth of attention logits, so that training is stable (Dehghani et al., 2023).
 """
 
 from dataclasses import dataclass
@@ -29,8 +29,8 @@ class Config(llama.DecoderConfig):
     head_dim: int = 128
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    sliding_window: int | None = None  # a token attends to this many, itself included
-    first_window_layer: int = 0  # layers below it have full attention
+    sliding_window: int | None = None  # tokens that a token attends to, including itself; None: all
+    first_window_layer: int = 0  # earlier layers have full attention
     attention_bias: bool = False
 
 
@@ -49,8 +49,8 @@ PAPER_PARAMETERS = {
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model initialised as GPT-2, N(0, 0.02²) with scaled residual projections: the report does not print its
-    own."""
+    """Build a model with GPT-2's initialisation, N(0, 0.02²) with scaled residual projections: the report does not give
+    its own."""
     return llama.assemble(config, partial(_attention, config))
 
 

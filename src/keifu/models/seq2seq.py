@@ -1,15 +1,15 @@
 """The encoder-decoder with attention (Bahdanau, Cho and Bengio, 2014, "Neural Machine Translation by Jointly Learning
-to Align and Translate"), and the ones before it without (Cho et al., 2014; Sutskever et al., 2014).
+to Align and Translate"), and the earlier ones without attention (Cho et al., 2014; Sutskever et al., 2014).
 
-What was new: the source is not one vector of fixed size but one state a token, from a bidirectional encoder, and before
-each word the decoder takes a weighted mean of them: attention. The weights are a softmax of the scores of a small
+New: the source is not one vector of fixed size but one state per token, from a bidirectional encoder. Before each word
+the decoder takes a weighted mean of these states: attention. The weights are a softmax of the scores of a small
 network, so that alignment is learned together with translation.
 
-What the paper leaves open: which state and context stand in the output. Section 3.1 writes g(y_{i-1}, s_i, c_i), the
-appendix U_o s_{i-1} + V_o E y_{i-1} + C_o c_i (copies differ in the index of c). This file follows the appendix with
-c_i, the context computed from s_{i-1}, so that y_{i-1}, an input of both, meets the current context.
-Biases, which the paper leaves out of its formulas, are in the recurrent layers, s_0 and the output's pairs. The reset
-gate stands where torch has it: see `keifu.layers.recurrent.gru`.
+The paper is ambiguous about the state and the context in the output. Section 3.1 has g(y_{i-1}, s_i, c_i), the appendix
+U_o s_{i-1} + V_o E y_{i-1} + C_o c_i (copies differ in the index of c). This file follows the appendix with c_i, the
+context computed from s_{i-1}, so that y_{i-1} is combined with the current context. The paper's formulas have no
+biases; here the recurrent layers, s_0 and the output's pairs have them. The reset gate is applied as in torch: see
+`keifu.layers.recurrent.gru`.
 
 Axes: batch, length = tokens of the target, source_length, dim = a state, width = a source token's state, vocab.
 """
@@ -43,12 +43,13 @@ SourceMask = Bool[Tensor, "batch source_length"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are RNNsearch-50 (section A.2.3). `dim` is n, `embedding_dim` m, `maxout_dim` l, `attention_dim` n'.
+    """The defaults are RNNsearch-50 (section A.2.3). The paper calls `dim` n, `embedding_dim` m, `maxout_dim` l,
+    `attention_dim` n'.
 
-    encoder: "bidirectional", or "forward" as before this paper. context: what of the source the decoder has at a step,
-    "attention", "fixed" (Cho et al.: the encoder's last states at every step) or "none" (Sutskever et al.: only as its
-    first state). output: "maxout" of pairs, or "state", the new state itself. The ids are those of the tokens that
-    begin a target, end either side and pad a row; `context_length` is that of the training.
+    encoder: "bidirectional", or "forward" as before this paper. context: the part of the source that the decoder reads
+    at a step: "attention", "fixed" (Cho et al.: the encoder's final states at every step) or "none" (Sutskever et al.:
+    only the decoder's first state). output: "maxout" of pairs, or "state", the new state itself. start_id, end_id,
+    pad_id: ids of the tokens that begin a target, end either side and pad a row. context_length: that of the training.
     """
 
     vocab_size: Count = 30_000  # tokens in the vocabulary
@@ -115,7 +116,7 @@ SIZES = {
     "rnnsearch-30": Config(context_length=30),
     "rnnencdec-50": Config(**_FORWARD_FIXED),
     "rnnencdec-30": Config(context_length=30, **_FORWARD_FIXED),
-    # Park and Kim (2019): a word's letters to its phonemes. The context is ours: the package takes words of any length.
+    # Park and Kim (2019): a word's letters to its phonemes. The context length is ours: the package allows any length.
     "g2p-en": Config(
         vocab_size=29, target_vocab_size=74, context_length=64, dim=256, embedding_dim=256, encoder="forward",
         context="none", output="state", head_bias=True, start_id=3, end_id=2, pad_id=0,
@@ -124,7 +125,7 @@ SIZES = {
 
 
 class Seq2Seq(nn.Module):
-    """Embeddings, encoder, decoder, output, head; which ones, the Config names."""
+    """Embeddings, encoder, decoder, output and head; the Config selects their kinds."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -146,9 +147,9 @@ class Seq2Seq(nn.Module):
         return self.logits(self.hidden(target, self.start(source, source_mask)))
 
     def start(self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None) -> DecoderState:
-        """Encode the sources and return the state of the decoder. An empty source is a ValueError.
+        """Encode the sources and return the state of the decoder. Raises UserError for an empty source.
 
-        capacity: most target tokens that the state keeps, given a few at a time; None: a whole target is given at once.
+        capacity: the most target tokens in the state, for decoding in steps. None: a whole target is passed at once.
         """
         mask = torch.ones_like(source, dtype=torch.bool) if source_mask is None else source_mask
         reading = self.encoder(self.source_dropout(self.source_embedding(source)), mask)
@@ -156,16 +157,16 @@ class Seq2Seq(nn.Module):
         return DecoderState(memory, hidden, capacity)
 
     def hidden(self, target: Tokens, state: DecoderState) -> Float[Tensor, "batch length hidden"]:
-        """Return hidden states that predict the next token. With a capacity, `target` holds the new tokens alone."""
+        """Return hidden states that predict the next token. With a capacity, pass only the new tokens."""
         embedded = self.target_dropout(self.target_embedding(target))
         return self.output_dropout(self.output(self._steps(embedded, state), embedded))
 
     def alignment(
         self, source: Source, target: Tokens, source_mask: SourceMask | None = None
     ) -> Float[Tensor, "batch length source_length"]:
-        """Return attention weights of the source tokens for each prediction of a next target token (figure 3).
+        """Return the attention weights of the source tokens for each prediction of a next target token (figure 3).
 
-        A model without attention has none: a ValueError.
+        Raises UserError for a model without attention.
         """
         weights = self._steps(self.target_embedding(target), self.start(source, source_mask)).weights
         if weights is None:
@@ -173,7 +174,7 @@ class Seq2Seq(nn.Module):
         return weights
 
     def logits(self, hidden: Float[Tensor, "*batch hidden"]) -> Float[Tensor, "*batch vocab"]:
-        """Apply the head alone."""
+        """Apply only the head."""
         return linear(hidden, self.head.weight, self.head.bias)
 
     @property
@@ -196,7 +197,7 @@ class Seq2Seq(nn.Module):
 
 def build(config: Config) -> Seq2Seq:
     """Build a model with the paper's initialisation (appendix B.1): recurrent matrices orthogonal, W_a and U_a from
-    N(0, 0.001²), v_a and all biases 0, the rest from N(0, 0.01²)."""
+    N(0, 0.001²), v_a and all biases 0, other weights from N(0, 0.01²)."""
     model = Seq2Seq(config)
     normal_(model, std=0.01)
     for name, parameter in model.named_parameters():

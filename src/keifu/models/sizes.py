@@ -1,7 +1,7 @@
 """The table of all published sizes: counted parameters and the paper's number. Reading it does not import torch.
 
-Counting builds the models, which takes seconds: so the counts are stored, and a test compares them with the models.
-`python -m keifu.models.sizes` counts all models of this folder again, new ones too, and writes the table.
+Counting builds the models, which takes seconds. So the counts are stored, and a test compares them with the models.
+`python -m keifu.models.sizes` counts all models of this folder again, including new ones, and writes the table.
 """
 
 import json
@@ -14,9 +14,10 @@ TABLE = Path(__file__).with_name("sizes.json")
 
 
 class Size(NamedTuple):
-    """Published size: the file of its model, its parameters (a shared tensor once), and the paper's number, if any.
+    """Published size: its name, the file of its model, its number of parameters (shared tensors once), and the paper's
+    number, if any.
 
-    active: parameters that one token uses, if a mixture of experts leaves others idle; else None.
+    active: number of parameters that one token uses, for a mixture of experts; otherwise None.
     """
 
     name: str
@@ -32,7 +33,7 @@ def published_sizes() -> list[Size]:
 
 
 def count_sizes(models: Iterable[str]) -> list[Size]:
-    """Return the table counted on models on the meta device."""
+    """Count the parameters of all sizes of these models, on the meta device."""
     modules = {name: import_module(f"keifu.models.{name}") for name in models}
     return [
         Size(size, name, *_counts(module, config, vars(module).get("PAPER_PARAMETERS", {}).get(size)))
@@ -42,7 +43,7 @@ def count_sizes(models: Iterable[str]) -> list[Size]:
 
 
 def count(module: Any, config: Any) -> int:
-    """Return the number of parameters of a size, from a model on the meta device."""
+    """Return the number of parameters of a size, counted on the meta device."""
     return _counts(module, config, None)[0]
 
 
@@ -57,7 +58,7 @@ def _counts(module: Any, config: Any, paper: float | None) -> tuple[int, float |
 
 
 def write(models: Iterable[str]) -> None:
-    """Count again and write the table, one line a size."""
+    """Count again and write the table, with one line for each size."""
     rows = ",\n".join(json.dumps(row[:4] if row.active is None else row) for row in count_sizes(models))
     TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 

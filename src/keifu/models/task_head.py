@@ -1,7 +1,7 @@
 """A pretrained decoder with a task head: fine-tuning as in GPT-1 (Radford et al., 2018, sections 3.2 and 3.3).
 
-The decoder is unchanged; new are the embeddings of a few special tokens and one matrix, which reads the hidden state of
-a sequence's last token.
+The decoder is unchanged. New are the embeddings of a few special tokens, and one matrix, which reads the hidden state
+of a sequence's last token.
 
 Axes: batch = examples, sequences = of one example, length = tokens, padded on the right, dim, answers = the logits.
 """
@@ -28,12 +28,12 @@ Extracted = Float[Tensor, "batch sequences dim"]
 
 @dataclass(frozen=True)
 class Config:
-    """`decoder` is the decoder's own Config. `form` names the input transformation (GPT-1, figure 1), and so the
-    head.
+    """Config of a decoder with a task head.
 
-    labels: what a head for labels chooses from; none where an example's own answers are chosen from. The ids are those
-    of the tokens around and between the parts of a sequence; None where a text stands as the tokenizer makes it.
-    bias: added to every logit; it matters where these are scores (a reward model's).
+    decoder: the decoder's Config. form: the input transformation (GPT-1, figure 1), which determines the head. labels:
+    of a head for labels; empty if each example has its own answers. start_id, delimiter_id, extract_id: tokens around
+    and between the parts of a sequence; None if none is added. bias: added to every logit; it matters for scores (a
+    reward model's).
     """
 
     decoder: Any
@@ -47,12 +47,12 @@ class Config:
 
     @property
     def vocab_size(self) -> int:
-        """The decoder's."""
+        """The decoder's vocabulary size."""
         return self.decoder.vocab_size
 
     @property
     def context_length(self) -> int:
-        """The decoder's."""
+        """The decoder's context length."""
         return self.decoder.context_length
 
     @property
@@ -62,8 +62,8 @@ class Config:
 
 
 class LabelHead(nn.Module):
-    """Logits of labels from the sum of an example's sequences; there are two where neither of two texts is the first
-    (similarity). Without a bias, as in the paper's equation 3."""
+    """Logits of labels, from the sum of the states of an example's sequences. There are two sequences if two texts have
+    no order (similarity). No bias, as in the paper's equation 3."""
 
     def __init__(self, dim: int, labels: int):
         super().__init__()
@@ -74,9 +74,9 @@ class LabelHead(nn.Module):
 
 
 class AnswerHead(nn.Module):
-    """A logit for each sequence, which ends in one of the answers; where an example has fewer, -inf for those missing.
+    """A logit for each sequence, which ends in one of the answers; -inf for missing answers.
 
-    The bias changes no probability: published weights have one.
+    The bias changes no probability; it exists because published weights have one.
     """
 
     def __init__(self, dim: int):
@@ -88,7 +88,7 @@ class AnswerHead(nn.Module):
 
 
 class ScoreHead(nn.Module):
-    """A score for each sequence, and as well for every place of one."""
+    """A score for each sequence, or for every position of one."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -101,7 +101,7 @@ class ScoreHead(nn.Module):
 
 
 class ModelWithHead(nn.Module):
-    """A decoder and a task's head."""
+    """A decoder and a task head."""
 
     def __init__(self, decoder: DecoderLM, head: nn.Module, config: Config):
         super().__init__()
@@ -109,14 +109,13 @@ class ModelWithHead(nn.Module):
         self.dropout = Dropout(config.classifier_dropout)
 
     def classify(self, tokens: Tokens, mask: Mask) -> Float[Tensor, "batch answers"]:
-        """Return logits of the labels, or of an example's own answers; `mask` is True on real tokens, which come
-        first."""
+        """Return logits of the labels, or of an example's own answers. mask: True on real tokens, which come first."""
         return self.judge(self.hidden(tokens), mask)
 
     forward = classify
 
     def hidden(self, tokens: Tokens) -> Float[Tensor, "batch sequences length dim"]:
-        """Return hidden states; padding on the right changes no real token's, since attention is causal."""
+        """Return hidden states. Padding on the right does not affect real tokens, since attention is causal."""
         return self.decoder.hidden(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
 
     def judge(self, hidden: Float[Tensor, "batch sequences length dim"], mask: Mask) -> Float[Tensor, "batch answers"]:
@@ -126,7 +125,7 @@ class ModelWithHead(nn.Module):
         return self.task_head(self.dropout(extracted), mask.any(-1)) + self.config.bias
 
     def scores_along(self, tokens: Tokens) -> Float[Tensor, "batch sequences length"]:
-        """Return the scores at every token, of the sequence up to it (score heads alone)."""
+        """Return the score at every token, of the sequence up to it. Only for score heads."""
         return self.task_head(self.hidden(tokens)) + self.config.bias
 
     @property
@@ -135,7 +134,8 @@ class ModelWithHead(nn.Module):
         return self.decoder.head_weight
 
 
-HEADS: dict[str, Callable[[int, int], nn.Module]] = {  # for each form, from the decoder's dim and the number of labels
+# form → builder of the head from the decoder's dim and the number of labels
+HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     "classification": LabelHead,
     "entailment": LabelHead,
     "similarity": LabelHead,
@@ -154,16 +154,16 @@ def add_head(decoder: DecoderLM, config: Config) -> ModelWithHead:
 
 
 def builder(build: Callable[[Any], DecoderLM]) -> Callable[[Config], ModelWithHead]:
-    """Return the function that builds a decoder with a head, from the one that builds the decoder."""
+    """Return a function that builds a decoder with a head. build: builds the decoder."""
     return lambda config: add_head(build(config.decoder), config)
 
 
 @torch.no_grad()
 def shift(model: ModelWithHead, by: float) -> None:
-    """Add a number to every score that a model with a head for scores gives, in place.
+    """Add the number `by` to every score of a model with a score head, in place.
 
-    Where the decoder's last norm has a bias, that is changed, along the head's one row: so the sum is there for
-    whoever knows the published classes alone, whose head has no bias. Elsewhere it is the Config's.
+    If the decoder's last norm has a bias, this bias is changed along the head's one row: so files in the published
+    classes, whose head has no bias, include the shift. Otherwise the Config's bias is changed.
     """
     bias, row = getattr(model.decoder.norm, "bias", None), next(model.task_head.parameters())[0]
     if bias is None:
@@ -174,8 +174,8 @@ def shift(model: ModelWithHead, by: float) -> None:
 
 @torch.no_grad()
 def grow_vocabulary(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int], std: float = 0.02) -> None:
-    """Give a decoder embeddings for new tokens: at least `vocab_size` in all, those of `fresh` ids initialised from
-    N(0, std²)."""
+    """Grow the embedding and head of a decoder to at least `vocab_size` tokens. The tokens in `fresh` are initialised
+    from N(0, std²)."""
     table, head = decoder.embedding, decoder.head
     table.weight = _grow_rows(table.weight, vocab_size, fresh, std)
     table.num_embeddings = len(table.weight)

@@ -1,10 +1,10 @@
-"""The Transformer (Vaswani et al., 2017, "Attention Is All You Need"): an encoder-decoder for translation. New:
-attention and feed-forward layers alone, without recurrence, so that all positions of a text are computed in parallel.
+"""The Transformer (Vaswani et al., 2017, "Attention Is All You Need"): an encoder-decoder for translation. New: only
+attention and feed-forward layers, without recurrence, so that all positions of a text are computed in parallel.
 Marian's models have its layers.
 
-The norms stand after each sublayer, as in the paper; the released tensor2tensor code has them before. Sines and cosines
+The norms are after each sublayer, as in the paper; the released tensor2tensor code has them before. Sines and cosines
 of the positions are in two halves, as in that code and in Marian; the paper interleaves them. The two orders are
-equivalent: they differ in the numbering of the dimensions alone.
+equivalent: they only number the dimensions differently.
 """
 
 from dataclasses import dataclass
@@ -28,16 +28,13 @@ from keifu.ranges import BelowOne, Count, Natural, NotNegative
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the paper's base model for English-German. A decoder field that is None is as the encoder's.
-
-    A target begins with the token `start_id` and ends with `end_id`; `pad_id` pads shorter texts. `shared`: one
-    matrix embeds both languages; `tied`: the target's is also the head; `scaled`: embeddings are multiplied by √dim.
-    """
+    """The defaults are the paper's base model for English-German. A decoder field that is None has the
+    encoder's value."""
 
     vocab_size: Count = 37_000  # tokens in the vocabulary
     target_vocab_size: Count | None = None  # tokens in the target's vocabulary; None: as vocab_size
     context_length: Count = 512  # longest sequence in tokens; the paper sets no limit, Marian's models have this one
-    dim: Count = 512  # width of the hidden states
+    dim: Count = 512  # share of dropped attention weights (tensor2tensor, Marian)
     hidden_dim: Count = 2048  # width inside the feed-forward layers
     decoder_hidden_dim: Count | None = None  # width inside the decoder's feed-forward layers; None: as hidden_dim
     n_layers: Count = 6  # encoder blocks
@@ -48,11 +45,12 @@ class Config:
     activation: str = "relu"  # activation of the feed-forward layers
     dropout: BelowOne = 0.1  # share of dropped activations
     attention_dropout: BelowOne = 0.0  # share of dropped attention weights (tensor2tensor, Marian)
-    activation_dropout: BelowOne = 0.0  # share of activations dropped inside the feed-forward layers (the same)
+    # share of activations dropped inside the feed-forward layers (tensor2tensor, Marian)
+    activation_dropout: BelowOne = 0.0
     shared: bool = True  # whether one matrix embeds both languages
     tied: bool = True  # whether the head is the target's embedding
     scaled: bool = True  # whether embeddings are multiplied by √dim
-    interleaved: bool = False  # whether sines and cosines alternate, as the paper writes; then only keifu loads it
+    interleaved: bool = False  # whether sines and cosines alternate, as in the paper; only keifu loads such a model
     start_id: Natural = 1  # token that begins a target
     end_id: Natural = 2  # token that ends either side
     pad_id: Natural = 3  # token that pads shorter sequences
@@ -62,12 +60,12 @@ SIZES = {
     "transformer-base": Config(),
     "transformer-big": Config(dim=1024, hidden_dim=4096, n_heads=16, dropout=0.3),  # 0.1 for English-French
 }
-PAPER_PARAMETERS = {"transformer-base": 65e6, "transformer-big": 213e6}  # table 3, of "about 37000 tokens"
+PAPER_PARAMETERS = {"transformer-base": 65e6, "transformer-big": 213e6}  # table 3, with "about 37000 tokens"
 
 
 def build(config: Config) -> EncoderDecoder:
-    """Build the model with Xavier's initialisation, as in tensor2tensor: the paper prints none; embeddings have
-    variance 1 once scaled."""
+    """Build the model with Xavier's initialisation, as in tensor2tensor, since the paper gives none. Scaled embeddings
+    have variance 1."""
     sizes = config.vocab_size, config.target_vocab_size or config.vocab_size
     if config.shared and sizes[0] != sizes[1]:
         raise UserError(f"A shared embedding needs one vocabulary, not {sizes[0]} and {sizes[1]} tokens.")
@@ -131,7 +129,7 @@ WEIGHT_NAMES = {
     "head": "lm_head",
     "logits_bias": "final_logits_bias",
 }
-NOT_WEIGHTS = (  # the sinusoids, and a shared embedding next to two that replace it
+NOT_WEIGHTS = (  # the sinusoids, and a shared embedding in addition to two that replace it
     "model.encoder.embed_positions.weight",
     "model.decoder.embed_positions.weight",
     "model.shared.weight",
@@ -148,7 +146,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 def aliases(config: Config) -> dict[str, tuple[str, ...]]:
-    """Return other names under which a file may store a shared matrix, the likeliest first."""
+    """Return the other names of shared matrices in files, the likeliest first."""
     heads = ("lm_head",) if config.tied else ()
     if config.shared:
         return {"embedding": ("model.encoder.embed_tokens", "model.decoder.embed_tokens", *heads)}
@@ -179,7 +177,7 @@ FIELDS: hf.Fields = {
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a Hugging Face config.json of model_type marian."""
     tied = json.get("tie_word_embeddings", True)
-    shared = json.get("share_encoder_decoder_embeddings", True) and tied  # untied, transformers shares nothing
+    shared = json.get("share_encoder_decoder_embeddings", True) and tied  # if untied, transformers shares nothing
     target = json.get("decoder_vocab_size") or json["vocab_size"]
     return Config(
         **hf.read_fields(json, FIELDS),
@@ -194,7 +192,7 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "is_encoder_decoder": True,
         "decoder_vocab_size": config.target_vocab_size or config.vocab_size,
-        "decoder_ffn_dim": config.hidden_dim,  # these three where the Config leaves them to the encoder's
+        "decoder_ffn_dim": config.hidden_dim,  # these three are overwritten below unless the Config has None
         "decoder_layers": config.n_layers,
         "decoder_attention_heads": config.n_heads,
         **hf.write(config, MODEL_TYPES, FIELDS),

@@ -51,8 +51,9 @@ from keifu.native.build import Unavailable
 
 @dataclass(frozen=True)
 class MatrixPart:
-    """Rows `first`, ..., `first` + `rows` - 1 of the parameter `weight`. bias: name of the bias parameter, or None; its
-    elements from `bias_first` on belong to these rows.
+    """Rows `first`, ..., `first` + `rows` - 1 of the parameter `weight`.
+
+    bias: name of the bias parameter, or None. Its elements from `bias_first` on belong to these rows.
     """
 
     weight: str

@@ -30,17 +30,17 @@ MOST_TOKENS = 512  # per forward pass
 class Span:
     """The new tokens of one sequence in a step: one that was just sampled, or a chunk of a prompt.
 
-    sequence: the sequence's number, the same in all its steps. Two spans of one step have different numbers.
-    tokens: at least one, at positions `start`, `start` + 1, ...
-    start: number of earlier tokens of the sequence; their keys and values are in its blocks.
-    blocks: the block table, long enough for the last new token. Blocks before the one that contains `start` may be
-    shared with other sequences; the others belong to this sequence alone.
-    wanted: number of last tokens whose logits are returned: 0 for a prompt that continues, 1 to sample the next token,
-    more to verify guesses or to score a text.
-    sources: blocks to copy into the first of `blocks` before the step; they contain tokens before `start`. Only for a
-    runner that is `contiguous`.
-    images: pictures of the sequence (`InsertedImages`); only for PyTorch's runner.
-    prompt: number of prompt tokens, which some rotary positions depend on; only for PyTorch's runner.
+    - sequence: the sequence's number, the same in all its steps. Two spans of one step have different numbers.
+    - tokens: at least one, at positions `start`, `start` + 1, ...
+    - start: number of earlier tokens of the sequence; their keys and values are in its blocks.
+    - blocks: the block table, long enough for the last new token. Blocks before the one that contains `start` may be
+      shared with other sequences; the others belong to this sequence alone.
+    - wanted: number of last tokens whose logits are returned: 0 for a prompt that continues, 1 to sample the next
+      token, more to verify guesses or to score a text.
+    - sources: blocks to copy into the first of `blocks` before the step; they contain tokens before `start`. Only for a
+      runner that is `contiguous`.
+    - images: pictures of the sequence (`InsertedImages`); only for PyTorch's runner.
+    - prompt: number of prompt tokens, which some rotary positions depend on; only for PyTorch's runner.
     """
 
     sequence: int

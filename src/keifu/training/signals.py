@@ -12,7 +12,7 @@ SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIG
 
 class Interrupted(KeyboardInterrupt):
     """Exception: a run was stopped on request and its state is saved. The message gives the command to resume it.
-    number: of the signal."""
+    number: the signal's number."""
 
     def __init__(self, text: str, number: int = signal.SIGINT):
         super().__init__(text)

@@ -54,8 +54,9 @@ class ObjectiveModule(nn.Module):
 class Trainer:
     """Trainer of a model by the gradient of its mean loss over each batch, independently of how batches are split.
 
-    length: of a resumed run. data: used if they depend on the weights (`OnPolicy`). dtype: of matrix multiplications;
-    None: from the settings. processes: choose the rows of this process; None: the current ones.
+    length: the length of a resumed run; None: the settings' steps. data: used if they depend on the weights
+    (`OnPolicy`). dtype: dtype of matrix multiplications; None: from the settings. processes: choose the rows of this
+    process; None: the current ones.
 
     micro_batch: rows computed at a time, if a row has `row_elements` elements. If rows are shorter, more rows with
     about the same number of elements. row_elements None: always `micro_batch` rows.

@@ -181,7 +181,8 @@ def weight_places(family: Family, links: Sequence[Link]) -> dict[str, list[Link]
 
 
 def json_files(config: Mapping[str, Any], dtype: str) -> dict[str, dict[str, Any]]:
-    """Return every JSON file of a network or a pipeline by its path. dtype: of transformers' models."""
+    """Return every JSON file of a network or a pipeline by its path. dtype: dtype written into transformers'
+    configs."""
     model_type = config["model_type"]
     if model_type in PIPELINES:
         return _of_pipeline(model_type, config, dtype)

@@ -27,8 +27,8 @@ Table = Mapping[str, str] | None
 class Link:
     """One of our tensors, and the file's tensors that make it up.
 
-    shape: of ours. rows: how many rows of ours each of theirs gives. turned: for each of theirs the size of a rotary
-    head whose two halves are stored interleaved (GGUF's LLaMA), or 0. offset: theirs minus ours.
+    shape: shape of our tensor. rows: for each of theirs, how many rows of ours it gives. turned: for each of theirs,
+    the size of a rotary head whose two halves are stored interleaved (GGUF's LLaMA), or 0. offset: theirs minus ours.
     """
 
     ours: str

@@ -110,8 +110,8 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scorin
 class CacheShape(NamedTuple):
     """Shape of the cache of a layer.
 
-    heads, head_dim: of the keys of a token. value_dim: of its values; None is head_dim; 0 means that the keys are used
-    as values too. fixed: float32 numbers per sequence, independent of its length.
+    heads, head_dim: heads of keys, and their size. value_dim: size of a head of values; None is head_dim; 0 means that
+    the keys are used as values too. fixed: float32 numbers per sequence, independent of its length.
     """
 
     heads: int = 0
@@ -187,7 +187,7 @@ class Attention(nn.Module):
         self, heads: Float[Tensor, "batch length all_heads head_dim"], mask: Mask | None, positions: Positions | None,
         cache: Cache | None,
     ) -> Float[Tensor, "batch length inner"]:  # fmt: skip
-        """Return the joined outputs of the heads. heads: of queries, keys and values, in this order."""
+        """Return the joined outputs of the heads. heads: queries, keys and values, in this order."""
         qk, v = heads.split([self.n_heads + self.n_kv_heads, self.n_kv_heads], 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split([self.n_heads, self.n_kv_heads], 2)

@@ -164,7 +164,7 @@ class CausalMask:
 class RaggedMask:
     """Each token sees tokens up to its position, if rows have different lengths; see `KVState`.
 
-    positions: of the queries. The keys are the last ones before position `end`.
+    positions: the queries' positions. The keys are the last ones before position `end`.
     """
 
     def __init__(self, positions: Tokens, end: int):

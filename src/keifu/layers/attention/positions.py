@@ -258,7 +258,7 @@ class ReversedRotary(Rotary):
 class Positions:
     """Positions of the tokens of a pass. One object serves all layers; the angles of each rotary are computed once.
 
-    ids: (batch, length), or (length,) if all rows have the same. lengths: of each token's sequence, if it is not the
+    ids: (batch, length), or (length,) if all rows have the same. lengths: length of each token's sequence; None: the
     last position of the row + 1.
     """
 

@@ -13,23 +13,24 @@ class ImageModel(nn.Module):
     sizes.
 
     draws: the kind of prediction. It determines the generation pipeline, and the methods and config fields that the
-    pipeline uses:
+    pipeline uses.
 
-    pixels: `model(x, timestep [batch], label [batch] | None)` returns the target of `noise` for each row, with twice
-    the channels for a learned variance. config: size (height and width, or one number for both; None if unknown),
-    channels, n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes
-    (names). With an autoencoder, `coder`, x are latents: `to_latents(pictures)` and `to_pictures(x)` convert.
-    latents: `model(x, timestep, projected)` returns the target of `noise`. `project(encode_text(tokens))` is computed
-    once for all steps; `to_latents(pictures, noise)` and `to_pictures(latents)` use `autoencoder`, if there is one.
-    config: size, channels (of latents), factor (pixels per latent, along a side), colours, masked (whether a mask and
-    the masked image are additional input channels), context_length.
-    embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` reverses its normalisation,
-    `encode_image` embeds pictures, `model(x, timestep, tell(image, caption))` is the decoder, `enlarge`
-    super-resolution. config: size, small_size (before super-resolution), pixels (preprocessing; None without an image
-    encoder), prior_noise, decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length, prior
-    (None without).
-    tokens: `begin(tokens, real)` returns the logits of a picture's first token and the state, `go_on(codes, place,
-    state)` those after a grid position, `to_pictures(codes)` the pictures. config: grid, size, colours, context_length.
+    - pixels: `model(x, timestep [batch], label [batch] | None)` returns the target of `noise` for each row, with twice
+      the channels for a learned variance. With an autoencoder, `coder`, x are latents: `to_latents(pictures)` and
+      `to_pictures(x)` convert. config: size (height and width, or one number for both; None if unknown), channels,
+      n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes (names).
+    - latents: `model(x, timestep, projected)` returns the target of `noise`. `project(encode_text(tokens))` is computed
+      once for all steps. `to_latents(pictures, noise)` and `to_pictures(latents)` use `autoencoder`, if there is one.
+      config: size, channels (of latents), factor (pixels per latent, along a side), colours, masked (whether a mask and
+      the masked image are additional input channels), context_length.
+    - embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` reverses its normalisation,
+      `encode_image` embeds pictures, `model(x, timestep, tell(image, caption))` is the decoder, and `enlarge` is
+      super-resolution. config: size, small_size (before super-resolution), pixels (preprocessing; None without an image
+      encoder), prior_noise, decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length,
+      prior (None without).
+    - tokens: `begin(tokens, real)` returns the logits of a picture's first token and the state, `go_on(codes, place,
+      state)` the logits after a grid position, and `to_pictures(codes)` the pictures. config: grid, size, colours,
+      context_length.
     """
 
     draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens"]]

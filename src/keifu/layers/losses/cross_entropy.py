@@ -1,4 +1,4 @@
-"""Cross-entropy as a sum over positions: of logits, and of a head's inputs without all logits in memory.
+"""Cross-entropy as a sum over positions: from logits, or from a head's inputs without all logits in memory.
 
 Axes: `...` any leading axes, n = positions, dim, vocab = classes.
 """
@@ -21,10 +21,10 @@ IGNORED = -100  # the target of a position that does not count
 
 
 class Vocabulary(NamedTuple):
-    """The classes of a head of which each of several processes has some.
+    """This rank's classes of a head that is split over several ranks.
 
-    first: the number of this process's first one. total: of all processes. gather: gives the same tensor of every
-    process, one behind the other along a new first axis.
+    first: index of the rank's first class. total: number of classes of all ranks. gather: stacks a tensor of every rank
+    along a new first axis.
     """
 
     first: int
@@ -38,8 +38,8 @@ def cross_entropy(
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Return the sum over positions of -log p(target), in nats, computed in float32.
 
-    `mask` is True where a position counts; targets equal to -100 never count. `label_smoothing` mixes the target with
-    the uniform distribution (Szegedy et al., 2016, section 7). `z_loss` adds z_loss · log²Z per position, Z being the
+    mask: True on positions that count; targets equal to -100 never count. label_smoothing: mixes the target with the
+    uniform distribution (Szegedy et al., 2016, section 7). z_loss: adds z_loss · log²Z per position, where Z is the
     softmax's normaliser (PaLM, section 5).
     """
     logits, targets = logits.flatten(0, -2).float(), targets.flatten()
@@ -58,19 +58,19 @@ def linear_cross_entropy(
     z_loss: float = 0.0, shares: Float[Tensor, "*batch"] | None = None, vocabulary: Vocabulary | None = None,
     soft_cap: float = math.inf,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:  # fmt: skip
-    """Return `cross_entropy(hidden @ weight.T + bias, ...)` with its gradient made on the way, so that few logits exist
-    at a time, and the sum of -log p(target).
+    """Return `cross_entropy(hidden @ weight.T + bias, ...)`, with few logits in memory at a time, and the sum of -log
+    p(target). The forward pass computes the gradients.
 
-    The second has no gradient and costs nothing: runs with different smoothing are compared by it. Where autocast is
-    on, the products are in its type; probabilities are in float32 either way. `shares` are what each position's loss is
-    multiplied with, 1 where None. vocabulary: where weight and bias are those of some classes alone; the gradient of
-    `hidden` is then this process's part of a sum.
+    The second result has no gradient and no cost: it compares runs with different smoothing. Under autocast, matrix
+    multiplications use its dtype; probabilities are always in float32. shares: factor of each position's loss; None: 1.
+    vocabulary: this rank's classes, if weight and bias are split over ranks; the gradient of `hidden` is then this
+    rank's part of a sum.
     """
     if isinstance(weight, SoftCappedHead):
         weight, soft_cap = weight
-    if has_torch_function_unary(weight):  # a tensor that says itself how, as torch's own functions ask
-        given = hidden, weight, bias, targets, mask, label_smoothing, z_loss, shares
-        return handle_torch_function(linear_cross_entropy, (weight,), *given)
+    if has_torch_function_unary(weight):  # a tensor subclass with its own implementation, as in torch's functions
+        arguments = hidden, weight, bias, targets, mask, label_smoothing, z_loss, shares
+        return handle_torch_function(linear_cross_entropy, (weight,), *arguments)
     targets = targets.flatten()
     if mask is not None:
         targets = targets.masked_fill(~mask.flatten(), IGNORED)
@@ -84,8 +84,8 @@ def linear_cross_entropy(
         if torch.compiler.is_compiling() and vocabulary is None:
             total, plain, *gradients = _operator(*inputs, targets, counts, *rates, dtype, wanted, soft_cap)
         else:
-            given = targets, counts, *rates, dtype, wanted, soft_cap, vocabulary
-            total, plain, *gradients = _gradients(*inputs, *given)
+            settings = targets, counts, *rates, dtype, wanted, soft_cap, vocabulary
+            total, plain, *gradients = _gradients(*inputs, *settings)
     return WithGradients.apply(total, tuple(gradients), *inputs), plain
 
 
@@ -93,8 +93,8 @@ def _gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, label_smoothing: float,
     z_loss: float, dtype: torch.dtype, wanted: Sequence[bool], soft_cap: float, vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss, the sum of -log p, and the loss's gradients by hidden, weight and bias, each empty where not
-    wanted."""
+    """Return the loss, the sum of -log p, and the loss's gradients with respect to hidden, weight and bias; each is
+    empty if not wanted."""
 
     def to_gradient(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         slopes = cap_(logits, soft_cap)
@@ -106,7 +106,8 @@ def _gradients(
     return gradients_by_rows(hidden, weight, bias, dtype, wanted, to_gradient)
 
 
-_operator = torch.library.custom_op(  # torch.compile calls it as it is: its own form would keep all in float32
+# torch.compile calls it unchanged; its own version would keep everything in float32
+_operator = torch.library.custom_op(
     "keifu::linear_cross_entropy", _gradients, mutates_args=(),
     schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor counts, float label_smoothing, "
     "float z_loss, ScalarType dtype, bool[] wanted, float soft_cap) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -114,26 +115,26 @@ _operator = torch.library.custom_op(  # torch.compile calls it as it is: its own
 
 
 @_operator.register_fake
-def _shapes(hidden: Tensor, weight: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the shapes and types of `_gradients`, without numbers."""
-    *_, dtype, wanted, _soft_cap = given
+def _shapes(hidden: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return empty tensors with the shapes and dtypes of the results of `_gradients`."""
+    *_, dtype, wanted, _soft_cap = settings
     several = wanted[1] and len(hidden) > max(1, head.LOGITS_AT_A_TIME // len(weight))
     total = hidden.new_empty((), dtype=torch.float32)
     full = hidden.shape, weight.shape, weight.shape[:1]
     shapes = [shape if used else (0,) for shape, used in zip(full, wanted, strict=True)]
     types = dtype, weight.dtype if several else dtype, torch.float32
-    made = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
-    return total, torch.empty_like(total), made[0], made[1], made[2]
+    grads = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
+    return total, torch.empty_like(total), grads[0], grads[1], grads[2]
 
 
 def _to_gradient(
     logits: Tensor, targets: Tensor, counts: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of these rows and that of -log p alone; each logit becomes the loss's gradient by it.
+    """Return the summed loss of these rows and the sum of -log p. Overwrite each logit with its gradient.
 
-    `counts` is how much each row counts: yes and no, or a number. A CPU computes a few rows at a time, whose
-    probabilities its cache holds. Other devices compute all at once, without a wait, and so do processes that exchange
-    their parts; with Triton in one kernel.
+    counts: whether, or by which factor, each row counts. A CPU computes a few rows at a time, whose probabilities fit
+    its cache. Other devices, and ranks that each have some classes, compute all rows at once; with Triton, one kernel
+    does.
     """
     kernels = triton_kernels(logits.device)
     if kernels is not None and classes is None and logits.is_contiguous():
@@ -155,10 +156,11 @@ def _to_gradient(
 def _loss_and_gradient(
     logits: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, classes: Vocabulary | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss of each row, -log p alone, and the loss's gradient by the logits, all in float32."""
+    """Return the loss of each row, -log p, and the loss's gradient with respect to the logits, all in float32."""
     right = targets.clamp(min=0)[:, None]
     gradient = torch.softmax(logits, -1, dtype=torch.float32)
-    log_z = logits.amax(-1, keepdim=True).float() - gradient.amax(-1, keepdim=True).log()  # the highest one is never 0
+    # the largest probability is never 0
+    log_z = logits.amax(-1, keepdim=True).float() - gradient.amax(-1, keepdim=True).log()
     total, step = logits.shape[-1], torch.full_like(log_z, label_smoothing - 1)
     if classes is None:
         chosen = logits.gather(-1, right).float()

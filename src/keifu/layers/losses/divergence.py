@@ -20,11 +20,12 @@ def linear_divergence(
     teacher_weight: Float[Tensor, "vocab teacher_dim"] | None, beta: float, temperature: float = 1.0,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Return the sum over positions of the divergence of the student's softmax(hidden @ weight.T / temperature) from
-    the teacher's softmax(teacher @ teacher_weight.T / temperature), in nats, with its gradient made on the way.
+    the teacher's softmax(teacher @ teacher_weight.T / temperature), in nats. The forward pass computes the gradients.
 
-    Without `teacher_weight` the teacher's logits are given. With p of the teacher, q of the student and M = beta p +
-    (1 - beta) q, it is beta KL(p | M) + (1 - beta) KL(q | M), the generalised Jensen-Shannon divergence (Agarwal et
-    al., 2023, equation 1). beta 0 is KL(p | q), forward; 1 is KL(q | p), reverse. The teacher has no gradient.
+    teacher_weight: None if `teacher` is the teacher's logits. Let p be the teacher's distribution, q the student's, and
+    M = beta p + (1 - beta) q. The result is beta KL(p | M) + (1 - beta) KL(q | M), the generalised Jensen-Shannon
+    divergence (Agarwal et al., 2023, equation 1). beta 0 is KL(p | q), forward; 1 is KL(q | p), reverse. The teacher
+    has no gradient.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -42,8 +43,8 @@ def linear_divergence(
 
 
 def _divergence_to_gradient(logits: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
-    """Return the summed divergence of these rows; each logit becomes its gradient. A CPU computes a few rows at a time,
-    whose probabilities its cache holds."""
+    """Return the summed divergence of these rows. Overwrite each of the student's logits with its gradient. A CPU
+    computes a few rows at a time, whose probabilities fit its cache."""
     size = max(1, head.LOGITS_IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     total = logits.new_zeros((), dtype=torch.float32)
     for part in slices(len(logits), max(1, size)):
@@ -55,7 +56,8 @@ def _divergence_to_gradient(logits: Tensor, teacher: Tensor, beta: float, temper
 
 
 def _divergence(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Return the sum over rows of the divergence of log-probabilities, and its gradient by the student's logits."""
+    """Return the sum over rows of the divergence of log-probabilities, and its gradient with respect to the student's
+    logits."""
     if beta == 0:
         shares, guesses = teacher.exp(), student.exp()
         return (shares * (teacher - student)).sum(), guesses.sub_(shares)

@@ -1,4 +1,5 @@
-"""Products with a head's matrix, and the gradients of a loss, with the logits of only some rows in memory at a time.
+"""Multiplication with an output head's matrix, and the gradients of a loss, with the logits of only some rows in
+memory.
 
 Axes: n = positions, dim, vocab = classes.
 """
@@ -14,7 +15,7 @@ from torch import Tensor
 from keifu.layers.linear import linear, product
 
 LOGITS_AT_A_TIME = 2**26  # 256 MiB in float32
-_CLASSES_AT_A_TIME = 2**14  # oneDNN multiplies 50,257 columns at once by a fifth slower
+_CLASSES_AT_A_TIME = 2**14  # oneDNN is a fifth slower if it multiplies 50,257 columns at once
 LOGITS_IN_CACHE = 2**20  # 4 MiB of float32 probabilities
 
 
@@ -29,7 +30,7 @@ Head = Float[Tensor, "vocab dim"] | SoftCappedHead
 
 
 def cap_(logits: Tensor, soft_cap: float) -> Tensor | None:
-    """Put soft_cap · tanh(logits / soft_cap) in the logits' place; return the slopes, or None without a cap."""
+    """Replace the logits by soft_cap · tanh(logits / soft_cap), in place. Return the slopes, or None without a cap."""
     if soft_cap == math.inf:
         return None
     shares = logits.div_(soft_cap).tanh_()
@@ -39,7 +40,7 @@ def cap_(logits: Tensor, soft_cap: float) -> Tensor | None:
 
 
 def slices(length: int, size: int) -> list[slice]:
-    """Return the parts of `length` rows, of at most `size` rows."""
+    """Return the parts of `length` rows, of at most `size` rows each."""
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
@@ -47,16 +48,17 @@ def gradients_by_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, wanted: Sequence[bool],
     to_gradient: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return two sums of `to_gradient`, and the first one's gradients by hidden, weight and bias, each empty where not
-    wanted.
+    """Return two sums of `to_gradient` over all rows, and the gradients of the first one with respect to hidden, weight
+    and bias; each is empty if not wanted.
 
-    They are made while the logits of some rows are at hand, so that these are never all kept: `to_gradient` makes the
-    gradient of the logits in their place. The type is that of the matrix multiplications, but the weight's own where a
-    gradient is the sum of several.
+    to_gradient: gets the logits of some rows, overwrites them with their gradient, and returns two sums. So only the
+    logits of some rows are in memory. Gradients have the dtype of the matrix multiplications, but the weight's has the
+    weight's dtype if it is a sum over several parts.
     """
     low, matrix, added = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     d_hidden = torch.empty_like(low) if wanted[0] else low.new_empty(0)
-    d_weight = low.new_empty(0) if len(low) or not wanted[1] else torch.zeros_like(matrix)  # no part writes it
+    # without rows, the loop does not write it
+    d_weight = low.new_empty(0) if len(low) or not wanted[1] else torch.zeros_like(matrix)
     classes = 0 if len(low) or not wanted[2] else len(weight)
     total, plain, d_bias = (low.new_zeros(shape, dtype=torch.float32) for shape in ((), (), classes))
     for part in slices(len(low), max(1, LOGITS_AT_A_TIME // len(weight))):
@@ -77,7 +79,7 @@ def gradients_by_rows(
 
 
 class WithGradients(torch.autograd.Function):
-    """The loss, of which the gradients are known."""
+    """The loss, with gradients that are already computed."""
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor | None) -> Tensor:

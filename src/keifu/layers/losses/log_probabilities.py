@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens and the entropy there, without all logits in memory.
+"""Log-probabilities of given tokens and the entropy at their positions, without all logits in memory.
 
 Axes: n = positions, dim, vocab = classes.
 """
@@ -16,7 +16,7 @@ from keifu.layers.linear import linear, product
 from keifu.layers.losses import head
 from keifu.layers.losses.head import Head, SoftCappedHead, cap_, slices
 
-_ROWS = 128  # no fewer at a time, each of which reads all weights
+_ROWS = 128  # the least positions at a time, since each pass reads all weights
 
 
 def token_log_probabilities(
@@ -25,8 +25,8 @@ def token_log_probabilities(
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:  # fmt: skip
     """Return ln softmax(hidden @ weight.T / temperature)[token] of each position, and the entropy there, in nats.
 
-    The entropy has no gradient. Logits are made twice, some positions at a time: in the backward pass once more. Where
-    autocast is on, products are in its type; probabilities are in float32 either way.
+    The entropy has no gradient. Logits are computed twice, for some positions at a time: in the forward and in the
+    backward pass. Under autocast, matrix multiplications use its dtype; probabilities are always in float32.
     """
     if isinstance(weight, SoftCappedHead):
         weight, soft_cap = weight
@@ -73,7 +73,7 @@ class _TokenLogProbabilities(torch.autograd.Function):
 
 
 def _rows_at_a_time(weight: Tensor) -> int:
-    """Return the number of positions whose logits a processor's cache holds, or a GPU's memory."""
+    """Return the number of positions whose logits fit a CPU's cache, or a GPU's memory."""
     if weight.device.type == "cpu":
         return max(_ROWS, head.LOGITS_IN_CACHE // len(weight))
     return max(1, head.LOGITS_AT_A_TIME // len(weight))

@@ -1,11 +1,11 @@
-"""Recurrent decoders of encoder-decoders: with additive attention, with a fixed context, or without a source.
+"""Recurrent decoders of encoder-decoders: with additive attention, with a fixed context, or without a context.
 
 Additive attention (Bahdanau et al., 2014): score(s, h_j) = v · tanh(W_a s + U_a h_j), a softmax α over j, and the
-context c = Σ α_j h_j; the state s is the one before the step. What does not depend on the state is computed once:
-U_a h_j, and W_c h_j, whose mean by α is the W_c c that a step needs.
+context c = Σ α_j h_j, where s is the state before the step. U_a h_j and W_c h_j do not depend on s and are computed
+once per source. A step then computes W_c c as Σ α_j W_c h_j.
 
-Axes: batch, length = steps, in_dim = inputs of a step, seen = tokens of the source, dim = a state, gates = 3 dim,
-width = a source token's state, attention_dim.
+Axes: batch, length = steps, in_dim = inputs of a step, seen = tokens of the source, dim = a state, gates = 3 dim, width
+= a source token's state, attention_dim.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ Inputs = Float[Tensor, "batch length in_dim"]
 
 
 class EncoderStates(NamedTuple):
-    """A source as the decoder looks at it: `keys` are U_a h_j, `products` are W_c h_j, `hidden` is 0 or -inf."""
+    """A source, prepared for the decoder. keys: U_a h_j. products: W_c h_j. hidden: 0, or -inf on padding."""
 
     keys: Float[Tensor, "batch seen attention_dim"]
     products: Float[Tensor, "batch seen gates"]
@@ -34,7 +34,8 @@ class EncoderStates(NamedTuple):
 class _AttentiveRecurrence(torch.autograd.Function):
     """The states, and the weights on the source, of all steps. `weight` joins W_a and the recurrent matrices.
 
-    As in `keifu.layers.recurrent.gru`, gradients of weights and of the source are single products after the last step.
+    As in `keifu.layers.recurrent.gru`, the gradients of weights and of the source are computed in single matrix
+    multiplications after the last step.
     """
 
     @staticmethod
@@ -51,15 +52,15 @@ class _AttentiveRecurrence(torch.autograd.Function):
                 torch.add(keys, joined[:, None, :width], out=features[step]).tanh_()
                 scores = torch.addmv(hidden.flatten(), features[step].flatten(0, 1), v).view(batch, seen)
                 torch.softmax(scores, -1, out=weights[step])
-                given = torch.baddbmm(x[step, :, None], weights[step, :, None], products)[:, 0]
-                tape.advance(step, given, joined[:, width:])
+                inputs = torch.baddbmm(x[step, :, None], weights[step, :, None], products)[:, 0]
+                tape.advance(step, inputs, joined[:, width:])
         ctx.save_for_backward(low, v, products, features, weights, *tape)
         return tape.states, weights
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        low, v, products, features, weights, *kept = ctx.saved_tensors
-        tape, (d_outputs, d_weights) = RecurrentTape(*kept), upstream
+        low, v, products, features, weights, *stored = ctx.saved_tensors
+        tape, (d_outputs, d_weights) = RecurrentTape(*stored), upstream
         (length, batch, dim), width, update = tape.new.shape, len(v), tape.gates.chunk(2, -1)[1]
         d_joined, d_scores = v.new_empty(length, batch, width + 3 * dim), torch.empty_like(weights)
         (to_input, to_product), d_keys = tape.slopes(), torch.zeros_like(features[0])
@@ -67,8 +68,8 @@ class _AttentiveRecurrence(torch.autograd.Function):
         for step in reversed(range(length)):
             d_state = carried + d_outputs[step + 1]
             torch.mul(to_product[step], d_state[:, None], out=d_joined[step, :, width:].unflatten(-1, (3, dim)))
-            given = torch.mul(to_input[step], d_state[:, None], out=d_x[step]).flatten(1)
-            d_weight = torch.baddbmm(d_weights[step, :, :, None], products, given[:, :, None])[:, :, 0]
+            inputs = torch.mul(to_input[step], d_state[:, None], out=d_x[step]).flatten(1)
+            d_weight = torch.baddbmm(d_weights[step, :, :, None], products, inputs[:, :, None])[:, :, 0]
             share = d_weight.mul_(weights[step])
             score = torch.addcmul(share, weights[step], share.sum(-1, keepdim=True), value=-1, out=d_scores[step])
             slopes = torch.addcmul(one, features[step], features[step], value=-1)
@@ -92,8 +93,8 @@ class AdditiveAttention(nn.Module):
         self.v = nn.Parameter(torch.zeros(attention_dim))
 
     def memory(self, reading: EncoderOutput, context_weight: Float[Tensor, "gates width"]) -> EncoderStates:
-        """Prepare the part of a source that serves every step. `context_weight` is what the context is multiplied by in
-        a step."""
+        """Precompute the products with a source that all steps use. context_weight: the matrix that multiplies the
+        context."""
         keys, products = self.key(reading.states), linear(reading.states, context_weight)
         hidden = torch.where(reading.mask, 0.0, -torch.inf).to(self.v)
         return EncoderStates(keys, products, reading.states, hidden)
@@ -101,15 +102,15 @@ class AdditiveAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "length batch gates"], memory: EncoderStates, recurrent: JoinedLinear, state: Vector
     ) -> tuple[Float[Tensor, "steps batch dim"], Float[Tensor, "length batch seen"]]:
-        """Return the states, from the given one to that after the last step, and each step's weights on the source.
+        """Return all states, including the given one, and each step's weights on the source.
 
-        `x`: inputs of each step without the context, times their matrix, with the bias.
+        x: each step's inputs without the context, already multiplied with their matrix, with the bias.
         """
         weight = torch.cat([self.query.weight, recurrent.weight])
         bias = torch.cat([torch.zeros_like(self.v), recurrent.bias])
-        made = x, memory.keys, memory.products, memory.hidden, weight, bias, self.v, state
+        arguments = x, memory.keys, memory.products, memory.hidden, weight, bias, self.v, state
         states, weights = _AttentiveRecurrence.apply(
-            *(tensor.to(self.v.dtype) for tensor in made), product_type(self.v)
+            *(tensor.to(self.v.dtype) for tensor in arguments), product_type(self.v)
         )
         return states, weights
 
@@ -117,7 +118,7 @@ class AdditiveAttention(nn.Module):
 class DecoderSteps(NamedTuple):
     """Result of some steps: the state before and after each step, and its context from the source.
 
-    `context` is empty or one tensor [batch, length, width]; `weights` are the shares of the source's tokens in it.
+    context: empty, or one tensor (batch, length, width). weights: of the source's tokens in the context.
     """
 
     before: Hidden
@@ -134,17 +135,17 @@ class Context(NamedTuple):
 
 
 class DecoderState:
-    """State of a decoder: the source, the state after the tokens so far, and how many they are.
+    """State of a decoder: the source, the state after the tokens so far, and their number.
 
-    `capacity`, if given, is the most tokens that it takes; without it nothing is kept of what it reads.
+    capacity: the most tokens; None does not store the state.
     """
 
     def __init__(self, memory: Any, hidden: Vector, capacity: int | None = None):
         self.memory, self.hidden, self.capacity, self.length = memory, hidden, capacity, 0
-        self._owners = torch.arange(len(hidden), device="cpu")  # of each row, its source's place
+        self._owners = torch.arange(len(hidden), device="cpu")  # index of each row's source
 
     def advance(self, hidden: Vector, length: int) -> None:
-        """Advance to the state after `length` more tokens, if there is a capacity."""
+        """Store the state after `length` more tokens, if there is a capacity. Raises ValueError if it is exceeded."""
         if self.capacity is None:
             return
         if self.length + length > self.capacity:
@@ -153,9 +154,9 @@ class DecoderState:
         self.hidden, self.length = hidden, self.length + length
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows, in this order, in place; a row may be named several times.
+        """Keep these rows, in this order. A row may be repeated.
 
-        The source is left as it lies where every row goes on with the same one, as beams mostly do.
+        The source is copied only if a row's source changes, which is rare in beam search.
         """
         chosen, owners = rows.to(self.hidden.device), self._owners[rows.cpu()]
         self.hidden = self.hidden[chosen]
@@ -165,9 +166,10 @@ class DecoderState:
 
 
 class AttentiveDecoder(nn.Module):
-    """Decoder that sees the whole source before each step (Bahdanau et al., 2014): s_i = GRU(s_{i-1}, [y_{i-1}; c_i]).
+    """Decoder that attends to the whole source before each step (Bahdanau et al., 2014): s_i = GRU(s_{i-1}, [y_{i-1};
+    c_i]).
 
-    s_0 = tanh(W_s h), where h is the last state of the direction that the encoder names last: of two, the backward one.
+    s_0 = tanh(W_s h), where h is the final state of the encoder's last direction: the backward one, if there are two.
     """
 
     def __init__(self, in_dim: int, dim: int, width: int, attention_dim: int):
@@ -177,7 +179,7 @@ class AttentiveDecoder(nn.Module):
         self.attention = AdditiveAttention(dim, width, attention_dim)
 
     def start(self, reading: EncoderOutput) -> tuple[EncoderStates, Vector]:
-        """Return the source as the steps look at it, and the state before the first."""
+        """Return the prepared source, and the state before the first step."""
         memory = self.attention.memory(reading, self.gru.input.weight[:, self.in_dim :])
         return memory, self.first(reading.ends[:, -self.dim :]).tanh()
 
@@ -189,9 +191,9 @@ class AttentiveDecoder(nn.Module):
 
 
 class FixedContextDecoder(nn.Module):
-    """Decoder with the encoder's last states at every step, the same whatever is written (Cho et al., 2014).
+    """Decoder whose context at every step is the encoder's final states (Cho et al., 2014).
 
-    Everything else is as in `AttentiveDecoder`, so that the two differ in attention alone.
+    Everything else is as in `AttentiveDecoder`, so that the two differ only in attention.
     """
 
     def __init__(self, in_dim: int, dim: int, width: int):
@@ -200,7 +202,7 @@ class FixedContextDecoder(nn.Module):
         self.first, self.gru = Linear(dim, dim), GRU(in_dim + width, dim)
 
     def start(self, reading: EncoderOutput) -> tuple[Context, Vector]:
-        """Return the source as the steps have it, and the state before the first."""
+        """Return the source's context, and the state before the first step."""
         product = linear(reading.ends, self.gru.input.weight[:, self.in_dim :], self.gru.input.bias)
         return Context(reading.ends, product), self.first(reading.ends[:, -self.dim :]).tanh()
 
@@ -211,7 +213,8 @@ class FixedContextDecoder(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """Decoder with nothing of the source but its first state, the encoder's last (Sutskever et al., 2014)."""
+    """Decoder whose first state is the encoder's final one; it uses nothing else of the source (Sutskever et al.,
+    2014)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()

@@ -1,8 +1,10 @@
-"""Gated DeltaNet (Yang et al., 2024): attention whose memory is one matrix for each head, of a size that does not grow.
+"""Gated DeltaNet (Yang et al., 2024): attention whose memory is one matrix per head, independent of the sequence's
+length.
 
-For each token the matrix S fades by exp(log_decay), and the value that it holds for the token's key moves towards the
-token's value by the share `strength` (the delta rule): S ← exp(log_decay) · S, then S ← S + k (strength · (v - Sᵀk))ᵀ.
-The output is Sᵀq. Decoding computes just that; texts are computed in chunks of 64 tokens by matrix products.
+For each token the matrix S decays by exp(log_decay). Then the delta rule moves the value that S stores for the token's
+key towards the token's value, by the share `strength`: S ← exp(log_decay) · S, then S ← S + k (strength · (v - Sᵀk))ᵀ.
+The output is Sᵀq. Decoding computes these steps; longer sequences are computed in chunks of 64 tokens by matrix
+multiplications.
 
 Axes: batch, length, heads, chunks, chunk = tokens of a chunk, key_dim, value_dim, channels; numbers = of a state.
 """
@@ -30,7 +32,7 @@ CHUNK = 64
 
 
 class Signals(NamedTuple):
-    """Inputs of the delta rule, at least in float32; strength and log_decay are a number for each token and head."""
+    """Inputs of the delta rule, at least in float32. strength and log_decay are one number per token and head."""
 
     q: Float[Tensor, "batch heads length key_dim"]
     k: Float[Tensor, "batch heads length key_dim"]
@@ -40,7 +42,7 @@ class Signals(NamedTuple):
 
 
 def delta_step(signals: Signals, state: State) -> tuple[Float[Tensor, "batch heads 1 value_dim"], State]:
-    """Apply the gated delta rule to one token (Yang et al., 2024, equation 10)."""
+    """Apply the gated delta rule to one token (Yang et al., 2024, equation 10). Return the output and the new state."""
     q, k, v, strength, log_decay = signals
     state = state * log_decay.exp()[..., None]
     state = state + k.mT @ (strength[..., None] * (v - k @ state))
@@ -50,24 +52,25 @@ def delta_step(signals: Signals, state: State) -> tuple[Float[Tensor, "batch hea
 def delta_rule(
     signals: Signals, state: State, segments: Segments = None
 ) -> tuple[Float[Tensor, "batch heads length value_dim"], State]:
-    """Apply the gated delta rule to a sequence, in chunks (Yang et al., 2024, section 3.3); return outputs and state.
+    """Apply the gated delta rule to a sequence, in chunks (Yang et al., 2024, section 3.3). Return the outputs and the
+    new state.
 
-    Within a chunk the corrections depend on each other: they solve a triangular system. segments: numbers the documents
-    of a row; equal neighbours belong together, and the state of one does not reach the next.
+    Within a chunk the corrections depend on each other: they solve a triangular system. segments: document number of
+    each token; equal neighbours belong together, and a document's state does not reach the next one.
     """
     length = signals.q.shape[2]
     if length == 1 and segments is None:
         return delta_step(signals, state)
     size = min(CHUNK, length)
-    rest = -length % size
-    q, k, v = (F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, size)) for x in signals[:3])
-    strength, log_decay = (F.pad(x, (0, rest)).unflatten(2, (-1, size)) for x in signals[3:])
-    total = log_decay.cumsum(-1)  # decay since the chunk's beginning
+    padding = -length % size
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (-1, size)) for x in signals[:3])
+    strength, log_decay = (F.pad(x, (0, padding)).unflatten(2, (-1, size)) for x in signals[3:])
+    total = log_decay.cumsum(-1)  # logarithm of the decay since the chunk's beginning
     pairs = total[..., :, None] - total[..., None, :]
     fading = pairs.masked_fill(torch.ones_like(pairs, dtype=torch.bool).triu(1), -torch.inf).exp()
     entering, leaving, through = total.exp(), (total[..., -1:] - total).exp(), total[..., -1].exp()
     if segments is not None:
-        same, first, last, whole = _connections(F.pad(segments, (0, rest), value=-1).unflatten(1, (-1, size)))
+        same, first, last, whole = _segment_masks(F.pad(segments, (0, padding), value=-1).unflatten(1, (-1, size)))
         fading, entering, leaving, through = fading * same, entering * first, leaving * last, through * whole
     weighted = strength[..., None] * k
     system = (weighted @ k.mT) * fading
@@ -83,9 +86,14 @@ def delta_rule(
     return torch.cat(outputs, 2)[:, :, :length], state
 
 
-def _connections(segments: Int[Tensor, "batch chunks chunk"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return as 0 or 1 which tokens of a chunk are of one segment, which are of the segment before the chunk, which are
-    of its last segment, and whether the chunk is of one segment with what is before it."""
+def _segment_masks(segments: Int[Tensor, "batch chunks chunk"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return four masks for the chunks of a row with several documents (segments), each with an axis for the heads.
+
+    same (batch, 1, chunks, chunk, chunk): whether two tokens of a chunk have one segment. first (batch, 1, chunks,
+    chunk): whether a token belongs to the segment before the chunk, so that the incoming state reaches it. last (batch,
+    1, chunks, chunk): whether a token belongs to the chunk's last segment, so that it reaches the outgoing state. whole
+    (batch, 1, chunks): whether the incoming state reaches the outgoing one.
+    """
     last = segments[..., -1:]
     before = torch.cat([segments[:, :1, :1], last[:, :-1]], 1)
     same = segments[..., :, None] == segments[..., None, :]
@@ -93,7 +101,7 @@ def _connections(segments: Int[Tensor, "batch chunks chunk"]) -> tuple[Tensor, T
 
 
 class ShortConvolution(nn.Module):
-    """Causal convolution of each channel by itself over the last `size` tokens, and SiLU."""
+    """Causal convolution of each channel over the last `size` tokens, followed by SiLU."""
 
     def __init__(self, channels: int, size: int):
         super().__init__()
@@ -104,7 +112,7 @@ class ShortConvolution(nn.Module):
         self, x: Float[Tensor, "batch length channels"], before: Float[Tensor, "batch earlier channels"],
         segments: Segments = None,
     ) -> Float[Tensor, "batch length channels"]:  # fmt: skip
-        """Convolve `x`, which follows the `size` - 1 tokens `before`; tokens of another segment count as 0."""
+        """Convolve `x`, which follows the `size` - 1 tokens `before`. Tokens of another segment count as 0."""
         joined = torch.cat([before, x], 1).mT
         if segments is None:
             return F.silu(F.conv1d(joined, self.weight, groups=x.shape[2]).mT)
@@ -115,7 +123,8 @@ class ShortConvolution(nn.Module):
 
 
 class SeparateInputs(nn.Module):
-    """Projections to queries, keys and values; to the output's gate; to strengths; and to decays (Qwen3.5)."""
+    """Separate matrices for queries, keys and values; for the output's gate; for strengths; and for decays
+    (Qwen3.5)."""
 
     def __init__(self, dim: int, heads: "Heads"):
         super().__init__()
@@ -123,12 +132,12 @@ class SeparateInputs(nn.Module):
         self.strength, self.decay = (Linear(dim, heads.values, bias=False) for _ in range(2))
 
     def signals(self, x: Hidden) -> tuple[Tensor, ...]:
-        """Return queries, keys and values in one, the gate, the strengths and the decays."""
+        """Return queries, keys and values in one tensor, the gate, the strengths and the decays."""
         return self.qkv(x), self.gate(x), self.strength(x), self.decay(x)
 
 
 class GroupedInputs(nn.Module):
-    """The same projections as two matrices, with what belongs to a head of keys next to each other (Qwen3-Next)."""
+    """The same projections as two matrices, whose rows are grouped by heads of keys (Qwen3-Next)."""
 
     def __init__(self, dim: int, heads: "Heads"):
         super().__init__()
@@ -137,7 +146,7 @@ class GroupedInputs(nn.Module):
         self.numbers = Linear(dim, 2 * heads.values, bias=False)
 
     def signals(self, x: Hidden) -> tuple[Tensor, ...]:
-        """Return queries, keys and values in one, the gate, the strengths and the decays."""
+        """Return queries, keys and values in one tensor, the gate, the strengths and the decays."""
         heads = self.heads
         group = heads.values // heads.keys
         sizes = [heads.key_dim, heads.key_dim, group * heads.value_dim, group * heads.value_dim]
@@ -147,7 +156,7 @@ class GroupedInputs(nn.Module):
 
 
 class Heads(NamedTuple):
-    """Heads of keys and of values, and the size of each; a head of keys serves values / keys heads of values."""
+    """Number of heads of keys and of values, and their sizes. A head of keys serves values / keys heads of values."""
 
     keys: int
     values: int
@@ -156,19 +165,19 @@ class Heads(NamedTuple):
 
     @property
     def value_width(self) -> int:
-        """Numbers of all heads of values."""
+        """The numbers of all heads of values."""
         return self.values * self.value_dim
 
     @property
     def channels(self) -> int:
-        """Numbers of queries, keys and values."""
+        """The numbers of queries, keys and values."""
         return 2 * self.keys * self.key_dim + self.value_width
 
 
 class GatedDeltaNet(nn.Module):
     """Layer used instead of attention: a short convolution, the gated delta rule, and a gated norm.
 
-    heads: their numbers and sizes. inputs: makes the signals of the layer. size: tokens of the convolution.
+    heads: their numbers and sizes. inputs: builds the input projections. size: tokens of the convolution.
     """
 
     window = None
@@ -188,21 +197,21 @@ class GatedDeltaNet(nn.Module):
         self.output = Linear(heads.value_width, dim, bias=False)
         nn.init.uniform_(self.log_rate, 0.01, 16.0)
         self.log_rate.data.log_()
-        steps = self.decay_bias.data.uniform_(math.log(0.001), math.log(0.1)).exp_()  # as Mamba-2 begins
-        steps.expm1_().log_()  # so that softplus gives them
+        steps = self.decay_bias.data.uniform_(math.log(0.001), math.log(0.1)).exp_()  # Mamba-2's initialisation
+        steps.expm1_().log_()  # the inverse of softplus
         self.sizes = ((size - 1) * heads.channels, heads.values * heads.key_dim * heads.value_dim)
 
     @property
     def cache_shape(self) -> CacheShape:
-        """Return the shape of the cache: nothing for a token, and a state of fixed size for a sequence."""
+        """The shape of the cache: nothing per token, and a state of fixed size per sequence."""
         return CacheShape(fixed=sum(self.sizes))
 
     def forward(
         self, x: Hidden, mask: CausalMask | DocumentMask | None = None, positions: object = None,
         cache: Cache | None = None,
     ) -> Hidden:  # fmt: skip
-        """Mix. With a cache `x` are new tokens, which follow those before; otherwise `mask` says where documents
-        begin."""
+        """Mix the tokens of a sequence. With a cache, `x` are new tokens, which follow the earlier ones. Otherwise
+        `mask` determines where documents begin."""
         mixed, gate, strength, decay = self.inputs.signals(x)
         joined = torch.cat([mixed, strength, decay], -1)
         if cache is not None:
@@ -216,7 +225,7 @@ class GatedDeltaNet(nn.Module):
         self, x: Float[Tensor, "batch length channels"], state: Float[Tensor, "batch numbers"],
         segments: Segments = None,
     ) -> tuple[Float[Tensor, "batch length out"], Float[Tensor, "batch numbers"]]:  # fmt: skip
-        """Return the output for each new token and the state after the last."""
+        """Return the output for each new token, and the state after the last one."""
         heads = self.heads
         mixed, strength, decay = x.split([heads.channels, heads.values, heads.values], -1)
         tail, memory = state.split(self.sizes, -1)
@@ -230,7 +239,7 @@ class GatedDeltaNet(nn.Module):
         return y.transpose(1, 2).flatten(2).to(x.dtype), state
 
     def _signals(self, mixed: Tensor, strength: Tensor, decay: Tensor) -> Signals:
-        """Return the inputs of the rule: keys and queries of length 1, and each decay between 0 and 1."""
+        """Return the inputs of the delta rule: keys and queries of length 1, and each decay between 0 and 1."""
         heads, width = self.heads, self.heads.keys * self.heads.key_dim
         wide = torch.promote_types(mixed.dtype, torch.float32)
         q, k, v = mixed.to(wide).split([width, width, heads.value_width], -1)

@@ -1,12 +1,12 @@
 """Gated recurrent units (GRU; Cho et al., 2014) over whole sequences, and encoders made of them.
 
-The gates are torch.nn.GRU's: h' = (1 - z) · n + z · h, with r applied after the recurrent product, n = tanh(W x + b +
-r · (U h + c)), so that weights copy to and from torch. Cho and Bahdanau write h' = (1 - z) · h + z · n, whose z is
-1 - z here (the same network with W_z, U_z and b_z negated), and apply r before the product, n = tanh(W x + U (r · h)),
-which is another network of the same size: it needs a second product in every step, which has to wait for r.
+The gates are torch.nn.GRU's: h' = (1 - z) · n + z · h. r is applied after the recurrent product, n = tanh(W x + b + r ·
+(U h + c)), so that weights can be copied from and to torch. Cho and Bahdanau write h' = (1 - z) · h + z · n, whose z is
+1 - z here (the same network with W_z, U_z and b_z negated). They apply r before the product, n = tanh(W x + U (r · h)).
+This is another network of the same size: it needs a second product in every step, which has to wait for r.
 
 Axes: batch, length = tokens, dim = a state, gates = 3 dim (reset, update, new), directions = directions of reading,
-`...` = axes of a step other than the last. What runs over time has the length first.
+`...` = axes of a step other than the last. Tensors that the recurrence runs over have the length first.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from keifu.layers.linear import JoinedLinear
 
 
 class RecurrentTape(NamedTuple):
-    """Record of every step of a recurrence: `states` begins with the one before the first step.
+    """Record of every step of a recurrence. `states` begins with the state before the first step.
 
-    `gates` are reset and update, `new` the proposed state, `before_reset` its recurrent part before the reset gate.
+    gates: reset and update. new: the proposed state. before_reset: its recurrent part before the reset gate.
     """
 
     states: Float[Tensor, "steps ... dim"]
@@ -41,7 +41,7 @@ class RecurrentTape(NamedTuple):
         return tape
 
     def advance(self, step: int, x: Float[Tensor, "... gates"], product: Float[Tensor, "... gates"]) -> None:
-        """Write the state after `step`, from the input's product and the product of the state before."""
+        """Write the state after `step`. x: product of the inputs. product: recurrent product of the state before."""
         dim = self.new.shape[-1]
         gates = torch.add(x[..., : 2 * dim], product[..., : 2 * dim], out=self.gates[step]).sigmoid_()
         reset, update = gates.chunk(2, -1)
@@ -50,7 +50,8 @@ class RecurrentTape(NamedTuple):
         torch.lerp(new, self.states[step], update, out=self.states[step + 1])
 
     def slopes(self) -> tuple[Float[Tensor, "length ... 3 dim"], Float[Tensor, "length ... 3 dim"]]:
-        """Return how a state answers to what its gates were given: to the input's product, and to the recurrent one."""
+        """Return the derivatives of each new state with respect to the product of the inputs, and to the recurrent
+        product, for each gate."""
         reset, update = self.gates.chunk(2, -1)
         new = (1 - update) * (1 - self.new.square())
         update = (self.states[:-1] - self.new) * update * (1 - update)
@@ -59,13 +60,14 @@ class RecurrentTape(NamedTuple):
 
 
 def product_type(like: Tensor) -> torch.dtype:
-    """Return the type of matrix products: autocast's if that is on, else that of the weights."""
+    """Return the dtype of matrix multiplications: autocast's if it is on, otherwise the weights'."""
     device_type = like.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else like.dtype
 
 
 class _Recurrence(torch.autograd.Function):
-    """A step's gradient waits for the next one's, but those of the weights do not: they are one product at the end."""
+    """Recurrence with its own backward pass: only the states' gradients are computed step by step. The weights'
+    gradients need one matrix multiplication at the end."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,8 +81,8 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        low, *kept = ctx.saved_tensors
-        tape = RecurrentTape(*kept)
+        low, *stored = ctx.saved_tensors
+        tape = RecurrentTape(*stored)
         (length, directions, batch, dim), update = tape.new.shape, tape.gates.chunk(2, -1)[1]
         to_input, to_product = tape.slopes()
         d_states, d_products = torch.empty_like(tape.new), torch.empty_like(to_product)
@@ -101,9 +103,9 @@ def recur(
     layers: Sequence[nn.Linear],
     state: Float[Tensor, "directions batch dim"],
 ) -> Float[Tensor, "length directions batch dim"]:
-    """Return the states after each step, several directions side by side.
+    """Return the states after each step, for several directions at once.
 
-    `x` are the products of the inputs, bias included, `layers` the recurrent product of each direction.
+    x: the products of the inputs, with bias. layers: the recurrent layer of each direction.
     """
     weight = torch.stack([layer.weight for layer in layers])
     bias = torch.stack([layer.bias for layer in layers])
@@ -113,7 +115,8 @@ def recur(
 
 
 class GRU(nn.Module):
-    """One gated recurrent layer read in one direction; weights and gates as in torch.nn.GRU (see the file's head)."""
+    """One gated recurrent layer in one direction. Weights and gates are as in torch.nn.GRU (see the top of this
+    file)."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -123,12 +126,12 @@ class GRU(nn.Module):
     def forward(
         self, products: Float[Tensor, "length batch gates"], state: Float[Tensor, "batch dim"]
     ) -> Float[Tensor, "length batch dim"]:
-        """Return the states after each step; `products` are what `input` gives, made for all steps at once."""
+        """Return the states after each step. products: the outputs of `input` for all steps."""
         return recur(products[:, None], [self.recurrent], state[None])[:, 0]
 
 
 class EncoderOutput(NamedTuple):
-    """A source as an encoder leaves it: the states at each token, and the last state of each direction, joined."""
+    """An encoded source: the states at each token, and the final state of each direction, joined."""
 
     states: Float[Tensor, "batch length width"]
     ends: Float[Tensor, "batch width"]
@@ -136,7 +139,8 @@ class EncoderOutput(NamedTuple):
 
 
 class ForwardEncoder(nn.Module):
-    """Encoder that reads from the first token to the last. Padding is on the right, and no token before it sees it."""
+    """Encoder that reads from the first token to the last. Padding is on the right, so that no token's state depends on
+    it."""
 
     def __init__(self, in_dim: int, dim: int):
         super().__init__()
@@ -159,9 +163,10 @@ class ForwardEncoder(nn.Module):
 
 
 class BidirectionalEncoder(ForwardEncoder):
-    """Encoder that reads both ways (Schuster and Paliwal, 1997); a token's state joins both directions' states.
+    """Encoder that reads in both directions (Schuster and Paliwal, 1997). A token's state joins both directions'
+    states.
 
-    The backward direction reads each row's own tokens in reverse, so that it too sees its padding last.
+    The backward direction reads each row's real tokens in reverse order, so that padding is last for it too.
     """
 
     def __init__(self, in_dim: int, dim: int):
@@ -169,7 +174,7 @@ class BidirectionalEncoder(ForwardEncoder):
         self.backwards, self.width = GRU(in_dim, dim), 2 * dim
 
     def ways(self, x: Float[Tensor, "batch length in_dim"], lengths: Int[Tensor, " batch"]) -> list[tuple[GRU, Tensor]]:
-        """Reverse the inputs of the backward direction."""
+        """Add the backward direction, with reversed inputs."""
         return [*super().ways(x, lengths), (self.backwards, _reverse(x, lengths))]
 
 
@@ -181,7 +186,7 @@ EMPTY = "A source has no token: leave out empty ones, or end each with the token
 
 def _lengths(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
     lengths = mask.sum(-1)
-    if lengths.device.type in ("cpu", "mps"):  # mps has no check that the host need not wait for
+    if lengths.device.type in ("cpu", "mps"):  # mps has no asynchronous check
         if not bool(lengths.all()):
             raise UserError(EMPTY)
     else:
@@ -194,7 +199,7 @@ def _at(states: Float[Tensor, "batch length dim"], positions: Int[Tensor, " batc
 
 
 def _reverse(x: Float[Tensor, "batch length dim"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch length dim"]:
-    """Return each row's first `lengths` places in reverse, the padding where it was; the inverse of itself."""
+    """Reverse the first `lengths` positions of each row; padding stays. The function is its own inverse."""
     positions = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
     turned = torch.where(positions < lengths[:, None], lengths[:, None] - 1 - positions, positions)
     return x.gather(1, turned[..., None].expand_as(x))

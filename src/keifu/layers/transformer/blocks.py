@@ -1,6 +1,6 @@
-"""Transformer blocks: attention and feed-forward on the residual stream, with the norms before or after them.
+"""Transformer blocks: attention and feed-forward on the residual stream, with norms before or after them.
 
-Axes: batch, length, dim. Whatever else is given to a block goes to its attention.
+Axes: batch, length, dim. A block passes all other arguments to its attention.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ Stream = Float[Tensor, "batch length dim"]
 
 
 class _TwoSublayers(nn.Module):
-    """Attention, then feed-forward, each with its own norm; where the norms stand is the subclass's."""
+    """Attention, then feed-forward, each with a norm. The subclass determines where the norms are applied."""
 
     def __init__(
         self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0
@@ -28,7 +28,8 @@ class _TwoSublayers(nn.Module):
 
 
 class PreNorm(_TwoSublayers):
-    """x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2 and all since (Radford et al., 2019)."""
+    """Block x + attention(norm(x)), then x + feedforward(norm(x)): GPT-2 and most later models (Radford et al.,
+    2019)."""
 
     def forward(self, x: Stream, **context: Any) -> Stream:
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), **context))
@@ -36,11 +37,11 @@ class PreNorm(_TwoSublayers):
 
 
 class AdaptiveNormZero(_TwoSublayers):
-    """x + gate · attention(norm(x) · (1 + scale) + shift), then the same of the feed-forward network: AdaLN-zero (DiT,
-    Peebles and Xie, 2022, section 3.2).
+    """Block x + gate · attention(norm(x) · (1 + scale) + shift), then the same with the feed-forward network:
+    AdaLN-zero (DiT, Peebles and Xie, 2022, section 3.2).
 
-    `modulation` makes shift, scale and gate of both from a condition. Its weights begin at zero, so that the block
-    begins as the identity.
+    `modulation` computes shift, scale and gate of both from a condition. Its weights start at zero, so that the block
+    starts as the identity.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class AdaptiveNormZero(_TwoSublayers):
 
 
 def modulate(x: Stream, shift: Float[Tensor, "batch 1 dim"], scale: Float[Tensor, "batch 1 dim"]) -> Stream:
-    """Return x · (1 + scale) + shift: of a normalised x this is adaptive layer norm."""
+    """Return x · (1 + scale) + shift. For a normalised x this is adaptive layer norm."""
     return x * (1 + scale) + shift
 
 
 class ScaledPreNorm(_TwoSublayers):
-    """x + scale · attention(norm(x)), then x + scale · feedforward(norm(x)) (Granite, 2024; from µP)."""
+    """Block x + scale · attention(norm(x)), then x + scale · feedforward(norm(x)) (Granite, 2024; from µP)."""
 
     def __init__(self, *layers: Any, scale: float):
         super().__init__(*layers)
@@ -75,7 +76,8 @@ class ScaledPreNorm(_TwoSublayers):
 
 
 class ReorderedNorm(_TwoSublayers):
-    """x + norm(attention(x)), then x + norm(feedforward(x)) (Swin Transformer V2, Liu et al., 2021; OLMo 2, 2024)."""
+    """Block x + norm(attention(x)), then x + norm(feedforward(x)) (Swin Transformer V2, Liu et al., 2021; OLMo 2,
+    2024)."""
 
     def forward(self, x: Stream, **context: Any) -> Stream:
         x = x + self.attention_dropout(self.attention_norm(self.attention(x, **context)))
@@ -83,7 +85,7 @@ class ReorderedNorm(_TwoSublayers):
 
 
 class _WithSource(_TwoSublayers):
-    """Block with cross-attention to a source between its two sublayers, with its own norm."""
+    """Block with cross-attention to a source, with its own norm, between its two sublayers."""
 
     def __init__(
         self, attention: nn.Module, cross_attention: nn.Module, feedforward: nn.Module,
@@ -95,25 +97,25 @@ class _WithSource(_TwoSublayers):
         self.cross_attention_dropout = Dropout(dropout)
 
     def _look(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any) -> Stream:
-        """Attend to the source. The rows of one source are adjacent and do so together, as one longer row."""
+        """Attend to the source. Rows of one source are adjacent; they are joined to one longer row."""
         by_source = x.reshape(len(memory[0]), -1, x.shape[-1])
         return self.cross_attention_dropout(self.cross_attention(by_source, memory, memory_mask).reshape(x.shape))
 
 
 class CrossPreNorm(_WithSource, PreNorm):
-    """`PreNorm` with a look at a source between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1;
-    Whisper: Radford et al., 2022)."""
+    """`PreNorm` with cross-attention between its two sublayers (latent diffusion: Rombach et al., 2022, E.2.1; Whisper:
+    Radford et al., 2022)."""
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
-        """Return the stream after the block. `memory`: keys and values of the source, made by
-        `cross_attention.project`."""
+        """Return the stream after the block. memory: keys and values of the source, from `cross_attention.project`."""
         x = x + self.attention_dropout(self.attention(self.attention_norm(x), **context))
         x = x + self._look(self.cross_attention_norm(x), memory, memory_mask)
         return x + self.feedforward_dropout(self.feedforward(self.feedforward_norm(x)))
 
 
 class SandwichNorm(nn.Module):
-    """x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))) (CogView, Ding et al., 2021; Gemma 2 and 3)."""
+    """Block x + norm(attention(norm(x))), then x + norm(feedforward(norm(x))) (CogView, Ding et al., 2021; Gemma 2 and
+    3)."""
 
     def __init__(
         self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module, nn.Module, nn.Module],
@@ -131,7 +133,7 @@ class SandwichNorm(nn.Module):
 
 
 class PostNorm(_TwoSublayers):
-    """norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
+    """Block norm(x + attention(x)), then norm(x + feedforward(x)): the Transformer of 2017, GPT-1, BERT."""
 
     def forward(self, x: Stream, **context: Any) -> Stream:
         x = self.attention_norm(x + self.attention_dropout(self.attention(x, **context)))
@@ -139,18 +141,18 @@ class PostNorm(_TwoSublayers):
 
 
 class CrossPostNorm(_WithSource, PostNorm):
-    """`PostNorm` with a look at a source between its two sublayers: the decoder's block of the Transformer of 2017."""
+    """`PostNorm` with cross-attention between its two sublayers: the decoder's block of the Transformer of 2017."""
 
     def forward(self, x: Stream, memory: tuple[Tensor, Tensor], memory_mask: Any, **context: Any) -> Stream:
-        """Return the stream after the block. `memory`: keys and values of the sources, made by
-        `cross_attention.project`."""
+        """Return the stream after the block. memory: keys and values of the source, from `cross_attention.project`."""
         x = self.attention_norm(x + self.attention_dropout(self.attention(x, **context)))
         x = self.cross_attention_norm(x + self._look(x, memory, memory_mask))
         return self.feedforward_norm(x + self.feedforward_dropout(self.feedforward(x)))
 
 
 class Parallel(nn.Module):
-    """x + attention(norm(x)) + feedforward(norm(x)), one norm for both: GPT-J, PaLM (Chowdhery et al., 2022)."""
+    """Block x + attention(norm(x)) + feedforward(norm(x)), with one norm for both: GPT-J, PaLM (Chowdhery et al.,
+    2022)."""
 
     def __init__(self, attention: nn.Module, feedforward: nn.Module, norm: nn.Module, dropout: float = 0.0):
         super().__init__()
@@ -166,7 +168,7 @@ class Parallel(nn.Module):
 def residual_weights(blocks: Iterable[Any]) -> list[Tensor]:
     """Return the matrices of these blocks whose outputs are added to the residual stream.
 
-    The attention and the feed-forward network of each block list their own matrices as `residual_weights`.
+    The attention and the feed-forward network of each block list their matrices as `residual_weights`.
     """
     sublayers = [part for block in blocks for part in (block.attention, block.feedforward)]
     return [weight for part in sublayers for weight in part.residual_weights]

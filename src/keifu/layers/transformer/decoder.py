@@ -1,4 +1,4 @@
-"""Decoder-only Transformer: a causal language model composed of the parts it is given.
+"""Decoder-only Transformer: a causal language model composed of given parts.
 
 Axes: batch, length = tokens, dim, vocab.
 """
@@ -25,19 +25,20 @@ Hidden = Float[Tensor, "batch length dim"]
 
 
 class Inserted(NamedTuple):
-    """Embeddings instead of those of tokens, such as a picture's: where they go in the flattened batch, and they."""
+    """Embeddings that replace those of tokens, such as a picture's. places: their indices in the flattened batch."""
 
     places: Int[Tensor, " count"]
     embeddings: Float[Tensor, "count dim"]
 
     def into(self, x: Hidden) -> Hidden:
-        """Return the embeddings of tokens with these among them."""
+        """Return the embeddings x of tokens with these inserted."""
         new = self.embeddings.to(x.dtype)
         return x.flatten(0, 1).index_copy(0, self.places, new).view_as(x)
 
 
 class NormedEmbedding(nn.Embedding):
-    """Embeddings that a norm without weights scales (nanochat, 2025); a head tied to them has them without it."""
+    """Embedding followed by a norm without weights (nanochat, 2025). A head tied to it uses the matrix without the
+    norm."""
 
     def __init__(self, vocab_size: int, dim: int, eps: float):
         super().__init__(vocab_size, dim)
@@ -48,7 +49,7 @@ class NormedEmbedding(nn.Embedding):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Embeddings times a number, √dim in Gemma; a head tied to them has them without it."""
+    """Embedding times a constant, √dim in Gemma. A head tied to it uses the matrix without the constant."""
 
     def __init__(self, vocab_size: int, dim: int, scale: float):
         super().__init__(vocab_size, dim)
@@ -56,16 +57,18 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch dim"]:  # noqa: A002
         rows = super().forward(input)
-        return rows * rows.new_full((), self.scale)  # rounded as the rows are
+        return rows * rows.new_full((), self.scale)  # the constant is rounded to the embeddings' dtype
 
 
 @runtime_checkable
 class State(Protocol):
-    """Interface of the tokens so far: `positions` begins a pass, each layer uses its `layer`, `advance` ends it.
+    """Interface of the state of earlier tokens: `positions` begins a pass, each layer uses its `layer`, `advance` ends
+    the pass.
 
     `KVState` (attention/kv_cache.py) and `PagedState` (generation/text/paged) implement it; see `Cache`.
 
-    longest: the most tokens that a row holds. sequence_lengths: of each token, if positions do not say them.
+    longest: the largest number of tokens in a row. sequence_lengths: length of each token's sequence; None: the last
+    position of the row + 1.
     """
 
     @property
@@ -82,7 +85,8 @@ class State(Protocol):
 
 
 class DecoderLM(nn.Module):
-    """Embedding, blocks, norm, head. `head=None` ties the head to the embedding; `config` is what it was built from."""
+    """Language model: embedding, blocks, norm, head. head: None ties the head to the embedding. config: the Config that
+    the model was built from."""
 
     def __init__(
         self, embedding: nn.Embedding, blocks: Sequence[nn.Module], norm: nn.Module,
@@ -96,7 +100,7 @@ class DecoderLM(nn.Module):
         self.config = config
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse a call that models of other libraries take, with keifu's own."""
+        """Refuse a method of other libraries' models, with the name of keifu's function."""
         raise UserError("A model of keifu has no generate: call keifu.generate(model, tokenizer, prompt).")
 
     @classmethod
@@ -104,8 +108,8 @@ class DecoderLM(nn.Module):
         cls, config: Any, blocks: Sequence[nn.Module], norm: nn.Module, positions: LearnedPositions | None = None,
         embedding: nn.Embedding | None = None,
     ) -> "DecoderLM":  # fmt: skip
-        """Return the model of a Config, which says the vocabulary, the width, the dropout and whether the head is
-        tied."""
+        """Build the model of a Config, which has the vocabulary size, the width, the dropout rate and whether the head
+        is tied."""
         embedding = embedding or nn.Embedding(config.vocab_size, config.dim)
         head = None if config.tied else Linear(config.dim, config.vocab_size, bias=False)
         return cls(embedding, blocks, norm, positions, head, config.dropout, config)
@@ -113,18 +117,18 @@ class DecoderLM(nn.Module):
     def forward(
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch length vocab"]:
-        """Return logits of the token after each. `state` holds earlier tokens; `padding` counts each row's left
-        padding."""
+        """Return logits of the token after each. state: the state of earlier tokens. padding: number of left padding
+        tokens of each row."""
         return self.logits(self.hidden(tokens, state, padding))
 
     def hidden(
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,
         documents: Tokens | None = None, inserted: Inserted | None = None,
     ) -> Hidden:  # fmt: skip
-        """Return the last hidden states, after the last norm; positions count from each row's first real token.
+        """Return the hidden states after the final norm. Positions count from each row's first real token.
 
-        `documents` numbers the document of each token where a row holds several: none sees or counts another's.
-        `inserted`: embeddings instead of those of some tokens.
+        documents: document number of each token, for rows with several documents. Attention and positions stay within a
+        document. inserted: embeddings that replace those of some tokens.
         """
         x = self.embedding(tokens) if inserted is None else inserted.into(self.embedding(tokens))
         if state is not None:
@@ -141,20 +145,20 @@ class DecoderLM(nn.Module):
         if self.positions is not None:
             x = x + self.positions(self._within(positions, x.shape[1] + (state.longest if state else 0)))
         x = self.dropout(x)
-        where = Positions(positions, None if state is None else state.sequence_lengths)
+        shared = Positions(positions, None if state is None else state.sequence_lengths)
         for i, block in enumerate(self.blocks):
-            x = block(x, mask=mask, positions=where, cache=None if state is None else state.layer(i))
+            x = block(x, mask=mask, positions=shared, cache=None if state is None else state.layer(i))
         if state is not None:
             state.advance()
         return self.norm(x)
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """Apply the head alone, so that a prompt's last position can be had without the others."""
+        """Apply only the head, so that logits of a prompt's last position need no others."""
         return self.head(hidden) if self.head is not None else linear(hidden, self.embedding.weight)
 
     @property
     def head_weight(self) -> Head:
-        """The matrix of the head, for losses that do not want all logits at once."""
+        """The matrix of the head, for losses that do not need all logits at once."""
         return self.embedding.weight if self.head is None else self.head.weight
 
     def new_state(self, rows: int, capacity: int) -> KVState:
@@ -163,7 +167,7 @@ class DecoderLM(nn.Module):
 
     @property
     def cache_layers(self) -> list[CacheShape]:
-        """Return the shape that each layer keeps of the tokens so far."""
+        """Return the shape of each layer's cache."""
         blocks: list[Any] = list(self.blocks)
         return [block.attention.cache_shape for block in blocks]
 
@@ -175,7 +179,7 @@ class DecoderLM(nn.Module):
 
 
 class SoftCappedLM(DecoderLM):
-    """`DecoderLM` whose logits stay between -c and c, by c · tanh(logits / c); c is `config.logit_cap` (Gemma 2,
+    """`DecoderLM` whose logits are limited to -c and c by c · tanh(logits / c), where c is `config.logit_cap` (Gemma 2,
     2024)."""
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
@@ -186,5 +190,5 @@ class SoftCappedLM(DecoderLM):
     @property
     def head_weight(self) -> SoftCappedHead:
         """The matrix of the head, with its cap."""
-        matrix = self.embedding if self.head is None else self.head
-        return SoftCappedHead(matrix.weight, self.config.logit_cap)
+        layer = self.embedding if self.head is None else self.head
+        return SoftCappedHead(layer.weight, self.config.logit_cap)

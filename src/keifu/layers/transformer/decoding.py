@@ -1,8 +1,8 @@
-"""Blocks of a decoder that generates on a GPU: the same modules with fewer kernels, and no gradients.
+"""Decoder blocks for generation on a GPU: the same modules with fewer kernels, and without gradients.
 
-A step of decoding is so little work that its time is that of launching kernels. Queries and keys turn in place, the
-cache takes queries, keys and values in one tensor, and a product is added to the residual stream by the kernel that
-computes it. Axes: length = tokens of all sequences, all_heads = those of queries, keys and values.
+A decoding step is so little work that launching kernels determines its time. So queries and keys are rotated in place,
+the cache takes queries, keys and values in one tensor, and the kernel of a matrix multiplication adds its result to the
+residual stream. Axes: length = tokens of all sequences, all_heads = those of queries, keys and values.
 """
 
 import copy
@@ -22,7 +22,7 @@ from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 
 Stream = Float[Tensor, "1 length dim"]
-KNOWN = {  # classes whose operations read nothing back from the device
+KNOWN = {  # classes whose operations never read from the device to the host
     nn.Embedding, nn.LayerNorm, RMSNorm, Linear, JoinedLinear, QuantizedLinear,
 }  # fmt: skip
 
@@ -37,7 +37,7 @@ class JoinedCache(Protocol):
 
 
 class DecodingBlock(nn.Module):
-    """A `PreNorm` block with plain attention, and its stream, which is changed in place."""
+    """A `PreNorm` block with plain attention that changes the residual stream in place."""
 
     def __init__(self, block: PreNorm, kernels: Any = None):
         super().__init__()
@@ -48,13 +48,13 @@ class DecodingBlock(nn.Module):
         feedforward: Any = self.block.feedforward
         heads = attention.qkv(self.block.attention_norm(x)).unflatten(-1, (-1, attention.head_dim))
         if attention.rotary is not None:
-            self._turn(heads, heads.shape[2] - attention.n_kv_heads, positions.rotation(attention.rotary))
+            self._rotate(heads, heads.shape[2] - attention.n_kv_heads, positions.rotation(attention.rotary))
         mixed = cache.attend_joined(heads, attention.n_heads, attention.window, attention.scoring)
         x = _add(x, mixed, attention.out)
         return _add(x, self._inner(self.block.feedforward_norm(x)), feedforward.down)
 
-    def _turn(self, heads: Float[Tensor, "1 length all_heads head_dim"], count: int, rotation: Rotation) -> None:
-        """Turn queries and keys in place."""
+    def _rotate(self, heads: Float[Tensor, "1 length all_heads head_dim"], count: int, rotation: Rotation) -> None:
+        """Rotate queries and keys in place."""
         if self.kernels is None:
             rotation.turn(heads[:, :, :count])
         else:
@@ -69,7 +69,7 @@ class DecodingBlock(nn.Module):
 
 
 def _add(x: Stream, inner: Float[Tensor, "1 length hidden"], last: nn.Module) -> Stream:
-    """Add the result of a sublayer's last layer to the stream, which a matrix product does by itself."""
+    """Add the result of a sublayer's last layer to the stream, in the same kernel if possible."""
     if type(last) is Linear and last.bias is None:
         x[0].addmm_(inner[0], last.weight.mT)
         return x
@@ -77,7 +77,7 @@ def _add(x: Stream, inner: Float[Tensor, "1 length hidden"], last: nn.Module) ->
 
 
 def _fits(block: nn.Module) -> bool:
-    """Return whether a block is a `PreNorm` of classes that are known here."""
+    """Return whether a block is a `PreNorm` of classes that this file supports."""
     if type(block) is not PreNorm or type(block.attention) is not Attention or block.attention.q_norm is not None:
         return False
     plain = type(block.feedforward) in (ClampedFeedForward, FeedForward, GatedFeedForward)
@@ -86,14 +86,14 @@ def _fits(block: nn.Module) -> bool:
 
 
 def decoding_form(model: Any) -> tuple[Any, bool]:
-    """Return the model with `DecodingBlock`s if that is possible, and whether nothing in it reads the device."""
+    """Return the model with `DecodingBlock`s if possible, and whether it never reads from the device to the host."""
     model_class = type(model)
     usual = model_class.hidden is DecoderLM.hidden and model_class._hidden is DecoderLM._hidden
     if not usual or not all(map(_fits, model.blocks)):
         return model, False
     form = copy.copy(model)
     blocks: list[Any] = list(model.blocks)
-    made = [DecodingBlock(block, triton_kernels(model.embedding.weight.device)) for block in blocks]
-    form._modules = {**model._modules, "blocks": nn.ModuleList(made)}
-    rest = [module for name, module in model.named_children() if name not in ("blocks", "positions")]
-    return form, all(type(module) in KNOWN for module in rest if [*module.parameters()])
+    fused = [DecodingBlock(block, triton_kernels(model.embedding.weight.device)) for block in blocks]
+    form._modules = {**model._modules, "blocks": nn.ModuleList(fused)}
+    others = [module for name, module in model.named_children() if name not in ("blocks", "positions")]
+    return form, all(type(module) in KNOWN for module in others if [*module.parameters()])

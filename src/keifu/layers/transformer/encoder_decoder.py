@@ -1,6 +1,6 @@
 """Encoder-decoder Transformer composed of given parts: the encoder reads a source, the decoder writes a target.
 
-Axes: batch, length = tokens of the target, source_length, dim, vocab; a batch may have several rows for one source
+Axes: batch, length = tokens of the target, source_length, dim, vocab. A batch may have several rows for one source
 (beams), which are then adjacent.
 """
 
@@ -24,10 +24,10 @@ Hidden = Float[Tensor, "batch length dim"]
 
 
 class EncoderDecoderState:
-    """State of the decoder: keys and values of the sources, a pair for each block, and those of the target so far.
+    """State of the decoder: keys and values of the sources for each block, and those of the target so far.
 
-    The rows of one source share its keys and values: nothing of a source is computed or held twice, as long as every
-    source has equally many rows and they lie side by side.
+    The rows of one source share its keys and values, as long as every source has the same number of rows and they are
+    adjacent.
     """
 
     def __init__(
@@ -36,20 +36,20 @@ class EncoderDecoderState:
     ):  # fmt: skip
         self.memory, self.mask, self.targets = memory, PaddingMask(source_mask), targets
         self._source_mask = source_mask
-        self._owners = torch.arange(len(memory[0][0]), device="cpu")  # of each row, its source's place
+        self._owners = torch.arange(len(memory[0][0]), device="cpu")  # index of each row's source
 
     @property
     def rows(self) -> int:
-        """How many targets are being written."""
+        """The number of targets."""
         return len(self._owners)
 
     @property
     def length(self) -> int:
-        """How many tokens of the target it has taken; 0 if the target is given at once."""
+        """The number of target tokens in the state; 0 without a capacity."""
         return 0 if self.targets is None else self.targets.longest
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows, in this order, in place; a row may be named several times."""
+        """Keep these rows, in this order. A row may be repeated."""
         if self.targets is not None:
             self.targets.select(rows)
         owners = self._owners[rows.cpu()]
@@ -68,15 +68,15 @@ class EncoderDecoderState:
 def read_source(
     x: Hidden, source_mask: SourceMask | None, encoder: Iterable[nn.Module], cross_attention: Iterable[Any]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values of embedded sources, a pair for each block of the decoder."""
+    """Return the keys and values of embedded sources, a pair for each block of the decoder."""
     mask = PaddingMask(source_mask)
     for block in encoder:
         x = block(x, mask=mask)
-    return [each.project(x) for each in cross_attention]
+    return [attention.project(x) for attention in cross_attention]
 
 
 def write_target(x: Hidden, state: EncoderDecoderState, decoder: Iterable[nn.Module]) -> Hidden:
-    """Run the decoder's blocks on embedded tokens. With a capacity, the tokens follow those that the state has."""
+    """Run the decoder's blocks on embedded tokens. With a capacity, the tokens follow those in the state."""
     mask, before = CausalMask(0, x.shape[1], None, x.device), state.targets
     if before is not None:
         before.positions(x.shape[1])
@@ -92,7 +92,7 @@ class EncoderDecoder(nn.Module):
     """Embeddings, positions, encoder, decoder, head.
 
     embeddings: one for both languages, or the source's and the target's. head: None ties it to the target's embedding.
-    scale: a factor on the embeddings before the positions are added. config: what the model was built from.
+    scale: factor of the embeddings, before positions are added. config: the Config that the model was built from.
     """
 
     logits_bias: Tensor
@@ -112,7 +112,7 @@ class EncoderDecoder(nn.Module):
         self.register_buffer("logits_bias", torch.zeros(1, embeddings[-1].num_embeddings))
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse a call that models of other libraries take, with keifu's own."""
+        """Refuse a method of other libraries' models, with the name of keifu's function."""
         raise UserError("A model of keifu has no generate: call keifu.generation.text.translation.translate_texts.")
 
     @property
@@ -130,8 +130,10 @@ class EncoderDecoder(nn.Module):
     def start(
         self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None
     ) -> EncoderDecoderState:
-        """Read the sources. With `capacity` the state has room for that many tokens of each target, which then come a
-        few at a time; without it a whole target is given at once and nothing of it is kept.
+        """Read the sources, and return the state before the targets.
+
+        capacity: the most tokens of a target, for decoding in steps. None: a whole target is passed at once and not
+        stored.
         """
         x = self.source_dropout(self._embedded(self.source_table, source, 0))
         blocks: list[Any] = list(self.decoder)
@@ -141,16 +143,15 @@ class EncoderDecoder(nn.Module):
         return EncoderDecoderState(memory, source_mask, targets)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: EncoderDecoderState) -> Hidden:
-        """Return the hidden states that predict the next token at each position. With a capacity, `target` has only
-        the new tokens.
-        """
+        """Return the hidden states that predict the next token at each position. With a capacity, pass only the new
+        tokens."""
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         x = self.target_dropout(self._embedded(self._of(self.target_embedding), target, state.length))
         return write_target(x, state, self.decoder)
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """Apply the head alone."""
+        """Apply only the head."""
         return linear(hidden, self.head_weight, self.head_bias)
 
     @property
@@ -160,17 +161,17 @@ class EncoderDecoder(nn.Module):
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
-        """The matrix of the head, for losses that do not want all logits at once."""
+        """The matrix of the head, for losses that do not need all logits at once."""
         return self._of(self.target_embedding).weight if self.head is None else self.head.weight
 
     @property
     def head_bias(self) -> Float[Tensor, " vocab"]:
-        """Return the bias of the logits: fixed numbers, not learned; zeros unless a checkpoint says otherwise."""
+        """Return the bias of the logits. It is not learned; it is zero unless a checkpoint sets it."""
         return self.logits_bias[0]
 
-    def _of(self, own: nn.Embedding | None) -> nn.Embedding:
-        """Return a side's own embedding, or the shared one."""
-        embedding = self.embedding if own is None else own
+    def _of(self, separate: nn.Embedding | None) -> nn.Embedding:
+        """Return a side's separate embedding, or the shared one."""
+        embedding = self.embedding if separate is None else separate
         assert embedding is not None
         return embedding
 

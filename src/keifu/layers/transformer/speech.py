@@ -1,4 +1,4 @@
-"""Encoder-decoder that hears: convolutions over log-mel frames, an encoder, and a decoder that writes tokens.
+"""Encoder-decoder for speech: convolutions over log-mel frames, an encoder, and a decoder that writes tokens.
 
 Axes: batch, mels = frequency bands, frames = of the window, heard = frames / 2, length = tokens of the target, dim,
 vocab.
@@ -24,7 +24,7 @@ Tokens = Int[Tensor, "batch length"]
 
 
 class ConvStem(nn.Module):
-    """Two convolutions of width 3 over time; the second halves the frames (Whisper, section 2.2)."""
+    """Two convolutions of width 3 over time; the second halves the number of frames (Whisper, section 2.2)."""
 
     def __init__(self, mels: int, dim: int):
         super().__init__()
@@ -36,9 +36,10 @@ class ConvStem(nn.Module):
 
 
 def spaced_sinusoids(length: int, dim: int) -> Float[Tensor, "length dim"]:
-    """Return sines, then cosines, whose wavelengths go from 2π to exactly 10,000 · 2π (the code released with Whisper).
+    """Return sines, then cosines, with wavelengths from 2π to exactly 10,000 · 2π (the code released with Whisper).
 
-    The Transformer's own stop one step earlier. They are made on the CPU, also for a model without memory.
+    The Transformer's last wavelength is one step shorter. The numbers are computed on the CPU, even if the model is
+    built without memory.
     """
     rates = 10_000.0 ** -(torch.arange(dim // 2, device="cpu") / (dim // 2 - 1))
     angles = torch.arange(length, device="cpu")[:, None] * rates
@@ -49,7 +50,8 @@ Memory = list[tuple[Tensor, Tensor]]  # keys and values of the sound, for each b
 
 
 def check_window(features: Features, heard: int) -> None:
-    """Refuse sound of another length than a model's window, which has `heard` positions after the stem."""
+    """Raise UserError for sound of another length than the model's window, which has `heard` positions after
+    the stem."""
     if features.shape[-1] != 2 * heard:
         raise UserError(f"A window of this model has {2 * heard} frames, and this sound has {features.shape[-1]}.")
 
@@ -57,7 +59,7 @@ def check_window(features: Features, heard: int) -> None:
 class SpeechRecognizer(nn.Module):
     """Stem, positions, encoder and norm for sound; embedding, positions, decoder and norm for text; a tied head.
 
-    lengths: the frames of every window after the stem, and the most tokens of a target.
+    lengths: positions of a window after the stem, and the most tokens of a target.
     """
 
     source_positions: Tensor
@@ -86,28 +88,27 @@ class SpeechRecognizer(nn.Module):
         return self.logits(self.hidden(target, self.listen(features)))
 
     def listen(self, features: Features, capacity: int | None = None) -> EncoderDecoderState:
-        """Encode windows of sound. With `capacity` the state has room for that many tokens of each target."""
+        """Encode windows of sound. capacity: the most tokens of a target, for decoding in steps."""
         return self.begin(self.encode(features), capacity)
 
     def encode(self, features: Features) -> Memory:
-        """Return keys and values of windows of sound, for each block of the decoder."""
+        """Return the keys and values of windows of sound, for each block of the decoder."""
         check_window(features, len(self.source_positions))
         x = self.source_dropout(self.stem(features) + self.source_positions)
         blocks: list[Any] = list(self.decoder)
         for block in self.encoder:
             x = block(x)
-        return read_source(self.encoder_norm(x), None, (), [each.cross_attention for each in blocks])
+        return read_source(self.encoder_norm(x), None, (), [block.cross_attention for block in blocks])
 
     def begin(self, memory: Memory, capacity: int | None = None) -> EncoderDecoderState:
-        """Return the state of targets that begin; see `listen`."""
+        """Return the state before the first token of the targets; see `listen`."""
         blocks: list[Any] = list(self.decoder)
-        layers = [(each.attention.n_kv_heads, each.attention.head_dim) for each in blocks]
+        layers = [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
         targets = None if capacity is None else KVState(layers, len(memory[0][0]), capacity, memory[0][0])
         return EncoderDecoderState(memory, None, targets)
 
     def hidden(self, target: Tokens, state: EncoderDecoderState) -> Hidden:
-        """Return hidden states that predict the token after each. With a capacity, `target` are the new tokens
-        alone."""
+        """Return hidden states that predict the token after each. With a capacity, pass only the new tokens."""
         start, stop = state.length, state.length + target.shape[1]
         if stop > self.positions.num_embeddings:
             raise UserError(f"{stop} tokens do not fit the {self.positions.num_embeddings} that this model writes.")
@@ -117,11 +118,11 @@ class SpeechRecognizer(nn.Module):
     def write(
         self, target: Tokens, state: EncoderDecoderState, wanted: Sequence[int]
     ) -> Float[Tensor, "batch wanted vocab"]:
-        """Return logits after the wanted ones of new tokens."""
+        """Return logits after the `wanted` ones of new tokens."""
         return self.logits(self.hidden(target, state)[:, list(wanted)])
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
-        """Apply the head alone."""
+        """Apply only the head."""
         return linear(hidden, self.head_weight)
 
     @property
@@ -131,5 +132,5 @@ class SpeechRecognizer(nn.Module):
 
     @property
     def head_bias(self) -> None:
-        """Return the bias of the logits, which this model does not have."""
+        """Return None: the logits of this model have no bias."""
         return None

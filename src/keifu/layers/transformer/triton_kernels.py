@@ -1,8 +1,8 @@
-"""Kernels of decoding and of the loss in Triton, which comes with PyTorch's packages for NVIDIA GPUs; nothing else
-imports this file.
+"""Triton kernels for decoding and for the loss. Triton comes with PyTorch's packages for NVIDIA GPUs; only
+`linear.triton_kernels` imports this file.
 
-They compute in float32 and round once. The blocks are GGUF's (`quantized.py`). Axes: tokens, all_heads = those of
-queries, keys and values, head_dim, pairs = head_dim / 2 or fewer, hidden; blocks, bytes = of a block, numbers; rows,
+The kernels compute in float32 and round once. The blocks are GGUF's (`quantized.py`). Axes: tokens, all_heads = those
+of queries, keys and values, head_dim, pairs = head_dim / 2 or fewer, hidden; blocks, bytes = of a block, numbers; rows,
 vocab.
 """
 
@@ -15,16 +15,17 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 WIDTH = 1024  # numbers of one program of `gate`
-KINDS = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # GGML's numbers of the types of blocks
-GROUPS = {2: 1, 8: 1, 12: 8, 14: 8}  # of 32 numbers, in a block
-FEW = 8  # tokens whose products with blocks need no unpacked matrix
+KINDS = {"Q4_0": 2, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}  # GGML's numbers of the block types
+GROUPS = {2: 1, 8: 1, 12: 8, 14: 8}  # groups of 32 numbers in a block
+FEW = 8  # the most tokens for which `product` multiplies with the blocks directly
 CLASSES = 4096  # logits that a program of `cross_entropy_` reads at a time
-COUNT, ROWS, COLUMNS = 64, 4, 16  # groups of one program of `unpack`; rows and their groups of a program of `product`
+# groups of one program of `unpack`; rows, and groups of a row, of one program of `product`
+COUNT, ROWS, COLUMNS = 64, 4, 16
 
 
 @triton.jit
 def _turn(heads, cos, sin, row, pairs, step, apart, head_dim: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
-    """Turn the pairs of one head of one token; row: numbers of a token."""
+    """Rotate the pairs of one head of one token. row: numbers of a token."""
     token, pair = tl.program_id(0), tl.arange(0, width)
     inside = pair < pairs
     first = heads + token * row + tl.program_id(1) * head_dim + pair * step
@@ -38,7 +39,7 @@ def _turn(heads, cos, sin, row, pairs, step, apart, head_dim: tl.constexpr, widt
 
 @triton.jit
 def _gate(gate_up, result, hidden, width: tl.constexpr):  # noqa: ANN001
-    """Multiply a part of one token's gate, after SiLU, with what is next to it."""
+    """Multiply SiLU of a part of one token's gate with the same part of up."""
     token, column = tl.program_id(0), tl.program_id(1) * width + tl.arange(0, width)
     inside = column < hidden
     gate = tl.load(gate_up + token * 2 * hidden + column, mask=inside).to(tl.float32)
@@ -48,19 +49,20 @@ def _gate(gate_up, result, hidden, width: tl.constexpr):  # noqa: ANN001
 
 @triton.jit
 def _half(at, inside):  # noqa: ANN001
-    """Return numbers in float16."""
+    """Load numbers in float16."""
     return tl.load(at.to(tl.pointer_type(tl.float16)), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _whole(at, inside):  # noqa: ANN001
-    """Return bytes."""
+    """Load bytes as integers."""
     return tl.load(at, mask=inside, other=0).to(tl.int32)
 
 
 @triton.jit
 def _numbers(blocks, block, inside, code: tl.constexpr):  # noqa: ANN001
-    """Return the first and the last 16 numbers of each group of 32; block: the number of the group."""
+    """Return the first and the last 16 numbers of each group of 32. block: number of the group. code: the type's number
+    in GGML."""
     column, mask = tl.arange(0, 16), tl.expand_dims(inside, -1)
     if code == 8:
         first = blocks + block.to(tl.int64) * 34
@@ -125,7 +127,7 @@ def _product(x, blocks, result, rows, length, code: tl.constexpr, height: tl.con
 
 @triton.jit
 def _cross_entropy(logits, targets, counts, loss, nats, vocab, smoothing, z_loss, width: tl.constexpr):  # noqa: ANN001
-    """Write the loss of a row, and its gradient over the logits."""
+    """Write the loss of a row, and overwrite the logits with their gradient."""
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, width)
     right, count = tl.maximum(tl.load(targets + row), 0), tl.load(counts + row).to(tl.float32)
     first, lowest = logits + row * vocab + column, float("-inf")
@@ -143,12 +145,12 @@ def _cross_entropy(logits, targets, counts, loss, nats, vocab, smoothing, z_loss
         totals += tl.where(inside, x, 0.0)
         picked += tl.where(start + column == right, x, 0.0)
     log_z, chosen = peak + tl.log(tl.sum(masses, 0)), tl.where(right < vocab, tl.sum(picked, 0), float("nan"))
-    own = log_z - chosen
-    whole = own + z_loss * log_z * log_z
+    nll = log_z - chosen
+    total = nll + z_loss * log_z * log_z
     if smoothing > 0.0:
-        whole += smoothing * (chosen - tl.sum(totals, 0) / vocab)
-    tl.store(nats + row, own * count)
-    tl.store(loss + row, whole * count)
+        total += smoothing * (chosen - tl.sum(totals, 0) / vocab)
+    tl.store(nats + row, nll * count)
+    tl.store(loss + row, total * count)
     for start in range(0, vocab, width):
         inside = start + column < vocab
         x = tl.load(first + start, mask=inside, other=lowest).to(tl.float32)
@@ -161,7 +163,7 @@ def turn(
     heads: Float[Tensor, "tokens all_heads head_dim"], count: int, cos: Float[Tensor, "tokens pairs"],
     sin: Float[Tensor, "tokens pairs"], interleaved: bool,
 ) -> None:  # fmt: skip
-    """Turn the first `count` heads by their positions, in column; see `Rotation`."""
+    """Rotate the first `count` heads by their positions, in place; see `Rotation`."""
     (tokens, all_heads, head_dim), pairs = heads.shape, cos.shape[1]
     step, apart = (2, 1) if interleaved else (1, pairs)
     width = triton.next_power_of_2(pairs)
@@ -183,14 +185,14 @@ def unpack(blocks: UInt8[Tensor, "blocks bytes"], code: int, dtype: torch.dtype)
     result = torch.empty(len(blocks), GROUPS[code] * 32, dtype=dtype, device=blocks.device)
     count = len(blocks) * GROUPS[code]
     launch: Any = cast(Any, _unpack)[(triton.cdiv(count, COUNT),)]
-    launch(blocks, result, count, code=code, width=COUNT, enable_fp_fusion=False)  # which would round once, not twice
+    launch(blocks, result, count, code=code, width=COUNT, enable_fp_fusion=False)  # fusion would round once, not twice
     return result
 
 
 def product(
     x: Float[Tensor, "tokens in"], blocks: UInt8[Tensor, "blocks bytes"], code: int
 ) -> Float[Tensor, "tokens out"]:
-    """Multiply tokens with a matrix of blocks, row after row, which is read once for each token."""
+    """Multiply tokens with a matrix of blocks, whose rows are read once for each token."""
     tokens, length = len(x), x.shape[1] // 32
     rows = len(blocks) * GROUPS[code] // length
     result = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
@@ -203,9 +205,10 @@ def cross_entropy_(
     logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"],
     counts: Float[Tensor, " rows"] | Bool[Tensor, " rows"], label_smoothing: float, z_loss: float,
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:  # fmt: skip
-    """Return the loss of each row and -log p of its target, times its count; each logit becomes the gradient by it."""
+    """Return the loss of each row and -log p of its target, both times its count. Overwrite each logit with its
+    gradient."""
     loss, nats = torch.empty(2, len(logits), dtype=torch.float32, device=logits.device)
     launch: Any = cast(Any, _cross_entropy)[(len(logits),)]
-    given = logits, targets.contiguous(), counts.contiguous(), loss, nats, logits.shape[1], label_smoothing, z_loss
-    launch(*given, width=min(CLASSES, triton.next_power_of_2(logits.shape[1])))
+    arguments = logits, targets.contiguous(), counts.contiguous(), loss, nats, logits.shape[1], label_smoothing, z_loss
+    launch(*arguments, width=min(CLASSES, triton.next_power_of_2(logits.shape[1])))
     return loss, nats

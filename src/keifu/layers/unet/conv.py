@@ -1,7 +1,7 @@
 """Convolutional blocks of U-Nets: residual blocks, down- and upsampling, and self-attention over pixels.
 
 Axes: batch, channels, height, width; time_dim = the embedding of the noise level, after its activation. Images are in
-channels-last memory format, where convolutions are fastest and a row of pixels is a row of tokens without a copy.
+channels-last memory format: convolutions are fastest, and a row of pixels is a row of tokens without a copy.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,11 +25,11 @@ EVERYWHERE = PaddingMask()  # every pixel sees every other one
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x))) + time))), all divided by `scale` (Ho et al., 2020, appendix B).
+    """Block x + conv(swish(norm(conv(swish(norm(x))) + time))), all divided by `scale` (Ho et al., 2020, appendix B).
 
-    `resample` changes the resolution of both branches before the first convolution (BigGAN's block; Dhariwal and
-    Nichol, 2021, section 3). Without `time_dim` there is no noise level (autoencoders). Where the channels change, a
-    1×1 convolution carries x over.
+    resample: changes the resolution of both branches before the first convolution (BigGAN's block; Dhariwal and Nichol,
+    2021, section 3). time_dim: None for no noise level (autoencoders). If the number of channels changes, a 1×1
+    convolution converts x.
     """
 
     time_parts = 1
@@ -59,12 +59,12 @@ class ResidualBlock(nn.Module):
             x, hidden = self.resample(x), self.resample(hidden)
         hidden = self.activation(self.conditioned(self.conv1(hidden), self._time(time)))
         x = x if self.shortcut is None else self.shortcut(x)
-        hidden = self.dropout(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # channels lie last in memory
+        hidden = self.dropout(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # channels are last in memory
         x = x + self.conv2(hidden)
         return x if self.scale == 1 else x / self.scale
 
     def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:
-        """Return the second norm of the sum with the noise level's embedding."""
+        """Return the second norm of the sum of `hidden` and the noise level's embedding."""
         return self.norm2(hidden if time is None else hidden + time)
 
     def _time(self, time: Tensor | None) -> Float[Tensor, "batch time_channels 1 1"] | None:
@@ -72,8 +72,10 @@ class ResidualBlock(nn.Module):
 
 
 class AdaptiveResidualBlock(ResidualBlock):
-    """The noise level scales and shifts what the second norm gives: (1 + scale) · norm(h) + shift, improved DDPM's
-    conditioning (Nichol and Dhariwal, 2021, section 3; named adaptive group normalisation in the next paper)."""
+    """Residual block in which the noise level scales and shifts the second norm's result: (1 + scale) · norm(h) +
+    shift, improved DDPM's conditioning (Nichol and Dhariwal, 2021, section 3; later named adaptive group
+    normalisation).
+    """
 
     time_parts = 2
 
@@ -86,9 +88,9 @@ class AdaptiveResidualBlock(ResidualBlock):
 
 
 class Downsample(nn.Module):
-    """Half the resolution by a 3×3 convolution with stride 2.
+    """Halve the resolution with a 3×3 convolution of stride 2.
 
-    DDPM's code pads as TensorFlow does, a row below and a column to the right; `around` pads all four sides.
+    around: whether all four sides are padded. DDPM's code pads like TensorFlow, a row below and a column to the right.
     """
 
     def __init__(self, channels: int, around: bool = False):
@@ -101,9 +103,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the resolution: each pixel four times, then a 3×3 convolution (Ho et al., 2020, appendix B).
+    """Double the resolution: repeat each pixel four times, then apply a 3×3 convolution (Ho et al., 2020, appendix B).
 
-    `size`, a height and a width, is what the picture grows to where that is not twice its own.
+    size: another height and width to enlarge to.
     """
 
     def __init__(self, channels: int):
@@ -115,11 +117,13 @@ class Upsample(nn.Module):
 
 
 class DoublingConv2d(nn.Conv2d):
-    """A 3×3 convolution over each pixel four times, by fewer products if that is faster.
+    """A 3×3 convolution of the doubled picture, in which each pixel is repeated four times, with fewer multiplications
+    if that is faster.
 
-    A 3×3 window over pixels that come in fours sees 2×2 different ones, so four 2×2 kernels, one for each of a pixel's
-    four successors, do the same with 16 products instead of 36. On a CPU that pays from 256 pixels a picture on:
-    measured on 2 cores, 1.7 times as fast in both directions at 16×16 to 32×32 with 256 channels.
+    A 3×3 window over the doubled picture contains only 2×2 different pixels. So four 2×2 kernels, one for each of the
+    four output pixels of an input pixel, compute the same with 16 multiplications instead of 36. On a CPU this is
+    faster from 256 pixels per picture: by a factor of 1.7 in both directions, measured on 2 cores at 16×16 to 32×32
+    with 256 channels.
     """
 
     def forward(self, input: Pixels, size: Sequence[int] | None = None) -> Resampled:  # noqa: A002 (torch's name)
@@ -133,7 +137,7 @@ FOURFOLD_FROM = 256  # pixels of a picture
 
 
 def doubling_pays(x: Pixels, size: Sequence[int] | None) -> bool:
-    """Return whether the four kernels can make this size (None: twice that of x), and are faster."""
+    """Return whether the four kernels support this size (None: twice that of x), and are faster."""
     return _doubles(x, size) and x.shape[2] * x.shape[3] >= FOURFOLD_FROM
 
 
@@ -142,8 +146,8 @@ def _doubles(x: Pixels, size: Sequence[int] | None) -> bool:
 
 
 def grow_kernel(x: Pixels, size: Sequence[int] | None = None) -> Resampled:
-    """Repeat each pixel four times, channels last; whatever the layout of x, unlike `F.interpolate`, this only copies.
-    Where the size is another than twice that of x, each takes what lies nearest."""
+    """Repeat each pixel four times, channels last. For any memory layout of x this only copies, unlike `F.interpolate`.
+    For a size other than twice that of x, take the nearest pixels."""
     if size is not None and not _doubles(x, size):
         return F.interpolate(x, size=[*size])
     batch, channels, height, width = x.shape
@@ -152,8 +156,8 @@ def grow_kernel(x: Pixels, size: Sequence[int] | None = None) -> Resampled:
 
 
 def fold_upsampling(kernel: Float[Tensor, "out channels 3 3"]) -> Float[Tensor, "four_out channels 2 2"]:
-    """Return the four 2×2 kernels, one above the other: for the upper left successor, upper right, lower left, lower
-    right."""
+    """Return the four 2×2 kernels, joined along the output channels, for the upper left, upper right, lower left and
+    lower right output pixel of each input pixel."""
     halves = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=kernel.dtype, device=kernel.device)
     which = torch.einsum("prk,qsl->klpqrs", halves, halves).reshape(9, 16)
     four = (kernel.flatten(2) @ which).unflatten(2, (2, 2, 2, 2))
@@ -161,8 +165,8 @@ def fold_upsampling(kernel: Float[Tensor, "out channels 3 3"]) -> Float[Tensor, 
 
 
 def interleave(four: Float[Tensor, "batch four_out padded_height padded_width"]) -> Resampled:
-    """Return the doubled picture from the four kernels' results, which have a row and a column more than the picture
-    had."""
+    """Return the doubled picture from the four kernels' results, which have one row and one column more than the
+    original picture."""
     four = four.contiguous(memory_format=torch.channels_last)
     batch, channels, height, width = len(four), four.shape[1] // 4, four.shape[2] - 1, four.shape[3] - 1
     row, column = 4 * channels * (width + 1), 4 * channels
@@ -172,10 +176,10 @@ def interleave(four: Float[Tensor, "batch four_out padded_height padded_width"])
 
 
 class SpatialAttention(nn.Module):
-    """x + attention(norm(x)) between all pixels of a picture, divided by `scale` (Ho et al., 2020, appendix B).
+    """Layer x + attention(norm(x)) between all pixels of a picture, divided by `scale` (Ho et al., 2020, appendix B).
 
-    With `head_dim` there are as many whole heads as fit into the channels; without it one, as in the paper, or
-    `n_heads` (Nichol and Dhariwal, 2021, have four). `norm` None: no norm.
+    head_dim: size of a head; there are as many heads as fit into the channels. None: `n_heads` heads; the paper has one
+    (Nichol and Dhariwal, 2021: four). norm: None for no norm.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Prepacked convolution weights for inference: kernels in the memory layout of the CPU's library (oneDNN).
+"""Prepacked convolution weights for inference: kernels in the memory layout of the CPU library oneDNN.
 
-torch reorders a kernel at every call, which for a single image takes as long as the products at a U-Net's coarse
-resolutions. Here it is done once. Adapters and training come before it.
+torch reorders a kernel at every call. For a single image, at a U-Net's coarse resolutions, this takes as long as the
+convolution. Here it is done once. Training and adapters must be finished before.
 """
 
 import copy
@@ -20,7 +20,7 @@ Resampled = Float[Tensor, "batch out new_height new_width"]
 
 
 class PackedConv2d(nn.Module):
-    """Packed `nn.Conv2d`, without gradients; it keeps the packed kernel alone."""
+    """Packed `nn.Conv2d`, without gradients. It stores only the packed kernel."""
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
@@ -32,7 +32,7 @@ class PackedConv2d(nn.Module):
 
 
 class PackedDoublingConv2d(PackedConv2d):
-    """Packed `DoublingConv2d`, with its four kernels made beforehand."""
+    """Packed `DoublingConv2d`, with its four kernels computed beforehand."""
 
     def __init__(self, conv: DoublingConv2d):
         super().__init__(conv)
@@ -44,15 +44,15 @@ class PackedDoublingConv2d(PackedConv2d):
 
 
 def _prepack(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> partial[Tensor]:
-    """Return the convolution of a picture with this kernel and the other settings of `conv`."""
-    where = (_pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups)
-    kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *where)
+    """Return the convolution with this kernel and the other settings of `conv`, as a function of a picture."""
+    geometry = (_pair(conv.padding), _pair(conv.stride), _pair(conv.dilation), conv.groups)
+    kernel = torch.ops.aten.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *geometry)
     bias = None if bias is None else bias.detach()
-    return partial(_convolve, rest=(kernel, bias, *where, "none", [], ""))
+    return partial(_convolve, arguments=(kernel, bias, *geometry, "none", [], ""))
 
 
-def _convolve(x: Tensor, rest: tuple) -> Tensor:
-    return torch.ops.mkldnn._convolution_pointwise(x, *rest)
+def _convolve(x: Tensor, arguments: tuple) -> Tensor:
+    return torch.ops.mkldnn._convolution_pointwise(x, *arguments)
 
 
 def _pair(value: int | tuple[int, ...] | str) -> list[int]:
@@ -61,12 +61,12 @@ def _pair(value: int | tuple[int, ...] | str) -> list[int]:
 
 
 def prepack(model: T) -> T:
-    """Return a copy of a model for inference whose convolutions are packed; everything else it shares with the model.
+    """Return a copy of a model for inference whose convolutions are packed. Everything else is shared with the model.
 
-    Those of single pixels stay as they are: oneDNN takes up to twenty times as long for them in bfloat16 when packed.
+    1×1 convolutions are not packed: in bfloat16 oneDNN takes up to twenty times as long for packed ones.
 
-    Later changes of the model's kernels do not reach it. Where they cannot be packed (another device than the CPU, a
-    torch without oneDNN, a type that it does not compute) it is the model itself.
+    Later changes of the model's kernels do not affect the copy. The model itself is returned if its kernels cannot be
+    packed (a device other than the CPU, torch without oneDNN, or an unsupported dtype).
     """
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)]
     if not convs or not all(_packable(conv) for conv in convs):
@@ -79,7 +79,8 @@ def prepack(model: T) -> T:
 
 
 def _packable(conv: nn.Conv2d) -> bool:
-    """Return whether oneDNN computes this convolution in its type; a subclass with other work is not packed."""
+    """Return whether oneDNN computes this convolution in its dtype. Subclasses with other computations are not
+    packed."""
     plain = type(conv) in (nn.Conv2d, DoublingConv2d) and conv.padding_mode == "zeros"
     if not plain or conv.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False

@@ -18,7 +18,8 @@ from keifu.layers.linear import JoinedLinear, Linear, linear
 from keifu.layers.transformer.blocks import CrossPreNorm
 from keifu.layers.unet.conv import EVERYWHERE, Norm, Pixels
 
-Memories = Mapping[nn.Module, tuple[Tensor, Tensor]]  # of each attention: [batch, heads, seen, head_dim] twice
+# keys and values of each attention, (batch, heads, seen, head_dim) both
+Memories = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 
 class PixelLinear(nn.Linear):
@@ -29,9 +30,9 @@ class PixelLinear(nn.Linear):
 
 
 class SpatialTransformer(nn.Module):
-    """x + last(blocks(first(norm(x)))), a pixel a token (Rombach et al., 2022, appendix E.2.1).
+    """Layer x + last(blocks(first(norm(x)))), where each pixel is a token (Rombach et al., 2022, appendix E.2.1).
 
-    first, last: from pixels to pixels, 1×1 convolutions or `PixelLinear`.
+    first, last: 1×1 convolutions or `PixelLinear`.
     """
 
     def __init__(self, norm: nn.Module, first: nn.Module, blocks: Sequence[CrossPreNorm], last: nn.Module):
@@ -47,8 +48,8 @@ class SpatialTransformer(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """x + attention(norm(x)) of pixels to a context and to each other in one softmax: the context's keys and values
-    stand before the pixels' own (GLIDE, Nichol et al., 2021, section 2.3)."""
+    """Layer x + attention(norm(x)) from pixels to a context and to the pixels, in one softmax: the context's keys and
+    values precede the pixels' (GLIDE, Nichol et al., 2021, section 2.3)."""
 
     def __init__(self, channels: int, head_dim: int, context_dim: int, norm: Norm):
         super().__init__()
@@ -59,7 +60,7 @@ class JointAttention(nn.Module):
         self.out = Linear(channels, channels)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of a context, [batch, heads, seen, head_dim] each."""
+        """Return the keys and values of a context, (batch, heads, seen, head_dim) each."""
         k, v = self._heads(self.kv(context), 2)
         return k, v
 
@@ -78,8 +79,8 @@ class JointAttention(nn.Module):
 
 
 def memories(network: nn.Module, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-    """Return the keys and values of a context for every attention of a network that looks at one."""
+    """Return the keys and values of a context for every attention of a network that attends to one."""
     return {module: module.project(context) for module in network.modules() if isinstance(module, CROSS)}
 
 
-CROSS = CrossAttention, JointAttention  # whose keys and values are computed outside of their blocks
+CROSS = CrossAttention, JointAttention  # attentions whose keys and values are computed outside of their blocks

@@ -1,4 +1,4 @@
-"""Timestep embedding: how a network is conditioned on the noise level, by sinusoids and two layers.
+"""Timestep embedding: conditioning of a network on the noise level, by sinusoids and two layers.
 
 Axes: batch, dim.
 """
@@ -17,9 +17,9 @@ from keifu.layers.linear import Linear
 class TimestepSinusoids(nn.Module):
     """sin and cos of timestep / 10000^(i / (dim/2 - frequency_shift)), all sines first, in float32.
 
-    The defaults are DDPM's code (Ho et al., 2020); improved DDPM and Stable Diffusion have all cosines first and no
-    shift. Of an odd `dim` the last number is 0. The frequencies are computed in float32 as published code has them: at
-    timestep 1000 their rounding moves the angles by more than models agree to.
+    The defaults are those of DDPM's code (Ho et al., 2020). Improved DDPM and Stable Diffusion have all cosines first
+    and no shift. For an odd `dim` the last number is 0. The frequencies are computed in float32 as in published code:
+    at timestep 1000 their rounding changes the angles noticeably.
     """
 
     def __init__(self, dim: int, frequency_shift: float = 1.0, cosine_first: bool = False):
@@ -37,10 +37,10 @@ class TimestepSinusoids(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """linear2(swish(linear1(table(number)))): the number is a timestep, or another one that is given in the same way.
+    """Network linear2(swish(linear1(table(number)))), where the number is a timestep or another condition.
 
-    `table` turns it into `dim` numbers: sinusoids, or an `nn.Embedding` where they are learned; `nn.Identity` where an
-    embedding is given. `out_dim` is `time_dim` where it is None.
+    table: converts the number to `dim` numbers: sinusoids, or an `nn.Embedding` if they are learned; `nn.Identity` if
+    the input is an embedding. out_dim: None: `time_dim`.
     """
 
     def __init__(self, table: nn.Module, dim: int, time_dim: int, out_dim: int | None = None):

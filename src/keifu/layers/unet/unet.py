@@ -1,9 +1,9 @@
 """The U-Net (Ronneberger et al., 2015; Ho et al., 2020, appendix B): downsampling stages, upsampling stages, and skip
 connections between them.
 
-Its parts are passed in, so that conditioning (on a text, for example) is left to the stages' attentions.
+Its parts are passed in; the stages' attentions handle conditioning (on a text, for example).
 
-Axes: batch, channels, height, width. `context` goes to the attentions.
+Axes: batch, channels, height, width. `context` is passed to the attentions.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,8 @@ Time = Float[Tensor, "batch time_dim"]
 
 
 class Stage(nn.Module):
-    """Residual blocks at one resolution, an attention after each if there are any, and the way to the next resolution,
-    if one follows.
-    """
+    """Residual blocks at one resolution, optionally an attention after each, and optionally a change to the next
+    resolution."""
 
     def __init__(
         self, residuals: Sequence[nn.Module], attentions: Sequence[nn.Module] = (), resample: nn.Module | None = None
@@ -38,13 +37,13 @@ class Stage(nn.Module):
         return [*self.residuals, *self.attentions]
 
     def block(self, index: int, x: Pixels, time: Time | None, context: dict[str, Any]) -> Resampled:
-        """Apply the residual block of that number, and the attention that follows it, if there is one."""
+        """Apply the residual block `index`, and the attention after it, if there is one."""
         x = self.residuals[index](x, time)
         return self.attentions[index](x, **context) if index < len(self.attentions) else x
 
 
 class Down(Stage):
-    """A stage of the way down: gives every state that the way up will see again, the last of them its result."""
+    """A downsampling stage. It returns all states that the upsampling stages will read; the last one is its result."""
 
     def forward(self, x: Pixels, time: Time, **context: Any) -> list[Tensor]:
         states = []
@@ -55,8 +54,8 @@ class Down(Stage):
 
 
 class Middle(Stage):
-    """A stage whose states nothing reads again: the coarsest one, with a residual block more than there are attentions,
-    or any of a network that goes one way."""
+    """A stage without skip connections: the coarsest one, which has one residual block more than attentions, or any
+    stage of a network without upsampling."""
 
     def forward(self, x: Pixels, time: Time | None = None, **context: Any) -> Resampled:
         for index in range(len(self.residuals)):
@@ -65,8 +64,8 @@ class Middle(Stage):
 
 
 class Up(Stage):
-    """A stage of the way up: each residual block reads one of the `states` too, the newest first. An `Upsample` that
-    leads out of it is given the size of the next one."""
+    """An upsampling stage. Each residual block also reads one of the `states`, the newest first. An `Upsample` at the
+    end enlarges to the size of the next state."""
 
     def forward(self, x: Pixels, states: list[Tensor], time: Time, **context: Any) -> Resampled:
         for index in range(len(self.residuals)):
@@ -77,8 +76,10 @@ class Up(Stage):
 
 
 class UNet(nn.Module):
-    """first → down stages → middle → up stages → last(swish(norm(·))); sides must be multiples of `factor`, or of 1
-    where every stage can take half a pixel for a whole one (`flexible`)."""
+    """Network first → down stages → middle → up stages → last(swish(norm(·))).
+
+    The sides of images must be multiples of `factor`, unless every stage supports odd sizes (`flexible`).
+    """
 
     def __init__(
         self,
@@ -106,13 +107,13 @@ class UNet(nn.Module):
         x = states[-1] if self.middle is None else self.middle(states[-1], time, **context)
         for stage in self.up:
             x = stage(x, states, time, **context)
-            # not by del: a checkpoint reads the list that it was given once more
+            # not by del: activation checkpointing reads the original list again
             states = states[: -len(stage.residuals)]  # pyright: ignore[reportArgumentType]
         return self.last(F.silu(self.norm(x)))
 
 
 def check_sides(height: int, width: int, factor: int) -> None:
-    """Refuse images whose sides are not multiples of `factor`, with the nearest size that fits, in a `UserError`."""
+    """Raise UserError, with the nearest size that fits, for images whose sides are not multiples of `factor`."""
     near = [max(1, round(side / factor)) * factor for side in (height, width)]
     if near != [height, width]:
         raise UserError(

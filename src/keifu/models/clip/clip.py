@@ -24,7 +24,7 @@ Tokens = Int[Tensor, "texts length"]
 
 @dataclass(frozen=True)
 class Config(clip_text.WithText):
-    """The defaults are ViT-B/32 as OpenAI released it. `pixels` is the preprocessing of images."""
+    """The defaults are ViT-B/32 as OpenAI released it. pixels: the preprocessing of images."""
 
     text: clip_text.Config = field(default_factory=clip_text.Config)
     image: clip_image.Config | clip_image.ResNetConfig = field(default_factory=clip_image.Config)
@@ -56,7 +56,7 @@ SIZES = {  # the paper's tables 19 and 20
     "clip-vit-l14": _vit(1024, 24, 14, 768, 768),
     "clip-vit-l14-336": _vit(1024, 24, 14, 768, 768, 336),
 }
-PAPER_PARAMETERS = {  # of the released weights, as open_clip lists them; the paper prints none
+PAPER_PARAMETERS = {  # counted in the released weights by open_clip; the paper gives no numbers
     "clip-rn50": 102.01e6, "clip-rn101": 119.69e6, "clip-rn50x4": 178.3e6, "clip-rn50x16": 290.98e6,
     "clip-rn50x64": 623.26e6, "clip-vit-b32": 151.28e6, "clip-vit-b16": 149.62e6, "clip-vit-l14": 427.62e6,
     "clip-vit-l14-336": 427.94e6,
@@ -75,14 +75,14 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def encode_image(self, pixels: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images embedding"]:
-        """Return an embedding for each image, not normalised; the images are preprocessed by the config's `pixels`."""
+        """Return an embedding for each image, not normalised. The images are preprocessed as in the config's
+        `pixels`."""
         return self.image(pixels)
 
     def encode_text(
         self, tokens: Tokens, mask: Bool[Tensor, "texts length"] | None = None
     ) -> Float[Tensor, "texts embedding"]:
-        """Return an embedding for each caption, not normalised; `mask` is True on real tokens (see
-        `TextTower.encode`)."""
+        """Return an embedding for each caption, not normalised. mask: True on real tokens (see `TextTower.encode`)."""
         return self.text(tokens, mask)
 
     def forward(
@@ -102,7 +102,7 @@ class Clip(nn.Module):
 
 
 def build(config: Config) -> Clip:
-    """Build a model with the released code's initialisation; the logits' scale begins at 1 / 0.07."""
+    """Build a model with the released code's initialisation. The logits' scale starts at 1 / 0.07."""
     return Clip(config, clip_text.build(config.text), clip_image.BUILDERS[type(config.image)](config.image))
 
 
@@ -116,10 +116,9 @@ MODEL_TYPES = {"clip": "CLIPModel"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type clip, with preprocessor_config.json if that file
-    exists.
+    """Read the Config of a Hugging Face config.json of model_type clip, and of preprocessor_config.json if it exists.
 
-    Where old files have text_config_dict or vision_config_dict, those count, as in transformers.
+    text_config_dict and vision_config_dict of old files have precedence, as in transformers.
     """
     architecture = (json.get("architectures") or ["CLIPModel"])[0]
     if architecture != "CLIPModel":
@@ -132,9 +131,10 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers reads, and in it the content of preprocessor_config.json.
+    """Return the config.json that transformers reads, with the content of preprocessor_config.json.
 
-    It has no fields for a ResNet, which is left out: what is read back then differs, and open_clip's config is written.
+    It has no fields for a ResNet, which is left out. The Config read back then differs, so open_clip's config is
+    written instead.
     """
     vision = clip_image.to_published(config.image) if isinstance(config.image, clip_image.Config) else {}
     return {

@@ -1,5 +1,5 @@
-"""CLIP's image encoders (Radford et al., 2021, section 2.4): a vision transformer with an extra norm at its start, and
-a ResNet with three changes: three convolutions in the stem, antialiased strides (average pooling), and attention
+"""CLIP's image encoders (Radford et al., 2021, section 2.4): a vision transformer with an additional norm at its start;
+and a ResNet with three changes: three convolutions in the stem, antialiased strides (average pooling), and attention
 pooling instead of global average pooling.
 
 Axes: batch, channels, rows and columns of pixels or of a feature map; length = 1 + patches, dim, embedding = the space
@@ -30,8 +30,9 @@ Pixels = Float[Tensor, "batch channels rows columns"]
 
 
 class PatchEmbedding(nn.Module):
-    """An image as a sequence of tokens (ViT, Dosovitskiy et al., 2020): a learned class token, then the patches, each
-    through one matrix; learned positions are added. Pixels at the right and below that fill no patch are cut off."""
+    """Conversion of an image to tokens (ViT, Dosovitskiy et al., 2020): a learned class token, then each patch
+    multiplied by a matrix, plus learned positions. Pixels at the right and bottom that do not fill a patch are cut off.
+    """
 
     def __init__(self, image_size: int, patch_size: int, channels: int, dim: int):
         super().__init__()
@@ -49,15 +50,15 @@ class PatchEmbedding(nn.Module):
 
 
 def check_size(pixels: Tensor, image_size: int) -> None:
-    """Refuse images of another size than the one that learned positions allow, with that size: a ValueError."""
+    """Raise UserError for images of another size than `image_size`, which the learned positions require."""
     rows, columns = pixels.shape[-2:]
     if (rows, columns) != (image_size, image_size):
         raise UserError(f"Pictures of {columns} x {rows} pixels: this network takes {image_size} x {image_size}.")
 
 
 class AntialiasedBottleneck(nn.Module):
-    """ResNet's block of 1 x 1, 3 x 3 and 1 x 1 convolutions, four times as wide at its end (He et al., 2015), where a
-    stride is an average over its pixels instead of leaving pixels out (Zhang, 2019; CLIP, section 2.4)."""
+    """ResNet's block of 1 x 1, 3 x 3 and 1 x 1 convolutions, four times as wide at its end (He et al., 2015). A stride
+    averages pixels instead of skipping them (Zhang, 2019; CLIP, section 2.4)."""
 
     def __init__(self, channels: int, width: int, stride: int = 1):
         super().__init__()
@@ -77,15 +78,15 @@ class AntialiasedBottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling of a feature map: the query is the mean of all positions; keys and values are all positions and
-    the mean (CLIP, section 2.4)."""
+    """Attention pooling of a feature map: the query is the mean of all positions; keys and values are the mean and all
+    positions (CLIP, section 2.4)."""
 
-    def __init__(self, places: int, dim: int, n_heads: int, out_dim: int):
+    def __init__(self, positions: int, dim: int, n_heads: int, out_dim: int):
         super().__init__()
         if dim % n_heads:
             raise UserError(f"n_heads ({n_heads}) must divide {dim}, the width of what is pooled.")
         self.n_heads = n_heads
-        self.positions = LearnedPositions(places + 1, dim)
+        self.positions = LearnedPositions(positions + 1, dim)
         self.q, self.kv, self.out = Linear(dim, dim), JoinedLinear(dim, (dim, dim)), Linear(dim, out_dim)
 
     def forward(self, x: Pixels) -> Float[Tensor, "batch out_dim"]:
@@ -100,8 +101,8 @@ class AttentionPool(nn.Module):
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the vision transformer of ViT-B/32. `projected` False leaves out the last matrix, into the
-    shared space."""
+    """The defaults are the vision transformer of ViT-B/32. projected: False leaves out the last matrix, into the shared
+    space."""
 
     image_size: Count = 224  # side of the image in pixels
     patch_size: Count = 32  # side of a patch in pixels
@@ -120,8 +121,8 @@ class Config:
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """The defaults are RN50. `width` is that of the first stage, which its blocks widen four times; `layers` are the
-    blocks of the four stages, `n_heads` those of the pooling, whose dim is 32 times the width."""
+    """The defaults are RN50. The blocks of the first stage widen `width` four times; the pooling's width is 32 times
+    `width`."""
 
     image_size: Count = 224  # side of the image in pixels
     width: Count = 64  # width of the first stage
@@ -130,11 +131,11 @@ class ResNetConfig:
     embedding_dim: Count = 1024  # width of the shared space
 
 
-SIZES: dict[str, Config] = {}  # they come with their text encoders, in clip.py
+SIZES: dict[str, Config] = {}  # they are in clip.py, with their text encoders
 
 
 class VisionTransformer(nn.Module):
-    """A class token and patches through blocks; the class token's last state represents the image."""
+    """A class token and patches through blocks. The class token's last state represents the image."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -146,8 +147,8 @@ class VisionTransformer(nn.Module):
         self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else nn.Identity()
 
     def encode(self, pixels: Pixels) -> Float[Tensor, "batch length dim"]:
-        """Return hidden states of the class token and of each patch, before the last norm. Pixels are normalised as in
-        training."""
+        """Return the hidden states of the class token and of each patch, before the last norm. Pixels are normalised as
+        in training."""
         return deque(self.states(pixels), maxlen=1).pop()
 
     def states(self, pixels: Pixels) -> Iterator[Float[Tensor, "batch length dim"]]:
@@ -159,7 +160,7 @@ class VisionTransformer(nn.Module):
             yield x
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
-        """Return an embedding for each image, not normalised; without a projection the class token's state after its
+        """Return an embedding for each image, not normalised. Without a projection: the class token's state after its
         norm."""
         return self.projection(self.norm(self.encode(pixels)[:, 0]))
 
@@ -179,8 +180,8 @@ class ResNet(nn.Module):
         for number, layers in enumerate(config.layers):
             inner, before = width * 2**number, width * (2 ** (number + 1) if number else 1)
             first = AntialiasedBottleneck(before, inner, stride=2 if number else 1)
-            rest = (AntialiasedBottleneck(4 * inner, inner) for _ in range(layers - 1))
-            self.stages[f"layer{number + 1}"] = nn.Sequential(first, *rest)
+            others = (AntialiasedBottleneck(4 * inner, inner) for _ in range(layers - 1))
+            self.stages[f"layer{number + 1}"] = nn.Sequential(first, *others)
         self.pool = AttentionPool((config.image_size // 32) ** 2, 32 * width, config.n_heads, config.embedding_dim)
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:
@@ -195,8 +196,8 @@ class ResNet(nn.Module):
 
 
 def build(config: Config) -> VisionTransformer:
-    """Build a vision transformer initialised as in the released code: PyTorch's default, but embeddings and projection
-    scaled by the width."""
+    """Build a vision transformer with the released code's initialisation: PyTorch's default, but embeddings and
+    projection scaled by the width."""
     model, std = VisionTransformer(config), config.dim**-0.5
     multihead_(model)
     nn.init.normal_(model.embedding.whole, std=std)
@@ -207,8 +208,8 @@ def build(config: Config) -> VisionTransformer:
 
 
 def build_resnet(config: ResNetConfig) -> ResNet:
-    """Build a ResNet initialised as in the released code: pooling scaled by its width, and the last norm of every block
-    zero."""
+    """Build a ResNet with the released code's initialisation: pooling scaled by its width, and the last norm of every
+    block zero."""
     model, std = ResNet(config), (32 * config.width) ** -0.5
     nn.init.normal_(model.pool.positions.weight, std=std)
     for linear in (model.pool.q, model.pool.kv, model.pool.out):
@@ -253,7 +254,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def square(size: Any, name: str) -> int:
-    """Read a size that may be written as two equal ones."""
+    """Read a size that may be written as two equal numbers. Raises UserError for others."""
     sides = set(size) if isinstance(size, list | tuple) else {size}
     if len(sides) != 1 or not isinstance(next(iter(sides)), int):
         raise UserError(f"{name} is {size!r}, and CLIP is implemented for squares only.")

@@ -1,6 +1,7 @@
-"""CLIP's text encoder (Radford et al., 2021): GPT-2's layers; the hidden state at a caption's end token represents it.
+"""CLIP's text encoder (Radford et al., 2021): GPT-2's layers. The hidden state at a caption's end token represents the
+caption.
 
-Alone it is the text encoder of Stable Diffusion.
+It is also the text encoder of Stable Diffusion.
 
 Axes: batch, length = tokens, dim, embedding = the space shared with pictures.
 """
@@ -30,7 +31,8 @@ Hidden = Float[Tensor, "batch length dim"]
 @dataclass(frozen=True)
 class Config:
     """The defaults are the text encoder of ViT-B/32. A caption ends at the first `end_id`; None: at its highest id,
-    which in OpenAI's vocabulary is the end. `projected` False leaves out the last matrix, into the shared space."""
+    which is the end token in OpenAI's vocabulary. projected: False leaves out the last matrix, into the shared space.
+    """
 
     vocab_size: Count = 49_408  # tokens in the vocabulary
     context_length: Count = 77  # longest caption in tokens
@@ -47,7 +49,7 @@ class Config:
 
 
 class WithText:
-    """A Config of a model with a text encoder, whose Config is `text`."""
+    """A mixin for the Config of a model with a text encoder, whose Config is `text`."""
 
     text: Config
 
@@ -58,18 +60,18 @@ class WithText:
 
     @property
     def context_length(self) -> int:
-        """The longest text in tokens, its start and end among them; models that draw pad shorter ones to it."""
+        """The longest text in tokens, including its start and end. Image generators pad shorter texts to it."""
         return self.text.context_length
 
 
-SIZES = {  # that of ViT-L/14; 123 M in Stable Diffusion's model card
+SIZES = {  # that of ViT-L/14; Stable Diffusion's model card gives 123 M
     "stable-diffusion-text": Config(dim=768, hidden_dim=3072, n_heads=12, embedding_dim=768, projected=False),
 }
 PAPER_PARAMETERS = {"stable-diffusion-text": 123e6}
 
 
 class TextTower(nn.Module):
-    """Embedding, blocks, norm, and, where the config has it, the projection."""
+    """Embedding, blocks, norm, and optionally the projection."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -81,8 +83,8 @@ class TextTower(nn.Module):
         self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else nn.Identity()
 
     def encode(self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None) -> Hidden:
-        """Return hidden states after the last norm. `mask` is True on real tokens; padding at the end needs none, since
-        attention is causal."""
+        """Return the hidden states after the last norm. mask: True on real tokens; not needed if padding is at the end,
+        since attention is causal."""
         length = tokens.shape[1]
         if length > self.config.context_length:
             room = f"the {self.config.context_length} positions of the text tower"
@@ -94,15 +96,15 @@ class TextTower(nn.Module):
         return self.norm(x)
 
     def pool(self, hidden: Hidden, tokens: Tokens) -> Float[Tensor, "batch dim"]:
-        """Return the hidden state at the end of each caption; at the first token where `end_id` is missing, as
-        published."""
+        """Return the hidden state at the end of each caption; at the first token if `end_id` is missing, as in the
+        published code."""
         ends = tokens if self.config.end_id is None else (tokens == self.config.end_id).int()
         return hidden[torch.arange(len(tokens), device=tokens.device), ends.argmax(-1)]
 
     def forward(
         self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None
     ) -> Float[Tensor, "batch embedding"]:
-        """Return an embedding for each caption, not normalised; without a projection the pooled hidden state."""
+        """Return an embedding for each caption, not normalised. Without a projection: the pooled hidden state."""
         return self.projection(self.pool(self.encode(tokens, mask), tokens))
 
 
@@ -115,8 +117,8 @@ def block(config: Any) -> PreNorm:
 
 
 def build(config: Config) -> TextTower:
-    """Build a text encoder initialised as in the released code: blocks by their width and number, biases by PyTorch's
-    default."""
+    """Build a text encoder with the released code's initialisation: blocks depending on their width and number, biases
+    with PyTorch's default."""
     model, dim = TextTower(config), config.dim
     nn.init.normal_(model.embedding.weight, std=0.02)
     nn.init.normal_(model.positions.weight, std=0.01)
@@ -134,7 +136,7 @@ def build(config: Config) -> TextTower:
 
 
 def layer_names(where: str) -> dict[str, str]:
-    """Return the names that transformers has for the weights of a block of the text or the image encoder."""
+    """Return transformers' weight names of a block of the text or the image encoder. where: the encoder's prefix."""
     parts = {
         "attention_norm": "layer_norm1",
         "attention.qkv": "self_attn.[q_proj,k_proj,v_proj]",
@@ -159,9 +161,9 @@ NOT_WEIGHTS = ("text_model.embeddings.position_ids",)
 MODEL_TYPES = {"clip_text_model": "CLIPTextModel"}
 IN_FILE = {"projected": "text_projection.weight"}
 START = 49_406  # transformers' default for the first token of a caption
-HIGHEST_ID = 2  # the eos_token_id of old files, for which transformers takes the highest id as the end
+HIGHEST_ID = 2  # the eos_token_id of old files; transformers then uses the highest id as the end
 
-ENCODER_FIELDS: hf.Fields = {  # of the text and the image encoder, which differ in the defaults
+ENCODER_FIELDS: hf.Fields = {  # fields of both encoders, whose defaults differ
     "hidden_dim": hf.Field("intermediate_size", 2048),
     "dim": hf.Field("hidden_size", 512),
     "n_layers": hf.Field("num_hidden_layers", 12),
@@ -187,8 +189,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def with_projection(json: dict[str, Any], plain: str) -> bool:
-    """Return whether an encoder has a projection, by its own config's architecture; one inside a CLIP's config always
-    has."""
+    """Return whether an encoder has a projection, according to its architecture."""
     names = {plain: False, f"{plain}WithProjection": True}
     architecture = (json.get("architectures") or [plain])[0]
     if architecture not in names:

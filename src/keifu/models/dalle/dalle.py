@@ -1,8 +1,8 @@
 """DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation"): a decoder-only Transformer over text tokens
-followed by image tokens of a discrete autoencoder; it generates an image by predicting its tokens one by one.
+followed by image tokens of a discrete autoencoder. It generates an image by predicting its tokens one by one.
 
-Axes: batch, text = tokens of every text, padding among them; rows, columns = of an image's grid; places = rows ·
-columns; length = text + places and a start before each.
+Axes: batch, text = tokens of a text, including padding; rows, columns of an image's grid; places = rows · columns;
+length = text + places and a start token before each.
 """
 
 from dataclasses import dataclass, field
@@ -34,8 +34,8 @@ class Config:
     """The defaults are the paper's.
 
     Attributes:
-        vocab_size, context_length: of texts; shorter ones are padded.
-        vae: of the autoencoder, whose codebook is the vocabulary of the image tokens and whose grid their number.
+        vocab_size, context_length: size of the text vocabulary, and tokens of a text; shorter texts are padded.
+        vae: the autoencoder, whose codebook is the vocabulary of image tokens and whose grid gives their number.
         kernel: the side of the last layer's window (convolutional attention).
         sparse: whether image tokens have sparse attention (see `pattern`), or full causal attention.
     """
@@ -67,8 +67,10 @@ class Config:
         return self.vae.channels
 
     def pattern(self, layer: int) -> Pattern:
-        """Return the sparse attention of image tokens in a layer, counted from 1: column attention in the second and
-        every fourth after it, row attention in the others, convolutional attention in the last (appendix B.1)."""
+        """Return the sparse attention pattern of image tokens in a layer, counted from 1: column attention in the
+        second and every fourth after it, row attention in the others, convolutional attention in the last (appendix
+        B.1).
+        """
         if not self.sparse:
             return "full"
         if layer == self.n_layers:
@@ -81,7 +83,7 @@ PAPER_PARAMETERS = {"dall-e": 12e9}
 
 
 class Logits(NamedTuple):
-    """Logits of each text token and of each image token, from the tokens before it."""
+    """Logits of each text token and of each image token, predicted from the tokens before it."""
 
     text: Float[Tensor, "batch text vocab"]
     picture: Float[Tensor, "batch places codebook"]
@@ -90,8 +92,8 @@ class Logits(NamedTuple):
 class Dalle(ImageModel):
     """The decoder over text and image tokens, and the autoencoder that makes the image tokens.
 
-    Padding has a learned embedding of its own at each position (section 2.2). The embedding of an image token is the
-    sum of its code's, its row's and its column's.
+    Padding has a separate learned embedding at each position (section 2.2). The embedding of an image token is the sum
+    of its code's, its row's and its column's.
     """
 
     draws = "tokens"
@@ -113,7 +115,7 @@ class Dalle(ImageModel):
     def forward(
         self, tokens: Int[Tensor, "batch text"], real: RealTokens, codes: Int[Tensor, "batch rows columns"]
     ) -> Logits:
-        """Return the logits of every token; `real` is True at text tokens that are not padding."""
+        """Return the logits of every token. real: True on text tokens that are not padding."""
         x = torch.cat([self.embed_text(tokens, real), self.embed_codes(codes.flatten(1))], 1)
         for block in self.blocks:
             x = block(x)
@@ -126,25 +128,25 @@ class Dalle(ImageModel):
         if tokens.shape[1] != length:
             raise UserError(f"Texts have {tokens.shape[1]} tokens, and the model reads {length}: pad them.")
         words = torch.where(real[..., None], self.embedding(tokens), self.padding.weight)
-        before, behind = (start.expand(len(tokens), 1, -1) for start in self.starts.weight)
-        return torch.cat([before, words + self.positions.weight, behind], 1)
+        before, after = (start.expand(len(tokens), 1, -1) for start in self.starts.weight)
+        return torch.cat([before, words + self.positions.weight, after], 1)
 
     def embed_codes(self, codes: Int[Tensor, "batch some"], first: int = 0) -> Float[Tensor, "batch some dim"]:
-        """Return the embeddings of image tokens at the places from `first` on, in raster order."""
+        """Return the embeddings of image tokens at the grid positions from `first` on, in raster order."""
         positions, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
         return self.entries(codes) + self.rows(positions // width) + self.columns(positions % width)
 
     def begin(
         self, tokens: Int[Tensor, "batch text"], real: RealTokens
     ) -> tuple[Float[Tensor, "batch codebook"], KVState]:
-        """Return the logits of the first image token, and the key-value cache of the text with room for the image."""
+        """Return the logits of the first image token, and the key-value cache of the text with space for the image."""
         x, config = self.embed_text(tokens, real), self.config
         layers = [(config.n_heads, config.dim // config.n_heads)] * config.n_layers
         state = KVState(layers, len(tokens), config.grid.prefix + config.grid.places, x)
         return self._after(x, state), state
 
     def go_on(self, codes: Int[Tensor, " batch"], position: int, state: KVState) -> Float[Tensor, "batch codebook"]:
-        """Return the logits of the image token after the one at this place."""
+        """Return the logits of the image token after the one at this grid position."""
         return self._after(self.embed_codes(codes[:, None], position), state)
 
     def _after(self, x: Float[Tensor, "batch some dim"], state: KVState) -> Float[Tensor, "batch codebook"]:
@@ -167,7 +169,7 @@ def _block(config: Config, layer: int) -> PreNorm:
 
 
 def build(config: Config) -> Dalle:
-    """Build a model with GPT-2's initialisation, since the paper prints none."""
+    """Build a model with GPT-2's initialisation, since the paper gives none."""
     model = Dalle(config, discrete_vae.build(config.vae))
     for part in model.children():
         if part is not model.vae:

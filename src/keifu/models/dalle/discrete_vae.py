@@ -1,8 +1,8 @@
 """The discrete variational autoencoder (dVAE) of DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation",
-section 2.1): an image becomes a small grid of codes from a codebook, which are trained through a relaxation of the
+section 2.1): an image becomes a small grid of codes from a codebook. They are trained through a relaxation of the
 discrete choice (Gumbel-softmax).
 
-Axes: batch, channels, height, width; rows, columns = of the grid, 1/factor of the sides; codebook = its codes.
+Axes: batch, channels, height, width; rows, columns of the grid, 1/factor of the sides; codebook = its codes.
 """
 
 import math
@@ -30,12 +30,12 @@ class Config:
 
     Attributes:
         size: the side of the training images.
-        channels: of images.
-        codebook_size: codes in the codebook.
+        channels: channels of the images.
+        codebook_size: number of codes in the codebook.
         widths: channels of each level, the finest first; each but the last halves the sides.
-        n_residual_blocks: of each level, on either side.
+        n_residual_blocks: blocks of each level, in the encoder and in the decoder.
         code_dim: dimension of a code's embedding in the decoder.
-        edge: ε; pixel values lie between ε and 1 - ε for the logit-Laplace distribution (appendix A.3).
+        edge: ε; pixel values are between ε and 1 - ε for the logit-Laplace distribution (appendix A.3).
     """
 
     size: int = 256
@@ -48,7 +48,7 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """Downsampling factor of the encoder: pixels of a side to one code."""
+        """Downsampling factor of the encoder: pixels per code, along a side."""
         return 2 ** (len(self.widths) - 1)
 
     @property
@@ -74,9 +74,10 @@ class Laplace(NamedTuple):
 
 
 class BottleneckBlock(nn.Module):
-    """x + gain · convolutions(x), each after a ReLU, with a quarter of the channels inside (appendix A.2).
+    """Block x + gain · convolutions(x), where each convolution follows a ReLU, with a quarter of the channels inside
+    (appendix A.2).
 
-    `kernels`: the sides of the four; the gain is one over the square of the number of all blocks on that side.
+    kernels: the sides of the four kernels. gain: 1 / (number of blocks in the encoder or decoder)².
     """
 
     def __init__(self, channels: int, out_channels: int, kernels: Sequence[int], gain: float):
@@ -120,8 +121,8 @@ class CodeEncoder(nn.Module):
 
 
 class CodeDecoder(nn.Module):
-    """Embeddings of codes, levels with nearest-neighbour upsampling between them, and two numbers for each pixel
-    value."""
+    """Embeddings of codes, levels with nearest-neighbour upsampling between them, and two numbers for each
+    pixel value."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -139,7 +140,7 @@ class CodeDecoder(nn.Module):
         return self.pictured(self.first(shares))
 
     def of_codes(self, codes: Codes) -> Float[Tensor, "batch twice height width"]:
-        """Compute the same for one entry at each position, by looking up its embedding."""
+        """Compute the same for one code at each position, by looking up its embedding."""
         vectors = F.embedding(codes, self.first.weight[:, :, 0, 0].T).permute(0, 3, 1, 2)
         bias = self.first.bias
         return self.pictured(vectors if bias is None else vectors + bias[:, None, None])
@@ -169,27 +170,28 @@ class DiscreteVAE(nn.Module):
         self.config, self.encoder, self.decoder = config, encoder, decoder
 
     def values(self, pictures: Pixels) -> Pixels:
-        """Return images from -1 to 1 as values from ε to 1 - ε, the encoder's input and the decoder's target."""
+        """Convert images from -1 to 1 to values from ε to 1 - ε, the encoder's input and the decoder's target."""
         edge = self.config.edge
         return (pictures + 1) / 2 * (1 - 2 * edge) + edge
 
     def logits(self, pictures: Pixels) -> Logits:
-        """Return the logits of the codes at each place of images from -1 to 1, in their dtype.
+        """Return the logits of the codes at each grid position of images from -1 to 1, in the images' dtype.
 
-        Sides that cannot be halved so often are a `UserError` with the nearest that can.
+        Raises UserError, with the nearest size, for sides that are not multiples of the factor.
         """
         self.check_size(*pictures.shape[2:])
         weight = self.encoder.last.weight
         return self.encoder(self.values(pictures).to(weight.dtype)).to(pictures.dtype)
 
     def encode(self, pictures: Pixels) -> Codes:
-        """Return the most likely code of each place."""
+        """Return the most likely code of each grid position."""
         return self.logits(pictures).argmax(1)
 
     def relaxed(self, shares: Logits) -> Laplace:
-        """Return the decoder's output for relaxed codes: weights of the codebook at each place, which sum to one."""
-        said = self.decoder(shares.to(self.decoder.first.weight.dtype)).to(shares.dtype)
-        return Laplace(*said.chunk(2, 1))
+        """Return the decoder's output for relaxed codes. shares: weights of the codebook's codes at each grid position;
+        they sum to one."""
+        output = self.decoder(shares.to(self.decoder.first.weight.dtype)).to(shares.dtype)
+        return Laplace(*output.chunk(2, 1))
 
     def decode(self, codes: Codes) -> Pixels:
         """Return the images of codes, from -1 to 1, float32: medians of the decoder's distributions."""
@@ -202,7 +204,7 @@ class DiscreteVAE(nn.Module):
         return self.decode(self.encode(pictures))
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse sides that are no multiples of the factor, with the nearest that are."""
+        """Raise UserError, with the nearest size, for sides that are not multiples of the factor."""
         check_sides(height, width, self.config.factor)
 
 

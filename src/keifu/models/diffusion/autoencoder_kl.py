@@ -1,6 +1,6 @@
 """The autoencoder of latent diffusion (Rombach et al., 2022, "High-Resolution Image Synthesis with Latent Diffusion
-Models", section 3.1): a variational autoencoder compresses images to small latents that keep what the eye sees, so that
-the diffusion model need not generate imperceptible detail. A small KL penalty keeps the latents near the normal
+Models", section 3.1): a variational autoencoder compresses images to small latents that keep only perceptible detail,
+so that the diffusion model need not generate the rest. A small KL penalty keeps the latents near the normal
 distribution.
 
 Axes: batch, channels, height, width; latents have 1/factor of the sides.
@@ -31,9 +31,9 @@ class Config:
 
     Attributes:
         size: the side of the training images in pixels, or their height and width.
-        channels, latent_channels: of images and of latents.
+        channels, latent_channels: channels of images, and of latents.
         widths: channels of each level, the finest first; each but the last halves the sides.
-        n_residual_blocks: of each level of the encoder; the decoder's have one more.
+        n_residual_blocks: blocks of each level of the encoder; the decoder's levels have one more.
         scale: factor that gives latents a variance near 1 for the diffusion model.
     """
 
@@ -48,7 +48,7 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """Downsampling factor of the encoder: pixels of a side to one latent."""
+        """Downsampling factor of the encoder: pixels per latent, along a side."""
         return 2 ** (len(self.widths) - 1)
 
 
@@ -56,7 +56,7 @@ SIZES = {
     "stable-diffusion-autoencoder": Config(),
     "latent-diffusion-f4-autoencoder": Config(size=256, latent_channels=3, widths=(128, 256, 512)),
 }
-PAPER_PARAMETERS = {"stable-diffusion-autoencoder": 83.65e6}  # of the released weights
+PAPER_PARAMETERS = {"stable-diffusion-autoencoder": 83.65e6}  # counted in the released weights
 
 
 class Gaussian(NamedTuple):
@@ -70,12 +70,12 @@ class Gaussian(NamedTuple):
         return self.mean + torch.exp(0.5 * self.log_variance) * noise
 
     def kl(self) -> Float[Tensor, " batch"]:
-        """Return the KL divergence from the standard normal distribution, in nats an image."""
+        """Return the KL divergence from the standard normal distribution, in nats per image."""
         return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).sum((1, 2, 3))
 
 
 class PixelEncoder(nn.Module):
-    """first → levels, finest first → middle → last(swish(norm(·)))."""
+    """Network first → levels, finest first → middle → last(swish(norm(·)))."""
 
     def __init__(self, first: nn.Module, levels: Sequence[Middle], middle: Middle, norm: nn.Module, last: nn.Module):
         super().__init__()
@@ -89,7 +89,7 @@ class PixelEncoder(nn.Module):
 
 
 class PixelDecoder(PixelEncoder):
-    """first → middle → levels, coarsest first → last(swish(norm(·)))."""
+    """Network first → middle → levels, coarsest first → last(swish(norm(·)))."""
 
     def forward(self, x: Latents) -> Float[Tensor, "batch channels large_height large_width"]:
         x = self.middle(self.first(x).contiguous(memory_format=torch.channels_last))
@@ -99,7 +99,7 @@ class PixelDecoder(PixelEncoder):
 
 
 class AutoencoderKL(nn.Module):
-    """`PixelEncoder`, `PixelDecoder`, and a 1×1 convolution on each side of the latents."""
+    """`PixelEncoder`, `PixelDecoder`, and a 1×1 convolution before and after the latents."""
 
     def __init__(self, config: Config, encoder: PixelEncoder, decoder: PixelDecoder):
         super().__init__()
@@ -108,9 +108,9 @@ class AutoencoderKL(nn.Module):
         self.from_latents = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, pictures: Pixels) -> Gaussian:
-        """Return the distribution of an image's latents, in the image's dtype; pixels lie between -1 and 1.
+        """Return the distribution of an image's latents, in the image's dtype. Pixels are between -1 and 1.
 
-        Sides that the encoder cannot halve so often are a `UserError` with the nearest that it can.
+        Raises UserError, with the nearest size, for sides that are not multiples of the factor.
         """
         self.check_size(*pictures.shape[2:])
         moments = self.to_moments(self.encoder(pictures.to(self.to_moments.weight.dtype))).to(pictures.dtype)
@@ -118,7 +118,7 @@ class AutoencoderKL(nn.Module):
         return Gaussian(mean, log_variance.clamp(-30, 20))
 
     def decode(self, latents: Latents) -> Float[Tensor, "batch channels large_height large_width"]:
-        """Return the images, about between -1 and 1, in the latents' dtype."""
+        """Return the images, about from -1 to 1, in the latents' dtype."""
         return self.decoder(self.from_latents(latents.to(self.from_latents.weight.dtype))).to(latents.dtype)
 
     def forward(self, pictures: Pixels) -> Pixels:
@@ -126,7 +126,7 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(pictures).mean)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse sides that are no multiples of the factor, with the nearest that are."""
+        """Raise UserError, with the nearest size, for sides that are not multiples of the factor."""
         check_sides(height, width, self.config.factor)
 
 
@@ -158,7 +158,7 @@ def build(config: Config) -> AutoencoderKL:
 
 
 def _coder_names(way: str) -> dict[str, str]:
-    """Return the names in the encoder, whose way is down, or in the decoder."""
+    """Return the weight names of the encoder (way "down") or of the decoder ("up")."""
     resample = {"levels.*.resample.conv": f"{way}_blocks.*.{way}samplers.0.conv"}
     levels = stage_names("levels.*", f"{way}_blocks.*", {})
     return ENDS | levels | resample | stage_names("middle", "mid_block", ATTENTION)

@@ -1,5 +1,5 @@
-"""The U-Net of latent diffusion (Rombach et al., 2022, section 3.3): DDPM's, with a transformer after each residual
-block, whose self-attention is between pixels and whose cross-attention is to a context, such as an encoded text.
+"""The U-Net of latent diffusion (Rombach et al., 2022, section 3.3): DDPM's U-Net with a transformer after each
+residual block. Its self-attention is between pixels, and its cross-attention to a context, such as an encoded text.
 
 Axes: batch, channels, height, width; seen = tokens of the context. The stages are those of `layers/unet/unet.py`.
 """
@@ -32,20 +32,20 @@ class Config:
     """The defaults are Stable Diffusion 1's. Levels count resolutions from 0, the finest.
 
     Attributes:
-        size: the side of the training samples, or their height and width; None where it is not known.
-        channels, predicted_channels: of the input and of the output; for inpainting the input has more.
+        size: the side of the training samples, or their height and width; None if unknown.
+        channels, predicted_channels: channels of the input and of the output; for inpainting the input has more.
         widths: channels of each level; each but the last halves the sides.
-        n_residual_blocks: of each level on the way down; on the way up it has one more.
-        attention, up_attention: the levels that have transformers on the way down and up.
-        n_heads: of every level, or of each.
+        n_residual_blocks: blocks of each downsampling level; an upsampling level has one more.
+        attention, up_attention: the downsampling and upsampling levels with transformers.
+        n_heads: attention heads of every level, or a tuple with a number for each level.
         n_layers: blocks of each transformer.
-        context_dim: numbers in a token of the context.
+        context_dim: numbers of a token of the context.
         linear: whether a transformer's input and output projections are linear layers (Stable Diffusion 2) or 1×1
             convolutions.
-        middle: whether there is a middle.
-        pad_around: whether convolutions that halve the resolution pad all sides, not below and right alone.
-        time_dim: of the embedding of the noise level; None for four times the first width.
-        cosine_first, frequency_shift: of its sinusoids.
+        middle: whether there is a middle stage.
+        pad_around: whether downsampling convolutions pad all sides, instead of only the bottom and the right.
+        time_dim: dimension of the embedding of the noise level; None for four times the first width.
+        cosine_first, frequency_shift: settings of the noise level's sinusoids, see `TimestepSinusoids`.
     """
 
     activation: ClassVar[str] = "silu"
@@ -91,7 +91,7 @@ SIZES = {
     "stable-diffusion-2-unet": _SECOND(size=96),
     "stable-diffusion-2-base-unet": _SECOND(),
 }
-PAPER_PARAMETERS = {  # of the released weights
+PAPER_PARAMETERS = {  # counted in the released weights
     "stable-diffusion-1-unet": 859.52e6, "stable-diffusion-2-unet": 865.91e6, "stable-diffusion-2-base-unet": 865.91e6,
 }  # fmt: skip
 
@@ -105,11 +105,11 @@ class ConditionedUNet(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Number of which sides must be multiples; 1 for the published networks, which take any side."""
+        """Number that sides must be multiples of; 1 for the published networks, which support any side."""
         return 1 if self.unet.flexible else self.unet.factor
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-        """Return keys and values of a context for every transformer: computed once an image, used at every step."""
+        """Return the keys and values of a context for every transformer. Compute them once per image, for all steps."""
         return memories(self.unet, context.to(next(self.parameters()).dtype))
 
     def predict(
@@ -120,11 +120,8 @@ class ConditionedUNet(nn.Module):
         mask: PaddingMask,
         condition: Float[Tensor, "batch time_dim"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy samples, in their data type. The timestep is one for all samples or one for
-        each.
-
-        `condition` is added to the embedding of the timestep.
-        """
+        """Return the prediction for noisy samples, in their dtype. timestep: one for all samples, or one for each.
+        condition: added to the embedding of the timestep."""
         self.check_size(*x.shape[1:])
         time = self.time(timestep.reshape(-1).expand(len(x)))
         time = time if condition is None else time + condition
@@ -137,12 +134,12 @@ class ConditionedUNet(nn.Module):
         context: Float[Tensor, "batch seen context_dim"],
         mask: Bool[Tensor, "batch seen"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return `predict` of a context. `mask` is True on its real tokens; None attends to all, padding too, as Stable
-        Diffusion does. A size that the network cannot take is a `UserError` with the nearest that it can."""
+        """Return `predict` for a context. mask: True on its real tokens; None attends to all, including padding, as
+        Stable Diffusion does. Raises UserError, with the nearest size, for an unsupported size."""
         return self.predict(x, timestep, self.project(context), PaddingMask(mask))
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuse samples that do not fit the network, with the nearest size that does."""
+        """Raise UserError, with the nearest size, for samples that do not fit the network."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, not {channels}.")
         check_sides(height, width, self.factor)
@@ -150,8 +147,7 @@ class ConditionedUNet(nn.Module):
 
 def build(config: Config) -> ConditionedUNet:
     """Build a network with PyTorch's default initialisation. The last layer of each block, of each transformer and of
-    the network is zero, as in the released code.
-    """
+    the network is zero, as in the released code."""
     time = time_embedding(config, config.widths[0])
     middle = _transformer(config, len(config.widths) - 1, config.widths[-1]) if config.middle else None
     model = ConditionedUNet(config, time, assemble_unet(config, partial(_transformer, config), middle))
@@ -160,7 +156,7 @@ def build(config: Config) -> ConditionedUNet:
 
 
 def _transformer(config: Config, level: int, width: int) -> SpatialTransformer:
-    """Describe the attentions of DDPM's U-Net in these terms."""
+    """Build the transformer that replaces the attention of DDPM's U-Net at a level."""
     heads = config.n_heads if isinstance(config.n_heads, int) else config.n_heads[level]
     matrix = PixelLinear if config.linear else partial(nn.Conv2d, kernel_size=1)
     blocks = [
@@ -212,8 +208,8 @@ FIELDS = CONDITIONED_FIELDS | {
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of diffusers' config.json of a UNet2DConditionModel.
 
-    Its `attention_head_dim` is the number of heads, by a mistake that its makers keep for the sake of old files.
-    `upcast_attention` is not kept: products here are summed in float32 in any case.
+    Its `attention_head_dim` is the number of heads: diffusers keeps this mistake for old files. `upcast_attention` is
+    ignored: here matrix multiplications always accumulate in float32.
     """
     fields, heads = hf.read_fields(json, FIELDS), json.get("num_attention_heads") or json.get("attention_head_dim", 8)
     attention, up_attention, *_ = read_stages(json, fields["widths"], WAYS)

@@ -1,6 +1,6 @@
 """DDPM (Ho et al., 2020, "Denoising Diffusion Probabilistic Models"): a diffusion model that generates images from
-noise by removing a little noise at each step; a U-Net, given the timestep, predicts the noise. Improved DDPM (Nichol
-and Dhariwal, 2021) learns the variance of each step too.
+noise by removing a little noise at each step. A U-Net predicts the noise, conditioned on the timestep. Improved DDPM
+(Nichol and Dhariwal, 2021) also learns the variance of each step.
 
 Axes: batch, channels, height, width. The stages are those of `layers/unet/unet.py`.
 """
@@ -35,27 +35,26 @@ class Config:
     """The defaults are the paper's network for CIFAR-10. Levels count resolutions from 0, the finest.
 
     Attributes:
-        size: the side of an image in pixels, or its height and width; None where it is not known.
-        out_channels: None for as many as `channels`, or twice as many where the variance is learned.
+        size: the side of an image in pixels, or its height and width; None if unknown.
+        out_channels: None for as many as `channels`, or twice as many if the variance is learned.
         dim, multipliers: a level has `dim` times its multiplier channels.
-        n_residual_blocks: of each level on the way down; on the way up it has one more.
-        attention, up_attention: the levels that have it on the way down and up; None for the same ones.
-        n_heads, head_dim: of attention; where `head_dim` is given, a level has as many heads as fit.
-        middle, middle_attention: whether there is a middle, and whether it has attention.
-        middle_groups: of the norm before the middle's attention; None for no norm.
+        n_residual_blocks: blocks of each downsampling level; an upsampling level has one more.
+        attention, up_attention: the downsampling and upsampling levels with attention; None for the same ones.
+        n_heads, head_dim: heads of attention, and their size; with `head_dim`, a level has as many heads as fit.
+        middle, middle_attention: whether there is a middle stage, and whether it has attention.
+        middle_groups: groups of the norm before the middle's attention; None for no norm.
         middle_scale: divisor of the residual sums in the middle.
         residual_down, residual_up: levels whose resolution is changed by a residual block, not by a convolution.
-        pad_around: whether convolutions that halve the resolution pad all sides, not below and right alone.
+        pad_around: whether downsampling convolutions pad all sides, instead of only the bottom and the right.
         scale_shift: whether the timestep embedding scales and shifts the norm's output (improved DDPM), or is added.
-        time_dim: of the timestep embedding; None for 4 · dim.
-        cosine_first, frequency_shift: of its sinusoids.
-        learned_times: rows of a learned table instead of sinusoids.
-        centered: whether pixels lie between -1 and 1; those between 0 and 1 are moved there first.
-        label: what the model is conditioned on: one of `n_classes` classes, a number, or a vector of `time_dim`
-            numbers.
+        time_dim: dimension of the timestep embedding; None for 4 · dim.
+        cosine_first, frequency_shift: settings of the timestep's sinusoids, see `TimestepSinusoids`.
+        learned_times: rows of a learned table, used instead of sinusoids.
+        centered: whether pixels are between -1 and 1; otherwise they are between 0 and 1 and are converted first.
+        label: the condition: one of `n_classes` classes, a number, or a vector of `time_dim` numbers.
         n_classes: 0 for an unconditional model.
         null_class: whether there is a null class, number n_classes, for classifier-free guidance.
-        classes: the names of the classes, where they have some.
+        classes: the names of the classes; empty if they have none.
         noise: the noise schedule and prediction target of the training.
     """
 
@@ -127,7 +126,7 @@ _IMPROVED = Config(
     n_residual_blocks=3, attention=(1, 2), n_heads=4, pad_around=True, scale_shift=True, norm_eps=1e-5, dropout=0.3,
     cosine_first=True, frequency_shift=0.0, noise=Noise(schedule="cosine", steps=4000, variance="learned_range"),
 )  # fmt: skip
-_KARLO = Config(  # an upsampler: its input is noise and the small image, resized
+_KARLO = Config(  # an upsampler: its input is noise and the resized small image
     size=256, channels=6, out_channels=3, dim=320, multipliers=(1, 2, 3, 4), n_residual_blocks=3, attention=(),
     up_attention=(), middle_attention=False, residual_down=(0, 1, 2), residual_up=(1, 2, 3), pad_around=True,
     norm_eps=1e-5, dropout=0.0, head_dim=8, cosine_first=True, frequency_shift=0.0,
@@ -166,11 +165,11 @@ class DDPM(ImageModel):
         timestep: Num[Tensor, "*batch"],
         label: Num[Tensor, "batch *vector"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy images [batch, channels, height, width], in their dtype; `timestep` is one
-        for all or one for each.
+        """Return the prediction for noisy images (batch, channels, height, width), in their dtype. timestep: one for
+        all, or one for each.
 
-        label: a class [batch], or a number [batch] or vector [batch, time_dim] where the Config says so; None is the
-        null class where there is one. Another size or number of channels than the network takes is a `UserError`.
+        label: a class (batch,), or if the Config says so a number (batch,) or vector (batch, time_dim); None is the
+        null class if there is one. Raises UserError for an unsupported size or number of channels.
         """
         self.check_size(*x.shape[1:])
         time = self.time(timestep.reshape(-1).expand(len(x)))
@@ -178,11 +177,11 @@ class DDPM(ImageModel):
             time = time + self.label(self._labels(len(x), x.device) if label is None else label).to(time.dtype)
         elif label is not None:
             raise UserError("This model draws no classes, and it was given a label: leave it out.")
-        given = (x if self.config.centered else 2 * x - 1).to(time.dtype)
-        return self.unet(given, self.activation(time)).to(x.dtype)
+        centered = (x if self.config.centered else 2 * x - 1).to(time.dtype)
+        return self.unet(centered, self.activation(time)).to(x.dtype)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuse images that do not fit the network, with the nearest size that does."""
+        """Raise UserError, with the nearest size, for images that do not fit the network."""
         if channels != self.config.channels:
             raise UserError(f"The network reads {self.config.channels} channels, and these pictures have {channels}.")
         check_sides(height, width, self.unet.factor)
@@ -194,8 +193,8 @@ class DDPM(ImageModel):
 
 
 def build(config: Config) -> DDPM:
-    """Build a network initialised as in the released code: Glorot's, and zero for the last layer of each block and of
-    the network."""
+    """Build a network with the released code's initialisation: Glorot's, and zero for the last layer of each block and
+    of the network."""
     learned = nn.Embedding(config.learned_times, config.dim) if config.learned_times else None
     model = DDPM(config, time_embedding(config, config.dim, learned), _label(config), _unet(config))
     xavier_(model, embedding_std=1.0)
@@ -212,7 +211,7 @@ def _label(config: Config) -> nn.Module | None:
 
 
 def _unet(config: Config) -> UNet:
-    """Return the paper's U-Net, with self-attention between pixels."""
+    """Build the paper's U-Net, with self-attention between pixels."""
     look = partial(SpatialAttention, n_heads=config.n_heads, head_dim=config.head_dim)
     norm = group_norm(config, config.norm_groups)
     middle_norm = group_norm(config, config.middle_groups) if config.middle_groups else None
@@ -227,7 +226,7 @@ WEIGHT_NAMES = {
     "label.linear2": "class_embedding.linear_2",
     **published.unet_names(published.ATTENTION),
 }
-FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # of a pipeline
+FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # files of a pipeline
 OLD_ENDINGS = published.OLD_ATTENTION
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
 WAYS = (
@@ -259,7 +258,7 @@ FIELDS = published.SIZE_FIELDS | {
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of diffusers' config.json of a UNet2DModel, with the scheduler's file as its "scheduler".
 
-    Names that begin with "_" are keifu's own: diffusers ignores them.
+    Names that begin with "_" are keifu's: diffusers ignores them.
     """
     fields, null_class = hf.read_fields(json, FIELDS), json.get("_null_class", False)
     widths = json.get("block_out_channels", (224, 448, 672, 896))
@@ -282,26 +281,26 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the files that `from_published` and diffusers read. Where `scale_shift` is off, diffusers always has a
-    norm before the middle's attention; the config of a model without one is keifu's own."""
+    """Return the files that `from_published` and diffusers read. Without `scale_shift`, diffusers always has a norm
+    before the middle's attention; the config of a model without this norm is written in keifu's form."""
     if config.middle and config.middle_attention and config.middle_groups is None and not config.scale_shift:
-        return hf.write_own("keifu_ddpm", config)
+        return hf.write_native("keifu_ddpm", config)
     up = config.attention if config.up_attention is None else config.up_attention
-    own = {"_null_class": config.null_class, "_classes": [*config.classes]}
+    extra = {"_null_class": config.null_class, "_classes": [*config.classes]}
     return {
         "model_type": "UNet2DModel",
-        "attention_head_dim": None,  # where the Config has none
+        "attention_head_dim": None,  # the Config may have none
         **hf.write_fields(config, FIELDS),
         "out_channels": config.predicted_channels,
         "block_out_channels": [*config.widths],
         **published.write_stages(replace(config, up_attention=up), WAYS),
-        # where levels with attention differ in this, the config cannot say it, and is read as another
+        # if levels with attention differ in this, the config cannot express it, and another Config is read back
         "downsample_type": published.RESAMPLING.write(bool({*config.attention} & {*config.residual_down})),
         "upsample_type": published.RESAMPLING.write(bool({*up} & {*config.residual_up})),
         "time_embedding_type": _TIMES.write(bool(config.learned_times)),
         "num_train_timesteps": config.learned_times,
         "attn_norm_num_groups": config.middle_groups,
         "num_class_embeds": config.n_classes + config.null_class or None,
-        **{name: value for name, value in own.items() if value},
+        **{name: value for name, value in extra.items() if value},
         "scheduler": write_scheduler(config.noise),
     }

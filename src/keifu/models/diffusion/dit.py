@@ -1,10 +1,11 @@
 """The diffusion Transformer (Peebles and Xie, 2022, "Scalable Diffusion Models with Transformers"): a Transformer over
-patches takes the U-Net's part, and the noise level and the class act through layer norms (AdaLN-zero).
+patches replaces the U-Net, and the noise level and the class act through layer norms (AdaLN-zero).
 
 It predicts the noise, as in the paper, or the flow (Lipman et al., 2022; Liu et al., 2022; Esser et al., 2024), in the
 latents of an autoencoder or in pixels. The pipeline's folders are diffusers' `DiTPipeline`.
 
-Axes: batch, channels, height, width of what the network sees (new: those that patches fill); length = patches, dim.
+Axes: batch, channels, height, width of the network's input; new_height, new_width = without pixels that do not fill a
+patch; length = patches, dim.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from keifu.ranges import BelowOne, Count, Natural, Positive
 
 Sample = Float[Tensor, "batch channels height width"]
 
-FREQUENCIES, EPS = 256, 1e-6  # numbers of the timestep's sinusoids; of the norms before attention and the last layer
+FREQUENCIES, EPS = 256, 1e-6  # numbers of the timestep's sinusoids; ε of the norms before attention and the last layer
 FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
     "gelu-approximate": partial(FeedForward, activation=gelu_tanh),
     "gelu": partial(FeedForward, activation=F.gelu),
@@ -49,7 +50,7 @@ FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
 
 
 class PatchSizes:
-    """Sizes of a transformer of patches that follow from its Config, and those that no Config may have."""
+    """Mixin for the Config of a transformer of patches: computed sizes, and checks."""
 
     size: int
     patch_size: int
@@ -66,7 +67,7 @@ class PatchSizes:
 
     @property
     def dim(self) -> int:
-        """The numbers of a patch."""
+        """The numbers of a patch's hidden state."""
         return self.n_heads * self.head_dim
 
     @property
@@ -77,14 +78,14 @@ class PatchSizes:
 
 @dataclass(frozen=True)
 class TransformerConfig(PatchSizes):
-    """The defaults are DiT-XL/2's for 256 x 256 pixels, but for the variance, which that predicts too.
+    """The defaults are DiT-XL/2's for 256 x 256 pixels, except that DiT-XL/2 also predicts the variance.
 
     Attributes:
-        size: the side of what the network sees: of latents, or of pixels.
-        out_channels: None for as many as `channels`; twice as many where the variance is predicted too.
+        size: the side of the network's input, which are latents or pixels.
+        out_channels: None for as many as `channels`; twice as many if the variance is predicted too.
         n_classes: the classes without the null class, which is one more; 0 for an unconditional model.
         bias: whether the matrices of queries, keys and values have a bias.
-        affine, norm_eps: of the norm before the feed-forward network.
+        affine, norm_eps: whether the norm before the feed-forward network has weights, and its ε.
         feedforward: a name in `FEEDFORWARDS`.
     """
 
@@ -109,8 +110,11 @@ class TransformerConfig(PatchSizes):
 
 @dataclass(frozen=True)
 class Config:
-    """autoencoder: None for a model of pixels. classes: the names of the classes, if they have some. noise: the noise
-    schedule and prediction target of the training."""
+    """Config of the transformer and the autoencoder.
+
+    autoencoder: None for a model of pixels. classes: the names of the classes; empty if they have none. noise: the
+    noise schedule and prediction target of the training.
+    """
 
     transformer: TransformerConfig = field(default_factory=TransformerConfig)
     autoencoder: autoencoder_kl.Config | None = field(default_factory=autoencoder_kl.Config)
@@ -126,7 +130,7 @@ class Config:
 
     @property
     def factor(self) -> int:
-        """Pixels of a side for one number of the network's input."""
+        """Pixels per number of the network's input, along a side."""
         return 1 if self.autoencoder is None else self.autoencoder.factor
 
     @property
@@ -173,7 +177,7 @@ class Condition(nn.Module):
 class DiffusionTransformer(nn.Module):
     """Patches, blocks, and a last layer that makes patches of the prediction.
 
-    Each block has a `Condition`, as diffusers' files do; the last layer takes the first one's.
+    Each block has a `Condition`, as in diffusers' files; the last layer uses the first block's.
     """
 
     def __init__(self, config: TransformerConfig):
@@ -207,7 +211,7 @@ class DiffusionTransformer(nn.Module):
 def from_patches(
     output: Float[Tensor, "batch length numbers"], rows: int, columns: int, patch: int
 ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-    """Put patches, each of patch · patch places with their channels, into pictures."""
+    """Join patches of patch · patch pixels, with their channels, to pictures."""
     output = output.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, columns))
     return output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
@@ -215,8 +219,8 @@ def from_patches(
 def patch_positions(
     rows: int, columns: int, trained: int, dim: int, device: torch.device
 ) -> Float[Tensor, "length dim"]:
-    """Return sinusoids of each patch's column, then of its row. Another number of patches than the `trained` of a side
-    is stretched over the same positions."""
+    """Return sinusoids of each patch's column, then of its row. If a side has a number of patches other than `trained`,
+    positions are rescaled to the trained range."""
     sides = (torch.arange(n, dtype=torch.float32, device=device) / (n / trained) for n in (rows, columns))
     axes = torch.meshgrid(*sides, indexing="ij")
     return torch.cat([sinusoids(axis.flatten(), dim // 2, interleaved=False) for axis in axes[::-1]], -1)
@@ -249,7 +253,8 @@ class DiT(ImageModel):
         return self.config.noise
 
     def noise_of(self, size: tuple[int, int]) -> Noise:
-        """Return the noise of pictures of this height and width in pixels, whose patches set a dynamic shift."""
+        """Return the noise for pictures of this height and width in pixels, whose number of patches sets a dynamic
+        shift."""
         rows, columns = (side // (self.factor * self.config.transformer.patch_size) for side in size)
         dynamic = self.noise.dynamic and replace(self.noise.dynamic, length=rows * columns)
         return replace(self.noise, dynamic=dynamic)
@@ -261,7 +266,7 @@ class DiT(ImageModel):
 
     @property
     def factor(self) -> int:
-        """Return the pixels of a side for each number of x."""
+        """Return the pixels per number of x, along a side."""
         return self.config.factor
 
     @property
@@ -272,11 +277,10 @@ class DiT(ImageModel):
     def forward(
         self, x: Sample, timestep: Num[Tensor, "*batch"], label: Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-        """Return the prediction for noisy latents or pixels, in their dtype; `timestep` is one for all or one for
-        each.
+        """Return the prediction for noisy latents or pixels, in their dtype. timestep: one for all, or one for each.
 
-        label: a class [batch]; None for the null class. Numbers at the right and below that fill no patch are cut off,
-        as in diffusers; `check_size` refuses such sides. Another number of channels is a `UserError`.
+        label: a class (batch,); None for the null class. Numbers at the right and bottom that do not fill a patch are
+        cut off, as in diffusers; `check_size` refuses such sides. Raises UserError for another number of channels.
         """
         check_channels(self.config.channels, x.shape[1])
         if label is None:
@@ -284,19 +288,20 @@ class DiT(ImageModel):
         return self.transformer(x, timestep.reshape(-1).expand(len(x)), label)
 
     def to_latents(self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None) -> Sample:
-        """Return the scaled latents of images from -1 to 1: samples by standard normal `noise`, or the means."""
+        """Return the scaled latents of images from -1 to 1: samples from standard normal `noise`, or the means without
+        it."""
         if self.autoencoder is None:
             return pictures
-        found = self.autoencoder.encode(pictures)
-        return self.autoencoder.config.scale * (found.mean if noise is None else found.sample(noise))
+        encoded = self.autoencoder.encode(pictures)
+        return self.autoencoder.config.scale * (encoded.mean if noise is None else encoded.sample(noise))
 
     def to_pictures(self, latents: Sample) -> Float[Tensor, "batch colours rows columns"]:
         """Return the images of scaled latents, about from -1 to 1."""
         return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.autoencoder.config.scale)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
-        """Refuse images, in pixels, that do not fit the network, with the nearest size that does; and a network whose
-        output has other channels than its noise asks for."""
+        """Raise UserError, with the nearest size, for image sizes in pixels that do not fit the network; and for a
+        network whose output channels do not fit its noise."""
         check_channels(self.colours, channels)
         check_sides(height, width, self.config.factor * self.config.transformer.patch_size)
         wanted = self.config.channels * (1 + (self.noise.variance == "learned_range"))
@@ -305,14 +310,14 @@ class DiT(ImageModel):
 
 
 def check_channels(wanted: int, given: int) -> None:
-    """Raise a `UserError` for another number of channels."""
+    """Raise UserError for another number of channels."""
     if given != wanted:
         raise UserError(f"The network reads {wanted} channels, not {given}.")
 
 
 def build(config: Config) -> DiT:
-    """Build a model initialised as in the paper: Glorot's matrices, class embeddings with a deviation of 0.02, and zero
-    for every modulation and for the last layer."""
+    """Build a model with the paper's initialisation: Glorot's matrices, class embeddings with a deviation of 0.02, and
+    zero for every modulation and for the last layer."""
     transformer = DiffusionTransformer(config.transformer)
     xavier_(transformer, embedding_std=0.02)
     zero_(transformer, "modulation", "last")
@@ -346,9 +351,10 @@ FIELDS: hf.Fields = {ours: hf.Field(theirs, vars(TransformerConfig())[ours]) for
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of the files of a pipeline's parts, each in the field of its folder's name.
+    """Read the Config from the configs of a pipeline's parts, by their folders.
 
-    A network whose output has twice the channels of its input predicts the variance, which schedulers do not say.
+    A network whose output has twice the channels of its input predicts the variance, which schedulers' files do not
+    mention.
     """
     hf.read_field(json["transformer"], hf.choice("norm_type", {"ada_norm_zero": "ada_norm_zero"}))
     transformer = TransformerConfig(**hf.read_fields(json["transformer"], FIELDS))
@@ -362,10 +368,10 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the files of a pipeline's parts as `from_published` reads them."""
+    """Return the configs of a pipeline's parts, as `from_published` reads them."""
     noise, names = config.noise, {str(number): name for number, name in enumerate(config.classes)}
     scheduler = write_scheduler(noise)
-    if noise.variance == "learned_range":  # diffusers' pipeline takes the variance away before the scheduler
+    if noise.variance == "learned_range":  # diffusers' pipeline removes the variance before it calls the scheduler
         scheduler |= {"_class_name": "DDIMScheduler", "set_alpha_to_one": noise.last_alpha_one}
         scheduler.pop("variance_type", None)
     return {

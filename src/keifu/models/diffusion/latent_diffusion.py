@@ -1,5 +1,5 @@
 """Text-conditional latent diffusion (Rombach et al., 2022; Stable Diffusion): a diffusion model in an autoencoder's
-latents, where a step costs a fraction of one in pixels; its U-Net has cross-attention to an encoded text.
+latents, where a step costs a fraction of one in pixels. Its U-Net has cross-attention to an encoded text.
 
 Without an autoencoder the same network works in pixels, for comparison: its latents are the images themselves.
 
@@ -21,22 +21,20 @@ from keifu.layers.unet.spatial_transformer import Memories
 from keifu.layers.unet.unet import check_sides
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet
-from keifu.models.hf.config import write_own
+from keifu.models.hf.config import write_native
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
-Parts = Mapping[str, tuple[str, Any]]  # of a pipeline, by their folders there: the field here, and the model's file
+Parts = Mapping[str, tuple[str, Any]]  # a pipeline's folder → the field of the Config, and the model's file
 NOISE = Noise(
     schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip=None, steps_offset=1, last_alpha_one=False
-)  # the paper's for latents, as Stable Diffusion's files describe it
+)  # the paper's for latents, as in Stable Diffusion's files
 
 
 @dataclass(frozen=True)
 class Config(clip_text.WithText):
-    """The defaults are Stable Diffusion 1's. `noise` is the noise schedule and prediction target of the training.
+    """The defaults are Stable Diffusion 1's.
 
-    autoencoder: None for a U-Net that works in pixels.
-    masked: whether the U-Net's input has a mask in addition to noisy latents, and the latents of the masked image
-        (inpainting).
+    autoencoder: None for a U-Net that works in pixels. noise: the noise schedule and prediction target of the training.
     """
 
     text: clip_text.Config = field(default_factory=lambda: clip_text.SIZES["stable-diffusion-text"])
@@ -55,19 +53,19 @@ class Config(clip_text.WithText):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the training images, in pixels; None if they are not known."""
+        """Height and width of the training images, in pixels; None if unknown."""
         size, factor = self.unet.size, self.factor
         sides = (size, size) if isinstance(size, int) else size
         return None if sides is None else (sides[0] * factor, sides[1] * factor)
 
     @property
     def channels(self) -> int:
-        """Return the number of channels of the latents."""
+        """The number of channels of the latents."""
         return self.unet.predicted_channels if self.autoencoder is None else self.autoencoder.latent_channels
 
     @property
     def factor(self) -> int:
-        """Downsampling factor of the autoencoder: pixels of a side to one latent."""
+        """Downsampling factor of the autoencoder: pixels per latent, along a side."""
         return 1 if self.autoencoder is None else self.autoencoder.factor
 
     @property
@@ -82,7 +80,7 @@ class Config(clip_text.WithText):
 
     @property
     def masked(self) -> bool:
-        """Whether it is an inpainting model, whose U-Net takes a mask and the masked image too."""
+        """Whether it is an inpainting model, whose U-Net also reads a mask and the masked image."""
         return self.unet.channels > self.channels
 
 
@@ -128,24 +126,24 @@ class LatentDiffusion(ImageModel):
         return self.text.encode(tokens)
 
     def project(self, context: Float[Tensor, "batch length dim"]) -> Memories:
-        """Return the context's keys and values in every transformer of the U-Net: computed once an image."""
+        """Return the context's keys and values in every transformer of the U-Net. Compute them once per image."""
         return self.unet.project(context)
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], timestep: Num[Tensor, "*batch"], projected: Memories
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy latents; `timestep` is one for all or one for each."""
+        """Return the prediction for noisy latents. timestep: one for all, or one for each."""
         return self.unet.predict(x, timestep, projected, PaddingMask())
 
     def to_latents(
         self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
     ) -> Float[Tensor, "sampled channels height width"]:
-        """Return scaled latents of images from -1 to 1: samples by standard normal `noise` (as many of one image as
-        `noise` has rows), or, without it, the means."""
+        """Return scaled latents of images from -1 to 1: samples from standard normal `noise` (for one image, one sample
+        per row of `noise`), or the means without it."""
         if self.autoencoder is None:
             return pictures if noise is None else pictures.expand_as(noise)
-        found = self.autoencoder.encode(pictures)
-        return self.config.scale * (found.mean if noise is None else found.sample(noise))
+        encoded = self.autoencoder.encode(pictures)
+        return self.config.scale * (encoded.mean if noise is None else encoded.sample(noise))
 
     def to_pictures(
         self, latents: Float[Tensor, "batch channels height width"]
@@ -154,12 +152,12 @@ class LatentDiffusion(ImageModel):
         return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.config.scale)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse sizes of images, in pixels, that do not fit the network, with the nearest size that does."""
+        """Raise UserError, with the nearest size, for image sizes in pixels that do not fit the network."""
         check_sides(height, width, self.config.factor * self.unet.factor)
 
 
 def build(config: Config) -> LatentDiffusion:
-    """Build a model whose parts are initialised as each is alone."""
+    """Build a model. Each part is initialised by its own `build`."""
     return LatentDiffusion(config, **build_parts(config, PARTS))
 
 
@@ -171,21 +169,20 @@ PARTS: Parts = {
 
 
 def build_parts(config: Any, parts: Parts) -> dict[str, Any]:
-    """Build every part of a pipeline, initialised as it is alone; those that the Config leaves out are None."""
+    """Build every part of a pipeline by its own `build`. A part that the Config leaves out is None."""
     return {ours: (part := vars(config)[ours]) and module.build(part) for ours, module in parts.values()}
 
 
 def write_parts(config: Any, parts: Parts) -> dict[str, Any]:
-    """Return the published configs of a pipeline's parts, each in the field of its folder's name; None of those left
-    out."""
+    """Return the published configs of a pipeline's parts by their folders; None for a part that is left out."""
     return {
         folder: (part := vars(config)[ours]) and module.to_published(part) for folder, (ours, module) in parts.items()
     }
 
 
 def names_of(parts: Parts) -> dict[str, str]:
-    """Return the weights' names in a pipeline: those of each part, behind the part's field here and its folder
-    there."""
+    """Return the weight names in a pipeline: those of each part, with the part's field as our prefix and its folder as
+    theirs."""
     return {
         f"{ours}.{name}": f"{folder}.{theirs}"
         for folder, (ours, module) in parts.items()
@@ -200,17 +197,16 @@ MODEL_TYPES = {"StableDiffusionPipeline": "StableDiffusionPipeline"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of the files of a pipeline's parts, each in the field of its folder's name."""
+    """Read the Config from the configs of a pipeline's parts, by their folders."""
     parts = {ours: module.from_published(json[folder]) for folder, (ours, module) in PARTS.items()}
     return Config(**parts, noise=read_scheduler(json["scheduler"]))
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the files of a pipeline's parts as `from_published` reads them. Without an autoencoder no pipeline of
-    diffusers has this shape, and the config is keifu's own.
-    """
+    """Return the configs of a pipeline's parts, as `from_published` reads them. Without an autoencoder, no diffusers
+    pipeline fits, and the config is written in keifu's form."""
     if config.autoencoder is None:
-        return write_own("keifu_latent_diffusion", config)
+        return write_native("keifu_latent_diffusion", config)
     return {
         "model_type": "StableDiffusionPipeline",
         **write_parts(config, PARTS),

@@ -1,6 +1,7 @@
 """LLaDA (Nie et al., 2025, "Large Language Diffusion Models"): text by masked diffusion. LLaMA's blocks without the
-causal mask predict all masked tokens at once. New is that this scales as a language model: any share of the tokens is
-masked in training (as in MDLM, Sahoo et al., 2024), so that a text forms from masks alone, in any order.
+causal mask predict all masked tokens at once. The paper shows that this scales like a language model. Training masks
+any share of the tokens (as in MDLM, Sahoo et al., 2024), so that a text can be generated from masks alone, in any
+order.
 
 Axes: batch, length = tokens, dim, vocab.
 """
@@ -48,7 +49,7 @@ PAPER_PARAMETERS = {"llada-8b": 8.02e9}
 
 
 class MaskedDiffusionLM(nn.Module):
-    """Embedding, blocks that see both sides, norm and head; `config` has the mask token."""
+    """Embedding, bidirectional blocks, norm and head. `config` has the mask token."""
 
     def __init__(self, decoder: DecoderLM):
         super().__init__()
@@ -56,7 +57,7 @@ class MaskedDiffusionLM(nn.Module):
         self.blocks, self.norm, self.head = decoder.blocks, decoder.norm, decoder.head
 
     def hidden(self, tokens: Tokens) -> Float[Tensor, "batch length dim"]:
-        """Return the last hidden states, after the last norm; each token sees all others."""
+        """Return the hidden states after the final norm. Each token sees all others."""
         x = self.dropout(self.embedding(tokens))
         positions = Positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
@@ -64,21 +65,21 @@ class MaskedDiffusionLM(nn.Module):
         return self.norm(x)
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "batch length vocab"]:
-        """Return the logits of the token at each place, that of the mask among them."""
+        """Return the logits of the token at each position, including the mask token's."""
         return nn.functional.linear(self.hidden(tokens), self.head_weight)
 
     def predict_masked(self, tokens: Tokens) -> Float[Tensor, "batch length vocab"]:
-        """Return the logits of the masked tokens, in float32. The mask itself has the logit -inf."""
+        """Return the logits of the masked tokens, in float32. The mask token has the logit -inf."""
         return self(tokens).float().index_fill_(-1, tokens.new_tensor([self.config.mask_token]), -torch.inf)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab dim"]:
-        """Return the matrix of the head, for losses that do not want all logits at once."""
+        """The matrix of the head, for losses that do not need all logits at once."""
         return self.embedding.weight if self.head is None else self.head.weight
 
 
 def build(config: Config) -> MaskedDiffusionLM:
-    """Build a model initialised as keifu's LLaMA."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     return MaskedDiffusionLM(llama.assemble(config, lambda layer: llama.attention(config)))
 
 

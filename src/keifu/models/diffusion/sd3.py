@@ -1,8 +1,8 @@
 """Stable Diffusion 3's transformer (Esser et al., 2024, "Scaling Rectified Flow Transformers for High-Resolution Image
-Synthesis"). New: picture and text are two streams of tokens with weights of their own, which attend to each other.
+Synthesis"). New: picture and text are two streams of tokens with separate weights, which attend to each other.
 
-The text comes as tensors: the tokens of the text encoders, and one pooled embedding.
-Axes: batch, channels, height, width of latents; length = patches, seen = tokens of the text, dim.
+The text is passed as tensors: the tokens of the text encoders, and one pooled embedding. Axes: batch, channels, height,
+width of latents; length = patches, seen = tokens of the text, dim.
 """
 
 from dataclasses import dataclass
@@ -37,11 +37,11 @@ class Config(PatchSizes):
     """The defaults are those of diffusers.
 
     Attributes:
-        size: the side of the latents that the positions are made for.
+        size: the side of the latents that the positions are for.
         out_channels: None for as many as `channels`.
         text_dim, pooled_dim: numbers of a token of the text, and of its pooled embedding.
-        positions: the most patches of a side; smaller pictures have the positions in the middle.
-        dual_layers: blocks whose picture also attends to itself alone (Stable Diffusion 3.5 medium).
+        positions: the most patches along a side; smaller pictures use the positions in the middle.
+        dual_layers: blocks with an additional attention only within the picture (Stable Diffusion 3.5 medium).
         qk_norm: whether the queries and keys of each head are normalised (Stable Diffusion 3.5).
     """
 
@@ -73,7 +73,7 @@ def _attention(config: Config) -> Attention:
 
 
 def attend_jointly(picture: Attention, text: Attention, x: Picture, context: Text) -> tuple[Picture, Text]:
-    """Attend from both streams to both, each with its own matrices and norms (section 4)."""
+    """Attend from both streams to both; each stream has its own matrices and norms (section 4)."""
     heads = []
     for attention, hidden in ((picture, x), (text, context)):
         q, k, v = attention.qkv(hidden).unflatten(-1, (-1, attention.head_dim)).chunk(3, 2)
@@ -86,7 +86,7 @@ def attend_jointly(picture: Attention, text: Attention, x: Picture, context: Tex
 
 
 class JointBlock(nn.Module):
-    """Block of both streams, modulated by time and text. The last block only reads the text."""
+    """Block of both streams, modulated by time and text. The last block does not change the text."""
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -145,10 +145,10 @@ class JointTransformer(nn.Module):
         self, x: Float[Tensor, "batch channels height width"], timestep: Num[Tensor, "*batch"],
         text: Float[Tensor, "batch seen text_dim"], pooled: Float[Tensor, "batch pooled_dim"],
     ) -> Float[Tensor, "batch out_channels new_height new_width"]:  # fmt: skip
-        """Return the flow of noisy latents, in their dtype; `timestep` (1,000 · t) is one for all or one for each.
+        """Return the flow of noisy latents, in their dtype. timestep (1,000 · t): one for all, or one for each.
 
-        text: the tokens of the text encoders. pooled: the embedding of the whole text. Numbers at the right and below
-        that fill no patch are cut off. Too many patches, or another number of channels, is a `UserError`.
+        text: the tokens of the text encoders. pooled: the embedding of the whole text. Numbers at the right and bottom
+        that do not fill a patch are cut off. Raises UserError for too many patches, or another number of channels.
         """
         check_channels(self.config.channels, x.shape[1])
         dtype, side = self.last.weight.dtype, self.config.positions
@@ -169,7 +169,8 @@ class JointTransformer(nn.Module):
 
 
 def build(config: Config) -> JointTransformer:
-    """Build a model initialised as DiT: Glorot's matrices, and zero for every modulation and for the last layer."""
+    """Build a model with DiT's initialisation: Glorot's matrices, and zero for every modulation and for the
+    last layer."""
     model = JointTransformer(config)
     xavier_(model, embedding_std=0.02)
     zero_(model, "modulation", "last")
@@ -179,7 +180,7 @@ def build(config: Config) -> JointTransformer:
 def _names(ours: str, theirs: str, qkv: str, out: str, added: str = "") -> dict[str, str]:
     return {
         f"{ours}.qkv": f"{theirs}.{qkv}", f"{ours}.out": f"{theirs}.{out}",
-        **{f"{ours}.{each}_norm": f"{theirs}.norm_{added}{each}" for each in "qk"},
+        **{f"{ours}.{part}_norm": f"{theirs}.norm_{added}{part}" for part in "qk"},
     }  # fmt: skip
 
 
@@ -227,5 +228,5 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
-    more = {"out_channels": config.out_channels, "caption_projection_dim": config.dim}  # the first may be null
+    more = {"out_channels": config.out_channels, "caption_projection_dim": config.dim}  # out_channels may be null
     return {"model_type": next(iter(MODEL_TYPES)), **hf.write_fields(config, FIELDS), **more}

@@ -1,4 +1,4 @@
-"""Builds a U-Net from a Config; the attention layers are passed in, since they differ from model to model.
+"""Building a U-Net from a Config. The attention layers are passed in, since they differ from model to model.
 
 The Config has the fields of `ddpm.Config` that describe the stages. Levels count resolutions from 0, the finest.
 """
@@ -16,10 +16,9 @@ from keifu.layers.unet.unet import Down, Middle, UNet, Up
 
 
 def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middle_attention: nn.Module | None) -> UNet:
-    """Build the network with such attentions at the levels of the Config, and this one, or none, in the middle.
+    """Build the network. attention: builds an attention from (level, width). middle_attention: of the middle stage.
 
-    There is one residual block more a level on the way up, since each reads a state of the way down, and the first
-    convolution's is one of them.
+    An upsampling level has one residual block more: each block reads a downsampling state, or the first convolution's.
     """
     widths, n_blocks, residual = config.widths, config.n_residual_blocks, _residual(config)
     up_levels = config.attention if config.up_attention is None else config.up_attention
@@ -58,8 +57,7 @@ def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middl
 
 
 def time_embedding(config: Any, dim: int, table: nn.Module | None = None) -> TimeEmbedding:
-    """Return the embedding of the noise level, or of another number, by a learned table or, without one, by
-    sinusoids."""
+    """Return the embedding of the noise level, or of another number. table: a learned table; None: sinusoids."""
     table = table or TimestepSinusoids(dim, config.frequency_shift, config.cosine_first)
     return TimeEmbedding(table, dim, config.time_width)
 
@@ -72,7 +70,7 @@ def _middle(config: Any, attention: nn.Module | None) -> Middle | None:
 
 
 def group_norm(config: Any, groups: int) -> Callable[[int], nn.Module]:
-    """Build a group norm for `channels` channels, which the number of groups must divide."""
+    """Return a function that builds a group norm for a number of channels, which `groups` must divide."""
     return partial(nn.GroupNorm, groups, eps=config.norm_eps)
 
 

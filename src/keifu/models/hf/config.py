@@ -1,5 +1,5 @@
-"""The fields of a published config.json, read and written by a table for each model; with them the settings that many
-models of transformers share: activation names, rotary positions, sliding windows."""
+"""Reading and writing the fields of a published config.json by each model's table; and the settings that many models of
+transformers share: activation names, rotary positions, sliding windows."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict
@@ -17,11 +17,11 @@ def _unchanged(value: Any) -> Any:
 
 
 class Field(NamedTuple):
-    """One field of a published config, as a model's table of fields has it next to the name of the Config's field.
+    """One field of a published config. A model's table maps the Config's fields to `Field`s.
 
-    name: the published name. default: the published value of a config that leaves the field out, or a function that
-    gives it for the config (null counts as left out then); without a default the field is required. read, write:
-    convert the published value to the Config's, and back. also: further names under which the value is written.
+    name: the published name. default: the published value if the field is missing, or a function that computes it from
+    the config (null then counts as missing); without a default the field is required. read, write: convert the
+    published value to the Config's, and back. also: further names under which the value is written.
     """
 
     name: str
@@ -31,12 +31,12 @@ class Field(NamedTuple):
     also: tuple[str, ...] = ()
 
 
-Fields = dict[str, str | Field]  # by the name of the Config's field; a bare name is that of a required field
+Fields = dict[str, str | Field]  # by the name of the Config's field; a plain string is the name of a required field
 
 
 def read_fields(json: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
-    """Return the values of a Config's fields. A required one that is absent is a `KeyError` (the loader's names the
-    file), one whose value cannot be converted a `UserError`."""
+    """Return the values of a Config's fields. Raises KeyError for a missing required field (the loader's error names
+    the file), and UserError for a value that cannot be converted."""
     return {ours: read_field(json, field) for ours, field in _rows(fields)}
 
 
@@ -60,7 +60,7 @@ def read_field(json: Mapping[str, Any], field: Field) -> Any:
 
 
 def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
-    """Return the published fields of a Config; None, which leaves a value to the model, is not written."""
+    """Return the published fields of a Config. None, which leaves a value to the model, is not written."""
     written = {}
     for ours, field in _rows(fields):
         if (value := vars(config)[ours]) is not None:
@@ -69,25 +69,25 @@ def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
 
 
 def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[str, Any]:
-    """Return the config.json of a Config, under the first of these model_types with its architecture."""
+    """Return the config.json of a Config, with the first of these model_types and its architecture."""
     model_type, architecture = next(iter(model_types.items()))
     return {"model_type": model_type, "architectures": [architecture], **write_fields(config, fields)}
 
 
-def write_own(model_type: str, config: Any) -> dict[str, Any]:
-    """Write keifu's own config.json, for what no published format can say: every field of the Config under its own
+def write_native(model_type: str, config: Any) -> dict[str, Any]:
+    """Return keifu's form of config.json, for a Config that no published format can represent: every field with its own
     name."""
     return {"model_type": model_type, "architectures": ["keifu"], **asdict(config)}
 
 
 def activation_field(name: str, default: str) -> Field:
-    """Return the field of an activation, whose names differ."""
+    """Return the field of an activation, whose names differ from keifu's."""
     return Field(name, default, activation_name, published_activation)
 
 
 def choice(name: str, known: Mapping[Any, Any]) -> Field:
-    """Return a field of which some published values are implemented, the first by default: each with the Config's
-    value."""
+    """Return a field with few implemented values. known: published value → the Config's value; the first is the
+    default."""
 
     def read(value: Any) -> Any:
         if value not in known:
@@ -101,11 +101,11 @@ def choice(name: str, known: Mapping[Any, Any]) -> Field:
 
 
 def rate(value: float | None) -> float:
-    """Return a dropout rate; null is 0."""
+    """Convert a dropout rate; null is 0."""
     return float(value or 0.0)
 
 
-SIZE_FIELDS: Fields = {  # of most configs of transformers since BERT
+SIZE_FIELDS: Fields = {  # in most configs of transformers since BERT
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
     "dim": "hidden_size",
@@ -114,17 +114,17 @@ SIZE_FIELDS: Fields = {  # of most configs of transformers since BERT
     "n_heads": "num_attention_heads",
 }
 
-MOST_LAYERS = 10_000  # that a config is believed to have
+MOST_LAYERS = 10_000  # the most layers of a plausible config
 
 
 def check_layers(json: Mapping[str, Any], name: str) -> int:
-    """Return the number of layers, before lists of that length are made of it."""
+    """Return the number of layers, checked before lists of that length are made."""
     if (layers := json[name]) > MOST_LAYERS:
         raise UserError(f"{name} is {layers:,}, and at most {MOST_LAYERS:,} are read.")
     return layers
 
 
-# theirs -> ours, where the names differ
+# theirs → ours, if the names differ
 _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -135,14 +135,14 @@ _ACTIVATIONS = {
 }
 
 _YARN = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")
-# ours -> theirs, for the fields of a scaling other than its kind and factor
+# ours → theirs, for the fields of a scaling other than its kind and factor
 _FIELDS = {
     "original_context_length": "original_max_position_embeddings",
     "short_divisors": "short_factor",
     "long_divisors": "long_factor",
     **{name: name for name in ("low_freq_factor", "high_freq_factor", *_YARN)},
 }
-_WRITTEN = {  # of the kinds that have any
+_WRITTEN = {  # fields to write, by kind
     "llama3": ("original_context_length", "low_freq_factor", "high_freq_factor"),
     "yarn": ("original_context_length", *_YARN),
     "longrope": ("original_context_length", "attention_factor", "short_divisors", "long_divisors"),
@@ -150,7 +150,7 @@ _WRITTEN = {  # of the kinds that have any
 
 
 def activation_name(published: str) -> str:
-    """Return our name of the activation that transformers calls `published`; an unknown one is a `ValueError`."""
+    """Return our name of transformers' activation `published`. Raises UserError for an unknown one."""
     name = _ACTIVATIONS.get(published, published)
     if name not in ACTIVATIONS:
         raise UserError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")
@@ -158,13 +158,16 @@ def activation_name(published: str) -> str:
 
 
 def published_activation(name: str) -> str:
-    """Return the name that transformers has for one of our activations."""
+    """Return transformers' name of one of our activations."""
     return {"gelu_tanh": "gelu_new", "identity": "linear"}.get(name, name)
 
 
 def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:
-    """Read `rope_theta` and `rope_scaling` of the Config, of `rope_parameters` (transformers 5) or `rope_scaling` with
-    `rope_theta`. partial: whether the model may turn a part of each head. Two that differ are a `UserError`."""
+    """Read `rope_theta` and `rope_scaling` of the Config, from `rope_parameters` (transformers 5) or from
+    `rope_scaling` and `rope_theta`.
+
+    partial: whether the model supports rotating a part of each head. Raises UserError if both exist and differ.
+    """
     both = [scaling for name in ("rope_parameters", "rope_scaling") if (scaling := json.get(name))]
     if len({(rope.get("rope_type", rope.get("type")), rope.get("factor")) for rope in both}) > 1:
         raise UserError("rope_parameters and rope_scaling in config.json name two scalings: leave out one of them.")
@@ -178,24 +181,24 @@ def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial:
     if rope_type == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     context = json["max_position_embeddings"]
-    given = {ours: _number(ours, rope[theirs]) for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
+    fields = {ours: _number(ours, rope[theirs]) for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
     original = json.get("original_max_position_embeddings", context)
-    given = {"original_context_length": original} | given
-    if rope_type == "dynamic":  # published code stretches from the configured length, whatever else is written
-        given["original_context_length"] = context
-    factor = rope["factor"] if rope.get("factor") is not None else context / given["original_context_length"]
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(rope_type, float(factor), **given)}
+    fields = {"original_context_length": original} | fields
+    if rope_type == "dynamic":  # published code scales from the configured length and ignores other fields
+        fields["original_context_length"] = context
+    factor = rope["factor"] if rope.get("factor") is not None else context / fields["original_context_length"]
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(rope_type, float(factor), **fields)}
 
 
 def read_part(json: Mapping[str, Any], default: float = 1.0) -> float:
-    """Return the part of each head that turns by position."""
+    """Return the part of each head that is rotated."""
     rope = json.get("rope_parameters") or json.get("rope_scaling") or {}
     part = rope.get("partial_rotary_factor", json.get("partial_rotary_factor"))
     return default if part is None else float(part)
 
 
 def write_part(rope: dict[str, Any], part: float) -> dict[str, Any]:
-    """Return the fields of `write_rope`, and the fraction of each head that is rotated."""
+    """Return the fields of `write_rope`, and the part of each head that is rotated."""
     written = {"partial_rotary_factor": part}
     return {**rope, **written, "rope_parameters": rope["rope_parameters"] | written}
 
@@ -207,7 +210,7 @@ def _number(name: str, value: Any) -> Any:
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """Write both spellings, so that transformers 4 and 5, vLLM and llama.cpp's converter read the same."""
+    """Return both forms of the fields, for transformers 4 and 5, vLLM and llama.cpp's converter."""
     if scaling is None:
         new = {"rope_type": "default"}
     else:
@@ -248,9 +251,9 @@ def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
 
 
 def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] | None:
-    """Return the layers with full attention, by `layer_types` or the older `sliding_window_pattern`.
+    """Return the layers with full attention, from `layer_types` or the older `sliding_window_pattern`.
 
-    None is the default of a model: the last of `every` layers.
+    None means the model's default: the last of each `every` layers.
     """
     n_layers, pattern = check_layers(json, "num_hidden_layers"), json.get("sliding_window_pattern", every)
     layers = tuple(range(pattern - 1, n_layers, pattern))
@@ -260,5 +263,5 @@ def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] |
 
 
 def layer_types(n_layers: int, full: Collection[int], other: str = "sliding_attention") -> list[str]:
-    """Return the published `layer_types`; `full` are the layers with full attention."""
+    """Return the published `layer_types`. full: the layers with full attention."""
     return ["full_attention" if layer in full else other for layer in range(n_layers)]

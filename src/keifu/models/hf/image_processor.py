@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers, from 0
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of Pillow's numbers
 SCALE = 0.00392156862745098  # 1 / 255
 SCALED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": SCALE}
 FIXED = {**SCALED, "do_center_crop": True}
-LONGEST = 4096  # side of a picture that is cut into tiles
+LONGEST = 4096  # the largest side of a picture that is cut into tiles
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """The shorter side is resized to `size` pixels by the filter `resample`, both sides where `squash` is set; the
-    centre `crop` x `crop` is kept; values from 0 to 1 are normalised by `mean` and `std` of each channel.
+    """Preprocessing of pictures: resize the shorter side to `size` pixels with the filter `resample` (both sides if
+    `squash`), keep the centre `crop` x `crop`, and normalise values from 0 to 1 by each channel's `mean` and `std`.
 
     The defaults are OpenAI's.
     """
@@ -29,8 +29,9 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The longer side is resized to `longest` pixels by the filter `resample`, then both sides to multiples of `tile`,
-    and the picture is cut into tiles; the whole picture, `tile` x `tile`, follows them. Without `split` it is alone.
+    """Preprocessing of pictures in tiles: resize the longer side to `longest` pixels with the filter `resample`, then
+    both sides to multiples of `tile`, and cut the picture into tiles. The whole picture, resized to `tile` x `tile`,
+    follows them. Without `split` there is only the whole picture.
 
     The defaults are SmolVLM-256M's.
     """
@@ -44,7 +45,7 @@ class Tiles:
 
 
 def read_tiles(json: dict[str, Any] | None, tile: int) -> Tiles:
-    """Return the content of Idefics3's preprocessor_config.json; without one, four tiles of this size a side."""
+    """Read Idefics3's preprocessor_config.json. Without one: four tiles of this size along a side."""
     if json is None:
         return Tiles(4 * tile, tile)
     _check(json, SCALED)
@@ -79,8 +80,7 @@ def write_tiles(tiles: Tiles) -> dict[str, Any]:
 
 
 def read_pixels(json: dict[str, Any] | None, image_size: int) -> Pixels:
-    """Return the content of a preprocessor_config.json; without one, the published defaults for images of
-    `image_size`."""
+    """Read a preprocessor_config.json. Without one: the published defaults for images of `image_size`."""
     json = json or {}
     _check(json, FIXED)
     size, resample = json.get("size", image_size), json.get("resample", 3)
@@ -94,9 +94,9 @@ def read_pixels(json: dict[str, Any] | None, image_size: int) -> Pixels:
 
 
 def _check(json: dict[str, Any], fixed: dict[str, Any]) -> None:
-    for name, fine in fixed.items():
-        if json.get(name, fine) not in (None, fine):
-            raise ValueError(f"its preprocessor_config sets {name} to {json[name]!r}, and keifu implements {fine!r}.")
+    for name, only in fixed.items():
+        if json.get(name, only) not in (None, only):
+            raise ValueError(f"its preprocessor_config sets {name} to {json[name]!r}, and keifu implements {only!r}.")
 
 
 def _side(size: Any) -> int:

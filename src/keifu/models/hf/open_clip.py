@@ -1,6 +1,6 @@
-"""CLIP's config and weight names in open_clip's files; the names are those of OpenAI's own files.
+"""CLIP's config and weight names in open_clip's files; the names are those of OpenAI's files.
 
-Settings that change the numbers and are not implemented are refused by name.
+Settings that change the results and are not implemented are refused by name.
 """
 
 from typing import Any
@@ -46,11 +46,12 @@ WEIGHT_NAMES = {
     "image.pool.out": "visual.attnpool.c_proj",
     "logit_scale": "logit_scale",
 }
-OPENAI = 49_408  # tokens: with another number, the config must name the tokenizer of the directory for open_clip
+OPENAI = 49_408  # vocabulary size; for another one, the config must name the directory's tokenizer for open_clip
 FILES = "open_clip_config.json", "open_clip_model.safetensors"
-NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # the last three in OpenAI's archives
+# the last three are in OpenAI's archives
+NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 
-# Settings, by place, that keifu implements in one way alone.
+# Settings, by part of the config, with the only value that keifu implements.
 _WHOLE = {"init_logit_bias": None, "nonscalar_logit_scale": False, "custom_text": False, "multimodal_cfg": None}
 _BOTH = {
     "ls_init_value": None, "output_tokens": False, "block_type": None, "qk_norm": False, "scaled_cosine_attn": False,
@@ -66,9 +67,9 @@ def from_open_clip(json: dict[str, Any]) -> clip.Config:
     """Read the Config of an open_clip_config.json."""
     whole, vision, text = json["model_cfg"], json["model_cfg"]["vision_cfg"], json["model_cfg"]["text_cfg"]
     for part, fixed in ((whole, _WHOLE), (vision, _VISION), (text, _TEXT)):
-        for name, fine in fixed.items():
-            if part.get(name, fine) not in (fine, None):
-                raise ValueError(f"it sets {name} to {part[name]!r}, and keifu implements {fine!r} alone.")
+        for name, only in fixed.items():
+            if part.get(name, only) not in (only, None):
+                raise ValueError(f"it sets {name} to {part[name]!r}, and keifu implements {only!r} alone.")
     if text.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise ValueError(f"its text pool_type is {text['pool_type']!r}, and keifu implements argmax and eos.")
     embedding, quick = whole["embed_dim"], whole.get("quick_gelu", False)
@@ -148,7 +149,7 @@ def to_open_clip(config: clip.Config) -> dict[str, Any]:
 
 
 def _widths(config: clip_text.Config | clip_image.Config) -> dict[str, Any]:
-    """Return the published fields of an encoder but for its heads; defaults are left out."""
+    """Return the published fields of an encoder except its heads. Defaults are left out."""
     norm = {} if config.norm_eps == 1e-5 else {"norm_kwargs": {"eps": config.norm_eps}}
     act = {"act_kwargs": {"approximate": "tanh"}} if config.activation == "gelu_tanh" else {}
     exact = config.hidden_dim / config.dim

@@ -1,7 +1,6 @@
 """The noise schedule and prediction target in diffusers' scheduler_config.json.
 
-A scheduler's file names a sampler too, and the sampler's own options; those are not read, since the sampler is not part
-of the model.
+A scheduler's file also names a sampler and its options. These are not read, since the sampler is not part of the model.
 """
 
 from typing import Any
@@ -13,7 +12,8 @@ from keifu.models.hf.config import Field, Fields, choice, read_field, read_field
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
 VARIANCE = choice("variance_type", {
     **{name: name for name in ("fixed_small", "fixed_large", "learned_range")},
-    "fixed_small_log": "fixed_small", None: "fixed_small",  # the former is computed through its logarithm
+    # fixed_small_log is the same, computed through its logarithm
+    "fixed_small_log": "fixed_small", None: "fixed_small",
 })  # fmt: skip
 FIELDS: Fields = {
     "schedule": choice("beta_schedule", _SCHEDULES),
@@ -32,7 +32,7 @@ FLOW = "FlowMatchEulerDiscreteScheduler"
 FLOW_FIELDS: Fields = {
     "steps": Field("num_train_timesteps", 1000),
     "shift": Field("shift", 1.0, float),
-    "clip": Field("_clip_sample_range", None),  # keifu's own: diffusers ignores such names
+    "clip": Field("_clip_sample_range", None),  # keifu's: diffusers ignores names with an underscore
 }
 DYNAMIC_FIELDS: Fields = {
     "base_shift": Field("base_shift", 0.5, float),
@@ -46,7 +46,7 @@ FLOW_UNSUPPORTED = dict.fromkeys((*_OFF, "use_beta_sigmas"), False) | {"shift_te
 SILENT = {UNCLIP: "squaredcos_cap_v2"}  # the default schedule of a class
 SOLVERS = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete",
            "EulerAncestralDiscrete", "HeunDiscrete", "LMSDiscrete")  # fmt: skip
-# class -> its defaults of clip_sample, timestep_spacing, set_alpha_to_one
+# class → its defaults of clip_sample, timestep_spacing, set_alpha_to_one
 CLASSES = {
     **dict.fromkeys(("DDPMScheduler", "DDIMScheduler"), (True, "leading", True)),
     "PNDMScheduler": (False, "leading", False),
@@ -57,11 +57,11 @@ CLASSES = {
 
 
 def read_scheduler(json: dict[str, Any]) -> Noise:
-    """Return the noise that a scheduler_config.json describes; a value that is not implemented is a ValueError."""
+    """Return the noise that a scheduler_config.json describes. Raises UserError for a value that is not implemented."""
     class_name = json.get("_class_name", "DDPMScheduler")
     require_known("scheduler", class_name, CLASSES)
     if class_name == FLOW:
-        if wrong := [name for name, fine in FLOW_UNSUPPORTED.items() if (json.get(name) or fine) != fine]:
+        if wrong := [name for name, only in FLOW_UNSUPPORTED.items() if (json.get(name) or only) != only]:
             raise UserError(f"its {wrong[0]} is {json[wrong[0]]!r}, which is not implemented for a flow.")
         dynamic = DynamicShift(**read_fields(json, DYNAMIC_FIELDS)) if json.get("use_dynamic_shifting") else None
         return Noise("flow", target="flow", dynamic=dynamic, **read_fields(json, FLOW_FIELDS))
@@ -78,8 +78,8 @@ def read_scheduler(json: dict[str, Any]) -> Noise:
 
 
 def write_scheduler(noise: Noise) -> dict[str, Any]:
-    """Return the scheduler_config.json of diffusers' DDPMScheduler, of its DDIMScheduler, which alone of the two can
-    end at the noise of timestep 0, or of its scheduler of flows."""
+    """Return the scheduler_config.json of diffusers' DDPMScheduler; of its DDIMScheduler, if the last step ends at the
+    noise of timestep 0; or of its scheduler for flows."""
     if noise.flows:
         more = {"use_dynamic_shifting": True, **write_fields(noise.dynamic, DYNAMIC_FIELDS)} if noise.dynamic else {}
         return {"_class_name": FLOW, **write_fields(noise, FLOW_FIELDS), **more}
@@ -96,8 +96,8 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
 
 
 def write_unclip_scheduler(noise: Noise) -> dict[str, Any]:
-    """Return the scheduler_config.json of diffusers' UnCLIPScheduler, which has the cosine schedule, two targets and
-    evenly spaced timesteps alone: what it has no fields for is left out, and differs when it is read back."""
+    """Return the scheduler_config.json of diffusers' UnCLIPScheduler. It has only the cosine schedule, two targets and
+    evenly spaced timesteps: other properties are lost when it is read back."""
     return {
         "_class_name": UNCLIP,
         "num_train_timesteps": noise.steps,

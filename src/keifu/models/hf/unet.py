@@ -1,6 +1,6 @@
-"""The config.json and the weight names that diffusers has for a U-Net.
+"""diffusers' config.json and weight names of a U-Net.
 
-Levels count resolutions from 0, the finest; diffusers lists the way up from the coarsest.
+Levels count resolutions from 0, the finest; diffusers lists upsampling stages from the coarsest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from keifu.models.hf.config import Field, Fields, choice, read_field
 
 
 class Way(NamedTuple):
-    """How a published config names the stages of one way through a U-Net.
+    """The published names of the stages of one way (down or up) through a U-Net.
 
-    blocks: for each name, whether the stage has attention, and whether a residual block leads out of it (None: see
-        *sample_type). silent: the stages of a config that leaves them out.
+    blocks: name → whether the stage has attention, and whether a residual block changes its resolution (None: see
+    *sample_type). silent: the stages of a config that does not list them.
     """
 
     blocks: dict[str, tuple[bool, bool | None]]
@@ -36,7 +36,7 @@ SIZE_FIELDS: Fields = {
     "cosine_first": Field("flip_sin_to_cos", True),
     "frequency_shift": Field("freq_shift", 0.0, float),
 }
-CONDITIONED_FIELDS = SIZE_FIELDS | {  # of every UNet2DConditionModel
+CONDITIONED_FIELDS = SIZE_FIELDS | {  # fields of every UNet2DConditionModel
     "channels": Field("in_channels", 4),
     "predicted_channels": Field("out_channels", 4),
     "widths": Field("block_out_channels", (320, 640, 1280, 1280), tuple, list),
@@ -45,7 +45,7 @@ CONDITIONED_FIELDS = SIZE_FIELDS | {  # of every UNet2DConditionModel
 
 RESIDUAL = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
 RESIDUAL |= {"time": "time_emb_proj", "shortcut": "conv_shortcut"}
-BLOCK = {  # of diffusers' transformers
+BLOCK = {  # names in diffusers' transformers
     "attention_norm": "norm1",
     "attention.qkv": "attn1.to_[q,k,v]",
     "attention.out": "attn1.to_out.0",
@@ -58,21 +58,18 @@ ATTENTION = {"norm": "group_norm", "attention.qkv": "to_[q,k,v]", "attention.out
 
 
 def nested(ours: str, theirs: str, names: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of the weights of a part, from those in it, which is at `ours` here and at `theirs`
-    there."""
+    """Add the prefix `ours` to our names and `theirs` to the published names of a part's weights."""
     return {f"{ours}.{name}": f"{theirs}.{published}" for name, published in names.items()}
 
 
 def stage_names(ours: str, theirs: str, attention: Mapping[str, str]) -> dict[str, str]:
-    """Return the names of a stage's weights but for the way out of it; its attentions have parts of these names."""
+    """Return the weight names of a stage except its change of resolution. attention: names of its attentions' parts."""
     residuals = nested(f"{ours}.residuals.*", f"{theirs}.resnets.*", RESIDUAL)
     return residuals | nested(f"{ours}.attentions.*", f"{theirs}.attentions.*", attention)
 
 
 def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
-    """Return the weight names of a U-Net and its timestep embedding; `attention` names the parts of its attention
-    layers.
-    """
+    """Return the weight names of a U-Net and its timestep embedding. attention: names of its attentions' parts."""
     names = TIME | {f"unet.{ours}": theirs for ours, theirs in ENDS.items()}
     for way in ("down", "up"):
         names |= stage_names(f"unet.{way}.*", f"{way}_blocks.*", attention)
@@ -80,7 +77,7 @@ def unet_names(attention: Mapping[str, str]) -> dict[str, str]:
     return names | stage_names("unet.middle", "mid_block", attention)
 
 
-OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
+OLD_ATTENTION = {  # diffusers' names of attention's parts before version 0.15
     f"{new}.{leaf}": f"{old}.{leaf}"
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items()
     for leaf in ("weight", "bias")
@@ -88,7 +85,8 @@ OLD_ATTENTION = {  # diffusers before 0.15 called the parts of attention so
 
 
 def read_stages(json: dict[str, Any], widths: Sequence[int], ways: Ways) -> list[tuple[int, ...]]:
-    """Return the levels that have attention on the way down and up, then those that a residual block leads out of."""
+    """Return four tuples of levels: those with attention in downsampling and in upsampling stages, then those whose
+    resolution a residual block changes, again for both."""
     down, up = _read_way(json, "down", ways[0]), _read_way(json, "up", ways[1])[::-1]
     if not len(widths) == len(down) == len(up):
         numbers = f"{len(widths)} widths, {len(down)} stages down and {len(up)} up"
@@ -99,7 +97,7 @@ def read_stages(json: dict[str, Any], widths: Sequence[int], ways: Ways) -> list
 
 
 def _read_way(json: dict[str, Any], name: str, way: Way) -> list[tuple[bool, bool]]:
-    """Return for each stage whether it has attention, and whether a residual block leads out of it."""
+    """Return for each stage whether it has attention, and whether a residual block changes its resolution."""
     residual_type = read_field(json, RESAMPLING._replace(name=f"{name}sample_type"))
     stages = []
     for stage in json.get(f"{name}_block_types", way.silent):

@@ -1,6 +1,6 @@
-"""Qwen3.5 (Qwen Team, 2026), its text model: Qwen3-Next's layers, dense or with experts.
+"""The text model of Qwen3.5 (Qwen Team, 2026): Qwen3-Next's layers, dense or with experts.
 
-Queries, keys and values, gates, strengths and decays of a Gated DeltaNet are matrices of their own.
+A Gated DeltaNet has separate matrices for queries, keys and values; gates; strengths; and decays.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from keifu.models.hybrid import qwen3_next
 
 @dataclass(frozen=True)
 class Config(qwen3_next.Config):
-    """Sizes and settings of a model, as Qwen3-Next's; the defaults are Qwen3.5-9B."""
+    """Sizes and settings of a model, as in Qwen3-Next. The defaults are Qwen3.5-9B."""
 
     vocab_size: int = 248_320
     dim: int = 4096
@@ -33,7 +33,7 @@ PAPER_PARAMETERS = {"qwen3.5-9b": 9e9, "qwen3.5-35b-a3b": 35e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as Qwen3 is here."""
+    """Build a model with the initialisation of keifu's Qwen3."""
     return qwen3_next.assemble(config, SeparateInputs)
 
 
@@ -52,7 +52,7 @@ DENSE_FIELDS: hf.Fields = qwen3_next.SHARED_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 4),
 }
 EXPERT_FIELDS: hf.Fields = qwen3_next.SHARED_FIELDS | qwen3_next.EXPERT_FIELDS | {
-    "hidden_dim": hf.Field("intermediate_size", 12_288),  # of no layer
+    "hidden_dim": hf.Field("intermediate_size", 12_288),  # no layer uses it
     "n_kv_heads": hf.Field("num_key_value_heads", 2),
     "n_experts": hf.Field("num_experts", 256),
     "n_experts_per_token": hf.Field("num_experts_per_tok", 8),

@@ -1,9 +1,9 @@
 """Qwen3-Next (Qwen Team, 2025): three layers of Gated DeltaNet (Yang et al., 2024) for each layer of attention.
 
-A Gated DeltaNet keeps one matrix for each head instead of keys and values of each token, so that decoding costs the
-same behind any number of tokens. Attention recalls exactly: it is gated, and turns a quarter of each head by position.
-The feed-forward networks are Qwen3-MoE's, smaller and more, with a shared expert. Multi-token prediction, a further
-layer of the published training, is not implemented.
+A Gated DeltaNet stores one matrix for each head instead of keys and values of each token, so that the cost of decoding
+does not depend on the number of tokens. Attention recalls exactly: it is gated, and rotates a quarter of each head by
+position. The feed-forward networks are Qwen3-MoE's, smaller and more, with a shared expert. Multi-token prediction, a
+further layer of the published training, is not implemented.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,11 @@ from keifu.models.mixture import mixtral, qwen3_moe
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are Qwen3-Next-80B-A3B.
+    """Sizes and settings of a model. The defaults are Qwen3-Next-80B-A3B.
 
-    `expert_dim` is the inner dimension of one expert, `shared_dim` that of the expert of all tokens, `hidden_dim` that
-    of the layers in `dense_layers`, which have no experts. `rope_dim` numbers of a head turn by position.
+    expert_dim: inner dimension of one expert. shared_dim: inner dimension of the expert that all tokens use.
+    hidden_dim: inner dimension of the layers in `dense_layers`, which have no experts. rope_dim: numbers of a head that
+    are rotated by position.
     """
 
     vocab_size: int = 151_936
@@ -50,10 +51,10 @@ class Config(llama.DecoderConfig):
     linear_key_dim: int = 128
     linear_value_dim: int = 128
     convolution: int = 4  # tokens of the short convolution
-    global_layers: tuple[int, ...] | None = None  # with attention; None: every fourth, from layer 3 on
+    global_layers: tuple[int, ...] | None = None  # layers with attention; None: every fourth, from layer 3 on
     n_experts: int | None = 512  # None: all layers are dense
     n_experts_per_token: int = 10
-    normalised: bool = True  # the weights of a token's experts sum to 1
+    normalised: bool = True  # whether the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()
     balancing: float = 0.001  # coefficient of the balancing loss
     norm_eps: float = 1e-6
@@ -66,12 +67,12 @@ PAPER_PARAMETERS = {"qwen3-next-80b-a3b": 80e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as Qwen3 is here."""
+    """Build a model with the initialisation of keifu's Qwen3."""
     return assemble(config, GroupedInputs)
 
 
 def assemble(config: Any, inputs: Callable[..., Any]) -> DecoderLM:
-    """Build a hybrid whose Gated DeltaNets make their signals by `inputs`."""
+    """Build a hybrid. inputs: builds the input projections of its Gated DeltaNets."""
     mixer = partial(_mixer, config, inputs, llama.global_layers(config, 4))
     return llama.assemble(config, mixer, partial(_feedforward, config), norm=UnitOffsetRMSNorm)
 
@@ -147,7 +148,7 @@ def read_hybrid(json: dict[str, Any], fields: hf.Fields) -> dict[str, Any]:
 
 
 def write_hybrid(config: Any) -> dict[str, Any]:
-    """Return the fields of `read_hybrid` that no table has."""
+    """Return the fields that `read_hybrid` reads without a table."""
     rope = hf.write_rope(config.rope_theta, config.rope_scaling)
     types = hf.layer_types(config.n_layers, llama.global_layers(config, 4), "linear_attention")
     return {**hf.write_part(rope, config.rope_dim / config.head_dim), "layer_types": types}

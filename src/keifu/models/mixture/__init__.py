@@ -1,1 +1,1 @@
-"""Mixtures of experts: language models whose tokens use a part of the weights."""
+"""Mixtures of experts: language models in which each token uses only some of the weights."""

@@ -1,7 +1,7 @@
-"""DeepSeek-V3 (DeepSeek-AI, 2024): 256 small experts with a shared one, and attention through a latent of 512 numbers.
+"""DeepSeek-V3 (DeepSeek-AI, 2024): 256 small experts and a shared one, and attention through a latent of 512 numbers.
 
-The router is balanced without a loss: a correction of each expert's score rises while it has too few tokens. The cache
-of a token has 576 numbers in each layer, where keys and values of 128 heads would be 32,768 (DeepSeek-V2, 2024).
+The router is balanced without a loss: the correction of an expert's score rises while the expert has too few tokens.
+The cache has 576 numbers per token and layer; keys and values of 128 heads would have 32,768 (DeepSeek-V2, 2024).
 Multi-token prediction, a further layer of the published training, is not implemented.
 """
 
@@ -25,10 +25,10 @@ from keifu.models.mixture import qwen3_moe
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are DeepSeek-V3.
+    """Sizes and settings of a model. The defaults are DeepSeek-V3.
 
-    `expert_dim` is the inner dimension of one expert, `hidden_dim` that of the first `n_dense_layers` layers. A head
-    has `head_dim` numbers without positions and `rope_dim` with them.
+    expert_dim: inner dimension of one expert. hidden_dim: inner dimension of the first `n_dense_layers` layers. A head
+    has `head_dim` numbers without positions and `rope_dim` with positions.
     """
 
     vocab_size: int = 129_280
@@ -42,14 +42,14 @@ class Config(llama.DecoderConfig):
     head_dim: int = 128
     rope_dim: int = 64
     value_dim: int = 128
-    q_rank: int | None = 1536  # None: queries are made by one matrix
+    q_rank: int | None = 1536  # None: one matrix computes queries
     kv_rank: int = 512
     n_experts: int = 256
     n_experts_per_token: int = 8
     n_shared_experts: int = 1
     n_groups: int = 8
     n_groups_per_token: int = 4
-    normalised: bool = True  # the weights of a token's experts sum to expert_scale
+    normalised: bool = True  # whether the weights of a token's experts sum to expert_scale
     expert_scale: float = 2.5
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
@@ -72,7 +72,7 @@ PAPER_PARAMETERS = {"deepseek-v3": 671e9, "moonlight-16b-a3b": 16e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     return llama.assemble(config, partial(_attention, config), partial(_feedforward, config))
 
 
@@ -116,9 +116,10 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | qwen3_moe.EXPERT_NAMES | {
 }  # fmt: skip
 PREFIX = "model."
 FULL_PRECISION = ("blocks.*.feedforward.router.**",)
-NOT_WEIGHTS = ("model.layers.{n_layers}.**",)  # of multi-token prediction
+NOT_WEIGHTS = ("model.layers.{n_layers}.**",)  # layers of multi-token prediction
 MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM"}
-_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}  # what vLLM needs, and what is implemented
+# vLLM requires these fields; other values are not implemented
+_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 UNSUPPORTED: dict[str, Any] = {**_ROUTING, "moe_layer_freq": 1}
 
 FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "n_kv_heads"} | {

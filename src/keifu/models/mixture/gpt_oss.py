@@ -1,7 +1,8 @@
-"""gpt-oss (OpenAI, 2025): a mixture whose attention has sinks, with windows of 128 tokens in every other layer.
+"""gpt-oss (OpenAI, 2025): a mixture of experts whose attention has sinks, and windows of 128 tokens in every other
+layer.
 
-A sink is a learned score of each head that takes weight and gives no value, so that a head can attend to nothing. Gate
-and up are limited, and biases are everywhere. The files have the experts of a layer in one tensor, in MXFP4.
+A sink is a learned score of each head for an extra key with the value 0, so that a head can attend to nothing. Gate and
+up are clamped, and every layer has biases. The files stack the experts of a layer in one tensor, in MXFP4.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from keifu.models.mixture import mixtral
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and settings of a model; the defaults are gpt-oss-120b. `hidden_dim` is that of one expert."""
+    """Sizes and settings of a model. The defaults are gpt-oss-120b. hidden_dim: width of one expert."""
 
     vocab_size: int = 201_088
     context_length: int = 131_072
@@ -39,7 +40,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 150_000.0
     rope_scaling: RopeScaling | None = RopeScaling("yarn", 32.0, 4096, truncate=False)
-    sliding_window: int = 128  # tokens that a local layer attends to, the token itself included
+    sliding_window: int = 128  # tokens that a local layer attends to, including the token itself
     global_layers: tuple[int, ...] | None = None  # None: every second, from layer 1 on
     attention_bias: bool = True
     tied: bool = False
@@ -51,7 +52,7 @@ PAPER_PARAMETERS = {"gpt-oss-20b": 20.91e9, "gpt-oss-120b": 116.83e9}  # model c
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     return llama.assemble(config, partial(_attention, config), partial(_feedforward, config), norm=FullPrecisionRMSNorm)
 
 
@@ -103,7 +104,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers and vLLM read; the experts are written unpacked."""
+    """Return the config.json that transformers and vLLM read. The experts are written unpacked."""
     return {
         **hf.write(config, MODEL_TYPES, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),

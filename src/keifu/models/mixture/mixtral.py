@@ -1,7 +1,7 @@
-"""Mixtral (Jiang et al., 2024): Mistral's layers with eight feed-forward networks, of which each token uses two.
+"""Mixtral (Jiang et al., 2024): Mistral's layers with eight feed-forward networks; each token uses two of them.
 
-New here: the first open model that matched dense models with five times as many active parameters. The mixture itself
-is older (Shazeer et al., 2017; Switch Transformers, Fedus et al., 2021).
+It was the first open mixture that matched dense models with five times as many active parameters. Mixtures are older
+(Shazeer et al., 2017; Switch Transformers, Fedus et al., 2021).
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are Mixtral 8x7B. `hidden_dim` is that of one expert."""
+    """Sizes and settings of a model. The defaults are Mixtral 8x7B. hidden_dim: width of one expert."""
 
     vocab_size: int = 32_000
     context_length: int = 32_768
@@ -28,13 +28,13 @@ class Config(llama.DecoderConfig):
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int = 8
-    head_dim: int | None = None  # dim / n_heads
+    head_dim: int | None = None  # None: dim / n_heads
     n_experts: int = 8
     n_experts_per_token: int = 2
     balancing: float = 0.02  # coefficient of the balancing loss
     norm_eps: float = 1e-5
     rope_theta: float = 1e6
-    sliding_window: int | None = None  # a token attends to this many, itself included
+    sliding_window: int | None = None  # tokens that a token attends to, including itself; None: all
 
 
 SIZES = {
@@ -47,7 +47,7 @@ PAPER_PARAMETERS = {"mixtral-8x7b": 46.7e9, "mixtral-8x22b": 141e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here, since the paper does not print its initialisation."""
+    """Build a model with the initialisation of keifu's LLaMA, since the paper does not give its own."""
     return llama.assemble(config, partial(_attention, config), partial(_feedforward, config))
 
 

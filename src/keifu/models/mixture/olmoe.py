@@ -1,5 +1,5 @@
-"""OLMoE (Muennighoff et al., 2024): 64 small feed-forward networks, of which each token uses eight; all of the data,
-code and records of its training are public.
+"""OLMoE (Muennighoff et al., 2024): 64 small feed-forward networks, of which each token uses eight. All data, code and
+logs of its training are public.
 
 Queries and keys are normalised over all heads together. The weights of a token's experts are not normalised.
 """
@@ -17,7 +17,7 @@ from keifu.models.mixture import mixtral, qwen3_moe
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are OLMoE-1B-7B. `hidden_dim` is that of one expert."""
+    """Sizes and settings of a model. The defaults are OLMoE-1B-7B. hidden_dim: width of one expert."""
 
     vocab_size: int = 50_304
     context_length: int = 4096
@@ -25,10 +25,10 @@ class Config(llama.DecoderConfig):
     hidden_dim: int = 1024
     n_layers: int = 16
     n_heads: int = 16
-    n_kv_heads: int | None = None  # as many as n_heads
+    n_kv_heads: int | None = None  # None: as many as n_heads
     n_experts: int = 64
     n_experts_per_token: int = 8
-    normalised: bool = False  # the weights of a token's experts sum to 1
+    normalised: bool = False  # whether the weights of a token's experts sum to 1
     balancing: float = 0.01  # coefficient of the balancing loss
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
@@ -40,7 +40,7 @@ PAPER_PARAMETERS = {"olmoe-1b-7b": 6.92e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     return llama.assemble(config, partial(olmo2.attention, config), partial(_feedforward, config))
 
 
@@ -71,7 +71,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     return {
-        "num_key_value_heads": config.n_heads,  # where the Config leaves it to the default
+        "num_key_value_heads": config.n_heads,  # overwritten below unless the Config has None
         **hf.write(config, MODEL_TYPES, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),
     }

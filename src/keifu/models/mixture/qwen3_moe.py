@@ -1,4 +1,4 @@
-"""Qwen3-MoE (Yang et al., 2025): Qwen3's layers with 128 small feed-forward networks, of which each token uses eight.
+"""Qwen3-MoE (Yang et al., 2025): Qwen3's layers with 128 small feed-forward networks; each token uses eight of them.
 
 Many small experts instead of a few large ones are DeepSeekMoE's idea (Dai et al., 2024). There is no shared expert.
 """
@@ -17,10 +17,10 @@ from keifu.models.mixture import mixtral
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are Qwen3-30B-A3B.
+    """Sizes and settings of a model. The defaults are Qwen3-30B-A3B.
 
-    `expert_dim` is the inner dimension of one expert, `hidden_dim` that of the layers in `dense_layers`, which have no
-    experts.
+    expert_dim: inner dimension of one expert. hidden_dim: inner dimension of the layers in `dense_layers`, which have
+    no experts.
     """
 
     vocab_size: int = 151_936
@@ -34,12 +34,12 @@ class Config(llama.DecoderConfig):
     head_dim: int = 128
     n_experts: int = 128
     n_experts_per_token: int = 8
-    normalised: bool = True  # the weights of a token's experts sum to 1
+    normalised: bool = True  # whether the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()
     balancing: float = 0.001  # coefficient of the balancing loss
     norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    sliding_window: int | None = None  # a token attends to this many, itself included
+    sliding_window: int | None = None  # tokens that a token attends to, including itself; None: all
     attention_bias: bool = False
 
 
@@ -92,7 +92,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def read_dense_layers(json: dict[str, Any]) -> tuple[int, ...]:
-    """Read which layers have no experts."""
+    """Return the layers without experts."""
     step, n_layers = json.get("decoder_sparse_step", 1), hf.check_layers(json, "num_hidden_layers")
     dense = {*(json.get("mlp_only_layers") or ()), *(layer for layer in range(n_layers) if (layer + 1) % step)}
     return tuple(sorted(dense))

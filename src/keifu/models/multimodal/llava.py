@@ -1,7 +1,7 @@
-"""LLaVA (Liu et al., 2023, "Visual Instruction Tuning"): a language model that sees.
+"""LLaVA (Liu et al., 2023, "Visual Instruction Tuning"): a language model that reads pictures.
 
-New here: the patches of a picture become tokens of the prompt. CLIP's image encoder gives a state for each patch, a
-projector of two matrices turns it into an embedding of LLaMA, and LLaMA reads pictures and words as one sequence.
+New: the patches of a picture become tokens of the prompt. CLIP's image encoder computes a state for each patch, a
+projector of two matrices converts it to an embedding of LLaMA, and LLaMA reads pictures and words as one sequence.
 
 Axes: images, channels, rows and columns of pixels; patches = tokens of a picture; batch, length = tokens, dim, vocab.
 """
@@ -38,9 +38,9 @@ def _clip(size: int) -> clip_image.Config:
 class Config(WithText):
     """The defaults are LLaVA-1.5-7B.
 
-    `image_token` marks the tokens of a picture in a prompt. `feature_layers` are the hidden states of the tower that
-    are joined (0: its embeddings; -1: the last), `full` keeps the class token among them. `pixels` is the preprocessing
-    of pictures.
+    image_token: id of a picture's tokens in a prompt. feature_layers: the hidden states of the image encoder that are
+    concatenated (0: its embeddings; -1: the last). full: whether they include the class token. pixels: the
+    preprocessing of pictures.
     """
 
     text: llama.Config = field(default_factory=lambda: replace(llama.SIZES["llama2-7b"], vocab_size=32_064))
@@ -59,7 +59,7 @@ class Config(WithText):
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one picture."""
+        """The number of tokens of one picture."""
         patches = (self.image.image_size // self.image.patch_size) ** 2
         return patches + self.image.class_tokens - (not self.full)
 
@@ -73,11 +73,12 @@ SIZES = {
     "llava-1.5-7b": Config(),
     "llava-1.5-13b": Config(replace(llama.SIZES["llama2-13b"], vocab_size=32_064)),
 }
-PAPER_PARAMETERS = {"llava-1.5-7b": 7.06e9, "llava-1.5-13b": 13.35e9}  # of the released weights
+PAPER_PARAMETERS = {"llava-1.5-7b": 7.06e9, "llava-1.5-13b": 13.35e9}  # counted in the released weights
 
 
 class Projector(nn.Module):
-    """Two matrices with an activation between them, from the tower's width to the decoder's (LLaVA-1.5, 2023)."""
+    """Two matrices with an activation between them, from the image encoder's width to the decoder's (LLaVA-1.5,
+    2023)."""
 
     def __init__(self, width: int, dim: int, between: Activation, bias: bool):
         super().__init__()
@@ -89,7 +90,7 @@ class Projector(nn.Module):
 
 
 class Llava(DecoderLM):
-    """A decoder with an image tower and a projector."""
+    """A decoder with an image encoder (`tower`) and a projector."""
 
     def __init__(self, config: Any, decoder: DecoderLM, tower: Any, projector: nn.Module):
         super().__init__(
@@ -99,14 +100,14 @@ class Llava(DecoderLM):
         self.tower, self.projector = tower, projector
 
     def encode_images(self, pixels: Images) -> Float[Tensor, "images patches dim"]:
-        """Return the embeddings of each picture's tokens; `pixels` are preprocessed by the config's `pixels`."""
+        """Return the embeddings of each picture's tokens. The pixels are preprocessed as in the config's `pixels`."""
         count = self.config.image.n_layers + 1
         layers = [layer % count for layer in self.config.feature_layers]
         states = list(islice(self.tower.states(pixels), max(layers) + 1))
         return self.projector(torch.cat([states[layer] for layer in layers], -1)[:, 0 if self.config.full else 1 :])
 
     def insertion(self, tokens: Tokens, images: Float[Tensor, "images patches dim"]) -> Inserted:
-        """Return the positions of the tokens that mark a picture, with the embeddings for them in order."""
+        """Return the positions of the pictures' tokens, with the embeddings for them in order."""
         positions = (tokens.flatten() == self.config.image_token).nonzero()[:, 0]
         if len(positions) != images.shape[:2].numel():
             raise UserError(f"{len(images)} images: {images.shape[:2].numel()} tokens; the prompt: {len(positions)}.")
@@ -116,7 +117,7 @@ class Llava(DecoderLM):
         self, tokens: Tokens, state: State | None = None, padding: Int[Tensor, " batch"] | None = None,
         pixels: Images | None = None,
     ) -> Float[Tensor, "batch length vocab"]:  # fmt: skip
-        """Return logits of the token after each; see `DecoderLM`. `pixels`: the pictures of these tokens, in order."""
+        """Return logits of the token after each; see `DecoderLM`. pixels: the pictures of these tokens, in order."""
         inserted = None if pixels is None else self.insertion(tokens, self.encode_images(pixels))
         return self.logits(self.hidden(tokens, state, padding, inserted=inserted))
 
@@ -125,12 +126,12 @@ TOWERS: dict[type, Any] = {clip_image.Config: clip_image, siglip.Config: siglip}
 
 
 def build(config: Config) -> Llava:
-    """Build a model of LLaMA's and CLIP's initialisation, and PyTorch's for the projector."""
+    """Build a model with LLaMA's and CLIP's initialisation, and PyTorch's for the projector."""
     return attach(config, llama.build(config.text))
 
 
 def attach(config: Config, decoder: DecoderLM) -> Llava:
-    """Return a decoder with a new tower and a new projector."""
+    """Return a decoder with a new image encoder and a new projector."""
     count = config.image.n_layers + 1
     if not config.feature_layers or not all(-count <= layer < count for layer in config.feature_layers):
         raise UserError(f"feature_layers is {config.feature_layers}, and the tower has {count} hidden states.")
@@ -168,7 +169,7 @@ FIELDS: hf.Fields = {
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a config.json of model_type llava, with preprocessor_config.json if it is there."""
+    """Read the Config of a config.json of model_type llava, and of preprocessor_config.json if it exists."""
     text, vision = json["text_config"], json["vision_config"]
     if (name := text.get("model_type", "llama")) not in llama.MODEL_TYPES:
         raise UserError(f"its text_config is of model_type {name!r}, and read are {', '.join(llama.MODEL_TYPES)}.")
@@ -185,7 +186,7 @@ def from_published(json: dict[str, Any]) -> Config:
     return Config(decoder, image, pixels, **hf.read_fields(json, FIELDS))
 
 
-TEXT_DEFAULTS: Mapping[str, Any] = {  # transformers leaves LLaMA-7B's out
+TEXT_DEFAULTS: Mapping[str, Any] = {  # LLaMA-7B's values, which transformers leaves out
     "model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008,
     "num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 2048,
 }  # fmt: skip
@@ -196,7 +197,7 @@ def _read_clip(vision: dict[str, Any]) -> clip_image.Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers reads, and in it the content of the files for pictures."""
+    """Return the config.json that transformers reads, with the content of the files for pictures."""
     seen = config.image
     vision = TOWERS[type(seen)].to_published(seen)
     text = llama.to_published(config.text)

@@ -1,5 +1,5 @@
-"""SigLIP's image encoder (Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training"): CLIP's vision
-transformer without a class token and without a norm at its start.
+"""SigLIP's image encoder (Zhai et al., 2023, "Sigmoid Loss for Language Image Pre-Training"): CLIP's vision transformer
+without a class token and without a norm at its start.
 
 Axes: batch, channels, rows and columns of pixels; length = patches, dim.
 """
@@ -29,7 +29,7 @@ class Config(clip_image.Config):
 
 
 class PatchesAlone(nn.Module):
-    """An image as a sequence of patches, each through one matrix with a bias; learned positions are added."""
+    """Conversion of an image to patches, each multiplied by a matrix with a bias, plus learned positions."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -43,7 +43,7 @@ class PatchesAlone(nn.Module):
 
 
 def build(config: Config) -> nn.Module:
-    """Build CLIP's tower with these patches, and positions scaled by the width."""
+    """Build CLIP's image encoder with these patches, and positions scaled by the width."""
     model: Any = clip_image.build(config)
     model.embedding, model.first_norm = PatchesAlone(config), nn.Identity()
     nn.init.normal_(model.embedding.positions.weight, std=config.dim**-0.5)
@@ -61,7 +61,8 @@ FIELDS: hf.Fields = {ours: theirs for ours, theirs in clip_image.FIELDS.items() 
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a vision_config of model_type siglip_vision_model, whose pooling head is not used."""
+    """Read the Config of a vision_config of model_type siglip_vision_model. Raises UserError if it has a
+    pooling head."""
     if json.get("vision_use_head", True):
         raise UserError("its vision_config has a pooling head (vision_use_head), and only a tower without is read.")
     return Config(**hf.read_fields(json, FIELDS))

@@ -1,9 +1,9 @@
-"""SmolVLM (Marafioti et al., 2025, "SmolVLM: Redefining small and efficient multimodal models"), the network of
-Idefics3 (Laurençon et al., 2024): a small model that sees in tiles.
+"""SmolVLM (Marafioti et al., 2025, "SmolVLM: Redefining small and efficient multimodal models"), with the network of
+Idefics3 (Laurençon et al., 2024): a small model that reads pictures in tiles.
 
-New here: pixel shuffle joins a square of neighbouring patches into one token, so that a picture takes 9 or 16 times
-fewer. A large picture is cut into tiles, each as large as SigLIP's encoder reads, with names of their rows and columns
-between them and the whole picture after them. One matrix without an activation leads into the decoder.
+New: pixel shuffle joins a square of neighbouring patches to one token, so that a picture has 9 or 16 times fewer
+tokens. A large picture is cut into tiles of the image encoder's size. The prompt names each tile's row and column, and
+the whole picture follows the tiles. One matrix without an activation projects to the decoder's width.
 
 Axes: images = tiles, channels, rows and columns of pixels; patches of a tile, tokens of a tile, dim.
 """
@@ -35,8 +35,8 @@ def _text(name: str, **changes: Any) -> llama.Config:
 class Config(WithText):
     """The defaults are SmolVLM-256M.
 
-    `image_token` marks the tokens of a tile in a prompt; `shuffle` x `shuffle` patches become one of them. `pixels` is
-    the preprocessing of pictures, whose tiles are as large as `image` reads.
+    image_token: id of a tile's tokens in a prompt. shuffle: `shuffle` x `shuffle` patches become one token. pixels: the
+    preprocessing of pictures, whose tiles have the size that `image` reads.
     """
 
     text: llama.Config = field(default_factory=lambda: _text("smollm2-135m"))
@@ -52,11 +52,12 @@ class Config(WithText):
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of one tile."""
+        """The number of tokens of one tile."""
         return (self.image.image_size // self.image.patch_size // self.shuffle) ** 2
 
     def picture_text(self, rows: int, columns: int) -> str:
-        """Return the text of a picture of rows and columns of tiles, with one `<image>` for each tile."""
+        """Return the prompt text of a picture with this many rows and columns of tiles, with one `<image>` for each
+        tile."""
         lines = "".join(
             "".join(f"{AROUND}<row_{row + 1}_col_{column + 1}><image>" for column in range(columns)) + "\n"
             for row in range(rows)
@@ -78,7 +79,7 @@ PAPER_PARAMETERS = {"smolvlm-256m": 256e6, "smolvlm-500m": 507e6, "smolvlm-2.2b"
 
 
 class PixelShuffle(nn.Module):
-    """Squares of neighbouring patches, joined and led through one matrix."""
+    """Layer that joins squares of neighbouring patches and multiplies them by a matrix."""
 
     def __init__(self, width: int, dim: int, side: int):
         super().__init__()
@@ -94,12 +95,12 @@ class SmolVLM(Llava):
     """A decoder with SigLIP's encoder and pixel shuffle."""
 
     def encode_images(self, pixels: Images) -> Float[Tensor, "images tokens dim"]:
-        """Return the embeddings of each tile's tokens; `pixels` are preprocessed by the config's `pixels`."""
+        """Return the embeddings of each tile's tokens. The pixels are preprocessed as in the config's `pixels`."""
         return self.projector(self.tower.norm(self.tower.encode(pixels)))
 
 
 def build(config: Config) -> SmolVLM:
-    """Build a model of LLaMA's and SigLIP's initialisation, and PyTorch's for the projection."""
+    """Build a model with LLaMA's and SigLIP's initialisation, and PyTorch's for the projection."""
     side = config.image.image_size // config.image.patch_size
     if side % config.shuffle:
         square = f"{config.shuffle} x {config.shuffle}"
@@ -119,15 +120,15 @@ FIELDS: hf.Fields = {
     "shuffle": hf.Field("scale_factor", 2),
 }  # fmt: skip
 TEXT_DEFAULTS = {**llava.TEXT_DEFAULTS, "rms_norm_eps": 1e-5}
-VISION_DEFAULTS: Mapping[str, Any] = {  # transformers leaves those of its own encoder out
+VISION_DEFAULTS: Mapping[str, Any] = {  # the image encoder's defaults, which transformers leaves out
     "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,
     "image_size": 224, "patch_size": 32,
 }  # fmt: skip
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a config.json of model_type idefics3 or smolvlm, with preprocessor_config.json if it is
-    there."""
+    """Read the Config of a config.json of model_type idefics3 or smolvlm, and of preprocessor_config.json if it
+    exists."""
     text = {**TEXT_DEFAULTS, **json["text_config"], "tie_word_embeddings": json.get("tie_word_embeddings", False)}
     if (name := text["model_type"]) not in llama.MODEL_TYPES:
         raise UserError(f"its text_config is of model_type {name!r}, and read are {', '.join(llama.MODEL_TYPES)}.")
@@ -139,16 +140,16 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def _plain(side: int) -> bool:
-    """Return whether each patch of a row has its own position in float32, as with the published 26, 27 and 32 patches,
-    and not for 19 or 25."""
+    """Return whether transformers gives each patch of a row its own position in float32: true for the published 26, 27
+    and 32 patches, false for 19 or 25."""
     edges, parts = torch.arange(1 / side, 1.0, 1 / side), torch.arange(side) * (1.0 / torch.tensor(side))
     return torch.bucketize(parts.clamp(max=1 - 1e-6), edges, right=True).tolist() == [*range(side)]
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers reads, and in it the content of the files for pictures.
+    """Return the config.json that transformers reads, with the content of the files for pictures.
 
-    It is Idefics3's, whose network is the same and whose processor needs no library for videos.
+    It is Idefics3's, which has the same network, and whose processor needs no video library.
     """
     vision = {**siglip.to_published(config.image), "model_type": "idefics3_vision"}
     return {

@@ -1,7 +1,8 @@
 """Whisper (Radford et al., 2022, "Robust Speech Recognition via Large-Scale Weak Supervision"). New: one Transformer
-that learns to hear from captions of the web, in many languages and tasks; tokens say which language and task is meant.
+that learns speech recognition from captions of the web, in many languages and tasks; special tokens select the language
+and task.
 
-Its layers are GPT-2's with a look at the sound; keys have no bias. A window of sound has 30 seconds.
+Its layers are GPT-2's, with cross-attention to the sound; keys have no bias. A window of sound has 30 seconds.
 """
 
 from dataclasses import dataclass
@@ -24,15 +25,11 @@ from keifu.ranges import BelowOne, Count, Natural
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are the tiny multilingual model. The decoder has as many layers as the encoder, or n_decoder_layers.
-
-    n_mels: frequency bands. audio_length: frames of a window after the convolutions, 50 a second. context_length: most
-    tokens of a transcript, with those that begin it.
-    """
+    """The defaults are the tiny multilingual model."""
 
     vocab_size: Count = 51_865  # tokens in the vocabulary
     context_length: Count = 448  # longest transcript in tokens, with its start tokens
-    audio_length: Count = 1500  # frames of a window after the convolutions, 50 a second
+    audio_length: Count = 1500  # frames of a window after the convolutions, 50 per second
     n_mels: Count = 80  # frequency bands
     dim: Count = 384  # width of the hidden states
     hidden_dim: Count = 1536  # width inside the feed-forward layers
@@ -115,7 +112,7 @@ COPIES = {"proj_out.weight": "model.decoder.embed_tokens.weight"}
 MODEL_TYPES = {"whisper": "WhisperForConditionalGeneration"}
 _ZERO = ("encoder_layerdrop", "decoder_layerdrop", "attention_dropout", "activation_dropout")
 UNSUPPORTED: dict[str, Any] = dict.fromkeys(_ZERO, 0.0) | {"tie_word_embeddings": True}
-_SOUND = {"n_fft": 400, "hop_length": 160, "sampling_rate": 16_000, "dither": 0.0}  # as data/audio has it
+_SOUND = {"n_fft": 400, "hop_length": 160, "sampling_rate": 16_000, "dither": 0.0}  # the preprocessing in data/audio
 _AS_TRANSFORMER = ("vocab_size", "dim", "n_layers", "n_decoder_layers", "activation", "start_id", "end_id", "pad_id")
 FIELDS: hf.Fields = {name: transformer.FIELDS[name] for name in _AS_TRANSFORMER} | {
     "context_length": "max_target_positions",
@@ -129,9 +126,9 @@ FIELDS: hf.Fields = {name: transformer.FIELDS[name] for name in _AS_TRANSFORMER}
 
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a Hugging Face config.json of model_type whisper."""
-    for name, fine in _SOUND.items():
-        if (value := (json.get("preprocessor_config") or {}).get(name, fine)) != fine:
-            raise UserError(f"preprocessor_config.json sets {name} to {value!r}, and only {fine!r} is implemented.")
+    for name, only in _SOUND.items():
+        if (value := (json.get("preprocessor_config") or {}).get(name, only)) != only:
+            raise UserError(f"preprocessor_config.json sets {name} to {value!r}, and only {only!r} is implemented.")
     for size in ("ffn_dim", "attention_heads"):
         if json[f"encoder_{size}"] != json[f"decoder_{size}"]:
             raise UserError(f"encoder_{size} and decoder_{size} differ, which keifu does not implement.")
@@ -145,7 +142,7 @@ def to_published(config: Config) -> dict[str, Any]:
     sound |= {"feature_size": config.n_mels, "chunk_length": seconds, "padding_value": 0.0}
     return {
         "is_encoder_decoder": True,
-        "decoder_layers": config.n_layers,  # if the Config leaves them to the encoder's
+        "decoder_layers": config.n_layers,  # overwritten below unless the Config has None
         **hf.write(config, MODEL_TYPES, FIELDS),
         "bos_token_id": config.end_id, "preprocessor_config": sound,
     }  # fmt: skip

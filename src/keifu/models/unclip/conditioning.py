@@ -1,7 +1,7 @@
 """Conditioning of unCLIP's decoder (Ramesh et al., 2022, section 2.1): CLIP's image embedding is added to the timestep
 embedding, and projected to tokens before those of the caption.
 
-Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's vectors.
+Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's embeddings.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Embedding = Float[Tensor, "batch embedding"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are those of Karlo. `n_tokens` is the number of tokens of the image embedding."""
+    """The defaults are those of Karlo. n_tokens: number of tokens made from the image embedding."""
 
     n_tokens: int = 4
     embedding_dim: int = 768
@@ -27,11 +27,12 @@ class Config:
     context_dim: int = 1536
 
 
-SIZES: dict[str, Config] = {}  # they come with the whole model, in unclip.py
+SIZES: dict[str, Config] = {}  # they are in unclip.py, with the whole model
 
 
 class Conditions(nn.Module):
-    """`none` is the learned null image embedding, for classifier-free guidance."""
+    """Projections of CLIP's embeddings and states for the decoder. none: the learned null image embedding, for
+    classifier-free guidance."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -44,18 +45,18 @@ class Conditions(nn.Module):
     def forward(
         self, image: Embedding, caption: Embedding, tokens: Float[Tensor, "batch length embedding"]
     ) -> tuple[Float[Tensor, "batch time_dim"], Float[Tensor, "batch seen context_dim"]]:
-        """Return the addition to the timestep embedding, and the context of attention, `n_tokens` tokens longer than
-        the caption.
+        """Return the addition to the timestep embedding, and the context of attention, which has `n_tokens` tokens more
+        than the caption.
 
-        image, caption: CLIP's embeddings. tokens: its hidden states of the caption.
+        image, caption: CLIP's embeddings. tokens: CLIP's hidden states of the caption.
         """
-        beside = self.image_time(image) + self.caption_time(caption)
+        time = self.image_time(image) + self.caption_time(caption)
         of_image = self.image_tokens(image).unflatten(-1, (-1, self.config.n_tokens)).mT
-        return beside, torch.cat([of_image, self.norm(self.tokens(tokens))], 1)
+        return time, torch.cat([of_image, self.norm(self.tokens(tokens))], 1)
 
 
 def build(config: Config) -> Conditions:
-    """Build with PyTorch's default initialisation, and zeros for the null image embedding."""
+    """Build the projections with PyTorch's default initialisation, and zeros for the null image embedding."""
     return Conditions(config)
 
 

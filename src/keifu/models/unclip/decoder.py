@@ -1,5 +1,5 @@
 """The decoder of unCLIP (Ramesh et al., 2022, section 2.1; DALL-E 2): improved DDPM's U-Net, conditioned on CLIP's
-image embedding; its attention is over a context and the pixels jointly, as in GLIDE.
+image embedding. Its attention is over a context and the pixels jointly, as in GLIDE.
 
 Axes: batch, channels, height, width; seen = tokens of the context. The stages are those of `layers/unet/unet.py`.
 """
@@ -30,16 +30,15 @@ class Config:
     """The defaults are those of Karlo, whose weights are public; OpenAI's are not. Levels count from 0, the finest.
 
     Attributes:
-        size: the side of the training images, or their height and width; None where it is not known.
-        predicted_channels: twice `channels` where it predicts the variance too.
-        widths: channels of each level; a residual block leads from each to the next.
-        n_residual_blocks: of each level on the way down; on the way up it has one more.
-        attention, up_attention: the levels that have it on the way down and up.
-        head_dim: numbers in a head of attention, which must divide the channels of every level that has it.
-        context_dim: numbers in a token of the context.
-        label: second condition, after the timestep: a vector of `time_width` numbers, one of `label_dim` numbers
-            that a
-            matrix brings there, or one of `label_dim` classes.
+        size: the side of the training images, or their height and width; None if unknown.
+        predicted_channels: twice `channels` if it predicts the variance too.
+        widths: channels of each level; a residual block changes the resolution between levels.
+        n_residual_blocks: blocks of each downsampling level; an upsampling level has one more.
+        attention, up_attention: the downsampling and upsampling levels with attention.
+        head_dim: numbers in a head of attention, which must divide the channels of every level with attention.
+        context_dim: numbers of a token of the context.
+        label: second condition, after the timestep: "vector" of `time_width` numbers; "projected": `label_dim` numbers,
+            multiplied by a matrix; "class": one of `label_dim` classes.
         scale_shift: whether the timestep embedding scales and shifts the norm's output, or is added to it.
     """
 
@@ -78,17 +77,17 @@ class Config:
 
     @property
     def residual_down(self) -> tuple[int, ...]:
-        """The levels that a residual block leads out of on the way down: all but the coarsest."""
+        """The downsampling levels whose resolution a residual block changes: all but the coarsest."""
         return tuple(range(len(self.widths) - 1))
 
     @property
     def residual_up(self) -> tuple[int, ...]:
-        """The same on the way up: all but the finest."""
+        """The upsampling levels whose resolution a residual block changes: all but the finest."""
         return tuple(range(1, len(self.widths)))
 
 
 SIZES = {"karlo-decoder": Config()}
-PAPER_PARAMETERS = {"karlo-decoder": 900e6}  # as its makers round it; DALL-E 2's has 3.5 B
+PAPER_PARAMETERS = {"karlo-decoder": 900e6}  # rounded by its authors; DALL-E 2's decoder has 3.5 B
 
 
 class Decoder(nn.Module):
@@ -99,13 +98,13 @@ class Decoder(nn.Module):
         self.config, self.label, self.network = config, label, network
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
-        """Return the keys and values of a context for every attention: computed once an image, used at every step."""
+        """Return the keys and values of a context for every attention. Compute them once per image, for all steps."""
         return self.network.project(context)
 
     def predict(
         self, x: Sample, timestep: Num[Tensor, "*batch"], label: Tensor, projected: Memories, mask: PaddingMask
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy samples, in their dtype; `timestep` is one for all or one for each."""
+        """Return the prediction for noisy samples, in their dtype. timestep: one for all, or one for each."""
         return self.network.predict(x, timestep, projected, mask, self.label(label))
 
     def forward(
@@ -116,7 +115,7 @@ class Decoder(nn.Module):
         context: Float[Tensor, "batch seen context_dim"],
         mask: Bool[Tensor, "batch seen"] | None = None,
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return `predict` of a context, `mask` being True on its real tokens; None attends to all."""
+        """Return `predict` for a context. mask: True on its real tokens; None attends to all."""
         return self.predict(x, timestep, label, self.project(context), PaddingMask(mask))
 
 
@@ -145,13 +144,13 @@ WEIGHT_NAMES = {
     "label": "class_embedding",
     **{f"network.{ours}": theirs for ours, theirs in unet_names(_ATTENTION).items()},
 }
-MODEL_TYPES = {"UNet2DConditionModel/simple": "UNet2DConditionModel"}  # one class of diffusers' for two networks
+MODEL_TYPES = {"UNet2DConditionModel/simple": "UNet2DConditionModel"}  # diffusers has one class for two networks
 UNSUPPORTED: dict[str, Any] = {
-    name: fine
-    for name, fine in OF_CONDITIONED.items()
+    name: only
+    for name, only in OF_CONDITIONED.items()
     if name not in ("class_embed_type", "num_class_embeds", "resnet_time_scale_shift")
 }
-WAYS = (  # from each level to the next leads a residual block
+WAYS = (  # a residual block changes the resolution between levels
     Way({"ResnetDownsampleBlock2D": (False, None), "SimpleCrossAttnDownBlock2D": (True, None)}),
     Way({"ResnetUpsampleBlock2D": (False, None), "SimpleCrossAttnUpBlock2D": (True, None)}),
 )
@@ -167,7 +166,7 @@ _LABEL_DIMS = {"projected": "projection_class_embeddings_input_dim", "class": "n
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of diffusers' config.json of a UNet2DConditionModel whose blocks are the simple ones.
 
-    Its `attention_head_dim` means what it says here.
+    Its `attention_head_dim` is the size of a head, unlike in other UNet2DConditionModels.
     """
     fields = hf.read_fields(json, FIELDS)
     attention, up_attention, *_ = read_stages(json, fields["widths"], WAYS)

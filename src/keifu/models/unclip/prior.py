@@ -1,8 +1,8 @@
 """The diffusion prior of unCLIP (Ramesh et al., 2022, section 2.2; DALL-E 2): a diffusion model of CLIP's image
-embedding, given a caption. A causal Transformer reads the caption, the timestep and the noisy embedding, and predicts
-at its last token the embedding itself, not the noise.
+embedding, conditioned on a caption. A causal Transformer reads the caption, the timestep and the noisy embedding. At
+its last token it predicts the embedding itself, not the noise.
 
-Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's vectors.
+Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's embeddings.
 """
 
 from dataclasses import dataclass
@@ -34,11 +34,11 @@ class Config:
     Attributes:
         context_length: tokens of every caption.
         embedding_dim: dimension of an image embedding, and of each token of an encoded caption.
-        caption_dim: numbers of a caption's embedding; None for as many.
-        predicted_dim: numbers that it gives; None for as many.
+        caption_dim: dimension of a caption's embedding; None for embedding_dim.
+        predicted_dim: dimension of the prediction; None for embedding_dim.
         first_norm: whether there is a norm before the first block.
-        caption_norm: whether there is one before the matrix that reads the caption's embedding.
-        query: whether a learned token at the end gives the prediction; else the noisy embedding's token does.
+        caption_norm: whether there is a norm before the matrix that reads the caption's embedding.
+        query: whether a learned last token gives the prediction; otherwise the noisy embedding's token does.
         time_dim: hidden dimension of the timestep embedding; None for the width of the blocks.
     """
 
@@ -61,17 +61,20 @@ class Config:
         return self.n_heads * self.head_dim
 
     @property
-    def n_tokens_beside(self) -> int:
-        """Tokens after the caption's: its embedding, the noise level, the noisy embedding, the query."""
+    def n_extra_tokens(self) -> int:
+        """Number of tokens after the caption's: its embedding, the noise level, the noisy embedding, the query."""
         return 3 + self.query
 
 
 SIZES = {"karlo-prior": Config()}
-PAPER_PARAMETERS = {"karlo-prior": 1e9}  # as its makers round it; DALL-E 2's has about as many
+PAPER_PARAMETERS = {"karlo-prior": 1e9}  # rounded by its authors; DALL-E 2's prior has about as many
 
 
 class Prior(nn.Module):
-    """`mean` and `std` are those of the image embeddings in training; diffusion is in embeddings normalised by them."""
+    """Transformer that predicts normalised image embeddings.
+
+    mean, std: statistics of the image embeddings in training; diffusion runs in embeddings normalised by them.
+    """
 
     mean: Tensor
     std: Tensor
@@ -85,7 +88,7 @@ class Prior(nn.Module):
         self.caption_norm = nn.LayerNorm(caption_dim) if config.caption_norm else nn.Identity()
         self.caption = Linear(caption_dim, dim)
         self.query = nn.Parameter(torch.empty(1, 1, dim)) if config.query else None
-        self.positions = nn.Parameter(torch.empty(1, config.context_length + config.n_tokens_beside, dim))
+        self.positions = nn.Parameter(torch.empty(1, config.context_length + config.n_extra_tokens, dim))
         self.first_norm = nn.LayerNorm(dim) if config.first_norm else nn.Identity()
         self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
         self.norm, self.out = nn.LayerNorm(dim), Linear(dim, predicted)
@@ -100,32 +103,31 @@ class Prior(nn.Module):
         tokens: Float[Tensor, "batch length embedding"],
         mask: Bool[Tensor, "batch length"] | None = None,
     ) -> Float[Tensor, "batch predicted"]:
-        """Return the prediction of the normalised embedding from noisy ones; `timestep` is one for all or one for
-        each.
+        """Return the prediction of the normalised embedding from noisy ones. timestep: one for all, or one for each.
 
-        caption, tokens: CLIP's embedding of each caption, and its hidden states. `mask` is True on real tokens, and
-        each token then sees those before it; None: all see all, as diffusers has it.
+        caption, tokens: CLIP's embedding of each caption, and its hidden states. mask: True on real tokens, for causal
+        attention; None: all tokens see all, as in diffusers.
         """
         if tokens.shape[1] != self.config.context_length:
             raise UserError(f"The prior reads captions of {self.config.context_length} tokens, not {tokens.shape[1]}.")
-        dtype, held_dtype = x.dtype, self.positions.dtype
+        dtype, inner_dtype = x.dtype, self.positions.dtype
         time = self.time(timestep.reshape(-1).expand(len(x)))
-        beside = [self.caption(self.caption_norm(caption)), time.to(held_dtype), self.noisy(x.to(held_dtype))]
-        parts = [self.tokens(tokens), torch.stack(beside, 1)]
+        extra = [self.caption(self.caption_norm(caption)), time.to(inner_dtype), self.noisy(x.to(inner_dtype))]
+        parts = [self.tokens(tokens), torch.stack(extra, 1)]
         hidden = torch.cat(parts if self.query is None else [*parts, self.query.expand(len(x), -1, -1)], 1)
         hidden = self.first_norm(hidden + self.positions)
-        extra = (0, self.config.n_tokens_beside)
-        visible = PaddingMask() if mask is None else CausalPaddingMask(F.pad(mask, extra, value=True))
+        pad = (0, self.config.n_extra_tokens)
+        visible = PaddingMask() if mask is None else CausalPaddingMask(F.pad(mask, pad, value=True))
         for block in self.blocks:
             hidden = block(hidden, mask=visible)
         return self.out(self.norm(hidden[:, -1])).to(dtype)
 
     def normalised(self, embedding: Embedding) -> Embedding:
-        """Return CLIP's embeddings, normalised for diffusion."""
+        """Normalise CLIP's embeddings for diffusion."""
         return (embedding - self.mean) / self.std
 
     def restored(self, x: Embedding) -> Embedding:
-        """Return CLIP's embeddings from normalised ones."""
+        """Convert normalised embeddings back to CLIP's."""
         return x * self.std + self.mean
 
 
@@ -184,8 +186,8 @@ def from_published(json: dict[str, Any]) -> Config:
     if json.get("encoder_hid_proj_type", "linear") != "linear":
         raise ValueError("its encoder_hid_proj_type is not 'linear', so it reads no caption.")
     config = Config(**hf.read_fields(json, FIELDS))
-    if (beside := json.get("additional_embeddings", 4)) != config.n_tokens_beside:
-        raise ValueError(f"its additional_embeddings are {beside}, and there are {config.n_tokens_beside} such tokens.")
+    if (count := json.get("additional_embeddings", 4)) != config.n_extra_tokens:
+        raise ValueError(f"its additional_embeddings are {count}, and there are {config.n_extra_tokens} such tokens.")
     return config
 
 
@@ -193,7 +195,7 @@ def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
     return {
         "model_type": "PriorTransformer",
-        "additional_embeddings": config.n_tokens_beside,
+        "additional_embeddings": config.n_extra_tokens,
         "encoder_hid_proj_type": "linear",
         "time_embed_act_fn": "silu",
         **hf.write_fields(config, FIELDS),

@@ -2,7 +2,7 @@
 image encoder inverted by diffusion. A prior generates an image embedding from a caption, a decoder generates an image
 from the embedding, and diffusion upsamplers enlarge it.
 
-Axes: batch, channels, height, width; length = tokens of a caption, embedding = numbers of CLIP's vectors.
+Axes: batch, channels, height, width; length = tokens of a caption, embedding = numbers of CLIP's embeddings.
 """
 
 from dataclasses import dataclass, field, replace
@@ -40,7 +40,7 @@ class Config(clip_text.WithText):
     """The defaults are Karlo's, the unCLIP whose weights are public.
 
     Attributes:
-        prior: None in a model for image variations alone.
+        prior: None in a model for image variations only.
         image, pixels: CLIP's image encoder and its preprocessing, for image variations; None without them.
         upsampler, last_upsampler: for all steps but the last, and for the last; None without upsampling.
         prior_noise, decoder_noise: their noise schedules and prediction targets; the upsampler's is in its Config.
@@ -73,20 +73,20 @@ class Config(clip_text.WithText):
         if self.prior is not None and self.prior.context_length != self.text.context_length:
             raise UserError(f"The prior reads {self.prior.context_length} tokens, and captions have "
                              f"{self.text.context_length}.")  # fmt: skip
-        for one in (self.upsampler, self.last_upsampler):
-            if one is not None and one.channels != 2 * self.decoder.channels:
-                raise UserError(f"An upsampler reads {one.channels} channels, and must read noise and a picture.")
+        for upsampler in (self.upsampler, self.last_upsampler):
+            if upsampler is not None and upsampler.channels != 2 * self.decoder.channels:
+                raise UserError(f"An upsampler reads {upsampler.channels} channels, not those of noise and a picture.")
         if (self.upsampler is None) != (self.last_upsampler is None):
             raise UserError("unCLIP needs one upsampler for the last step, and one for the steps before it.")
 
     @property
     def colours(self) -> int:
-        """Return the number of channels of a picture."""
+        """The number of channels of a picture."""
         return self.decoder.channels
 
     @property
     def small_size(self) -> tuple[int, int] | None:
-        """Height and width of the decoder's training images; None if they are not known."""
+        """Height and width of the decoder's training images; None if unknown."""
         return _sides(self.decoder.size)
 
     @property
@@ -113,7 +113,7 @@ SIZES = {"karlo": Config()}
 
 
 class Caption(NamedTuple):
-    """An encoded caption: CLIP's embedding of it, its hidden states, and which of its tokens are real."""
+    """An encoded caption: CLIP's embedding, its hidden states, and the mask of its real tokens."""
 
     embedding: Embedding
     tokens: Float[Tensor, "batch length embedding"]
@@ -121,15 +121,16 @@ class Caption(NamedTuple):
 
 
 class UnclipConditioning(NamedTuple):
-    """The conditioning of the decoder, the same at every step."""
+    """The conditioning of the decoder, the same at every step: `time` is added to the timestep embedding; `projected`
+    and `mask` are for the attentions."""
 
-    beside: Float[Tensor, "batch time_dim"]
+    time: Float[Tensor, "batch time_dim"]
     projected: Memories
     mask: PaddingMask
 
 
 class Unclip(ImageModel):
-    """All parts; those that the Config leaves out are None."""
+    """All parts of unCLIP. Those that the Config leaves out are None."""
 
     draws = "embeddings"
 
@@ -148,12 +149,12 @@ class Unclip(ImageModel):
     last_upsampler: ddpm.DDPM
 
     def encode_text(self, tokens: Int[Tensor, "batch length"], real: Bool[Tensor, "batch length"]) -> Caption:
-        """Return the captions encoded for prior and decoder; padding follows the end of each."""
+        """Return the captions encoded for prior and decoder. Padding follows the end of each."""
         hidden = self.text.encode(tokens)
         return Caption(self.text.projection(self.text.pool(hidden, tokens)), hidden, real)
 
     def encode_image(self, pixels: Float[Tensor, "batch channels rows columns"]) -> Embedding:
-        """Return CLIP's embeddings of images, preprocessed by the config's `pixels`."""
+        """Return CLIP's embeddings of images, preprocessed as in the config's `pixels`."""
         if self.config.image is None:
             raise UserError("This unCLIP has no image_encoder, so it cannot see a picture: give a text.")
         return self.image(pixels)
@@ -167,33 +168,32 @@ class Unclip(ImageModel):
         return self.conditions.none.expand(batch, -1)
 
     def tell(self, image: Embedding, caption: Caption) -> UnclipConditioning:
-        """Return the decoder's conditioning from embeddings and captions: computed once an image, used at every
-        step."""
+        """Return the decoder's conditioning from embeddings and captions. Compute it once per image, for all steps."""
         image = image.to(self.conditions.none.dtype)
-        beside, context = self.conditions(image, caption.embedding, caption.tokens)
+        time, context = self.conditions(image, caption.embedding, caption.tokens)
         real = F.pad(caption.real, (self.conditions.config.n_tokens, 0), value=True)
-        return UnclipConditioning(beside, self.decoder.project(context), PaddingMask(real))
+        return UnclipConditioning(time, self.decoder.project(context), PaddingMask(real))
 
     def forward(
-        self, x: Sample, timestep: Num[Tensor, "*batch"], told: UnclipConditioning
+        self, x: Sample, timestep: Num[Tensor, "*batch"], conditioning: UnclipConditioning
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the decoder's prediction for noisy images; `timestep` is one for all or one for each."""
-        return self.decoder.predict(x, timestep, *told)
+        """Return the decoder's prediction for noisy images. timestep: one for all, or one for each."""
+        return self.decoder.predict(x, timestep, *conditioning)
 
     def enlarge(
         self, x: Sample, timestep: Num[Tensor, "*batch"], small: Sample, last: bool = False
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the upsampler's prediction for noisy images, given the small ones resized to theirs; `last` is for the
-        step that ends at the clean image."""
+        """Return the upsampler's prediction for noisy images, given the small ones resized to the same size. last: for
+        the step that ends at the clean image."""
         return (self.last_upsampler if last else self.upsampler)(torch.cat([x, small], 1), timestep)
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse sizes that the decoder cannot generate, with the nearest size that it can."""
+        """Raise UserError, with the nearest size, for sizes that the decoder cannot generate."""
         self.decoder.network.check_size(self.config.colours, height, width)
 
 
 def build(config: Config) -> Unclip:
-    """Build a model whose parts are initialised as each is alone."""
+    """Build a model. Each part is initialised by its own `build`."""
     return Unclip(config, **build_parts(config, PARTS))
 
 
@@ -214,8 +214,8 @@ MODEL_TYPES = {"UnCLIPPipeline": "UnCLIPPipeline"}
 
 
 def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of the files of a pipeline's parts, each in the field of its folder's name."""
-    enlarging = {"scheduler": json.get("super_res_scheduler")}  # which the upsamplers' configs have in them here
+    """Read the Config from the configs of a pipeline's parts, by their folders."""
+    enlarging = {"scheduler": json.get("super_res_scheduler")}  # here the upsamplers' configs include their scheduler
     parts = {
         ours: module.from_published(json[folder] | enlarging) if json.get(folder) else None
         for folder, (ours, module) in PARTS.items()
@@ -228,7 +228,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def to_published(config: Config) -> dict[str, Any]:
-    """Return the files of a pipeline's parts as `from_published` reads them; a missing part is None."""
+    """Return the configs of a pipeline's parts, as `from_published` reads them. A missing part is None."""
     parts = {folder: file and file | ({"scheduler": None} if "scheduler" in file else {})
              for folder, file in write_parts(config, PARTS).items()}  # fmt: skip
     noises = {

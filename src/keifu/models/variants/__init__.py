@@ -1,1 +1,1 @@
-"""Later models that are LLaMA with one or two differences."""
+"""Later models that differ from LLaMA in one or two points."""

@@ -1,6 +1,5 @@
 """Gemma 2 (Gemma Team, 2024): soft caps on the scores of attention and on the logits, sliding-window attention in every
-other layer, norms before and after each sublayer.
-"""
+other layer, norms before and after each sublayer."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are Gemma 2 2B."""
+    """Sizes and settings of a model. The defaults are Gemma 2 2B."""
 
     vocab_size: int = 256_000
     context_length: int = 8192
@@ -29,10 +28,10 @@ class Config(llama.DecoderConfig):
     norm_eps: float = 1e-6
     rope_theta: float = 10_000.0
     activation: str = field(default="gelu_tanh", kw_only=True)
-    sliding_window: int = 4096  # tokens that a local layer attends to, the token itself included
+    sliding_window: int = 4096  # tokens that a local layer attends to, including the token itself
     global_layers: tuple[int, ...] | None = None  # None: every second, from layer 1 on
-    attention_scale: float | None = None  # 1 / √head_dim
-    attention_cap: float | None = 50.0  # of the scores
+    attention_scale: float | None = None  # None: 1 / √head_dim
+    attention_cap: float | None = 50.0  # soft cap of the attention scores
     logit_cap: float | None = 30.0
     attention_bias: bool = False
     tied: bool = field(default=True, kw_only=True)
@@ -49,7 +48,7 @@ PAPER_PARAMETERS = {"gemma2-2b": 2.614e9, "gemma2-9b": 9.242e9, "gemma2-27b": 27
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     norm = partial(UnitOffsetRMSNorm, config.dim, config.norm_eps)
     blocks = [
         SandwichNorm(

@@ -1,6 +1,6 @@
-"""Granite 3 (IBM, 2024): LLaMA's layers with four numbers of maximal update parametrisation (Yang et al., 2022).
+"""Granite 3 (IBM, 2024): LLaMA's layers with four factors from maximal update parametrisation (Yang et al., 2022).
 
-They multiply the embeddings, the scores of attention, what each sublayer adds, and the logits.
+They scale the embeddings, the scores of attention, the output of each sublayer, and the logits.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are Granite 3.0 8B."""
+    """Sizes and settings of a model. The defaults are Granite 3.0 8B."""
 
     vocab_size: int = 49_155
     context_length: int = 4096
@@ -45,7 +45,7 @@ PAPER_PARAMETERS = {"granite3-2b": 2.5e9, "granite3-8b": 8.1e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     norm = partial(RMSNorm, config.dim, config.norm_eps)
     feedforward = partial(llama.gated, config, bias=config.feedforward_bias)
     blocks = [

@@ -1,6 +1,6 @@
-"""Ministral (Mistral AI, 2024): Mistral's layers, of which some have a sliding window and the others see everything.
+"""Ministral (Mistral AI, 2024): Mistral's layers, of which some have a sliding window and the others full attention.
 
-In Ministral 3 (2025) all layers see everything, and queries far behind the trained length are longer.
+In Ministral 3 (2025) all layers have full attention, and queries grow at positions beyond the trained length.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are Ministral 8B."""
+    """Sizes and settings of a model. The defaults are Ministral 8B."""
 
     vocab_size: int = 131_072
     context_length: int = 32_768
@@ -29,12 +29,12 @@ class Config(llama.DecoderConfig):
     head_dim: int = 128
     norm_eps: float = 1e-5
     rope_theta: float = 1e8
-    sliding_window: int | None = 32_768  # tokens that a local layer attends to, the token itself included
+    sliding_window: int | None = 32_768  # tokens that a local layer attends to, including the token itself
     global_layers: tuple[int, ...] = ()
-    query_growth: float | None = None  # of queries with the logarithm of their position (Ministral 3)
+    query_growth: float | None = None  # growth of queries with the logarithm of their position (Ministral 3)
 
 
-_ROPE = {  # of a published config of Ministral 3 that has none
+_ROPE = {  # for a published config of Ministral 3 without these fields
     "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16_384, "mscale": 1.0,
     "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
 }  # fmt: skip
@@ -51,7 +51,7 @@ PAPER_PARAMETERS = {"ministral-8b": 8.02e9, "ministral3-8b": 8.4e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     return llama.assemble(config, partial(_attention, config))
 
 
@@ -108,10 +108,10 @@ def to_published(config: Config) -> dict[str, Any]:
             fields["llama_4_scaling_beta"] = config.query_growth
         model_type = "ministral3"
         return {"sliding_window": None, **hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS3), **rope}
-    everything = config.global_layers if config.sliding_window else range(config.n_layers)
+    full = config.global_layers if config.sliding_window else range(config.n_layers)
     return {
         "sliding_window": None,
         **hf.write(config, MODEL_TYPES, FIELDS),
         **hf.write_rope(config.rope_theta, config.rope_scaling),
-        "layer_types": hf.layer_types(config.n_layers, everything),
+        "layer_types": hf.layer_types(config.n_layers, full),
     }

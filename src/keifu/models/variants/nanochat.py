@@ -1,7 +1,7 @@
 """nanochat (Karpathy, 2025): norms without weights, also after the embedding; squared ReLU; a soft cap on the logits.
 
-Rotary positions turn the other way. Queries and keys are normalised after it there, and before it here: a rotation
-changes no length.
+Rotary positions have the opposite direction. nanochat normalises queries and keys after the rotation, and keifu before
+it: a rotation does not change lengths.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,7 +21,7 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are the model of depth 20."""
+    """Sizes and settings of a model. The defaults are the model of depth 20."""
 
     vocab_size: int = 65_536
     context_length: int = 2048
@@ -45,7 +45,7 @@ PAPER_PARAMETERS = {"nanochat-d20": 561e6, "nanochat-d32": 1.88e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     norm = partial(PlainRMSNorm, config.dim, config.norm_eps)
     blocks = [
         PreNorm(_attention(config), _feedforward(config), (norm(), norm()), config.dropout)
@@ -59,7 +59,7 @@ def build(config: Config) -> DecoderLM:
 def _attention(config: Config) -> Attention:
     head_dim = config.dim // config.n_heads
     scaling, magnitude = config.rope_scaling, 1.0
-    if scaling:  # the published norms come after the rotation, and undo its magnitude
+    if scaling:  # in nanochat the norms are after the rotation and cancel its magnitude
         scaling, magnitude = replace(scaling, attention_factor=1.0), scaling.magnitude()
     norm = partial(PlainRMSNorm, head_dim, config.norm_eps / magnitude**2)
     rotary = ReversedRotary(head_dim, config.rope_theta, scaling)

@@ -1,8 +1,7 @@
 """Phi-3 and Phi-4 (Abdin et al., 2024): LLaMA's layers, trained on filtered and synthetic text.
 
-Those with a long context stretch the rotary positions by LongRoPE. Phi-4 mini turns three quarters of each head.
-
-The files have q, k and v as one matrix, and gate and up as one, as keifu has them.
+Those with a long context scale the rotary positions by LongRoPE. Phi-4 mini rotates three quarters of each head. The
+files have q, k and v in one matrix, and gate and up in one, as in keifu.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are Phi-3 mini with 4,096 tokens."""
+    """Sizes and settings of a model. The defaults are Phi-3 mini with 4,096 tokens."""
 
     vocab_size: int = 32_064
     context_length: int = 4096
@@ -29,8 +28,8 @@ class Config(llama.DecoderConfig):
     n_kv_heads: int = 32
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
-    sliding_window: int | None = 2047  # a token attends to this many, itself included
-    rope_dim: int | None = None  # numbers of a head that turn by position; None: all
+    sliding_window: int | None = 2047  # tokens that a token attends to, including itself; None: all
+    rope_dim: int | None = None  # numbers of a head that are rotated by position; None: all
 
 
 _medium = partial(Config, dim=5120, hidden_dim=17_920, n_layers=40, n_heads=40, n_kv_heads=10)
@@ -44,7 +43,7 @@ PAPER_PARAMETERS = {"phi3-mini": 3.8e9, "phi3-medium": 14e9, "phi4": 14.7e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     return llama.assemble(config, partial(_attention, config))
 
 

@@ -1,6 +1,6 @@
 """SmolLM3 (Hugging Face, 2025): LLaMA's layers, of which every fourth has no positions.
 
-Layers without positions (NoPE) keep attention usable beyond the trained length (Yang et al., 2025: RoPE to NoPE).
+Layers without positions (NoPE) let attention work beyond the trained length (Yang et al., 2025: RoPE to NoPE).
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from keifu.models.hf import config as hf
 
 @dataclass(frozen=True)
 class Config(llama.DecoderConfig):
-    """Sizes and settings of a model; the defaults are SmolLM3 3B."""
+    """Sizes and settings of a model. The defaults are SmolLM3 3B."""
 
     vocab_size: int = 128_256
     context_length: int = 65_536
@@ -39,7 +39,7 @@ PAPER_PARAMETERS = {"smollm3-3b": 3.08e9}
 
 
 def build(config: Config) -> DecoderLM:
-    """Build a model; it is initialised as LLaMA is here."""
+    """Build a model with the initialisation of keifu's LLaMA."""
     return llama.assemble(
         config, partial(_attention, config), partial(llama.gated, config, bias=config.feedforward_bias)
     )

@@ -282,7 +282,7 @@ def _planned(
     """Return the plan of one layout: memory and seconds by part. Each communication uses the bandwidth of its own
     links.
     """
-    rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # of a group in a step
+    rows = max(1, round(batch / model.context / (devices // layout.tensor)))  # rows of a group in a step
     tokens = rows * model.context / layout.tensor  # per device
     again, around = AGAIN[layout.checkpointing]
     width = model.layers * model.dim

@@ -125,7 +125,7 @@ def masked_language_modeling(model: Any, batch: Batch) -> LossOutput:
     return LossOutput(total, batch["mask"].sum(), figures)
 
 
-LM_WEIGHT = 0.5  # of the paper (section 4.1)
+LM_WEIGHT = 0.5  # the paper's weight (section 4.1)
 
 
 def finetuning_loss(model: Any, batch: Batch, lm_weight: float = LM_WEIGHT) -> LossOutput:

@@ -45,7 +45,7 @@ class UnclipLoss:
     conditioned on the small picture with a random blur (Ramesh et al., 2022, section 2.1 and appendix C).
     """
 
-    prior: DiffusionLoss  # of normalised image embeddings
+    prior: DiffusionLoss  # loss of normalised image embeddings
     decoder: DiffusionLoss
     upsampler: DiffusionLoss | None
     small: tuple[int, int]

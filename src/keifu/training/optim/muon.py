@@ -47,8 +47,8 @@ class StackedMuon(torch.optim.Muon):
     """`torch.optim.Muon` with the same settings, state and arithmetic, but a `step` over stacks of matrices of one
     shape.
 
-    rows: row counts of the matrices of each joined parameter; any other parameter is one matrix. dtype: of the matrix
-    multiplications.
+    rows: row counts of the matrices of each joined parameter; any other parameter is one matrix. dtype: dtype of the
+    matrix multiplications.
     """
 
     def __init__(

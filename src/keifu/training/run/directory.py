@@ -87,7 +87,7 @@ def keep_tokenizers(run: Run) -> None:
 
 def write_recipe(run: Run, facts: Mapping[str, Any], steps: int) -> None:
     """Write recipe.json: the run's description, settings, results and package versions. The recipe's name and options
-    that are already there stay. steps: of the whole run.
+    that are already there stay. steps: number of steps of the whole run.
     """
     record = recorded(run.directory)
     if "steps" in record:
