@@ -39,12 +39,16 @@ if os.environ.get("KEIFU_NO_SHAPES") != "1":  # the hook breaks torch.compile(fu
 import math  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import AbstractContextManager, contextmanager, suppress  # noqa: E402
+from functools import cache  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tyro  # noqa: E402
 from PIL import Image  # noqa: E402
+from tyro._parsers import ParserSpecification  # noqa: E402 (a private name: pyproject.toml pins tyro's version)
 
+from keifu.commands.shared import recipe_options  # noqa: E402
 from keifu.data.catalogue import pip_download  # noqa: E402
 from keifu.evaluation.plots import decision_boundary  # noqa: E402
 from keifu.native import library  # noqa: E402
@@ -156,6 +160,27 @@ def _read_classes_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "findsource", findsource)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_options_once() -> Iterator[None]:
+    """Make the parser of a dataclass once, as a process does: tests parse thousands of command lines, and to make the
+    parser takes ten times as long as to parse."""
+    make, known = ParserSpecification.from_callable_or_type, dict[Any, ParserSpecification]()
+
+    def from_callable_or_type(f: Any, **options: Any) -> ParserSpecification:
+        is_part = options["parent_classes"] or options["markers"]
+        if is_part or options["default_instance"] is not tyro.MISSING_NONPROP:
+            return make(f, **options)
+        key = f, options["description"]
+        if key not in known:
+            known[key] = make(f, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParserSpecification, "from_callable_or_type", from_callable_or_type)
+        patch.setattr(recipe_options, "with_folder", cache(recipe_options.with_folder))
         yield
 
 
