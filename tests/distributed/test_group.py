@@ -38,6 +38,26 @@ def cases(meshes: list[dict[str, Any]], kinds: list[str], **more: Any) -> list[d
             for kind in kinds for place, mesh in enumerate(meshes)]  # fmt: skip
 
 
+AXES: dict[str, dict[str, Any]] = {
+    "shard": {"mesh": {"shard": 2}, "micro_batch": 2}, "tensor": {"mesh": {"tensor": 2}, "micro_batch": 4},
+    "pods": {"mesh": OVERLAPPED},
+}  # fmt: skip
+UNSPLIT = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss", "gemma2", "granite", "nanochat", "qwen3-next",
+           "qwen3.5")  # fmt: skip
+# Each model is split in the fast tests: over tensors, or over shards if tensor parallelism refuses it.
+FAST_MESHES = [(name, "shard" if name in UNSPLIT else "tensor") for name in language_models.LANGUAGE_MODELS]
+FAST_MESHES += [("gpt2", "shard"), ("llama", "shard"), ("gpt2", "pods"), ("mixtral", "pods"), ("qwen3-next", "pods")]
+OTHER_MESHES = [(name, axis) for name in language_models.LANGUAGE_MODELS for axis in AXES
+                if (name, axis) not in FAST_MESHES and not (axis == "tensor" and name in UNSPLIT)]  # fmt: skip
+
+
+def every_model(fast: bool) -> list[dict[str, Any]]:
+    """Return the cases that train language models: those of the fast tests, and what is refused, or the others."""
+    chosen = [*FAST_MESHES, *((name, "tensor") for name in UNSPLIT)] if fast else OTHER_MESHES
+    return [{"name": f"every-{axis}", "work": "every_model", "names": [name for name, on in chosen if on == axis],
+             **options} for axis, options in AXES.items()]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
     """Return the folder of the runs of two processes, and their results."""
@@ -57,9 +77,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found
     wanted += cases([{"tensor": 2}], ADAPTED, steps=8, stop=5)
     wanted += [{"name": f"peak{again}", "work": "peak", "mesh": {"shard": 2, "activation_checkpointing": again}}
                for again in (False, True)]  # fmt: skip
-    wanted += [{"name": f"every-{axis}", "work": "every_model", "mesh": {axis: 2}, "micro_batch": size}
-               for axis, size in (("shard", 2), ("tensor", 4))]  # fmt: skip
-    wanted.append({"name": "every-pods", "work": "every_model", "mesh": OVERLAPPED})
+    wanted += every_model(fast=True)
     wanted += cases([OVERLAPPED], ["ddpm-overlapped", "clip-overlapped"], steps=8)
     wanted.append({"name": "saved", "work": "saved", "mesh": {"shard": 2}})
     wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}, OVERLAPPED])
@@ -160,19 +178,29 @@ def test_activations_that_are_computed_again_need_no_memory(two: Any) -> None:
     assert again["grown"] < kept["grown"] / 2
 
 
-UNSPLIT = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss", "gemma2", "granite", "nanochat", "qwen3-next",
-           "qwen3.5")  # fmt: skip
-REFUSED = {(name, "tensor"): "which tensor parallelism cannot split" for name in UNSPLIT}
+@pytest.fixture(scope="module")
+def other_meshes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train each language model on the meshes that `two` leaves out, and return the folder of the weights."""
+    folder = tmp_path_factory.mktemp("other-meshes")
+    group_toys.start(folder, every_model(fast=False), 2)
+    return folder
 
 
-@pytest.mark.parametrize("axis", ["shard", "tensor", "pods"])
-@pytest.mark.parametrize("name", language_models.LANGUAGE_MODELS)
+@pytest.mark.parametrize("name", UNSPLIT)
+def test_tensor_parallelism_refuses_a_language_model_that_it_cannot_split(name: str, two: Any) -> None:
+    assert "which tensor parallelism cannot split" in two[1]["every-tensor"][name]
+
+
+@pytest.mark.parametrize(("name", "axis"), FAST_MESHES)
 def test_a_language_model_on_two_processes_learns_the_weights_of_one(name: str, axis: str, two: Any) -> None:
-    """Weights, not losses: a gradient that is summed over half of the processes hardly changes a loss."""
-    if (name, axis) in REFUSED:
-        assert REFUSED[name, axis] in two[1][f"every-{axis}"][name]
-        return
+    """Compare weights, because a gradient that is summed over half of the processes hardly changes a loss."""
     same_weights(two[0] / f"every-{axis}", name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "axis"), OTHER_MESHES)
+def test_a_language_model_on_another_mesh_learns_the_weights_of_one(name: str, axis: str, other_meshes: Path) -> None:
+    same_weights(other_meshes / f"every-{axis}", name)
 
 
 @cache
