@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from torch import nn
 
 from keifu.layers.attention.positions import RopeScaling
@@ -86,3 +87,9 @@ OF_ONE_CACHE = {  # toys whose keys and values are cached as another toy's are: 
     "gpt1", "palm", "norms of queries and keys", "norms after sublayers and of all heads", "mixture of experts",
     "window",
 }  # fmt: skip
+TWO = ("gpt2", "windows and global layers")
+of_two_models = pytest.mark.parametrize(  # for tests where the model hardly matters: the others are marked slow
+    "model",
+    [pytest.param(name, marks=[] if name in TWO else [pytest.mark.slow]) for name in TOYS],
+    indirect=True,
+)

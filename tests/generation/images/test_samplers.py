@@ -160,7 +160,7 @@ def test_each_step_is_that_of_the_published_scheduler(name, target, schedule, sp
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 20, 33])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, pytest.param(20, marks=pytest.mark.slow), 33])
 def test_any_number_of_steps(name: str, steps: int) -> None:
     compare(name, Noise("scaled_linear", beta_start=0.00085, beta_end=0.012, clip=None), steps)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from beam_rules import continuations, power_penalty, until_unlikely
+from generation_toys import of_two_models
 from torch import Tensor, nn
 
 from keifu import checkpoints
@@ -225,6 +226,7 @@ def test_prompts_alone_and_among_others(model: nn.Module) -> None:
         assert [each.score for each in alone] == pytest.approx([each.score for each in texts], rel=1e-4)
 
 
+@of_two_models
 def test_one_beam_is_greedy_choice(model: nn.Module) -> None:
     prompts = torch.randint(0, 261, (1, 6)).tolist()
     greedy = generate_batch(model, None, prompts, SamplingParams(max_tokens=20, temperature=0))[0].tokens
@@ -233,6 +235,7 @@ def test_one_beam_is_greedy_choice(model: nn.Module) -> None:
     assert found.tokens == greedy[: greedy.index(ends[0])] and found.ended
 
 
+@of_two_models
 def test_a_texts_score_is_what_the_model_gives_it(model: nn.Module) -> None:
     prompt = torch.randint(0, 261, (6,)).tolist()
     found = continuations(model, [prompt], Search((3,), 4, 4, partial(power_penalty, exponent=0.0)), 9)[0]
@@ -289,6 +292,7 @@ def test_what_cannot_be_is_said() -> None:
         beam_search(table, Search((8,)), [6])
 
 
+@of_two_models
 def test_a_prompt_that_does_not_fit_is_said(model: nn.Module) -> None:
     for prompt in ([], [1] * 67):
         with pytest.raises(UserError, match=f"has {len(prompt)} tokens, but it must have from 1 to 66"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_toys import OF_ONE_CACHE, TOYS
+from generation_toys import TOYS, TWO, of_two_models
 from scored import score_sampled
 from torch import nn
 
@@ -42,7 +42,7 @@ QUICK = {("plain", 1), ("everything", 23)}  # the others are marked slow
 
 def is_quick(toy: str, name: str, length: int) -> bool:
     """Whether a case is not marked slow: of every toy there is one."""
-    return (name, length) in QUICK and (toy not in OF_ONE_CACHE or name == "plain")
+    return (name, length) in QUICK and (name == "plain" or toy in TWO)
 
 
 SAMPLED = [
@@ -50,10 +50,9 @@ SAMPLED = [
                  marks=[] if is_quick(toy, name, length) else SLOW)
     for toy in TOYS for name in SAMPLINGS for length in (1, 4, 23)
 ]  # fmt: skip
-of_two_models = pytest.mark.parametrize(  # where the model hardly matters: the others are marked slow
-    "model",
-    [pytest.param(name, marks=[] if name in ("gpt2", "windows and global layers") else SLOW) for name in TOYS],
-    indirect=True,
+KINDS_OF_MEMORY = {"grouped", "latent attention and shared experts", "states of fixed size", *TWO}
+of_kinds_of_memory = pytest.mark.parametrize(
+    "model", [pytest.param(name, marks=[] if name in KINDS_OF_MEMORY else SLOW) for name in TOYS], indirect=True
 )
 
 
@@ -92,6 +91,7 @@ def test_a_generated_text_scored_in_one_pass_has_its_log_probabilities(
     close(written.sampled_log_probabilities, score_sampled(model, text, length, sampling), atol=5e-5)
 
 
+@of_two_models
 def test_models_are_sharp_enough_for_these_tests(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Neither certain of a token nor blind to what came before it."""
     [one, two] = (generate_batch(model, tokenizer, [prompt(9, seed)], GREEDY)[0] for seed in (0, 1))
@@ -229,7 +229,7 @@ def test_no_gradient_and_no_mode_leaks_to_who_reads_the_stream(model: nn.Module,
 
 def test_bfloat16_writes_and_scores_alike(model: nn.Module, tokenizer: Tokenizer) -> None:
     skip_angles_by_length(model)
-    [written] = generate_batch(model.bfloat16(), tokenizer, [prompt(9)], replace(PLAIN, max_tokens=20))
+    [written] = generate_batch(model.bfloat16(), tokenizer, [prompt(9)], replace(PLAIN, max_tokens=12))
     scores = score(model, torch.tensor([prompt(9) + written.tokens]))[0, 8:]
     assert scores.dtype == torch.float32
     difference = (torch.tensor(written.log_probabilities) - scores).abs()
@@ -243,6 +243,7 @@ def tensor_bytes() -> dict[int, int]:
     return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
 
 
+@of_kinds_of_memory
 def test_the_memory_of_an_engine_is_what_its_scheduler_counts(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Many texts of different lengths, some of which begin alike, some of which are preempted; looked at seldom, as it
     takes longer than a step to find all tensors."""

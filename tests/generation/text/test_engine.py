@@ -103,7 +103,7 @@ class Watched(TorchRunner):
         return super().run(batch)
 
 
-QUICK = ("gpt2", "grouped", "windows and global layers", "states of fixed size", "angles by length")
+QUICK = ("gpt2", "windows and global layers", "states of fixed size", "angles by length")
 
 
 @pytest.mark.parametrize(

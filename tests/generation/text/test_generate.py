@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from generation_toys import of_two_models
 from torch import nn
 
 import keifu
@@ -83,6 +84,7 @@ def test_ends_by_length(script: Any, tokenizer: Tokenizer, max_tokens: int | Non
     assert (done.finish_reason, len(done.tokens)) == (reason, length)
 
 
+@of_two_models
 def test_prompt_that_does_not_fit_is_refused_with_both_lengths(model: nn.Module, tokenizer: Tokenizer) -> None:
     for length in (67, 70):
         with pytest.raises(UserError, match=f"has {length} tokens, but this model's context is 67 .* at most 66"):
@@ -91,6 +93,7 @@ def test_prompt_that_does_not_fit_is_refused_with_both_lengths(model: nn.Module,
     assert (done.finish_reason, len(done.tokens)) == ("context", 1)
 
 
+@of_two_models
 def test_empty_prompt_begins_a_text_or_is_refused(model: nn.Module, tokenizer: Tokenizer) -> None:
     bare, settings = Tokenizer(tokenizer.backend, {}), SamplingParams(max_tokens=9, seed=1)
     begin = [tokenizer.token_id("<|endoftext|>")]
@@ -100,6 +103,7 @@ def test_empty_prompt_begins_a_text_or_is_refused(model: nn.Module, tokenizer: T
             generate_batch(model, bare, [prompt], settings)
 
 
+@of_two_models
 def test_tokens_that_the_model_does_not_know_are_refused(model: nn.Module, tokenizer: Tokenizer) -> None:
     for token in (261, -1):
         with pytest.raises(UserError, match=f"has the token {token}, but the model knows only 0 to 260"):
@@ -108,6 +112,7 @@ def test_tokens_that_the_model_does_not_know_are_refused(model: nn.Module, token
         stream(model, tokenizer, [ASK], replace(GREEDY, logit_bias=((261, 1.0),)))
 
 
+@of_two_models
 def test_damaged_weights_are_told(model: nn.Module, tokenizer: Tokenizer) -> None:
     with torch.no_grad():
         model.get_submodule("blocks.1.attention.out").weight[0, 0] = float("nan")
@@ -120,12 +125,14 @@ def test_a_model_that_does_not_write(tokenizer: Tokenizer) -> None:
         generate(nn.Linear(2, 2), tokenizer, "abc")
 
 
+@of_two_models
 def test_as_many_settings_as_prompts(model: nn.Module, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="There are 2 prompts and 1 samplings"):
         stream(model, tokenizer, [ASK, ASK], [GREEDY])
     assert list(stream(model, tokenizer, [], GREEDY)) == generate_batch(model, tokenizer, [], GREEDY) == []
 
 
+@of_two_models
 def test_the_public_call(model: nn.Module, tokenizer: Tokenizer) -> None:
     options = {"max_tokens": 12, "temperature": 0.8, "seed": 1}
     text = keifu.generate(model, tokenizer, "Once upon a time", **options)
@@ -137,6 +144,7 @@ def test_the_public_call(model: nn.Module, tokenizer: Tokenizer) -> None:
         keifu.generate(model, tokenizer, "a", max_token=3)
 
 
+@of_two_models
 def test_pieces_of_a_batch_come_in_turn(model: nn.Module, tokenizer: Tokenizer) -> None:
     samplings = [SamplingParams(max_tokens=n, temperature=0) for n in (1, 4, 2)]
     bare = Tokenizer(tokenizer.backend, {})  # nothing ends a text before its length
@@ -145,6 +153,7 @@ def test_pieces_of_a_batch_come_in_turn(model: nn.Module, tokenizer: Tokenizer) 
     assert [piece.index for piece in pieces if piece.finish_reason == "length"] == [0, 2, 1]
 
 
+@of_two_models
 def test_the_likeliest_tokens_are_reported_as_many_as_each_asks_for(model: nn.Module, tokenizer: Tokenizer) -> None:
     sampling = SamplingParams(max_tokens=3, temperature=0, log_probabilities=True)
     counts = [0, 2, 5]
@@ -156,6 +165,7 @@ def test_the_likeliest_tokens_are_reported_as_many_as_each_asks_for(model: nn.Mo
         assert [value for _, value in top] == sorted((value for _, value in top), reverse=True)
 
 
+@of_two_models
 def test_a_bias_of_a_hundred_decides(model: nn.Module, tokenizer: Tokenizer) -> None:
     sampling = SamplingParams(max_tokens=4, temperature=0, logit_bias=((97, 1e6),))
     assert [piece.token for piece in stream(model, tokenizer, ["xyz"], sampling)] == [97] * 4

@@ -27,7 +27,7 @@ from keifu.generation.text.sampler import Sampler  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.models import llama  # noqa: E402
 
-QUICK = ("gpt2", "grouped", "window", "states of fixed size", "angles by length")
+QUICK = ("grouped", "window", "states of fixed size")
 
 
 class TokenByToken(TorchRunner):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from generation_toys import of_two_models
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypat
             assert each.total == pytest.approx(sum(expected), rel=1e-5)
 
 
+@of_two_models
 def test_greedy_is_told_of_the_models_own_text(model: nn.Module, tokenizer: Tokenizer) -> None:
     [done] = generate_batch(model, Tokenizer(tokenizer.backend, {}), [[5, 6, 7]], GREEDY)
     own, other = tuple(done.tokens), (*done.tokens[:-1], (done.tokens[-1] + 1) % 261)
@@ -68,6 +70,7 @@ def test_greedy_is_told_of_the_models_own_text(model: nn.Module, tokenizer: Toke
     assert [each.greedy for each in found] == [True, False, True]
 
 
+@of_two_models
 def test_the_context_may_be_filled_to_its_last_token(model: nn.Module) -> None:
     rng = random.Random(3)
     full = [ScoredPair(tuple(some(rng, 66)), (4, 9)), ScoredPair(tuple(some(rng, 2)), tuple(some(rng, 66)))]
@@ -77,6 +80,7 @@ def test_the_context_may_be_filled_to_its_last_token(model: nn.Module) -> None:
         likelihoods(model, [ScoredPair((1,) * 66, (1, 2, 3))])
 
 
+@of_two_models
 @pytest.mark.parametrize("pair", [ScoredPair((), (1,)), ScoredPair((1,), ())])
 def test_nothing_has_no_likelihood(model: nn.Module, pair: ScoredPair) -> None:
     with pytest.raises(UserError, match="must have a token each"):
