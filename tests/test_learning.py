@@ -127,7 +127,7 @@ LANGUAGE_MODELS = {
 }
 
 
-WITH_MUON = ("gpt2", "palm", "deepseek-v3")  # biases, joined matrices, experts; Muon knows no model
+WITH_MUON = ("gpt2", "deepseek-v3")  # biases and experts; Muon knows no model
 OPTIMIZERS = [("adamw", name) for name in LANGUAGE_MODELS] + [
     pytest.param("muon", name, marks=[] if name in WITH_MUON else [pytest.mark.slow]) for name in LANGUAGE_MODELS
 ]
@@ -158,7 +158,12 @@ TRANSLATORS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSLATORS)
+OTHER_TRANSLATORS = {"seq2seq-fixed", "transformer-apart"}  # marked slow
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in OTHER_TRANSLATORS else []) for name in TRANSLATORS]
+)
 def test_an_encoder_decoder_learns_pairs_by_heart(name):
     module, config = TRANSLATORS[name]
     torch.manual_seed(0)
@@ -220,7 +225,7 @@ NETWORK = {
     "middle_groups": 4,
 }  # fmt: skip
 # the targets and the variance are compared with their formulas in tests/training; latent diffusion learns velocities
-LEARNED_BELOW = {"ddpm-improved", "ddpm-velocity"}
+LEARNED_BELOW = {"ddpm-improved", "ddpm-velocity", "ddpm-flow", "dit-velocity"}
 FLOW = Noise("flow", target="flow")
 TRANSFORMER = dit.TransformerConfig(8, 2, 1, None, n_heads=2, head_dim=16, n_layers=2, n_classes=2)
 DRAWING: dict[str, ddpm.Config | dit.Config] = {

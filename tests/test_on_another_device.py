@@ -382,7 +382,13 @@ ALL_AT_ONCE = [
 ]
 
 
-@pytest.mark.parametrize("name", WRITERS)
+# Each kind of cache and of attention; the others are marked slow. A step of training runs for all models.
+QUICK_WRITERS = {"gpt2", "llama", "palm", "gemma3", "deepseek-v3", "gpt-oss", "qwen3-next", "nanochat"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK_WRITERS else [pytest.mark.slow]) for name in WRITERS]
+)
 def test_texts_written_there_are_those_of_the_cpu(name: str, tokenizer: Tokenizer) -> None:
     """Texts of different lengths in one batch, prefixes that are shared, every setting; a step reads once."""
     torch.manual_seed(0)

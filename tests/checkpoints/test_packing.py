@@ -31,8 +31,16 @@ def equal(one: NativeLM, other: NativeLM) -> bool:
     return torch.equal(one(TOKENS), other(TOKENS))
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("kind", sorted(set(TOYS) - {"llama of one head", "yarn"}))
+QUICK = {"llama", "gpt2", "qwen3-moe"}  # kinds that are packed in every format; the others are slow but in int4
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [
+        pytest.param(kind, weights, marks=[] if kind in QUICK or weights == "int4" else [pytest.mark.slow])
+        for kind in sorted(set(TOYS) - {"llama of one head", "yarn"}) for weights in ("f32", "bf16", "int8", "int4")
+    ],
+)  # fmt: skip
 def test_from_a_directory(kind: str, weights: str, tmp_path: Path) -> None:
     model = toy(kind)
     checkpoints.save(model, None, tmp_path)

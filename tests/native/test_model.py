@@ -6,6 +6,7 @@ import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from keifu.native.model import NativeLM, NativeRunner, native_form, pack
 
 pytestmark = pytest.mark.usefixtures("opened")
 WEIGHTS = ("f32", "bf16", "int8", "int4")
+slow = partial(pytest.param, marks=pytest.mark.slow)
 FEW = {"llama", "gemma3", "qwen3-moe", "gpt-oss", "gpt2", "palm"}  # whose kernels the other kinds use too
 EVERYWHERE = [
-    pytest.param(name, kind, marks=[pytest.mark.slow] if name in ("avx2", "avx512") and kind not in FEW else [])
+    pytest.param(name, kind, marks=[pytest.mark.slow] if name != "portable" and kind not in FEW else [])
     for name in OF_THIS_MACHINE for kind in TOYS
 ]  # fmt: skip
 
@@ -60,7 +62,7 @@ def test_experts_are_chosen_as_in_pytorch_if_they_score_nearly_the_same(k: int, 
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("kind", ["mixtral", "mixtral of one expert each", "qwen3-moe", "olmoe", "gpt-oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe", "gpt-oss", slow("mixtral of one expert each"), slow("olmoe")])
 def test_experts_that_no_token_chose_are_not_read(kind: str, weights: str, instructions: str) -> None:
     """All bytes of the others are set, which makes NaN of numbers and of scales: a product with them would show."""
     packed, text = pack(toy(kind), weights), tokens(1)
@@ -82,7 +84,9 @@ def test_experts_that_no_token_chose_are_not_read(kind: str, weights: str, instr
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3", "gpt3", "palm", "mixtral", "qwen3-moe", "olmoe", "gpt-oss"])
+@pytest.mark.parametrize(
+    "kind", ["gemma3", "palm", "qwen3-moe", "gpt-oss", *map(slow, ("qwen2", "gpt3", "mixtral", "olmoe"))]
+)
 def test_same_bits_alone_together_in_pieces_and_on_any_number_of_threads(
     kind: str, weights: str, instructions: str
 ) -> None:
@@ -152,7 +156,7 @@ def test_the_widest_window_is_that_of_all_layers(kind: str, window: int | None) 
     assert pack(toy(kind), "int4").runner(1).window == window
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", ["int8", *map(slow, ("f32", "bf16", "int4"))])
 def test_blocks_before_the_window_are_given_to_others(weights: str, instructions: str) -> None:
     """Long texts beside each other in a pool that holds only their windows: the tokens that each writes alone."""
     torch.manual_seed(3)

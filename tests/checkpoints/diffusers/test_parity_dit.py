@@ -146,7 +146,7 @@ def pipeline(scheduler: str, **changed):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
 def test_pictures_are_those_of_the_pipeline(scheduler, guidance, weights, tmp_path, monkeypatch) -> None:
     flow = diffusers.FlowMatchEulerDiscreteScheduler  # it lacks a method that the pipeline calls, and needs none
     monkeypatch.setattr(flow, "scale_model_input", lambda self, x, t: x, raising=False)

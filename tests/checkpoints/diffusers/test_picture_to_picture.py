@@ -33,6 +33,14 @@ SCHEDULERS = {
 # Set out in the middle, diffusers' LMS weighs slopes that it has not seen; its PLMS, whose first step stands twice in
 # the list, ends a step early, and is given the right list here.
 CASES = [(name, 0.65) for name in SCHEDULERS if name != "lms"] + [("lms", 1.0), ("ddim", 1.0)]
+IN_IMAGES = {"ddim", "euler", "euler-ancestral", "lms", "dpm++-2m"}  # others are slow here and quick with a mask
+
+
+def cases(quick: bool) -> list[Any]:
+    """Return all cases, of which those of `IN_IMAGES` are quick, or those of the other samplers."""
+    return [pytest.param(*case, marks=[] if (case[0] in IN_IMAGES) is quick else [pytest.mark.slow]) for case in CASES]
+
+
 SEEDS, TEXT, SIZE = [3, 2**40], "a red heart", (24, 40)
 
 
@@ -113,7 +121,7 @@ def same(painter: LatentDiffusionPipeline, wanted: ImageRequest, expected: list[
         assert (state.x - latents).abs().max() <= 1e-5 * latents.abs().max()
 
 
-@pytest.mark.parametrize(("sampler", "strength"), CASES)
+@pytest.mark.parametrize(("sampler", "strength"), cases(True))
 def test_image_to_image_is_diffusers(pipeline, painter, files, sampler: str, strength: float) -> None:
     theirs = diffusers.StableDiffusionImg2ImgPipeline(**pipeline[0].components, requires_safety_checker=False)
     expected = reference(theirs, sampler, files[0], strength, num_inference_steps=7, guidance_scale=4.0)
@@ -121,7 +129,7 @@ def test_image_to_image_is_diffusers(pipeline, painter, files, sampler: str, str
     same(painter, ImageRequest(sampler, 7, text=TEXT, guidance=4.0, init=init, strength=strength), expected)
 
 
-@pytest.mark.parametrize(("sampler", "strength"), CASES)
+@pytest.mark.parametrize(("sampler", "strength"), cases(False))
 def test_inpainting_is_diffusers(pipeline, painter, files, sampler: str, strength: float) -> None:
     """With the U-Net of text to image: what the mask leaves gets its noise anew at every step."""
     guidance = 1.0 if sampler == "plms" else 4.0

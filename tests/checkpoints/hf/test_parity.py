@@ -297,8 +297,8 @@ def test_logits_both_ways(case, published, weights, tmp_path) -> None:
 
     if not case.startswith("dynamic") and "beyond" not in case:  # angles that depend on how many tokens follow
         state = model.new_state(2, length)
-        pieces = [model(tokens[:, :11], state), model(tokens[:, 11:45], state)]
-        pieces += [model(tokens[:, i : i + 1], state) for i in range(45, length)]
+        pieces = [model(tokens[:, :11], state), model(tokens[:, 11:55], state)]
+        pieces += [model(tokens[:, i : i + 1], state) for i in range(55, length)]
         assert close(torch.cat(pieces, 1), expected)
         short = tokens[1:, : length - 6]
         padded = torch.cat([tokens[:1], torch.cat([torch.zeros(1, 6, dtype=torch.long), short], 1)])

@@ -112,10 +112,10 @@ def test_the_stages_drawn_are_few_and_hold_both_ends():
         assert chosen[0] == 0 and chosen[-1] == count - 1 and len(chosen) == len(set(chosen)) <= 6
 
 
-MORE_SEEDS = [pytest.param("relu", seed, marks=pytest.mark.slow) for seed in (2, 3, 4)]
+MORE_SEEDS = [pytest.param("relu", seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize(("activation", "seed"), [("relu", 0), ("relu", 1), ("tanh", 5), ("sigmoid", 6), *MORE_SEEDS])
+@pytest.mark.parametrize(("activation", "seed"), [("relu", 0), ("tanh", 5), ("sigmoid", 6), *MORE_SEEDS])
 def test_a_hidden_layer_solves_xor_from_every_seed(activation, seed, tmp_path):
     pair = mlp.Recipe("xor", activation=activation, steps=100, seed=seed)
     assert mlp_compare.learn(pair, mlp.check_learnable(pair), tmp_path).accuracy == 1.0
