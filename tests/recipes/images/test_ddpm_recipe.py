@@ -33,8 +33,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("more", [{}, {"classes": True, "dequantise": True, "variance": "learned_range"}])
-def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+def test_from_pictures_to_a_pipeline(more, folders, own_cache, tmp_path, capsys):
     torch.set_num_threads(1)
     out = tmp_path / "run"
     recipe = ddpm.Recipe(str(folders), noise_steps=10, steps=3, **TINY, **more)
@@ -56,8 +55,7 @@ def test_from_pictures_to_a_pipeline(more, folders, tmp_path, monkeypatch, capsy
     assert torch.equal(checkpoints.load(out)[0].unet.first.weight, model.unet.first.weight)
 
 
-def test_a_run_starts_from_a_trained_model_at_a_tenth_of_the_rate(folders, tmp_path, monkeypatch):
-    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+def test_a_run_starts_from_a_trained_model_at_a_tenth_of_the_rate(folders, own_cache, tmp_path):
     torch.set_num_threads(1)
     recipe = ddpm.Recipe(str(folders), noise_steps=10, steps=6, classes=True, **TINY)
     ddpm.run(recipe, tmp_path / "first", resume=False)
@@ -95,8 +93,7 @@ def test_whose_settings():
     assert odd.norm_groups == 2 and odd.attention == (1,) and ddpm.ddpm.build(odd)
 
 
-def test_what_is_refused(folders, tmp_path, monkeypatch):
-    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+def test_what_is_refused(folders, own_cache):
     for changed, told in (
         ({"size": 9}, "nearest size that does is 8 x 8"),
         ({"attention": (2,)}, "attention names level 2, but the levels are 0 to 1"),

@@ -3,6 +3,8 @@
 import json
 import math
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -33,15 +35,30 @@ def _one_thread(_repeatable: None) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def table(tmp_path: Path, monkeypatch) -> Path:
-    """Return rows of words and the same backwards."""
-    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+def write_table(folder: Path) -> Path:
+    """Write rows of words and the same backwards."""
     chance = random.Random(0)
     rows = {tuple(chance.choice(WORDS) for _ in range(chance.randint(2, 6))) for _ in range(300)}
     lines = [f"{' '.join(row)}\t{' '.join(row[::-1])}\n" for row in sorted(rows)]
-    (tmp_path / "backwards.tsv").write_text("".join(lines))
-    return tmp_path / "backwards.tsv"
+    (folder / "backwards.tsv").write_text("".join(lines))
+    return folder / "backwards.tsv"
+
+
+@pytest.fixture
+def table(own_cache: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return a table of a test's own; its tokenizers are learned once for all tests."""
+    return write_table(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the run of a recipe from which other runs start."""
+
+    @cache
+    def trained(name: str) -> Path:
+        return go(name, write_table(tmp_path_factory.mktemp("first")), "run", "--steps", "12")
+
+    return trained
 
 
 def go(name: str, table: Path, out: str, *options: str) -> Path:
@@ -92,27 +109,27 @@ def test_minutes_become_steps_and_a_finished_run_resumed_makes_no_more(table: Pa
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_a_run_starts_from_the_weights_and_the_tokenizer_of_another(name: str, table: Path) -> None:
-    first = go(name, table, "first", "--steps", "3")
-    later = go(
-        name, table, "later", "--steps", "1", "--start-from", str(first), "--learning-rate", "1e-12", "--seed", "9"
-    )
-    (before, its), (after, own) = checkpoints.load(first), checkpoints.load(later)
+def test_a_run_starts_from_the_weights_and_the_tokenizer_of_another(
+    name: str, first: Callable[[str], Path], table: Path
+) -> None:
+    begun = str(first(name))
+    later = go(name, table, "later", "--steps", "1", "--start-from", begun, "--learning-rate", "1e-12", "--seed", "9")
+    (before, its), (after, own) = checkpoints.load(begun), checkpoints.load(later)
     assert its.backend.get_vocab() == own.backend.get_vocab() and before.config == after.config
     near = [torch.allclose(a, b, atol=0.05) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert all(near), "a step at such a rate moves no weight far; another seed's weights are further away"
     other = {"transformer": "seq2seq", "seq2seq": "transformer"}[name]
-    with pytest.raises(UserError, match=f"--start-from {first} is of the type .*, which this recipe does not train"):
-        go(other, table, "wrong", "--steps", "1", "--start-from", str(first))
+    with pytest.raises(UserError, match=f"--start-from {begun} is of the type .*, which this recipe does not train"):
+        go(other, table, "wrong", "--steps", "1", "--start-from", begun)
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_run_that_starts_from_a_translator_takes_a_tenth_of_the_rates_and_leaves_no_worse_model(
-    name: str, table: Path, capsys
+    name: str, first: Callable[[str], Path], table: Path, capsys
 ) -> None:
-    first = go(name, table, "first", "--steps", "12")
-    later = go(name, table, "later", "--steps", "4", "--start-from", str(first))
-    settings = [json.loads((out / "recipe.json").read_text())["settings"] for out in (first, later)]
+    begun = first(name)
+    later = go(name, table, "later", "--steps", "4", "--start-from", str(begun))
+    settings = [json.loads((out / "recipe.json").read_text())["settings"] for out in (begun, later)]
     shares = [settings[1][rate] / settings[0][rate] for rate in ("learning_rate", "matrix_rate")]
     assert shares == pytest.approx([0.1, 0.1] if name == "transformer" else [0.1, 1.0])
     assert (settings[0]["keep_best"], settings[1]["keep_best"]) == (False, True)
@@ -121,7 +138,7 @@ def test_a_run_that_starts_from_a_translator_takes_a_tenth_of_the_rates_and_leav
     assert figures["validation_loss"] == min(losses) and f"Validation loss: {losses[0]:.4g} before" in (
         capsys.readouterr().err
     )
-    paper = go(name, table, "paper", "--steps", "1", "--start-from", str(first), "--recipe-of", "paper")
+    paper = go(name, table, "paper", "--steps", "1", "--start-from", str(begun), "--recipe-of", "paper")
     rates = {"transformer": 0.1 * 256**-0.5 * 4000**-1.5, "seq2seq": 0.1}
     rate = json.loads((paper / "recipe.json").read_text())["settings"]["learning_rate"]
     assert rate == pytest.approx(rates[name] * (8**0.5 if name == "transformer" else 1))  # of the toy's dim 32
