@@ -72,9 +72,10 @@ from importlib import import_module
 from keifu.checkpoints.registry import MODELS
 from keifu.models.sizes import count_sizes
 names = [name for name in MODELS if name not in {LARGEST}]
-for name in names:
-    module, smallest = import_module("keifu.models." + name), {smallest()}.get(name)
-    module.SIZES = {{smallest: module.SIZES[smallest]}} if smallest else module.SIZES
+modules = {{name: import_module("keifu.models." + name) for name in names}}  # some read the sizes of others
+for name, smallest in {smallest()}.items():
+    if name in modules:
+        modules[name].SIZES = {{smallest: modules[name].SIZES[smallest]}}
 print(*map(repr, sorted(count_sizes(names))), sep="\\n")"""
     return imported_and_said(code)
 
