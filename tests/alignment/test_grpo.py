@@ -118,7 +118,9 @@ def test_where_clipping_holds_there_is_no_gradient() -> None:
     assert (gradient == 0).tolist() == [True, False, False, True]
 
 
-@pytest.mark.parametrize("variant", ["dr-grpo", "dapo", "gspo"])
+@pytest.mark.parametrize(
+    "variant", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dr-grpo", "gspo")), "dapo"]
+)
 def test_variants_learn_and_report_lengths(variant: str, base: Path, task: Path, tmp_path: Path) -> None:
     clip = ["--clip", "0.2"] if variant == "gspo" else []
     out = go(base, task, tmp_path / "run", "--steps", "8", "--learning-rate", "0.015", "--variant", variant, *clip)
@@ -272,7 +274,7 @@ def test_adapters_are_held_to_the_model_they_are_on(dora: bool, base: Path, task
 SEVERAL = ["--minibatches", "2", "--epochs", "2", "--lora.rank", "2", "--lora.dropout", "0.2"]
 
 
-@pytest.mark.parametrize("parts", [[], SEVERAL])
+@pytest.mark.parametrize("parts", [pytest.param([], marks=pytest.mark.slow), SEVERAL])
 def test_resumed_to_the_bit(parts: list[str], base: Path, task: Path, tmp_path: Path) -> None:
     """Also in the midst of a rollout that serves several updates."""
     fast = ["--steps", "4", "--learning-rate", "0.01", *parts]

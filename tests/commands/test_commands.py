@@ -198,6 +198,7 @@ def test_convert_infers_the_format_and_writes_over_nothing_unasked(capsys, tmp_p
     assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_two_processes_convert_to_one_folder(model: str, tmp_path: Path) -> None:
     code = "import sys\nfrom keifu import checkpoints as c\nmodel = c.load(sys.argv[1])\nprint(flush=True)\ninput()\n"
     code += "for _ in range(9): c.save(*model, sys.argv[2])"

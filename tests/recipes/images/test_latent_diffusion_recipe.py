@@ -96,7 +96,8 @@ def test_latents_have_a_variance_of_one(trained, drawings) -> None:
     assert torch.equal(part, seen.batch(batch)["pictures"][3:])  # however a batch is split
 
 
-@pytest.mark.parametrize("stopped", [pytest.param("autoencoder", marks=pytest.mark.slow), "parts"])
+@pytest.mark.slow  # a run of three parts in language, tests/recipes/assistant/test_instruct.py, is resumed in make test
+@pytest.mark.parametrize("stopped", ["autoencoder", "parts"])
 def test_a_resumed_run_has_the_same_bits(stopped, trained, drawings, towers, tmp_path, monkeypatch) -> None:
     """Stopped inside a part, and gone on with."""
     wanted = recipe.Recipe(str(drawings), clip=str(towers), **TINY)

@@ -25,7 +25,7 @@ def csv(path, rows, header="length,weight,species"):
 
 
 @pytest.mark.usefixtures("drawn_boundaries")
-@pytest.mark.parametrize("name", ["and", "or"])
+@pytest.mark.parametrize("name", ["and", pytest.param("or", marks=pytest.mark.slow)])
 def test_the_perceptron_learns_logic_and_prints_the_bound(name, tmp_path, capsys):
     train("perceptron", "--data", name, "--out", tmp_path)
     updates, bound = re.search(
