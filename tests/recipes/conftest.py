@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from toy_recordings import tones  # noqa: E402
 from keifu import checkpoints  # noqa: E402
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 from keifu.evaluation.classification.metrics import Confusion  # noqa: E402
+from keifu.generation.text.translation import TranslationParams  # noqa: E402
 from keifu.models import bert, gpt1, llama  # noqa: E402
 from keifu.recipes.assistant import sft  # noqa: E402
 from keifu.recipes.images import clip  # noqa: E402
 from keifu.recipes.language import pretraining  # noqa: E402
+from keifu.recipes.translation import translator_runs  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,6 +39,7 @@ def _short_samples() -> Iterator[None]:
         patch.setattr(Confusion, "picture", lambda _: file.getvalue())
         patch.setattr(sft, "SAMPLE_TOKENS", 6)
         patch.setattr(pretraining, "SAMPLE_TOKENS", 6)
+        patch.setattr(translator_runs, "TranslationParams", partial(TranslationParams, max_tokens=6))
         yield
 
 
