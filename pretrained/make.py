@@ -186,7 +186,8 @@ MODELS = {
         ),
         limits="Pictures of 64 x 64 pixels in Twemoji's style. What it was shown it draws best; of a new name it meets "
         "the colours and the kind at most. The judge knows the new names no better: it recognises 6 of the 24 real "
-        "pictures. It learned the same captions from the same pictures.",
+        "pictures. It learned the same captions from the same pictures. A judge that learned from neither, shown 24 "
+        "pictures and their names in random order, names 12 of 24 drawings of new names and 38 of 48 of learned ones.",
         languages=("en", "ja"),
     ),
     "emoji-clip": Model(
