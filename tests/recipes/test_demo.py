@@ -27,7 +27,7 @@ def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None
     assert "0 AND 1 = 0, 1 AND 0 = 0, 1 AND 1 = 1" in told
     assert len(re.findall(r"\d \(\d+%\)", told)) == 9 and "█" in told
     assert "この川の水はとても冷たい。 → This river is very cold." in told
-    assert len(re.findall(r"2018, BERT: .*___.* [a-z]+ \d+%", told)) == len(landmarks.GAPS)
+    assert len(re.findall(r"2018, BERT, .* not seen before: .*___.* [a-z]+ \d+%", told)) == len(landmarks.GAPS)
     assert "forms from noise, in 20 steps" in told and "sees in the last one: 7 (" in told
     assert re.search(r"CLIP finds the name of \d of the first and \d of the others", told)
 
@@ -37,6 +37,15 @@ def test_names_that_are_said_to_be_unseen_have_no_relative_in_training() -> None
     learned, unseen = ({*part.texts("en"), *part.texts("ja")} for part in (parts.train, parts.test))
     assert learned.issuperset(landmarks.LEARNED)
     assert unseen.issuperset(landmarks.UNSEEN)
+
+
+@pytest.mark.slow
+def test_sentences_with_a_gap_are_none_of_the_training_documents() -> None:
+    """Other sentences may end like them: "... the president of the united states." does."""
+    gaps = [re.escape(gap.lower()).replace(re.escape("[mask]"), r"\w+") for gap in landmarks.GAPS]
+    known = re.compile(rf"(?:^|[.!?:;\"]\s+|\n)(?:{'|'.join(gaps)})")
+    assert known.search("so it is. cook for ten minutes, then add salt.")
+    assert not [text for text in catalogue.documents("english-documents") if known.search(text.lower())]
 
 
 def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

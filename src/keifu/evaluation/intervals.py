@@ -21,16 +21,25 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
 
 
 def bootstrap(
-    values: Sequence[float] | np.ndarray, resamples: int = 1000, clusters: Sequence[int] | np.ndarray | None = None
+    values: Sequence[float | int] | np.ndarray,
+    resamples: int = 1000,
+    clusters: Sequence[int] | np.ndarray | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[float, float]:
     """Return the percentile interval (Efron, 1979) of a mean, by resampling with replacement with a fixed seed.
 
     clusters: cluster number of each value; values of one cluster, such as relatives, are resampled together.
+    sizes: number of things that each value counts, such as tokens; the mean is then sum of values / sum of sizes.
     """
     items = np.asarray(values, dtype=np.float64)
     numbers = np.arange(len(items)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
-    sums, sizes = np.bincount(numbers, items), np.bincount(numbers)
+    sums, counts = np.bincount(numbers, items), np.bincount(numbers, sizes)
     generator = np.random.default_rng(0)
     chosen = (generator.integers(0, len(sums), len(sums)) for _ in range(resamples))
-    low, high = np.percentile([sums[some].sum() / sizes[some].sum() for some in chosen], [2.5, 97.5])
+    low, high = np.percentile([sums[some].sum() / counts[some].sum() for some in chosen], [2.5, 97.5])
     return float(low), float(high)
+
+
+def as_text(interval: tuple[float, float]) -> str:
+    """Return an interval with four decimals, as figures show it."""
+    return "{:.4f} to {:.4f}".format(*interval)

@@ -80,7 +80,7 @@ class Judgements:
             differs = [f"{name} {then[name]} → {value}" for name, value in about.items() if then[name] != value]
             if differs:
                 raise UserError(f"{directory} holds another comparison ({', '.join(differs)}): choose another --out.")
-            self.made = [_read(line) for line in rest]
+            self.made = [Judgement(**line | {"answers": tuple(line["answers"])}) for line in rest]
         write_atomic(self.path, _lines([self.about, *map(Judgement._asdict, self.made)]))  # without a truncated line
 
     def holds(self, prompt: Conversation) -> bool:
@@ -118,8 +118,3 @@ class Judgements:
 
 def _lines(records: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def _read(line: Mapping[str, Any]) -> Judgement:
-    first, second = line["answers"]
-    return Judgement(line["prompt"], (first, second), line["choice"])

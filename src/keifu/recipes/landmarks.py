@@ -79,7 +79,7 @@ def _translate(name: str) -> dict[str, bytes]:
     translator, tokenizer = checkpoints.load(name)
     translations = [pair for [pair] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams())]
     for pair in translations:
-        print(f"   2017, a Transformer: {pair.source} → {pair.text}")
+        print(f"   2017, a Transformer, a sentence that it has not seen before: {pair.source} → {pair.text}")
     sentence, config = translations[-1].source, cast(Any, translator).config
     seen = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
     rows, columns = ([tokenizer.decode([token]) or "(end)" for token in ids] for ids in (seen.rows, seen.columns))
@@ -92,7 +92,7 @@ def _fill(name: str) -> dict[str, bytes]:
     fillings = {text: fill(model, tokenizer, text)[0] for text in GAPS}
     for text, guesses in fillings.items():
         words = ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses[:3])
-        print(f"   2018, BERT: {text.replace('[MASK]', '___')} {words}")
+        print(f"   2018, BERT, a sentence that it has not seen before: {text.replace('[MASK]', '___')} {words}")
     return {"2018 a masked word": _bars(fillings)}
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 from keifu import checkpoints, cli
 from keifu.errors import UserError
 from keifu.evaluation.classification import neurons
+from keifu.evaluation.intervals import wilson
 from keifu.evaluation.registry import EvalRequest
 from keifu.models import mlp, perceptron
 
@@ -26,7 +27,10 @@ def test_accuracy_is_that_of_the_rows_counted_by_hand(tmp_path) -> None:
     rows = [(0.9, 0.9, "b"), (0.1, 0.2, "a"), (0.3, 0.1, "b")]  # the last is wrong
     (tmp_path / "t.csv").write_text("x,y,label\n" + "\n".join(f"{x},{y},{label}" for x, y, label in rows) + "\n")
     found = neurons.evaluate(brightness(2), None, EvalRequest(str(tmp_path / "t.csv")))
-    assert found.figures == {"accuracy": 0.6667, "rows": 3}
+    interval = "{:.4f} to {:.4f}".format(*wilson(2, 3))
+    assert found.figures == {"accuracy": 0.6667, "accuracy, 95% interval": interval, "rows": 3}
+    assert found.items and found.items.columns == ("right", "given")
+    assert found.items.rows == [("b", "b"), ("a", "a"), ("b", "a")]
 
 
 def test_a_neuron_that_knows_and_is_right_on_all_four_rows() -> None:

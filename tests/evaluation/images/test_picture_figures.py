@@ -125,8 +125,12 @@ def test_a_classifier_tells_what_was_drawn_of_a_class(greys: tuple, share: float
     model = Remembering(torch.tensor(greys)[:, None, None, None].expand(-1, 3, SIZE, SIZE).clone(), free)
     model.config.classes = ("dark", "bright")
     wanted = EvalRequest("mnist", limit=5, steps=2, batch_size=2, metric="classes", judge=Brightness())
+    monkeypatch.setattr(module, "read_images", lambda source, size, channels: toys(40, 0))
     found = evaluate(model, None, wanted)
-    assert found.figures == {"asked class seen": share, "pictures": 5}
+    assert (found.figures["asked class seen"], found.figures["pictures"]) == (share, 5)
+    assert {"asked class seen, 95% interval", "kernel distance x 1000", "precision", "recall"} <= found.figures.keys()
+    assert [row[:2] for row in found.items.rows] == list(enumerate(["dark", "bright", "dark", "bright", "dark"]))
+    assert sum(row[1] == row[2] for row in found.items.rows) == round(5 * share)
     assert "5 pictures by ddim in 2 steps, guidance 1, seeds 0" in found.notes[0]
     for other in (replace(wanted, judge=None), replace(wanted, judge=nn.Linear(1, 1))):
         with pytest.raises(UserError, match="--judge"):

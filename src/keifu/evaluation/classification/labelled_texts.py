@@ -14,7 +14,6 @@ from keifu.data.classification.tables import CATALOGUED
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.classifiers import text_classifier
-from keifu.evaluation.intervals import wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import Encoder, TaskHeadModel
 
@@ -52,12 +51,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     rows, _ = judge.read(examples, judge.limit, False)
     probabilities = judge.predict_proba(rows)
     confusion = judge.confusion(examples, probabilities)
-    right = int(confusion.counts.trace())
-    low, high = wilson(right, len(examples))
     label, share = confusion.majority
-    figures = {
-        "accuracy": round(confusion.accuracy, 4),
-        "accuracy, 95% interval": f"{low:.4f} to {high:.4f}",
+    figures = confusion.accuracy_figures() | {
         "macro F1": round(confusion.macro_f1, 4),
         f"always {label!r}": round(share, 4),
         "texts": len(examples),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from keifu.data.padding import Rows
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encoder, in_batches
+from keifu.evaluation.intervals import as_text, wilson
 from keifu.evaluation.plots.decision_boundary import aligned, canvas, png
 from keifu.evaluation.registry import ResultTable
 from keifu.generation.text.model import Encoder, Mask, Tokens
@@ -60,6 +61,11 @@ class Confusion:
     def accuracy(self) -> float:
         """Share of texts whose predicted label is the true one."""
         return float(self.counts.trace() / self.counts.sum())
+
+    def accuracy_figures(self, name: str = "accuracy") -> dict[str, float | int | str]:
+        """Return the accuracy and its 95% interval by Wilson, as figures of an evaluation."""
+        interval = as_text(wilson(int(self.counts.trace()), int(self.counts.sum())))
+        return {name: round(self.accuracy, 4), f"{name}, 95% interval": interval}
 
     @property
     def majority(self) -> tuple[str, float]:

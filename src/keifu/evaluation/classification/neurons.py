@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from keifu.data.classification.toy import NAMES, toy_dataset
 from keifu.errors import UserError
 from keifu.evaluation.classification.metrics import Confusion
-from keifu.evaluation.registry import EvalRequest, EvalResult
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 
 ABOUT = "a network of neurons on rows of numbers with classes: accuracy"
-OPTIONS: set[str] = set()
+OPTIONS = {"output"}
 
 
 @runtime_checkable
@@ -59,9 +59,11 @@ def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalRes
             f"{request.on} has rows of {given[0]} numbers in {given[1]} classes, and the network is for {has[0]} in "
             f"{has[1]}: evaluate it on what it was trained for."
         )
-    confusion = Confusion.of(targets, model.predict_proba(inputs).argmax(-1), data.classes)
-    figures = {"accuracy": round(confusion.accuracy, 4), "rows": len(targets)}
-    return EvalResult(figures, tables={"by class": confusion.result("rows")})
+    given_classes = model.predict_proba(inputs).argmax(-1)
+    confusion = Confusion.of(targets, given_classes, data.classes)
+    figures = confusion.accuracy_figures() | {"rows": len(targets)}
+    rows = [(data.classes[right], data.classes[given]) for right, given in torch.stack([targets, given_classes], 1)]
+    return EvalResult(figures, (), {"by class": confusion.result("rows")}, ResultTable(("right", "given"), rows))
 
 
 def row_of(model: RowClassifier, picture: Image.Image) -> Float[Tensor, "1 dim"]:

@@ -260,11 +260,14 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
     predicted = judge.predict_proba(drawn.flatten(1) / 255).argmax(-1).tolist()
     seen = torch.tensor([classes.index(judge.classes[index]) for index in predicted])
     confusion = Confusion.of(torch.arange(count) % len(classes), seen, classes)
+    compared = compare_images(extractor(), drawn, *_real_images(drawer, request).evaluated())[1]
+    read = [(request.seed + n, classes[n % len(classes)], classes[index]) for n, index in enumerate(seen.tolist())]
     how = f"{wanted.sampler} in {wanted.steps} steps, guidance {guidance:g}, seeds {request.seed} and on"
     return EvalResult(
-        {"asked class seen": round(confusion.accuracy, 4), "pictures": count},
+        confusion.accuracy_figures("asked class seen") | compared | {"pictures": count},
         (f"{count:,} pictures by {how}.",),
         {"by class": confusion.result("pictures")},
+        ResultTable(("seed", "asked", "read as"), read),
     )
 
 

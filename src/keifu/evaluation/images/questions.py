@@ -13,7 +13,7 @@ from torch import nn
 from keifu.data.images.questions import FILE, NAMES, Question, read_questions
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.intervals import wilson
+from keifu.evaluation.intervals import as_text, wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images.prompts import SeeingModel, render
 from keifu.generation.text.generate import generate_batch
@@ -60,22 +60,19 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
             said += [answer.text.strip() for answer in done]
         return said
 
-    def right(said: Sequence[str], some: Sequence[int]) -> float:
-        return round(sum(said[number] == tested[number].answer for number in some) / max(1, len(some)), 4)
+    def right(name: str, said: Sequence[str], some: Sequence[int]) -> dict[str, float | int | str]:
+        hits = sum(said[number] == tested[number].answer for number in some)
+        return {name: round(hits / max(1, len(some)), 4), f"{name}, 95% interval": as_text(wilson(hits, len(some)))}
 
     (most, by_question), seen, blind = questions.commonest(), answers(True), answers(False)
     every, left_out = range(len(tested)), {*(request.held_out.get("left_out") or ())}
-    low, high = wilson(sum(said == asked.answer for said, asked in zip(seen, tested, strict=True)), len(tested))
-    figures: dict[str, float | int | str] = {
-        "accuracy": right(seen, every),
-        "accuracy, 95% interval": f"{low:.4f} to {high:.4f}",
-        "without the picture": right(blind, every),
-        f"always {most!r}": right([most] * len(tested), every),
-        "commonest answer to each question": right([by_question.get(row.question, most) for row in tested], every),
-    }
+    figures = right("accuracy", seen, every) | right("without the picture", blind, every)
+    figures |= right(f"always {most!r}", [most] * len(tested), every)
+    usual = [by_question.get(row.question, most) for row in tested]
+    figures |= right("commonest answer to each question", usual, every)
     new = [number for number, row in enumerate(tested) if left_out <= questions.words[row.image]]
     if left_out and new:
-        figures[f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training"] = right(seen, new)
+        figures |= right(f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training", seen, new)
     rows = [(*row, *given) for row, *given in zip(tested, seen, blind, strict=True)]
     items = ResultTable((*Question._fields, "given", "given without the picture"), rows)
     return EvalResult(figures | {"questions": len(tested)}, items=items)

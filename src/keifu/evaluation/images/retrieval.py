@@ -26,7 +26,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
 from keifu.evaluation.images.counting import counted_points
-from keifu.evaluation.intervals import bootstrap
+from keifu.evaluation.intervals import as_text, bootstrap
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import TwoTowers, evaluation_mode
 
@@ -209,7 +209,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         alike = equal(pictures.captions[language]).to(points.device)
         columns = both_ranks((points, texts), (points, texts), alike)
         if len(parts.train):
-            columns |= {f"{name}, counted": ranks for name, ranks in _counted(parts.train, pictures, language).items()}
+            counted = both_ranks(*counted_points(parts.train, pictures, language), alike.cpu())
+            columns |= {f"{name}, counted": ranks for name, ranks in counted.items()}
         figures |= figures_of(language, columns, families)
         rows += _nearest(pictures, language, points, texts, columns)
     heads = ("picture", "family", "language", "caption", "nearest caption", "similarity", *columns)
@@ -231,10 +232,6 @@ def both_ranks(
     return {"captions": captions.tolist(), "pictures": ranks(texts, pictures, alike, alike).tolist()}
 
 
-def _counted(train: ImageDataset, pictures: ImageDataset, language: str) -> dict[str, list[int]]:
-    return both_ranks(*counted_points(train, pictures, language), equal(pictures.captions[language]))
-
-
 def figures_of(
     language: str, columns: Mapping[str, Sequence[int]], families: Sequence[int]
 ) -> dict[str, float | int | str]:
@@ -244,16 +241,13 @@ def figures_of(
         name = f"{language} {what} R@1"
         figures |= recall(torch.tensor(columns[what])).figures(f"{language} {what}")
         right = np.array(columns[what]) == 1
-        figures[f"{name}, 95% interval"] = _interval(right, families)
+        figures[f"{name}, 95% interval"] = as_text(bootstrap(right, clusters=families))
         if counted := columns.get(f"{what}, counted"):
             baseline = np.array(counted) == 1
             figures[f"{name} by counting"] = round(float(baseline.mean()), 4)
-            figures[f"{name} above counting, 95% interval"] = _interval(right * 1.0 - baseline, families)
+            for which, values in (("by", baseline), ("above", right * 1.0 - baseline)):
+                figures[f"{name} {which} counting, 95% interval"] = as_text(bootstrap(values, clusters=families))
     return figures
-
-
-def _interval(values: Any, families: Sequence[int]) -> str:
-    return "{:.4f} to {:.4f}".format(*bootstrap(values, clusters=families))
 
 
 def equal(captions: Sequence[str]) -> Int[Tensor, " captions"]:

@@ -20,7 +20,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
 from keifu.evaluation.images import generative as drawn_pictures
 from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, two_towers
-from keifu.evaluation.intervals import wilson
+from keifu.evaluation.intervals import as_text, wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -91,8 +91,7 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
     sets = {"": train.distinct(), " of held-out captions": test.distinct() if test else None}
     drawn = {name: _generate(drawer, wanted, part, request) for name, part in sets.items() if part and len(part) > 1}
     note = _sentence(drawn, wanted, request)
-    figures: dict[str, float | int | str] = {}
-    rows = list[tuple[Any, ...]]()
+    figures, rows = dict[str, float | int | str](), list[tuple[Any, ...]]()
     if request.metric != "distances" and request.towers is not None:
         for where, each in drawn.items():
             scores, lines = _score(where, each, request)
@@ -140,12 +139,11 @@ def _score(
         similarity = cosines(towers, tokenizer, pictures, drawn.captions)
         matching, others = clip_scores(similarity)
         first = similarity.argmax(1).cpu() == torch.arange(len(similarity))
-        low, high = wilson(int(first.sum()), len(first))
         figures[f"CLIP score{whose}{where}"] = round(float(matching.mean()), 3)
         figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
         name = f"own caption first of {len(first)}{whose}{where}"
         figures[name] = round(float(first.float().mean()), 4)
-        figures[f"{name}, 95% interval"] = f"{low:.4f} to {high:.4f}"
+        figures[f"{name}, 95% interval"] = as_text(wilson(int(first.sum()), len(first)))
         columns += [[f"{score:.3f}" for score in matching.tolist()], first.int().tolist()]
     part = [where.removeprefix(" of ") or "in training"] * len(drawn.captions)
     return figures, list(zip(part, drawn.captions, *columns, strict=True))

@@ -24,7 +24,7 @@ from keifu.data.text.documents import TextFileFormat
 from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.evaluation.intervals import bootstrap
+from keifu.evaluation.intervals import as_text, bootstrap
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.perplexity import accepts, names
 from keifu.generation.text.model import Encoder, device_of, evaluation_mode
@@ -105,8 +105,9 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     classes = token_classes(tokenizer, vocabulary, training)[hidden.targets]
     figures: dict[str, float | int | str] = {
         "masked words right": round(float(hidden.correct.mean()), 4),
-        "masked words right, 95% interval": _interval(hidden.correct, hidden.rows),
+        "masked words right, 95% interval": as_text(bootstrap(hidden.correct, clusters=hidden.rows)),
         "masked words looked up": round(float(looked_up.mean()), 4),
+        "masked words looked up, 95% interval": as_text(bootstrap(looked_up, clusters=hidden.rows)),
         "perplexity of masked words": round(math.exp(min(float(hidden.losses.mean()), 700)), 3),
         "masked words": len(hidden.targets),
     }
@@ -129,7 +130,8 @@ def by_class(hidden: HiddenTokens, looked_up: np.ndarray, classes: np.ndarray) -
         if some.any():
             right = hidden.correct[some]
             shares = [round(float(values.mean()), 4) for values in (right, looked_up[some])]
-            lines.append((name, len(right), shares[0], _interval(right, hidden.rows[some]), shares[1]))
+            interval = as_text(bootstrap(right, clusters=hidden.rows[some]))
+            lines.append((name, len(right), shares[0], interval, shares[1]))
     return ResultTable(("tokens", "count", "right", "95% interval", "looked up"), lines)
 
 
@@ -175,7 +177,3 @@ def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: in
             first += len(states)
             progress(done)
     return HiddenTokens(*map(np.concatenate, zip(*parts, strict=True))), next_found
-
-
-def _interval(values: np.ndarray, rows: np.ndarray) -> str:
-    return "{:.4f} to {:.4f}".format(*bootstrap(values, clusters=rows))

@@ -18,13 +18,14 @@ from keifu.data.text.documents import TextFileFormat, documents
 from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.registry import EvalRequest, EvalResult
+from keifu.evaluation.intervals import as_text, bootstrap
+from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import device_of, is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
 takes, names = is_writer, catalogue.names  # language models; the catalogue's texts
-OPTIONS = {"batch_size", "text_field", "encoding"}
+OPTIONS = {"batch_size", "output", "text_field", "encoding"}
 BATCH_SIZE = 8
 
 
@@ -42,22 +43,26 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     ids = ids if begin is None else np.concatenate([[begin], ids])
     if len(ids) < 2:
         raise UserError(f"{request.on} has {len(ids)} tokens, too few to predict one from another: give more text.")
-    start, total, count, device = time.perf_counter(), 0.0, 0, device_of(model)
+    start, device, nats = time.perf_counter(), device_of(model), list[float]()
     windows = [ids[i : i + context] for i in range(0, len(ids) - 1, context - 1)][: request.limit]
     with counting("Evaluating", len(windows), "windows") as progress:
         for done, batch in _batches(windows, request.batch_size or BATCH_SIZE):
-            total -= float(score(model, batch.to(device)).cpu().double().sum())
-            count += batch[:, 1:].numel()
+            nats += (-score(model, batch.to(device)).cpu().double().sum(1)).tolist()
             progress(done)
-    loss = total / count
-    figures = {
+    sizes = [len(window) - 1 for window in windows[: len(nats)]]
+    loss, unit = math.fsum(nats) / sum(sizes), math.log(2) * bytes_per_token
+    figures: dict[str, float | int | str] = {
         "perplexity": round(math.exp(min(loss, 700)), 3),
-        "bits per byte": round(loss / math.log(2) / bytes_per_token, 4),
+        "bits per byte": round(loss / unit, 4),
+        "bits per byte, 95% interval": as_text(bootstrap(np.array(nats) / unit, sizes=sizes)),
         "loss": round(loss, 4),
-        "tokens": count,
-        "tokens/s": round(count / (time.perf_counter() - start), 1),
+        "tokens": sum(sizes),
+        "bytes per token": round(bytes_per_token, 6),
+        "tokens/s": round(sum(sizes) / (time.perf_counter() - start), 1),
     }
-    return EvalResult(figures, (f"Each window of {context} tokens begins without what stands before it.",))
+    note = f"Each window of {context} tokens begins without what stands before it. Intervals resample windows."
+    items = ResultTable(("tokens", "nats"), [(size, round(value, 3)) for size, value in zip(sizes, nats, strict=True)])
+    return EvalResult(figures, (note,), items=items)
 
 
 def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:

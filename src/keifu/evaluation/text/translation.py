@@ -168,11 +168,13 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         tables["by length"] = ResultTable(
             ("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows
         )
+    items = {"source": sources, "reference": references, "translation": texts}
     if request.on in pair_names():
-        near = near_training(pairs.rows, training_pairs(request.on, pairs.languages))
+        near = items["near copy"] = near_training(pairs.rows, training_pairs(request.on, pairs.languages))
         tables["near copies in the training part"] = by_nearness(scorer, texts, references, near)
-    items = ResultTable(("source", "reference", "translation"), list(zip(sources, references, texts, strict=True)))
-    return EvalResult(figures, (*notes, *remarks(done), *filter(None, [scorer.note])), tables, items)
+    rows = list(zip(*items.values(), strict=True))
+    notes += [*remarks(done), *filter(None, [scorer.note])]
+    return EvalResult(figures, tuple(notes), tables, ResultTable(tuple(items), rows))
 
 
 def training_pairs(on: str, languages: tuple[str, str]) -> list[Pair]:
