@@ -44,7 +44,7 @@ MODELS = {  # for each model its test, and the names of its figure and of the co
 DIGITS = ("kernel distance x 1000", "precision", "recall")
 
 
-def stored(name: str) -> dict[str, Any]:
+def stored(name: str) -> Any:
     """Return the figures and tables of a model: as its evaluation wrote them, or else as its card has them."""
     path = DATA / f"{name}.json"
     if not path.exists():

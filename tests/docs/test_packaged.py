@@ -22,7 +22,7 @@ MEASURED = sorted(name for name in CARDS if (DATA / f"{name}.json").is_file())
 TRANSLATORS = ["ja-en", "en-ja"]
 
 
-def read(name: str) -> dict[str, Any]:
+def read(name: str) -> Any:
     return json.loads((DATA / f"{name}.json").read_text(encoding="utf-8"))
 
 
