@@ -294,8 +294,8 @@ def test_a_pod_that_dies_is_left_out(tmp_path: Path) -> None:
         ("die", "Process 1 "),
         ("hang", "Process 1 of 2 (counted from 0) did not answer within the time limit, at step 8"),
         ("fail", "Process 1 of 2 (counted from 0): There is no file 'part-1.bin'."),
-        ("other data", "Process 1 has not what the first one has: data toys → others."),
-        ("other version", "Process 1 has not what the first one has: version.keifu "),
+        ("other data", "Process 1 differs from process 0: data toys → others."),
+        ("other version", "Process 1 differs from process 0: version.keifu "),
         ("full disk", "Process 1 could not write its part of the state: [Errno 27] File too large"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_run_of_an_older_version_is_refused_in_one_sentence(tmp_path: Path, mo
     with monkeypatch.context() as older:
         older.setattr(see.finetuning, "finetune", without_tower)
         see.run(recipe, out, False)
-    with pytest.raises(UserError, match="begun without tower, or by an older version that did not know it"):
+    with pytest.raises(UserError, match="started without tower, or by an older version that lacks this setting"):
         see.run(recipe, out, True)
     with pytest.raises(UserError, match=r"these differ: .*tower \(unset\)"):
         see.run(see.Recipe(base, data=folder, image=TOWER, steps=2, batch_size=4, learning_rate=1.0), out, True)

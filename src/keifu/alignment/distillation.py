@@ -110,7 +110,7 @@ class StudentAnswers(PackedConversations, StatelessBatches):
         self.fingerprint += f"-{share}-{max_tokens}"
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step: answers by the current student, or the given ones."""
+        """Return the batch of a step: answers that the student samples now, or answers from the data."""
         random = np.random.default_rng([self.seed, step])
         if random.random() >= self.share:
             return super().batch(step)

@@ -226,7 +226,7 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
             continue
         layout, chunks = pod.layouts[owner], {}
         starts = [min(rows[number].start for rows in layout.rows) for number in range(len(layout.parts))]
-        for piece in layout.pieces(*pod.place):
+        for piece in layout.pieces(*pod.coordinate):
             several = apart and len(starts) > 1
             key = f"{name}#{piece.part}" if several else name
             offset = piece.row - several * starts[piece.part], piece.column, *[0] * (local.dim() - 2)

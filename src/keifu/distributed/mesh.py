@@ -28,8 +28,8 @@ class Mesh:
     pods: Count | None = None
     """Copies of the model: pods exchange gradients once a step. Unset: as many as the processes allow."""
     shard: Count | None = None
-    """Processes that share the weights, gradients and optimizer states of a copy (FSDP). Unset: 1, or where pods are
-    given, all of a pod."""
+    """Processes that share the weights, gradients and optimizer states of a copy (FSDP). Unset: 1; with pods, all
+    processes of a pod."""
     tensor: Count = 1
     """Processes that share each matrix product of a Transformer (tensor, sequence and loss parallelism)."""
     activation_checkpointing: bool = False
@@ -45,7 +45,7 @@ class Mesh:
     compile_blocks: bool = False
     """Compile each block with torch.compile."""
     time_limit: Count = 600
-    """Seconds that a process waits for another one before the run is given up."""
+    """Seconds that a process waits for another one before the run stops."""
 
     @property
     def asks(self) -> int:

@@ -35,8 +35,8 @@ class Pod:
     def __init__(self, model: nn.Module, devices: Any, group: Any, layouts: Mapping[str, Layout], partial: set[str]):
         self.group, self.partial = group, partial
         shard, tensor = devices["shard"], devices["tensor"]
-        self.place = shard.get_local_rank(), tensor.get_local_rank()
-        self.places = [*product(range(shard.size()), range(tensor.size()))]
+        self.coordinate = shard.get_local_rank(), tensor.get_local_rank()
+        self.coordinates = [*product(range(shard.size()), range(tensor.size()))]
         self.tensor_group, self.size = tensor.get_group(), tensor.size()
         joined = joined_rows(model)
         self.layouts = {
@@ -51,11 +51,11 @@ class Pod:
         """Gather a parameter, or a tensor of its shape. Return scalars and other tensors unchanged."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         known = name in self.layouts and tensor.dim()
-        return self.layouts[name].join(local, self.places, self.group) if known else local
+        return self.layouts[name].join(local, self.coordinates, self.group) if known else local
 
     def take(self, name: str, whole: Tensor) -> Tensor:
         """Return this rank's shard of the whole tensor `name`."""
-        return self.layouts[name].take(whole, *self.place)
+        return self.layouts[name].take(whole, *self.coordinate)
 
     def sum_partial(self, gradients: Mapping[str, Tensor]) -> None:
         """Sum gradients over the mesh axis `tensor`, in place.
@@ -67,10 +67,10 @@ class Pod:
                      self.size, self.tensor_group)  # fmt: skip
         for name, gradient in gradients.items():
             layout = self.layouts[name]
-            pieces = [{*layout.pieces(self.place[0], tensor)} for tensor in range(self.size if layout.is_split else 0)]
+            pieces = [{*layout.pieces(self.coordinate[0], rank)} for rank in range(self.size if layout.is_split else 0)]
             if name not in self.partial and len(set().union(*pieces)) < sum(map(len, pieces)):
                 gathered = of_all(gradient, self.size, self.tensor_group)
-                for piece in pieces[self.place[1]]:
+                for piece in pieces[self.coordinate[1]]:
                     parts = [part[piece.start : piece.stop] for part, listed in zip(gathered, pieces, strict=True)
                              if piece in listed]  # fmt: skip
                     gradient[piece.start : piece.stop] = sum(parts[1:], start=parts[0])
@@ -79,8 +79,8 @@ class Pod:
         """Return the L2 norm of the whole gradient, a scalar."""
         parts, copies = list[Tensor](), list[int]()  # copies: number of ranks with the same piece
         for name, gradient in gradients.items():
-            everywhere = [piece for rank in self.places for piece in self.layouts[name].pieces(*rank)]
-            for piece in self.layouts[name].pieces(*self.place):
+            everywhere = [piece for rank in self.coordinates for piece in self.layouts[name].pieces(*rank)]
+            for piece in self.layouts[name].pieces(*self.coordinate):
                 parts.append(torch.atleast_1d(gradient)[piece.start : piece.stop])
                 copies.append(everywhere.count(piece))
         norms = torch.stack(torch._foreach_norm(parts)).double()  # pyright: ignore

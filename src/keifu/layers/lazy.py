@@ -1,4 +1,4 @@
-"""Tensors that are read, or drawn, when they are used; of a slice, only its rows and columns.
+"""Tensors whose numbers are read, or drawn, when they are used. A slice reads only its rows and columns.
 
 So a process that needs a part of every matrix never has the whole model in memory. Axes: rows = the first axis, columns
 = the second one.
@@ -20,18 +20,18 @@ Index = tuple[slice, ...]  # rows and columns; () for all
 
 
 class TensorReader:
-    """Reader of a tensor from its file; after its first use as a whole, the tensor itself. own: whether the tensor is a
-    private copy that may be modified."""
+    """Reader of a tensor from its file; after its first use as a whole, the tensor itself. writable: whether the
+    tensor is a private copy that may be modified."""
 
     def __init__(self, read: Callable[[Index], Tensor]):
-        self.read, self.own = read, False
+        self.read, self.writable = read, False
         self.tensor: Tensor | None = None
 
-    def whole(self, like: Tensor, own: bool) -> Tensor:
+    def whole(self, like: Tensor, writable: bool) -> Tensor:
         """Return the whole tensor, with the dtype and device of `like`, and keep it from now on."""
-        tensor = self.read(()) if self.tensor is None else self.tensor
-        tensor = tensor.to(like.device, like.dtype)
-        self.tensor, self.own = tensor.clone() if own and not self.own else tensor, own or self.own
+        tensor = (self.read(()) if self.tensor is None else self.tensor).to(like.device, like.dtype)
+        self.tensor = tensor.clone() if writable and not self.writable else tensor
+        self.writable |= writable
         return self.tensor
 
 
@@ -56,13 +56,13 @@ class LazyTensor(Tensor):
         """A tensor of this shape, dtype and device without memory."""
         return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
 
-    def value(self, own: bool = False) -> Tensor:
-        """Return the numbers. own: the caller may modify them, which modifies the whole tensor."""
+    def value(self, writable: bool = False) -> Tensor:
+        """Return the numbers. writable: return memory that the caller may modify; slices of one tensor share it."""
         if not self.numel():
             return self.blank.clone()
-        if self.index and not own and self.reader.tensor is None:
+        if self.index and not writable and self.reader.tensor is None:
             return self.reader.read(self.index).to(self.device, self.dtype)
-        return self.reader.whole(self.blank, own)[self.index]
+        return self.reader.whole(self.blank, writable)[self.index]
 
     def part(self, axis: int, start: int, stop: int) -> "LazyTensor":
         """Return a lazy slice of rows (axis 0) or columns (axis 1)."""
@@ -84,8 +84,8 @@ class LazyTensor(Tensor):
             if schema.name.startswith("aten::new_") or schema.name.endswith("_like"):
                 return func(args[0].blank, *args[1:], **kwargs)
         written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]
-        read = [tree_map_only(LazyTensor, lambda x, own=own: x.value(own), arg)
-                for arg, own in zip(args, written, strict=False)]  # fmt: skip
+        read = [tree_map_only(LazyTensor, lambda x, writable=writable: x.value(writable), arg)
+                for arg, writable in zip(args, written, strict=False)]  # fmt: skip
         return func(*read, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))
 
     def _lazily(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -94,7 +94,7 @@ class LazyTensor(Tensor):
         axis, *_ = (*(args[1:] if func == aten.split.Tensor else args), 0)
         if func in (aten.detach.default, aten.alias.default):
             return LazyTensor.of(self.reader, self.blank, self.index)
-        if func in (aten.clone.default, aten._to_copy.default) and not self.index and not self.reader.own:
+        if func in (aten.clone.default, aten._to_copy.default) and not self.index and not self.reader.writable:
             like = self.blank.to(kwargs.get("device") or self.device, kwargs.get("dtype") or self.dtype)
             return LazyTensor.of(TensorReader(self.reader.read), like)
         if func == aten.slice.Tensor and axis in (0, 1) and args[3:] in ((), (1,)):
@@ -118,7 +118,7 @@ def settle(module: nn.Module) -> None:
 
 
 class _Operation(NamedTuple):
-    """Operation of a trace. state: the random generator's state before it; None if it draws nothing."""
+    """Operation of a trace. state: the random generator's state before an operation that draws numbers, else None."""
 
     func: Any
     args: tuple

@@ -109,11 +109,11 @@ class Arena:
 class Packer:
     """Packer of one model's parameters. It keeps all memory that the native code points to alive.
 
-    own: formats of single matrices by parameter name, which override `chosen`: the embedding, the head and routers.
+    overrides: formats by parameter name instead of those of `chosen`: of the embedding, the head and routers.
     """
 
-    def __init__(self, library: Library, weights: Weights, chosen: Formats, own: Mapping[str, int]):
-        self.library, self.weights, self.chosen, self.own = library, weights, chosen, own
+    def __init__(self, library: Library, weights: Weights, chosen: Formats, overrides: Mapping[str, int]):
+        self.library, self.weights, self.chosen, self.overrides = library, weights, chosen, overrides
         self.arena = Arena()
         self._floats: dict[tuple[str, float], Tensor] = {}
         self._kept: dict[bytes, Tensor] = {}
@@ -144,7 +144,7 @@ class Packer:
         """Pack a matrix. A matrix that is used twice is packed once."""
         key = part.weight, part.first
         if key not in self.matrices:
-            self.matrices[key] = self._pack(part, self.own.get(part.weight, self.chosen.layers))
+            self.matrices[key] = self._pack(part, self.overrides.get(part.weight, self.chosen.layers))
         packed, bias = self.matrices[key], self.address(part.bias)
         address = None if bias is None else bias + 4 * part.bias_first
         return native.Matrix(packed.format, packed.rows, packed.columns, packed.data, address)

@@ -212,8 +212,8 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
     if (new := sorted(split[1].keys() - split[0].keys())) and len(new) == len(compare(*split)):
         raise UserError(
-            f"The run was begun without {', '.join(new)}, or by an older version that did not know it, and trained "
-            "otherwise: go on as it began, or start a new run."
+            f"The run was started without {', '.join(new)}, or by an older version that lacks this setting: resume it "
+            "with its first settings, or start a new run."
         )
     if changed := compare(*split):
         raise UserError(

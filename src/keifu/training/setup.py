@@ -79,8 +79,8 @@ def check_alike(described: dict[str, Any]) -> None:
     for number, other in enumerate(others, 1):
         if changed := compare(first, other):
             raise UserError(
-                f"Process {number} has not what the first one has: {', '.join(changed)}. Start all of them from the "
-                "same files, with the same options and versions."
+                f"Process {number} differs from process 0: {', '.join(changed)}. Start all of them from the same "
+                "files, with the same options and versions."
             )
 
 

@@ -135,8 +135,8 @@ def pickled_only(path: Path, names: Sequence[str]) -> UserError:
     named, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
     reader = json.get("_class_name") or (named[0] if isinstance(named, list) and named else "AutoModelForCausalLM")
     return UserError(
-        f"{path} has its weights in {', '.join(names[:3])} alone, which keifu never unpickles, since that can run any "
-        f"program; if you trust its makers, let {library} convert it: "
+        f"{path} has only {', '.join(names[:3])}, which keifu never unpickles, since a pickle can run any program; if "
+        f"you trust its makers, let {library} convert it: "
         f"{reader}.from_pretrained(DIRECTORY).save_pretrained(OUT, safe_serialization=True)."
     )
 

@@ -136,8 +136,8 @@ def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
     else:
         raise UserError(
             f"The published format has no entry for {ours}: a layer was wrapped, added or renamed. Put the original "
-            "layer back before keifu.save, or save a module of your own around the model, which keeps its own names. A "
-            "model that was loaded with weights='own' may be packed: load it without, and save that."
+            "layer back before keifu.save. A model loaded with "
+            "weights='own' may be packed: load it without, and save that."
         )
     for number in numbers:
         pattern = pattern.replace("*", number, 1)

@@ -132,9 +132,9 @@ def _to_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return the summed loss of these rows and the sum of -log p. Overwrite each logit with its gradient.
 
-    counts: whether, or by which factor, each row counts. A CPU computes a few rows at a time, whose probabilities fit
-    its cache. Other devices, and ranks that each have some classes, compute all rows at once; with Triton, one kernel
-    does.
+    counts: True for each row that counts, or its factor in the sum. A CPU computes a few rows at a time, whose
+    probabilities fit its cache. Other devices, and ranks that each have some classes, compute all rows at once, in one
+    kernel with Triton.
     """
     kernels = triton_kernels(logits.device)
     if kernels is not None and classes is None and logits.is_contiguous():

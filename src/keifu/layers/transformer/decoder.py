@@ -25,15 +25,15 @@ Hidden = Float[Tensor, "batch length dim"]
 
 
 class Inserted(NamedTuple):
-    """Embeddings that replace those of tokens, such as a picture's. places: their indices in the flattened batch."""
+    """Embeddings that replace those of tokens, such as a picture's. indices: their rows in the flattened batch."""
 
-    places: Int[Tensor, " count"]
+    indices: Int[Tensor, " count"]
     embeddings: Float[Tensor, "count dim"]
 
     def into(self, x: Hidden) -> Hidden:
         """Return the embeddings x of tokens with these inserted."""
         new = self.embeddings.to(x.dtype)
-        return x.flatten(0, 1).index_copy(0, self.places, new).view_as(x)
+        return x.flatten(0, 1).index_copy(0, self.indices, new).view_as(x)
 
 
 class NormedEmbedding(nn.Embedding):

@@ -166,7 +166,8 @@ def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial:
     """Read `rope_theta` and `rope_scaling` of the Config, from `rope_parameters` (transformers 5) or from
     `rope_scaling` and `rope_theta`.
 
-    partial: whether the model supports rotating a part of each head. Raises UserError if both exist and differ.
+    partial: whether the model supports rotating a part of each head. Raises UserError if
+    `rope_parameters` and `rope_scaling` name different scalings.
     """
     both = [scaling for name in ("rope_parameters", "rope_scaling") if (scaling := json.get(name))]
     if len({(rope.get("rope_type", rope.get("type")), rope.get("factor")) for rope in both}) > 1:

@@ -1,8 +1,8 @@
 """Objectives of image autoencoders and of models of their codes: the KL autoencoder of latent diffusion, DALL-E's
 discrete VAE, and DALL-E's decoder over text and image tokens.
 
-Axes: batch, channels, height, width; picture = of a data set; codebook; rows, columns = of the grid of image tokens;
-text = tokens of a text.
+Axes: batch, channels, height, width; picture = index in a data set; codebook; rows, columns = axes of the grid of image
+tokens; text = tokens of a text.
 """
 
 import math
@@ -149,19 +149,19 @@ class TextImageLoss:
 Codes = Int[Tensor, "picture rows columns"]
 
 
-def use_image_tokens(data: Data, training: Codes, held: Tensor | None, real: Callable[[Tensor], Tensor]) -> MappedData:
+def use_image_tokens(data: Data, train: Codes, held_out: Tensor | None, real: Callable[[Tensor], Tensor]) -> MappedData:
     """Replace the pictures of `data` by their precomputed image tokens, "codes"; the batches of `data` have "indices"
     and "tokens".
 
-    training, held: codes of the training and of the held-out pictures. real: returns True for tokens that are not
+    train, held_out: codes of the training and of the held-out pictures. real: returns True for tokens that are not
     padding. "text_share" is the batch's rows over its real tokens, repeated.
     """
 
     def change(batch: Batch, step: int, first: int) -> Batch:
-        tokens, codes = batch["tokens"], held if step == HELD_OUT else training
+        tokens, codes = batch["tokens"], held_out if step == HELD_OUT else train
         assert codes is not None
         counted = real(tokens)
         share = torch.full((len(tokens),), len(tokens) / float(counted.sum()))
         return {"tokens": tokens, "real": counted, "codes": codes[batch["indices"]], "text_share": share}
 
-    return MappedData(data, change, tables=(training, held), by_row=False)
+    return MappedData(data, change, tables=(train, held_out), by_row=False)
