@@ -184,7 +184,7 @@ def cells(seeds: list[Found]) -> list[str]:
 
 
 def draw(found: dict[str, list[Found]], tuned: int, path: Path) -> None:
-    """Draw loss by position before and after tuning, and the passkeys of windows of 512 tokens."""
+    """Draw the loss by position before and after tuning, and the share of right passkeys in windows of 512 tokens."""
     figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
     for axes, after in zip(panels, ("", ", tuned"), strict=False):
         for method in METHODS:

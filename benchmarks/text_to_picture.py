@@ -1,20 +1,19 @@
-"""What each idea of drawing from text bought: latent and pixel diffusion, DALL-E, and whatever else draws from text.
+"""Comparison of text-to-image models: latent and pixel diffusion, DALL-E, and any other.
 
 python benchmarks/text_to_picture.py latent=runs/latent-diffusion pixels=runs/latent-pixels dalle=runs/dalle \
     --clip runs/clip [--data emoji] [--count 200] [--guidance 3] [--dtype bfloat16] [--picture side.png] \
     [--plot guidance.png] [--over-time time.png] [--variations variations.png]
 
-Each run is NAME=FOLDER. All draw the same captions, half of the count of those in training and half of held-out ones,
-with the same seeds; one CLIP looks at all. The table: kernel distances to the pictures in training (in brackets those
-of held-out pictures, which is as near as can be) by the features of keifu evaluate and by CLIP's, CLIP scores with
-the pictures' own captions and with shuffled ones, seconds a picture, drawn in batches after one that warms up, and
-parameters. --picture lays 24 prompts in both languages side by side, each by every run, and counts how many pictures
-find their prompt among all by the CLIP, of three times that all are drawn; --plot draws, for runs that
-can be guided, fidelity against variety by CLIP's features for each of --guidances; --over-time does CLIP's kernel
-distance and score for the states that the runs kept (`--keep 20` in training; --states of them, the last among them),
-by the minutes of training, the autoencoder's among them and CLIP's not; --variations shows six held-out pictures,
-each beside five that unCLIP draws of its embedding. Runs that only start to say something are of use with --count 20
-and --steps 5.
+Each run is NAME=FOLDER. All draw the same captions with the same seeds, half of them from training and half held out.
+One CLIP judges all. The table has kernel distances to the training pictures, by the features of keifu evaluate and by
+CLIP's (in brackets those of held-out pictures, the lower limit); CLIP scores with the pictures' captions and with
+shuffled ones; seconds per picture, drawn in batches after an uncounted one; and numbers of parameters.
+
+--picture draws 24 prompts in both languages by every run, and counts how many pictures find their prompt among all by
+the CLIP, for three drawings. --plot draws fidelity over variety by CLIP's features for each of --guidances, for runs
+with guidance. --over-time draws CLIP's kernel distance and score of saved states (`--keep 20` in training; --states of
+them, with the last one) over minutes of training, including the autoencoder's but not CLIP's. --variations shows six
+held-out pictures, each next to five that unCLIP draws from its embedding. For a quick test use --count 20 --steps 5.
 """
 
 import argparse

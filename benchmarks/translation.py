@@ -1,11 +1,10 @@
-"""What an idea bought in translation, from runs that were trained for the same time: by sentence length, over the time
-of training, and what attention looks at.
+"""Comparison of translators that were trained for the same time: by sentence length, over training time, and attention.
 
 python benchmarks/translation.py --run "with attention" runs/seq2seq --run "without" runs/none --on tatoeba-ja-en \
     [--by-length PNG] [--over-time PNG [--states 12]] [--heads PNG --sentence TEXT] [--limit N]
 
-The pairs are the held-out test pairs of a catalogue name. `--over-time` translates the first N of its validation pairs
-(500 unless given) greedily with states that a run kept (`keifu train ... --keep 60`), as evenly spread as they are.
+The pairs are the held-out test pairs of a catalogue entry. `--over-time` translates its first N validation pairs
+(default 500) greedily with evenly spaced saved states of a run (`keifu train ... --keep 60`).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Makes a model of the package: trains it by its recipe, packs it in bfloat16, evaluates that, writes its card.
+"""Build of a packaged model: training by its recipe, packing in bfloat16, evaluation, and its card.
 
 The evaluation writes its figures and the values of each item to docs/results/data/NAME.json, and benchmarks/packaged.py
 the tables of docs/results/packaged.md.
@@ -40,8 +40,8 @@ WRITE = (
 )
 TAUGHT = "keifu train sft --context-length 512 --too-long drop --batch-size 8"
 SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
-COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows", "conversations")  # what was evaluated, how much
-METRICS = {"BLEU": "bleu", "chrF": "chrf", "perplexity of masked words": "perplexity"}  # the hub's names of figures
+COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows", "conversations")  # units of the evaluated data
+METRICS = {"BLEU": "bleu", "chrF": "chrf", "perplexity of masked words": "perplexity"}  # names of figures on the hub
 CARD = """---
 {head}---
 # {name}: {about}
@@ -72,13 +72,14 @@ Of this folder, by `{evaluation}`, on {held_out}:
 
 @dataclass(frozen=True)
 class Model:
-    """What a model of the package is made by, and what its card says that its run does not.
+    """Specification of a packaged model, and facts for its card that its run does not contain.
 
-    command: trains it; where it goes on from another training, "&& " and that command follow, with the folder of the
-    one before as {last}; "prune {last} DATA ENCODER DECODER" is `prune`; "python" is a benchmark that trains, or with
-    --out one that writes this file or folder; "deepen {last} LAYERS" is `deepen`; "join OUT FILE ..." is `join`.
-    evaluation: a keifu command, or a benchmark that prints JSON. figures: the names of those that count in its JSON;
-    `details` are names of tables there. sampling: settings of generation_config.json, instead of the run's.
+    command: trains it; "&& " separates consecutive trainings, and {last} is the folder of the previous one. Special
+    commands: "prune {last} DATA ENCODER DECODER" calls `prune`; "deepen {last} LAYERS" calls `deepen`; "join OUT FILE
+    ..." calls `join`; "python" is a benchmark that trains, or with --out one that writes this file or folder.
+    evaluation: a keifu command, or a benchmark that prints JSON. figures: names of the figures to use from its JSON;
+    `details` are names of tables in it. sampling: settings of generation_config.json, instead of the
+    run's.
     """
 
     about: str
@@ -98,11 +99,11 @@ class Model:
 
 
 def translator(source: str, target: str, minutes: int, neurons: int, *longer: str, pruned_first: bool = False) -> Model:
-    """Describe a translator.
+    """Return the specification of a translator.
 
-    longer: the options of further trainings, each of which goes on from the one before.
-    neurons: those that are left in each feed-forward network of its encoder, which does not miss the others; they go
-        after all trainings, or after the first.
+    longer: the options of further trainings, each of which starts from the previous one. neurons: number of neurons to
+    keep in each feed-forward network of the encoder, which works without the others. They are pruned after all
+    trainings, or with `pruned_first` after the first.
     """
     pair = {"Japanese": "ja", "English": "en"}
     data = f"tatoeba-{pair[source]}-{pair[target]}"
@@ -393,7 +394,7 @@ def evaluated(model: Model, folder: Path) -> dict[str, Any]:
 
 
 def pack(run: Path, folder: Path, dtype: str) -> None:
-    """Write the model of a run, its tokenizer in compact JSON and its training record to a folder."""
+    """Write a run's model, its tokenizer in compact JSON and its training record to a folder."""
     shutil.rmtree(folder, ignore_errors=True)
     keifu("convert", str(run), str(folder), "--to", "hf", *(["--dtype", dtype] if dtype in DTYPES else []))
     for file in folder.rglob("tokenizer.json"):
@@ -406,13 +407,13 @@ def pack(run: Path, folder: Path, dtype: str) -> None:
 
 
 def recommend(folder: Path, sampling: Mapping[str, Any]) -> None:
-    """Write these settings of text generation over those of a folder."""
+    """Update the folder's generation_config.json with these settings."""
     path = folder / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | sampling, indent=2), "utf-8")
 
 
 def without_folders(values: dict) -> dict:
-    """Return the record with names instead of paths of the machine that trained it."""
+    """Return the record with names instead of paths of the machine that trained the model."""
     return {key: Path(value).name if str(value).startswith("/") else value for key, value in values.items()}
 
 
@@ -477,7 +478,7 @@ def write_card(name: str, model: Model, folder: Path, found: Mapping[str, Any]) 
 
 
 def hash_of_data(record: dict) -> str:
-    """Return the hash of the data from the run's record. That of a perceptron has none, so its table is hashed."""
+    """Return the hash of the data from the run's record. A perceptron's record has none, so its table is hashed."""
     if hashed := record.get("data", [{}])[0].get("fingerprint") or record.get("data_fingerprint"):
         return hashed
     table = toy_dataset(record["recipe"]["options"]["data"])
@@ -489,7 +490,7 @@ def details(rows: list[dict[str, object]]) -> str:
 
 
 def weights_of(folder: Path) -> list[Path]:
-    """Return the files of weights of a directory in any form."""
+    """Return the weight files of a directory in any format."""
     return sorted(folder.rglob("*.safetensors"))
 
 
@@ -502,7 +503,7 @@ def parameters(folder: Path) -> int:
 
 
 def took(record: dict) -> str:
-    """Return the steps and the processor of a run, as its record gives them."""
+    """Return the number of steps and the processor of a run, from its record."""
     if "settings" not in record:
         return "a moment"
     steps = record.get("steps", record["settings"]["steps"])
@@ -510,7 +511,7 @@ def took(record: dict) -> str:
 
 
 def trained(name: str, model: Model) -> Path:
-    """Train a model with its commands, one after the other, and return the run of the last one."""
+    """Train a model with its commands, one after another. Return the run of the last one."""
     run = Path()
     for number, command in enumerate(model.command.split(" && "), 1):
         last, run = run, Path("runs") / f"pretrained-{name}-{number}"
@@ -534,7 +535,7 @@ def trained(name: str, model: Model) -> Path:
 
 
 def join(file: Path, parts: Iterable[Path]) -> None:
-    """Write the conversations of several files to one, without those whose first question is held out to evaluate."""
+    """Write the conversations of several files to one, except those whose first question is held out for evaluation."""
     held_out = {first_question(line) for line in lines_of(HELD_CHATS)}
     lines = [line for part in parts for line in lines_of(part) if first_question(line) not in held_out]
     file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
@@ -549,10 +550,11 @@ def first_question(line: str) -> str:
 
 
 def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> None:
-    """Write a translator that keeps a given number of neurons in each feed-forward network of encoder and decoder.
+    """Write a translator with a given number of neurons in each feed-forward network of encoder and decoder.
 
-    One after the other that neuron goes whose loss the others can make good best, in what the layer adds for 1,000
-    pairs, and the others take over its part (optimal brain surgeon; Hassibi and Stork, 1993).
+    Neurons are removed one by one (optimal brain surgeon; Hassibi and Stork, 1993). Each time, the neuron is removed
+    whose loss the others can compensate best in the layer's output for 1,000 pairs, and their weights are adjusted to
+    compensate.
     """
     keifu("convert", str(run), str(folder), "--to", "hf")
     shutil.copy(run / "recipe.json", folder)
@@ -571,10 +573,10 @@ def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> Non
 
 
 def deepen(run: Path, folder: Path, layers: int) -> None:
-    """Write a model of LLaMA's type with several layers in place of each, which computes the same at first.
+    """Write a LLaMA-like model in which several layers replace each one, and which computes the same at first.
 
-    Each new layer is a copy of the one before it whose two last products are zero, so that it adds nothing until it is
-    trained (the block expansion of LLaMA Pro; Wu et al., 2024).
+    Each new layer is a copy of the previous one with its two output matrices set to zero, so that it has no effect
+    until it is trained (block expansion of LLaMA Pro; Wu et al., 2024).
     """
     keifu("convert", str(run), str(folder), "--to", "hf")
     shutil.copy(run / "recipe.json", folder)
@@ -593,7 +595,7 @@ def deepen(run: Path, folder: Path, layers: int) -> None:
 
 
 def neuron_products(folder: Path, data: str, count: int = 1000) -> dict[str, torch.Tensor]:
-    """Return for each feed-forward network the sum over tokens of h h^T, h being its neurons [neurons]."""
+    """Return for each feed-forward network the sum of h h^T over tokens, where h are its activations [neurons]."""
     model, tokenizer = keifu_load(folder)
     products: dict[str, torch.Tensor] = {}
 
@@ -614,7 +616,7 @@ def neuron_products(folder: Path, data: str, count: int = 1000) -> dict[str, tor
 
 
 def without_neurons(down: torch.Tensor, product: torch.Tensor, left: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which neurons stay [neurons], and the weights [dim, left] from them."""
+    """Return a mask of the neurons to keep [neurons], and their adjusted output weights [dim, left]."""
     ridge = 1e-4 * product.diagonal().mean() * torch.eye(len(product), dtype=product.dtype)
     inverse, weights = torch.linalg.inv(product + ridge), down.double()
     alive = torch.ones(len(product), dtype=torch.bool)
@@ -629,7 +631,7 @@ def without_neurons(down: torch.Tensor, product: torch.Tensor, left: int) -> tup
 
 
 def main() -> None:
-    """Train unless a run is given, then pack, evaluate and describe."""
+    """Train unless a run is given. Then pack, evaluate and write the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("--run", type=Path, help="a finished run of the recipe; unset: it is trained now")

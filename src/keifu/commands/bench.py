@@ -125,12 +125,12 @@ def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> di
     from keifu.generation.text.model import device_of
     from keifu.memory import read_bandwidth
 
-    held = options.streams * (options.prompt + options.tokens) * engine.runner.token_bytes
+    cached = options.streams * (options.prompt + options.tokens) * engine.runner.token_bytes
     weights, idle = _weight_bytes(model, options.streams)
     read = weights - idle
-    step = read + held - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of them, on average
+    step = read + cached - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of them, on average
     bandwidth, peak = step * decode / options.streams / 1e9, read_bandwidth(device_of(model)) / 1e9
-    return {"bandwidth": bandwidth, "peak": peak, "share": bandwidth / peak, "memory": weights + held}
+    return {"bandwidth": bandwidth, "peak": peak, "share": bandwidth / peak, "memory": weights + cached}
 
 
 def _weight_bytes(model: Any, streams: int) -> tuple[int, float]:

@@ -104,9 +104,8 @@ def check_chats(name: str, tokenizer: Any) -> None:
     """Raise `UserError` for a base model, with the commands that suit it."""
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{name} is a base model, without a chat template: let it continue a text "
-            f'(keifu generate {shell(name)} "..."), '
-            f"or teach it to answer (keifu train sft --model {shell(name)} --data CHATS.jsonl)."
+            f"{name} is a base model, which cannot chat: use keifu generate {shell(name)}, or teach it by "
+            f"keifu train sft --model {shell(name)}."
         )
 
 
@@ -231,7 +230,7 @@ class Chat:
         print(self.conversation.system or "(The model is told what its chat template says, if anything.)")
 
     def _save(self, name: str) -> None:
-        """Append the conversation to a file as a line of JSON. A file with other content is not replaced."""
+        """Write the conversation to a file as JSON. Only a file that this conversation has written is replaced."""
         from keifu.files import write_atomic
 
         path = Path(name).expanduser().resolve()

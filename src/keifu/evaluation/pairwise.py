@@ -85,7 +85,7 @@ class Judgements:
 
     def holds(self, prompt: Conversation) -> bool:
         """Return whether there is already a vote for this prompt."""
-        return any(each.prompt == prompt for each in self.made)
+        return any(judgement.prompt == prompt for judgement in self.made)
 
     def add(self, judgement: Judgement) -> None:
         """Add a vote and write it to disk."""
@@ -94,13 +94,13 @@ class Judgements:
             file.flush()
             os.fsync(file.fileno())
         self.made.append(judgement)
-        decided = [each for each in self.made if each.choice in ("A", "B") and all(each.answers)]
+        decided = [judgement for judgement in self.made if judgement.choice in ("A", "B") and all(judgement.answers)]
         write_atomic(self.path.parent / PREFERENCES, _lines(map(self._preference, decided)))
 
     def tally(self) -> Tally:
         """Count the votes."""
-        choices = [each.choice for each in self.made]
-        return Tally(*(choices.count(each) for each in ("A", "B", "even", "skipped")))
+        choices = [judgement.choice for judgement in self.made]
+        return Tally(*(choices.count(choice) for choice in ("A", "B", "even", "skipped")))
 
     def _preference(self, judgement: Judgement) -> dict[str, Any]:
         chosen, rejected = judgement.answers if judgement.choice == "A" else judgement.answers[::-1]

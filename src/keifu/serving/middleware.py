@@ -113,9 +113,9 @@ class Requests:
         try:
             await self.app(scope, receive, watched)
         except Exception as error:
-            told = of_exception(error).response()
+            response = of_exception(error).response()
             if not begun:
-                await told(scope, receive, watched)
+                await response(scope, receive, watched)
         finally:
             path = scope["route"].path if "route" in scope else "(none)"
             seconds = time.monotonic() - start

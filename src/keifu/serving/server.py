@@ -117,8 +117,8 @@ class Connection(H11Protocol):
         """Start to wait for the first request."""
         super().connection_made(transport)
         if len(self.connections) > most_connections():
-            idle = [each for each in self.connections if isinstance(each, Connection) and each._since < math.inf]
-            oldest = min(idle, key=lambda each: each._since, default=self)
+            idle = [other for other in self.connections if isinstance(other, Connection) and other._since < math.inf]
+            oldest = min(idle, key=lambda connection: connection._since, default=self)
             oldest._forget()
             oldest.transport.close()
         self._watch()

@@ -259,12 +259,12 @@ class Worker:
             pieces.setdefault(job, []).append((index, piece))
             if piece.finish_reason is not None:
                 del self._jobs[piece.index]
-        for job, each in pieces.items():
+        for job, job_pieces in pieces.items():
             if not job.started:
                 self.metrics.first_token.labels(self.name).observe(time.monotonic() - job.began)
                 job.started = True
                 self.metrics.cached.labels(self.name).inc(sum(request.cached for request in job.requests))
-            job.put(each)
+            job.put(job_pieces)
         self.metrics.generated.labels(self.name).inc(len(written))
         counts = engine.guessed, engine.accepted
         metrics = self.metrics.guessed, self.metrics.accepted

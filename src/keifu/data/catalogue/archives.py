@@ -85,8 +85,7 @@ def _download(archive: Archive, folder: Path, given: Path) -> Path:
     if free < archive.size:
         raise UserError(
             f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {folders.cache()} has "
-            f"{free / 1e6:,.0f} MB free: free some space (keifu data clear removes what was fetched), or "
-            "set KEIFU_CACHE to another folder."
+            f"{free / 1e6:,.0f} MB free: run keifu data clear, or set KEIFU_CACHE to another folder."
         )
     if archive.file.endswith(".deb"):
         return apt_download(archive.package, archive.version, archive.file, folder, given)

@@ -78,8 +78,7 @@ def opens_thoughts(tokenizer: Tokenizer, prompt: Sequence[int]) -> bool:
 
 
 def with_opening(tokenizer: Tokenizer, prompt: Sequence[int], completion: str) -> str:
-    """Put the `<think>` at the prompt's end, if any, before the completion, so that unfinished thoughts are
-    recognised."""
+    """Put `<think>` before the completion if the prompt ends with it, so that unfinished thoughts are recognised."""
     return f"{OPEN}\n{completion}" if opens_thoughts(tokenizer, prompt) else completion
 
 

@@ -189,9 +189,9 @@ class SpanCorruptionBatches:
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
         """Return one row for each window. Windows of the same denoiser are computed together."""
         chosen = source_of_row(self.shares, numbers)
-        places = [np.flatnonzero(chosen == n) for n in range(len(self.denoisers))]
-        made = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(places) if len(rows)]
-        order = np.argsort(np.concatenate(places))
+        indices = [np.flatnonzero(chosen == n) for n in range(len(self.denoisers))]
+        made = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(indices) if len(rows)]
+        order = np.argsort(np.concatenate(indices))
         return {name: np.concatenate([part[name] for part in made])[order] for name in made[0]}
 
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:

@@ -102,9 +102,9 @@ def _chain(chance: random.Random) -> Problem:
 
 def _shopping(chance: random.Random) -> Problem:
     name, thing = chance.choice(NAMES), chance.choice(THINGS)
-    have, bags, each = chance.randrange(2, 60), chance.randrange(2, 10), chance.randrange(2, 13)
-    bought = _step(bags, "*", each)
-    question = f"{name} has {have} {thing} and buys {bags} bags of {each}. How many {thing} are there now?"
+    have, bags, in_bag = chance.randrange(2, 60), chance.randrange(2, 10), chance.randrange(2, 13)
+    bought = _step(bags, "*", in_bag)
+    question = f"{name} has {have} {thing} and buys {bags} bags of {in_bag}. How many {thing} are there now?"
     return _solve(question, bought, _step(have, "+", bought[1]))
 
 

@@ -174,8 +174,8 @@ def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[
 
 
 def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
-    """Compute scores from the merges: the earlier a merge, the higher the score of its token. Also whether scores alone
-    give the same merges."""
+    """Return the fields of SentencePiece's BPE. The earlier a merge, the higher the score of its token. Raises
+    `UserError` if scores cannot express the merges."""
     merges = [(left, right) for left, right in described["model"]["merges"]]
     made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
     pieces = described["pre_tokenizer"] or {}

@@ -93,8 +93,8 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
     note = _sentence(drawn, wanted, request)
     figures, rows = dict[str, float | int | str](), list[tuple[Any, ...]]()
     if request.metric != "distances" and request.towers is not None:
-        for where, each in drawn.items():
-            scores, lines = _score(where, each, request)
+        for where, images in drawn.items():
+            scores, lines = _score(where, images, request)
             figures |= scores
             rows += lines
     if request.metric == "clip-score":
@@ -150,7 +150,9 @@ def _score(
 
 
 def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: EvalRequest) -> str:
-    counts = " and ".join(f"{len(each.captions):,}{name or ' of captions in training'}" for name, each in drawn.items())
+    counts = " and ".join(
+        f"{len(images.captions):,}{name or ' of captions in training'}" for name, images in drawn.items()
+    )
     return (
         f"Drawn: {counts}, in the language {request.language or 'that comes first'}, with a guidance of "
         f"{wanted.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
@@ -161,8 +163,8 @@ def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:
     """Draw a PNG: some generated images, each next to the real one with the same caption."""
     count = drawn_pictures.SHOWN // len(drawn)
     pairs = [
-        torch.stack([each.pictures[:count], each.real.take(slice(0, count))], 1).flatten(0, 1)
-        for each in drawn.values()
+        torch.stack([images.pictures[:count], images.real.take(slice(0, count))], 1).flatten(0, 1)
+        for images in drawn.values()
     ]
-    captions = [text for each in drawn.values() for caption in each.captions[:count] for text in (caption, "real")]
+    captions = [text for images in drawn.values() for caption in images.captions[:count] for text in (caption, "real")]
     return grid(torch.cat(pairs), captions, drawn_pictures.ACROSS * 2)

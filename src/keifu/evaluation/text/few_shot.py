@@ -121,7 +121,7 @@ class _Prompting:
         texts = [(p, delimiter + a) for p, answer in zip(self.prompts, answers, strict=True) for a in answer]
         rest = iter(join_tokens(self.runner.tokenizer, texts))
         scored_pairs = [[next(rest) for _ in answer] for answer in answers]
-        excess, context = max(self.runner.excess(p) for each in scored_pairs for p in each), self.runner.context
+        excess, context = max(self.runner.excess(p) for row in scored_pairs for p in row), self.runner.context
         if excess > 0:
             fewer = "ask for fewer shots" if self.shots else "shorten the items"
             raise UserError(
@@ -148,8 +148,8 @@ def _by_choice(asking: _Prompting) -> ScoredItem:
     pairs = asking.pairs([item.choices for item in items])
     alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
     free = join_tokens(asking.runner.tokenizer, [(task.unconditional, task.delimiter + choice) for choice in alone])
-    scored = asking.runner.likelihoods([*free, *(pair for each in pairs for pair in each)], asking.label)
-    unconditional = {choice: each.total for choice, each in zip(alone, scored, strict=False)}
+    scored = asking.runner.likelihoods([*free, *(pair for row in pairs for pair in row)], asking.label)
+    unconditional = {choice: likelihood.total for choice, likelihood in zip(alone, scored, strict=False)}
     rest = iter(scored[len(free) :])
     right: dict[str, list[bool]] = {name: [] for name in SCORES}
     given, details = [], []
@@ -159,14 +159,14 @@ def _by_choice(asking: _Prompting) -> ScoredItem:
         for name, values in scores.items():
             right[name].append(_best(values) == item.right)
         given.append(item.choices[_best(scores[task.score])])
-        details.append("; ".join(f"{c}: {each.total:.4f}" for c, each in zip(item.choices, likely, strict=True)))
+        details.append("; ".join(f"{c}: {score.total:.4f}" for c, score in zip(item.choices, likely, strict=True)))
     return ScoredItem(right, given, details)
 
 
 def _scores(item: TaskItem, likely: Sequence[Likelihood], unconditional: Sequence[float]) -> dict[str, list[float]]:
-    """Return the value of every choice by each of `SCORES`."""
-    totals = [each.total for each in likely]
-    by_token = [each.total / len(each.log_probabilities) for each in likely]
+    """Return for each name in `SCORES` the scores of all choices."""
+    totals = [score.total for score in likely]
+    by_token = [score.total / len(score.log_probabilities) for score in likely]
     by_character = [total / max(1, len(choice)) for total, choice in zip(totals, item.choices, strict=True)]
     beside = [total - free for total, free in zip(totals, unconditional, strict=True)]
     return dict(zip(SCORES, (totals, by_token, by_character, beside), strict=True))
@@ -187,21 +187,21 @@ def _by_exact(asking: _Prompting) -> ScoredItem:
     """Score exact match of the greedily generated answer, up to a stop string. With several samples: of the majority's
     answer, of a single sample and of the best one."""
     task, items, count = asking.drawn.task, asking.drawn.items, asking.samples
-    prompts = [each.prompt for [each] in asking.pairs([[item.answer] for item in items]) for _ in range(count)]
+    prompts = [pair.prompt for [pair] in asking.pairs([[item.answer] for item in items]) for _ in range(count)]
     sampling = SamplingParams(max_tokens=task.max_tokens, temperature=float(count > 1), stop=task.until, seed=0)
-    each = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
-    written = asking.runner.write(prompts, each, asking.label)
+    samplings = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
+    written = asking.runner.write(prompts, samplings, asking.label)
     opened = partial(with_opening, asking.runner.tokenizer)
     written = [replace(done, text=opened(p, done.text)) for p, done in zip(prompts, written, strict=True)]
     groups = [written[first : first + count] for first in range(0, len(written), count)]
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
     forms = [[normalize_answer(answer_of(done.text)) for done in group] for group in groups]
-    able = [[form in good for form in each] for each, good in zip(forms, accepted, strict=True)]
+    able = [[form in good for form in answers] for answers, good in zip(forms, accepted, strict=True)]
     votes = [majority([done.text for done in group]) for group in groups]
     chosen = [group[vote] for group, vote in zip(groups, votes, strict=True)]
-    right = {"exact match": [each[vote] for each, vote in zip(able, votes, strict=True)]}
+    right = {"exact match": [row[vote] for row, vote in zip(able, votes, strict=True)]}
     if count > 1:
-        single, any_right = [each[0] for each in able], [any(each) for each in able]
+        single, any_right = [row[0] for row in able], [any(row) for row in able]
         right = {f"majority of {count}": right["exact match"], "one sample": single, f"any of {count}": any_right}
     return ScoredItem(right, [done.text for done in chosen], [done.finish_reason for done in chosen])
 
@@ -210,13 +210,13 @@ def _by_cloze(asking: _Prompting) -> ScoredItem:
     """Return whether greedy decoding would generate each answer, and how likely the answer is."""
     pairs = [pair for [pair] in asking.pairs([[item.answer] for item in asking.drawn.items])]
     scored = asking.runner.likelihoods(pairs, asking.label)
-    losses = [-each.total for each in scored]
+    losses = [-score.total for score in scored]
     perplexities = [math.exp(min(value, 700.0)) for value in (sum(losses) / len(losses), *bootstrap(losses))]
     names = ("perplexity of an answer", "perplexity, 95% from (bootstrap)", "perplexity, 95% to (bootstrap)")
     figures: dict[str, Any] = {name: round(value, 2) for name, value in zip(names, perplexities, strict=True)}
-    given = [item.answer if each.greedy else "" for item, each in zip(asking.drawn.items, scored, strict=True)]
-    details = [f"{each.total:.4f}" for each in scored]
-    return ScoredItem({"greedy answer": [each.greedy for each in scored]}, given, details, figures)
+    given = [item.answer if score.greedy else "" for item, score in zip(asking.drawn.items, scored, strict=True)]
+    details = [f"{score.total:.4f}" for score in scored]
+    return ScoredItem({"greedy answer": [score.greedy for score in scored]}, given, details, figures)
 
 
 SCORERS: dict[str, Callable[[_Prompting], ScoredItem]] = {"choice": _by_choice, "exact": _by_exact, "cloze": _by_cloze}

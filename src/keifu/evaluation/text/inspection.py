@@ -117,7 +117,7 @@ def _likeliest(logits: Tensor, top: int) -> list[Likely]:
 def _whole(maps: dict[str, list[Tensor]], rows: int, columns: int) -> dict[str, Tensor]:
     """Return the maps [rows, columns] of each head. A layer that computes its window in pieces is left out."""
     first = {name: passes[0] for name, passes in maps.items()}
-    return {name: each[0].cpu() for name, each in first.items() if each.ndim == 4 and each.shape[2:] == (rows, columns)}
+    return {name: head[0].cpu() for name, head in first.items() if head.ndim == 4 and head.shape[2:] == (rows, columns)}
 
 
 @torch.inference_mode()
@@ -133,7 +133,7 @@ def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
         attention = {"alignment": model.alignment(read, given)[0][None].cpu()} if isinstance(model, Aligner) else {}
         if not attention:
             model(read, given)
-            crossed = {name: each for name, each in maps.items() if name.endswith("cross_attention")}
+            crossed = {name: weights for name, weights in maps.items() if name.endswith("cross_attention")}
             attention = _whole(crossed, given.shape[1], len(source))
     if not attention:
         raise UserError(f"A {type(model).__name__} has no attention over its source, so there is nothing to look at.")
@@ -151,9 +151,9 @@ def draw_maps(
     from matplotlib.figure import Figure
 
     heads = [
-        (f"{name}, head {n}" if each.dim() == 3 else name, head)
-        for name, each in maps.items()
-        for n, head in enumerate(each if each.dim() == 3 else each[None], 1)
+        (f"{name}, head {n}" if weights.dim() == 3 else name, head)
+        for name, weights in maps.items()
+        for n, head in enumerate(weights if weights.dim() == 3 else weights[None], 1)
     ]
     if not heads:
         raise UserError("There is no attention to draw: the model computed none.")

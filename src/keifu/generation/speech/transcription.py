@@ -142,14 +142,14 @@ def transcribe(
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
     padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # pad short sound with silence
     features = log_mel(padded, hearer.config.n_mels).to(device_of(model))
-    place, seconds, segments = 0, len(samples) / RATE, list[Segment]()
+    frame, seconds, segments = 0, len(samples) / RATE, list[Segment]()
     given = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
     past = deque(given, max(0, hearer.config.context_length // 2 - 1))
     with evaluation_mode(model), torch.inference_mode():
-        while place < last:
-            before = partial(progress, place / FRAMES_PER_SECOND)
+        while frame < last:
+            before = partial(progress, frame / FRAMES_PER_SECOND)
             before()
-            heard = F.pad(features[:, place : place + window], (0, max(0, place + window - features.shape[1])))[None]
+            heard = F.pad(features[:, frame : frame + window], (0, max(0, frame + window - features.shape[1])))[None]
             memory = hearer.encode(heard)
             if language is None and tokens.languages:
                 language = find_language(hearer, memory, tokens)
@@ -157,15 +157,15 @@ def transcribe(
             prompt = [*given, *tokens.prompt(language, settings.task)]
             longest = hearer.config.context_length - len(prompt)
             made = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens, before)
-            best, no_speech, temperature = write_window(made, tokenizer, longest, settings, place)
-            parts, done = cut(best.tokens, min(window, last - place), tokens)
+            best, no_speech, temperature = write_window(made, tokenizer, longest, settings, frame)
+            parts, done = cut(best.tokens, min(window, last - frame), tokens)
             for *times, written in () if silent(best, no_speech) else parts:
-                start, end = (min(place / FRAMES_PER_SECOND + time, seconds) for time in times)
+                start, end = (min(frame / FRAMES_PER_SECOND + time, seconds) for time in times)
                 words = [token for token in written if token < tokens.end]
                 text = tokenizer.decode(words)
                 segments.append(Segment(start, end, text, written, best.score, no_speech, temperature))
                 past.extend(words) if settings.previous and temperature <= WARM else past.clear()
-            place += done
+            frame += done
     return Transcript("".join(segment.text for segment in segments).strip(), language, seconds, segments)
 
 

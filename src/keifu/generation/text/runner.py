@@ -164,14 +164,14 @@ class TorchRunner:
 
     def _inserted(self, spans: Sequence[Span]) -> Inserted | None:
         """Return the embeddings of the pictures in these spans; None if there are none."""
-        places, embeddings, first = list[int](), list[Tensor](), 0
+        positions, embeddings, first = list[int](), list[Tensor](), 0
         for span in spans:
             if span.images is not None:
                 inserted, rows = span.images.between(self.model, span.start, span.start + len(span.tokens))
-                places += [first + place for place in inserted]
+                positions += [first + position for position in inserted]
                 embeddings += [rows] if inserted else []
             first += len(span.tokens)
-        return Inserted(on_device([places], self.device)[0], torch.cat(embeddings)) if places else None
+        return Inserted(on_device([positions], self.device)[0], torch.cat(embeddings)) if positions else None
 
     def _groups(self, batch: Sequence[Span]) -> list[list[Span]]:
         """Group the spans that attend together: with equal numbers of tokens, similar ends, and views of the pool at
@@ -218,6 +218,6 @@ def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
 
 def _wanted(spans: Sequence[Span], batch: Sequence[Span]) -> list[int]:
     """Return the indices of the tokens whose logits are needed, in the order of the batch."""
-    places = accumulate(len(span.tokens) for span in spans)
-    ends = dict(zip((span.sequence for span in spans), places, strict=True))
-    return [place for span in batch for place in range(ends[span.sequence] - span.wanted, ends[span.sequence])]
+    stops = accumulate(len(span.tokens) for span in spans)
+    ends = dict(zip((span.sequence for span in spans), stops, strict=True))
+    return [index for span in batch for index in range(ends[span.sequence] - span.wanted, ends[span.sequence])]

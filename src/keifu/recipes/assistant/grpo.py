@@ -5,9 +5,9 @@ rate of 1e-6, β 0.04, one update for each set of answers. No reward model and n
 are compared with each other. The built-in task has sums in the form of reasoning-gym's chain_sum, made here.
 `--variant` chooses Dr. GRPO (Liu et al., 2025), DAPO (Yu et al., 2025) or GSPO (Zheng et al., 2025).
 Command: keifu train grpo --model runs/sft
-Cost: printed before it starts, measured on the machine, without the writing of the answers.
-Expected: the reward in metrics.jsonl rises, and so does validation_reward, that of the likeliest answers to held-out
-prompts; docs/results.md, "GRPO on sums".
+Cost: printed before it starts, measured on the machine, without generating the answers.
+Expected: the reward in metrics.jsonl rises, and so does validation_reward (of the likeliest answers to held-out
+prompts); docs/results.md, "GRPO on sums".
 """
 
 from dataclasses import dataclass

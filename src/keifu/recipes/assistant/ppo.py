@@ -1,14 +1,13 @@
-"""Proximal policy optimisation as InstructGPT did it (Ouyang et al., 2022): a policy is trained on a reward model.
+"""Proximal policy optimisation as in InstructGPT (Ouyang et al., 2022): a policy is trained on a reward model.
 
 Paper: "Training language models to follow instructions with human feedback", sections 3.5 and C.4: 512 answers of 512
 prompts a rollout, 8 minibatches, one pass, β 0.02 a token, clip 0.2, no discount, temperature 1, the weights' moving
 average 0.992, a value model that begins as the reward model (rate 9e-6), and with `--text` the loss on pretraining text
-times 27.8 (PPO-ptx), 8 texts for each answer. The policy's rate is not printed there; above 8e-6 it diverged without
-the text. What pretraining text is, and how long, is yours to say.
+times 27.8 (PPO-ptx), 8 texts for each answer. The paper does not state the policy's rate; above 8e-6 it diverged
+without the text. You choose the pretraining text and its length.
 Command: keifu train ppo --model runs/sft --reward runs/reward --data prompts.jsonl
-Cost: printed before it starts, measured on the machine, without the writing of the answers.
-Expected: the reward in metrics.jsonl rises, and kl stays inside its range:
-docs/results.md, "InstructGPT's pipeline".
+Cost: printed before it starts, measured on the machine, without generating the answers.
+Expected: the reward in metrics.jsonl rises, and kl stays inside its range: docs/results.md, "InstructGPT's pipeline".
 """
 
 import copy

@@ -1,8 +1,9 @@
 """A reward model, which scores responses, trained on ranked responses (Ouyang et al., 2022, section 3.5).
 
 Paper: "Training language models to follow instructions with human feedback": 4 to 9 ranked answers of each of 64
-prompts in a step, one epoch, a rate of 9e-6 there. All pairs of a prompt are one element of the loss. In the end the
-demonstrations' mean score is made zero; without a file of them, the best answers of the rankings are that.
+prompts in a step, one epoch, a rate of 9e-6 there. All pairs of a prompt are one element of the loss. At the end a bias
+makes the mean score of the demonstrations zero; without a file of demonstrations, that of the best answers in the
+rankings.
 Command: keifu train reward --model runs/sft --data preferences.jsonl
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/results.md, "InstructGPT's pipeline".

@@ -76,8 +76,8 @@ def prepare(recipe: Recipe) -> FinetuneTask:
     shaped = recipe.image != Recipe.image
     if shaped and recipe.tower:
         raise UserError(f"--image.* describes a new tower, but {recipe.tower} has its own shape: leave out one.")
-    found = read_questions(recipe.data)
-    if not (learned := found.without(recipe.left_out)):
+    questions = read_questions(recipe.data)
+    if not (learned := questions.without(recipe.left_out)):
         raise UserError(f"{recipe.data} has no question to learn from, without those that are left out.")
     decoder, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     if sees(decoder.config):
@@ -91,19 +91,19 @@ def prepare(recipe: Recipe) -> FinetuneTask:
     else:
         if not recipe.tower_rate and not recipe.tower:
             raise UserError("--tower-rate 0 keeps a new tower random: give --tower, or a share above 0.")
-        model, tokenizer = start(recipe, decoder, tokenizer, replace(found, learned=learned))
+        model, tokenizer = start(recipe, decoder, tokenizer, replace(questions, learned=learned))
     if not recipe.tower_rate:
         model.tower.requires_grad_(False)
-    sides = finetuning.held_out(learned, [each.image for each in learned], recipe.held_out)
-    turns = {pair: encode(tokenizer, *pair, model.config) for pair in {each[1:] for each in learned}}
-    rows = [[(*turns[each[1:]], each.image) for each in side] for side in sides]
+    sides = finetuning.held_out(learned, [question.image for question in learned], recipe.held_out)
+    turns = {pair: encode(tokenizer, *pair, model.config) for pair in {question[1:] for question in learned}}
+    rows = [[(*turns[question[1:]], question.image) for question in side] for side in sides]
     ready = Preprocessing(**vars(model.config.pixels))
     named = [recipe.names_first and question.answer not in CLOSED for question in sides[0]]
-    data = QuestionBatches(rows, found, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, named)
+    data = QuestionBatches(rows, questions, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, named)
     return FinetuneTask(model.to(choose()), tokenizer, data)
 
 
-def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) -> tuple[llava.Llava, Tokenizer]:
+def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, questions: Questions) -> tuple[llava.Llava, Tokenizer]:
     """Return the decoder with a vision tower and a new projector, and the tokenizer with a token for pictures."""
     if vars(decoder.config).keys() != vars(llama.Config()).keys():
         raise UserError(f"{recipe.model} is no model of LLaMA's type, and LLaVA's decoder is one: choose another.")
@@ -113,7 +113,7 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) 
     mark = marked.token_id(IMAGE)
     torch.manual_seed(recipe.seed)
     task_head.grow_vocabulary(decoder, marked.vocab_size, [mark] if mark >= tokenizer.vocab_size else [])
-    taken, eyes = new_eyes(recipe, found) if recipe.tower is None else take_tower(recipe.tower)
+    taken, eyes = new_eyes(recipe, questions) if recipe.tower is None else take_tower(recipe.tower)
     config = replace(eyes, text=decoder.config, image_token=mark)
     model = llava.attach(config, cast(Any, finetuning.to_train(decoder, recipe.lora, recipe.seed)))
     if taken:
@@ -121,12 +121,12 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, found: Questions) 
     return model, marked
 
 
-def measured(found: Questions, side: int) -> Pixels:
+def measured(questions: Questions, side: int) -> Pixels:
     """Return preprocessing with the mean and standard deviation of the training pictures, or of 500 of them. Then the
     background is near 0, and a new tower learns sooner."""
-    names = sorted({question.image for question in found.learned})[:: max(1, len(found.learned) // 5000)][:500]
+    names = sorted({question.image for question in questions.learned})[:: max(1, len(questions.learned) // 5000)][:500]
     plain = Preprocessing(**vars(Pixels(side, side, squash=True)))
-    values = torch.stack([plain.cut(found.picture(name)) for name in names]).float() / 255
+    values = torch.stack([plain.cut(questions.picture(name)) for name in names]).float() / 255
     mean, std = ([round(float(x), 4) for x in row] for row in (values.mean((0, 2, 3)), values.std((0, 2, 3))))
     return Pixels(side, side, squash=True, mean=tuple(mean), std=tuple(max(channel, 0.01) for channel in std))
 
@@ -155,8 +155,8 @@ def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tup
     asked = in_parts({"role": "user", "content": question, "images": [None]})
     ids, mask = tokenizer.render_turns([asked, in_parts({"role": "assistant", "content": answer})])
     times = [config.image_tokens if token == config.image_token else 1 for token in ids]
-    longer = [(token, each) for token, each, count in zip(ids, mask, times, strict=True) for _ in range(count)]
-    return [token for token, _ in longer], [each for _, each in longer]
+    longer = [(token, flag) for token, flag, count in zip(ids, mask, times, strict=True) for _ in range(count)]
+    return [token for token, _ in longer], [flag for _, flag in longer]
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

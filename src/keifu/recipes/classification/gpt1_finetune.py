@@ -1,9 +1,9 @@
-"""Fine-tuning as GPT-1 does it (Radford et al., 2018): a pretrained decoder learns a task from a table.
+"""Fine-tuning as in GPT-1 (Radford et al., 2018): a pretrained decoder learns a task from a table.
 
 Paper: "Improving Language Understanding by Generative Pre-Training", sections 3.2, 3.3 and 4.1: start, delimiter and
 extract tokens are new rows of the embedding, one matrix reads the last token's state, and the loss is the task's plus
-half of the language model's. Batch 32, 3 epochs, rate 6.25e-5 with a warm-up of 0.2% of the steps and a linear fall,
-dropout 0.1 on what is classified; weight decay 0.01 and clipping at 1 as in the released code.
+half of the language model's. Batch 32, 3 epochs, rate 6.25e-5 with a warm-up of 0.2% of the steps and a linear
+decrease, dropout 0.1 on the classified state; weight decay 0.01 and clipping at 1 as in the released code.
 Command: keifu train gpt1-finetune --model runs/gpt1 --data wiki-summaries --cut 128
 Cost: printed before it starts, for rows as long as the longest. --lm-weight 0 saves the loss of the words.
 Expected: see docs/results.md, "Generative pretraining" (--data wiki-summaries).

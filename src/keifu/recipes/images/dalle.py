@@ -3,13 +3,13 @@
 Paper: "Zero-Shot Text-to-Image Generation"; a discrete autoencoder (8,192 entries, 32 x 32 of them for 256 x 256
 pixels, 3 million steps), then a decoder of 12 B parameters over 256 text and 1,024 picture tokens with row, column and
 window attention; losses weighted 1/8 and 7/8, AdamW at 4.5e-4 with betas 0.9 and 0.96, weight decay 0.045, gradients
-clipped at 4, 430,000 steps of 1,024 pairs, a moving average with 0.99 every 25 steps; of 512 pictures the one is shown
-that CLIP likes best. Here, in one command and in parts: the autoencoder (512 entries, 16 x 16 for 64 x 64), a CLIP of
-the same captions (or --clip RUN), whose tokenizer reads the texts and which ranks pictures, and a small decoder. Left
-out: BPE dropout.
+clipped at 4, 430,000 steps of 1,024 pairs, a moving average with 0.99 every 25 steps; of 512 pictures the one with the
+highest CLIP score is shown. Here one command trains several models: the autoencoder (512 entries, 16 x 16 for 64 x 64),
+a CLIP of the same captions (or --clip RUN), whose tokenizer is used and which ranks pictures, and a small decoder. BPE
+dropout is not implemented.
 Command: keifu train dalle --data emoji
-Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples; a part's steps are
-fixed before it starts. What a stopped run lacks, --resume goes on with.
+Cost: 85 minutes of training by default, with an option for each model, and a few for samples. The steps of a model are
+fixed before it starts. --resume continues a stopped run.
 Expected: see docs/results.md, "Emoji from text".
 """
 

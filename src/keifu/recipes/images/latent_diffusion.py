@@ -1,13 +1,13 @@
 """Latent diffusion (Rombach et al., 2022): text-to-image diffusion in the latent space of an autoencoder.
 
-Paper: "High-Resolution Image Synthesis with Latent Diffusion Models"; Stable Diffusion 1: an autoencoder that makes one
-number of 8 x 8 pixels, CLIP's ViT-L/14 for the text, a U-Net of 860 M parameters, noise as target, a text left out of
-10% of the rows. Here, in one command and in parts: the autoencoder (one number of 4 x 4 pixels, with a loss of edges in
-place of the perceptual and adversarial ones), a CLIP of the same captions (or --clip RUN), and a U-Net in the latents,
-which are computed once; it predicts the velocity under a cosine schedule, as keifu train ddpm. --space pixels is the
-same network without the autoencoder, whose time it gets: what latents buy.
+Paper: "High-Resolution Image Synthesis with Latent Diffusion Models"; Stable Diffusion 1: an autoencoder with one
+latent position for 8 x 8 pixels, CLIP's ViT-L/14 for the text, a U-Net of 860 M parameters, noise as target, a text
+left out of 10% of the rows. Here one command trains several models: the autoencoder (one number of 4 x 4 pixels, with a
+loss of edges instead of the perceptual and adversarial ones), a CLIP of the same captions (or --clip RUN), and a U-Net
+in the latents, which are computed once; it predicts the velocity under a cosine schedule, like keifu train ddpm.
+--space pixels trains the same network on pixels, for as long as both together, to show the gain of latents.
 Command: keifu train latent-diffusion --data emoji
-Cost: 85 minutes of training by default, of which each part's are an option, and a few for samples. A part's steps are
+Cost: 85 minutes of training by default, with an option for each model, and a few for samples. The steps of a model are
 fixed before it starts.
 Expected: see docs/results.md, "Emoji from text".
 """

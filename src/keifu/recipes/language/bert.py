@@ -2,13 +2,13 @@
 
 Paper: "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", appendix A.2: 15% of the
 pieces predicted, half of the pairs false, batch 256, a million steps (nine tenths of them with rows of 128 tokens, the
-rest, begun with --start-from, with rows of 512), Adam 1e-4, warm-up 10,000, a linear fall, decay 0.01, dropout 0.1.
+rest, begun with --start-from, with rows of 512), Adam 1e-4, warm-up 10,000, a linear decrease, decay 0.01, dropout 0.1.
 Command: keifu train bert --data wiki-summaries
 Cost: printed before it starts; the default, a model of 5 M parameters, about half an hour on 2 cores. The published
 sizes: --model.dim 768 --model.hidden-dim 3072 --model.n-layers 12 --model.n-heads 12 --model.context-length 512
 --batch-size 256 --steps 1000000 --learning-rate 1e-4 --warmup 10000 --tokenizer minilm (the paper's vocabulary).
-Expected: the masked words, guessed ever better; no figure was made for this recipe. What a published encoder of this
-kind is worth: docs/results.md, "Bidirectional pretraining".
+Expected: the share of predicted masked words rises; no figure was made for this recipe. For a published encoder of this
+kind see docs/results.md, "Bidirectional pretraining".
 """
 
 import math

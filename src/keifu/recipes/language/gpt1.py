@@ -1,14 +1,14 @@
 """GPT-1 (Radford et al., 2018) from scratch: generative pretraining of a decoder, on any text.
 
-Paper: "Improving Language Understanding by Generative Pre-Training", section 4.1. `--recipe-of paper` trains as it
-says: 64 rows of 512 tokens, Adam with a rate of 2.5e-4 that rises over 2,000 steps and falls as a cosine to 0, decay
-0.01 on matrices, 100 passes over the text. The default is for a budget of an hour: Muon, 16 rows, 2 passes, a linear
-fall. The published size: --model.context-length 512 --model.dim 768 --model.hidden-dim 3072 --model.n-layers 12
---model.n-heads 12 --vocab-size 40478. Its books are no longer given out, and its tokenizer's files are read where
---tokenizer names them; a learned one is byte-level BPE, which has an end-of-text token and loses no character.
+Paper: "Improving Language Understanding by Generative Pre-Training", section 4.1. `--recipe-of paper` trains with its
+settings: 64 rows of 512 tokens, Adam with a rate of 2.5e-4, 2,000 steps of warm-up and a cosine to 0, decay 0.01 on
+matrices, 100 passes over the text. The default is for a budget of an hour: Muon, 16 rows, 2 passes, a linear decrease.
+The published size: --model.context-length 512 --model.dim 768 --model.hidden-dim 3072 --model.n-layers 12
+--model.n-heads 12 --vocab-size 40478. Its books are no longer available. --tokenizer can name its tokenizer's files; a
+trained one is byte-level BPE, which has an end-of-text token and can encode every character.
 Command: keifu train gpt1 --data english
 Cost: printed before it starts; the default model has 5 M parameters.
-Expected: see docs/results.md, "Generative pretraining"; keifu train gpt1-finetune goes on.
+Expected: see docs/results.md, "Generative pretraining"; keifu train gpt1-finetune continues.
 """
 
 from collections.abc import Callable

@@ -1,15 +1,16 @@
 """GPT-3 (Brown et al., 2020) from scratch: GPT-2 with banded attention in every second layer, on any text.
 
-Paper: "Language Models are Few-Shot Learners", section 2 and appendix B. `--recipe-of paper` trains as it says: Adam
-with β 0.9 and 0.95 and ε 1e-8, clipping at 1, decay 0.1, and a rate that rises over 375 M tokens, falls as a cosine to
-a tenth over 260 B of 300 B and then stays; the batch grows evenly from 32 k tokens to 0.5 M over the first 4 B. A
-shorter run has the same shares, its tokens counted and not its steps. The default is for minutes on a processor: Muon,
-and rates that fall to 0. GPT-3 Small: --steps 600000 --batch-size 244 --tokenizer gpt2-bpe --model.context-length 2048
---model.dim 768 --model.hidden-dim 3072 --model.n-layers 12 --model.n-heads 12 --model.band 256; the rates of the seven
-larger sizes are 3, 2.5, 2, 1.6, 1.2, 1 and 0.6e-4 (table 2.1), and their batches 0.5, 0.5, 1, 1, 2, 2 and 3.2 M tokens.
+Paper: "Language Models are Few-Shot Learners", section 2 and appendix B. `--recipe-of paper` trains with its settings:
+Adam with β 0.9 and 0.95 and ε 1e-8, clipping at 1, decay 0.1, and a rate with 375 M tokens of warm-up, a cosine to a
+tenth over 260 B of 300 B tokens, then constant; the batch grows evenly from 32 k tokens to 0.5 M over the first 4 B. A
+shorter run has the same shares, in tokens, not steps. The default is for minutes on a processor: Muon, and rates that
+fall to 0. GPT-3 Small: --steps 600000 --batch-size 244 --tokenizer gpt2-bpe --model.context-length 2048 --model.dim 768
+--model.hidden-dim 3072 --model.n-layers 12 --model.n-heads 12 --model.band 256; the rates of the seven larger sizes are
+3, 2.5, 2, 1.6, 1.2, 1 and 0.6e-4 (table 2.1), and their batches 0.5, 0.5, 1, 1, 2, 2 and 3.2 M tokens.
 Command: keifu train gpt3 --recipe-of paper --data english
-Cost: printed before it starts; the default model has 5 M parameters and sees 16 M tokens, a little fewer as the paper.
-Expected: no figure was made for this recipe; docs/results.md, "Banded attention", has what its attention costs.
+Cost: printed before it starts; the default model has 5 M parameters and sees 16 M tokens, slightly fewer with the
+paper's settings.
+Expected: no figure was made for this recipe; docs/results.md, "Banded attention", has the cost of its attention.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """LLaDA (Nie et al., 2025) from scratch: text by masked diffusion, on LLaMA's blocks without the causal mask.
 
 Paper: "Large Language Diffusion Models", section 2.2 and appendix B: AdamW, weight decay 0.1, a warm-up of 2,000 steps
-to 4e-4, which is then held, and lowered twice near the end; batches of 1,280 rows of 4,096 tokens, of which 1% are
-shorter, 2.3 T tokens. Here all rows are equally long, and a cosine ends at a tenth of the rate.
+to 4e-4, then a constant rate that is lowered twice near the end; batches of 1,280 rows of 4,096 tokens, of which 1% are
+shorter, 2.3 T tokens. Here all rows have the same length, and the rate decreases as a cosine to a tenth.
 Command: keifu train llada --model.dim 256 --model.hidden-dim 704 --model.n-layers 4 --model.n-heads 4
 --model.context-length 128 --batch-size 32 --steps 3000 --warmup 100 --data english
 Cost: the default is the published size, for a cluster; the command above is for a laptop.

@@ -1,16 +1,17 @@
 """PaLM (Chowdhery et al., 2022) from scratch: parallel attention and feed-forward, multi-query attention, on any text.
 
-Paper: "PaLM: Scaling Language Modeling with Pathways", section 5. `--recipe-of paper` trains as it says: Adafactor
-without factoring, updates scaled by the size of each matrix, at a rate of 0.01 that is held and then falls with the
-root of the step, β₁ 0.9, β₂ 1 − k^-0.8, clipping at 1, a decay of the rate's square, z-loss 1e-4, and a batch that
-doubles twice. Of its 255,000 steps the rate is held for 10,000, and the batch grows after 50,000 and 115,000: a shorter
-run has the same shares. The default is for minutes on a processor: Muon, and rates that fall to 0. Either way the run
-goes back where the loss spikes and leaves batches out (section 5.1), and a learned BPE spells numbers digit by digit.
-The paper's 8B: --steps 255000 --batch-size 2048 --model.context-length 2048 --model.dim 4096 --model.hidden-dim 16384
---model.n-layers 32 --model.n-heads 16 --model.head-dim 256 --vocab-size 256000. It does not print what β₁ averages, nor
-whether Adafactor clips each update; here both are as in T5X, which trained it.
+Paper: "PaLM: Scaling Language Modeling with Pathways", section 5. `--recipe-of paper` trains with its settings:
+Adafactor without factoring, updates scaled by the size of each matrix, at a rate of 0.01 that is constant and then
+decreases with the root of the step, β₁ 0.9, β₂ 1 − k^-0.8, clipping at 1, weight decay by the square of the rate,
+z-loss 1e-4, and a batch that doubles twice. Its rate is constant for 10,000 of 255,000 steps, and its batch grows after
+50,000 and 115,000; a shorter run has the same shares. The default is for minutes on a processor: Muon, and rates that
+fall to 0. With both settings the run goes back after a spike of the loss and skips batches (section 5.1), and a trained
+BPE encodes numbers digit by digit. The paper's 8B: --steps 255000 --batch-size 2048 --model.context-length 2048
+--model.dim 4096 --model.hidden-dim 16384 --model.n-layers 32 --model.n-heads 16 --model.head-dim 256 --vocab-size
+256000. The paper does not state what β₁ averages, or whether Adafactor clips each update; here both are as in T5X,
+which trained it.
 Command: keifu train palm --recipe-of paper --data english
-Cost: printed before it starts; the default model has 6 M parameters and sees 16 M tokens, fewer where the batch grows.
+Cost: printed before it starts; the default model has 6 M parameters and sees 16 M tokens, fewer if the batch grows.
 Expected: see docs/results.md, "PaLM's layer and optimizer: learning" and "Recovery from loss spikes".
 """
 

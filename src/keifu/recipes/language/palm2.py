@@ -1,15 +1,14 @@
 """PaLM 2 (Anil et al., 2023) as far as it is public: PaLM's block, UL2's denoising objectives, many languages.
 
-What is public, in the "PaLM 2 Technical Report": a Transformer, smaller than PaLM and trained for longer; "a tuned
-mixture of different pre-training objectives" after the results of UL2; more languages, parallel text, code and
-mathematics; near-duplicates removed; data and parameters grown in step. What is not: sizes, layers, the mixture of
-objectives, the sources and their weights. All that is our reading here: PaLM's block (Chowdhery et al., 2022), the
-seven denoisers of UL2's table 1 (Tay et al., 2022) in the shares that U-PaLM prints (Tay et al., 2022b, section 2.3),
-attention that is causal over the prefix too, and the sources of `keifu.data.text.mixture` with weights that we chose.
-No figure of this run is one of PaLM 2.
+The "PaLM 2 Technical Report" states: a Transformer, smaller than PaLM and trained for longer; "a tuned mixture of
+different pre-training objectives" after the results of UL2; more languages, parallel text, code and mathematics;
+near-duplicates removed; data and parameters grown in step. It does not state the sizes, layers, mixture of objectives,
+sources and weights. Here they are our choice: PaLM's block (Chowdhery et al., 2022), the seven denoisers of UL2's table
+1 (Tay et al., 2022) in the shares of U-PaLM (Tay et al., 2022b, section 2.3), attention that is causal over the prefix
+too, and the sources of `keifu.data.text.mixture` with weights that we chose. No figure of this run is one of PaLM 2.
 Command: keifu train palm2 --mixture multilingual
-Cost: printed before it starts, for a model of 6 M parameters and 25 M tokens; the texts are fetched and tokenised
-before it, once.
+Cost: printed before it starts, for a model of 6 M parameters and 25 M tokens; the texts are downloaded and tokenized
+before, once.
 Expected: see docs/results.md, "Mixture of objectives".
 """
 
@@ -185,10 +184,10 @@ def learn(recipe: Recipe, prepared: PreparedMixture, out: Path, resume: bool = F
         write_atomic(directory / "mixture.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     mixture = {source.name: [source.data, source.weight] for source in prepared.mixture.sources}
-    told = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
+    values = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
     facts = [_facts(*pair, epochs) for pair in zip(prepared.mixture.sources, prepared.sources, strict=True)]
     run = Run(
-        out, resume, options={"model": asdict(config), "recipe": told, "mixture": mixture},
+        out, resume, options={"model": asdict(config), "recipe": values, "mixture": mixture},
         about={"title": "palm2", "parameters": parameters(model), "data": facts},
     )  # fmt: skip
     return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())

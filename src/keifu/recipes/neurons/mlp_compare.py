@@ -1,11 +1,11 @@
 """Activations and losses compared: one multi-layer network for each pair, on the same data and from the same seed.
 
-Paper: Rumelhart, Hinton and Williams (1986) use sigmoids and the squared error; each later activation is cited with
-its function in keifu/layers/activations.py.
+Paper: Rumelhart, Hinton and Williams (1986) use sigmoids and the squared error; each later activation is cited with its
+function in keifu/layers/activations.py.
 Command: keifu train mlp-compare --data spirals
 Cost: a minute on 2 cores for the 36 pairs.
-Expected: on the spirals, relu, its smooth heirs and tanh reach 97% or more of the held-out rows with cross-entropy or
-squared error, the absolute error is the slowest, and sigmoids need more steps than the 600.
+Expected: on the spirals, relu, its smooth variants and tanh reach 97% or more of the held-out rows with cross-entropy
+or squared error, the absolute error is the slowest, and sigmoids need more steps than the 600.
 """
 
 import io

@@ -4,8 +4,8 @@ Paper: F. Rosenblatt, "The perceptron: a probabilistic model for information sto
 Psychological Review 65 (1958); the bound: A. Novikoff, "On convergence proofs on perceptrons" (1962).
 Command: keifu train perceptron --data and
 Cost: under a second on one core; a CSV file of thousands of rows and hundreds of columns, up to a minute.
-Expected: AND and OR learned without a mistake left, in fewer corrections than the bound that is printed; XOR refused,
-with the proof that no line parts its classes.
+Expected: AND and OR are learned without errors, in fewer corrections than the printed bound; XOR is refused, with a
+proof that no line separates its classes.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
-"""Whisper (Radford et al., 2022) from nothing: sounds and their transcripts in, a model that writes them down out.
+"""Whisper (Radford et al., 2022) from scratch: speech recognition, trained on sounds with transcripts.
 
 Paper: "Robust Speech Recognition via Large-Scale Weak Supervision": 680,000 hours, windows of 30 seconds, AdamW, 2^20
-updates of 256 windows, a rate that rises for 2,048 updates and falls to zero. Here: windows of 3 seconds, a model of
-about a million parameters, and digits that espeak-ng speaks (synthetic speech; Debian's package espeak-ng). The
-transcripts have no times.
+updates of 256 windows, a rate that increases for 2,048 updates and decreases to zero. Here: windows of 3 seconds, a
+model of about a million parameters, and digits that espeak-ng speaks (synthetic speech; Debian's package espeak-ng).
+Transcripts have no time tokens.
 Command: keifu train whisper --data spoken-digits
 Cost: printed before it starts, measured on the machine.
 Expected: see docs/results.md, "Learning to hear".

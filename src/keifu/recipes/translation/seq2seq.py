@@ -2,8 +2,9 @@
 
 Paper: "Neural Machine Translation by Jointly Learning to Align and Translate". `--attention none` is the same network
 with one vector for the whole source, as Cho et al. (2014) have it: the difference is the gain of attention.
-`--recipe-of paper` trains as its appendix B.2 says: Adadelta with ρ 0.95 and ε 1e-6, gradients clipped at 1, batches of
-80 pairs cut from 1,600 that were sorted by length. The default is for a budget of minutes on a processor, with AdamW.
+`--recipe-of paper` trains with the settings of appendix B.2: Adadelta with ρ 0.95 and ε 1e-6, gradients clipped at 1,
+batches of 80 pairs cut from 1,600 that were sorted by length. The default is for a budget of minutes on a processor,
+with AdamW.
 Command: keifu train seq2seq --data tatoeba-ja-en --attention additive
 Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
 Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation with attention".

@@ -1,8 +1,9 @@
-"""The Transformer (Vaswani et al., 2017) as a translator, from sentence pairs alone.
+"""The Transformer (Vaswani et al., 2017) as a translator, trained only on sentence pairs.
 
-Paper: "Attention Is All You Need". `--recipe-of paper` trains as it says: Adam with β 0.9 and 0.98 and ε 1e-9, a rate
-that rises for 4,000 steps and falls with their root, label smoothing 0.1, the mean of the last 5 saved states. The
-default is for a budget of minutes on a processor: Muon, and a rate that falls to zero within the budget.
+Paper: "Attention Is All You Need". `--recipe-of paper` trains with its settings: Adam with β 0.9 and 0.98 and ε 1e-9, a
+rate that increases for 4,000 steps and then decreases with the root of the step, label smoothing 0.1, the mean of the
+last 5 saved states. The default is for a budget of minutes on a processor: Muon, and a rate that decreases to zero
+within the budget.
 Command: keifu train transformer --data tatoeba-ja-en
 Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
 Expected: BLEU and chrF on held-out pairs: docs/results.md, "Translation with the Transformer".

@@ -172,12 +172,12 @@ def learn(
 
     training, largest = (model, objective, data), data.largest()
     fitted = budget.fit(out, resume, *training, lambda steps: replace(settings(options, steps), **chosen), largest)
-    told = {name: value for name, value in asdict(options).items() if name not in FREE}
+    values = {name: value for name, value in asdict(options).items() if name not in FREE}
     held = data.held_out
     size = sum(len(task.parts.validation[place][1].encode()) for place in held.kept)
     return train_run(
         out, resume, *training, fitted, title=name, parameters=parameters(model), languages=task.pairs.languages,
-        facts=_source(options, task, data), options={"model": asdict(model.config), "recipe": told}, save=save,
+        facts=_source(options, task, data), options={"model": asdict(model.config), "recipe": values}, save=save,
         sample=_sampler(task, model), largest=largest, bytes_per_unit=size / (len(held.target.ids) + len(held)),
     )  # fmt: skip
 

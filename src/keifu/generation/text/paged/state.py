@@ -28,19 +28,19 @@ def first_of_run(blocks: Sequence[int]) -> int | None:
 
 def numbers_of(spans: Sequence[Span], size: int) -> list[list[int]]:
     """Return the tokens of a step, their positions, their slots in the pool, and the lengths of their sequences."""
-    tokens, positions, found, lengths = list[int](), list[int](), list[int](), list[int]()
+    tokens, positions, indices, lengths = list[int](), list[int](), list[int](), list[int]()
     for span in spans:
-        places = range(span.start, span.start + len(span.tokens))
+        new = range(span.start, span.start + len(span.tokens))
         tokens += span.tokens
-        positions += places
-        found += slots(span, places, size)
-        lengths += [max(place + 1, span.prompt) for place in places]
-    return [tokens, positions, found, lengths]
+        positions += new
+        indices += slots(span, new, size)
+        lengths += [max(position + 1, span.prompt) for position in new]
+    return [tokens, positions, indices, lengths]
 
 
-def slots(span: Span, places: range, size: int) -> list[int]:
+def slots(span: Span, positions: range, size: int) -> list[int]:
     """Return the slots in the pool of these positions of a sequence."""
-    return [span.blocks[place // size] * size + place % size for place in places]
+    return [span.blocks[position // size] * size + position % size for position in positions]
 
 
 def on_device(lists: Sequence[Sequence[int]], device: torch.device) -> list[Int[Tensor, " length"]]:
@@ -149,8 +149,8 @@ class SpanGroup:
         """Return the slots of the tokens from position `first` on, span by span."""
         if first not in self._gathered:
             assert self._tables is not None
-            places = torch.arange(first, self.last, device=self._tables.device)
-            slots = self._tables[:, places // self._size] * self._size + places % self._size
+            positions = torch.arange(first, self.last, device=self._tables.device)
+            slots = self._tables[:, positions // self._size] * self._size + positions % self._size
             self._gathered[first] = slots.flatten()
         return self._gathered[first]
 
