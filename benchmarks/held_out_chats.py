@@ -1,7 +1,7 @@
 """Bits per byte of the answers in held-out conversations, for chat models with any tokenizer.
 
-python benchmarks/held_out_chats.py MODEL [MODEL ...] --data FILE.jsonl [--json] [--write JSON] python
-benchmarks/held_out_chats.py --split TRAINING.jsonl --data FILE.jsonl [--held-out 0.05] [--most 300]
+python benchmarks/held_out_chats.py MODEL [MODEL ...] --data FILE.jsonl [--json] [--write JSON]
+python benchmarks/held_out_chats.py --split TRAINING.jsonl --data FILE.jsonl [--held-out 0.05] [--most 300]
 
 Each model reads each conversation in its chat template, a base model in keifu's plain one, in float32. A figure is the
 information of the assistant's tokens, including the ends of its turns, per byte of its text in UTF-8. Conversations

@@ -133,7 +133,7 @@ def measure(model: DecoderLM, held_out: Tensor) -> Found:
 
 @torch.no_grad()
 def measure_window(model: DecoderLM, held_out: Tensor) -> Found:
-    """Return the same for attention over only the last 128 tokens, computed on windows cut from the text."""
+    """Return the figures of `measure` for attention over only the last 128 tokens, on windows cut from the text."""
     rows = held_out.unfold(1, TRAINED + 1, TRAINED // 2).flatten(0, 1)
     losses = torch.cat([
         nn.functional.cross_entropy(model(part[:, :-1]).mT, part[:, 1:], reduction="none") for part in rows.split(64)

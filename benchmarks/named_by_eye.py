@@ -87,8 +87,8 @@ def write_sheets(options: argparse.Namespace) -> None:
 
 
 def read_choices(path: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return an item for each picture: its kind, its name and the chosen name; a choice too few or too many is an
-    error."""
+    """Return an item for each picture: its kind, its name and the chosen name; raises an error for a missing or a
+    repeated choice."""
     lines = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if wrong := [line for line in lines if len(line) != 3 or not all(map(str.isdigit, line))]:
         raise SystemExit(f"{path} has a line that is no choice: {' '.join(wrong[0])!r}. Write 1 12 7.")

@@ -1,7 +1,8 @@
 """`keifu plan` compared with published figures (LLaMA-65B, PaLM-540B, GPT-3 175B, Llama 2 70B and Stable Diffusion 1),
 and with training steps on this machine.
 
-python benchmarks/plan.py python benchmarks/plan.py --here --json docs/results/data/plan.json
+python benchmarks/plan.py
+python benchmarks/plan.py --here --json docs/results/data/plan.json
 
 One set of constants is used for all GPUs. For Stable Diffusion, torch counts the operations of the U-Net and of the
 image encoder on the meta device, for the steps and sizes of its model card (237,000 steps of 2,048 pictures at 256

@@ -1,7 +1,7 @@
 """Load test of the service: many clients with prompts and answers of mixed lengths, compared with llama.cpp's server.
 
-python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10] python
-benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40] [--arrivals 2 8] [--sampled]
+python benchmarks/serving.py [--model smollm2] [--weights int8] [--clients 64] [--slots 16] [--minutes 10]
+python benchmarks/serving.py --llama-server PATH [--gguf FILE] [--rounds 3] [--seconds 40] [--arrivals 2 8] [--sampled]
 
 The first counts errors, compares every greedy answer with the answer to the same request alone, and prints tokens per
 second, the time to first token and the memory. Meanwhile some clients leave early, some read slowly, and some open a
