@@ -107,7 +107,9 @@ def test_readme_and_the_index_give_the_texts_of_the_lineage(row: dict) -> None:
 
 
 def test_raw_values_give_the_cells() -> None:
-    (table,) = json.loads((DATA / "neurons.json").read_text(encoding="utf-8"))
+    table, tuned = json.loads((DATA / "neurons.json").read_text(encoding="utf-8"))
+    shares = [value / 1000 for value in tuned["values"]["of 1,000, by seed"]]
+    assert tuned["rows"][0][2:] == [", ".join(f"{share:.1%}" for share in shares), f"{mean(shares):.1%}"]
     for name, right, *_ in table["rows"]:
         values = table["values"][f"{name}, right of 1,000"]
         assert right == ", ".join(f"{value / 1000:.1%}" for value in values)
