@@ -181,7 +181,10 @@ def test_evaluate_measures_a_language_model_on_a_text(
     told = json.loads(out(capsys, "evaluate", writer, "--on", str(text), "--json"))
     assert told["tokens"] == 91 and told["bits per byte"] > 0 and "window of 24 tokens" in told["notes"][0]
     assert "--by-length has no meaning" in said(capsys, "evaluate", writer, "--on", str(text), "--by-length")
-    assert "--output has no meaning" in said(capsys, "evaluate", writer, "--on", str(text), "--output", "x")
+    items = tmp_path / "windows.jsonl"
+    out(capsys, "evaluate", writer, "--on", str(text), "--output", str(items))
+    windows = [json.loads(line) for line in items.read_text().splitlines()]
+    assert sum(window["tokens"] for window in windows) == 91
     assert not generate.generate_batch(*checkpoints.load(writer), [], [])  # the model is still one that writes
 
 

@@ -107,12 +107,12 @@ def first_neuron(folder: Path) -> None:
 def archive(folder: Path) -> None:
     import numpy as np
 
-    from keifu.checkpoints.npz import EXCHANGED, NAMES
+    from keifu.checkpoints.npz import NAMES, SWAPPED
 
     torch.manual_seed(0)
     weights = seq2seq.build(seq2seq.SIZES["g2p-en"]).state_dict()
     np.savez(folder / "a.npz", **{theirs: weights[ours].numpy() for ours, theirs in NAMES.items()})
-    assert set(EXCHANGED) < set(NAMES.values())
+    assert set(SWAPPED) < set(NAMES.values())
 
 
 def gguf(module: Any, dtype: str | None, **more: Any) -> Callable[[Path], None]:
