@@ -75,7 +75,7 @@ class Model:
     """Specification of a packaged model, and facts for its card that its run does not contain.
 
     command: trains it; "&& " separates consecutive trainings, and {last} is the folder of the previous one. Special
-    commands: "prune {last} DATA ENCODER DECODER" calls `prune`; "deepen {last} LAYERS" calls `deepen`; "join OUT FILE
+    commands: "prune {last} DATA ENCODER DECODER" calls `prune`; "join OUT FILE
     ..." calls `join`; "python" is a benchmark that trains, or with --out one that writes this file or folder.
     evaluation: a keifu command, or a benchmark that prints JSON. figures: names of the figures to use from its JSON;
     `details` are names of tables in it. sampling: settings of generation_config.json, instead of the
@@ -518,8 +518,6 @@ def trained(name: str, model: Model) -> Path:
         program, *words = shlex.split(command.format(last=last))
         if program == "prune":
             prune(Path(words[0]), run, words[1], *map(int, words[2:]))
-        elif program == "deepen":
-            deepen(Path(words[0]), run, int(words[1]))
         elif program == "join":
             run = Path(words[0])
             join(run, [Path(file) for file in words[1:]])
@@ -569,28 +567,6 @@ def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> Non
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config |= {f"{side}_ffn_dim": width for side, width in widths.items()}
-    (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-
-
-def deepen(run: Path, folder: Path, layers: int) -> None:
-    """Write a LLaMA-like model in which several layers replace each one, and which computes the same at first.
-
-    Each new layer is a copy of the previous one with its two output matrices set to zero, so that it has no effect
-    until it is trained (block expansion of LLaMA Pro; Wu et al., 2024).
-    """
-    keifu("convert", str(run), str(folder), "--to", "hf")
-    shutil.copy(run / "recipe.json", folder)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    times, last = layers // config["num_hidden_layers"], ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-    weights: dict[str, torch.Tensor] = {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        before, is_layer, after = name.partition(".layers.")
-        number, _, part = after.partition(".")
-        for copy in range(times if is_layer else 1):
-            new = f"{before}{is_layer}{int(number) * times + copy}.{part}" if is_layer else name
-            weights[new] = torch.zeros_like(weight) if copy and part in last else weight.clone()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config |= {"num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
 
 

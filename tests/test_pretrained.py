@@ -204,20 +204,6 @@ def test_a_model_is_made_and_measured_by_benchmarks_too(tmp_path: Path, monkeypa
     assert make.evaluated(model, tmp_path) == {"bits per byte": 1.5}
 
 
-def test_a_deeper_model_computes_the_same_and_learns(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    model, tokenizer = keifu.load("gpt-en")
-    keifu.checkpoints.save(model, tokenizer, run)
-    (run / "recipe.json").write_text("{}")
-    make.deepen(run, tmp_path / "deep", 12)
-    deep, _ = keifu.load(tmp_path / "deep")
-    assert deep.config == dataclasses.replace(model.config, n_layers=12)
-    tokens = torch.tensor([tokenizer.encode("The river was so cold that")])
-    torch.testing.assert_close(deep(tokens), model(tokens))
-    deep(tokens).logsumexp(-1).sum().backward()
-    assert all(block.attention.out.weight.grad.any() for block in deep.blocks)
-
-
 def test_conversations_are_joined_without_those_that_are_held_out(tmp_path: Path) -> None:
     held = make.lines_of(make.HELD_CHATS)[:2]
     lines = [json.dumps({"messages": [{"role": "user", "content": f"A line\u2028{n}"}]}) for n in range(3)]
