@@ -80,7 +80,7 @@ class Judgements:
             differs = [f"{name} {then[name]} → {value}" for name, value in about.items() if then[name] != value]
             if differs:
                 raise UserError(f"{directory} holds another comparison ({', '.join(differs)}): choose another --out.")
-            self.made = [Judgement(**line | {"answers": tuple(line["answers"])}) for line in rest]
+            self.made = [Judgement(line["prompt"], tuple(line["answers"]), line["choice"]) for line in rest]
         write_atomic(self.path, _lines([self.about, *map(Judgement._asdict, self.made)]))  # without a truncated line
 
     def holds(self, prompt: Conversation) -> bool:
