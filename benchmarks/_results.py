@@ -3,11 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from keifu.devices import processor_name
+from keifu.evaluation.intervals import wilson
 
 KEYS = ("section", "command", "machine", "values", "columns")
 SUMMARY = "summary only: the values of single seeds, rounds and items were not kept"
@@ -71,6 +72,25 @@ def renewed(page: str, tables: Sequence[dict]) -> str:
         return mark + "\n".join([*lines[:2], *new]) + "\n"
 
     return re.sub(r"(?m)(^<!-- table: (.*) -->\n\n)((?:\|.*\n)+)", replace, page)
+
+
+def share_of(right: int, total: int) -> str:
+    """Return a share in percent, with Wilson's 95% interval."""
+    low, high = wilson(right, total)
+    return f"{right / total:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def print_rows(rows: Iterable[Sequence[str]]) -> None:
+    """Print the rows of a table as Markdown, without the line below its head."""
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def write_items(path: Path, about: Mapping[str, Any], items: Iterable[Mapping[str, Any]]) -> None:
+    """Write facts and items as one JSON object, with a line for each item."""
+    head = json.dumps(dict(about), ensure_ascii=False)
+    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in items)
+    path.write_text(f'{head[:-1]}, "items": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def as_text(tables: Sequence[dict]) -> str:

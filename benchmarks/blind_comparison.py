@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import write_table
+from _results import print_rows, share_of, write_items, write_table
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.evaluation.intervals import wilson
 from keifu.evaluation.pairwise import a_is_left, seed_of
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams
@@ -152,14 +151,7 @@ def write_sheet(options: argparse.Namespace) -> None:
     given = {name: vars(options)[name] for name in ("models", "seed", "temperature", "max_tokens", "weights")}
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "sheet.md").write_text(sheet(items), encoding="utf-8")
-    write_json(options.folder / "key.json", {**given, "items": items})
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON with a line for each of the `items`."""
-    head = json.dumps({name: value for name, value in content.items() if name != "items"}, ensure_ascii=False)
-    lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in content["items"])
-    path.write_text(f'{head[:-1]}, "items": [\n{lines}\n]}}\n', encoding="utf-8")
+    write_items(options.folder / "key.json", given, items)
 
 
 def read_choices(path: Path, count: int) -> dict[int, str]:
@@ -189,9 +181,8 @@ def rows(first: str, items: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         for kind in ("all prompts", *PROMPTS):
             better = [item["better"] for item in of_pair if kind in ("all prompts", item["kind"])]
             won, lost = better.count(first), better.count(other)
-            low, high = wilson(won, len(better))
-            share = f"{won / len(better):.1%} ({100 * low:.1f} to {100 * high:.1f})"
-            found.append([f"{other}, {kind}", *map(str, (len(better), won, lost, len(better) - won - lost)), share])
+            counts = map(str, (len(better), won, lost, len(better) - won - lost))
+            found.append([f"{other}, {kind}", *counts, share_of(won, len(better))])
     return found
 
 
@@ -200,10 +191,10 @@ def count(options: argparse.Namespace) -> None:
     key = json.loads((options.folder / "key.json").read_text(encoding="utf-8"))
     items = decided(key, read_choices(options.choices, len(key["items"])))
     table = rows(key["models"][0], items)
-    for row in (COLUMNS, *table):
-        print("| " + " | ".join(row) + " |")
+    print_rows([COLUMNS, *table])
     if options.write:
-        write_json(options.write.with_name(ANSWERS), {**key, "judge": options.judge, "items": items})
+        about = {name: value for name, value in key.items() if name != "items"} | {"judge": options.judge}
+        write_items(options.write.with_name(ANSWERS), about, items)
         command = (
             f"python benchmarks/blind_comparison.py FOLDER --models {' '.join(key['models'])} --seed {key['seed']} "
             f"--temperature {key['temperature']:g} --max-tokens {key['max_tokens']} --weights {key['weights']}"

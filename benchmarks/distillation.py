@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _results import typed, write_table
+from _results import print_rows, typed, write_table
 from _rounds import machine, spread
 from _training import validation
 
@@ -140,8 +140,7 @@ def main() -> None:
     names = {**first, "student": "the student before training", **NAMES}
     columns = ["", "nats a token", "bits a byte", "steps"]
     rows = [[names[way], *cells([*by_seed.values()])] for way, by_seed in figures.items()]
-    for row in (columns, *rows):
-        print("| " + " | ".join(row) + " |")
+    print_rows([columns, *rows])
     if options.write:
         defaults = vars(parser.parse_args(["--data", ""]))
         usual = {name: value for name, value in defaults.items() if name not in ("out", "write", "threads")}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from _results import write_table
+from _results import print_rows, share_of, write_items, write_table
 from _rounds import machine
 from torch import Tensor
 
@@ -30,7 +30,6 @@ from keifu import checkpoints
 from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import sheet
 from keifu.data.images.splits import split
-from keifu.evaluation.intervals import wilson
 from keifu.generation.images.pipeline import text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 
@@ -110,9 +109,7 @@ def rows(items: Sequence[dict[str, Any]]) -> list[list[str]]:
     made = []
     for kind in (LEARNED, NEW, REAL):
         right = [item["name"] == item["chosen"] for item in items if item["kind"] == kind]
-        low, high = wilson(sum(right), len(right))
-        share = f"{sum(right) / len(right):.1%} ({100 * low:.1f} to {100 * high:.1f})"
-        made.append([kind, str(len(right)), str(sum(right)), share])
+        made.append([kind, str(len(right)), str(sum(right)), share_of(sum(right), len(right))])
     return made
 
 
@@ -121,13 +118,10 @@ def count(options: argparse.Namespace) -> None:
     key = json.loads((options.folder / "key.json").read_text(encoding="utf-8"))
     items = read_choices(options.choices, key)
     table = rows(items)
-    for row in (COLUMNS, *table):
-        print("| " + " | ".join(row) + " |")
+    print_rows([COLUMNS, *table])
     if options.write:
         about = {name: key[name] for name in ("model", "guidance", "seed")} | {"judge": options.judge}
-        lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in items)
-        text = f'{json.dumps(about)[:-1]}, "items": [\n{lines}\n]}}\n'
-        options.write.with_name(CHOICES).write_text(text, encoding="utf-8")
+        write_items(options.write.with_name(CHOICES), about, items)
         command = (
             f"python benchmarks/named_by_eye.py FOLDER --model {key['model']} --guidance {key['guidance']:g} "
             f"--seed {key['seed']}"

@@ -144,18 +144,18 @@ def emoji_clip() -> list[list[str]]:
 
 
 TABLES = (
-    ("packaged.json", "Models and their figures", COLUMNS, models),
+    ("Models and their figures", COLUMNS, models),
     (
-        "packaged.json", "Translators",
+        "Translators",
         ("pairs of the test", "count", "BLEU", "95% interval", "chrF", "95% interval"), translators,
     ),
     (
-        "packaged.json", "Masked words",
+        "Masked words",
         ("tokens", "count", "right", "95% interval", "neighbours looked up"), masked_words,
     ),
-    ("packaged.json", "Distance of drawn digits", ("features", "drawn", "held-out digits"), digits),
+    ("Distance of drawn digits", ("features", "drawn", "held-out digits"), digits),
     (
-        "packaged.json", "Emoji and their names",
+        "Emoji and their names",
         (
             "73 emoji of new families, R@1", "emoji-clip", "95% interval", "counting", "95% interval",
             "points above counting, 95% interval",
@@ -165,9 +165,9 @@ TABLES = (
 
 
 def main() -> None:
-    for file, section, columns, rows in TABLES:
-        files = [f"{name}.json" for name in MODELS if (DATA / f"{name}.json").exists()]
-        write_table(DATA / file, section, COMMAND, columns, rows(), {"files": files})
+    files = [f"{name}.json" for name in MODELS if (DATA / f"{name}.json").exists()]
+    for section, columns, rows in TABLES:
+        write_table(DATA / "packaged.json", section, COMMAND, columns, rows(), {"files": files})
 
 
 if __name__ == "__main__":

@@ -75,11 +75,10 @@ class Model:
     """Specification of a packaged model, and facts for its card that its run does not contain.
 
     command: trains it; "&& " separates consecutive trainings, and {last} is the folder of the previous one. Special
-    commands: "prune {last} DATA ENCODER DECODER" calls `prune`; "join OUT FILE
-    ..." calls `join`; "python" is a benchmark that trains, or with --out one that writes this file or folder.
-    evaluation: a keifu command, or a benchmark that prints JSON. figures: names of the figures to use from its JSON;
-    `details` are names of tables in it. sampling: settings of generation_config.json, instead of the
-    run's.
+    commands: "prune {last} DATA ENCODER DECODER" calls `prune`; "join OUT FILE ..." calls `join`; "python" runs a
+    benchmark that trains, or with --out one that writes this file or folder. evaluation: a keifu command, or a
+    benchmark that prints JSON. figures: names of the figures to use from its JSON; `details` are names of tables in it.
+    sampling: settings of generation_config.json, instead of the run's.
     """
 
     about: str

@@ -151,8 +151,8 @@ def test_the_tables_of_the_page_are_those_of_the_files(monkeypatch: pytest.Monke
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.delitem(sys.modules, "packaged", raising=False)
     packaged = import_module("packaged")
-    for file, section, columns, make in packaged.TABLES:
-        tables = json.loads((DATA / file).read_text(encoding="utf-8"))
+    tables = read("packaged")
+    for section, columns, make in packaged.TABLES:
         (table,) = [each for each in tables if each["section"] == section]
         assert table["columns"] == [*columns] and table["rows"] == make()
 

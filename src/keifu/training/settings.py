@@ -18,8 +18,8 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Recompute = Literal["none", "blocks", "selective"]
 OptimizerState = Literal["float32", "int8"]
 
-# These may change when a run is resumed: its length, intervals, and the splitting of a batch, but not the computation
-# of a step.
+# Settings that may change when a run is resumed: its length, intervals and the splitting of a batch. They do not change
+# the computation of a step.
 ADJUSTABLE = frozenset(
     ["steps", "minutes", "micro_batch", "compile", "log_every", "evaluate_every", "evaluate_share", "sample_every"]
     + ["save_every", "keep", "keep_best", "tensorboard", "wandb", "activation_checkpointing"]

@@ -27,7 +27,7 @@ def given_options(words: Sequence[str]) -> set[str]:
 
 
 def code_hashes(name: str, recipe: Any) -> dict[str, str]:
-    """Return the SHA-256 of each file whose code a run executes, by option name. "" stands for the recipe's file."""
+    """Return the SHA-256 of each file whose code a run executes, by option name; "" names the recipe's file."""
     files = {"": Path(name)} if name.endswith(".py") else {}
     files |= {option: file for option, value in _values(recipe).items() if (file := _code(value))}
     return {option: sha256(file) for option, file in files.items() if file.is_file()}

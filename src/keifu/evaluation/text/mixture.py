@@ -54,7 +54,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     figures: dict[str, float | int | str] = {
         "bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows),
     }  # fmt: skip
-    notes = [f"Windows of {context} tokens, each without what stands before it, of what keifu holds out."]
+    notes = [f"Windows of {context} tokens, each without the text before it, of what keifu holds out."]
     if "infilling" in tasks:
         notes.append("infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given.")
     return EvalResult(figures, tuple(notes), {"sources": ResultTable(columns, rows)})

@@ -60,7 +60,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         "bytes per token": round(bytes_per_token, 6),
         "tokens/s": round(sum(sizes) / (time.perf_counter() - start), 1),
     }
-    note = f"Each window of {context} tokens begins without what stands before it. Intervals resample windows."
+    note = f"Each window of {context} tokens begins without the text before it. Intervals resample windows."
     items = ResultTable(("tokens", "nats"), [(size, round(value, 3)) for size, value in zip(sizes, nats, strict=True)])
     return EvalResult(figures, (note,), items=items)
 

@@ -206,7 +206,7 @@ class ToolUse:
         return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", lead]
 
 
-THOUGHTS = -2  # stands for thoughts in the field `call`
+THOUGHTS = -2  # value of the field `call` for thoughts
 
 
 class Delta(NamedTuple):
