@@ -120,7 +120,10 @@ def test_it_sees_a_shape_that_is_drawn_here(tmp_path: Path, capsys: pytest.Captu
     asked = {"what color is the shape?": "red", "what shape is in the image?": "circle", "is there a triangle?": "no"}
     for question, answer in asked.items():
         cli.main(["chat", "see", question, "--image", str(tmp_path / "circle.png")])
-        assert capsys.readouterr().out.strip() == answer
+        said = capsys.readouterr()
+        assert said.out.strip() == answer and "--image" not in said.err
+    cli.main(["chat", "see", "what color is the shape?"])
+    assert "see answers questions about pictures: give one with --image" in capsys.readouterr().err
 
 
 def test_a_clip_is_asked_the_languages_that_it_learned() -> None:

@@ -58,6 +58,7 @@ def run(options: Options) -> None:
     model, tokenizer = load_writer(options.model, options.weights)
     check_chats(options.model, tokenizer)
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
+    from keifu.generation.images.prompts import sees
     from keifu.generation.text.chat import Conversation
 
     guesses = proposer(options.draft, options.guesses, options.weights)
@@ -68,6 +69,8 @@ def run(options: Options) -> None:
         return
     notice(f"{options.model}: {line}.")
     images = read_pictures(options.image)
+    if not images and sees(conversation.config):
+        print(f"{options.model} answers questions about pictures: give one with --image FILE.", file=sys.stderr)
     if options.json:
         print_completion(conversation.complete(question, sampling, images), sampling)
     else:
@@ -205,10 +208,9 @@ class Chat:
         name = SAME.get(word, word)
         if name not in self.commands:
             raise unknown("command", word, self.commands)
-        command = self.commands[name]
-        if command.argument == "FILE" and not argument.strip():
+        if self.commands[name].argument == "FILE" and not argument.strip():
             raise UserError(f"{name} needs the name of a file, such as {name} talk.jsonl.")
-        command.act(argument.strip())
+        self.commands[name].act(argument.strip())
 
     def _answer(self, message: str, images: Sequence[Any] = ()) -> None:
         print_answer(self.conversation, message, self.sampling, images, self.shows_thoughts)
@@ -241,9 +243,8 @@ class Chat:
             raise UserError("A conversation with pictures cannot be saved: the file would hold its text alone.")
         if path.exists() and path not in self.files:
             raise UserError(f"There is already a {name}: choose another name.")
-        record = {"messages": messages}
-        listed = [record] if path.suffix.lower() == ".json" else record
-        write_atomic(path, json.dumps(listed, ensure_ascii=False) + "\n")
+        text = json.dumps({"messages": messages}, ensure_ascii=False)
+        write_atomic(path, (f"[{text}]" if path.suffix.lower() == ".json" else text) + "\n")
         self.files.add(path)
         print(f"Wrote {name}: {len(messages)} messages.")
 
@@ -263,8 +264,7 @@ class Chat:
     def _retry(self, _: str) -> None:
         if not self.sampling.temperature:
             print("(At temperature 0 the answer is the same again: /temperature 0.8 changes that.)", file=sys.stderr)
-        before = self.conversation.messages
-        message = self.conversation.take_back()
+        before, message = self.conversation.messages, self.conversation.take_back()
         try:
             self._answer(message["content"], message.get("images", ()))
         finally:
