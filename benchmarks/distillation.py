@@ -17,6 +17,7 @@ repeated.
 """
 
 import argparse
+import json
 import math
 import tempfile
 from collections import Counter
@@ -86,6 +87,18 @@ def learn(options: argparse.Namespace, student: Path, way: str, seed: int) -> Fi
     return measure(options, str(out), max(line["step"] for line in metrics.read(out)))
 
 
+def check_same(options: argparse.Namespace) -> None:
+    """Write the options of the runs into the folder. Stop if its runs had others."""
+    free = {"seeds", "ways", "threads", "out", "write"}
+    now = {name: value for name, value in vars(options).items() if name not in free}
+    path = options.out / "options.json"
+    if path.exists() and (then := json.loads(path.read_text(encoding="utf-8"))) != now:
+        other = ", ".join(f"{name} {then.get(name)}" for name in now if then.get(name) != now[name])
+        raise SystemExit(f"The runs in {options.out} have {other}: give the same options or another --out.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now), encoding="utf-8")
+
+
 def uses(options: argparse.Namespace, tokenizer: Tokenizer) -> Counter[int]:
     """Return the frequency of each token in the data, if it decides the choice of merges."""
     chats = conversations.read(options.data) if options.merges == "used" else []
@@ -121,6 +134,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.weights = None if options.weights == "none" else options.weights
     options.out = options.out or Path(tempfile.mkdtemp())
+    check_same(options)
     print(machine(), flush=True)
     figures = {"teacher": {0: measure(options, options.teacher, 0)}}
     for name, layers in (("cut-teacher", None), ("student", options.layers)):

@@ -141,6 +141,8 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     options = parser.parse_args()
     if options.choices is not None:
+        if not options.judge:
+            parser.error("--choices needs --judge: say in words who chose.")
         return count(options)
     torch.set_num_threads(options.threads)
     print(machine(), flush=True)
