@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,13 @@ def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], 
 def renewed(page: str, tables: Sequence[dict]) -> str:
     """Return a page whose marked tables, `<!-- table: SECTION -->`, have the cells of the data file.
 
+    If a section has tables of several benchmarks, the mark is `<!-- table: SECTION: SCRIPT.py -->`.
     The header and the first cell of each row are not changed, since they are in the page's language.
     """
 
     def replace(found: re.Match[str]) -> str:
         mark, section, lines = found[1], found[2], found[3].splitlines()
-        (rows,) = [each["rows"] for each in tables if each["section"] == section]
+        (rows,) = [each["rows"] for each in tables if section in _marks(each)]
         if len(rows) != len(lines) - 2:
             raise SystemExit(f"The page's table {section!r} has {len(lines) - 2} rows, and the data have {len(rows)}.")
         japanese = re.search("[ぁ-んァ-ン一-龥]", page)
@@ -72,6 +74,68 @@ def renewed(page: str, tables: Sequence[dict]) -> str:
         return mark + "\n".join([*lines[:2], *new]) + "\n"
 
     return re.sub(r"(?m)(^<!-- table: (.*) -->\n\n)((?:\|.*\n)+)", replace, page)
+
+
+def _marks(table: Mapping[str, Any]) -> tuple[str, str]:
+    section, command = table["section"], table["command"]
+    return section, f"{section}: {Path(command.split()[1]).name}"
+
+
+def write_timing(path: Path | None, section: str, command: str, columns: Sequence[str], values: dict) -> None:
+    """Print the table of timed rounds as Markdown, and write it to a data file if there is a path."""
+    rows = timing_rows(values)
+    print_rows([columns, ["---", *["---:"] * (len(columns) - 1)], *rows])
+    if path:
+        write_table(path, section, command, columns, rows, values)
+
+
+def timing_rows(values: Mapping[str, Any]) -> list[list[str]]:
+    """Return the rows of a table of timed rounds: one for each contender, or for each task if "a row" is "task".
+
+    values["tasks"] has by name the "seconds" of each contender in each round (of `_rounds.interleaved`) and the
+    "amount" of units in one run. values["against"] has by contender the names of those that it is compared with.
+    A cell has the median of the units a second, or of the milliseconds a unit if "in" is "ms". Behind it are the
+    ratios to the others in the same round (median, lowest and highest), then the share of a "peak" a second that the
+    "work" of a run reaches, then the contender's other cells ("more"). The parts stand in columns of their own if the
+    row has no others. "shown" names the contenders that have cells.
+    """
+    tasks, against = values["tasks"], values["against"]
+    names = values.get("shown") or list(dict.fromkeys(name for task in tasks.values() for name in task["seconds"]))
+    if values.get("a row") == "task":
+        found = {name: [_parts(values, task, each) for each in names] for name, task in tasks.items()}
+    else:
+        found = {each: [_parts(values, task, each) for task in tasks.values()] for each in names}
+    rows, compared = list[list[str]](), max(map(len, against.values()), default=0)
+    for name, cells in found.items():
+        if len(cells) > 1:
+            rows.append([name, *map("; ".join, cells)])
+        else:
+            missing = compared - len(against.get(values["shown"][0] if "shown" in values else name, ()))
+            rows.append([name, cells[0][0], *["1.00"] * missing, *cells[0][1:]])
+    return rows
+
+
+def _parts(values: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list[str]:
+    """Return the median of a contender, its ratios, its share of the peak and its other cells."""
+    if name not in task["seconds"]:
+        return []
+    told = {each: _told(values, task["amount"], seconds) for each, seconds in task["seconds"].items()}
+    middle = statistics.median(told[name])
+    found = [f"{middle:,.{3 if middle < 0.1 else 2 if middle < 10 else 1 if middle < 100 else 0}f}"]
+    others = [other for other in values["against"].get(name, ()) if other in told]
+    found += [spanned([a / b for a, b in zip(told[name], told[other], strict=True)]) for other in others]
+    if "peak" in task:
+        found.append(f"{task['work'] / statistics.median(task['seconds'][name]) / task['peak']:.0%}")
+    return [*found, *task.get("more", {}).get(name, ())]
+
+
+def _told(values: Mapping[str, Any], amount: float, seconds: Sequence[float]) -> list[float]:
+    return [1000 * each / amount if values.get("in") == "ms" else amount / each for each in seconds]
+
+
+def spanned(values: Sequence[float], form: str = ".2f") -> str:
+    """Return the median, with the lowest and the highest in brackets."""
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def share_of(right: int, total: int) -> str:

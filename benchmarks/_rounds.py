@@ -41,7 +41,7 @@ def interleaved(
             start = time.perf_counter()
             work()
             if number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(round(time.perf_counter() - start, 7))
     return seconds
 
 

@@ -9,12 +9,11 @@ of 8 times an expert's hidden dimension, and everything else the same. Weights a
 
 import argparse
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from _results import write_table
+from _results import write_timing
 from _rounds import interleaved, machine
 
 from keifu.layers.mixture import idle_parameters
@@ -23,7 +22,7 @@ from keifu.models.mixture import mixtral
 from keifu.native.model import NativeLM, Span, pack
 
 SECTION = "Decoding a mixture of experts"
-COLUMNS = ("", "streams", "mixture, ms a step", "relative to as many active weights", "relative to as many weights")
+COLUMNS = ("weights, streams", "mixture, ms a step", "ratio to as many active weights", "ratio to as many weights")
 SIZE: dict[str, Any] = {
     "vocab_size": 8192, "context_length": 512, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 2,
     "norm_eps": 1e-5,
@@ -61,11 +60,6 @@ class Decoding:
             tokens = self.runner.run(spans).argmax(-1).tolist()
 
 
-def ratios(seconds: dict[str, list[float]], base: str) -> str:
-    found = [own / other for own, other in zip(seconds[MIXTURE], seconds[base], strict=True)]
-    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", nargs="+", default=["f32", "bf16", "int8", "int4"])
@@ -78,21 +72,19 @@ def main() -> None:
     counts = {name: sum(each.numel() for each in model.parameters()) for name, model in models.items()}
     active = counts[MIXTURE] - idle_parameters(models[MIXTURE])
     print(f"{machine()}; load {os.getloadavg()[0]:.1f}; {active:,} of {counts[MIXTURE]:,} weights active, {counts}\n")
-    print(f"| {' | '.join(COLUMNS)} |\n|---|---:|---:|---:|---:|")
-    rows: list[list[str]] = []
-    values: dict[str, Any] = {"load": os.getloadavg()[0], "active": active, "parameters": counts}
+    tasks: dict[str, Any] = {}
     for weights in options.weights:
         packed = {name: pack(model, weights) for name, model in models.items()}
         for streams in options.streams:
             contenders = {name: Decoding(each, streams, options.steps) for name, each in packed.items()}
             seconds = interleaved(contenders, options.rounds)
-            step = statistics.median(seconds[MIXTURE]) / options.steps
-            rows.append([weights, f"{streams}", f"{1000 * step:.2f}", ratios(seconds, ACTIVE), ratios(seconds, TOTAL)])
-            values[f"{weights}, {streams}"] = seconds
-            print(f"| {' | '.join(rows[-1])} |", flush=True)
-    if options.json:
-        given = f"--rounds {options.rounds} --json {options.json}"
-        write_table(options.json, SECTION, f"python benchmarks/experts.py {given}", COLUMNS, rows, values)
+            tasks[f"{weights}, {streams}"] = {"amount": options.steps, "seconds": seconds}
+    values = {
+        "load": os.getloadavg()[0], "active": active, "parameters": counts, "tasks": tasks, "in": "ms", "a row": "task",
+        "against": {MIXTURE: [ACTIVE, TOTAL]}, "shown": [MIXTURE],
+    }  # fmt: skip
+    command = f"python benchmarks/experts.py --rounds {options.rounds} --json {options.json}"
+    write_timing(options.json, SECTION, command, COLUMNS, values)
 
 
 if __name__ == "__main__":

@@ -194,6 +194,40 @@ def test_the_meshes_table_is_what_the_benchmark_wrote() -> None:
     assert [row[1:] for row in table["rows"]] == [["0" if cell == "0.00" else cell for cell in row] for row in told]
 
 
+def timed() -> list[dict[str, Any]]:
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(DATA.glob("*.json"))]
+    tables = [table for file in files if isinstance(file, list) for table in file]
+    return [table for table in tables if isinstance(values := table.get("values"), dict) and "tasks" in values]
+
+
+@pytest.mark.parametrize("table", timed(), ids=lambda table: table["section"])
+def test_timed_tables_are_those_of_the_rounds(table: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    results = import_module("_results")
+    values = table["values"]
+    assert table["rows"] == results.timing_rows(values)
+    for task in values["tasks"].values():
+        (rounds,) = {len(seconds) for seconds in task["seconds"].values()}
+        assert rounds > 1
+        task["amount"] *= 2
+    assert table["rows"] != results.timing_rows(values)
+
+
+def test_rows_of_timed_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    rows = import_module("_results").timing_rows
+    one = {"amount": 100, "seconds": {"theirs": [2, 4, 5], "ours": [1, 1, 2]}, "work": 6, "peak": 4}
+    two = {"amount": 3, "seconds": {"ours": [0.1, 0.2]}, "more": {"ours": ["9 MB"]}}
+    values = {"tasks": {"a": one}, "against": {"ours": ["theirs"]}}
+    ratio = "2.50 (2.00 to 4.00)"
+    assert rows(values) == [["theirs", "25.0", "1.00", "38%"], ["ours", "100", ratio, "150%"]]
+    values["tasks"]["b"] = two
+    assert rows(values) == [["theirs", "25.0; 38%", ""], ["ours", f"100; {ratio}; 150%", "22.5; 9 MB"]]
+    assert rows(values | {"a row": "task", "shown": ["ours"], "in": "ms", "against": {}}) == [
+        ["a", "10.0", "150%"], ["b", "50.0", "9 MB"],
+    ]  # fmt: skip
+
+
 def test_the_memory_of_a_context_is_that_of_the_bytes() -> None:
     (table,) = [each for each in of_data(LANGUAGE) if each["section"].startswith("Memory")]
     assert [name for name, *_ in table["rows"]] == [*table["values"]]
