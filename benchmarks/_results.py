@@ -93,26 +93,19 @@ def timing_rows(values: Mapping[str, Any]) -> list[list[str]]:
     """Return the rows of a table of timed rounds: one for each contender, or for each task if "a row" is "task".
 
     values["tasks"] has by name the "seconds" of each contender in each round (of `_rounds.interleaved`) and the
-    "amount" of units in one run. values["against"] has by contender the names of those that it is compared with.
+    "amount" of units in one run. values["against"] has by contender those that it is compared with, perhaps itself.
     A cell has the median of the units a second, or of the milliseconds a unit if "in" is "ms". Behind it are the
     ratios to the others in the same round (median, lowest and highest), then the share of a "peak" a second that the
     "work" of a run reaches, then the contender's other cells ("more"). The parts stand in columns of their own if the
     row has no others. "shown" names the contenders that have cells.
     """
-    tasks, against = values["tasks"], values["against"]
+    tasks = values["tasks"]
     names = values.get("shown") or list(dict.fromkeys(name for task in tasks.values() for name in task["seconds"]))
     if values.get("a row") == "task":
         found = {name: [_parts(values, task, each) for each in names] for name, task in tasks.items()}
     else:
         found = {each: [_parts(values, task, each) for task in tasks.values()] for each in names}
-    rows, compared = list[list[str]](), max(map(len, against.values()), default=0)
-    for name, cells in found.items():
-        if len(cells) > 1:
-            rows.append([name, *map("; ".join, cells)])
-        else:
-            missing = compared - len(against.get(values["shown"][0] if "shown" in values else name, ()))
-            rows.append([name, cells[0][0], *["1.00"] * missing, *cells[0][1:]])
-    return rows
+    return [[name, *(cells[0] if len(cells) == 1 else map("; ".join, cells))] for name, cells in found.items()]
 
 
 def _parts(values: Mapping[str, Any], task: Mapping[str, Any], name: str) -> list[str]:
@@ -122,8 +115,9 @@ def _parts(values: Mapping[str, Any], task: Mapping[str, Any], name: str) -> lis
     told = {each: _told(values, task["amount"], seconds) for each, seconds in task["seconds"].items()}
     middle = statistics.median(told[name])
     found = [f"{middle:,.{3 if middle < 0.1 else 2 if middle < 10 else 1 if middle < 100 else 0}f}"]
-    others = [other for other in values["against"].get(name, ()) if other in told]
-    found += [spanned([a / b for a, b in zip(told[name], told[other], strict=True)]) for other in others]
+    for other in (each for each in values["against"].get(name, ()) if each in told):
+        ratios = [a / b for a, b in zip(told[name], told[other], strict=True)]
+        found.append("1.00" if other == name else spanned(ratios))
     if "peak" in task:
         found.append(f"{task['work'] / statistics.median(task['seconds'][name]) / task['peak']:.0%}")
     return [*found, *task.get("more", {}).get(name, ())]

@@ -218,11 +218,11 @@ def test_rows_of_timed_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = import_module("_results").timing_rows
     one = {"amount": 100, "seconds": {"theirs": [2, 4, 5], "ours": [1, 1, 2]}, "work": 6, "peak": 4}
     two = {"amount": 3, "seconds": {"ours": [0.1, 0.2]}, "more": {"ours": ["9 MB"]}}
-    values = {"tasks": {"a": one}, "against": {"ours": ["theirs"]}}
+    values = {"tasks": {"a": one}, "against": dict.fromkeys(["theirs", "ours"], ["theirs"])}
     ratio = "2.50 (2.00 to 4.00)"
     assert rows(values) == [["theirs", "25.0", "1.00", "38%"], ["ours", "100", ratio, "150%"]]
     values["tasks"]["b"] = two
-    assert rows(values) == [["theirs", "25.0; 38%", ""], ["ours", f"100; {ratio}; 150%", "22.5; 9 MB"]]
+    assert rows(values) == [["theirs", "25.0; 1.00; 38%", ""], ["ours", f"100; {ratio}; 150%", "22.5; 9 MB"]]
     assert rows(values | {"a row": "task", "shown": ["ours"], "in": "ms", "against": {}}) == [
         ["a", "10.0", "150%"], ["b", "50.0", "9 MB"],
     ]  # fmt: skip
