@@ -1,5 +1,6 @@
 """Tables of docs/results/data. A benchmark replaces its table, with the command and the machine that made it."""
 
+import argparse
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from _rounds import spread
 
 from keifu.devices import processor_name
 from keifu.evaluation.intervals import wilson
@@ -53,6 +56,13 @@ def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], 
             text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
     return " ".join(words)
+
+
+def usual(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return the defaults of all options that change figures."""
+    return {
+        each: value for each, value in vars(parser.parse_args([])).items() if each not in ("write", "picture", "out")
+    }
 
 
 def renewed(page: str, tables: Sequence[dict]) -> str:
@@ -130,6 +140,20 @@ def _told(values: Mapping[str, Any], amount: float, seconds: Sequence[float]) ->
 def spanned(values: Sequence[float], form: str = ".2f") -> str:
     """Return the median, with the lowest and the highest in brackets."""
     return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def of_seeds(
+    found: Mapping[str, Sequence[Sequence[float]]], form: str = ".3f", before: Mapping[str, Sequence[str]] | None = None
+) -> tuple[list[list[str]], dict]:
+    """Return rows of means with the lowest and the highest seed, and the values to keep with the table.
+
+    found: for each row the values of the seeds, for each column. before: cells between the first one and these.
+    """
+    kept = {name: [[round(value, 5) for value in seeds] for seeds in cells] for name, cells in found.items()}
+    rows = [
+        [name, *(before or {}).get(name, ()), *(spread(seeds, form) for seeds in cells)] for name, cells in kept.items()
+    ]
+    return rows, {"seeds": kept, "form": form}
 
 
 def share_of(right: int, total: int) -> str:

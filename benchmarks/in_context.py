@@ -1,6 +1,7 @@
 """In-context learning by size: random mappings of letters, by models trained here and by published ones.
 
-python benchmarks/in_context.py [--layers 1 2 3] [--dim 64] [--steps 2500] [--models smollm2 gpt-en] [--picture PNG]
+python benchmarks/in_context.py [--layers 1 2 3] [--dim 64] [--steps 2500] [--models smollm2 gpt-en] [--write FILE]
+    [--picture PNG]
 
 Each question has a new random mapping of eight letters to eight others, so only the prompt contains it. The prompt has
 examples, whose letters are drawn with replacement, and a letter; the answer is the likeliest of the eight others. The
@@ -18,6 +19,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from _results import print_rows, share_of, typed, usual, write_table
 from _rounds import machine
 from _training import learned
 
@@ -134,27 +136,37 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[0, 1, 2, 4, 8, 16, MOST])
     parser.add_argument("--questions", type=int, default=200, help="to a published model; ten times as many to others")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     counts = options.examples
     print(machine() + "\n")
-    print(f"| | {' | '.join(map(str, counts))} | seconds |\n|---|{'---:|' * (len(counts) + 1)}", flush=True)
-    print(f"| what can be known | {' | '.join(f'{knowable(n):.1%}' for n in counts)} | |", flush=True)
-    found = {}
+    found, asked = dict[str, dict[int, int]](), dict[str, int]()
     for each in [*options.layers, *options.models]:
         began, own = time.monotonic(), isinstance(each, int)
         questions = options.questions * (10 if own else 1)
-        right = (
+        name = f"{each} layer{'s' * (each > 1)}, trained here" if own else each
+        found[name] = (
             right_of_trained(trained(each, options), counts, questions)
             if own
             else right_of_published(each, counts, questions)
         )
-        name = f"{each} layer{'s' * (each > 1)}, trained here" if own else each
-        found[name] = {n: (k / questions, *wilson(k, questions)) for n, k in right.items()}
-        told = " | ".join(f"{share:.1%} ({low:.1%} to {high:.1%})" for share, low, high in found[name].values())
-        print(f"| {name} | {told} | {time.monotonic() - began:.0f} |", flush=True)
+        asked[name] = questions
+        print(f"{name}: {found[name]}, {time.monotonic() - began:.0f} s", flush=True)
+    rows = [["what can be known", *(f"{knowable(n):.1%}" for n in counts)]]
+    rows += [[name, *(share_of(k, asked[name]) for k in right.values())] for name, right in found.items()]
+    columns = ["right answers after so many examples", *map(str, counts)]
+    print_rows([columns, *rows])
+    if options.write:
+        values = {"of": asked, "right": {name: [*right.values()] for name, right in found.items()}}
+        command = typed("in_context.py", vars(options), usual(parser))
+        write_table(options.write, "In-context learning", command, columns, rows, values)
     if options.picture:
-        draw(found, counts, options.picture)
+        shares = {
+            name: {n: (k / asked[name], *wilson(k, asked[name])) for n, k in right.items()}
+            for name, right in found.items()
+        }
+        draw(shares, counts, options.picture)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ gold reward, and both rewards are compared.
 
 python benchmarks/instruct.py [--depth 3] [--pretraining-steps 1200] [--sft-steps 300] [--ranked 400] [--answers 4]
     [--noise 0.5] [--reward-steps 150] [--rollouts 60] [--prompts 64] [--dpo-steps 150] [--test 200] [--seeds 0]
-    [--threads 2] [--out DIR] [--picture PNG]
+    [--threads 2] [--out DIR] [--write FILE] [--picture PNG]
 
 A small LLaMA is trained on Wikipedia summaries, fine-tuned on "What is X?" with the summary as the answer, and answers
 --ranked further questions several times. benchmarks/_gold.py scores the answers instead of people. These scores, with
@@ -11,10 +11,9 @@ added noise, rank the answers, so the preferences are synthetic. A reward model 
 reward model, with and without additional pretraining text (PPO-ptx), and DPO from the same pairs.
 
 Results: the reward model's accuracy on held-out pairs; gold and learned reward by the KL divergence that PPO has
-reached (the over-optimisation curve); and for each model on unseen questions the gold reward, how often it beats the
-fine-tuned one by gold, with Wilson's 95% interval, and the loss on held-out pretraining text. Each seed repeats
-everything. With several seeds, figures are means, in brackets the lowest and the highest; winning answers are added
-up.
+reached (the over-optimisation curve); and for each model on unseen questions the gold reward, with the 95% interval by
+resampling the questions, how often it beats the fine-tuned one by gold, with Wilson's 95% interval, and the loss on
+held-out pretraining text. Each seed repeats everything; the questions of several seeds are put together.
 """
 
 import argparse
@@ -34,13 +33,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from _gold import gold
+from _results import print_rows, share_of, typed, usual, write_table
 from _rounds import machine, spread
 
 from keifu import checkpoints
 from keifu.data.chat import conversations
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare
-from keifu.evaluation.intervals import wilson
+from keifu.evaluation.intervals import bootstrap
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.recipes.assistant import dpo, ppo, reward, sft
@@ -59,20 +59,18 @@ class Row:
     """Results of a model on unseen questions, with answers sampled at temperature 1."""
 
     name: str
-    gold: float
-    wins: int
-    decided: int
+    gold: list[float]
     nats: float
-    seconds: float
 
 
-def line(rows: Sequence[Row]) -> str:
-    """Return a row of the table from one model's results of all seeds."""
-    wins, decided = sum(row.wins for row in rows), sum(row.decided for row in rows)
-    low, high = wilson(wins, decided)
-    won = f"{wins / decided:.1%} ({low:.1%} to {high:.1%})" if decided else ""
-    means = (spread([row.gold for row in rows]), won, spread([row.nats for row in rows]))
-    return f"| {rows[0].name} | {' | '.join(means)} | {statistics.mean(row.seconds for row in rows):.0f} |"
+def cells(rows: Sequence[Row], tuned: Sequence[Row]) -> list[str]:
+    """Return a row of the table from one model's results of all seeds. tuned: those of the fine-tuned model."""
+    scores, others = ([score for row in some for score in row.gold] for some in (rows, tuned))
+    low, high = bootstrap(scores)
+    pairs = [(a, b) for a, b in zip(scores, others, strict=True) if a != b]
+    won = share_of(sum(a > b for a, b in pairs), len(pairs)) if pairs else ""
+    reward = f"{statistics.mean(scores):.3f} ({low:.3f} to {high:.3f})"
+    return [rows[0].name, reward, won, spread([row.nats for row in rows])]
 
 
 def quietly(work: Callable[[], object]) -> float:
@@ -114,14 +112,11 @@ def nats(run: Path, windows: int = 60) -> float:
     return float(sum(each.total for each in found)) / float(sum(each.weight for each in found))
 
 
-def measured(name: str, run: Path, questions: Sequence[str], beside: Sequence[str], seconds: float, seed: int) -> Row:
-    """Return a model's results. beside: the answers of the fine-tuned model."""
+def measured(name: str, run: Path, questions: Sequence[str], seed: int) -> Row:
+    """Return a model's results."""
     said = answers(run, questions, seed)
-    scores = [gold(question, each, {}) for question, each in zip(questions, said, strict=True)]
-    others = [gold(question, each, {}) for question, each in zip(questions, beside, strict=True)]
-    pairs = [(a, b) for a, b in zip(scores, others, strict=True) if a != b]
-    wins = sum(a > b for a, b in pairs)
-    return Row(name, statistics.mean(scores), wins, len(pairs), nats(run), seconds)
+    scores = [round(gold(question, each, {}), 4) for question, each in zip(questions, said, strict=True)]
+    return Row(name, scores, round(nats(run), 4))
 
 
 def curve(run: Path, bins: int = 8) -> list[tuple[float, float, float]]:
@@ -157,8 +152,8 @@ def write(folder: Path, files: dict[str, list[dict[str, Any]]]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
 
 
-def learned(options: argparse.Namespace, folder: Path) -> dict[str, float]:
-    """Train the reward model, PPO with and without pretraining text, and DPO. Return the seconds of each."""
+def learned(options: argparse.Namespace, folder: Path) -> None:
+    """Train the reward model, DPO, and PPO without and with pretraining text."""
     tuned, preferences = str(folder / "sft"), str(folder / "preferences.jsonl")
     judging = reward.Recipe(
         tuned, preferences, context_length=CONTEXT, drop_long=True, steps=options.reward_steps, held_out=0.2,
@@ -184,11 +179,8 @@ def learned(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         "PPO": lambda: ppo.run(policy(None), folder / "PPO", False),
         "PPO-ptx": lambda: ppo.run(policy(TEXT), folder / "PPO-ptx", False),
     }
-    seconds = {}
     for name, each in work.items():
-        seconds[name] = quietly(each)
-        print(f"{name} in {seconds[name]:.0f} s", flush=True)
-    return seconds
+        print(f"{name} in {quietly(each):.0f} s", flush=True)
 
 
 Curve = list[tuple[float, float, float]]
@@ -213,12 +205,11 @@ def draw(curves: dict[str, list[Curve]], picture: Path) -> None:
 def of_seed(options: argparse.Namespace, folder: Path) -> tuple[list[Row], dict[str, Curve]]:
     """Run everything with one seed. Return the results of each model, and the curves of PPO."""
     test = prepared(options, folder)
-    seconds = learned(options, folder)
+    learned(options, folder)
     last = [each for each in metrics.read(folder / "reward") if "validation_accuracy" in each][-1]
     print(f"The reward model is right in {last['validation_accuracy']:.1%} of held-out pairs.", flush=True)
-    beside = answers(folder / "sft", test, options.seed + 2)
-    rows = [measured("fine-tuned", folder / "sft", test, beside, 0, options.seed + 2)]
-    rows += [measured(n, folder / n, test, beside, s, options.seed + 3) for n, s in seconds.items() if n != "reward"]
+    rows = [measured("fine-tuned", folder / "sft", test, options.seed + 2)]
+    rows += [measured(name, folder / name, test, options.seed + 3) for name in ("DPO", "PPO", "PPO-ptx")]
     return rows, {name: curve(folder / name) for name in ("PPO", "PPO-ptx")}
 
 
@@ -232,6 +223,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=float, default=value)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -243,8 +235,16 @@ def main() -> None:
         own.mkdir(parents=True, exist_ok=True)
         print(f"\nseed {seed}:", flush=True)
         found.append(of_seed(options, own))
-    print("\n| | gold reward | beats the fine-tuned one by gold | nats a token on held-out text | seconds |")
-    print("|---|---:|---:|---:|---:|", *map(line, zip(*(rows for rows, _ in found), strict=True)), sep="\n")
+    models = [*zip(*(rows for rows, _ in found), strict=True)]
+    table = [cells(rows, models[0]) for rows in models]
+    columns = ["", "gold reward", "beats the fine-tuned one by gold", "nats a token on held-out pretraining text"]
+    print_rows([columns, *table])
+    if options.write:
+        values = {
+            rows[0].name: {"gold": [row.gold for row in rows], "nats": [row.nats for row in rows]} for rows in models
+        }
+        command = typed("instruct.py", vars(options), usual(parser))
+        write_table(options.write, "InstructGPT's pipeline", command, columns, table, values)
     curves = {name: [each[name] for _, each in found] for name in found[0][1]}
     for name, seeds in curves.items():
         for seed, points in zip(options.seeds, seeds, strict=True):

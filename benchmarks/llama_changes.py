@@ -1,6 +1,7 @@
 """LLaMA's three changes: LayerNorm, GELU and learned positions of GPT-2, each changed alone, and all three.
 
-python benchmarks/llama_changes.py [--steps 400] [--seeds 0 1 2] [--only NAME ...] [--picture PNG]
+python benchmarks/llama_changes.py [--steps 400] [--seeds 0 1 2] [--only NAME ...] [--write FILE]
+    [--picture PNG]
 
 Every model is built from the shared layers: 6 blocks of width 192 with 3 heads, GPT-2's order of norms, biases,
 initialisation and tied head. RMSNorm replaces LayerNorm; SwiGLU with a hidden width of 8/3 replaces GELU with one of 4,
@@ -20,7 +21,8 @@ from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
-from _rounds import machine, spread
+from _results import of_seeds, print_rows, typed, usual, write_table
+from _rounds import machine
 from _training import learned
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ from keifu.training.settings import Settings
 
 DIM, LAYERS, HEADS = 192, 6, 3
 TRAINED, LONGEST = 128, 512  # tokens of a window in training, and of the windows for evaluation
-PARTS = {"trained length": (0, TRAINED), "128 to 255": (TRAINED, 256), "256 to 511": (256, LONGEST)}
+PARTS = {"trained length": (0, TRAINED), "tokens 128 to 255": (TRAINED, 256), "tokens 256 to 511": (256, LONGEST)}
 
 
 @dataclass(frozen=True)
@@ -129,21 +131,31 @@ def main() -> None:
     parser.add_argument("--data", default="english")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--held-out", type=int, default=100_000, help="tokens of the held-out loss")
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     print(f"{machine()}; {options.steps} steps of {options.rows * TRAINED:,} tokens, seeds {options.seeds}\n")
-    print("| | parameters | MFLOP a token |" + "".join(f" {part} |" for part in PARTS) + " seconds a run |")
-    print("|---|---:|---:|" + "---:|" * (len(PARTS) + 1), flush=True)
     losses: dict[str, list[Tensor]] = {}
     for name in options.only:
-        model = MODELS[name].build(task.tokenizer.vocab_size)
         found = [run(name, seed, task, options) for seed in options.seeds]
         losses[name] = [curve for curve, _ in found]
-        figures = [spread([float(curve[a:b].mean()) for curve in losses[name]]) for a, b in PARTS.values()]
-        size, cost = sum(p.numel() for p in model.parameters()), flops(model) / 1e6
-        told = " | ".join([f"{size:,}", f"{cost:.2f}", *figures, f"{mean(seconds for _, seconds in found):.0f}"])
-        print(f"| {name} | {told} |", flush=True)
+        print(f"{name}: {mean(seconds for _, seconds in found):.0f} s a run", flush=True)
+    figures = {
+        name: [[float(curve[a:b].mean()) for curve in curves] for a, b in PARTS.values()]
+        for name, curves in losses.items()
+    }
+    models = {name: MODELS[name].build(task.tokenizer.vocab_size) for name in losses}
+    costs = {
+        name: [f"{sum(p.numel() for p in model.parameters()):,}", f"{flops(model) / 1e6:.2f}"]
+        for name, model in models.items()
+    }
+    rows, values = of_seeds(figures, before=costs)
+    columns = ["", "parameters", "MFLOP a token, forward", *PARTS]
+    print_rows([columns, *rows])
+    if options.write:
+        command = typed("llama_changes.py", vars(options), usual(parser))
+        write_table(options.write, "LLaMA's three changes", command, columns, rows, values)
     if options.picture:
         draw(losses, options.picture)
 

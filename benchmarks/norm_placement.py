@@ -1,6 +1,6 @@
 """Placement of the norms: GPT-1's blocks (post-norm) and GPT-2's (pre-norm), from shallow to deep.
 
-python benchmarks/norm_placement.py [--depths 2 6 12 24] [--steps 300] [--seeds 0 1 2] [--picture PNG]
+python benchmarks/norm_placement.py [--depths 2 6 12 24] [--steps 300] [--seeds 0 1 2] [--write FILE] [--picture PNG]
 
 GPT-1 and GPT-2 of width 64 with 2 heads, each with its published initialisation (GPT-2 divides the weights that write
 to the residual stream by √N). Both see the same windows of 64 tokens in the same order with AdamW, the same rate and a
@@ -15,6 +15,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from _results import of_seeds, print_rows, typed, usual, write_table
 from _rounds import machine
 from _training import learned, validation
 
@@ -66,19 +67,22 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--data", default="sotu")
     parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     print(f"{machine()}; {options.steps} steps of {options.rows * CONTEXT:,} tokens, seeds {options.seeds}\n")
-    print("| blocks |" + "".join(f" {name} |" for name in MODELS))
-    print("|---:|" + "---:|" * len(MODELS), flush=True)
     losses: dict[str, dict[int, list[float]]] = {name: {} for name in MODELS}
     for depth in options.depths:
-        cells = []
         for name, by_depth in losses.items():
-            seeds = by_depth[depth] = [run(name, depth, seed, task, options) for seed in options.seeds]
-            cells.append(f"{mean(seeds):.3f} ({min(seeds):.3f} to {max(seeds):.3f})")
-        print(f"| {depth} | {' | '.join(cells)} |", flush=True)
+            by_depth[depth] = [run(name, depth, seed, task, options) for seed in options.seeds]
+            print(f"{depth} blocks, {name}: {by_depth[depth]}", flush=True)
+    rows, values = of_seeds({str(depth): [each[depth] for each in losses.values()] for depth in options.depths})
+    columns = ["blocks", *MODELS]
+    print_rows([columns, *rows])
+    if options.write:
+        command = typed("norm_placement.py", vars(options), usual(parser))
+        write_table(options.write, "Placement of the norms", command, columns, rows, values)
     if options.picture:
         draw(losses, options.picture)
 

@@ -1,21 +1,22 @@
 """Quality of each sampler with few steps: the kernel distance of drawn pictures to a run's training pictures.
 
 python benchmarks/samplers.py RUN --data emoji [--samplers ddim dpm++-2m ...] [--evaluations 5 10 20 50 100 1000]
-    [--pictures 512] [--distinct] [--batch-size 64] [--picture PNG]
+    [--pictures 512] [--seeds 0] [--distinct] [--batch-size 64] [--write FILE] [--picture PNG]
 
 All samplers begin with the same noise, and RUN's model draws as many pictures with each. The cost is the number of
-network evaluations: heun has two per step, and plms one more than steps. Below the table is the distance of the
-held-out pictures, which a sampler cannot be expected to surpass. A model with classes draws each of them equally often.
-Figures with different features cannot be compared, so the features are named.
+network evaluations: heun has two per step, and plms one more than steps. Each seed draws other pictures. Below the
+table is the distance of the held-out pictures, which a sampler cannot be expected to surpass. A model with classes
+draws each of them equally often. Figures with different features cannot be compared, so the features are named.
 """
 
 import argparse
-import time
 from pathlib import Path
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
 from _drawn import beside
+from _results import of_seeds, print_rows, typed, write_table
 from _rounds import machine
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from keifu.evaluation.images.features import Extractor
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.generation.images.samplers import SAMPLERS
 
+Found = dict[str, dict[int, list[float]]]
 ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # additional rows
 
 
@@ -33,13 +35,13 @@ def steps_for(sampler: str, evaluations: int) -> int:
     return {"heun": (evaluations + 1) // 2, "plms": max(1, evaluations - 1)}.get(sampler, evaluations)
 
 
-def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: int) -> Tensor:
-    """Draw pictures with the seeds from 0 on. Classes alternate."""
-    classes = model.config.n_classes
+def drawn(model, sampler: str, eta: float, steps: int, all_seeds: range, batch_size: int) -> Tensor:
+    """Draw a picture with each seed. Classes alternate."""
+    classes, count = model.config.n_classes, len(all_seeds)
     parts = []
     with counting(f"{sampler}, {steps} steps", count, "pictures") as advance:
         for label in range(max(1, classes)):
-            seeds = range(label, count, max(1, classes))
+            seeds = all_seeds[label :: max(1, classes)]
             for first in range(0, len(seeds), batch_size):
                 wanted = ImageRequest(sampler, steps, eta=eta, label=label if classes else None)
                 parts.append(PixelPipeline(model).draw(wanted, seeds[first : first + batch_size]))
@@ -47,41 +49,42 @@ def drawn(model, sampler: str, eta: float, steps: int, count: int, batch_size: i
     return torch.cat(parts)
 
 
-def measure(options: argparse.Namespace, model, extract: Extractor, real: Tensor) -> dict[str, dict[int, tuple]]:
-    """Return kernel distance, its standard deviation and seconds per picture, by row and number of evaluations."""
+def measure(options: argparse.Namespace, model, extract: Extractor, real: Tensor) -> Found:
+    """Return 1000 times the kernel distances of the seeds, by row and number of evaluations."""
     rows = {name: (name, 0.0) for name in options.samplers} | (ETAS if "ddim" in options.samplers else {})
-    found: dict[str, dict[int, tuple]] = {name: {} for name in rows}
+    found: Found = {name: {} for name in rows}
     for evaluations in options.evaluations:
         for name, (sampler, eta) in rows.items():
             steps = steps_for(sampler, evaluations)
             most = model.noise.steps - (sampler in ("dpm++-2m", "dpm++-2m-sde", "unipc"))
             if steps > most:
                 continue
-            start = time.perf_counter()
-            pictures = drawn(model, sampler, eta, steps, options.pictures, options.batch_size)
-            seconds = (time.perf_counter() - start) / len(pictures)
-            distance = kernel_distance(real, extract(pictures))
-            found[name][evaluations] = distance.mean, distance.deviation, seconds
-            print(f"{name}, {evaluations} evaluations: {distance.mean:.5f}, {seconds:.3f} s a picture", flush=True)
+            parts = [range(options.pictures * seed, options.pictures * (seed + 1)) for seed in options.seeds]
+            sets = [extract(drawn(model, sampler, eta, steps, part, options.batch_size)) for part in parts]
+            found[name][evaluations] = [1e3 * kernel_distance(real, each).mean for each in sets]
+            print(f"{name}, {evaluations} evaluations: {found[name][evaluations]}", flush=True)
     return found
 
 
-def show(found: dict[str, dict[int, tuple]], evaluations: list[int], floor: float, features: str) -> None:
-    """Print the table in Markdown: 1000 times the kernel distance, with its deviation over subsets in brackets."""
+def show(found: Found, floor: float, features: str, options: argparse.Namespace) -> None:
+    """Print the table, and write it if a file is given."""
     print(f"{machine()}\n\n1000 · kernel distance ({features}) by evaluations of the network\n")
-    print(f"| | {' | '.join(map(str, evaluations))} |\n|---|{'---:|' * len(evaluations)}")
-    for name, row in found.items():
-        cells = [f"{1e3 * row[n][0]:.2f} ({1e3 * row[n][1]:.2f})" if n in row else "" for n in evaluations]
-        print(f"| {name} | {' | '.join(cells)} |")
+    rows, values = of_seeds({name: [*row.values()] for name, row in found.items()}, ".2f")
+    columns = ["evaluations", *map(str, options.evaluations)]
+    print_rows([columns, *rows])
     print(f"\nHeld-out pictures: {1e3 * floor:.2f}")
+    if options.write:
+        usual = {"samplers": [], "evaluations": [], "pictures": 0, "seeds": [0], "distinct": False}
+        command = typed(f"samplers.py {options.run} --data {options.data}", vars(options), usual)
+        write_table(options.write, "Samplers", command, columns, rows, values)
 
 
-def plot(found: dict[str, dict[int, tuple]], floor: float, features: str, path: Path) -> None:
+def plot(found: Found, floor: float, features: str, path: Path) -> None:
     """Draw quality over evaluations on logarithmic axes. If the distance of the held-out pictures is not positive, it
     is only printed."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, row in found.items():
-        axes.plot(list(row), [1e3 * values[0] for values in row.values()], marker="o", markersize=3, label=name)
+        axes.plot(list(row), [mean(seeds) for seeds in row.values()], marker="o", markersize=3, label=name)
     axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="1000 · kernel distance")
     if floor > 0:
         axes.axhline(1e3 * floor, color="grey", linestyle=":", label="held-out pictures")
@@ -102,8 +105,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=[*SAMPLERS])
     parser.add_argument("--evaluations", nargs="+", type=int, default=[5, 10, 20, 50, 100])
     parser.add_argument("--pictures", type=int, default=512)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--distinct", action="store_true", help="as the run's --distinct")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     parser.add_argument("--picture", type=Path, help="write a plot")
     return parser.parse_args()
 
@@ -113,7 +118,7 @@ def main() -> None:
     options = arguments()
     model, extract, real, floor = beside(options.run, options.data, options.distinct)
     found = measure(options, model, extract, real)
-    show(found, options.evaluations, floor, extract.name)
+    show(found, floor, extract.name, options)
     if options.picture:
         plot(found, floor, extract.name, options.picture)
 

@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _results import of_seeds, print_rows, typed, write_table
 from _rounds import machine
 from drawing import states
 from torch import Tensor
@@ -57,6 +59,8 @@ NAMES, EMOJI = len(PROMPTS) // 2, 8  # prompts in each language, and number of t
 TIMES = 3  # number of times that all prompts are drawn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GUIDANCES = 1.0, 1.5, 2.0, 3.0, 5.0, 8.0
+MEASURED = "kernel distance x 1000", "by CLIP", "precision", "recall", "CLIP score"  # by guidance
+CHOSEN = "seeds", "guidances", "count", "steps", "dtype"
 BATCH, ACROSS = 16, 4  # pictures drawn at once, and prompts in a row
 VARIED, VARIATIONS = 6, 5  # pictures, and variations of each
 
@@ -81,15 +85,16 @@ class Contestant:
         """Whether the run supports guidance."""
         return self.drawer.usual_guidance != 1
 
-    def draw(self, texts: Sequence[str], options: argparse.Namespace, guidance: float) -> Tensor:
-        """Draw a picture for each text, with consecutive seeds."""
+    def draw(self, texts: Sequence[str], options: argparse.Namespace, guidance: float, seed: int = 0) -> Tensor:
+        """Draw a picture for each text, with consecutive random seeds after those of the smaller values of `seed`."""
         chosen = {"sampler": options.sampler, "steps": options.steps} if self.guided else {}
         towards = guidance if self.guided else 1.0
         wanted = self.drawer.resolved(ImageRequest(seed=0, text="a", truncate=True, guidance=towards, **chosen))
         made = []
         for first in range(0, len(texts), BATCH):
             part = texts[first : first + BATCH]
-            made.append(self.drawer.draw(wanted, [first + n for n in range(len(part))], texts=part))
+            seeds = [seed * len(texts) + first + n for n in range(len(part))]
+            made.append(self.drawer.draw(wanted, seeds, texts=part))
         return torch.cat(made)
 
 
@@ -196,24 +201,30 @@ def guidance_plot(
     contestants: Sequence[Contestant],
     grounds: dict[int, Ground],
     towers: Any,
-    see: Callable[[Tensor], Tensor],
+    eyes: Eyes,
     options: argparse.Namespace,
-) -> None:
-    """Plot precision against recall, and CLIP score against recall, a point for each guidance."""
+) -> dict[str, list[list[float]]]:
+    """Plot precision against recall, and CLIP score against recall, a point for each guidance.
+
+    Return the figures of each run and guidance, named by `MEASURED`, with a value for each seed.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    print("\n| run | guidance | precision | recall | CLIP score | kernel distance x 1000 |")
-    print(f"|---|{'---:|' * 5}")
+    found = dict[str, list[list[float]]]()
     for each in (one for one in contestants if one.guided):
         on, points = grounds[each.size], []
         for guidance in options.guidances:
-            drawn = each.draw(on.captions, options, guidance)
-            features = see(drawn)
-            among = manifold(on.features[-1], features)
-            score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
-            far = distance(on.features[-1], features)
-            points.append((among.recall, among.precision, score))
-            figures = f"{among.precision:.3f} | {among.recall:.3f} | {score:.2f} | {far:.2f}"
-            print(f"| {each.name} | {guidance:g} | {figures} |", flush=True)
+            values = []
+            for seed in options.seeds:
+                drawn = each.draw(on.captions, options, guidance, seed)
+                features = [see(drawn) for see in eyes]
+                among = manifold(on.features[-1], features[-1])
+                score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
+                far = [distance(real, own) for real, own in zip(on.features, features, strict=True)]
+                values.append((*far, among.precision, among.recall, score))
+            own = found[f"{each.name}, guidance {guidance:g}"] = [[*seeds] for seeds in zip(*values, strict=True)]
+            _, _, precision, recall, score = map(mean, own)
+            points.append((recall, precision, score))
+            print(f"{each.name}, guidance {guidance:g}: {own}", flush=True)
         recall, *others = zip(*points, strict=True)
         for panel, values in zip(axes, others, strict=True):
             panel.plot(recall, values, "o-", label=each.name)
@@ -223,6 +234,7 @@ def guidance_plot(
         panel.set(xlabel="recall by CLIP (variety)", ylabel=label)
         panel.legend()
     figure.savefig(options.plot, dpi=100)
+    return found
 
 
 def over_time(
@@ -267,6 +279,7 @@ def main() -> None:
     parser.add_argument("--language", help="of the captions; unset: the first")
     parser.add_argument("--count", type=int, default=200, help="captions, half of them held out")
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="for --plot")
     parser.add_argument("--guidances", type=float, nargs="+", default=[*GUIDANCES])
     parser.add_argument("--sampler", default="dpm++-2m")
     parser.add_argument("--steps", type=int, default=20)
@@ -276,6 +289,7 @@ def main() -> None:
     parser.add_argument("--over-time", type=Path, help="a PNG file: quality by the minutes of training")
     parser.add_argument("--variations", type=Path, help="a PNG file: held-out pictures, varied by unCLIP")
     parser.add_argument("--states", type=int, default=20, help="at most so many of a run's, for --over-time")
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data, for the table of --plot")
     options = parser.parse_args()
     towers, own = checkpoints.load(options.clip, torch.float32), extractor()
     eyes = own, clip_features(towers)
@@ -296,7 +310,14 @@ def main() -> None:
     if options.variations:
         options.variations.write_bytes(variations(contestants, options))
     if options.plot:
-        guidance_plot(contestants, grounds, towers, eyes[-1], options)
+        rows, values = of_seeds(guidance_plot(contestants, grounds, towers, eyes, options), ".2f")
+        print_rows([["", *MEASURED], *rows])
+        if options.write:
+            script = f"text_to_picture.py {' '.join(options.runs)} --clip {options.clip} --plot PNG"
+            defaults = {name: parser.get_default(name) for name in CHOSEN}
+            command = typed(script, vars(options), defaults)
+            values["held-out pictures"] = grounds[sizes[0]].floors
+            write_table(options.write, "Guidance", command, ["", *MEASURED], rows, values)
     if options.over_time:
         over_time(contestants, grounds, towers, eyes[-1], options)
 

@@ -1,7 +1,7 @@
 """Bidirectional pretraining: topics of Wikipedia summaries, classified in several ways from few or many labels.
 
 python benchmarks/topics.py [--only NAME ...] [--labels 100 1000 9033] [--epochs 2] [--tokens 64] [--seeds 0]
-    [--left RUN] [--choose] [--picture PNG]
+    [--left RUN] [--choose] [--write FILE] [--picture PNG]
 
 10,033 summaries have 12 topics. 1,000 of them are held out by a hash of their text; the others are used in the order of
 that hash, so that 100 labels are part of the 1,000. The ways: logistic regression on a bag of words (TF-IDF of words
@@ -25,6 +25,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from _results import of_seeds, print_rows, typed, usual, write_table
 from _rounds import machine, spread
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--choose", action="store_true")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--bfloat16", action=argparse.BooleanOptionalAction, default=True, help="for frozen embeddings")
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data, for ways with several seeds")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--out", type=Path, help="keep the runs in this folder")
     options = parser.parse_args()
@@ -166,6 +168,7 @@ def main() -> None:
     print(f"{machine()}; {len(held)} held-out summaries, always {majority!r}: {share:.1%}\n", flush=True)
     print("| | labels | accuracy | macro F1 | seconds |\n|---|---:|---:|---:|---:|", flush=True)
     accuracies: dict[str, dict[int, float]] = {name: {} for name in options.only}
+    by_seed: dict[str, list[list[float]]] = {WAYS[name][0]: [] for name in options.only}
     for name in options.only:
         title, way = WAYS[name]
         for count in options.labels:
@@ -174,10 +177,17 @@ def main() -> None:
                 options.seed = seed
                 found.append(way(training.chosen(range(min(count, len(training)))), held, options))
             seconds = (time.perf_counter() - start) / len(found)
-            accuracies[name][count] = mean(each.accuracy for each in found)
-            right, f1 = spread([each.accuracy for each in found], ".1%"), mean(each.macro_f1 for each in found)
+            by_seed[title].append([each.accuracy for each in found])
+            accuracies[name][count] = mean(by_seed[title][-1])
+            right, f1 = spread(by_seed[title][-1], ".1%"), mean(each.macro_f1 for each in found)
             figures = f"{right} | {f1:.3f} | {seconds:.0f}"
             print(f"| {title} | {count:,} | {figures} |", flush=True)
+    rows, values = of_seeds(by_seed, ".1%")
+    columns = ["accuracy", *(f"{count:,} labels" for count in options.labels)]
+    print_rows([columns, *rows])
+    if options.write:
+        command = typed("topics.py", vars(options), usual(parser))
+        write_table(options.write, "bert-en with few labels", command, columns, rows, values)
     if options.picture:
         draw(accuracies, share, options.picture)
 

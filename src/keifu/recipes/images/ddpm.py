@@ -7,7 +7,7 @@ predicts the velocity under a cosine schedule (Salimans and Ho, 2022; Nichol and
 (Hang et al., 2023), at five times the rate, which falls to 0.
 Command: keifu train ddpm --data emoji
 Cost: printed before it starts; the default is as many steps as fit in 25 minutes on the machine.
-Expected: see docs/results.md, "Drawing digits" and "Drawing emoji".
+Expected: see docs/results.md, "Drawing digits".
 """
 
 import math
