@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import re
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from _rounds import spread
 
 from keifu.devices import processor_name
@@ -31,7 +31,8 @@ def write_table(
     Cells are those of the page; the machine is this one. values: the raw values by seed, round or item.
     """
     tables = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    machine = f"{os.cpu_count()} cores of {processor_name()}"
+    threads = torch.get_num_threads()
+    machine = f"{threads} thread{'s' * (threads > 1)} of {processor_name()}"
     new = {
         "section": section, "command": command, "machine": machine, "values": values,
         "columns": list(columns), "rows": list(rows),

@@ -1,7 +1,7 @@
 """Fine-tuning and GRPO compared with TRL and PEFT: the same weights, conversations and prompts, in alternating rounds.
 
 python benchmarks/alignment.py [--model DIR] [--dim 256] [--layers 4] [--steps 20] [--rounds 3] [--batch 8]
-    [--only sft lora grpo ppo] [--threads 2]
+    [--only sft lora grpo ppo] [--threads 2] [--json FILE]
 
 Without --model a LLaMA with random weights is made, because the time does not depend on the weights; a directory is any
 that transformers loads. In each round every contender trains in a separate process. It reports its speed after the
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import typed, write_timing
 from _rounds import machine
 
 from keifu import checkpoints
@@ -37,6 +38,7 @@ from keifu.recipes.assistant.finetuning import Lora, with_template
 from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.run import metrics
 
+SECTION = "Fine-tuning and GRPO with TRL and PEFT"
 WARM = 10  # uncounted steps
 GROUP, ANSWER = 8, 24
 WORDS = ["the", "cat", "sees", "a", "dog", "and", "birds", "fly", "over", "green", "hills", "while", "people", "sleep"]
@@ -159,16 +161,17 @@ CONTENDERS: dict[str, dict[str, Callable[[Path, argparse.Namespace], float]]] = 
     "lora": {
         "keifu": lambda folder, options: ours_sft(folder, options, 8, False),
         "keifu, packed": lambda folder, options: ours_sft(folder, options, 8, True),
-        "TRL + PEFT": lambda folder, options: theirs("lora", folder, options),
+        "TRL": lambda folder, options: theirs("lora", folder, options),
     },
     "grpo": {"keifu": ours_grpo, "TRL": lambda folder, options: theirs("grpo", folder, options)},
     "ppo": {"keifu": ours_ppo},
 }
-UNITS = {"sft": "learned tokens", "lora": "learned tokens", "grpo": "answers", "ppo": "answers"}
+TASKS = {"sft": "fine-tuning, learned tokens/s", "lora": "with LoRA of rank 8", "grpo": "GRPO, answers/s",
+         "ppo": "PPO, answers/s"}  # fmt: skip
 
 
 def one(kind: str, name: str, source: Path, options: argparse.Namespace) -> None:
-    """Run one contender in this process. Print its rate and its peak memory as a line of JSON."""
+    """Run one contender in this process. Print its seconds a unit and its peak memory as a line of JSON."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -176,11 +179,15 @@ def one(kind: str, name: str, source: Path, options: argparse.Namespace) -> None
             (folder / each.name).symlink_to(each)
         with contextlib.redirect_stdout(sys.stderr):
             found = CONTENDERS[kind][name](folder, options)
-    print(json.dumps({"rate": found, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(
+        json.dumps(
+            {"seconds": round(1 / found, 9), "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        )
+    )
 
 
 def elsewhere(kind: str, name: str, folder: Path) -> dict[str, float]:
-    """Run one contender in a separate process and return its rate and its peak memory."""
+    """Run one contender in a separate process and return its seconds a unit and its peak memory."""
     command = [sys.executable, __file__, *sys.argv[1:], "--one", kind, name, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -188,12 +195,27 @@ def elsewhere(kind: str, name: str, folder: Path) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def measured(kind: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """Return the task of one kind of training: seconds of a unit in each round, and the highest memory in MB."""
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS[kind]}
+    memory = dict.fromkeys(seconds, 0.0)
+    for _ in range(rounds):
+        for name, taken in seconds.items():
+            found = elsewhere(kind, name, folder)
+            taken.append(found["seconds"])
+            memory[name] = max(memory[name], found["memory"])
+    return {"amount": 1, "seconds": seconds, "more": {name: [f"{each / 1e6:,.0f}"] for name, each in memory.items()}}
+
+
 def main() -> None:
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"dim": 256, "layers": 4, "steps": 20, "rounds": 3, "batch": 8, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--model")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    defaults = vars(parser.parse_args([]))
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -204,21 +226,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepared(folder, options)
-        for kind in options.only:
-            names = CONTENDERS[kind]
-            found = {name: [] for name in names}
-            for _ in range(options.rounds):
-                for name in names:
-                    found[name].append(elsewhere(kind, name, folder))
-            base = [*names][-1]
-            print(
-                f"\n{kind}\n\n| | {UNITS[kind]}/s | ratio to {base} (min to max) | peak memory |\n|---|---:|---:|---:|"
-            )
-            for name, rounds in found.items():
-                ratios = [a["rate"] / b["rate"] for a, b in zip(rounds, found[base], strict=True)]
-                told = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-                middle = statistics.median(each["rate"] for each in rounds)
-                print(f"| {name} | {middle:.1f} | {told} | {max(each['memory'] for each in rounds) / 1e6:.0f} MB |")
+        tasks = {TASKS[kind]: measured(kind, folder, options.rounds) for kind in options.only}
+    values = {"tasks": tasks, "a row": "task", "against": {"keifu": ["TRL"]}}
+    columns = ["a second; keifu: ratio to TRL; peak memory, MB", "keifu", "keifu, packed", "TRL and PEFT"]
+    write_timing(options.json, SECTION, typed("alignment.py", vars(options), defaults), columns, values)
 
 
 if __name__ == "__main__":

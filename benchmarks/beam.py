@@ -1,7 +1,7 @@
 """Sentences per second of beam search, compared with transformers' generate and CTranslate2 on the same weights.
 
 python benchmarks/beam.py [--dim 512] [--layers 6] [--vocab 16000] [--beams 4] [--sentences 128] [--dtype float32]
-    [--weights bf16 int8]
+    [--weights bf16 int8] [--json FILE]
 python benchmarks/beam.py --model runs/transformer --data tatoeba-ja-en     (a trained model, on its test sentences)
 
 The default model has random weights and never ends a text: every sentence gets `--tokens` tokens. A trained model ends
@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 import transformers as hf
-from _rounds import interleaved, machine, table
+from _results import typed, write_timing
+from _rounds import interleaved, machine
 
 from keifu import checkpoints
 from keifu.data.padding import pad
@@ -30,6 +31,7 @@ from keifu.data.translation.pairs import read_pairs, split
 from keifu.generation.text.translation import TranslationParams, search
 
 Sources = list[list[int]]
+SECTION, BASE = "Beam search", "transformers"
 
 
 def main() -> None:
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", default=[], choices=("f32", "bf16", "int8", "int4"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", default="tatoeba-ja-en")
+    defaults = vars(parser.parse_args([]))
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as directory:
@@ -54,7 +58,7 @@ def main() -> None:
     sources = trained_sources(options, folder) if options.model else random_sources(options)
     settings = TranslationParams(options.beams, 1.0, None if options.model else options.tokens, options.batch_size)
     contenders = {
-        "transformers": lambda: generate(theirs, sources, options),
+        BASE: lambda: generate(theirs, sources, options),
         "transformers, sorted": lambda: generate(theirs, sorted(sources, key=len), options),
         "keifu": lambda: search(ours, sources, settings),
     }
@@ -65,12 +69,13 @@ def main() -> None:
     found = {name: contenders[name]() for name in others}
     found |= {f"keifu, {width}": [each.tokens for each in contenders[f"keifu, {width}"]()] for width in packed}
     told = ", ".join(f"{sum(map(eq, texts, own))} of {len(own)} of {name}'s" for name, texts in found.items())
-    seconds = interleaved(contenders, options.rounds)
     kind = options.model or f"dim {options.dim}, {options.layers} layers, vocabulary {options.vocab}, random weights"
-    how = f"{options.dtype}, {options.beams} beams, {len(sources)} sentences, {options.rounds} rounds"
-    print(f"{machine()}; {kind}, {how}")
+    print(f"{machine()}; {kind}, {options.dtype}, {options.beams} beams, {options.rounds} rounds")
     print(f"Best texts that are equal: {told}.\n")
-    print(table(seconds, len(sources), "sentences", "transformers", {}))
+    task = {"amount": len(sources), "seconds": interleaved(contenders, options.rounds)}
+    values = {"tasks": {"sentences": task}, "against": dict.fromkeys(contenders, [BASE])}
+    columns = ["", "sentences/s", f"ratio to {BASE}"]
+    write_timing(options.json, SECTION, typed("beam.py", vars(options), defaults), columns, values)
 
 
 def ctranslate(

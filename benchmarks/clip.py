@@ -1,17 +1,21 @@
 """CLIP ViT-B/32: pictures and captions per second, compared with transformers and open_clip on the same random weights.
 
 python benchmarks/clip.py [--dtype float32 bfloat16] [--rounds 5] [--batch 1 16] [--captions 256]
+    [--json FILE]
 
 Pictures are random numbers; captions are random token ids, of 8 to 24 tokens with special ones, like captions of
 photographs. Each library gets captions in its format: keifu and transformers padded to the longest, and open_clip
-padded to 77, which its released code requires; in a second table all three get 77 tokens.
+padded to 77, which its released code requires; then all three get 77 tokens.
 """
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from _rounds import interleaved, machine, table
+from _results import typed, write_timing
+from _rounds import interleaved, machine
 from open_clip import CLIP
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
@@ -22,7 +26,7 @@ from keifu.models.clip import clip
 from keifu.models.hf import open_clip
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BASE, END = "transformers", 49_407
+SECTION, BASE, END = "CLIP ViT-B/32, transformers and open_clip", "transformers", 49_407
 Contenders = dict[str, Callable[[], Tensor]]
 
 
@@ -74,30 +78,37 @@ def read(three: tuple[clip.Clip, CLIPModel, CLIP], tokens: Tensor, whole: bool) 
 
 
 @torch.inference_mode()
-def compared(title: str, running: Contenders, rounds: int, amount: int, unit: str) -> None:
-    """Print the difference of the results, and the table."""
+def compared(title: str, running: Contenders, rounds: int, amount: int) -> dict[str, Any]:
+    """Print the difference of the results, and return the task."""
     found = {name: work().float() for name, work in running.items()}
     apart = max(float((found[name] - found[BASE]).abs().max() / found[BASE].abs().max()) for name in found)
-    print(f"\n{title}; results within {apart:.1e} of the largest\n")
-    print(table(interleaved(running, rounds), amount, unit, BASE, {}), flush=True)
+    print(f"{title}: results within {apart:.1e} of the largest", flush=True)
+    return {"amount": amount, "seconds": interleaved(running, rounds)}
 
 
 def main() -> None:
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--captions", type=int, default=256)
+    defaults = vars(parser.parse_args([]))
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
-    print(f"{machine()}; CLIP ViT-B/32, {options.rounds} interleaved rounds, medians")
+    print(f"{machine()}; CLIP ViT-B/32, {options.rounds} interleaved rounds")
+    tasks = dict[str, dict[str, Any]]()
     for name in options.dtype:
         three, tokens = models(DTYPES[name]), captions(options.captions)
-        for batch in options.batch:
-            running = seen(three, batch, DTYPES[name])
-            compared(f"{name}, pictures, {batch} at a time", running, options.rounds, batch, "pictures")
-        count = len(tokens)
-        compared(f"{name}, {count} captions", read(three, tokens, False), options.rounds, count, "captions")
-        compared(f"{name}, {count} captions of 77", read(three, tokens, True), options.rounds, count, "captions")
+        running = {f"pictures, {name}, {batch} at a time": seen(three, batch, DTYPES[name]) for batch in options.batch}
+        amounts = [*options.batch, len(tokens), len(tokens)]
+        running[f"captions of 8 to 24 tokens, {name}"] = read(three, tokens, False)
+        running[f"captions of 77 tokens, {name}"] = read(three, tokens, True)
+        for (title, contenders), amount in zip(running.items(), amounts, strict=True):
+            tasks[title] = compared(title, contenders, options.rounds, amount)
+    values = {"tasks": tasks, "a row": "task", "against": dict.fromkeys(["open_clip", "keifu"], [BASE])}
+    columns = ["a second; ratio to transformers", BASE, "open_clip", "keifu"]
+    write_timing(options.json, SECTION, typed("clip.py", vars(options), defaults), columns, values)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Sentence embeddings per second of MiniLM, compared with sentence-transformers and transformers on the same weights.
 
 python benchmarks/embeddings.py [--dtype float32 bfloat16] [--rounds 5] [--sentences 2000] [--summaries 300]
+    [--json FILE]
 
 Two sets of real texts: everyday sentences (Tatoeba, median 7 words) and summaries of Wikipedia articles (about 100
 tokens), evenly spaced, in their order. sentence-transformers has its defaults, batches of 32 sorted by length, except
@@ -10,10 +11,13 @@ given order, padded, the mean over the mask, normalised.
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _rounds import interleaved, machine, table
+from _results import typed, write_timing
+from _rounds import interleaved, machine
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from torch import Tensor
@@ -25,7 +29,8 @@ from keifu.evaluation.classification.embeddings import embed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Contenders = dict[str, Callable[[], Tensor]]
-BASE = "sentence-transformers"
+SECTION, BASE = "Sentence embeddings", "sentence-transformers"
+SOURCES = {"sentences": "tatoeba-en", "summaries": "wiki-summaries"}
 
 
 def contenders(texts: list[str], dtype: torch.dtype) -> Contenders:
@@ -64,22 +69,29 @@ def spread(name: str, count: int) -> list[str]:
 
 
 def main() -> None:
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sentences", type=int, default=2000)
     parser.add_argument("--summaries", type=int, default=300)
+    defaults = vars(parser.parse_args([]))
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
-    print(f"{machine()}; all-MiniLM-L6-v2, {options.rounds} interleaved rounds, medians")
-    for source, count in (("tatoeba-en", options.sentences), ("wiki-summaries", options.summaries)):
+    print(f"{machine()}; all-MiniLM-L6-v2, {options.rounds} interleaved rounds")
+    tasks = dict[str, dict[str, Any]]()
+    for kind, source in SOURCES.items():
+        count = getattr(options, kind)
         texts = spread(source, count)
         for name in options.dtype:
             running = contenders(texts, DTYPES[name])
             vectors = {who: work().float() for who, work in running.items()}
             apart = float((vectors["keifu"] - vectors[BASE]).abs().max())
-            seconds = interleaved(running, options.rounds)
-            print(f"\n{source}, {count} texts, {name}; largest difference from {BASE} {apart:.1e}\n")
-            print(table(seconds, count, "texts", BASE, {}), flush=True)
+            print(f"{count} {kind}, {name}; largest difference from {BASE} {apart:.1e}", flush=True)
+            tasks[f"{kind}, {name}"] = {"amount": count, "seconds": interleaved(running, options.rounds)}
+    values = {"tasks": tasks, "a row": "task", "against": {"keifu": [BASE]}}
+    columns = [f"texts/s; keifu: ratio to {BASE}", BASE, "transformers", "keifu"]
+    write_timing(options.json, SECTION, typed("embeddings.py", vars(options), defaults), columns, values)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Gain of PaLM's layer and its optimizer: time, memory of the cache, and loss at equal tokens.
 
-python benchmarks/palm.py [--part speed|learning] [--picture PNG]     (both parts: PNG-speed.png and PNG-learning.png)
+python benchmarks/palm.py [--part speed|learning] [--picture PNG] [--json FILE]
+
+The pictures of both parts are PNG-speed.png and PNG-learning.png.
 
 Speed: a training step of parallel and of serial layers of the same sizes (also of parallel layers whose first matrices
 are joined, the paper's reason for them), and decoding one token after 512 to 8,192 others with one head of keys and
@@ -26,7 +28,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from _rounds import interleaved, machine, table
+from _results import typed, write_timing
+from _rounds import interleaved, machine
 from _training import CPU, learned, ours, validation
 from torch import Tensor, nn
 
@@ -40,7 +43,7 @@ from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.settings import Settings
 
-TOKENS = 16  # decoded in a round
+SECTION, STEPS, TOKENS = "PaLM's layer: speed", "PaLM's layer: training steps", 16  # tokens decoded in a round
 
 
 class Serial(PreNorm):
@@ -89,8 +92,8 @@ def config_of(options: argparse.Namespace, dim: int, layers: int, vocab_size: in
     return palm.Config(vocab_size=vocab_size, context_length=options.context, **(sizes | changes))
 
 
-def steps_timed(options: argparse.Namespace) -> str:
-    """Return the table of training steps, in the fastest dtype of this machine."""
+def steps_timed(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the task of training steps, in the fastest dtype of this machine."""
     config = config_of(options, options.wide, options.deep, 8192)
     rows = torch.randint(8192, (options.rows, options.context + 1))
     dtype, contenders = resolve_dtype("auto", CPU), {}
@@ -98,19 +101,9 @@ def steps_timed(options: argparse.Namespace) -> str:
         contenders[kind] = ours(
             built(config, kind), causal_language_modeling, lambda step: {"tokens": rows}, dtype, False, []
         )
-    seconds = interleaved(contenders, options.rounds)
     size = sum(p.numel() for p in built(config).parameters()) / 1e6
-    head = f"A training step: {size:.0f} M parameters, {options.rows} rows of {options.context} tokens, {dtype}\n\n"
-    return head + table(seconds, rows[:, 1:].numel(), "tokens", "serial", {})
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """Milliseconds per step, and megabytes of the cache, by kind of attention."""
-
-    milliseconds: dict[str, float]
-    megabytes: dict[str, float]
-    ratios: dict[str, str]
+    print(f"A training step: {size:.0f} M parameters, {options.rows} rows of {options.context} tokens, {dtype}")
+    return {"amount": rows[:, 1:].numel(), "seconds": interleaved(contenders, options.rounds)}
 
 
 def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], None], float]:
@@ -130,44 +123,55 @@ def stepping(model: DecoderLM, length: int, batch: int) -> tuple[Callable[[], No
 
 
 @torch.inference_mode()
-def decoded(length: int, batch: int, options: argparse.Namespace) -> Decoding:
-    """Measure all kinds of attention after `length` tokens."""
+def decoded(length: int, batch: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the task of decoding a token after `length` others: seconds and megabytes by kind of attention."""
     heads, dtype = options.wide // 64, resolve_dtype("auto", CPU)
     kinds = {f"{heads} heads": heads, f"{max(1, heads // 4)} heads": max(1, heads // 4), "1 head": 1}
     work, megabytes = {}, {}
     for name, kv in kinds.items():
         model = built(config_of(options, options.wide, options.deep, 8192, n_kv_heads=kv)).eval().to(dtype)
         work[name], megabytes[name] = stepping(model, length, batch)
-    seconds = interleaved(work, options.rounds)
-    base = seconds[f"{heads} heads"]
-    ratios = {n: statistics.median(b / a for a, b in zip(own, base, strict=True)) for n, own in seconds.items()}
-    milliseconds = {name: 1000 * statistics.median(own) / TOKENS for name, own in seconds.items()}
-    return Decoding(milliseconds, megabytes, {name: f"{ratio:.2f}" for name, ratio in ratios.items()})
+    more = {name: [f"{held:.1f} MB"] for name, held in megabytes.items()}
+    return {"amount": batch * TOKENS, "seconds": interleaved(work, options.rounds), "more": more}
 
 
 def speed(options: argparse.Namespace, picture: Path | None) -> None:
-    print(steps_timed(options) + "\n", flush=True)
-    print(f"Decoding with {options.deep} layers of width {options.wide}, heads of 64, by heads of keys and values\n")
-    print("| rows | tokens before | | ms a step | ratio to all heads | cache, MB |\n|---:|---:|---|---:|---:|---:|")
-    found: dict[int, dict[int, Decoding]] = {}
-    for batch in options.batches:
-        for length in options.lengths:
-            one = found.setdefault(batch, {})[length] = decoded(length, batch, options)
-            for name, took in one.milliseconds.items():
-                cells = f"{took:.2f} | {one.ratios[name]} | {one.megabytes[name]:.1f}"
-                print(f"| {batch} | {length:,} | {name} | {cells} |", flush=True)
+    """Measure training steps and decoding, print and write both tables."""
+    command = typed("palm.py", vars(options), options.defaults)
+    task = steps_timed(options)
+    values = {"tasks": {"steps": task}, "against": dict.fromkeys(BLOCKS, ["serial"])}
+    write_timing(options.json, STEPS, command, ["", "tokens/s", "ratio to serial"], values)
+    found = {batch: {length: decoded(length, batch, options) for length in options.lengths}
+             for batch in options.batches}  # fmt: skip
+    tasks = {f"{batch}, {length:,}": task for batch, lengths in found.items() for length, task in lengths.items()}
+    every, *fewer = next(iter(tasks.values()))["seconds"]
+    values = {"tasks": tasks, "a row": "task", "against": dict.fromkeys(fewer, [every])}
+    columns = [
+        "sequences, tokens before",
+        f"{every}: tokens/s; cache",
+        *(f"{each}: tokens/s; ratio; cache" for each in fewer),
+    ]
+    write_timing(options.json, SECTION, command, columns, values)
     if picture:
         draw_speed(found, picture)
 
 
-def draw_speed(found: dict[int, dict[int, Decoding]], path: Path) -> None:
+def draw_speed(found: dict[int, dict[int, dict[str, Any]]], path: Path) -> None:
     """Draw milliseconds a step by the tokens before it, a panel for each number of rows, and the caches of the last."""
     figure, panels = plt.subplots(1, len(found) + 1, figsize=(4.2 * len(found) + 4.2, 4), layout="constrained")
-    last = list(found.values())[-1]
     for axes, (rows, lengths) in zip(panels, found.items(), strict=False):
-        curves(axes, {length: one.milliseconds for length, one in lengths.items()})
+        taken = {length: {name: 1000 / TOKENS * statistics.median(each) for name, each in task["seconds"].items()}
+                 for length, task in lengths.items()}  # fmt: skip
+        curves(axes, taken)
         axes.set(title=f"{rows} rows at once" if rows > 1 else "one row", ylabel="ms a step", ylim=(0, None))
-    curves(panels[-1], {length: one.megabytes for length, one in last.items()})
+    last = [*found.values()][-1]
+    curves(
+        panels[-1],
+        {
+            length: {name: float(each.split()[0]) for name, (each,) in task["more"].items()}
+            for length, task in last.items()
+        },
+    )
     panels[-1].set(title=f"cache of {[*found][-1]} rows", ylabel="MB", yscale="log")
     panels[0].legend(title="of keys and values", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -285,8 +289,11 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--held-out", type=int, default=50_000, help="tokens of the held-out loss")
     parser.add_argument("--seed", type=int, default=0)
+    defaults = vars(parser.parse_args([]))
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--json", type=Path, help="The data file of the results whose tables of speed are replaced.")
     options = parser.parse_args()
+    options.defaults = defaults
     print(f"{machine()}\n")
     for part, work in {"speed": speed, "learning": learning}.items():
         if options.part in (None, part):

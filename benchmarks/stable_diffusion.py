@@ -2,6 +2,7 @@
 
 python benchmarks/stable_diffusion.py [--what step decode picture] [--dtype float32 bfloat16] [--rounds 3]
     [--steps 50] [--few 20] [--side 64] [--model stable-diffusion-1] [--tiny]
+    [--json FILE]
 
 Both have the same random weights, shared if possible, so that they only differ in speed. A step is one guided
 prediction for latents of `--side`: a batch of two for both; keifu computes keys and values of the text once for each
@@ -26,7 +27,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from _rounds import interleaved, machine, table
+from _results import typed, write_timing
+from _rounds import interleaved, machine
 from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import links
@@ -42,6 +44,7 @@ from keifu.training.hardware.flops import count_flops, matmul_peak
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CPU, BASE, LAST, OWN = torch.device("cpu"), "diffusers", "diffusers, channels-last", "keifu"
+SECTION = "Stable Diffusion 1 and diffusers"
 TEXT, GUIDANCE, PARTS = "a red heart", 7.5, {"text_encoder": "text", "unet": "unet", "vae": "autoencoder"}
 TINY = latent_diffusion.Config(
     clip_text.Config(dim=32, hidden_dim=48, n_layers=2, n_heads=2, embedding_dim=32, projected=False),
@@ -168,20 +171,18 @@ def flops_of(own: latent_diffusion.LatentDiffusion, what: str, options: argparse
 
 
 @torch.inference_mode()
-def measure(options: argparse.Namespace, what: str, name: str) -> None:
-    """Measure and print one table."""
+def measure(options: argparse.Namespace, what: str, name: str) -> dict[str, Any]:
+    """Return the task of one kind of work."""
     dtype = DTYPES[name]
     own = built(config_of(options), dtype)
-    seconds = interleaved({row: KINDS[what](own, row, options) for row in rows(what, options)}, options.rounds)
-    flops, peak, notes = flops_of(own, what, options), matmul_peak(CPU, dtype), {}
-    for row, taken in seconds.items():
-        median = sorted(taken)[len(taken) // 2]
-        share = f", {flops / median / peak:.0%} of the matmul peak" if flops else ""
-        memory = f", {memory_of(options, what, name, row):.1f} GB at most" if options.memory else ""
-        notes[row] = f"{median:.2f} s{share}{memory}"
-    print(f"\n{what}, {name}\n\n{table(seconds, 1, what, BASE, notes)}")
-    if flops:
-        print(f"\n{flops / 1e9:.0f} GFLOP; the matmul peak is {peak / 1e9:.0f} GFLOP/s.", flush=True)
+    task: dict[str, Any] = {"amount": 60}  # so that the table has units a minute
+    task["seconds"] = interleaved({row: KINDS[what](own, row, options) for row in rows(what, options)}, options.rounds)
+    if flops := flops_of(own, what, options):
+        task |= {"work": flops, "peak": round(matmul_peak(CPU, dtype))}
+        print(f"{what}, {name}: {flops / 1e9:.0f} GFLOP; the matmul peak is {task['peak'] / 1e9:.0f} GFLOP/s.")
+    if options.memory:
+        task["more"] = {row: [f"{memory_of(options, what, name, row):.2f}"] for row in task["seconds"]}
+    return task
 
 
 def memory_of(options: argparse.Namespace, what: str, dtype: str, row: str) -> float:
@@ -222,11 +223,9 @@ def config_of(options: argparse.Namespace) -> latent_diffusion.Config:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--what", choices=["step", "decode", "picture"], nargs="+", default=["step", "decode", "picture"]
-    )
+    parser.add_argument("--what", choices=["step", "decode", "picture"], nargs="+", default=[*KINDS])
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=50)
@@ -235,6 +234,8 @@ def main() -> None:
     parser.add_argument("--model", choices=latent_diffusion.SIZES, default="stable-diffusion-1")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--tiny", action="store_true")
+    defaults = vars(parser.parse_args([]))
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
@@ -245,13 +246,14 @@ def main() -> None:
         return
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in latent_diffusion.build(config_of(options)).parameters())
-    print(
-        f"{machine()}; {count:,} parameters, latents of {options.side} x {options.side}, medians of {options.rounds} "
-        "interleaved rounds"
-    )
-    for what in options.what:
-        for name in options.dtype:
-            measure(options, what, name)
+    size = f"latents of {options.side} x {options.side}, {options.rounds} interleaved rounds"
+    print(f"{machine()}; {count:,} parameters, {size}")
+    made = [(what, name) for what in options.what for name in options.dtype]
+    tasks = {f"{what}, {name}": measure(options, what, name) for what, name in made}
+    names = dict.fromkeys(row for task in tasks.values() for row in task["seconds"] if row != BASE)
+    values = {"tasks": tasks, "against": dict.fromkeys(names, [BASE])}
+    columns = ["a minute; ratio to diffusers; share of the matmul peak", *tasks]
+    write_timing(options.json, SECTION, typed("stable_diffusion.py", vars(options), defaults), columns, values)
 
 
 if __name__ == "__main__":

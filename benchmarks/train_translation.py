@@ -2,6 +2,7 @@
 nn.Transformer.
 
 python benchmarks/train_translation.py [--dtype float32|bfloat16] [--dim 256] [--layers 3] [--rounds 5]
+    [--json FILE]
 
 All make the same AdamW steps (clipping at 1.0) on the same padded sentences: sources of 8 to 32 tokens, targets of as
 many, and an end token on each side. keifu and Marian begin with the same weights; nn.Transformer has the same sizes and
@@ -14,11 +15,13 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
-from _rounds import interleaved, machine, table
+from _results import typed, write_timing
+from _rounds import interleaved, machine
 from _training import CPU, ours, peer
 from torch import Tensor, nn
 
@@ -27,6 +30,7 @@ from keifu.training.hardware.flops import count_flops, matmul_peak
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.protocols import Batch
 
+SECTION, BASE = "Training speed of the Transformer", "transformers' Marian"
 ROWS, VOCABULARY, START, END, PAD = 128, 8000, 1, 2, 0
 
 
@@ -116,30 +120,34 @@ def plain(dim: int, layers: int, dtype: torch.dtype, losses: list[float]) -> Cal
 
 
 def main() -> None:
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
+    defaults = vars(parser.parse_args([]))
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     dtype, size = getattr(torch, options.dtype), (options.dim, options.layers)
-    makers = {"transformers' Marian": marian, "nn.Transformer": plain, "keifu": keifu}
+    makers = {BASE: marian, "nn.Transformer": plain, "keifu": keifu}
     losses: dict[str, list[float]] = {name: [] for name in makers}
     contenders = {name: make(*size, dtype, losses[name]) for name, make in makers.items()}
     seconds = interleaved(contenders, options.rounds)
     model, rows = marian_model(*size), batch(0)
     flops = count_flops(lambda: model(rows["source"], decoder_input_ids=rows["target"][:, :-1]).logits.sum().backward())
-    peak = matmul_peak(CPU, dtype)
-    notes = {
-        name: f"{flops / statistics.median(own) / peak:.0%} of the peak, last loss {losses[name][-1]:.3f}"
-        for name, own in seconds.items()
-    }
+    amount = statistics.mean(counted(batch(step)) for step in range(1, options.rounds + 1))
+    task = {
+        "amount": amount, "seconds": seconds, "work": flops, "peak": round(matmul_peak(CPU, dtype)),
+        "more": {name: [f"{own[-1]:.3f}"] for name, own in losses.items()},
+    }  # fmt: skip
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     shape = f"dim {size[0]}, {size[1]} + {size[1]} layers, {parameters:.1f} M, {ROWS} pairs"
-    print(f"{machine()}; {shape}, {options.dtype}")
-    print(f"The matmul peak measured here is {peak / 1e9:.0f} GFLOP/s; padding counts as work, not as tokens.\n")
-    amount = statistics.mean(counted(batch(step)) for step in range(options.rounds + 1))
-    print(table(seconds, amount, "tokens", "transformers' Marian", notes))
+    print(f"{machine()}; {shape}, {options.dtype}, {options.rounds} rounds")
+    print(f"The matmul peak measured here is {task['peak'] / 1e9:.0f} GFLOP/s; padding counts as work, not as tokens.")
+    values = {"tasks": {options.dtype: task}, "against": dict.fromkeys(makers, [BASE])}
+    columns = ["", "tokens/s", f"ratio to {BASE}", "share of the matmul peak", "last loss"]
+    write_timing(options.json, SECTION, typed("train_translation.py", vars(options), defaults), columns, values)
 
 
 if __name__ == "__main__":

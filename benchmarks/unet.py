@@ -1,6 +1,7 @@
 """DDPM's U-Net for CIFAR-10 (35.7 M parameters): pictures per second forward and in training, compared with diffusers.
 
 python benchmarks/unet.py [--dtype float32 bfloat16] [--rounds 5] [--batch 1 16] [--training-batch 16]
+    [--json FILE]
 
 Both have the same random weights and see the same noisy pictures. In bfloat16 the forward pass has bfloat16 weights,
 and training has autocast over float32 weights, as is usual; a further row gives diffusers channels-last weights, which
@@ -9,10 +10,13 @@ its users must request. A training step is the squared error of the noise, its g
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
-from _rounds import interleaved, machine, table
-from _training import CPU, ours, peer
+from _results import typed, write_timing
+from _rounds import interleaved, machine
+from _training import ours, peer
 from diffusers import UNet2DModel
 from torch import Tensor
 
@@ -21,12 +25,12 @@ from keifu.checkpoints.hf.write import published_tensors
 from keifu.layers.diffusion.noise_schedule import add_noise
 from keifu.layers.unet.prepacked_conv import prepack
 from keifu.models.diffusion import ddpm
-from keifu.training.hardware.flops import count_flops, matmul_peak
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.protocols import Batch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BASE, LAST = "diffusers", "diffusers, channels-last"
+SECTION = "DDPM's U-Net and diffusers"
+BASE, LAST, OWN, PACKED = "diffusers", "diffusers, channels-last", "keifu", "keifu, packed"
 CONFIG = ddpm.Config(dropout=0.0)  # without dropout, whose random numbers would differ between the sides
 
 
@@ -51,28 +55,27 @@ def pictures(batch: int, seed: int = 0) -> Tensor:
 
 
 @torch.inference_mode()
-def forward(dtype: torch.dtype, batch: int, rounds: int) -> None:
-    """Print the table of forward passes."""
+def forward(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, Any]:
+    """Return the task of forward passes."""
     own, plain, last = (model.to(dtype).eval() for model in models())
     fast = prepack(own)
     x, timestep = pictures(batch).to(dtype), torch.arange(batch) * 1000 // batch
     contenders: dict[str, Callable[[], Tensor]] = {
         BASE: lambda: plain(x, timestep).sample,
         LAST: lambda: last(x.to(memory_format=torch.channels_last), timestep).sample,
-        "keifu": lambda: own(x, timestep),
-        "keifu, packed as keifu draw has it": lambda: fast(x, timestep),
+        OWN: lambda: own(x, timestep),
+        PACKED: lambda: fast(x, timestep),  # as keifu draw has it
     }
     base = contenders[BASE]().float()
     apart = max(float((work().float() - base).abs().max() / base.abs().max()) for work in contenders.values())
-    flops = count_flops(lambda: own(x, timestep))
-    print(f"\n{dtype}, forward, {batch} at a time; results within {apart:.1e} of the largest\n")
-    show(interleaved(contenders, rounds), batch, dtype, flops, {})
+    print(f"{dtype}, forward, {batch} at a time; results within {apart:.1e} of the largest", flush=True)
+    return {"amount": batch, "seconds": interleaved(contenders, rounds)}
 
 
-def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
-    """Print the table of training steps."""
+def training(dtype: torch.dtype, batch: int, rounds: int) -> dict[str, Any]:
+    """Return the task of training steps."""
     own, plain, last = (model.train() for model in models())
-    objective, losses = DiffusionLoss(CONFIG.noise), {name: [] for name in (BASE, LAST, "keifu")}
+    objective, losses = DiffusionLoss(CONFIG.noise), {name: [] for name in (BASE, LAST, OWN)}
 
     def given(step: int) -> Batch:
         return {"pictures": pictures(batch, step), "draws": draw_noise(0, step, batch)}
@@ -86,37 +89,34 @@ def training(dtype: torch.dtype, batch: int, rounds: int) -> None:
     contenders = {
         BASE: peer(plain, loss, given, dtype, True, losses[BASE]),
         LAST: peer(last, loss, given, dtype, True, losses[LAST]),
-        "keifu": ours(own, objective, given, dtype, False, losses["keifu"]),
+        OWN: ours(own, objective, given, dtype, False, losses[OWN]),
     }
     seconds = interleaved(contenders, rounds)
-    flops = count_flops(lambda: objective(own, given(0)).total.backward())
-    print(f"\n{dtype}, training, {batch} in a step\n")
-    show(seconds, batch, dtype, flops, {name: f"last loss {own[-1]:.3f}" for name, own in losses.items()})
-
-
-def show(seconds: dict[str, list[float]], batch: int, dtype: torch.dtype, flops: float, notes: dict[str, str]) -> None:
-    """Print pictures per second, ratios to diffusers, and the share of the peak speed of matrix multiplication."""
-    peak = matmul_peak(CPU, dtype)
-    shares = {name: f"{flops / sorted(own)[len(own) // 2] / peak:.0%} of the peak" for name, own in seconds.items()}
-    told = {name: ", ".join(filter(None, [share, notes.get(name)])) for name, share in shares.items()}
-    print(table(seconds, batch, "pictures", BASE, told))
-    print(f"\n{flops / batch / 1e9:.1f} GFLOP a picture; the matmul peak is {peak / 1e9:.0f} GFLOP/s.", flush=True)
+    print(f"{dtype}, training, last losses", {name: round(own[-1], 3) for name, own in losses.items()}, flush=True)
+    return {"amount": batch, "seconds": seconds}
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=[*DTYPES])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--training-batch", type=int, default=16)
+    defaults = vars(parser.parse_args([]))
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     count = sum(parameter.numel() for parameter in ddpm.build(CONFIG).parameters())
-    print(f"{machine()}; {count:,} parameters, 3 x 32 x 32, {options.rounds} interleaved rounds, medians")
+    print(f"{machine()}; {count:,} parameters, 3 x 32 x 32, {options.rounds} interleaved rounds")
+    tasks = dict[str, dict[str, Any]]()
     for name in options.dtype:
         for batch in options.batch:
-            forward(DTYPES[name], batch, options.rounds)
-        training(DTYPES[name], options.training_batch, options.rounds)
+            tasks[f"{name}, {batch}"] = forward(DTYPES[name], batch, options.rounds)
+    for name in options.dtype:
+        tasks[f"training, {name}"] = training(DTYPES[name], options.training_batch, options.rounds)
+    values = {"tasks": tasks, "against": dict.fromkeys([LAST, OWN, PACKED], [BASE])}
+    columns = ["pictures/s; ratio to diffusers", *tasks]
+    write_timing(options.json, SECTION, typed("unet.py", vars(options), defaults), columns, values)
 
 
 if __name__ == "__main__":
