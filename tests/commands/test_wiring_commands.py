@@ -101,7 +101,7 @@ chat = Table("chat M Hi", {
     "json": Row("--json", "keifu.commands.chat:print_completion"),
     "weights": Row("--weights int8", LOADED, "weights", "int8"),
     **sampling(ANSWER, "sampling"),
-}, {LOADED: CHATTER, TALK: SimpleNamespace(complete=lambda *_: None)})  # fmt: skip
+}, {LOADED: CHATTER, TALK: SimpleNamespace(complete=lambda *_: None, config=CONFIG)})  # fmt: skip
 
 ENCODER, EMBEDDED = "keifu.commands.embed:load_encoder", "keifu.evaluation.classification.embeddings:embed_rows"
 IDS, NEAREST = "keifu.commands.embed:ids", "keifu.evaluation.classification.embeddings:nearest"
