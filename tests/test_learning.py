@@ -401,8 +401,8 @@ def test_unclip_learns_what_two_captions_mean_by_heart():
             way.denoiser(lambda x, t: model.imagine(x, t, caption)), random(points), way.schedule, random
         )
         assert (last.x - points).abs().mean() < 0.25
-        told, x = model.tell(model.prior.restored(last.x), caption), random(torch.empty(2, 1, 8, 8))
-        *_, last = way.run(way.denoiser(lambda x, t: model(x, t, told)), x, way.schedule, random)
+        conditions, x = model.embed(model.prior.restored(last.x), caption), random(torch.empty(2, 1, 8, 8))
+        *_, last = way.run(way.denoiser(lambda x, t: model(x, t, conditions)), x, way.schedule, random)
     apart = (last.x[:, None] - (bars.float() / 127.5 - 1)).abs().mean((2, 3, 4))
     assert apart.argmin(1).tolist() == [0, 1] and apart.min(1).values.max() < 0.25
 

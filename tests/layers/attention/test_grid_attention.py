@@ -39,7 +39,7 @@ def test_the_papers_window_and_lengths() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_sparse_is_dense_in_both_directions(pattern, shape) -> None:
     grid = Grid(*shape)
-    length = grid.prefix + grid.places
+    length = grid.prefix + grid.cells
     q, k, v = (torch.randn(2, 3, length, 6, requires_grad=True) for _ in range(3))
     scores = (q @ k.mT * 6**-0.5).masked_fill(~grid.visible(pattern), -torch.inf)
     expected = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)

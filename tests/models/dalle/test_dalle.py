@@ -111,7 +111,7 @@ def test_the_papers_layers_and_size() -> None:
     paper = dalle.SIZES["dall-e"]
     patterns = [paper.pattern(layer) for layer in range(1, 65)]
     assert patterns[:7] == ["row", "column", "row", "row", "row", "column", "row"]
-    assert patterns[-1] == "convolution" and patterns.count("column") == 16 and paper.grid.places == 1024
+    assert patterns[-1] == "convolution" and patterns.count("column") == 16 and paper.grid.cells == 1024
     assert abs(count(dalle, paper) / 12e9 - 1) < 0.05
     assert paper.vae == discrete_vae.SIZES["dall-e-dvae"]
     assert count(discrete_vae, paper.vae) == 53_786_240 + 43_829_766  # the released encoder's and decoder's

@@ -51,7 +51,7 @@ class Recording(nn.Module):
     def nothing(self, rows: int) -> Tensor:
         return torch.full((rows, 4), -9.0)
 
-    def tell(self, image: Tensor, caption: Read) -> tuple[Tensor, Read]:
+    def embed(self, image: Tensor, caption: Read) -> tuple[Tensor, Read]:
         return image, caption
 
     def forward(self, x: Tensor, timestep: Tensor, told: Any) -> Tensor:

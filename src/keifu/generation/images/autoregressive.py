@@ -65,12 +65,12 @@ class AutoregressivePipeline(TextToImagePipeline):
                 "nothing to it: leave them out."
             )
         grid, size = self.model.config.grid, self.model.config.size
-        for name, fixed in (("steps", grid.places), ("size", size)):
+        for name, fixed in (("steps", grid.cells), ("size", size)):
             if vars(wanted)[name] not in (None, fixed):
                 raise UserError(f"{name} is {vars(wanted)[name]}, and this model's is always {fixed}: leave it out.")
         self.tokens([wanted.text], wanted.truncate)
         seed = secrets.randbits(32) if wanted.seed is None else wanted.seed
-        return replace(wanted, sampler=BY_TOKEN, steps=grid.places, size=size, seed=seed)
+        return replace(wanted, sampler=BY_TOKEN, steps=grid.cells, size=size, seed=seed)
 
     @torch.inference_mode()
     def draw(

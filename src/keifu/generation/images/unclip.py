@@ -194,9 +194,9 @@ class UnclipPipeline(TextToImagePipeline):
         """Return the decoder conditioned on these embeddings. With guidance, both predictions are computed in one
         batch."""
         if wanted.guidance == 1:
-            alone = self.model.tell(image, self._caption(texts, wanted.truncate))
+            alone = self.model.embed(image, self._caption(texts, wanted.truncate))
             return lambda x, timestep: self.model(x, timestep, alone)
-        both = self.model.tell(torch.cat([image, self.model.nothing(len(image)).to(image)]), self._both(texts, wanted))
+        both = self.model.embed(torch.cat([image, self.model.nothing(len(image)).to(image)]), self._both(texts, wanted))
         guided = wanted.guidance, wanted.guidance_rescale
         return guided_denoiser(lambda x, timestep: self.model(x, timestep, both), self.noise, *guided)
 

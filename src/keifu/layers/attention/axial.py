@@ -34,7 +34,7 @@ class Grid:
     kernel: int = 11
 
     @property
-    def places(self) -> int:
+    def cells(self) -> int:
         """Return the number of positions of the grid."""
         return self.height * self.width
 
@@ -48,18 +48,18 @@ class Grid:
         window = {down * self.width + across for down in range(half + 1) for across in range(-half, half + 1)}
         patterns = {
             "row": range(self.width + 1),
-            "column": range(0, self.places, self.width),
+            "column": range(0, self.cells, self.width),
             "convolution": sorted(offset for offset in window if offset >= 0),
-            "full": range(self.places),
+            "full": range(self.cells),
         }
-        return tuple(offset for offset in patterns[pattern] if offset < self.places)
+        return tuple(offset for offset in patterns[pattern] if offset < self.cells)
 
     def visible(self, pattern: Pattern) -> Bool[Tensor, "length length"]:
         """Return the mask of an axial attention: text sees earlier tokens; a grid position sees the whole text and its
         `offsets`."""
-        length = self.prefix + self.places
+        length = self.prefix + self.cells
         mask = torch.ones(length, length, dtype=torch.bool).tril()
-        positions = torch.arange(self.places)
+        positions = torch.arange(self.cells)
         mask[self.prefix :, self.prefix :] &= self._near(positions[:, None], positions, pattern)
         return mask
 
@@ -67,7 +67,7 @@ class Grid:
         """Return for each row of the grid which of its window each position sees. The window is the row itself and the
         rows above that it attends to. Positions before the first row are masked."""
         above = (self.rows_seen(pattern) - 1) * self.width
-        queries = torch.arange(self.places).view(self.height, self.width, 1)
+        queries = torch.arange(self.cells).view(self.height, self.width, 1)
         keys = torch.arange(self.height)[:, None, None] * self.width + torch.arange(-above, self.width)
         return self._near(queries, keys, pattern) & (keys >= 0)
 

@@ -24,7 +24,7 @@ class ImageModel(nn.Module):
       config: size, channels (of latents), factor (pixels per latent, along a side), colours, masked (whether a mask and
       the masked image are additional input channels), context_length.
     - embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` reverses its normalisation,
-      `encode_image` embeds pictures, `model(x, timestep, tell(image, caption))` is the decoder, and `enlarge` is
+      `encode_image` embeds pictures, `model(x, timestep, embed(image, caption))` is the decoder, and `enlarge` is
       super-resolution. config: size, small_size (before super-resolution), pixels (preprocessing; None without an image
       encoder), prior_noise, decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length,
       prior (None without).

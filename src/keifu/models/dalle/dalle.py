@@ -142,7 +142,7 @@ class Dalle(ImageModel):
         """Return the logits of the first image token, and the key-value cache of the text with space for the image."""
         x, config = self.embed_text(tokens, real), self.config
         layers = [(config.n_heads, config.dim // config.n_heads)] * config.n_layers
-        state = KVState(layers, len(tokens), config.grid.prefix + config.grid.places, x)
+        state = KVState(layers, len(tokens), config.grid.prefix + config.grid.cells, x)
         return self._after(x, state), state
 
     def go_on(self, codes: Int[Tensor, " batch"], position: int, state: KVState) -> Float[Tensor, "batch codebook"]:

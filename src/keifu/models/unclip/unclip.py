@@ -167,7 +167,7 @@ class Unclip(ImageModel):
         """Return the null image embedding."""
         return self.conditions.none.expand(batch, -1)
 
-    def tell(self, image: Embedding, caption: Caption) -> UnclipConditioning:
+    def embed(self, image: Embedding, caption: Caption) -> UnclipConditioning:
         """Return the decoder's conditioning from embeddings and captions. Compute it once per image, for all steps."""
         image = image.to(self.conditions.none.dtype)
         time, context = self.conditions(image, caption.embedding, caption.tokens)

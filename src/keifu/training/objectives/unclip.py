@@ -70,7 +70,7 @@ class UnclipLoss:
         )
         small = F.interpolate(whole, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
         imagine: Network = lambda x, timestep: model.imagine(x, timestep, of_prior)  # noqa: E731
-        draw: Network = lambda x, timestep: model(x, timestep, model.tell(image, of_decoder))  # noqa: E731
+        draw: Network = lambda x, timestep: model(x, timestep, model.embed(image, of_decoder))  # noqa: E731
         outputs = {
             "prior": self.prior.of(imagine, model.prior.normalised(embeddings), self._seed(draws, 3)),
             "decoder": self.decoder.of(draw, small, self._seed(draws, 4)),
