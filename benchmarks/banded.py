@@ -1,6 +1,7 @@
 """Banded attention compared with dense: time and memory of a layer by text length, in prefill and cached decoding.
 
 python benchmarks/banded.py [--lengths 512 1024 2048 4096 8192] [--band 256] [--dim 768] [--heads 12] [--picture PNG]
+    [--json FILE]
 
 The layer is GPT-3 Small's attention with its projections (12 heads of 64; every second layer of GPT-3 is banded). Dense
 attention runs twice: torch's fused version, which never stores the matrix of scores, and the explicit version of 2020.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import typed, write_timing
 from _rounds import interleaved, machine
 from torch import Tensor
 
@@ -26,7 +28,9 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.masks import CausalMask
 
+SECTION = "Banded attention"
 KINDS = ("dense, written out", "dense", "banded")
+CACHED = {kind: f"a cached token, {kind}" for kind in KINDS[1:]}
 STEPS = 32  # decoded tokens in a round
 
 
@@ -98,34 +102,36 @@ def held(name: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def measured(length: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Return milliseconds and MB of each kind."""
+def measured(length: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Return the task of a length: seconds of a prefill and of a cached token, and MB at the peak and of the cache."""
     passes = {kind: prefill(kind, length, options) for kind in KINDS if kind != KINDS[0] or length <= options.square}
     seconds = interleaved(passes, options.rounds)
-    found = {kind: {"ms": 1000 * statistics.median(each)} for kind, each in seconds.items()}
     caches = {kind: decoding(kind, length, options) for kind in KINDS[1:]}
-    seconds = interleaved({kind: steps for kind, (steps, _) in caches.items()}, options.rounds)
-    for kind, each in seconds.items():
-        found[kind] |= {"token ms": 1000 * statistics.median(each) / STEPS, "cache MB": caches[kind][1] / 1e6}
-    for kind in found:
-        found[kind]["MB"] = peak(kind, length, options)
-    return found
+    cached = interleaved({kind: steps for kind, (steps, _) in caches.items()}, options.rounds)
+    seconds |= {CACHED[kind]: [round(each / STEPS, 7) for each in found] for kind, found in cached.items()}
+    held = {kind: [f"{peak(kind, length, options):,.0f}"] for kind in passes}
+    held |= {CACHED[kind]: [f"{nbytes / 1e6:.1f}"] for kind, (_, nbytes) in caches.items()}
+    return {"amount": 1, "seconds": seconds, "more": held}
 
 
-def draw(found: dict[int, dict[str, dict[str, float]]], options: argparse.Namespace) -> None:
+def draw(tasks: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     """Draw four pictures with a line for each kind over the length."""
     import matplotlib.pyplot as plt
 
-    titles = {"ms": "prefill, ms", "MB": "prefill, MB at the peak", "token ms": "a token, ms", "cache MB": "cache, MB"}
+    titles = ("prefill, ms", "prefill, MB at the peak", "a token, ms", "cache, MB")
     figure, grid = plt.subplots(1, 4, figsize=(15, 3.7), layout="constrained")
-    for axes, (key, title) in zip(grid, titles.items(), strict=True):
+    for number, (axes, title) in enumerate(zip(grid, titles, strict=True)):
         for colour, kind in zip(("tab:grey", "tab:blue", "tab:orange"), KINDS, strict=True):
-            points = [(length, each[kind][key]) for length, each in found.items() if key in each.get(kind, {})]
-            if points:
-                name = kind if kind != "banded" else f"band {options.band}"
-                axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
+            name = CACHED.get(kind, "") if number > 1 else kind
+            drawn = {length: task for length, task in tasks.items() if name in task["seconds"]}
+            if number % 2:
+                heights = [float(task["more"][name][0].replace(",", "")) for task in drawn.values()]
+            else:
+                heights = [1000 * statistics.median(task["seconds"][name]) for task in drawn.values()]
+            label = kind if kind != "banded" else f"band {options.band}"
+            axes.plot([int(each.replace(",", "")) for each in drawn], heights, marker="o", color=colour, label=label)
         axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-        axes.set_xticks([*found], [f"{length:,}" for length in found], fontsize=8)
+        axes.set_xticks(options.lengths, [*tasks], fontsize=8)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     grid[0].legend(fontsize=8)
@@ -142,23 +148,23 @@ def main() -> None:
         "--square", type=int, default=8192, help="the longest text whose square of scores is written out"
     )
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return child(options)
     print(f"{machine()}; one layer, dim {options.dim}, {options.heads} heads, band {options.band}, float32")
-    print(f"Medians of {options.rounds} interleaved rounds.\n")
-    print("| tokens | | prefill, ms | banded is faster | peak, MB | a token, ms | cache, MB |")
-    print("|---:|---|---:|---:|---:|---:|---:|")
-    found: dict[int, dict[str, dict[str, Any]]] = {}
-    for length in options.lengths:
-        found[length] = measured(length, options)
-        for kind, each in found[length].items():
-            ratio = each["ms"] / found[length]["banded"]["ms"]
-            rest = f"{each['token ms']:.3f} | {each['cache MB']:.1f}" if "cache MB" in each else " | "
-            print(f"| {length:,} | {kind} | {each['ms']:.1f} | {ratio:.1f} | {each['MB']:.0f} | {rest} |", flush=True)
+    tasks = {f"{length:,}": measured(length, options) for length in options.lengths}
+    against = {KINDS[0]: ["banded"], "dense": ["banded"], CACHED["dense"]: [CACHED["banded"]]}
+    values = {"tasks": tasks, "a row": "task", "in": "ms", "against": against}
+    columns = (
+        "tokens", "written out: ms; ratio to banded; MB at the peak", "dense", "banded: ms; MB",
+        "a cached token, dense: ms; ratio; MB of the cache", "banded: ms; MB",
+    )  # fmt: skip
+    command = typed("banded.py", vars(options), {"rounds": 0, "picture": None})
+    write_timing(options.json, SECTION, command, columns, values)
     if options.picture:
-        draw(found, options)
+        draw(tasks, options)
 
 
 if __name__ == "__main__":

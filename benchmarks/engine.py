@@ -1,21 +1,23 @@
 """Tokens per second of decoding and of reading a prompt, compared with llama.cpp and transformers on the same weights.
 
 python benchmarks/engine.py [--shape 110m|1.1b|smollm2] [--weights bf16 int8 int4] [--streams 1 8 32] [--rounds 3]
+    [--json FILE]
 
 The contenders alternate in one process. llama.cpp's bf16 is compared with bf16, q8_0 with int8, q4_0 and q4_k with
 int4, and q4_0 with a head of 4 bits also with int4_pure.
 """
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from _llama_cpp import LlamaCpp, quantised
+from _results import typed, write_timing
 from _rounds import interleaved, machine
 
 from keifu import checkpoints
@@ -29,6 +31,7 @@ SHAPES = {
     "smollm2": llama.SIZES["smollm2-135m"],
 }
 PEERS = {"bf16": ["bf16"], "int8": ["q8_0"], "int4": ["q4_0", "q4_k"], "int4_pure": ["q4_0_pure"]}
+SECTION = "The native step and llama.cpp"
 PROMPT = 32  # tokens before the timed ones
 
 
@@ -92,34 +95,47 @@ def decoding(contender: Native | Peer | Transformers, prompts: list[list[int]], 
 
 
 def main() -> None:
+    defaults: dict[str, Any] = {
+        "shape": "110m", "weights": list(PEERS), "streams": [1, 8, 32], "rounds": 3, "tokens": 32, "prefill": 512,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="110m")
-    parser.add_argument("--weights", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--streams", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--prefill", type=int, default=512)
+    parser.add_argument("--shape", choices=SHAPES, default=defaults["shape"])
+    parser.add_argument("--weights", nargs="+", choices=PEERS, default=defaults["weights"])
+    parser.add_argument("--streams", nargs="+", type=int, default=defaults["streams"])
+    parser.add_argument("--rounds", type=int, default=defaults["rounds"])
+    parser.add_argument("--tokens", type=int, default=defaults["tokens"])
+    parser.add_argument("--prefill", type=int, default=defaults["prefill"])
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     torch.manual_seed(0)
     model = llama.build(SHAPES[options.shape]).to(torch.bfloat16).eval()
-    print(f"{machine()}; {options.shape} shape, {options.rounds} rounds, medians\n")
-    print("| | task | tokens/s | keifu / it (min to max) |\n|---|---|---:|---:|", flush=True)
+    print(f"{machine()}; {options.shape} shape, {options.rounds} rounds\n", flush=True)
+    names = [*(f"{count} stream" + "s" * (count > 1) for count in options.streams), f"a prompt of {options.prefill}"]
+    tasks: dict[str, Any] = {name: {"seconds": {}} for name in names}
+    against: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for weights in options.weights:
             packed = pack(model, weights)
             paths = {kind: quantised(model, kind, folder) for kind in PEERS[weights]}
-            for streams in options.streams:
-                length = PROMPT + options.tokens + 1
-                made = _contenders(packed, paths, streams, length, options.transformers, model, folder)
-                prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, (streams, PROMPT)).tolist()
-                timed = {each: decoding(made[each], prompts, options.tokens) for each in made}
-                _report(weights, f"{streams} streams", timed, options.rounds, streams * options.tokens)
-            made = _contenders(packed, paths, 1, options.prefill, options.transformers, model, folder)
-            prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, options.prefill)).tolist()
-            timed = {each: partial(made[each].run, prompt, 0) for each in made}
-            _report(weights, f"prompt of {options.prefill}", timed, options.rounds, options.prefill)
+            for task, streams in zip(tasks.values(), [*options.streams, 0], strict=True):
+                length = PROMPT + options.tokens + 1 if streams else options.prefill
+                made = _contenders(packed, paths, streams or 1, length, options.transformers, model, folder)
+                draw = np.random.default_rng(0)
+                shape = (streams, PROMPT) if streams else (1, options.prefill)
+                prompts = draw.integers(0, model.config.vocab_size, shape).tolist()
+                if streams:
+                    timed = {each: decoding(made[each], prompts, options.tokens) for each in made}
+                else:
+                    timed = {each: partial(made[each].run, prompts, 0) for each in made}
+                task["amount"] = streams * options.tokens or options.prefill
+                task["seconds"] |= interleaved(timed, options.rounds)
+                own, *others = made
+                against[own] = others
+    values = {"tasks": tasks, "against": against}
+    columns = ["tokens/s; keifu: ratios to the rows below it", *tasks]
+    write_timing(options.json, SECTION, typed("engine.py", vars(options), defaults), columns, values)
 
 
 def _contenders(packed, paths, streams, length, with_transformers, model, folder) -> dict:
@@ -128,15 +144,6 @@ def _contenders(packed, paths, streams, length, with_transformers, model, folder
     if with_transformers and packed.weights == "bf16":
         made["transformers, bf16"] = Transformers(model, folder / "hf")
     return made
-
-
-def _report(weights: str, task: str, timed: dict[str, Callable[[], object]], rounds: int, tokens: int) -> None:
-    seconds = interleaved(timed, rounds)
-    own = seconds[f"keifu, {weights}"]
-    for name, each in seconds.items():
-        ratios = [b / a for a, b in zip(own, each, strict=True)]
-        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {name} | {task} | {tokens / statistics.median(each):.0f} | {shown} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from _rounds import machine
 from keifu import checkpoints
 from keifu.data.text.token_shards import prepare
 from keifu.native.model import pack
-from keifu.native.pack import FORMATS
 
 SECTION, COLUMNS = "The native step and llama.cpp", ("", "bits a weight", "perplexity")
 PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k"), "int4_pure": ("q4_0_pure",)}
@@ -50,21 +49,22 @@ def main() -> None:
     count, parameters = texts[:, 1:].numel(), sum(each.numel() for each in model.parameters())
     print(f"{machine()}; {options.model} on {options.on}, {count} tokens in windows of {options.length}\n")
     print("| | bits a weight | perplexity |\n|---|---:|---:|")
-    rows = list[list[str]]()
+    rows, values = list[list[str]](), {"parameters": parameters, "tokens": count, "bytes": {}, "nats": {}}
 
-    def report(name: str, nbytes: float, nats: list[float]) -> None:
+    def report(name: str, nbytes: int, nats: list[float]) -> None:
+        values["bytes"][name], values["nats"][name] = nbytes, [round(each, 4) for each in nats]
         rows.append([name, f"{8 * nbytes / parameters:.2f}", f"{math.exp(sum(nats) / count):.3f}"])
         print(f"| {' | '.join(rows[-1])} |", flush=True)
 
     with torch.no_grad():
         report("PyTorch, float32", 4 * parameters, [losses(model(each[None])[0], each) for each in texts])
     with tempfile.TemporaryDirectory() as folder:
-        for weights in FORMATS:
+        for weights in PEERS:
             packed = pack(model, weights)
             report(f"keifu, {weights}", packed.nbytes, [losses(packed(each[None])[0], each) for each in texts])
             for kind in PEERS[weights]:
                 path = quantised(model, kind, Path(folder))
-                peer = LlamaCpp(path, 1, options.length, 2)
+                peer = LlamaCpp(path, 1, options.length, torch.get_num_threads())
                 nats = []
                 for each in texts:
                     peer.rollback(0)
@@ -73,7 +73,7 @@ def main() -> None:
                 report(f"llama.cpp, {kind}", path.stat().st_size, nats)
     if options.json:
         given = f"--windows {options.windows} --json {options.json}"
-        write_table(options.json, SECTION, f"python benchmarks/quantisation.py {given}", COLUMNS, rows)
+        write_table(options.json, SECTION, f"python benchmarks/quantisation.py {given}", COLUMNS, rows, values)
 
 
 if __name__ == "__main__":

@@ -190,8 +190,18 @@ def test_the_meshes_table_is_what_the_benchmark_wrote() -> None:
     told = [[format(run.get(name, 0.0), form) for name, form in forms.items()] for run in runs]
     split = [run for run in runs if "formula_megabytes" in run]
     assert len(split) == 3
+    assert table["values"] == {"runs": 1, "in": "scaling_out.json"}
     assert all(run["megabytes_a_step"] == pytest.approx(run["formula_megabytes"], rel=0.05) for run in split)
     assert [row[1:] for row in table["rows"]] == [["0" if cell == "0.00" else cell for cell in row] for row in told]
+
+
+def test_perplexities_are_those_of_the_windows() -> None:
+    (table,) = [each for each in of_data(ROOT / "docs/results/speed.md") if "quantisation.py" in each["command"]]
+    values = table["values"]
+    assert [name for name, *_ in table["rows"]] == [*values["nats"]]
+    for name, bits, perplexity in table["rows"]:
+        assert f"{8 * values['bytes'][name] / values['parameters']:.2f}" == bits
+        assert f"{np.exp(sum(values['nats'][name]) / values['tokens']):.3f}" == perplexity
 
 
 def timed() -> list[dict[str, Any]]:
