@@ -72,7 +72,7 @@ def main() -> None:
                 peer.close()
                 report(f"llama.cpp, {kind}", path.stat().st_size, nats)
     if options.json:
-        given = f"--windows {options.windows} --json {options.json}"
+        given = f"--windows {options.windows}"
         write_table(options.json, SECTION, f"python benchmarks/quantisation.py {given}", COLUMNS, rows, values)
 
 
