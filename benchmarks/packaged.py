@@ -41,7 +41,6 @@ MODELS = {  # for each model its test, and the names of its figure and of the co
     "gpt-en": ("bits a byte of held-out English", "bits per byte", ""),
     "chat-en": ("bits a byte of SmolLM2's held-out answers; `gpt-en`", "chat-en", "gpt-en"),
 }  # fmt: skip
-DIGITS = ("kernel distance x 1000", "precision", "recall")
 
 
 def stored(name: str) -> Any:
@@ -126,12 +125,6 @@ def masked_words() -> list[list[str]]:
     return rows
 
 
-def digits() -> list[list[str]]:
-    """Return distance, precision and recall of drawn and of held-out digits."""
-    figures = stored("digits")["figures"]
-    return [[name, *(f"{figures[f'{name}{whose}']:.4f}" for whose in ("", " of held-out pictures"))] for name in DIGITS]
-
-
 def emoji_clip() -> list[list[str]]:
     """Return a row for each language and direction."""
     figures, rows = stored("emoji-clip")["figures"], []
@@ -153,7 +146,6 @@ TABLES = (
         "Masked words",
         ("tokens", "count", "right", "95% interval", "neighbours looked up"), masked_words,
     ),
-    ("Distance of drawn digits", ("features", "drawn", "held-out digits"), digits),
     (
         "Emoji and their names",
         (

@@ -104,6 +104,16 @@ def test_digits_that_are_read_as_asked_follow_from_the_drawings() -> None:
     assert {"precision", "recall", "kernel distance x 1000"} <= figures.keys()  # at the same guidance
 
 
+def test_distances_of_digits_follow_from_the_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    digits = import_module("drawn_digits")
+    (table,) = [each for each in read("packaged") if each["section"] == digits.SECTION]
+    sets = [*table["values"]["by first seed"].values()]
+    assert len(sets) == 3 and table["rows"] == digits.rows(sets)
+    sets[0]["recall"] = 0.0
+    assert table["rows"] != digits.rows(sets)
+
+
 def test_emoji_that_are_recognised_follow_from_the_drawings() -> None:
     items, figures = rows("emoji"), read("emoji")["figures"]
     columns = {"": "own caption first", " of real pictures": "its own caption first"}
