@@ -15,7 +15,6 @@ from keifu.devices import processor_name
 from keifu.evaluation.intervals import wilson
 
 KEYS = ("section", "command", "machine", "values", "columns")
-SUMMARY = "summary only: the values of single seeds, rounds and items were not kept"
 
 
 def write_table(
@@ -24,7 +23,7 @@ def write_table(
     command: str,
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
-    values: dict | str = SUMMARY,
+    values: dict[str, Any],
 ) -> None:
     """Write a table to a data file. It replaces the first table of the same section and benchmark, or is appended.
 
