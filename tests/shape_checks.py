@@ -2,7 +2,7 @@
 
 jaxtyping's hook checks every call, which takes longer than most of the calls. A call whose arguments and result have
 the types, shapes and dtypes of a call before it would get the same answer, so it is not checked again. In one test, the
-first `CALLS` calls of a function are looked at, and of the later ones every `CALLS`-th: a loop repeats itself.
+first `CALLS` calls of a function are looked at, and of the later ones every `LATER`-th: a loop repeats itself.
 """
 
 import functools
@@ -17,7 +17,7 @@ import jaxtyping
 from beartype import beartype
 from torch import Tensor
 
-CALLS = 16
+CALLS, LATER = 4, 64
 MOST_COPIES = 2  # of a coroutine function that is made inside another, so many are checked
 ITEMS = 8  # of a longer list, the first and the last stand for all, as one item does for beartype
 _check_every_call = jaxtyping.jaxtyped
@@ -81,6 +81,7 @@ class Checks:
 
     def __init__(self, function: Any, check: Callable[[Any], Any]):
         self.seen: dict[Hashable, set[Hashable]] = {}  # the results of each kind of arguments
+        self.test = self.calls = -1  # the test that made the last call of a copy, and how many it had made before
         self._here = threading.local()
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -139,7 +140,7 @@ def _check_shapes(function: Any, checks: Checks) -> Any:
         nonlocal test, calls
         calls = calls + 1 if test == _test else 0
         test = _test
-        if calls > CALLS and calls % CALLS:
+        if calls >= CALLS and calls % LATER:
             return function(*args, **kwargs)
         arguments: Hashable = _of_tuple(args)
         if kwargs:
@@ -168,7 +169,7 @@ def _check_types(function: Any) -> Any:
         nonlocal test, calls
         calls = calls + 1 if test == _test else 0
         test = _test
-        if calls > CALLS and calls % CALLS:
+        if calls >= CALLS and calls % LATER:
             return function(*args, **kwargs)
         if not checked:
             checked.append(beartype(function))
@@ -182,6 +183,10 @@ def _check_copies(function: Any, checks: Checks) -> Any:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        checks.calls = checks.calls + 1 if checks.test == _test else 0
+        checks.test = _test
+        if checks.calls >= CALLS and checks.calls % LATER:
+            return function(*args, **kwargs)
         return checks.run(function, args, kwargs)
 
     return call

@@ -11,9 +11,9 @@ import functools
 import importlib
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -28,6 +28,7 @@ from keifu import devices
 
 importlib.import_module("torch.nn.attention.varlen")  # registers its operation
 aten = torch.ops.aten
+CPU = torch.device("cpu")
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._copy_from.default}
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.nonzero.default, aten.masked_select.default}
 
@@ -91,32 +92,33 @@ def compute(func, args, kwargs):
         found = _varlen_attention(*inside, **kwargs)
         Graph.record(_varlen_attention, inside, kwargs, found)
         return Held(found), args[0].new_empty(0), args[0].new_empty(0)
-    leaves = tree_flatten((args, kwargs))[0]
+    facts, leaves = _facts(func), [*_leaves(args), *_leaves(kwargs.values())]
     tensors = [x for x in leaves if isinstance(x, Tensor)]
-    RECORD.append((str(func), *map(_shape, leaves)))
-    held = [x for x in tensors if isinstance(x, Held)]
-    plain = [x for x in tensors if not isinstance(x, Held) and x.dim() and x.device.type == "cpu"]
-    if func not in COPIES and held and plain:
+    if RECORDS:
+        RECORD.append((facts.text, *map(_shape, leaves)))
+    held, copies = [x for x in tensors if isinstance(x, Held)], func in COPIES
+    plain = [x for x in tensors if not isinstance(x, Held)] if len(held) < len(tensors) else []
+    if held and not copies and any(x.dim() and x.device.type == "cpu" for x in plain):
         raise TwoDevices(f"{func} has tensors on two devices: {[(tuple(x.shape), x.device.type) for x in tensors]}")
     where = kwargs.get("device")
     there = bool(held) if where is None else torch.device(where).type == "sim"
     if where is not None and there:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
-    if held and (func in READS or (func in COPIES and not there and where is not None)):
-        READ[str(func)] += 1
+        kwargs = {**kwargs, "device": CPU}
+    if held and (facts.reads or (copies and not there and where is not None)):
+        READ[facts.text] += 1
     if func is aten.copy_.default and isinstance(args[1], Held) and not isinstance(args[0], Held):
         if args[0] in PINNED and (*args, False)[2]:
             return _copy_later(*args[:2])
-        READ[str(func)] += 1
-    if func in COPIES and not held and there:
-        SENT[str(func)] += 1
+        READ[facts.text] += 1
+    if copies and not held and there:
+        SENT[facts.text] += 1
     if func is aten.copy_.default and isinstance(args[0], Held) and not isinstance(args[1], Held) and args[1].dim():
-        SENT[str(func)] += 1
-    if there or (held and func not in COPIES):
-        _count_kernel(func, tensors)
+        SENT[facts.text] += 1
+    if facts.kernel and (there or (held and not copies)) and (not tensors or any(x.numel() for x in tensors)):
+        LAUNCHED[facts.kernel] += 1
     if pinned := bool(kwargs.get("pin_memory")):
         kwargs = {**kwargs, "pin_memory": False}
-    inside = tree_map(lambda x: x.held if isinstance(x, Held) else x, (args, kwargs))
+    inside = [_inside(x) for x in args], {name: _inside(x) for name, x in kwargs.items()}
     found = func(*inside[0], **inside[1])
     if pinned:
         PINNED[found] = True
@@ -124,12 +126,62 @@ def compute(func, args, kwargs):
         Graph.record(func, *inside, found)
     if func is aten.copy_.default:
         return args[0]
-    if not there and not (held and func not in COPIES):
+    if not there and not (held and not copies):
         return found
-    wrapped = tree_map(lambda x: Held(x) if isinstance(x, Tensor) and not isinstance(x, Held) else x, found)
-    if not held or func is aten._to_copy.default:
-        return wrapped
-    return _written(func, args, kwargs) if _writes(func) else wrapped
+    if held and func is not aten._to_copy.default and facts.written is not None:
+        place, name = facts.written
+        return args[place] if place < len(args) else kwargs[name]
+    return _outside(found)
+
+
+class _Facts(NamedTuple):
+    """What is known of an operation: its name, the kernel that a GPU launches, whether the host reads, and the number
+    and the name of the argument that it writes into and returns."""
+
+    text: str
+    kernel: str | None
+    reads: bool
+    written: tuple[int, str] | None
+
+
+@functools.cache
+def _facts(func) -> _Facts:
+    """Return what is known of an operation. A view, new memory and a read are no kernels."""
+    schema = func._schema
+    returns, arguments = ([(x.name, x.alias_info) for x in part] for part in (schema.returns, schema.arguments))
+    name, reads = schema.name.removeprefix("aten::"), func in READS
+    views = any(alias and not alias.is_write for _, alias in returns)
+    written = [(n, name) for n, (name, alias) in enumerate(arguments) if alias and alias.is_write]
+    written = written[0] if len(returns) == 1 and returns[0][1] and returns[0][1].is_write else None
+    return _Facts(str(func), None if views or name in FREE or reads else name, reads, written)
+
+
+def _leaves(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield the values, and in place of lists, tuples and dictionaries what they contain."""
+    for each in values:
+        kind = type(each)
+        if kind is list or kind is tuple:
+            yield from _leaves(each)
+        elif kind is dict:
+            yield from _leaves(each.values())
+        else:
+            yield each
+
+
+def _inside(x: Any) -> Any:
+    """Return an argument with the numbers of its tensors."""
+    if isinstance(x, Held):
+        return x.held
+    kind = type(x)
+    return kind([_inside(each) for each in x]) if kind is list or kind is tuple else x
+
+
+def _outside(x: Any) -> Any:
+    """Return a result with its tensors on the device."""
+    if isinstance(x, Tensor):
+        return x if isinstance(x, Held) else Held(x)
+    kind = type(x)
+    return kind([_outside(each) for each in x]) if kind is list or kind is tuple else x
 
 
 def _copy_later(to: Tensor, source: Held) -> Tensor:
@@ -206,31 +258,9 @@ def _is_new(x: Tensor, call) -> bool:
     return all(x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() for y in given)
 
 
-def _count_kernel(func, tensors: list[Tensor]) -> None:
-    """Count an operation that a GPU would launch a kernel for: no view, no new memory, nothing on no elements."""
-    name = func._schema.name.removeprefix("aten::")
-    views = any(each.alias_info and not each.alias_info.is_write for each in func._schema.returns)
-    if views or name in FREE or func in READS or (tensors and not any(x.numel() for x in tensors)):
-        return
-    LAUNCHED[name] += 1
-
-
 def _shape(x: Any) -> Any:
     """Return the part of an argument that a CUDA graph would repeat."""
     return (x.shape, x.stride(), x.storage_offset(), x.dtype) if isinstance(x, Tensor) else x
-
-
-def _writes(func) -> bool:
-    returns = func._schema.returns
-    return len(returns) == 1 and bool(returns[0].alias_info and returns[0].alias_info.is_write)
-
-
-def _written(func, args, kwargs) -> Tensor:
-    """Return the argument that an operation writes into, which is also its result."""
-    for place, each in enumerate(func._schema.arguments):
-        if each.alias_info and each.alias_info.is_write:
-            return args[place] if place < len(args) else kwargs[each.name]
-    raise AssertionError(func)
 
 
 READ: Counter = Counter()
@@ -241,6 +271,7 @@ PINNED = WeakTensorKeyDictionary()
 SENT: Counter = Counter()  # copies from the host's pageable memory, for which the host waits
 LAUNCHED: Counter = Counter()
 RECORD: deque = deque(maxlen=10_000)  # operations with the shapes of their tensors, and their numbers
+RECORDS = False  # whether to note them; a test sets it
 FREE = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"}
 WIDE = [torch.float64]  # types that the device has beside the others; a test takes them away
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import simulated_device  # noqa: E402
 from simulated_device import LAUNCHED, MEMORIES, READ, RECORD, SENT, Graph, _one_kernel, _Stream, device, simulated  # noqa: E402
 from test_on_another_device import CASES, TRANSLATORS  # noqa: E402
 
@@ -266,8 +267,9 @@ def test_a_step_is_launched_before_the_tokens_of_the_last_one_are_read(
         assert launches[1] == [0, 0, 1, 2, 3, 4, 6, 6, 7, 9, 9, 10] and launches[0] == [*range(0, 24, 2)]
 
 
-def test_two_steps_of_decoding_could_be_one_cuda_graph(flash: None) -> None:
+def test_two_steps_of_decoding_could_be_one_cuda_graph(flash: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have the same operations on tensors of the same shapes and places, with the same numbers."""
+    monkeypatch.setattr(simulated_device, "RECORDS", True)
     steps = []
     with simulated():
         made = engine((20, 27, 40), 2)

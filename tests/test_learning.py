@@ -224,8 +224,8 @@ NETWORK = {
     "size": 8, "channels": 1, "dim": 16, "n_residual_blocks": 1, "multipliers": (1, 2), "norm_groups": 4,
     "middle_groups": 4,
 }  # fmt: skip
-# the targets and the variance are compared with their formulas in tests/training; latent diffusion learns velocities
-LEARNED_BELOW = {"ddpm-improved", "ddpm-velocity", "ddpm-flow", "dit-velocity"}
+# their formulas are compared in tests/training; latent diffusion and unCLIP learn pictures with the same network
+LEARNED_BELOW = {"ddpm", "ddpm-improved", "ddpm-velocity", "ddpm-flow", "dit-velocity"}
 FLOW = Noise("flow", target="flow")
 TRANSFORMER = dit.TransformerConfig(8, 2, 1, None, n_heads=2, head_dim=16, n_layers=2, n_classes=2)
 DRAWING: dict[str, ddpm.Config | dit.Config] = {

@@ -3,12 +3,14 @@
 import pickle
 import sys
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from quick import quick
 
 from keifu import checkpoints
 from keifu.devices import Choice, choosing
@@ -31,16 +33,10 @@ def equal(one: NativeLM, other: NativeLM) -> bool:
     return torch.equal(one(TOKENS), other(TOKENS))
 
 
-QUICK = {"llama", "gpt2", "qwen3-moe"}  # kinds that are packed in every format; the others are slow but in int4
-
-
 @pytest.mark.parametrize(
     ("kind", "weights"),
-    [
-        pytest.param(kind, weights, marks=[] if kind in QUICK or weights == "int4" else [pytest.mark.slow])
-        for kind in sorted(set(TOYS) - {"llama of one head", "yarn"}) for weights in ("f32", "bf16", "int8", "int4")
-    ],
-)  # fmt: skip
+    quick(product(sorted(set(TOYS) - {"llama of one head", "yarn"}), ("f32", "bf16", "int8", "int4"))),
+)
 def test_from_a_directory(kind: str, weights: str, tmp_path: Path) -> None:
     model = toy(kind)
     checkpoints.save(model, None, tmp_path)
@@ -49,8 +45,7 @@ def test_from_a_directory(kind: str, weights: str, tmp_path: Path) -> None:
     assert equal(loaded, pack(model, weights))
 
 
-@pytest.mark.parametrize("kind", sorted(WRITABLE))
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize(("dtype", "kind"), quick(product(["f32", "f16", "bf16"], sorted(WRITABLE))))
 def test_from_gguf(kind: str, dtype: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     checkpoints.save_gguf(toy(kind), None, path, dtype)
@@ -108,8 +103,13 @@ def write_blocks(path: Path, kind: str, experts: int = 0) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize(("kind", "experts"), [*((kind, 0) for kind in BLOCKS), ("Q8_0", 5), ("Q4_K", 5)])
+@pytest.mark.parametrize(
+    ("kind", "experts", "weights"),
+    quick(
+        ((kind, experts, weights) for kind, experts in [*((kind, 0) for kind in BLOCKS), ("Q8_0", 5), ("Q4_K", 5)]
+         for weights in ("int8", "int4")), (0, 1), (2,),
+    ),
+)  # fmt: skip
 def test_blocks_keep_their_numbers_bit_for_bit(kind: str, experts: int, weights: str, tmp_path: Path) -> None:
     write_blocks(tmp_path / "model.gguf", kind, experts)
     model = checkpoints.load_model(tmp_path / "model.gguf")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from keifu import checkpoints, cli
+from keifu import checkpoints, cli, memory
 from keifu.commands import bench
 from keifu.commands.shared.inputs import decode_utf8, join_texts, text_from
 from keifu.data.tokenizers.train import train_tokenizer
@@ -245,7 +245,11 @@ def test_data_lists_its_licences_and_checks_a_file(model: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("weights", [[], ["--weights", "int8"]])
-def test_bench_prints_its_figures_as_json(capsys: pytest.CaptureFixture, model: str, weights: list[str]) -> None:
+def test_bench_prints_its_figures_as_json(
+    capsys: pytest.CaptureFixture, model: str, weights: list[str], request: pytest.FixtureRequest
+) -> None:
+    if weights:
+        request.getfixturevalue("known_bandwidth")
     threads = torch.get_num_threads()
     try:
         numbers = "--prompt 9 --tokens 4 --streams 3 --threads 1 --json"
@@ -260,6 +264,13 @@ def test_bench_prints_its_figures_as_json(capsys: pytest.CaptureFixture, model: 
     assert all(figures[name] > 0 for name in ("prefill", "decode", "bandwidth", "peak", "share", "memory"))
 
 
+@pytest.fixture
+def known_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the reading of a gigabyte."""
+    monkeypatch.setattr(memory, "read_bandwidth", lambda device: 1e10)
+
+
+@pytest.mark.usefixtures("known_bandwidth")
 def test_bench_counts_the_tokens_of_all_streams(
     model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,6 +298,7 @@ def test_bench_counts_the_tokens_of_all_streams(
     assert "44 + 5 tokens exceed the context of 48" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("known_bandwidth")
 def test_bench_compares_the_tokenizers_of_a_model_and_its_draft(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -73,13 +73,16 @@ DATA = {  # large data sets, and the small files of the repository that stand fo
     **dict.fromkeys(("emoji", "openmoji"), "examples/data/pictures/"),
 }
 DEFAULTS = {"bert": "wiki-summaries", "transformer": "tatoeba-ja-en", "clip": "emoji"}  # of recipes that name no data
-QUICK = ["guides/own_chat.md", "../README.md", "extending/model.md", "extending/pieces.md"]
+QUICK = ["../README.md", "extending/model.md", "extending/pieces.md"]
 WAITS = re.compile(r"keifu (?:serve|compare|data clear|chat \S+ *(?:#|$))")  # these ask a person or wait for requests
 # files of a reader, and weights that are too large for a test
 READERS = re.compile(r"my-stable-diffusion/|v1-5-pruned\.safetensors|mine\.yaml|runs/causal|openai/whisper-small")
 LANDMARKS = sorted(path.stem for path in (ROOT / "docs/lineage").glob("*.md") if not path.name.endswith(".ja.md"))
 REFUSED = "# refuses"  # a remark of a command that must end with an error
-SLOW = [f"guides/{name}.md" for name in ("translator", "drawing", "search", "finetuning", "attention", "evaluating")]
+SLOW = [
+    f"guides/{name}.md"
+    for name in ("own_chat", "translator", "drawing", "search", "finetuning", "attention", "evaluating")
+]
 
 
 def parts(page: str) -> list[tuple[str, str]]:

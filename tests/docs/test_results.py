@@ -322,8 +322,8 @@ def test_a_benchmark_replaces_its_own_table_alone(tmp_path: Path, monkeypatch: p
     file.write_text(results.as_text(before), encoding="utf-8")
     assert json.loads(file.read_text(encoding="utf-8")) == before
     place = 3
-    rows = [["int8", "8.50", "1.234"]]
-    given = before[place]["section"], f"{before[place]['command']} --length 9", before[place]["columns"], rows, {"runs": 1}
+    rows, values = [["int8", "8.50", "1.234"]], {"runs": 1}
+    given = before[place]["section"], f"{before[place]['command']} --length 9", before[place]["columns"], rows, values
     results.write_table(file, *given)
     after = json.loads(file.read_text(encoding="utf-8"))
     assert (after[place]["command"], after[place]["rows"]) == (given[1], rows)

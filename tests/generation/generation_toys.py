@@ -93,3 +93,9 @@ of_two_models = pytest.mark.parametrize(  # for tests where the model hardly mat
     [pytest.param(name, marks=[] if name in TWO else [pytest.mark.slow]) for name in TOYS],
     indirect=True,
 )
+KINDS_OF_MEMORY = {"grouped", "latent attention and shared experts", "states of fixed size", *TWO}
+of_kinds_of_memory = pytest.mark.parametrize(  # for tests of what is kept of a text: the others are marked slow
+    "model",
+    [pytest.param(name, marks=[] if name in KINDS_OF_MEMORY else [pytest.mark.slow]) for name in TOYS],
+    indirect=True,
+)

@@ -230,6 +230,7 @@ def phonemes(model, tokenizer, texts) -> list[list[int]]:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_g2p_en_speaks_a_thousand_words_as_its_archive_does(archive, words, tmp_path):
     model, tokenizer = checkpoints.load("g2p-en")
     with np.load(archive, allow_pickle=False) as stored:

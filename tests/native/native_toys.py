@@ -1,9 +1,14 @@
 """A toy of every kind of model that native code knows, with odd shapes, and what its packed weights stand for."""
 
 import platform
+from collections.abc import Iterable
 from copy import deepcopy
+from itertools import product
+from typing import Any
 
+import pytest
 import torch
+from quick import quick
 from torch import nn
 
 from keifu.layers.attention.positions import RopeScaling
@@ -73,6 +78,15 @@ TOYS = {
         palm.Config(**SMALL, n_heads=4, n_kv_heads=4, head_dim=None if SMALL["dim"] % 8 == 0 else 16, tied=False)
     ),
 }
+
+
+def everywhere(kinds: Iterable[str], few: Iterable[str], weights: Iterable[str]) -> list[Any]:
+    """Return instructions, kinds and weights, most of which are marked slow. Each kind runs with the instructions that
+    every machine has, and each weights with each instructions."""
+    every, *others = OF_THIS_MACHINE
+    rest = [kind for kind in kinds if kind not in few]
+    chosen = quick(product([every], kinds, weights), (1,), (2,)) + quick(product(others, few, weights), (0, 2), (1,))
+    return chosen + [pytest.param(*case, marks=pytest.mark.slow) for case in product(others, rest, weights)]
 
 
 def toy(kind: str, embedding_std: float = 1.0) -> nn.Module:

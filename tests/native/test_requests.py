@@ -3,10 +3,12 @@
 import random
 from copy import deepcopy
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from native_toys import toy
+from quick import quick
 
 from keifu.generation.draft import Draft
 from keifu.generation.text.engine import Engine
@@ -83,8 +85,7 @@ def test_guesses_change_no_bit(weights: str) -> None:
     assert write(Engine(packed, None, packed.runner(20), guesses=None), asked, None) == alone(packed, asked)
 
 
-@pytest.mark.parametrize("drafted", WEIGHTS)
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize(("weights", "drafted"), quick(product(WEIGHTS, WEIGHTS)))
 def test_a_packed_draft_changes_no_bit(weights: str, drafted: str) -> None:
     """The draft has the same layers and other numbers, so that some of its guesses are right."""
     model = toy("qwen2", 0.3)
@@ -109,8 +110,7 @@ def check(kind: str, weights: str, count: int) -> None:
     assert preempted or kind == "mistral", "windows of 7 leave room for all"
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
+@pytest.mark.parametrize(("kind", "weights"), quick(product(["qwen2", "gemma3"], WEIGHTS)))
 def test_no_text_depends_on_the_others(kind: str, weights: str) -> None:
     check(kind, weights, 24)
 

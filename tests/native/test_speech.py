@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_toys import unpacked
+from native_toys import everywhere, unpacked
 
 from keifu import checkpoints
 from keifu.errors import UserError
@@ -66,8 +66,11 @@ def written(packed: NativeSpeech, memory: Any, tokens: torch.Tensor, prompt: int
     return torch.cat([first, torch.stack(rest, 1)], 1)
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("instructions", "kind", "weights"),
+    everywhere(KINDS, KINDS, ("f32", "bf16", "int8", "int4")),
+    indirect=["instructions"],
+)
 @torch.inference_mode()
 def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str, instructions: str) -> None:
     model, config = hearing(KINDS[kind]), KINDS[kind]

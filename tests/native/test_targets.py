@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from native_toys import unpacked
+from native_toys import OF_THIS_MACHINE, everywhere, unpacked
+from quick import quick
 from torch import Tensor
 
 from keifu import checkpoints
@@ -58,8 +60,11 @@ def written(targets: NativeTargets, tokens: Tensor) -> Tensor:
     return torch.stack([targets.first().clone(), *(targets.next(each).clone() for each in tokens.T)], 1)
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("instructions", "kind", "weights"),
+    everywhere(KINDS, KINDS, ("f32", "bf16", "int8", "int4")),
+    indirect=["instructions"],
+)
 def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str, instructions: str) -> None:
     model, tokens = translator(KINDS[kind]), torch.randint(4, 80, (len(SOURCES), 40))
     packed = pack_translator(model, weights)
@@ -72,7 +77,9 @@ def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str
     assert error.max() < (1e-5 if exact else 0.05) and error.median() < (1e-6 if exact else 0.02)
 
 
-@pytest.mark.parametrize("weights", ["f32", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("instructions", "weights"), quick(product(OF_THIS_MACHINE, ["f32", "bf16", "int8"])), indirect=["instructions"]
+)
 def test_a_target_has_the_same_bits_whatever_beams_it_was_in(weights: str, instructions: str) -> None:
     model, chance = translator(), torch.Generator().manual_seed(5)
     packed = pack_translator(model, weights)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quick import others_slow
 from safetensors.torch import load_file
 from toy_captions import small_clip, small_pipeline
 
@@ -223,7 +224,7 @@ LEARNED = {
 }
 
 
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", others_slow(LEARNED, "bert", "gpt", "transformer"))
 def test_a_learned_tokenizer_goes_on_with_its_run_when_the_cache_is_gone(
     name: str, files: dict[str, Path], stops: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

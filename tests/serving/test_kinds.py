@@ -4,10 +4,12 @@ library's, alone and side by side.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from quick import quick
 from serving_toys import running, sharp
 
 import keifu
@@ -48,8 +50,7 @@ def kinds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield found.openai, place, request.param
 
 
-@pytest.mark.parametrize("file", ["{}", "{}.gguf"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("file", "kind"), quick(product(["{}", "{}.gguf"], KINDS)))
 def test_the_texts_are_the_librarys(kinds: Any, kind: str, file: str) -> None:
     client, place, weights = kinds
     name = str(place / file.format(kind))

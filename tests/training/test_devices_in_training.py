@@ -369,7 +369,9 @@ def test_a_peak_is_units_times_clock_times_operations(
         assert (flops.named_peak(name, dtype) or 0.0) == pytest.approx(computed, rel=0.03)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adadelta", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw", "muon", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adadelta", "adafactor"))]
+)
 def test_a_run_on_another_device_is_that_on_the_cpu(tmp_path: Path, optimizer: str) -> None:
     changed = {"optimizer": optimizer, "ema": 0.9, "micro_batch": 4, "save_every": 4}
     train(toy(), objective, Sequences(), settings(**changed), run(tmp_path / "cpu"))

@@ -121,9 +121,9 @@ class Learning(Slowing):
     [
         (1.0, 0.0, 59, [*range(0, 55, 6), 59]),
         (1.0, 1.0, 53, [0, 12, 24, 36, 48, 53]),
-        (1.0, 4.0, 47, [0, 35, 47]),
+        pytest.param(1.0, 4.0, 47, [0, 35, 47], marks=pytest.mark.slow),
         (1.0, 20.0, 39, [0]),
-        (5.0, 0.0, 299, [*range(0, 271, 30), 299]),
+        pytest.param(5.0, 0.0, 299, [*range(0, 271, 30), 299], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_of_another_length_has_as_many_validations_and_samples_and_these_take_a_tenth_of_the_time(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from quick import quick
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
@@ -147,8 +148,10 @@ def test_inpainting_is_diffusers(pipeline, painter, files, sampler: str, strengt
     )
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpm++-2m-sde"])
-@pytest.mark.parametrize(("strength", "guidance"), [(0.65, 1.0), (1.0, 4.0)])
+@pytest.mark.parametrize(
+    ("sampler", "strength", "guidance"),
+    quick((name, *each) for name in ("ddim", "heun", "dpm++-2m-sde") for each in ((0.65, 1.0), (1.0, 4.0))),
+)
 def test_a_network_that_reads_masks_is_diffusers(filler, files, sampler: str, strength: float, guidance: float) -> None:
     masks = torch.from_numpy(np.asarray(Image.open(files[1])).copy())[None, None].repeat(2, 1, 1, 1) / 255
     expected = reference(

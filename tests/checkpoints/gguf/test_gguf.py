@@ -471,6 +471,7 @@ def loaded(smollm2):
     return checkpoints.load("smollm2")
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2, loaded) -> None:
     import transformers
 

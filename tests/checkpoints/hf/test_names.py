@@ -11,6 +11,7 @@ from torch import nn
 from keifu.checkpoints.hf.weight_names import Link, halves, links, matches, pairs
 from keifu.checkpoints.registry import FAMILIES, describe
 from keifu.layers.linear import JoinedLinear
+from keifu.layers.meta import on_meta
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 
@@ -103,7 +104,7 @@ def test_every_family_names_all_of_its_weights_once(kind) -> None:
     config = known[0] if family.names and known else family.module.Config()
     if vars(config).get("n_experts"):  # hundreds take long to name, and their names differ by a number
         config = replace(config, n_experts=min(config.n_experts, 16))
-    with torch.device("meta"):
+    with on_meta():
         model = family.module.build(config)
     found = links(model, family.names)
     theirs = [name for link in found for name in link.theirs]

@@ -11,9 +11,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 
 import pytest
+from quick import quick
 
 from keifu.data.catalogue import archives, pip_download
 from keifu.data.catalogue.archives import Archive, fetch
@@ -139,8 +141,7 @@ def test_a_source_archive_in_a_folder_is_fetched_without_running_its_build(tmp_p
     assert (fetch(archive) / "first.txt").read_text("utf-8") == CONTENT and not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("served", [True, False])
-@pytest.mark.parametrize("name", ["words-1.0.tar.gz", "words-1.0.zip"])
+@pytest.mark.parametrize(("served", "name"), quick(product([True, False], ["words-1.0.tar.gz", "words-1.0.zip"])))
 def test_the_build_of_another_archive_never_runs(tmp_path: Path, monkeypatch, served: bool, name: str) -> None:
     wanted = source_archive(tmp_path / "good", {"setup.py": ""})
     folder = tmp_path / "index" / "words"

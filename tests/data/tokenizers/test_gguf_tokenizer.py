@@ -1,6 +1,7 @@
 """Tokenizers out of GGUF files and into them, as transformers and llama.cpp understand them."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def spelled(smollm2) -> set[int]:
 BEFORE_DIGIT = re.compile(r"\s\s(?=\d)|\s(?=[^\x00-\x7f])(?=[²½٣Ⅷ])")
 
 
+@pytest.mark.slow
 def test_smollm2_agrees_with_transformers_on_the_same_file(smollm2, reference, texts) -> None:
     assert smollm2.vocab_size == len(reference) == 49152
     assert (smollm2.bos_id, smollm2.eos_id, smollm2.pad_id, smollm2.stop_ids) == (1, 2, 2, {2})
@@ -96,7 +98,15 @@ def write(fields: dict[str, Any], path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gpt2-bpe", "sentencepiece-32k", "bpe", "digits"])
+@cache
+def sentencepiece_fields() -> dict[str, Any]:
+    """Return the fields of a tokenizer of SentencePiece."""
+    return to_gguf_fields(load_tokenizer("sentencepiece-32k"))
+
+
+@pytest.mark.parametrize(
+    "name", ["smollm2", "gpt2-bpe", pytest.param("sentencepiece-32k", marks=pytest.mark.slow), "bpe", "digits"]
+)
 def test_what_is_written_is_what_is_read(name, smollm2, corpus, texts, tmp_path) -> None:
     if name in ("bpe", "digits"):
         ours = train_tokenizer("bpe", corpus, 600, special_tokens=["<|turn|>"], split_digits=name == "digits")
@@ -119,7 +129,7 @@ def test_fields_are_those_that_llama_cpp_wants(smollm2, smollm2_fields) -> None:
     for key in smollm2_fields:
         assert ours[key] == smollm2_fields[key] or key.endswith("token_type"), key
     assert ours["tokenizer.ggml.token_type"][:3] == [3, 3, 3] and ours["tokenizer.ggml.token_type"][100] == 1
-    sentencepiece = to_gguf_fields(load_tokenizer("sentencepiece-32k"))
+    sentencepiece = sentencepiece_fields()
     assert sentencepiece["tokenizer.ggml.model"] == "llama" and sentencepiece["tokenizer.ggml.add_space_prefix"] is True
     assert sentencepiece["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6], "unknown, control, control, byte"
     scores = dict(zip(sentencepiece["tokenizer.ggml.tokens"], sentencepiece["tokenizer.ggml.scores"], strict=True))
@@ -128,8 +138,7 @@ def test_fields_are_those_that_llama_cpp_wants(smollm2, smollm2_fields) -> None:
 
 def test_text_begins_with_a_space_unless_the_file_says_otherwise(texts) -> None:
     """Older files of SentencePiece models do not have the key."""
-    ours = load_tokenizer("sentencepiece-32k")
-    fields = to_gguf_fields(ours)
+    ours, fields = load_tokenizer("sentencepiece-32k"), {**sentencepiece_fields()}
     assert fields.pop("tokenizer.ggml.add_space_prefix") is True
     again = gguf_tokenizer(fields)
     assert [again.encode(text) for text in texts] == [ours.encode(text) for text in texts]

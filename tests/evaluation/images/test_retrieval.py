@@ -231,6 +231,7 @@ def test_intervals_and_the_difference_to_counting_follow_from_the_ranks() -> Non
     assert figures_of("en", columns, [0, 0, 0, 0])["en captions R@1, 95% interval"] == "0.7500 to 0.7500"
 
 
+@pytest.mark.slow
 def test_published_weights_are_tested_on_pictures_without_relatives_in_training() -> None:
     pictures = read_images("emoji", 16, 3)
     old = split(pictures, whole_families=False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from beam_rules import continuations, power_penalty, until_unlikely
-from generation_toys import of_two_models
+from generation_toys import of_kinds_of_memory, of_two_models
 from torch import Tensor, nn
 
 from keifu import checkpoints
@@ -216,6 +216,7 @@ def test_a_source_alone_and_among_others_with_limits_of_its_own(beams: int, rule
     assert {each.ended for row in together for each in row} == {True, False}
 
 
+@of_kinds_of_memory
 def test_prompts_alone_and_among_others(model: nn.Module) -> None:
     prompts = [torch.randint(0, 261, (n,)).tolist() for n in (3, 19, 1, 8)]
     search = Search((7, 250), beams=3, wanted=3)

@@ -1,10 +1,12 @@
 """Conversations: history, the template, keys and values that are kept, and what happens when something goes wrong."""
 
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from quick import quick
 from torch import nn
 
 from keifu.data.tokenizers.chat_template import CHATML
@@ -124,8 +126,7 @@ def test_a_conversation_is_restored_with_the_variables_of_its_template(chatter: 
     assert len(talk.messages) == 2
 
 
-@pytest.mark.parametrize("window", [None, 6])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("window", "temperature"), quick(product([None, 6], [0.0, 1.0])))
 def test_turns_equal_those_of_a_model_that_reads_all_again(
     chatter: Tokenizer, window: int | None, temperature: float
 ) -> None:

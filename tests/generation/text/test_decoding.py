@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_toys import TOYS, TWO, of_two_models
+from generation_toys import TOYS, TWO, of_kinds_of_memory, of_two_models
 from scored import score_sampled
 from torch import nn
 
@@ -50,10 +50,6 @@ SAMPLED = [
                  marks=[] if is_quick(toy, name, length) else SLOW)
     for toy in TOYS for name in SAMPLINGS for length in (1, 4, 23)
 ]  # fmt: skip
-KINDS_OF_MEMORY = {"grouped", "latent attention and shared experts", "states of fixed size", *TWO}
-of_kinds_of_memory = pytest.mark.parametrize(
-    "model", [pytest.param(name, marks=[] if name in KINDS_OF_MEMORY else SLOW) for name in TOYS], indirect=True
-)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -99,6 +95,7 @@ def test_models_are_sharp_enough_for_these_tests(model: nn.Module, tokenizer: To
     assert -4 < sum(one.log_probabilities) / len(one.tokens) < -0.05
 
 
+@of_kinds_of_memory
 @pytest.mark.parametrize("chunks", [(1, 16), pytest.param((5,), marks=SLOW)])
 def test_prompts_read_in_chunks_give_the_same(
     model: nn.Module, tokenizer: Tokenizer, chunks: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
@@ -161,6 +158,7 @@ def test_a_fresh_seed_is_reported_and_reproduces(model: nn.Module, tokenizer: To
     same(generate_batch(model, tokenizer, [prompt(5)], replace(unseeded, seed=first.seed))[0], first)
 
 
+@of_kinds_of_memory
 def test_texts_score_together_as_alone(model: nn.Module) -> None:
     texts = [prompt(30, n) for n in (19, 3, 30)]
     for row, text in zip(score(model, torch.tensor(texts)), texts, strict=True):

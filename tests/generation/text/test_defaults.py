@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import transformers
+from generation_toys import of_two_models
 from torch import nn
 
 from keifu.data.tokenizers.chat_template import CHATML
@@ -97,6 +98,7 @@ def test_in_words() -> None:
     assert in_words(SamplingParams()) == "temperature 1.0"
 
 
+@of_two_models
 def test_generate_writes_by_the_defaults(model: nn.Module, tokenizer: Tokenizer, chatter: Tokenizer) -> None:
     [base] = generate_batch(model, tokenizer, ["Once"], SamplingParams(**BASE, max_tokens=9, seed=4))
     assert generate(model, tokenizer, "Once", max_tokens=9, seed=4) == base.text

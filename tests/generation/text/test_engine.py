@@ -6,12 +6,14 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from generation_toys import LLAMA, TOYS
+from generation_toys import LLAMA, TOYS, of_kinds_of_memory
+from quick import quick
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -130,6 +132,7 @@ def test_no_text_depends_on_the_others(model: nn.Module, tokenizer: Tokenizer, c
     same(run(Engine(model, tokenizer, small(model, 500, 16), guesses=guesses), asked), expected)
 
 
+@of_kinds_of_memory
 def test_shared_beginnings_are_computed_once(model: nn.Module, tokenizer: Tokenizer) -> None:
     rng = random.Random(4)
     base = [rng.randrange(261) for _ in range(41)]
@@ -277,6 +280,7 @@ def test_guesses_with_states_of_fixed_size_are_refused(tokenizer: Tokenizer) -> 
 BLOCKS = [[7, 8, 9, 10], [20, 21, 22, 23], [30, 31, 32, 33], [40, 41, 42, 43]]
 
 
+@of_kinds_of_memory
 def test_a_block_is_known_by_all_tokens_before_it(model: nn.Module, tokenizer: Tokenizer) -> None:
     """Prompts a+b and c+d, then a+d: the block d behind c holds other keys and values than d behind a."""
     a, b, c, d = BLOCKS
@@ -392,6 +396,7 @@ def test_a_request_can_be_given_up_at_any_time(model: nn.Module, tokenizer: Toke
     assert engine.scheduler.blocks.free == 100
 
 
+@of_kinds_of_memory
 def test_the_first_of_several_that_write_can_be_given_up(model: nn.Module, tokenizer: Tokenizer) -> None:
     asked = [([5 + n, 7], replace(PLAIN, max_tokens=30, seed=n)) for n in range(3)]
     engine = Engine(model, tokenizer)
@@ -466,8 +471,7 @@ def test_what_does_not_fit_the_pool_is_refused(model: nn.Module, tokenizer: Toke
         engine.add(engine.request([300], PLAIN))
 
 
-@pytest.mark.parametrize("window", [1, 4, 5, 13])
-@pytest.mark.parametrize("step_tokens", [3, 40])
+@pytest.mark.parametrize(("step_tokens", "window"), quick(product([3, 40], [1, 4, 5, 13])))
 def test_blocks_before_the_window_are_free_again(window: int, step_tokens: int, tokenizer: Tokenizer) -> None:
     """A text holds its window and what a step adds; texts that share a beginning, or are preempted, stay the same."""
     torch.manual_seed(2)
@@ -499,6 +503,7 @@ def steps(engine: Engine) -> Iterator[Piece]:
 
 
 @torch.inference_mode()
+@of_kinds_of_memory
 def test_a_runner_gives_the_logits_that_are_wanted(model: nn.Module) -> None:
     """Mixed spans in any order, blocks in any order, rows that outgrow their size and rows that are taken up again."""
     generator = torch.Generator().manual_seed(8)

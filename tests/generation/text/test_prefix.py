@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_toys import of_two_models
+from generation_toys import of_kinds_of_memory, of_two_models
 from torch import nn
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -43,6 +43,7 @@ def pairs_of(count: int) -> list[ScoredPair]:
     return [ScoredPair(each, tuple(some(rng, rng.randrange(1, 9)))) for each in asked for _ in range(1 + len(each) % 4)]
 
 
+@of_kinds_of_memory
 def test_likelihoods_are_those_of_one_pair_at_a_time(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [*pairs_of(5), pairs_of(5)[3]]
     alone, greedy = [], []
@@ -87,6 +88,7 @@ def test_nothing_has_no_likelihood(model: nn.Module, pair: ScoredPair) -> None:
         likelihoods(model, [pair])
 
 
+@of_kinds_of_memory
 def test_texts_are_those_of_one_prompt_at_a_time(model: nn.Module, tokenizer: Tokenizer) -> None:
     asked = prompts(6)
     settings = [replace(GREEDY, max_tokens=5, temperature=n % 2, seed=n, log_probabilities=True) for n in range(6)]

@@ -13,7 +13,7 @@ from keifu.models import llama
 from keifu.models.diffusion import dit
 from keifu.models.sizes import published_sizes
 from keifu.recipes.assistant.finetuning import Lora, to_train
-from keifu.training.hardware import cost, plan
+from keifu.training.hardware import cost, flops, plan
 from keifu.training.hardware.flops import count_flops
 from keifu.training.hardware.plan import DEVICES, Plan, Trained, parse_amount, parse_devices
 from keifu.training.objectives.diffusion import DiffusionLoss
@@ -144,8 +144,9 @@ def test_grouped_heads_leave_room_for_more_sequences() -> None:
     assert many["sequences"] > 7 * few["sequences"] and many["rate"] > few["rate"]
 
 
-def test_this_machine_is_a_device_that_is_measured() -> None:
+def test_this_machine_is_a_device_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products and its memory are a computer's; elementwise work counts for more than on a GPU."""
+    monkeypatch.setattr(flops, "matmul_peak", lambda device, dtype, seconds: flops.measure_peak(device, dtype, 0.1))
     count, kind = parse_devices("1xthis-CPU")
     assert count == 1 and 1e9 < kind.flops < 1e14 and 1e8 < kind.bandwidth < 2e12 and kind.memory > 1e8
     made = plan.plan(architecture(SIZES["gpt2"], 128), 1, kind, 512)

@@ -1,11 +1,13 @@
 """Activation checkpointing: the same bits with less memory, which the memory fit knows."""
 
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from quick import quick
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -35,8 +37,10 @@ def step(name: str, how: Any, precision: Any) -> tuple[Tensor, dict[str, Tensor]
     return found.norm, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["gpt1", "llama", "transformer", "ddpm", "dit", "mixtral", "dpo"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    quick(product(["gpt1", "llama", "transformer", "ddpm", "dit", "mixtral", "dpo"], ["float32", "bfloat16"])),
+)
 def test_loss_and_gradients_have_the_same_bits(name: str, precision: str) -> None:
     norm, gradients = step(name, "none", precision)
     for how in WAYS[1:]:

@@ -217,7 +217,7 @@ class Rotary(nn.Module):
         if scaling and scaling.kind == "longrope":
             sizes = [len(divisors or ()) for divisors in (scaling.short_divisors, scaling.long_divisors)]
             if sizes != [head_dim // 2] * 2:
-                raise UserError(f"longrope needs {head_dim // 2} short_divisors and long_divisors, not {sizes}.")
+                raise UserError(f"longrope needs {head_dim // 2} factors as short_ and long_divisors, not {sizes}.")
         self.head_dim, self.theta, self.scaling, self.interleaved = head_dim, theta, scaling, interleaved
 
     @property
