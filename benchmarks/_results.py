@@ -122,18 +122,18 @@ def _parts(values: Mapping[str, Any], task: Mapping[str, Any], name: str) -> lis
     """Return the median of a contender, its ratios, its share of the peak and its other cells."""
     if name not in task["seconds"]:
         return []
-    told = {each: _told(values, task["amount"], seconds) for each, seconds in task["seconds"].items()}
-    middle = statistics.median(told[name])
+    figures = {each: _figures(values, task["amount"], seconds) for each, seconds in task["seconds"].items()}
+    middle = statistics.median(figures[name])
     found = [f"{middle:,.{3 if middle < 0.1 else 2 if middle < 10 else 1 if middle < 100 else 0}f}"]
-    for other in (each for each in values["against"].get(name, ()) if each in told):
-        ratios = [a / b for a, b in zip(told[name], told[other], strict=True)]
+    for other in (each for each in values["against"].get(name, ()) if each in figures):
+        ratios = [a / b for a, b in zip(figures[name], figures[other], strict=True)]
         found.append("1.00" if other == name else spanned(ratios))
     if "peak" in task:
         found.append(f"{task['work'] / statistics.median(task['seconds'][name]) / task['peak']:.0%}")
     return [*found, *task.get("more", {}).get(name, ())]
 
 
-def _told(values: Mapping[str, Any], amount: float, seconds: Sequence[float]) -> list[float]:
+def _figures(values: Mapping[str, Any], amount: float, seconds: Sequence[float]) -> list[float]:
     return [1000 * each / amount if values.get("in") == "ms" else amount / each for each in seconds]
 
 

@@ -43,14 +43,3 @@ def interleaved(
             if number:
                 seconds[name].append(round(time.perf_counter() - start, 7))
     return seconds
-
-
-def table(seconds: Mapping[str, list[float]], amount: float, unit: str, base: str, notes: Mapping[str, str]) -> str:
-    """Return medians, and ratios to `base` in the same round, as Markdown."""
-    lines = [f"| | {unit}/s | ratio to {base} (min to max) | |", "|---|---:|---:|---|"]
-    for name, own in seconds.items():
-        ratios = [b / a for a, b in zip(own, seconds[base], strict=True)]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        rate = amount / statistics.median(own)
-        lines.append(f"| {name} | {rate:.{1 if rate >= 1 else 3}f} | {ratio} | {notes.get(name, '')} |")
-    return "\n".join(lines)

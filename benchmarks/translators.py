@@ -38,7 +38,7 @@ DATA = Path(__file__).parents[1] / "docs/results/data"
 
 
 class Network(NamedTuple):
-    """What `learn` needs to know of a network: its recipe's name, options, settings and how it is built."""
+    """Arguments of `learn` for a network: the name, options and settings of its recipe, its builder and its config."""
 
     kind: str
     recipe: TranslationOptions
@@ -139,8 +139,6 @@ def main() -> None:
     about: dict[str, Any] = {"rates after short runs": rates, "networks": {}}
     items: list[dict[str, Any]] = []
     steps = dict(zip(NAMES, options.steps, strict=True))
-    for name in NAMES:
-        train(name, steps[name], best[name], options.folder / name / "run")
     for name in NAMES:
         folder = options.folder / name / "run"
         facts: dict[str, Any] = train(name, steps[name], best[name], folder)

@@ -135,8 +135,8 @@ def compute(func, args, kwargs):
 
 
 class _Facts(NamedTuple):
-    """What is known of an operation: its name, the kernel that a GPU launches, whether the host reads, and the number
-    and the name of the argument that it writes into and returns."""
+    """Facts about an operation: its name, the kernel that a GPU launches, whether the host reads, and the number and
+    name of the argument that it writes into and returns."""
 
     text: str
     kernel: str | None
@@ -146,7 +146,7 @@ class _Facts(NamedTuple):
 
 @functools.cache
 def _facts(func) -> _Facts:
-    """Return what is known of an operation. A view, new memory and a read are no kernels."""
+    """Return the facts about an operation. A view, new memory and a read are no kernels."""
     schema = func._schema
     returns, arguments = ([(x.name, x.alias_info) for x in part] for part in (schema.returns, schema.arguments))
     name, reads = schema.name.removeprefix("aten::"), func in READS
@@ -157,7 +157,7 @@ def _facts(func) -> _Facts:
 
 
 def _leaves(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield the values, and in place of lists, tuples and dictionaries what they contain."""
+    """Yield the values; a list, a tuple or a dictionary yields its contents."""
     for each in values:
         kind = type(each)
         if kind is list or kind is tuple:

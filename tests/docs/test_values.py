@@ -47,8 +47,8 @@ def test_shares_are_those_of_the_counts(table: dict[str, Any]) -> None:
     totals: dict[str, int] = total if isinstance(total, dict) else {name: total for name in right}
     for name, *cells in table["rows"]:
         if name in right:
-            told = [found for cell in cells for found in SHARE.findall(cell)]
-            assert told == [share(count, totals[name]) for count in right[name]]
+            printed = [found for cell in cells for found in SHARE.findall(cell)]
+            assert printed == [share(count, totals[name]) for count in right[name]]
 
 
 @pytest.mark.parametrize("table", of_kind("runs"))
@@ -96,9 +96,9 @@ def test_the_law_follows_from_the_losses(monkeypatch: pytest.MonkeyPatch) -> Non
     asked = [scaling.Point("", *each, 0.0) for each in points[fitted:]]
     monkeypatch.setattr(scaling, "DRAWS", 40)
     drawn = scaling.predictions(law, *known, asked)
-    told = np.exp(law.log_loss(sizes[fitted:], seen[fitted:]))
+    computed = np.exp(law.log_loss(sizes[fitted:], seen[fitted:]))
     assert [row[2] for row in predicted["rows"]] == [f"{loss:.3f}" for loss in losses[fitted:]]
-    for row, loss, draws in zip(predicted["rows"], told, drawn.T, strict=True):
+    for row, loss, draws in zip(predicted["rows"], computed, drawn.T, strict=True):
         middle, low, high = map(float, re.findall(r"[\d.]+", row[1]))
         assert middle == pytest.approx(loss, abs=0.0006)
         assert np.quantile(draws, (0.025, 0.975)) == pytest.approx((low, high), abs=0.04)  # of fewer draws

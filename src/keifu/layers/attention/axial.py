@@ -1,8 +1,8 @@
 """Axial sparse attention for a text followed by a grid of image tokens (DALL-E).
 
 A grid position attends to the text and to few earlier positions: its row, its column or its neighbourhood (Ramesh et
-al., 2021, appendix B.1 and figure 11). Axes: batch, heads, length = prefix + places, head_dim; prefix = tokens before
-the grid; places = grid positions in raster order, row by row; window = positions that a row of the grid may attend to.
+al., 2021, appendix B.1 and figure 11). Axes: batch, heads, length = prefix + cells, head_dim; prefix = tokens before
+the grid; cells = grid positions in raster order, row by row; window = positions that a row of the grid may attend to.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from keifu.layers.attention.kv_cache import LayerCache
 
 Pattern = Literal["row", "column", "convolution", "full"]
 Heads = Float[Tensor, "batch heads length head_dim"]
-Places = Float[Tensor, "batch heads places head_dim"]
+Cells = Float[Tensor, "batch heads cells head_dim"]
 Text = tuple[Float[Tensor, "batch heads prefix head_dim"], Float[Tensor, "batch heads prefix head_dim"]]
 
 
@@ -133,14 +133,14 @@ def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> F
     return torch.cat([text, attended.transpose(1, 2).flatten(2)], 1)
 
 
-def _columns(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
+def _columns(q: Cells, k: Cells, v: Cells, before: Text, grid: Grid, pattern: Pattern) -> Cells:
     """Attend within columns. The grid is transposed, so that a column is contiguous (figure 11, c)."""
     q, k, v = (x.unflatten(2, (grid.height, grid.width)).transpose(2, 3) for x in (q, k, v))
     causal = torch.ones(grid.height, grid.height, dtype=torch.bool, device=q.device).tril()
     return _assemble(q, k, v, before, causal).transpose(2, 3).flatten(2, 3)
 
 
-def _rows(q: Places, k: Places, v: Places, before: Text, grid: Grid, pattern: Pattern) -> Places:
+def _rows(q: Cells, k: Cells, v: Cells, before: Text, grid: Grid, pattern: Pattern) -> Cells:
     """Attend from each row of the grid to itself and to the few rows above that its offsets reach."""
     above = (grid.rows_seen(pattern) - 1) * grid.width
     q = q.unflatten(2, (grid.height, grid.width))

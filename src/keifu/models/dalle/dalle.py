@@ -1,8 +1,8 @@
 """DALL-E (Ramesh et al., 2021, "Zero-Shot Text-to-Image Generation"): a decoder-only Transformer over text tokens
 followed by image tokens of a discrete autoencoder. It generates an image by predicting its tokens one by one.
 
-Axes: batch, text = tokens of a text, including padding; rows, columns of an image's grid; places = rows · columns;
-length = text + places and a start token before each.
+Axes: batch, text = tokens of a text, including padding; rows, columns of an image's grid; cells = rows · columns;
+length = text + cells and a start token before each.
 """
 
 from dataclasses import dataclass, field
@@ -86,7 +86,7 @@ class Logits(NamedTuple):
     """Logits of each text token and of each image token, predicted from the tokens before it."""
 
     text: Float[Tensor, "batch text vocab"]
-    picture: Float[Tensor, "batch places codebook"]
+    picture: Float[Tensor, "batch cells codebook"]
 
 
 class Dalle(ImageModel):
