@@ -61,7 +61,9 @@ def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], 
 def usual(parser: argparse.ArgumentParser) -> dict[str, Any]:
     """Return the defaults of all options that change figures."""
     return {
-        each: value for each, value in vars(parser.parse_args([])).items() if each not in ("write", "picture", "out")
+        name: value
+        for name, value in vars(parser.parse_args([])).items()
+        if name not in ("write", "json", "picture", "out")
     }
 
 

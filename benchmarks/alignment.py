@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import machine
 
 from keifu import checkpoints
@@ -214,7 +214,6 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--model")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -229,7 +228,7 @@ def main() -> None:
         tasks = {TASKS[kind]: measured(kind, folder, options.rounds) for kind in options.only}
     values = {"tasks": tasks, "a row": "task", "against": {"keifu": ["TRL"]}}
     columns = ["a second; keifu: ratio to TRL; peak memory, MB", "keifu", "keifu, packed", "TRL and PEFT"]
-    write_timing(options.json, SECTION, typed("alignment.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("alignment.py", vars(options), usual(parser)), columns, values)
 
 
 if __name__ == "__main__":

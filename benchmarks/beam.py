@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers as hf
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import interleaved, machine
 
 from keifu import checkpoints
@@ -43,7 +43,6 @@ def main() -> None:
     parser.add_argument("--weights", nargs="*", default=[], choices=("f32", "bf16", "int8", "int4"))
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", default="tatoeba-ja-en")
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -75,7 +74,7 @@ def main() -> None:
     task = {"amount": len(sources), "seconds": interleaved(contenders, options.rounds)}
     values = {"tasks": {"sentences": task}, "against": dict.fromkeys(contenders, [BASE])}
     columns = ["", "sentences/s", f"ratio to {BASE}"]
-    write_timing(options.json, SECTION, typed("beam.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("beam.py", vars(options), usual(parser)), columns, values)
 
 
 def ctranslate(

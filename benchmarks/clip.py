@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import interleaved, machine
 from open_clip import CLIP
 from torch import Tensor
@@ -93,7 +93,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--captions", type=int, default=256)
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     print(f"{machine()}; CLIP ViT-B/32, {options.rounds} interleaved rounds")
@@ -108,7 +107,7 @@ def main() -> None:
             tasks[title] = compared(title, contenders, options.rounds, amount)
     values = {"tasks": tasks, "a row": "task", "against": dict.fromkeys(["open_clip", "keifu"], [BASE])}
     columns = ["a second; ratio to transformers", BASE, "open_clip", "keifu"]
-    write_timing(options.json, SECTION, typed("clip.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("clip.py", vars(options), usual(parser)), columns, values)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import interleaved, machine
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -75,7 +75,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sentences", type=int, default=2000)
     parser.add_argument("--summaries", type=int, default=300)
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     print(f"{machine()}; all-MiniLM-L6-v2, {options.rounds} interleaved rounds")
@@ -91,7 +90,7 @@ def main() -> None:
             tasks[f"{kind}, {name}"] = {"amount": count, "seconds": interleaved(running, options.rounds)}
     values = {"tasks": tasks, "a row": "task", "against": {"keifu": [BASE]}}
     columns = [f"texts/s; keifu: ratio to {BASE}", BASE, "transformers", "keifu"]
-    write_timing(options.json, SECTION, typed("embeddings.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("embeddings.py", vars(options), usual(parser)), columns, values)
 
 
 if __name__ == "__main__":

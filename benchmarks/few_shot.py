@@ -22,7 +22,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import interleaved, machine
 from lm_eval.models.huggingface import HFLM
 
@@ -49,7 +49,6 @@ def main() -> None:
     for name, value in {"items": 4, "rounds": 3, "batch-size": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -76,7 +75,7 @@ def main() -> None:
         tasks[f"{shots} examples"] = {"amount": len(asked), "seconds": interleaved(contenders, options.rounds)}
     values = {"tasks": tasks, "a row": "task", "against": {"keifu": [BASE]}}
     columns = [f"requests/s; keifu: ratio to {BASE}", BASE, "keifu"]
-    write_timing(options.json, SECTION, typed("few_shot.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("few_shot.py", vars(options), usual(parser)), columns, values)
 
 
 if __name__ == "__main__":

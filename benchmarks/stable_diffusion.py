@@ -27,7 +27,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import interleaved, machine
 from torch import Tensor, nn
 
@@ -234,7 +234,6 @@ def main() -> None:
     parser.add_argument("--model", choices=latent_diffusion.SIZES, default="stable-diffusion-1")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--tiny", action="store_true")
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -253,7 +252,7 @@ def main() -> None:
     names = dict.fromkeys(row for task in tasks.values() for row in task["seconds"] if row != BASE)
     values = {"tasks": tasks, "against": dict.fromkeys(names, [BASE])}
     columns = ["a minute; ratio to diffusers; share of the matmul peak", *tasks]
-    write_timing(options.json, SECTION, typed("stable_diffusion.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("stable_diffusion.py", vars(options), usual(parser)), columns, values)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import interleaved, machine
 from _training import CPU, ours, peer
 from torch import Tensor, nn
@@ -126,7 +126,6 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     dtype, size = getattr(torch, options.dtype), (options.dim, options.layers)
@@ -147,7 +146,7 @@ def main() -> None:
     print(f"The matmul peak measured here is {task['peak'] / 1e9:.0f} GFLOP/s; padding counts as work, not as tokens.")
     values = {"tasks": {options.dtype: task}, "against": dict.fromkeys(makers, [BASE])}
     columns = ["", "tokens/s", f"ratio to {BASE}", "share of the matmul peak", "last loss"]
-    write_timing(options.json, SECTION, typed("train_translation.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("train_translation.py", vars(options), usual(parser)), columns, values)
 
 
 if __name__ == "__main__":

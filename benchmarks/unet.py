@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import typed, write_timing
+from _results import typed, usual, write_timing
 from _rounds import interleaved, machine
 from _training import ours, peer
 from diffusers import UNet2DModel
@@ -103,7 +103,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--training-batch", type=int, default=16)
-    defaults = vars(parser.parse_args([]))
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     count = sum(parameter.numel() for parameter in ddpm.build(CONFIG).parameters())
@@ -116,7 +115,7 @@ def main() -> None:
         tasks[f"training, {name}"] = training(DTYPES[name], options.training_batch, options.rounds)
     values = {"tasks": tasks, "against": dict.fromkeys([LAST, OWN, PACKED], [BASE])}
     columns = ["pictures/s; ratio to diffusers", *tasks]
-    write_timing(options.json, SECTION, typed("unet.py", vars(options), defaults), columns, values)
+    write_timing(options.json, SECTION, typed("unet.py", vars(options), usual(parser)), columns, values)
 
 
 if __name__ == "__main__":
