@@ -49,7 +49,7 @@ from PIL import Image  # noqa: E402
 from tyro._parsers import ParserSpecification  # noqa: E402 (a private name: pyproject.toml pins tyro's version)
 
 from keifu.commands.shared import recipe_options  # noqa: E402
-from keifu.data.catalogue import pip_download  # noqa: E402
+from keifu.data.catalogue import archives  # noqa: E402
 from keifu.evaluation.plots import decision_boundary  # noqa: E402
 from keifu.native import library  # noqa: E402
 from keifu.native.build import Unavailable  # noqa: E402
@@ -191,19 +191,19 @@ def _read_options_once() -> Iterator[None]:
 def downloads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """Download each archive once for all tests, many of which begin with an empty cache; tests of pip ask for this
     fixture, which is the download itself."""
-    base, original = tmp_path_factory.getbasetemp(), pip_download.download
+    base, original = tmp_path_factory.getbasetemp(), archives.pip_download
     kept = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "downloads"
     kept.mkdir(exist_ok=True)
 
-    def download(package: str, version: str, file: str, size: int, sha256: str, folder: Path) -> Path:
-        copy = kept / sha256
+    def download(archive: archives.Archive, folder: Path) -> Path:
+        copy = kept / archive.sha256
         if not copy.exists():
-            unfinished = shutil.copy(original(package, version, file, size, sha256, folder), f"{copy}-{os.getpid()}")
+            unfinished = shutil.copy(original(archive, folder), f"{copy}-{os.getpid()}")
             os.replace(unfinished, copy)
-        return Path(shutil.copy(copy, folder / file))
+        return Path(shutil.copy(copy, folder / archive.file))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pip_download, "download", download)
+        patch.setattr(archives, "pip_download", download)
         yield original
 
 

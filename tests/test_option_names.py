@@ -23,7 +23,7 @@ OF_TRAINING = {"--out", "--resume", "--replace", "--help", "--device", "--proces
 BELOW = ("data", "layers", "models", "training")
 OTHERS = {"--version", "--quiet", "--verbose"}  # of keifu itself
 ELSEWHERE = {  # options of pip, of llama.cpp and of torchrun; variables of a style sheet
-    "data/catalogue/pip_download.py", "checkpoints/gguf/read.py", "distributed/failures.py", "lineage.py",
+    "data/catalogue/archives.py", "checkpoints/gguf/read.py", "distributed/failures.py", "lineage.py",
     "training/run/report.py",
 }  # fmt: skip
 OF_VERBS = {"training/hardware/plan.py", "data/text/prepared.py"}  # below them, and for one of them

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from quick import quick
 
-from keifu.data.catalogue import archives, pip_download
+from keifu.data.catalogue import archives
 from keifu.data.catalogue.archives import Archive, fetch
 from keifu.errors import UserError
 
@@ -27,7 +27,7 @@ METADATA = "Metadata-Version: 2.1\nName: words\nVersion: 1.0\n"
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch, tmp_path: Path, downloads: Callable[..., Path]) -> None:
-    monkeypatch.setattr(pip_download, "download", downloads)
+    monkeypatch.setattr(archives, "pip_download", downloads)
     for name in ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -64,7 +64,7 @@ def pinned(file: Path, members: tuple[tuple[str, str], ...]) -> Archive:
 
 
 def failure(archive: Archive, log: str) -> UserError:
-    return pip_download.failure(archive.package, archive.version, archive.file, archive.sha256, log)
+    return archives.failure(archive, log)
 
 
 def left(cache: Path) -> list[str]:
@@ -231,11 +231,9 @@ def test_what_is_no_debian_package_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_wheel_for_one_machine_is_asked_for_on_every_machine() -> None:
     assert (
-        pip_download.platform_options("words-1.0-py3-none-any.whl")
-        == pip_download.platform_options("words-1.0.tar.gz")
-        == []
+        archives.platform_options("words-1.0-py3-none-any.whl") == archives.platform_options("words-1.0.tar.gz") == []
     )
-    found = pip_download.platform_options("words-1.0-cp311-abi3-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")
+    found = archives.platform_options("words-1.0-cp311-abi3-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl")
     assert found == ["--implementation=cp", "--python-version=311", "--abi=abi3",
                      "--platform=manylinux_2_24_x86_64", "--platform=manylinux_2_28_x86_64"]  # fmt: skip
 

