@@ -96,7 +96,7 @@ def _plain(json: dict[str, Any]) -> dict[str, Any]:
 
 def tokens(config: latent_diffusion.Config) -> Tokenizer:
     """Return a small tokenizer. The cost of reading a prompt does not depend on its words."""
-    return learn([TEXT] * 3, 520).with_max_length(config.context_length)
+    return learn([TEXT] * 3, 520).replace(max_length=config.context_length)
 
 
 def step(own: latent_diffusion.LatentDiffusion, row: str, options: argparse.Namespace) -> Callable[[], Tensor]:

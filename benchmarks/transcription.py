@@ -24,7 +24,7 @@ from _results import write_table
 from _rounds import machine
 
 import keifu
-from keifu.data.audio.sound_files import read_sound
+from keifu.data.audio.recordings import read_sound
 from keifu.data.catalogue.archives import apt_download, read_debian
 from keifu.data.catalogue.catalogue import fetch
 from keifu.evaluation.text.transcription import word_errors

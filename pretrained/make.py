@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from keifu import load as keifu_load
 from keifu.data.classification.batches import TensorBatches
-from keifu.data.classification.toy import toy_dataset
+from keifu.data.classification.tables import toy_dataset
 from keifu.data.translation.pairs import read_pairs, split
 
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"

@@ -94,7 +94,7 @@ def single_file(folder: Path) -> tuple[Any, Path]:
     import diffusers
     import transformers
 
-    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).replace(max_length=77)
     (folder / "tokenizer").mkdir()
     tokenizer.save(folder / "tokenizer")
     torch.manual_seed(0)

@@ -53,7 +53,6 @@ SMALL_ON_PURPOSE = {
     "keifu.data.interleaving": "a method with a name, which knows no batches",
     "keifu.evaluation.intervals": "statistics, which know no model",
     "keifu.data.audio.log_mel": "features, which know no file",
-    "keifu.data.audio.sound_files": "formats, which know no features",
     "keifu.evaluation.text.prompt_runner": "what few-shot tasks and lm-evaluation-harness share",
     "keifu.evaluation.plots.fonts": "fonts, which know no chart",
     "keifu.generation.speech.subtitles": "formats, which know no model",

@@ -19,7 +19,7 @@ from keifu.checkpoints.hub import locate
 from keifu.commands.evaluate import training_facts
 from keifu.data.catalogue import catalogue
 from keifu.data.classification.batches import TensorBatches
-from keifu.data.classification.toy import toy_dataset
+from keifu.data.classification.tables import toy_dataset
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
 from keifu.errors import UserError

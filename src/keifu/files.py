@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,14 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal. It is read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(parts: Iterable[str | bytes]) -> str:
+    """Return the SHA-256 of all parts, concatenated, in hexadecimal. A text counts as its UTF-8."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
 
 
 def check_output(path: Path, option: str, folder: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Unpack, cast, overload
 from torch import Tensor, nn
 
 from keifu.checkpoints import load
-from keifu.data.own_batches import IndexedExamples
+from keifu.data.epochs import IndexedExamples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.generation.text import generate as text

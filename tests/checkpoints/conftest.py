@@ -82,7 +82,7 @@ def pipeline(tmp_path_factory):
     """Return a tiny random StableDiffusionPipeline of diffusers, and its directory."""
     diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))
     folder = tmp_path_factory.mktemp("pipeline")
-    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(77)
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).replace(max_length=77)
     tokenizer.save(folder / "tokens")
     torch.manual_seed(0)
     text = transformers.CLIPTextConfig(
@@ -115,7 +115,7 @@ def unclip_pipeline(tmp_path_factory):
     from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 
     folder = tmp_path_factory.mktemp("unclip")
-    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).with_max_length(12)
+    tokenizer = bpe.learn(["a red heart", "a blue cat"] * 5, 520).replace(max_length=12)
     tokenizer.save(folder / "tokens")
     torch.manual_seed(0)
     text = transformers.CLIPTextConfig(

@@ -187,7 +187,7 @@ translate = Table("translate M Hi", {
     "weights": Row("--weights int8", TRANSLATOR, "weights", "int8"),
 }, {TRANSLATOR: (None, None), TRANSLATED: [[]]})  # fmt: skip
 
-HEARD, SOUND = "keifu.generation.speech.transcription:transcribe", "keifu.data.audio.sound_files:read_sound"
+HEARD, SOUND = "keifu.generation.speech.transcription:transcribe", "keifu.data.audio.recordings:read_sound"
 transcribe = Table("transcribe M a.wav", {
     "MODEL": Row("", "keifu.checkpoints:load", "0", "other", base="transcribe other a.wav"),
     "FILE...": Row("", SOUND, "source", Path("b.wav"), base="transcribe M b.wav"),

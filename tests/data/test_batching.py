@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages
-from keifu.data.epochs import Epochs
+from keifu.data.epochs import BatchSizeSchedule, Epochs, batch_size_stages
 from keifu.errors import UserError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from keifu.data.translation.near_copies import near_training
+from keifu.data.text.normalization import near_training
 from keifu.data.translation.pairs import read_pairs, split
 from keifu.evaluation.intervals import as_text, bootstrap, wilson
 from keifu.evaluation.text.translation import Scorer, by_nearness

@@ -66,7 +66,7 @@ def pixels(folder: Path) -> None:
 
 
 def latents(folder: Path) -> None:
-    tokenizer = _captions().with_max_length(12)
+    tokenizer = _captions().replace(max_length=12)
     text = clip_text.Config(tokenizer.vocab_size, 12, 16, 24, 1, 2, end_id=tokenizer.eos_id, projected=False)
     unet = conditioned_unet.Config(4, 2, 2, (8,), 1, (0,), (0,), 2, context_dim=16, norm_groups=4)
     autoencoder = autoencoder_kl.Config(8, 3, 2, (4, 8), 1, 4, scale=1.0)
@@ -81,7 +81,7 @@ def single_file(folder: Path) -> None:
 
 def unclip_parts(folder: Path) -> None:
     """Make every part that an unCLIP may have."""
-    tokenizer = _captions().with_max_length(12)
+    tokenizer = _captions().replace(max_length=12)
     text = clip_text.Config(tokenizer.vocab_size, 12, 14, 20, 1, 2, end_id=tokenizer.eos_id, embedding_dim=14)
     decoder = unclip_decoder.Config(
         8, 3, 6, widths=(12, 20), n_residual_blocks=1, attention=(1,), up_attention=(1,), head_dim=5, context_dim=11,
@@ -98,7 +98,7 @@ def unclip_parts(folder: Path) -> None:
 
 def image_tokens(folder: Path) -> None:
     """Save a DALL-E."""
-    tokenizer = _captions().with_max_length(5)
+    tokenizer = _captions().replace(max_length=5)
     vae = discrete_vae.Config(12, 3, 9, (8, 12), 1, 5)
     config = dalle.Config(tokenizer.vocab_size, 5, 24, 40, 2, 3, kernel=3, vae=vae)
     checkpoints.save(dalle.build(config), tokenizer, folder)

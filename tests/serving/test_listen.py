@@ -9,7 +9,7 @@ import pytest
 from serving_toys import WAIT, running
 
 from keifu import checkpoints
-from keifu.data.audio.sound_files import read_sound
+from keifu.data.audio.recordings import read_sound
 from keifu.generation.speech.transcription import transcribe
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits

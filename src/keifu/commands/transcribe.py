@@ -40,7 +40,7 @@ def run(options: Options) -> None:
     if not options.files:
         raise UserError("keifu transcribe needs FILE...: see keifu transcribe --help.")
     from keifu.checkpoints import load
-    from keifu.data.audio.sound_files import read_sound
+    from keifu.data.audio.recordings import read_sound
     from keifu.generation.speech.subtitles import FORMATS
     from keifu.generation.speech.transcription import TranscriptionParams, speech_model, transcribe
 

@@ -1,15 +1,26 @@
-"""Epochs: an endless stream of items with a new order in each epoch and random access by step; and batches of them."""
+"""Epochs: an endless stream of items with a new order in each epoch and random access by step. Batches of them, also of
+a user's own examples (tensors or a data set).
 
+A batch may grow during training: in stages (PaLM), or linearly in the sequences seen (GPT-3).
+"""
+
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from keifu.errors import UserError
+
+Order = Callable[[int], Any]  # items, or whole batches, of an epoch in their order
 
 
 def check_step(step: int) -> None:
@@ -26,10 +37,8 @@ class Epochs:
     a resumed run gets the batches of an uninterrupted run. The orders of two epochs are cached.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, order: Callable[[int], Any] | None = None):
-        self.n = n
-        self.batch_size = batch_size
-        self.seed = seed
+    def __init__(self, n: int, batch_size: int, seed: int, order: Order | None = None):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
         self._order = lru_cache(maxsize=2)(order or self._permutation)
 
     @property
@@ -63,9 +72,7 @@ class EpochBatches(ABC):
     Held-out examples are not shuffled, and their last batch may be smaller.
     """
 
-    def __init__(
-        self, n_training: int, n_held: int, batch_size: int, seed: int, order: Callable[[int], Any] | None = None
-    ):
+    def __init__(self, n_training: int, n_held: int, batch_size: int, seed: int, order: Order | None = None):
         self.batch_size, self.seed, self._n_held = batch_size, seed, n_held
         self._epochs = Epochs(n_training, batch_size, seed, order)
         self.steps_per_epoch = self._epochs.steps
@@ -89,6 +96,85 @@ class EpochBatches(ABC):
             yield self.make_batch(True, np.arange(first, min(first + self.batch_size, self._n_held)))
 
 
+@runtime_checkable
+class IndexedExamples(Protocol):
+    """Sequence of examples with a length and access by index, such as a PyTorch data set."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class OwnBatches(EpochBatches):
+    """Batches of a user's examples for the training loop, drawn without replacement in a new order in every epoch.
+
+    source: tensors by name, whose first axis is examples, such as {"x": x, "y": y}; or a data set whose examples are
+    dicts of tensors or numbers. held_out: share of the examples for validation, chosen by the seed; or their indices.
+    fingerprint: string that identifies the data when a run is resumed; None: computed from the tensors, or for a data
+    set from its length and 16 examples.
+
+    Raises `UserError` for tensors of different lengths, no example, or a batch larger than the training part.
+
+    >>> data = OwnBatches({"x": torch.arange(10.0)}, batch_size=4, held_out=0.2)
+    >>> data.batch(0)["x"].shape, [len(batch["x"]) for batch in data.validation()]
+    (torch.Size([4]), [2])
+    """
+
+    def __init__(
+        self, source: Mapping[str, Tensor] | IndexedExamples, batch_size: int, seed: int = 0,
+        held_out: float | Sequence[int] = 0.1, fingerprint: str | None = None,
+    ):  # fmt: skip
+        self.source = source
+        count = _count(source)
+        order = np.random.default_rng([seed, 1]).permutation(count)
+        validation = held_out if isinstance(held_out, Sequence) else order[: round(held_out * count)]
+        self.held_out, self.training = np.sort(np.array(validation, np.int64)), np.setdiff1d(order, validation)
+        if not 1 <= batch_size <= len(self.training):
+            few = f"{len(self.training)} examples for training ({len(validation)} are held out)"
+            raise UserError(f"A batch of {batch_size} cannot be drawn from {few}: choose a smaller batch_size.")
+        self.fingerprint = fingerprint or _fingerprint(source, count, held_out)
+        super().__init__(len(self.training), len(validation), batch_size, seed, self._order)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, 0, epoch]).permutation(self.training)
+
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
+        """Return the training examples with these indices, or the held-out ones at these positions."""
+        numbers = self.held_out[items] if validating else items
+        if isinstance(self.source, Mapping):
+            chosen = torch.from_numpy(numbers)
+            return {name: tensor[chosen] for name, tensor in self.source.items()}
+        rows = [self.source[int(number)] for number in numbers]
+        if not isinstance(rows[0], Mapping):
+            given = type(rows[0]).__name__
+            raise UserError(f"An example of the data is a {given}; it must be a dict of tensors or numbers by name.")
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+def _count(source: Mapping[str, Tensor] | IndexedExamples) -> int:
+    if not isinstance(source, Mapping):
+        return len(source)
+    lengths = {name: len(tensor) for name, tensor in source.items()}
+    if len({*lengths.values()}) != 1:
+        raise UserError(f"The tensors must have as many examples each, and they have {lengths or 'none'}.")
+    return next(iter(lengths.values()))
+
+
+def _fingerprint(source: Mapping[str, Tensor] | IndexedExamples, count: int, held_out: float | Sequence[int]) -> str:
+    """Return the SHA-256 of the tensors; for a data set, of its length and evenly spaced examples."""
+    digest = hashlib.sha256(json.dumps([count, held_out]).encode())
+    if isinstance(source, Mapping):
+        rows: list[Any] = [source]
+    else:
+        rows = [source[number] for number in sorted({n * count // 16 for n in range(16)})] if count else []
+    for row in rows:
+        for name, value in row.items() if isinstance(row, Mapping) else ():
+            tensor = torch.as_tensor(value).detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
 def sort_pools(rows: np.ndarray, keys: np.ndarray, pool: int) -> np.ndarray:
     """Sort each group of `pool` consecutive rows by their keys. The sort is stable."""
     return rows[np.lexsort([keys[rows], np.arange(len(rows)) // pool])]
@@ -107,13 +193,10 @@ class Batching:
     pool: int
     bounds: list[int]
 
-    def order(self, random: np.random.Generator) -> np.ndarray:
-        """Return the indices of all rows in a random order, sorted within each pool."""
-        return sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
-
     def batches(self, random: np.random.Generator) -> list[np.ndarray]:
-        """Return the rows of each batch of an epoch."""
-        return np.split(self.order(random), self.bounds[1:-1])
+        """Return the rows of each batch of an epoch: a random order, sorted within each pool."""
+        order = sort_pools(random.permutation(len(self.keys)), self.keys, self.pool)
+        return np.split(order, self.bounds[1:-1])
 
     def epochs(self, seed: int, last: int = 0) -> Epochs:
         """Return epochs of whole batches in random order. The `last` batches of each epoch keep their order."""
@@ -133,3 +216,71 @@ def by_rows(sizes: np.ndarray, rows: int = 80, pool: int = 1600) -> Batching:
     Bahdanau et al. (2014, appendix B.2) draw 1,600 pairs, sort them, and make 20 batches of 80.
     """
     return Batching(f"{rows} rows of {pool}", sizes.sum(1), pool, [*range(0, len(sizes), rows), len(sizes)])
+
+
+@dataclass(frozen=True)
+class BatchSizeSchedule:
+    """Schedule of batch sizes: steps starts[i] to starts[i + 1] - 1 have rows[i] rows. Steps count from 0."""
+
+    starts: tuple[int, ...]
+    rows: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not all(a < b for a, b in pairwise(self.starts)):
+            raise UserError(f"The steps at which a batch grows must ascend from above 0, but are {self.starts[1:]}.")
+        if min(self.rows) < 1:
+            raise UserError(f"batch_size is {min(self.rows)}, but it must be at least 1.")
+
+    @cached_property
+    def _before(self) -> list[int]:
+        """Number of rows in all steps before each start."""
+        stages = zip(pairwise(self.starts), self.rows, strict=False)
+        return np.cumsum([0, *((end - start) * rows for (start, end), rows in stages)]).tolist()
+
+    def at(self, step: int) -> int:
+        """Return the number of rows of a step."""
+        return self.rows[bisect_right(self.starts, step) - 1]
+
+    def before(self, step: int) -> int:
+        """Return the number of rows of all steps before this one."""
+        check_step(step)
+        stage = bisect_right(self.starts, step) - 1
+        return self._before[stage] + (step - self.starts[stage]) * self.rows[stage]
+
+    def numbers(self, step: int) -> np.ndarray:
+        """Return the positions of a step's rows in the stream of all rows."""
+        return self.before(step) + np.arange(self.at(step))
+
+    @property
+    def largest(self) -> int:
+        """First step with the largest batch."""
+        return self.starts[self.rows.index(max(self.rows))]
+
+    def __str__(self) -> str:
+        if len(self.rows) == 1:
+            return str(self.rows[0])
+        return ",".join(f"{rows}@{start}" for start, rows in zip(self.starts, self.rows, strict=True))
+
+
+def batch_size_stages(smaller: Iterable[tuple[int, int]], last: int) -> BatchSizeSchedule:
+    """Return batch sizes in stages. smaller: pairs (rows, last step with them); after these, `last` rows (PaLM, section
+    5)."""
+    pairs = list(smaller)
+    return BatchSizeSchedule((0, *(until for _, until in pairs)), (*(rows for rows, _ in pairs), last))
+
+
+def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
+    """Return batch-size warm-up from `first` to `last` rows, linear over `over` rows (GPT-3, appendix B).
+
+    A step has first + ⌊(last − first) · seen / over⌋ rows.
+    """
+    if not 1 <= first <= last:
+        raise UserError(f"A batch that grows to {last} rows must start with 1 to {last} rows, not {first}.")
+    starts, rows, seen = [0], [first], 0
+    while rows[-1] < last:
+        next_at = -(-(rows[-1] + 1 - first) * over // (last - first))  # rows after which the batch grows
+        steps = max(1, -(-(next_at - seen) // rows[-1]))
+        seen += steps * rows[-1]
+        starts.append(starts[-1] + steps)
+        rows.append(min(last, first + (last - first) * seen // max(1, over)))
+    return BatchSizeSchedule(tuple(starts), tuple(rows))

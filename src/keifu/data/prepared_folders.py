@@ -7,7 +7,6 @@ import glob
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,17 +46,15 @@ def build_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path]
 
 
 def prepared_folder(
-    parent: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]],
-    usual: str = "text",
-) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    parent: str, source: str | Path, settings: Mapping[str, Any], make: Callable[[Path], Mapping[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
     """Return the cache folder `parent`/... for a source prepared with these settings, and its index.
 
     make: writes files into a new folder, and returns facts. The index has the facts, the source, the settings and their
-    fingerprint. usual: name for a source without a name. A folder with truncated, changed or missing files is built
-    again.
+    fingerprint. A folder with truncated, changed or missing files is built again.
     """
-    fingerprint = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    name = Path(source).stem.replace("*", "") or usual
+    fingerprint = files.hash_of([json.dumps(settings, sort_keys=True)])
+    name = Path(source).stem.replace("*", "") or "text"
     folder = folders.cache() / parent / f"{name}-{fingerprint[:16]}"
 
     def make_with_index(new: Path) -> None:

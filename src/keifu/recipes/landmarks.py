@@ -9,7 +9,7 @@ from torch import Tensor
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.data.classification.toy import logic, toy_dataset
+from keifu.data.classification.tables import logic, toy_dataset
 from keifu.data.images.grid import grid
 from keifu.evaluation.images.text_to_image import cosines
 from keifu.evaluation.plots.decision_boundary import canvas, png

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from keifu import checkpoints
-from keifu.data.own_batches import IndexedExamples, OwnBatches
+from keifu.data.epochs import IndexedExamples, OwnBatches
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.training.loop import Summary

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages, linear_batch_size
+from keifu.data.epochs import BatchSizeSchedule, batch_size_stages, linear_batch_size
 from keifu.devices import chosen
 from keifu.errors import UserError, require_known
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, check

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from keifu.data.audio.log_mel import log_mel
-from keifu.data.audio.sound_files import read_sound
+from keifu.data.audio.recordings import read_sound
 from keifu.errors import UserError
 
 TONES = torch.sin(torch.arange(48_000) * torch.linspace(0.01, 0.9, 48_000)) * torch.linspace(1, 0, 48_000)
@@ -88,7 +88,7 @@ def test_the_reading_ends_between_two_parts(monkeypatch) -> None:
         if len(parts) == 2:
             raise InterruptedError
 
-    monkeypatch.setattr("keifu.data.audio.sound_files.PART", 1000)
+    monkeypatch.setattr("keifu.data.audio.recordings.PART", 1000)
     with pytest.raises(InterruptedError):
         read_sound(data, go_on=leave)
     assert len(parts) == 2

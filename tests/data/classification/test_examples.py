@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from keifu.data.classification import toy
+from keifu.data.classification import tables
 from keifu.data.classification.batches import LabelledTensors, TensorBatches
 from keifu.data.classification.tables import read_table, standardisation
 from keifu.data.images.augmentation import Distortion
@@ -73,7 +73,7 @@ def test_distortion_moves_as_far_as_it_says_and_differs_from_picture_to_picture(
 
 
 def test_moons_and_spirals_are_balanced_apart_and_the_same_each_time():
-    for make in (toy.moons, toy.spirals):
+    for make in (tables.moons, tables.spirals):
         x, targets = make(200)
         assert torch.equal(x, make(200)[0]) and not torch.equal(x, make(200, seed=1)[0])
         assert targets.bincount().tolist() == [100, 100]
@@ -109,4 +109,4 @@ def test_a_label_that_two_columns_have_is_an_error(tmp_path):
 
 def test_a_label_for_a_toy_set_is_an_error():
     with pytest.raises(UserError, match="--label names a column of a CSV file"):
-        toy.toy_table("xor", "kind")
+        tables.toy_table("xor", "kind")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from keifu.data.catalogue.catalogue import CATALOGUE
-from keifu.data.images import emoji
+from keifu.data.images import catalogued
 from keifu.data.images.catalogued import CATALOGUED
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
@@ -34,7 +34,7 @@ def sign(name: str) -> str:
 @pytest.fixture(autouse=True)
 def _archives(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
-    emoji.name_emoji.cache_clear()
+    catalogued.name_emoji.cache_clear()
     # Of names some have U+FE0F; drawings do not.
     full = {name: sign(name) + ("\ufe0f" if name == "2764" else "") for name in SIGNS}
     names = place("emoji-names")
@@ -55,7 +55,7 @@ def _archives(monkeypatch, tmp_path: Path) -> None:
             archive.writestr(f"x/openmoji/svg/{name}.svg.gz", gzip.compress(SVG.encode()))
             archive.writestr(f"x/openmoji/svg/{name}.svg.zst", b"")
     yield
-    emoji.name_emoji.cache_clear()
+    catalogued.name_emoji.cache_clear()
 
 
 def place(name: str) -> Path:
@@ -114,7 +114,7 @@ def test_skin_tones_and_equal_flags_stay_on_one_side_of_a_split() -> None:
     ],
 )
 def test_genders_and_directions_are_one_family(names: list[str]) -> None:
-    assert len({emoji.family(name) for name in names}) == 1
+    assert len({catalogued.family(name) for name in names}) == 1
 
 
 def test_other_emoji_are_families_of_their_own() -> None:
@@ -142,7 +142,7 @@ def test_other_emoji_are_families_of_their_own() -> None:
         "man’s shoe",
         "woman’s sandal",
     ]
-    assert len({emoji.family(name) for name in names}) == len(names)
+    assert len({catalogued.family(name) for name in names}) == len(names)
 
 
 def test_a_set_of_emoji_knows_its_families() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages, linear_batch_size
+from keifu.data.epochs import BatchSizeSchedule, batch_size_stages, linear_batch_size
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import Shards
 from keifu.errors import UserError

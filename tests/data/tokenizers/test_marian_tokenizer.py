@@ -151,7 +151,7 @@ def test_pieces_are_sentencepieces(tmp_path):
 @pytest.mark.parametrize("separate", [False, True])
 def test_with_other_parts_it_stays_a_tokenizer_of_two_languages(separate, tmp_path):
     tokenizer = load_tokenizer(written(tmp_path, "unigram", separate))
-    other = tokenizer.with_max_length(9)
+    other = tokenizer.replace(max_length=9)
     assert other.max_length == 9 and other.encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
     assert other.encode_target_batch(TEXTS) == tokenizer.encode_target_batch(TEXTS)
     assert other.target_vocab_size == tokenizer.target_vocab_size

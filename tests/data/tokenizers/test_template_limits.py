@@ -5,7 +5,6 @@ from contextlib import suppress
 
 import pytest
 
-from keifu.data.tokenizers import template_limits
 from keifu.data.tokenizers.chat_template import CHATML, render
 from keifu.errors import UserError
 
@@ -30,7 +29,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("template", REFUSED, ids=[str(number) for number in range(len(REFUSED))])
 def test_a_hostile_template_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "SECONDS", 1.0)
+    monkeypatch.setattr("keifu.data.tokenizers.chat_template.SECONDS", 1.0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError):
         render(template, TALK, True, {})

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from keifu.data.translation.near_copies import near_training, units, within_one_edit
+from keifu.data.text.normalization import near_training, units, within_one_edit
 
 
 def edit_distance(one: tuple[str, ...], other: tuple[str, ...]) -> int:

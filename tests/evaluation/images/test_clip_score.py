@@ -22,7 +22,7 @@ TEXTS = ["a red heart", "a blue cat", "赤いハート", "a green book on a tabl
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return bpe.learn(TEXTS * 5, 560).with_max_length(20)
+    return bpe.learn(TEXTS * 5, 560).replace(max_length=20)
 
 
 @pytest.fixture(scope="module")

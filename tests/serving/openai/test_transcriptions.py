@@ -48,7 +48,7 @@ def sound() -> bytes:
 
 
 def test_the_client_gets_the_transcript_in_each_form(served, folder, sound) -> None:
-    from keifu.data.audio.sound_files import read_sound
+    from keifu.data.audio.recordings import read_sound
 
     model, words = checkpoints.load(folder)
     expected = transcribe(model, words, read_sound(sound), TranscriptionParams("en"))
@@ -88,13 +88,13 @@ def test_a_form_without_a_file_and_a_sound_that_is_too_long_are_refused(served, 
     found = httpx.post(url, data={"model": "whisper"}, files={"file": ("a.wav", sound)}, timeout=WAIT)
     assert found.status_code == 400 and "at most 1 seconds" in found.json()["error"]["message"]
     monkeypatch.setattr("keifu.serving.openai.transcriptions.SECONDS", 3.0)
-    monkeypatch.setattr("keifu.data.audio.sound_files.DENSEST", 10_000)
+    monkeypatch.setattr("keifu.data.audio.recordings.DENSEST", 10_000)
     found = httpx.post(url, data={"model": "whisper"}, files={"file": ("a.wav", sound)}, timeout=WAIT)
     assert found.status_code == 400 and "30,000 samples of all channels" in found.json()["error"]["message"]
 
 
 def test_the_decoding_ends_when_the_client_leaves(served, sound, monkeypatch) -> None:
-    from keifu.data.audio.sound_files import read_sound
+    from keifu.data.audio.recordings import read_sound
 
     begun, goes_on, ends = threading.Event(), threading.Event(), []
 

@@ -187,7 +187,7 @@ def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: 
     if tokenizer is not None:
         (stage / TOKENIZER).mkdir()
         length = config["text_encoder"]["max_position_embeddings"]
-        tokenizer.with_max_length(length).save(stage / TOKENIZER)
+        tokenizer.replace(max_length=length).save(stage / TOKENIZER)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -21,7 +21,6 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -53,7 +52,7 @@ class Archive:
     @property
     def folder(self) -> str:
         """Name of the archive's folder in the cache. It changes with the content and with the members."""
-        return f"{self.package}-{self.version}-{sha256(repr((self.sha256, self.members)).encode()).hexdigest()[:8]}"
+        return f"{self.package}-{self.version}-{files.hash_of([repr((self.sha256, self.members))])[:8]}"
 
 
 def fetch(archive: Archive) -> Path:

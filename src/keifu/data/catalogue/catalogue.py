@@ -20,7 +20,7 @@ from typing import Any
 
 from keifu.data.catalogue import archives, readers
 from keifu.data.catalogue.archives import Archive
-from keifu.data.catalogue.readers import Dialogue
+from keifu.data.catalogue.readers import Conversation
 from keifu.errors import UserError, require_known, unknown
 from keifu.folders import cache
 
@@ -52,7 +52,7 @@ class Entry:
     member: str = "."
     gives: str = ""
     reader: Callable[[Path], Iterator[Any]] | None = None
-    parts: tuple[str, ...] = ()
+    parts: Sequence[str] = ()
     place: str = ""
     package: str = ""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
@@ -69,17 +69,14 @@ def _read_table() -> tuple[dict[str, Entry], dict[str, Entry]]:
     return models, {name: _entry(pinned, **facts) for name, facts in table.items()}
 
 
-def _entry(
-    pinned: Mapping[str, Archive], archive: str = "", reader: str = "", options: Mapping[str, str] | None = None,
-    parts: Sequence[str] = (), place: str = "", **facts: Any,
-) -> Entry:  # fmt: skip
-    return Entry(
-        **facts,
-        archive=pinned[archive] if archive else None,
-        reader=partial(vars(readers)[reader], **(options or {})) if reader else None,
-        parts=tuple(parts),
-        place=sysconfig.get_paths()[place] if place else "",
-    )
+def _entry(pinned: Mapping[str, Archive], **facts: Any) -> Entry:
+    if "archive" in facts:
+        facts["archive"] = pinned[facts["archive"]]
+    if "reader" in facts:
+        facts["reader"] = partial(vars(readers)[facts["reader"]], **facts.pop("options", {}))
+    if "place" in facts:
+        facts["place"] = sysconfig.get_paths()[facts["place"]]
+    return Entry(**facts)
 
 
 MODELS, DATA = _read_table()
@@ -150,7 +147,7 @@ def pairs(name: str) -> Iterator[tuple[str, str]]:
     return _read(name, "pairs")
 
 
-def conversations(name: str) -> Iterator[Dialogue]:
+def conversations(name: str) -> Iterator[Conversation]:
     """Return the conversations of a chat entry, in a fixed order, as lists of messages for a chat template."""
     return _read(name, "conversations")
 

@@ -17,7 +17,7 @@ from typing import Any
 from keifu.data.classification.examples import Example, Examples
 from keifu.untrusted import parse_yaml, read_text
 
-Dialogue = list[dict[str, str]]
+Conversation = list[dict[str, str]]
 HELD_OUT_ARTICLES = 1000  # Wikipedia summaries for tests of topic classification
 TATOEBA = ("id", "ja", "en", "nl", "de", "fr", "es", "sv")  # the columns of the sentence file
 
@@ -94,7 +94,7 @@ def dictionary(file: Path) -> Iterator[tuple[str, str]]:
                 words, meanings, marks = [], [], set()
 
 
-def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
+def read_chats(file: Path, turns: int = 4) -> Iterator[Conversation]:
     """Yield conversations between two people of at least `turns` turns.
 
     Consecutive messages of one person are joined, one on each line. The first speaker gets the role `user`.
@@ -104,14 +104,14 @@ def read_chats(file: Path, turns: int = 4) -> Iterator[Dialogue]:
             yield conversation
 
 
-def conversation_of(chat: Mapping[str, Any]) -> Dialogue:
+def conversation_of(chat: Mapping[str, Any]) -> Conversation:
     """Return the messages in the record of one conversation."""
     messages = [message for turn in chat["messages"] for message in turn if message["text"].strip()]
     turns = [[m["text"].strip() for m in group] for _, group in groupby(messages, key=lambda m: m["sender"])]
     return _taking_turns("\n".join(lines) for lines in turns)
 
 
-def read_dialogues(folder: Path) -> Iterator[Dialogue]:
+def read_dialogues(folder: Path) -> Iterator[Conversation]:
     """Yield the distinct conversations in ChatterBot's YAML files that have at least two turns. Some are repeated 100
     times."""
     import yaml
@@ -134,13 +134,13 @@ def python_files(folder: Path) -> Iterator[str]:
                 yield text
 
 
-def as_document(conversation: Dialogue) -> str:
+def as_document(conversation: Conversation) -> str:
     """Format a conversation as plain text: one line for each turn, which begins with the speaker's name, A or B."""
     names = {"user": "A", "assistant": "B"}
     return "\n".join(f"{names[turn['role']]}: {turn['content']}" for turn in conversation)
 
 
-def _taking_turns(turns: Iterator[str]) -> Dialogue:
+def _taking_turns(turns: Iterator[str]) -> Conversation:
     return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
 
 

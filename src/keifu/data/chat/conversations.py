@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from keifu.data.catalogue import catalogue
-from keifu.data.catalogue.readers import Dialogue
+from keifu.data.catalogue.readers import Conversation
 from keifu.data.records import Row, listed, read_records
 from keifu.data.text.documents import in_catalogue
 from keifu.data.text.synthetic_math import chain_sums
@@ -23,12 +23,12 @@ from keifu.errors import UserError, unknown
 from keifu.folders import neighbours
 
 
-def question_and_answer(question: str, answer: str) -> Dialogue:
+def question_and_answer(question: str, answer: str) -> Conversation:
     """Return a conversation of one question and its answer."""
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def titled(entry: str, question: str) -> Iterator[Dialogue]:
+def titled(entry: str, question: str) -> Iterator[Conversation]:
     """Yield a question about each title of an entry's documents, answered by the text below the title."""
     for document in catalogue.documents(entry):
         title, _, text = document.partition("\n\n")
@@ -36,7 +36,7 @@ def titled(entry: str, question: str) -> Iterator[Dialogue]:
             yield question_and_answer(question.format(title.strip()), text.strip())
 
 
-def translations() -> Iterator[Dialogue]:
+def translations() -> Iterator[Conversation]:
     """Yield requests to translate a sentence into Japanese, with Tatoeba's translation. Each sentence occurs once."""
     seen = set()
     for japanese, english in catalogue.pairs("tatoeba-ja-en"):
@@ -45,7 +45,7 @@ def translations() -> Iterator[Dialogue]:
             yield question_and_answer(f"Translate into Japanese: {english}", japanese)
 
 
-def arithmetic() -> Iterator[Dialogue]:
+def arithmetic() -> Iterator[Conversation]:
     """Yield sums and differences of two to four numbers of one or two digits, with their results."""
     for record in chain_sums(10_000, (2, 4), 2, seed=1):
         yield question_and_answer(record["prompt"], record["answer"])
@@ -57,7 +57,7 @@ class SyntheticSource(NamedTuple):
 
     entry: str
     how: str
-    make: Callable[[], Iterator[Dialogue]] | None = None
+    make: Callable[[], Iterator[Conversation]] | None = None
 
 
 PHRASED = "questions are one phrase each, nobody asked them"
@@ -74,8 +74,6 @@ INSTRUCTIONS = {name: source.make for name, source in MADE_OF.items() if source.
 
 
 Form = TypeVar("Form", bound=Callable[..., Any])
-Message = dict[str, str]
-Conversation = list[Message]
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 FOLLOWS = {  # roles that may come before each role; None is the start
     "system": {None},

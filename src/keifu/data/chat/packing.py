@@ -4,7 +4,6 @@ step.
 Axes: row (of a batch), position.
 """
 
-import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
@@ -16,6 +15,7 @@ from torch import Tensor
 from keifu.data.epochs import EpochBatches
 from keifu.data.padding import pad
 from keifu.errors import UserError
+from keifu.files import hash_of
 
 TooLong = Literal["error", "drop", "truncate"]
 NO_DOCUMENT = -1
@@ -36,10 +36,8 @@ class TurnMasks(NamedTuple):
 
 def hash_turns(facts: str, conversations: Iterable[TurnMasks]) -> str:
     """Return the SHA-256 of all ids and masks, and of `facts`, the settings on which batches depend."""
-    digest = hashlib.sha256(facts.encode())
-    for turns in conversations:
-        digest.update(np.array([len(turns.ids), *turns.ids, *turns.learned], dtype=np.int64).tobytes())
-    return digest.hexdigest()
+    rows = (np.array([len(turns.ids), *turns.ids, *turns.learned], dtype=np.int64) for turns in conversations)
+    return hash_of(chain([facts], (row.tobytes() for row in rows)))
 
 
 class FittedConversations(NamedTuple):

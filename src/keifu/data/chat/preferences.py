@@ -29,18 +29,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keifu.data.catalogue import catalogue, readers
-from keifu.data.chat.conversations import (
-    Conversation,
-    form_of,
-    objects,
-    parse_transcript,
-    prompt_of,
-    validate_messages,
-)
+from keifu.data.chat.conversations import Conversation, form_of, objects, parse_transcript, prompt_of, validate_messages
 from keifu.data.chat.packing import TurnMasks, hash_turns
 from keifu.data.epochs import EpochBatches
 from keifu.data.padding import stack_sequences
 from keifu.errors import UserError, unknown
+from keifu.files import hash_of
 from keifu.folders import neighbours
 
 UNTOUCHED = 5  # initial value of the sliders: three such ratings perhaps mean that nobody rated
@@ -102,9 +96,14 @@ def read_preferences(source: str | Path, single: bool = False) -> Iterator[Ranke
     named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
     for where, record in named if made else objects(path, "preference"):
         preference = form_of(record, FORMS, where, "preferences have")(record, where)
-        if len(preference.answers) == 1 and not single:
+        several = len(preference.answers) > 1
+        if not several and not single:
             raise UserError(f"{where}: one answer with a mark makes no pair: learn it by keifu train dpo --loss kto.")
-        yield preference if len(preference.answers) == 1 else _validate(preference, where)
+        if several and len({*preference.answers}) < len(preference.answers):
+            raise UserError(f"{where}: two answers are equal, so there is nothing to prefer; leave one out.")
+        if several and not preference.pairs():
+            raise UserError(f"{where}: no answer is better than another; leave the prompt out.")
+        yield preference
 
 
 def _pair(record: Mapping[str, Any], where: str) -> RankedResponses:
@@ -166,14 +165,6 @@ def _answer(given: Any, where: str) -> str:
     return text
 
 
-def _validate(ranked: RankedResponses, where: str) -> RankedResponses:
-    if len({*ranked.answers}) < len(ranked.answers):
-        raise UserError(f"{where}: two answers are equal, so there is nothing to prefer; leave one out.")
-    if not ranked.pairs():
-        raise UserError(f"{where}: no answer is better than another; leave the prompt out.")
-    return ranked
-
-
 class Pair(NamedTuple):
     """Two responses, each after its prompt. The loss mask covers only the response."""
 
@@ -188,6 +179,10 @@ class Ranking(NamedTuple):
     levels: list[float]
 
 
+Responses = Sequence[Sequence[TurnMasks]]  # for each prompt
+References = tuple[Float[Tensor, "n k"], Float[Tensor, "m k"]]  # for the training and the held-out part
+
+
 class PreferencePairs(EpochBatches):
     """Batches of pairs: {"tokens", "mask": True on the answers [row, 2, position], "reference" [row, 2]}.
 
@@ -197,13 +192,7 @@ class PreferencePairs(EpochBatches):
     BESIDE = "reference"
 
     def __init__(
-        self,
-        training: Sequence[Sequence[TurnMasks]],
-        held: Sequence[Sequence[TurnMasks]],
-        batch_size: int,
-        seed: int,
-        pad_id: int,
-        references: tuple[Float[Tensor, "n k"], Float[Tensor, "m k"]],
+        self, training: Responses, held: Responses, batch_size: int, seed: int, pad_id: int, references: References
     ):
         if not training:
             raise UserError("There is no preference to train on.")
@@ -239,11 +228,10 @@ class RankedAnswers(PreferencePairs):
         ]
         learned, kept = ([ranking.answers for ranking in part] for part in (training, held))
         super().__init__(learned, kept, batch_size, seed, pad_id, (levels[0], levels[1]))
-        content = b"".join(part.numpy().tobytes() for part in levels)
-        self.fingerprint = hashlib.sha256(self.fingerprint.encode() + content).hexdigest()
+        self.fingerprint = hash_of([self.fingerprint, *(part.numpy().tobytes() for part in levels)])
 
 
-def stack_rows(pairs: Sequence[Sequence[TurnMasks]], pad_id: int) -> dict[str, Tensor]:
+def stack_rows(pairs: Responses, pad_id: int) -> dict[str, Tensor]:
     """Return the pairs or rankings as tensors, padded on the right."""
     tokens, _ = stack_sequences([[answer.ids for answer in pair] for pair in pairs], pad_id)
     mask, _ = stack_sequences([[answer.learned for answer in pair] for pair in pairs], 0)

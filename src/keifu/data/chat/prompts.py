@@ -4,7 +4,6 @@ reasoning-gym is an optional package. A set of its problems is called `gym:chain
 generator: `gym:chain_sum,min_terms=2,max_digits=1`. The package's scorers rate the responses.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from keifu.data.chat.conversations import Conversation, objects, prompt_of
 from keifu.data.chat.thoughts import answer_of
 from keifu.data.records import listed
 from keifu.errors import UserError, require_known
+from keifu.files import hash_of
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,7 @@ def prompt(record: Mapping[str, Any], where: str) -> Prompt:
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
     """Return a hash of all records, in their order."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(prompt.record, sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return digest.hexdigest()
+    return hash_of(json.dumps(prompt.record, sort_keys=True, ensure_ascii=False) + "\n" for prompt in prompts)
 
 
 PREFIX = "gym:"
@@ -103,9 +100,7 @@ def _setting(given: str) -> tuple[str, Any]:
     name, equals, value = given.partition("=")
     if not equals:
         raise UserError(f"A setting of reasoning-gym must be name=value, not {given!r}.")
-    for number in (int, float):
-        try:
-            return name, number(value)
-        except ValueError:
-            continue
-    return name, {"true": True, "false": False}.get(value.lower(), value)
+    try:
+        return name, json.loads(value.lower())  # a number, or true or false
+    except ValueError:
+        return name, value

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from keifu.data.classification.examples import Examples
 from keifu.data.classification.input_formats import Delimiters, Form, Ids
+from keifu.data.classification.tables import LabelledTensors
 from keifu.data.epochs import EpochBatches, by_rows
 from keifu.data.padding import Rows, length_buckets, stack_rows, stack_sequences
 from keifu.errors import UserError
+from keifu.files import hash_of
 
 POOL = 32  # number of batches whose rows are sorted by length together
 VALIDATION_TOKENS = 8192  # tokens in a batch of held-out rows
@@ -33,14 +34,15 @@ class EncodedTexts:
     rows: Rows
     targets: Sequence[int]
     stack = staticmethod(stack_rows)  # converts rows to one tensor with a mask of real tokens
+    size = staticmethod(len)  # number of tokens of a row, with padding
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def lengths(self) -> list[int]:
-        """Number of tokens of each text."""
-        return [len(row) for row in self.rows]
+        """Number of tokens of each row, with padding."""
+        return [self.size(row) for row in self.rows]
 
     def batch(self, indices: Sequence[int], pad_id: int) -> dict[str, Tensor]:
         """Return a batch of some rows: {"tokens": [batch, length], "mask": True on real tokens, "targets": [batch]}."""
@@ -50,10 +52,8 @@ class EncodedTexts:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all ids and targets."""
-        digest = hashlib.sha256()
-        for row, target in zip(self.rows, self.targets, strict=True):
-            digest.update(np.array([len(row), target, *row]).tobytes())
-        return digest.hexdigest()
+        rows = zip(self.rows, self.targets, strict=True)
+        return hash_of(np.array([len(row), target, *row]).tobytes() for row, target in rows)
 
 
 class LabelledBatches:
@@ -69,11 +69,7 @@ class LabelledBatches:
         self.batching = by_rows(np.array(training.lengths)[:, None], batch_size, POOL * batch_size)
         self._epochs = self.batching.epochs(seed, last=int(len(training) % batch_size > 0))
         self.steps_per_epoch = self._epochs.n
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the training and the held-out rows."""
-        return f"{self.training.fingerprint}|{self.held.fingerprint}"
+        self.fingerprint = f"{training.fingerprint}|{held.fingerprint}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a step, counted from 0."""
@@ -134,31 +130,16 @@ class FormBatches(EncodedTexts):
 
     rows: Sequences
     stack = staticmethod(stack_sequences)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Number of tokens of each example, with padding."""
-        return [row_size(row) for row in self.rows]
+    size = staticmethod(row_size)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of all ids and targets."""
-        return hashlib.sha256(repr((list(self.rows), list(self.targets))).encode()).hexdigest()
+        return hash_of([repr((list(self.rows), list(self.targets)))])
 
 
 Batch = dict[str, Tensor]
 Augment = Callable[[Tensor, Generator], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledTensors:
-    """`inputs` [rows, dim] and `targets` [rows]."""
-
-    inputs: Float[Tensor, "rows dim"]
-    targets: Int[Tensor, "rows"]
-
-    def __len__(self) -> int:
-        return len(self.targets)
 
 
 class TensorBatches(EpochBatches):
@@ -182,11 +163,9 @@ class TensorBatches(EpochBatches):
     @property
     def fingerprint(self) -> str:
         """Hash of the training and the held-out rows."""
-        digest = hashlib.sha256()
-        for split in (self.training, self.held):
-            for tensor in (split.inputs, split.targets):
-                digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode() + tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        tensors = self.training.inputs, self.training.targets, self.held.inputs, self.held.targets
+        facts = ((f"{tuple(tensor.shape)}{tensor.dtype}", tensor.contiguous().numpy().tobytes()) for tensor in tensors)
+        return hash_of(chain.from_iterable(facts))
 
     def make_batch(self, validating: bool, items: np.ndarray) -> Batch:
         """Return these rows without augmentation."""

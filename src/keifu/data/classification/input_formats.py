@@ -83,13 +83,10 @@ def kept_lengths(parts: Sequence[Ids], room: int) -> list[int]:
 
 
 FORMS = {
-    form.name: form
-    for form in (
-        Form("classification", ("text",), lambda texts: [(0,)]),
-        Form("entailment", ("premise", "hypothesis"), lambda texts: [(0, 1)]),
-        Form("similarity", ("first", "second"), lambda texts: [(0, 1), (1, 0)]),
-        Form("choice", ("context", "answers"), lambda texts: [(0, n) for n in range(1, texts)], answers=True),
-    )
+    "classification": Form("classification", ("text",), lambda texts: [(0,)]),
+    "entailment": Form("entailment", ("premise", "hypothesis"), lambda texts: [(0, 1)]),
+    "similarity": Form("similarity", ("first", "second"), lambda texts: [(0, 1), (1, 0)]),
+    "choice": Form("choice", ("context", "answers"), lambda texts: [(0, n) for n in range(1, texts)], answers=True),
 }
 
 

@@ -1,6 +1,8 @@
-"""Labelled examples from tables: texts with a label, and numeric columns with a label.
+"""Labelled examples from tables: texts with a label, and numeric columns with a label; and toy data sets for
+classifiers, each split into training and test rows: logic tables, moons, spirals, digits, CSV.
 
-Axes: rows, dim = the columns other than the label.
+Axes: rows, dim = inputs, the columns other than the label. Generated sets have two columns of float32; targets are 0,
+1, ...
 """
 
 import json
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from keifu.data.catalogue import catalogue
 from keifu.data.classification.examples import Example, Examples
+from keifu.data.images.catalogued import mnist, stratified_sample
 from keifu.data.records import SUFFIXES, Row, cell, read_cells, read_records
 from keifu.errors import UserError, unknown
 
@@ -22,7 +25,7 @@ from keifu.errors import UserError, unknown
 def read(source: str | Path, text: str = "text", label: str = "label", encoding: str | None = None) -> Examples:
     """Read a labelled table from a file of records, or from a catalogue entry with labels (see `CATALOGUED`).
 
-    text, label: names of the two columns. encoding: see `text_files.lines`. Raises `UserError`, with the line, for a
+    text, label: names of the two columns. encoding: see `records.lines`. Raises `UserError`, with the line, for a
     missing column, a row with another number of cells, or an empty text or label.
     """
     rows = table_rows(source, encoding)
@@ -121,3 +124,111 @@ def _numbers(where: str, cells: Sequence[str], header: Sequence[str], label: int
         if column != label and value is None:
             raise UserError(f"{where}, column {header[column]!r}: {cells[column]!r} is no finite number.")
     return [value for column, value in enumerate(values) if column != label and value is not None]
+
+
+LOGIC = {"and": (0, 0, 0, 1), "or": (0, 1, 1, 1), "xor": (0, 1, 1, 0)}  # outputs for 00, 01, 10, 11
+
+
+def logic(name: str) -> tuple[Float[Tensor, "4 2"], Int[Tensor, "4"]]:
+    """Return the four inputs of a logic function in `LOGIC`, and its outputs."""
+    return torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]]), torch.tensor(LOGIC[name])
+
+
+def moons(rows: int, noise: float = 0.15, seed: int = 0) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
+    """Draw two interlocking half circles of radius 1, with normal noise."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(rows) % 2
+    angle = math.pi * torch.rand(rows, generator=generator)
+    turned = 1 - 2 * targets
+    x = torch.stack([turned * angle.cos() + targets, turned * angle.sin() + 0.5 * targets], 1)
+    return x + noise * torch.randn(rows, 2, generator=generator), targets
+
+
+def spirals(rows: int, noise: float = 0.04, seed: int = 0) -> tuple[Float[Tensor, "rows 2"], Int[Tensor, "rows"]]:
+    """Return two spiral arms of 1.25 turns, with outer radius 1 and normal noise. Each arm is a class."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(rows) % 2
+    radius = 0.1 + 0.9 * torch.rand(rows, generator=generator).sqrt()
+    angle = 2 * math.pi * (1.25 * radius + targets / 2)
+    x = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
+    return x + noise * torch.randn(rows, 2, generator=generator), targets
+
+
+TOYS = (*LOGIC, "moons", "spirals")
+
+
+def toy_table(name: str, label: str | None = None, known: Sequence[str] = TOYS) -> Table:
+    """Return the toy set of that name (moons and spirals have 400 rows), or the CSV file of that path (see
+    `read_table`).
+
+    known: names that the error for an unknown name lists.
+    """
+    if name not in TOYS:
+        path = Path(name)
+        if not path.exists() and path.name == path.stem == name:
+            raise unknown("data set or CSV file", name, known)
+        return read_table(path, label)
+    _refuse_label(name, label)
+    inputs, targets = logic(name) if name in LOGIC else moons(400) if name == "moons" else spirals(400)
+    return Table(inputs.double(), targets, ("x₁", "x₂"), ("0", "1"))
+
+
+NAMES = ("mnist", *TOYS)
+ENOUGH = 50  # with fewer rows, none are held out
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTensors:
+    """`inputs` [rows, dim] and `targets` [rows]."""
+
+    inputs: Float[Tensor, "rows dim"]
+    targets: Int[Tensor, "rows"]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
+@dataclass(frozen=True, eq=False)
+class ToyDataset:
+    """Training and held-out rows, mean and scale of each input, and the names of columns and classes.
+
+    With too few rows to hold any out, both parts are the same rows. Pictures have no names of columns.
+    """
+
+    training: LabelledTensors
+    held: LabelledTensors
+    mean: Float[Tensor, " dim"]
+    scale: Float[Tensor, " dim"]
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+
+
+def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
+    """Return the data set of that name, or a CSV file with its label column (see `read_table`). Every fifth row is held
+    out if there are enough rows."""
+    if name == "mnist":
+        _refuse_label(name, label)
+        return _digits()
+    table = toy_table(name, label, known=NAMES)
+    if len(table.classes) == 1:
+        raise UserError(f"There is nothing to classify in {name}: all its rows have the label {table.classes[0]!r}.")
+    rows = LabelledTensors(table.inputs.float(), table.targets)
+    training = validation = rows
+    if len(rows) >= ENOUGH:
+        parts = stratified_sample(rows.targets, len(rows) // 5)
+        training, validation = (LabelledTensors(rows.inputs[part], rows.targets[part]) for part in parts)
+    return ToyDataset(training, validation, *standardisation(training.inputs), table.columns, table.classes)
+
+
+def _refuse_label(name: str, label: str | None) -> None:
+    if label is not None:
+        raise UserError(f"--label names a column of a CSV file, and the data are {name!r}: leave it out.")
+
+
+def _digits() -> ToyDataset:
+    """Return the catalogue's 5,000 MNIST digits with pixels from 0 to 1; 100 of each digit are held out."""
+    pictures, labels = mnist()
+    inputs = pictures.flatten(1).float() / 255
+    training, validation = (LabelledTensors(inputs[part], labels[part]) for part in stratified_sample(labels, 1000))
+    mean, scale = (value.expand(inputs.shape[1]) for value in (training.inputs.mean(), training.inputs.std()))
+    return ToyDataset(training, validation, mean, scale, (), tuple("0123456789"))

@@ -17,8 +17,9 @@ from keifu.errors import UserError
 from keifu.ranges import Natural, NotNegative
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
-GREY = 0.299, 0.587, 0.114  # luminance weights of red, green and blue (ITU-R BT.601)
+LUMINANCE = 0.299, 0.587, 0.114  # luminance weights of red, green and blue (ITU-R BT.601)
 Bytes = UInt8[Tensor, "picture channels height width"]
+Grey = Float[Tensor, "rows height width"]
 Values = Float[Tensor, "picture channels height width"]
 
 
@@ -85,7 +86,7 @@ class Augmentation:
         mean = values.mean((1, 2, 3), keepdim=True)
         values = mean + (values - mean) * (1 + self.contrast * signed[1])
         if values.shape[1] == 3:
-            grey = (values * torch.tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+            grey = (values * torch.tensor(LUMINANCE)[:, None, None]).sum(1, keepdim=True)
             values = grey + (values - grey) * (1 + self.saturation * signed[2])
         return values
 
@@ -117,9 +118,7 @@ class Distortion:
     bend: float = 0.8  # pixels: standard deviation of a smooth field (elastic distortion: Simard et al., 2003)
     cells: int = 5  # of that field along each axis; fewer are smoother
 
-    def __call__(
-        self, pictures: Float[Tensor, "rows height width"], generator: Generator
-    ) -> Float[Tensor, "rows height width"]:
+    def __call__(self, pictures: Grey, generator: Generator) -> Grey:
         """Distort each picture with separate random numbers. Pixels from outside the picture are 0."""
         rows, height, width = pictures.shape
         grid = F.affine_grid(self._affine(rows, width, generator), [rows, 1, height, width], align_corners=False)

@@ -3,9 +3,8 @@
 Axes: row (of a batch), channels, height, width; length (of a caption in tokens), language.
 """
 
-import hashlib
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from keifu.data.epochs import EpochBatches
 from keifu.data.images.augmentation import Augmentation, uniform
 from keifu.data.images.dataset import ImageDataset
 from keifu.errors import UserError
+from keifu.files import hash_of
 
 Tokens = Int64[Tensor, "language picture length"]
 HeldTokens = Int64[Tensor, "language held_picture held_length"]
@@ -45,10 +45,8 @@ class ImageBatches(EpochBatches):
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")
         if not len(training):
             raise UserError(f"No picture of {training.source} is for training: all of them are held out.")
-        self.training = training
-        self.held = held
-        self.evenly = evenly
-        self.hard_negatives = hard_negatives
+        self.training, self.held = training, held
+        self.evenly, self.hard_negatives = evenly, hard_negatives
         self.augmentation = augmentation or Augmentation()
         self.training_tokens, self.held_tokens = training_tokens, held_tokens
         groups = training.groups if evenly else np.arange(len(training))
@@ -56,16 +54,10 @@ class ImageBatches(EpochBatches):
         _, self._first, self._sizes = np.unique(groups[self._members], return_index=True, return_counts=True)
         order = partial(_group_order, training.groups, seed) if hard_negatives else None
         super().__init__(len(self._first), len(held), batch_size, seed, order)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of both sets and of all settings that affect the batches."""
-        facts = [self.training.fingerprint, self.held.fingerprint, self.batch_size, self.seed, self.augmentation]
-        facts += ["evenly"] * self.evenly + ["hard negatives"] * self.hard_negatives
-        digest = hashlib.sha256(repr(facts).encode())
-        for tokens in (self.training_tokens, self.held_tokens):
-            digest.update(b"|" if tokens is None else tokens.numpy().tobytes())
-        return digest.hexdigest()
+        facts = [training.fingerprint, held.fingerprint, batch_size, seed, self.augmentation]
+        facts += ["evenly"] * evenly + ["hard negatives"] * hard_negatives
+        captions = ("|" if tokens is None else tokens.numpy().tobytes() for tokens in (training_tokens, held_tokens))
+        self.fingerprint = hash_of([repr(facts), *captions])
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier

@@ -1,8 +1,18 @@
-"""Pictures of the catalogue: MNIST's digits, Fashion-MNIST, photographs with captions, and emoji."""
+"""Pictures of the catalogue: MNIST's digits, Fashion-MNIST, photographs with captions, and emoji.
+
+Emoji have two drawing styles (Twemoji, OpenMoji), joined by code points with names in 14 languages and their groups.
+U+FE0F, which only requests a coloured glyph, is removed from both. Skin tones of one emoji are one group, because their
+content is the same. Genders and directions of one emoji are one family: "woman golfing" and "man golfing", "left arrow"
+and "up arrow". A split holds out whole families.
+"""
 
 import gzip
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -11,13 +21,30 @@ from PIL import Image
 from torch import Tensor
 
 from keifu.data.catalogue import catalogue
-from keifu.data.images.emoji import openmoji, twemoji
 from keifu.data.images.io import DecodedImage, ImageItem, read_image
 from keifu.errors import UserError
 from keifu.untrusted import plain_file, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
 LARGEST_IDX = 2**30  # maximal bytes of an unpacked file of MNIST's format
+TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
+TONE_NAMES = re.compile("( (light|medium-light|medium|medium-dark|dark) skin tone)+")
+FAMILIES = (  # replacements, in order, in a lower-case English name without skin tones
+    (r"\b(prince|princess)\b", "person with crown"),
+    (r"\b(mrs\.|mx|santa) claus\b", "claus"),
+    (r"\bmer(maid|man|person)\b", "merperson"),
+    (r"\bolder\b", "old"),
+    (r"^(family|kiss|couple with heart)( (man|woman|person|boy|girl|adult|child))+$", r"\1"),
+    (r"\b(man|woman|men|women|person|people|boy|girl|child)\b( and (man|woman)\b)?", ""),
+    (r"\b((facing|pointing|pointed|curving|tilted) )?(left|right|up|down)(-(left|right|down))?\b(-facing)?"
+     r"(?! (luggage|speech|anger))", ""),
+    (r"\b(left|right|up|down)wards\b|\b(counter)?clockwise\b", ""),
+    (r"\b(waxing|waning|first quarter|last quarter|next track|last track)\b", ""),
+    (r"\bfast(-forward| reverse)?( *)button", "fast button"),
+    (r"^(play|reverse) button$", "button"),
+    (r"^[a-z]+(-thirty| o’clock)$", "clock face"),
+)  # fmt: skip
+Draw = Callable[[bytes, str, int | None], DecodedImage]  # of bytes, name in errors, side in pixels
 
 
 def mnist() -> tuple[UInt8[Tensor, "picture row column"], Int64[Tensor, " picture"]]:
@@ -90,6 +117,101 @@ def _arrays(
         name = f"{source} {index}"
         image = DecodedImage(Image.fromarray(pixels))
         yield ImageItem(name, name, lambda size, image=image: image, label=classes[label], part=part)
+
+
+def family(name: str) -> str:
+    """Return an English emoji name without skin tone, gender and direction; equal for all of one family."""
+    rest = TONE_NAMES.sub("", name).lower()
+    for pattern, replacement in FAMILIES:
+        rest = re.sub(pattern, replacement, rest)
+    return " ".join(rest.split()) or "person"
+
+
+@cache
+def name_emoji() -> dict[str, tuple[dict[str, str], str]]:
+    """Return every emoji that has a name and a group, in Unicode's order and without U+FE0F.
+
+    The values are (names by language code, group), for example "Smileys & Emotion" or "Food & Drink".
+    """
+    folder = catalogue.fetch("emoji-names")
+    files = {"en": folder / "emoji.json"}
+    files |= {path.stem.removeprefix("emoji_"): path for path in sorted(folder.glob("emoji_*.json"))}
+    tables = {language: json.loads(path.read_text(encoding="utf-8")) for language, path in files.items()}
+    english = {_plain(sign): sign for sign in tables["en"]}
+    groups = _read_groups(catalogue.fetch("emoji-groups"))
+    return {
+        sign: ({code: _words(table[english[sign]]) for code, table in tables.items()}, group)
+        for sign, group in groups.items()
+        if sign in english
+    }
+
+
+def twemoji() -> Iterator[ImageItem]:
+    """Yield Twemoji's named drawings of 72 x 72 pixels."""
+    return _join_names("twemoji", "72x72", ".png", lambda data, where, size: read_image(data, where))
+
+
+def openmoji() -> Iterator[ImageItem]:
+    """Yield OpenMoji's drawings of the same names, rendered at the requested size. All are for testing."""
+    try:
+        import resvg_py
+    except ModuleNotFoundError:
+        raise UserError("OpenMoji's drawings are SVG and need resvg-py: `pip install 'keifu[svg]'`.") from None
+
+    def draw(data: bytes, where: str, size: int | None) -> DecodedImage:
+        text = gzip.decompress(data).decode()
+        side = size or 72
+        return read_image(resvg_py.svg_to_bytes(text, width=side, height=side, skip_system_fonts=True), where)
+
+    return _join_names("openmoji-svg", "svg", ".svg.gz", draw, "test")
+
+
+def _join_names(entry: str, folder: str, suffix: str, draw: Draw, part: str = "") -> Iterator[ImageItem]:
+    """Yield the drawings of an archive that have a name, in the order of the names.
+
+    A drawing's file name is its emoji's code points in hexadecimal: 1f44b-1f3fd.png.
+    """
+    drawings = {}
+    with zipfile.ZipFile(catalogue.fetch(entry)) as archive:
+        for name in archive.namelist():
+            path = PurePosixPath(name)
+            if path.parent.name == folder and name.endswith(suffix):
+                drawings[_from_hexadecimal(path.name.removesuffix(suffix).split("-"))] = archive.read(name)
+    for sign, (names, group) in name_emoji().items():
+        if sign in drawings:
+            where = f"{sign} ({names['en']})"
+            alike = f"signs {TONES.sub('', sign)}", f"name {TONE_NAMES.sub('', names['en'])}"
+            relatives = (f"family {family(names['en'])}",)
+            read = partial(draw, drawings[sign], where)
+            yield ImageItem(sign, where, read, names, group, alike, part, relatives)
+
+
+def _plain(sign: str) -> str:
+    """Remove U+FE0F from an emoji."""
+    return sign.replace("\ufe0f", "")
+
+
+def _from_hexadecimal(codes: Iterable[str]) -> str:
+    """Return the emoji of these code points in hexadecimal, without U+FE0F."""
+    return _plain("".join(chr(int(code, 16)) for code in codes))
+
+
+def _words(entry: str | dict[str, str]) -> str:
+    """Convert `:waving_hand:` to "waving hand". English entries are objects."""
+    name = entry if isinstance(entry, str) else entry["en"]
+    return name.strip(":").replace("_", " ")
+
+
+def _read_groups(file: Path) -> dict[str, str]:
+    """Read the group of each emoji from Unicode's emoji-test.txt, in the file's order."""
+    groups = {}
+    group = ""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# group:"):
+            group = line.partition(":")[2].strip()
+        elif line and not line.startswith("#"):
+            groups.setdefault(_from_hexadecimal(line.partition(";")[0].split()), group)
+    return groups
 
 
 CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {

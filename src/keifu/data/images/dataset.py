@@ -29,9 +29,12 @@ from keifu.data.images.io import Fit, ImageItem, fit_image
 from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.errors import UserError, require_known
+from keifu.files import hash_of
 from keifu.untrusted import plain_file
 
 PIXELS = "pixels.bin"
+Pixels = UInt8[Tensor, "picture channels height width"]
+Decoded = tuple[np.ndarray, tuple[str, ...]]  # pixels of a picture, and remarks
 CHUNK = 256  # number of pictures that are read in parallel
 SHOWN = 3  # number of bad pictures that a note names
 
@@ -53,8 +56,7 @@ def _index(items: Sequence[ImageItem], remarked: Mapping[str, list[str]], faults
     classes = list(sorted_labels(item.label for item in items if item.label))
     notes = []
     for remark, paths in remarked.items():
-        more = len(paths) > 1
-        many = f"{len(paths):,} pictures ({paths[0]}, ...) are" if more else f"1 picture ({paths[0]}) is"
+        many = f"{len(paths):,} pictures ({paths[0]}, ...) are" if len(paths) > 1 else f"1 picture ({paths[0]}) is"
         notes.append(f"{many} {remark}.")
     if faults:
         rest = f" And {len(faults) - SHOWN:,} more." if len(faults) > SHOWN else ""
@@ -139,12 +141,10 @@ def _of_shape(pixels: np.ndarray, shape: tuple[int, ...], item: ImageItem, first
     return np.repeat(pixels, 3, axis=2)
 
 
-def _read(
-    items: Iterator[ImageItem], form: ImageFormat
-) -> Iterator[tuple[ImageItem, tuple[np.ndarray, tuple[str, ...]] | str]]:
+def _read(items: Iterator[ImageItem], form: ImageFormat) -> Iterator[tuple[ImageItem, Decoded | str]]:
     """Yield each picture with its pixels and remarks, or with an error sentence if it cannot be read."""
 
-    def read(item: ImageItem) -> tuple[np.ndarray, tuple[str, ...]] | str:
+    def read(item: ImageItem) -> Decoded | str:
         try:
             decoded = item.read(form.size)
             return fit_image(decoded.image, *form), decoded.remarks
@@ -198,14 +198,14 @@ class ImageDataset:
     @cached_property
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of pixels, captions, labels and the selection."""
-        return hashlib.sha256(self.stored_fingerprint.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
+        return hash_of([self.stored_fingerprint, self.rows.astype("<i8").tobytes()])
 
-    def take(self, indices: Sequence[int] | np.ndarray | slice) -> UInt8[Tensor, "picture channels height width"]:
+    def take(self, indices: Sequence[int] | np.ndarray | slice) -> Pixels:
         """Copy the pixels of these pictures into a tensor."""
         taken = self.pixels[self.rows[indices]]
         return torch.from_numpy(np.ascontiguousarray(taken.transpose(0, 3, 1, 2)))
 
-    def batches(self, size: int) -> Iterator[UInt8[Tensor, "picture channels height width"]]:
+    def batches(self, size: int) -> Iterator[Pixels]:
         """Yield the pixels of all pictures, `size` pictures at a time."""
         return (self.take(slice(first, first + size)) for first in range(0, len(self), size))
 
@@ -274,7 +274,7 @@ def read_images(
         raise UserError(f"size is {size}, but a picture has at least 1 pixel.")
     settings = {"format": FORMAT, "content": _content(source), "size": size, "channels": channels, "fit": fit}
     make = partial(_make, source, ImageFormat(size, channels, fit), leave_out)
-    folder, index = prepared_folder("pictures", source, settings, make, "pictures")
+    folder, index = prepared_folder("pictures", source, settings, make)
     if index["faults"] and not leave_out:
         raise UserError(_with_advice(index["faults"][0]))
     pixels = np.memmap(folder / PIXELS, np.uint8, "r", shape=tuple(index["shape"]))

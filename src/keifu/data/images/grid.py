@@ -21,28 +21,29 @@ from keifu.errors import UserError
 LETTERS, LINES = 11, 2  # font size of a caption in pixels, and its maximal number of lines
 NARROW = 72  # pixels: pictures with captions are enlarged to at least this width
 FAR_EAST = range(0x2E80, 0x1F000)
+Pictures = UInt8[Tensor, "picture channels height width"]
 
 
 def sheet(
-    pictures: UInt8[Tensor, "picture channels height width"],
-    captions: Sequence[str] | None = None,
+    pictures: Pictures,
+    captions: Sequence[str] = (),
     columns: int | None = None,
     scale: int | None = None,
     margin: int = 4,
 ) -> Image.Image:
     """Arrange pictures in rows on white; by default with as many columns as rows.
 
-    captions: one for each picture, cut to two lines with an ellipsis; "" for none. scale: integer factor of
-    enlargement; unset: 1, or enough for captions. margin: pixels between two pictures.
+    captions: none, or one for each picture, cut to two lines with an ellipsis; "" for a picture without one. scale:
+    integer factor of enlargement; unset: 1, or enough for captions. margin: pixels between two pictures.
     """
     count, _, height, width = pictures.shape
     if not count:
         raise UserError("There are no pictures to lay into a sheet.")
-    if captions is not None and len(captions) != count:
+    if captions and len(captions) != count:
         raise UserError(f"{count} pictures need as many captions, and {len(captions)} were given.")
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     scale = scale or (math.ceil(NARROW / width) if captions else 1)
-    below = LINES * (LETTERS + 3) if captions and any(captions) else 0
+    below = LINES * (LETTERS + 3) if any(captions) else 0
     rows = math.ceil(count / columns)
     cell = height * scale + below + margin, width * scale + margin
     cells = np.full((rows * columns, *cell, 3), 255, np.uint8)
@@ -52,17 +53,14 @@ def sheet(
     image = Image.new("RGB", (canvas.shape[1] + margin, canvas.shape[0] + margin), "white")
     image.paste(Image.fromarray(canvas), (margin, margin))
     pen = ImageDraw.Draw(image)
-    for index, caption in enumerate(captions or ()):
+    for index, caption in enumerate(captions):
         left, top = margin + index % columns * cell[1], margin + index // columns * cell[0] + height * scale + 1
         pen.multiline_text((left, top), wrap(caption, width * scale), "black", _font(caption), spacing=1)
     return image
 
 
 def grid(
-    pictures: UInt8[Tensor, "picture channels height width"],
-    captions: Sequence[str] | None = None,
-    columns: int | None = None,
-    about: Mapping[str, str] | None = None,
+    pictures: Pictures, captions: Sequence[str] = (), columns: int | None = None, about: Mapping[str, str] | None = None
 ) -> bytes:
     """Return a sheet as the bytes of a PNG file (see `sheet` and `png`)."""
     return png(sheet(pictures, captions, columns), about)
@@ -81,7 +79,9 @@ def wrap(text: str, width: int) -> str:
     """Break a caption into lines of at most `width` pixels, at spaces if possible. Further lines are cut off."""
     font, rest, lines = _font(text), " ".join(text.split()), []
     while rest and len(lines) < LINES:
-        size = _fitting(font, rest, width)
+        size = len(rest)  # number of leading characters that fit, at least one
+        while size > 1 and font.getlength(rest[:size]) > width:
+            size -= 1
         if size < len(rest) and len(lines) == LINES - 1:
             lines.append(rest[: max(size - 1, 0)].rstrip() + "…")
             break
@@ -90,14 +90,6 @@ def wrap(text: str, width: int) -> str:
         lines.append(rest[:end].rstrip())
         rest = rest[end:].lstrip()
     return "\n".join(lines)
-
-
-def _fitting(font: ImageFont.FreeTypeFont, text: str, width: int) -> int:
-    """Return the largest number of leading characters that fit, at least one."""
-    size = len(text)
-    while size > 1 and font.getlength(text[:size]) > width:
-        size -= 1
-    return size
 
 
 def _font(text: str) -> ImageFont.FreeTypeFont:

@@ -4,7 +4,6 @@ A folder has pictures and questions.jsonl, with the fields image (a path in the 
 questions, "part": "test". Axes: rows, length = tokens; channels, height, width of pictures.
 """
 
-import hashlib
 import json
 import re
 import zipfile
@@ -27,6 +26,7 @@ from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.padding import stack_rows
 from keifu.data.records import read_parts
 from keifu.errors import UserError
+from keifu.files import hash_of
 
 FILE, NAMES = "questions.jsonl", ("easy-vqa",)
 CLOSED = {"yes", "no"}  # answers that name nothing visible
@@ -122,6 +122,7 @@ class QuestionBatches(EpochBatches):
         self._place = {name: index for index, name in enumerate(names)}
         self._pictures = torch.stack([ready.cut(questions.picture(name)) for name in names])
         self._named, self._shown = np.array(named), np.array([self._place[name] for *_, name in rows[0]])
+        self.fingerprint = hash_of([json.dumps(rows), self._pictures.numpy().tobytes()])
         super().__init__(len(rows[0]), len(rows[1]), batch_size, seed, self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -135,13 +136,6 @@ class QuestionBatches(EpochBatches):
         rank[by_key] = np.arange(len(keys)) - np.searchsorted(keys[by_key], keys[by_key])
         groups = np.unique(keys * len(keys) + rank // TOGETHER, return_inverse=True)[1]
         return rows[np.lexsort([random.permutation(groups.max() + 1)[groups], ~first])]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the rows and the pictures."""
-        digest = hashlib.sha256(json.dumps(self.rows).encode())
-        digest.update(self._pictures.numpy().tobytes())
-        return digest.hexdigest()
 
     def largest(self) -> dict[str, Tensor]:
         """Return the batch of the longest rows."""

@@ -22,8 +22,7 @@ from typing import Any
 
 from keifu.data.images.catalogued import CATALOGUED, in_catalogue
 from keifu.data.images.io import UNSTATED, ImageItem, read_image
-from keifu.data.records import read_records
-from keifu.data.text.text_files import Problem
+from keifu.data.records import Problem, read_records
 from keifu.errors import UserError, unknown
 from keifu.folders import hidden
 from keifu.untrusted import parse_json, plain_file, reading

@@ -59,13 +59,10 @@ def coverage(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerCoverage:
     known = {character for character in counts if character.isspace()} | set(spelled)
     missing = [c for c, _ in counts.most_common() if not set(_normalize(tokenizer, c)) <= known]
     lost = [c for c in missing if _is_lost(tokenizer, c)]
-    return TokenizerCoverage(
-        characters=sum(n for c, n in counts.items() if not c.isspace()),
-        missing=sum(counts[c] for c in missing),
-        lost=sum(counts[c] for c in lost),
-        examples="".join((lost or missing)[:CHARACTERS_SHOWN])
-        + ("..." if len(lost or missing) > CHARACTERS_SHOWN else ""),
-    )
+    characters = sum(n for c, n in counts.items() if not c.isspace())
+    named = lost or missing
+    examples = "".join(named[:CHARACTERS_SHOWN]) + "..." * (len(named) > CHARACTERS_SHOWN)
+    return TokenizerCoverage(characters, sum(counts[c] for c in missing), sum(counts[c] for c in lost), examples)
 
 
 def _normalize(tokenizer: Tokenizer, character: str) -> str:

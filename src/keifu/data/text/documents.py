@@ -4,12 +4,11 @@ A source is the name of a catalogue entry, a file, a folder (all files below it 
 or a pattern such as "src/**/*.py". A catalogue name has priority over a file of the same name; "./sotu" is the file.
 
 In a .jsonl, .json, .csv, .tsv or .parquet file each record is a document, whose text is in one field. An .html file is
-one document: its text without tags, scripts and styles (see `html_text`). Any other file is one unchanged document,
-also Markdown, unless lines that are exactly <|endoftext|> split it.
+one document: its text without tags, scripts and styles. Any other file is one unchanged document, also Markdown, unless
+lines that are exactly <|endoftext|> split it.
 """
 
 import glob
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 from keifu import files, folders
 from keifu.data import records
 from keifu.data.catalogue import catalogue
-from keifu.data.text.html_text import html_text
-from keifu.data.text.text_files import UTF8, Problem, lines, refuse
+from keifu.data.records import UTF8, Problem, lines, refuse
+from keifu.data.text.passages import html_text
 from keifu.errors import UserError, unknown
 
 MARK = "<|endoftext|>"
@@ -101,9 +100,8 @@ def in_catalogue(source: str | Path) -> bool:
 def content_hash(source: str | Path, form: TextFileFormat = PLAIN) -> str:
     """Return the SHA-256 of a source's content in hexadecimal. Names and folders of the files do not count."""
     if in_catalogue(source):
-        return hashlib.sha256(catalogue.identity(str(source)).encode()).hexdigest()
-    listing = [f"{path.suffix}:{files.sha256(path)}" for path in paths(source, form)]
-    return hashlib.sha256("\n".join(listing).encode()).hexdigest()
+        return files.hash_of([catalogue.identity(str(source))])
+    return files.hash_of(["\n".join(f"{path.suffix}:{files.sha256(path)}" for path in paths(source, form))])
 
 
 def paths(source: str | Path, form: TextFileFormat = PLAIN) -> list[Path]:

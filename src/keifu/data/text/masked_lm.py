@@ -196,12 +196,8 @@ class MaskedText:
         self._planner = self._row_planner(shards.training)
         self.steps_per_epoch = max(1, len(self._planner.rows(np.random.default_rng([seed, 0]))[1]) // batch_size)
         self._epochs = Epochs(self.steps_per_epoch, 1, seed, self._order)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the text and of all settings that affect the batches."""
-        options = "-".join(f"{name}{value}" for name, value in asdict(self.masking).items())
-        return f"{self.shards.fingerprint}-{options}-batch{self.batch_size}-seed{self.seed}"
+        options = "-".join(f"{name}{value}" for name, value in asdict(masking).items())
+        self.fingerprint = f"{shards.fingerprint}-{options}-batch{batch_size}-seed{seed}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier

@@ -22,7 +22,6 @@ shares of the tokens. They must sum to 1, unless the file says `normalise: true`
 Axes: row, position = tokens of a row.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -36,17 +35,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages
+from keifu.data.epochs import BatchSizeSchedule, batch_size_stages
 from keifu.data.interleaving import interleave, source_of_row
 from keifu.data.text import documents as sources
 from keifu.data.text import synthetic_math
 from keifu.data.text.packed import PackedText
 from keifu.data.text.span_corruption import CorruptionTask, Rows
-from keifu.data.text.token_shards import Shards, prepare, prepare_parts
+from keifu.data.text.token_shards import Parts, Shards, prepare, prepare_parts
 from keifu.data.tokenizers.tokenizer import Tokenizer, nothing_around_text
 from keifu.data.translation import tatoeba
 from keifu.data.translation.pairs import pair_names, read_pairs, split
 from keifu.errors import UserError, require_known, unknown
+from keifu.files import hash_of
 from keifu.untrusted import parse_yaml, read_text
 
 SUFFIXES = ".yaml", ".yml", ".json"
@@ -54,7 +54,6 @@ FIELDS = "sources", "normalise", "held_out"
 HELD_OUT = 0.02  # share of each source that is held out for validation
 ARITHMETIC = "arithmetic"
 SUMS = 60_000  # number of problems of "arithmetic"
-Parts = Callable[[], tuple[Iterable[str], Iterable[str]]]
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,6 @@ class MixtureSource:
         return sources.TextFileFormat(self.field, self.encoding)
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < 1e9:
-            raise _no_weight(self.name, self.weight)
         if len(self.languages) not in (0, 2):
             raise UserError(
                 f"The source {self.name!r} has {len(self.languages)} languages, and pairs have two: write "
@@ -142,8 +139,9 @@ def _source(name: str, given: Any, path: Path) -> MixtureSource:
         if given.get(key) in (None, ""):
             raise UserError(f"{path}: the source {name!r} has no {key}; it needs data and weight.")
     data, weight, languages = str(given["data"]), given["weight"], given.get("languages") or []
-    if not isinstance(weight, int | float) or isinstance(weight, bool):
-        raise _no_weight(name, weight)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
+        wrong = f"The weight of the source {name!r} is {weight!r}, and it must be a number above 0"
+        raise UserError(f"{wrong}: correct it, or leave the source out.")
     if not isinstance(languages, list):
         raise UserError(f"{path}: languages of the source {name!r} is {languages!r}: write [German, English].")
     beside = not Path(data).expanduser().is_absolute() and glob(data, root_dir=path.parent, recursive=True)
@@ -151,13 +149,6 @@ def _source(name: str, given: Any, path: Path) -> MixtureSource:
     field, encoding = given.get("field"), given.get("encoding", sources.UTF8)
     return MixtureSource(
         name, data, weight, tuple(map(str, languages)), None if field is None else str(field), str(encoding)
-    )
-
-
-def _no_weight(name: str, weight: Any) -> UserError:
-    return UserError(
-        f"The weight of the source {name!r} is {weight!r}, and it must be a number above 0: correct it, or leave the "
-        "source out."
     )
 
 
@@ -289,13 +280,8 @@ class MixedText:
         seeds = (seed * len(sources) + n for n in range(len(sources)))
         self._packed = [PackedText(s.shards, task.width - 1, 1, n) for s, n in zip(sources, seeds, strict=True)]
         self.figures = [f"{source.name}/{check}" for check in self.checks for source in sources]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all texts, their weights, and the settings that affect the batches."""
-        facts = [f"{s.name} {s.weight} {s.shards.fingerprint}" for s in self.sources]
-        facts += [self.task.name, f"{self.growth} {self.seed}"]
-        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+        facts = [f"{source.name} {source.weight} {source.shards.fingerprint}" for source in sources]
+        self.fingerprint = hash_of(["\n".join([*facts, task.name, f"{self.growth} {seed}"])])
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier

@@ -13,8 +13,7 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from keifu.data.batch_sizes import BatchSizeSchedule, batch_size_stages
-from keifu.data.epochs import Epochs
+from keifu.data.epochs import BatchSizeSchedule, Epochs, batch_size_stages
 from keifu.data.text.token_shards import Shards
 from keifu.errors import UserError
 
@@ -51,16 +50,14 @@ class PackedText:
         self._windows, validation = (  # views without a copy
             sliding_window_view(np.asarray(ids), context_length + 1) for ids in (shards.tokens, shards.validation)
         )
-        self.held_out = _spread(validation[::context_length], context_length, validation_tokens)
+        held_out = validation[::context_length]
+        most = len(held_out) if validation_tokens is None else max(1, validation_tokens // context_length)
+        self.held_out = held_out if most >= len(held_out) else held_out[np.arange(most) * len(held_out) // most]
         self._slack = min(context_length - 1, len(self._windows) - 1)  # the largest offset
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
         self._epochs = Epochs(self.windows_per_epoch, self.batch_size, seed, self._order)
         self.steps_per_epoch = self._epochs.steps
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the text and of all settings that affect the batches."""
-        return f"{self.shards.fingerprint}-context{self.context_length}-batch{self.growth}-seed{self.seed}"
+        self.fingerprint = f"{shards.fingerprint}-context{context_length}-batch{self.growth}-seed{seed}"
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
         """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
@@ -115,12 +112,6 @@ def _check_lengths(shards: Shards, context_length: int) -> None:
         f"{shards.index['source']} has {training:,} tokens to train on and {validation:,} held out, but a context of "
         f"{context_length} needs at least {needed} of each: {', or '.join(ways)}."
     )
-
-
-def _spread(windows: np.ndarray, context_length: int, tokens: int | None) -> np.ndarray:
-    """Return evenly spaced windows with at most `tokens` tokens in all; at least one window."""
-    count = len(windows) if tokens is None else min(len(windows), max(1, tokens // context_length))
-    return windows if count == len(windows) else windows[np.arange(count) * len(windows) // count]
 
 
 def _tensors(rows: Any) -> dict[str, Int64[Tensor, "row position"]]:

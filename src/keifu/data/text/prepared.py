@@ -22,7 +22,7 @@ from keifu.data.text.documents import TextFileFormat
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.files import replacing, sha256, write_atomic
+from keifu.files import hash_of, replacing, sha256, write_atomic
 from keifu.untrusted import read_json_object
 
 TOKENIZER = "tokenizer"
@@ -92,8 +92,7 @@ def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
     folder = Path(folder)
     shared = _format(tokenizer_of(folder))
     shards = [(path.with_suffix(".bin"), _read_index(path, shared)) for path in sorted(folder.glob("[0-9]*.json"))]
-    names = json.dumps([index for _, index in shards], sort_keys=True)
-    content = hashlib.sha256(names.encode()).hexdigest()
+    content = hash_of([json.dumps([index for _, index in shards], sort_keys=True)])
     settings = {"format": token_shards.FORMAT, "prepared": content, "held_out": held_out}
     return token_shards.open_shards(folder, settings, partial(_join, shards, shared, held_out))
 

@@ -94,9 +94,10 @@ def split_settings(
     return shared | {"validation": held_content, "held_out": 0}
 
 
-def prepare_parts(
-    name: str, content: str, parts: Callable[[], tuple[Iterable[str], Iterable[str]]], tokenizer: Tokenizer
-) -> Shards:
+Parts = Callable[[], tuple[Iterable[str], Iterable[str]]]  # returns training and held-out documents
+
+
+def prepare_parts(name: str, content: str, parts: Parts, tokenizer: Tokenizer) -> Shards:
     """Tokenize documents that are already split into a training part and a held-out part.
 
     name: of the text, in errors and in the cache. content: hash that changes with the documents. parts: returns both

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from keifu.data.tokenizers.streaming import byte_alphabet
-from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.tokenizer import BackendWithRoles, Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.untrusted import plain_file
 
@@ -191,10 +191,9 @@ MERGES = 48_894  # number of lines to read after the first; the released code ig
 LARGEST = 2**24  # maximal bytes of that file, unpacked; it has 3.2 million
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CHARACTERS = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]"  # Chinese and Japanese, written without spaces
-Made = tuple[tokenizers.Tokenizer, dict[str, str]]
 
 
-def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> Made:
+def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> BackendWithRoles:
     """Build a tokenizer with CLIP's rules from a vocabulary, spelled in the byte alphabet, and its merges, in order."""
     merging = models.BPE(dict(vocabulary), list(merges), unk_token=END, end_of_word_suffix=WORD_END)
     backend = tokenizers.Tokenizer(merging)
@@ -210,7 +209,7 @@ def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]
     return backend, dict(ROLES)
 
 
-def clip_merges(path: Path, config: Mapping[str, Any]) -> Made:
+def clip_merges(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     """Read OpenAI's bpe_simple_vocab_16e6.txt.gz: the first line is a comment, each further line is a merge."""
     try:
         with gzip.open(plain_file(path)) as file:

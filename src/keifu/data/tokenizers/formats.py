@@ -17,12 +17,11 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.sentencepiece import backend_from_pieces, check_character_map, parse
-from keifu.data.tokenizers.tokenizer import ROLES, Tokenizer, put_around_text
+from keifu.data.tokenizers.tokenizer import ROLES, BackendWithRoles, Tokenizer, put_around_text
 from keifu.errors import UserError
 from keifu.ranges import LARGEST
 from keifu.untrusted import check_pattern, plain_file, read_json, read_json_object, read_text
 
-Read = tuple[tokenizers.Tokenizer, dict[str, str]]  # backend, and the tokens whose role the file states
 GENERATION_CONFIG = "generation_config.json"
 MODEL_TYPES = ("BPE", "WordPiece", "WordLevel", "Unigram")  # models without nested models
 WORD_END, UNKNOWN = "</w>", "<unk>"  # as in GPT-1
@@ -30,7 +29,7 @@ BERT_ROLES = dict(zip(("unk_token", "sep_token", "pad_token", "cls_token", "mask
                       ("[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"), strict=True))  # fmt: skip
 
 
-def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> Read:
+def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     described = read_json(path)
     model = described.get("model") if isinstance(described, dict) else None
     if not isinstance(model, dict) or "vocab" not in model:
@@ -78,7 +77,7 @@ def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
             raise UserError(f"{path} gives {given}: ids are whole numbers from 0 on, and unique.")
 
 
-def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
+def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     """Read GPT-1's or GPT-2's two files: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
     vocabulary = read_vocabulary(path)
     beside = [path.with_name(name) for name in ("merges.txt", "vocab.bpe")]
@@ -100,7 +99,7 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> Read:
     return backend, {role: "<|endoftext|>" for role in ("bos_token", "eos_token", "unk_token")}
 
 
-def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> Read:
+def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str, str]]) -> BackendWithRoles:
     """Build a tokenizer from a vocabulary that marks the last piece of a word (Sennrich et al., 2016).
 
     If it has CLIP's two end tokens, the rules are CLIP's. Otherwise they are GPT-1's (Radford et al., 2018): text is
@@ -121,7 +120,7 @@ def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str
     return backend, {"unk_token": UNKNOWN}
 
 
-def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
+def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     """Read BERT's vocab.txt: one token on each line. Its id is the line number from 0."""
     lines = read_text(path).removesuffix("\n").split("\n")
     vocabulary: dict[str, int] = {}
@@ -139,7 +138,7 @@ def _wordpiece_vocabulary(path: Path, config: Mapping[str, Any]) -> Read:
 
 def wordpiece_backend(
     vocabulary: Mapping[str, int], lowercase: bool, strip_accents: bool | None, split_ideographs: bool = True
-) -> Read:
+) -> BackendWithRoles:
     """Build a tokenizer with BERT's rules: split at spaces and punctuation, then into each word's longest pieces
     (Devlin et al., 2018)."""
     backend = tokenizers.Tokenizer(models.WordPiece(dict(vocabulary), unk_token="[UNK]"))
@@ -158,14 +157,16 @@ def wordpiece_backend(
     return backend, roles
 
 
-def _sentencepiece(path: Path, config: Mapping[str, Any]) -> Read:
+def _sentencepiece(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     model = parse(plain_file(path).read_bytes(), str(path))
     backend = backend_from_pieces(model.pieces, model.settings)
     put_around_text(backend, model.special, bos=True, eos=False)
     return backend, model.special
 
 
-READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {  # in the order in which a directory is searched
+READERS: dict[
+    str, Callable[[Path, Mapping[str, Any]], BackendWithRoles]
+] = {  # in the order in which a directory is searched
     "tokenizer.json": _tokenizer_json,
     "tokenizer.model": _sentencepiece,
     "vocab.json": _vocabulary_and_merges,
@@ -175,7 +176,7 @@ READERS: dict[str, Callable[[Path, Mapping[str, Any]], Read]] = {  # in the orde
 }
 
 
-def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], Read]:
+def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], BackendWithRoles]:
     """Return the reader of a single file by its name, or else by its extension."""
     endings = {".model": _sentencepiece, ".txt": _wordpiece_vocabulary, ".json": _tokenizer_json}
     known = READERS.get(path.name) or endings.get(path.suffix)
@@ -197,7 +198,7 @@ def settings_beside(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def finish_backend(read: Read, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
+def finish_backend(read: BackendWithRoles, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     """Add data from the other files in the folder: roles, chat template, ids that end an answer, maximum length."""
     backend, roles = read
     named, limit = roles_beside(config)

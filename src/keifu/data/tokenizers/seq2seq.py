@@ -7,7 +7,6 @@ Pair of tokenizers: a directory has the source side in the usual files. The targ
 with the tokens of its roles under "target" in tokenizer_config.json.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from keifu.data.tokenizers import formats
 from keifu.data.tokenizers.sentencepiece import Pieces, decoder
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
-from keifu.files import write_atomic
+from keifu.files import hash_of, write_atomic
 from keifu.untrusted import plain_file
 
 SOURCE_TOKENIZER, TARGET_TOKENIZER = "tokenizer.json", "target_tokenizer.json"
@@ -78,7 +77,7 @@ class TwoSidedTokenizer(Tokenizer, Generic[Side]):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of both sides. Equal fingerprints mean equal ids."""
-        return hashlib.sha256(f"{self.source.fingerprint} {self.target.fingerprint}".encode()).hexdigest()
+        return hash_of([f"{self.source.fingerprint} {self.target.fingerprint}"])
 
 
 def read_two_sided(directory: Path) -> TwoSidedTokenizer:
@@ -120,7 +119,7 @@ class MarianSide(Tokenizer):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of the pieces and the vocabulary."""
-        return hashlib.sha256(self.pieces.data + super().fingerprint.encode()).hexdigest()
+        return hash_of([self.pieces.data, super().fingerprint])
 
     def _cut(self, texts: Sequence[str]) -> list[list[str]]:
         """Split each text into pieces. A language code at its start is one piece."""
@@ -160,10 +159,8 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
     @cached_property
     def fingerprint(self) -> str:
         """Hash of both languages. Equal fingerprints mean equal ids."""
-        digest = hashlib.sha256(self.source.pieces.data + self.target.pieces.data)
         facts = [self.source.vocabulary, self.target.vocabulary, self.special]
-        digest.update(json.dumps(facts, sort_keys=True).encode())
-        return digest.hexdigest()
+        return hash_of([self.source.pieces.data, self.target.pieces.data, json.dumps(facts, sort_keys=True)])
 
 
 def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:

@@ -5,6 +5,7 @@ length of the text. A character is withheld until its last byte has arrived.
 """
 
 import codecs
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -12,6 +13,7 @@ from typing import Any
 
 from keifu.errors import UserError
 
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 # WordPiece's clean-up of English, applied to each token with the space before it (Hugging Face `tokenizers`, decoders).
@@ -32,12 +34,8 @@ def byte_alphabet() -> dict[str, int]:
 
 def byte_value(token: str) -> int | None:
     """Return the byte of a byte-fallback token such as `<0xE3>`; None for any other token."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return int(token[3:5], 16)
-        except ValueError:
-            return None
-    return None
+    match = BYTE_TOKEN.fullmatch(token)
+    return int(match[1], 16) if match else None
 
 
 def _each_byte(error: UnicodeError) -> tuple[str, int]:

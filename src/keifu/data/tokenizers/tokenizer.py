@@ -4,7 +4,6 @@ It wraps a `tokenizers.Tokenizer` and adds the BOS, EOS and padding ids, the cha
 guard against control tokens in text.
 """
 
-import hashlib
 import json
 import re
 import secrets
@@ -20,8 +19,10 @@ from tokenizers import processors
 
 from keifu.data.tokenizers.streaming import DecodingRule, StreamDecoder, decoding_rule
 from keifu.errors import UserError, unknown
-from keifu.files import write_atomic
+from keifu.files import hash_of, write_atomic
 
+BackendWithRoles = tuple[tokenizers.Tokenizer, dict[str, str]]  # roles: the token of each, as far as they are known
+Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...} each
 OPENING, CLOSING = "\U000f0000", "\U000f0001"  # around a secret name: private-use characters, which no rule changes
 
 
@@ -38,7 +39,8 @@ class ControlTokenGuard:
         nonce = secrets.token_hex(8)
         special = [token.content for token in added if token.special]
         self.names = {token: f"{OPENING}{nonce}.{n}{CLOSING}" for n, token in enumerate(special)}
-        self._every = sorted((token.content for token in added), key=len, reverse=True)
+        self._every = _any_of(token.content for token in added)
+        self._special = re.compile(_any_of(special))
         self.backend = _renamed(original, self.names) if self.names else original
 
     def mark(self, value: Any, marks: str) -> Any:
@@ -58,9 +60,8 @@ class ControlTokenGuard:
         Text between marks came from a message and stays plain text. If a template has separated a mark from its token,
         the mark still prevents that text on its two sides joins into a special token.
         """
-        every = "|".join(map(re.escape, self._every)) or "(?!)"
         start, end = map(re.escape, marks)
-        pattern = re.compile(f"{start}({every}){end}|({every})|[{start}{end}]")
+        pattern = re.compile(f"{start}({self._every}){end}|({self._every})|[{start}{end}]")
 
         def replacement(match: re.Match[str]) -> str:
             token = match[2] or ""
@@ -68,22 +69,10 @@ class ControlTokenGuard:
 
         return pattern.sub(replacement, rendered)
 
-    @property
-    def _special(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(self.names, key=len, reverse=True))) or "(?!)")
 
-
-def names_in_text(original: tokenizers.Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern that matches special tokens in a text; None if only the copy can recognise them.
-
-    If the tokenizer does not normalise text and the names are ASCII (equal in every byte alphabet), text without a
-    match cannot contain a special token. Searching is much faster than building the copy.
-    """
-    special = [token for token in original.get_added_tokens_decoder().values() if token.special]
-    plain = all(re.fullmatch(r"[!-~]+", token.content) and not token.normalized for token in special)
-    if original.normalizer is not None or not plain:
-        return None
-    return re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
+def _any_of(names: Iterable[str]) -> str:
+    """Return a pattern that matches any of these names, the longest first."""
+    return "|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)"
 
 
 def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], bos: bool, eos: bool) -> None:
@@ -238,17 +227,13 @@ class Tokenizer:
             raise unknown("token", token, self.backend.get_vocab())
         return number
 
-    def chat_text(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
-    ) -> str:
+    def chat_text(self, messages: Messages, add_generation_prompt: bool = True, **variables: Any) -> str:
         """Render the conversation with the chat template. `variables` (`tools`, ...) are passed to the template."""
         from keifu.data.tokenizers.chat_template import render
 
         return render(self.chat_template, messages, add_generation_prompt, {**self.special, **variables})
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
-    ) -> list[int]:
+    def render_chat(self, messages: Messages, add_generation_prompt: bool = True, **variables: Any) -> list[int]:
         """Encode a conversation, a list of {"role": ..., "content": ...}, formatted by the chat template.
 
         Only the template writes control tokens: the same text inside a message stays text. The template also writes the
@@ -261,7 +246,7 @@ class Tokenizer:
         text = self.chat_text(marked, add_generation_prompt, **self._shield.mark(variables, marks))
         return self.encode(self._shield.name(text, marks))
 
-    def render_turns(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[list[int], list[bool]]:
+    def render_turns(self, messages: Messages, **variables: Any) -> tuple[list[int], list[bool]]:
         """Encode a whole conversation. Return ids, and a loss mask that is True on tokens written by the assistant.
 
         The token that ends the assistant's turn is included; line breaks of the template after it are not.
@@ -281,10 +266,6 @@ class Tokenizer:
     def with_chat_template(self, template: str | None) -> "Tokenizer":
         """Return a copy with this chat template, or without one."""
         return self.replace(chat_template=template)
-
-    def with_max_length(self, length: int) -> "Tokenizer":
-        """Return a copy for a model with this maximum number of tokens."""
-        return self.replace(max_length=length)
 
     def __repr__(self) -> str:
         model = type(self.backend.model).__name__
@@ -329,7 +310,7 @@ class Tokenizer:
         Scores are rounded, because the `tokenizers` library reads their last digit inexactly.
         """
         rounded = json.loads(self.backend.to_str(), parse_float=lambda digits: round(float(digits), 6))
-        return hashlib.sha256(json.dumps(rounded).encode()).hexdigest()
+        return hash_of([json.dumps(rounded)])
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -346,7 +327,16 @@ class Tokenizer:
 
     @cached_property
     def _names(self) -> re.Pattern[str] | None:
-        return names_in_text(self.backend)
+        """Pattern of special tokens in a text; None if only the guard's copy can recognise them.
+
+        If the tokenizer does not normalise text and the names are ASCII (equal in every byte alphabet), text without a
+        match cannot contain a special token. Searching is much faster than building the copy.
+        """
+        special = [token for token in self.backend.get_added_tokens_decoder().values() if token.special]
+        plain = all(re.fullmatch(r"[!-~]+", token.content) and not token.normalized for token in special)
+        if self.backend.normalizer is not None or not plain:
+            return None
+        return re.compile("|".join(re.escape(token.content) for token in special) or "(?!)")
 
     @cached_property
     def _shield(self) -> ControlTokenGuard:

@@ -12,11 +12,10 @@ from keifu.data.tokenizers import sentencepiece as sp
 from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.formats import BERT_ROLES, wordpiece_backend
 from keifu.data.tokenizers.streaming import byte_alphabet
-from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
+from keifu.data.tokenizers.tokenizer import BackendWithRoles, Tokenizer, put_around_text
 from keifu.errors import UserError, require_known
 
 END_OF_TEXT = "<|endoftext|>"
-Made = tuple[tokenizers.Tokenizer, dict[str, str]]  # backend, and the token of each role
 
 
 @dataclass
@@ -93,7 +92,7 @@ def train_tokenizer(
     return Tokenizer(backend, special)
 
 
-def _bpe(wanted: _Training) -> Made:
+def _bpe(wanted: _Training) -> BackendWithRoles:
     specials = [END_OF_TEXT, *wanted.special_tokens]
     wanted.at_least("bpe", 256 + len(specials), f"256 bytes and {len(specials)} special")
     backend = byte_level_backend({}, [], "smollm" if wanted.split_digits else "gpt-2")
@@ -108,7 +107,7 @@ def _bpe(wanted: _Training) -> Made:
     return backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
 
-def _wordpiece(wanted: _Training) -> Made:
+def _wordpiece(wanted: _Training) -> BackendWithRoles:
     specials = sorted(BERT_ROLES.values(), key=lambda token: token != "[PAD]")  # in BERT the id of padding is 0
     backend, _ = wordpiece_backend({}, wanted.lowercase, strip_accents=None)
     limit = max(1000, wanted.vocab_size // 3)  # rarer characters become [UNK], as in BERT
@@ -138,7 +137,7 @@ def _alphabet(backend: tokenizers.Tokenizer, wanted: _Training, limit: int) -> t
     return first[:limit], [f"##{one}" for one in sorted(first[:limit]) if f"##{one}" in vocabulary]
 
 
-def _unigram(wanted: _Training) -> Made:
+def _unigram(wanted: _Training) -> BackendWithRoles:
     specials = ["<unk>", "<s>", "</s>", *wanted.special_tokens]
     reserved = len(specials) + 256
     wanted.at_least("unigram", reserved + 1, f"{len(specials)} special, 256 bytes and the characters")
@@ -171,7 +170,7 @@ def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, sp.no_byte_names()])
 
 
-def _characters(wanted: _Training) -> Made:
+def _characters(wanted: _Training) -> BackendWithRoles:
     for _ in wanted:
         continue
     wanted.check()
@@ -187,7 +186,7 @@ def _with_special_tokens(tokens: Sequence[str]) -> list[AddedToken]:
     return [AddedToken(token, special=True, normalized=False) for token in tokens]
 
 
-KINDS: dict[str, Callable[[_Training], Made]] = {
+KINDS: dict[str, Callable[[_Training], BackendWithRoles]] = {
     "bpe": _bpe,
     "wordpiece": _wordpiece,
     "unigram": _unigram,

@@ -3,7 +3,6 @@
 Axes: row (of a batch), position (source or target), both padded on the right.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -16,6 +15,7 @@ from torch import Tensor
 from keifu.data.epochs import Batching
 from keifu.data.padding import offsets
 from keifu.errors import UserError
+from keifu.files import hash_of
 
 Batch = dict[str, Tensor]
 CHUNK = 20_000  # sentences that are encoded at once
@@ -107,7 +107,7 @@ class EncodedPairs:
     def fingerprint(self) -> str:
         """Hash of all ids."""
         arrays = (side for language in (self.source, self.target) for side in (language.ids, language.starts))
-        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+        return hash_of(np.ascontiguousarray(array).tobytes() for array in arrays)
 
 
 def by_tokens(sizes: np.ndarray, tokens: int) -> Batching:
@@ -155,14 +155,9 @@ class PairData:
         self._validation = by_tokens(validation.sizes(), max(tokens_at_once, longest))
         self._epochs = batching.epochs(seed)
         self.steps_per_epoch = self._epochs.n
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all ids and of all settings that affect the batches."""
-        around = (self.special,) if self.source_special == self.special else (self.special, self.source_special)
-        bounds = hashlib.sha256(repr((self.batching.bounds, *around)).encode()).hexdigest()
-        parts = self.train.fingerprint, self.held_out.fingerprint, bounds
-        return f"{'-'.join(part[:16] for part in parts)}, {self.batching.name}, seed {self.seed}"
+        around = (special,) if self.source_special == special else (special, self.source_special)
+        parts = train.fingerprint, validation.fingerprint, hash_of([repr((batching.bounds, *around))])
+        self.fingerprint = f"{'-'.join(part[:16] for part in parts)}, {batching.name}, seed {seed}"
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier

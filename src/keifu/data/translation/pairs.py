@@ -6,7 +6,7 @@ and its translation on each line; or two files "train.ja,train.en" with correspo
 
 A pair is held out by a hash of its normalised text. So the choice does not depend on the order of the pairs or on the
 direction, and no held-out sentence is in training. Only equal text is recognised. Sentences that differ in a word or a
-name ("Tom likes tea", "Mary likes tea") may be in both parts: `near_copies.near_training` marks the held-out pairs with
+name ("Tom likes tea", "Mary likes tea") may be in both parts: `near_training` marks the held-out pairs with
 such a near copy in training. Paraphrases that share neither side are not recognised.
 """
 
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from keifu.data.catalogue import catalogue
-from keifu.data.records import SUFFIXES, content, listed, read_cells, read_records
-from keifu.data.text.normalization import normalize
-from keifu.data.text.text_files import lines
+from keifu.data.records import SUFFIXES, content, lines, listed, read_cells, read_records
+from keifu.data.text.normalization import Pair, normalize
 from keifu.errors import UserError, unknown
+from keifu.files import hash_of
 from keifu.folders import neighbours
 
-Pair = tuple[str, str]
 Fields = tuple[str | None, str | None]  # of source and target; None: by their names
 NAMES = ("source", "target"), ("src", "tgt"), ("src", "trg"), ("input", "output"), ("sentence", "translation")
 CODE = r"[a-z]{2,3}([-_][A-Za-z]{2,4})?"  # pattern of a language code
@@ -57,10 +56,7 @@ class Pairs:
     @property
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of all sentences in their order."""
-        digest = hashlib.sha256()
-        for pair in self.rows:
-            digest.update("\t".join(pair).encode() + b"\n")
-        return digest.hexdigest()
+        return hash_of("\t".join(pair) + "\n" for pair in self.rows)
 
 
 def read_pairs(
@@ -69,7 +65,7 @@ def read_pairs(
     """Return all pairs of a source. reverse: swap the sides of each.
 
     fields: names of the source and the target field of records; by default source and target (or another pair of
-    `NAMES`), or the only two fields, in order. encoding: see `text_files.lines`. Pairs with an empty side are left out
+    `NAMES`), or the only two fields, in order. encoding: see `records.lines`. Pairs with an empty side are left out
     and counted. Raises `UserError`, with the line or the nearest name, for files of unequal length, a line without two
     columns, invalid bytes, or an unknown name.
     """
@@ -181,19 +177,13 @@ def _columns(path: Path, encoding: str | None) -> Iterator[Pair]:
     for number, line in enumerate(lines(path, encoding=encoding), 1):
         cells = [cell.strip() for cell in line.rstrip("\n").split("\t")]
         if len(cells) != 2:
-            raise UserError(f"{path}, line {number}: {_wrong_columns(cells)}")
+            shown = ", ".join(repr(cell if len(cell) <= 40 else f"{cell[:37]}...") for cell in cells[:6])
+            wrong = f"there is no tab in {shown}, and a tab parts a sentence from its translation"
+            if len(cells) > 2:
+                wrong = f"there are {len(cells)} columns ({shown}), and two are needed: cut out the others, as with "
+                wrong += "`cut -f 1,2`"
+            raise UserError(f"{path}, line {number}: {wrong}.")
         yield cells[0], cells[1]
-
-
-def _wrong_columns(cells: list[str]) -> str:
-    if len(cells) == 1:
-        return f"there is no tab in {_excerpt(cells[0])}, and a tab parts a sentence from its translation."
-    shown = ", ".join(map(_excerpt, cells[:6]))
-    return f"there are {len(cells)} columns ({shown}), and two are needed: cut out the others, as with `cut -f 1,2`."
-
-
-def _excerpt(text: str) -> str:
-    return repr(text if len(text) <= 40 else f"{text[:37]}...")
 
 
 def _zip_files(first: Path, second: Path, encoding: str | None) -> Iterator[Pair]:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from keifu.data.classification.toy import NAMES, toy_dataset
+from keifu.data.classification.tables import NAMES, toy_dataset
 from keifu.errors import UserError
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable

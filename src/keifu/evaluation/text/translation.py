@@ -19,8 +19,8 @@ from torch import nn
 
 from keifu.data.progress import counting
 from keifu.data.text.dataset_report import SCRIPTS, script_numbers
+from keifu.data.text.normalization import near_training
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.data.translation.near_copies import near_training
 from keifu.data.translation.pairs import Pair, Pairs, pair_names, read_pairs, split
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable

@@ -18,8 +18,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from keifu.data.classification.batches import LabelledTensors, TensorBatches
-from keifu.data.classification.tables import Table
-from keifu.data.classification.toy import ToyDataset, toy_dataset
+from keifu.data.classification.tables import Table, ToyDataset, toy_dataset
 from keifu.data.images.augmentation import Distortion
 from keifu.devices import choose
 from keifu.errors import UserError, require_known

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keifu.data.classification.batches import TensorBatches
-from keifu.data.classification.toy import ToyDataset
+from keifu.data.classification.tables import ToyDataset
 from keifu.data.progress import counting
 from keifu.errors import UserError
 from keifu.evaluation.plots import decision_boundary

@@ -19,8 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.classification import toy
-from keifu.data.classification.tables import Table, standardisation
+from keifu.data.classification.tables import TOYS, Table, standardisation, toy_table
 from keifu.errors import UserError, shell
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
@@ -115,13 +114,13 @@ def prepare(recipe: Recipe) -> Lesson:
     """Read the recipe's table, which must have two classes."""
     if not recipe.rate > 0:
         raise UserError(f"The learning rate must be above 0, not {recipe.rate}.")
-    table = toy.toy_table(recipe.data, recipe.label)
+    table = toy_table(recipe.data, recipe.label)
     if len(table.classes) != 2:
         raise UserError(
             f"One neuron parts two classes, and {recipe.data} has {len(table.classes)} ({', '.join(table.classes[:5])}"
             f"{', ...' if len(table.classes) > 5 else ''}): use keifu train mlp --data {shell(recipe.data)}"
         )
-    if recipe.data in toy.TOYS:
+    if recipe.data in TOYS:
         zeros = table.inputs.new_zeros(len(table.columns))
         return Lesson(table, zeros, zeros + 1)
     return Lesson(table, *standardisation(table.inputs))

@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from torch import nn
 
 from keifu.data.audio.recordings import hear, read_recordings
-from keifu.data.own_batches import OwnBatches
+from keifu.data.epochs import OwnBatches
 from keifu.data.padding import stack_rows
 from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.responses import PlainTextResponse, Response
 from torch import nn
 
-from keifu.data.audio.sound_files import read_sound
+from keifu.data.audio.recordings import read_sound
 from keifu.generation.speech.subtitles import FORMATS
 from keifu.generation.speech.transcription import Transcript, TranscriptionParams, compression_ratio, transcribe
 from keifu.serving.errors import ApiError
