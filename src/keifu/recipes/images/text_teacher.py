@@ -6,10 +6,8 @@ English meaning (Reimers and Gurevych, 2020, "Making Monolingual Sentence Embedd
 picture is near the names of similar things. The mean of the captions is subtracted from all embeddings.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +25,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation.pairs import read_pairs
 from keifu.evaluation.classification.embeddings import embed, encode_texts, encoder
 from keifu.evaluation.images.retrieval import padding
+from keifu.files import hash_of
 
 WORDS = 2  # dictionary words for each picture of a batch
 ENGLISH = "en"
@@ -81,14 +80,8 @@ class TaughtBatches(ImageBatches):
     def __init__(self, lessons: Lessons, words: Words | None, *given: Any, **more: Any):
         self.lessons, self.words = lessons, words
         super().__init__(*given, **more)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of the pictures, the captions, and the teacher's embeddings of all texts."""
-        digest = hashlib.sha256(super().fingerprint.encode())
-        for points in (self.lessons.training, self.lessons.held, self.lessons.meanings):
-            digest.update(points.numpy().tobytes())
-        return digest.hexdigest()
+        taught = (lessons.training, lessons.held, lessons.meanings)
+        self.fingerprint = hash_of([self.fingerprint, *(points.numpy().tobytes() for points in taught)])
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
         """Return a slice of the batch of a step (see `ImageBatches.part`)."""
