@@ -46,7 +46,7 @@ def characters(task: Texts, seed: int) -> Iterator[tuple[int, Predictor]]:
     parts = [np.array([places[each] for each in "".join(texts)]) for texts in (task.training, task.held_out)]
     _, config, settings = WAYS["keifu"]
     config, settings = replace(config, vocab_size=len(places)), replace(settings, steps=STEPS["characters"], seed=seed)
-    shards = Shards(*parts, index={"source": "characters"})
+    shards = Shards(*parts, index={"source": "characters", "fingerprint": "characters"})
     return language(shards, config, settings, EVERY["characters"], lambda text: [places[c] for c in text])
 
 
