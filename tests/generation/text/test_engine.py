@@ -77,8 +77,13 @@ def same(found: list[list[Piece]], expected: list[list[Piece]]) -> None:
     for pieces, alone in zip(found, expected, strict=True):
         ours, theirs = ([(p.token, p.text, p.finish_reason) for p in each] for each in (pieces, alone))
         assert ours == theirs
-        figures = [[(p.log_probability, p.sampled_log_probability) for p in each] for each in (pieces, alone)]
-        torch.testing.assert_close(*map(torch.tensor, figures), atol=1e-4, rtol=1e-4)
+    both = [[piece for pieces in each for piece in pieces] for each in (found, expected)]
+    chosen = ([p.log_probability for p in each] for each in both)
+    torch.testing.assert_close(*map(torch.tensor, chosen), atol=1e-4, rtol=1e-4)
+    ours, theirs = (torch.tensor([p.sampled_log_probability for p in each]) for each in both)
+    # top-p keeps or removes a token by the last bit if the sum of probabilities there is p (once: 0.8 + 6e-8); then
+    # the others' shares differ by that token's, here by 0.003. This happens to about one token in 6,000.
+    assert (~torch.isclose(ours, theirs, atol=1e-4, rtol=1e-4)).sum() <= len(ours) // 2000
 
 
 def alone(model: nn.Module, tokenizer: Tokenizer, asked: list[Asked]) -> list[list[Piece]]:
