@@ -50,13 +50,6 @@ class BeamModel(Protocol):
         ...
 
 
-@runtime_checkable
-class BeamState(Protocol):
-    """State of an encoder-decoder: its encoded sources and the targets so far."""
-
-    def select(self, rows: Int[Tensor, " kept"]) -> None: ...
-
-
 class EncoderDecoderBeamModel:
     """Decoder of targets. Sources are encoded once. longest: maximal number of tokens in a target."""
 
@@ -64,7 +57,7 @@ class EncoderDecoderBeamModel:
         self.model = model
         self.begin = torch.full((len(sources),), model.config.start_id, device=device)
         source, mask = pad(sources, model.config.pad_id)
-        self.state: BeamState = model.start(source.to(device), None if mask is None else mask.to(device), longest)
+        self.state = model.start(source.to(device), None if mask is None else mask.to(device), longest)
 
     def first(self) -> Logits:
         return self.next(self.begin)

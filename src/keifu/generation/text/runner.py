@@ -1,5 +1,6 @@
 """Runner of a causal model: computes tokens of several sequences in one step. Keys and values are in blocks.
 
+An engine has one runner, in PyTorch (`TorchRunner`) or native (`keifu.native`), with the same attributes and methods.
 The pool has `n_blocks` blocks of `block_size` tokens. The keys and values of the token at position p of a sequence are
 in block `blocks[p // block_size]` of the sequence's block table, at index p % block_size. The scheduler assigns blocks
 to sequences. Axes: wanted = tokens whose logits are needed, vocab.
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,68 +27,7 @@ from keifu.layers.attention.positions import Rotary
 from keifu.layers.transformer.decoder import Inserted
 from keifu.layers.transformer.decoding import decoding_form
 from keifu.memory import available_memory
-from keifu.native.model import Span, native_form, widest
-
-
-@runtime_checkable
-class Runner(Protocol):
-    """Interface of a runner, which computes the steps of one engine, in PyTorch (`TorchRunner`) or natively
-    (`keifu.native`).
-
-    block_size, n_blocks: tokens of a block, and blocks of the pool. vocab_size, context_length: of the model.
-    token_bytes: bytes of a token's keys and values. window: the largest number of tokens that a token attends to in any
-    layer, including itself; earlier blocks may be reused for other sequences. None: all tokens. contiguous: whether it
-    is fastest if a sequence's blocks are consecutive. by_length: whether keys depend on the prompt's length, so that
-    another prompt with the same beginning cannot reuse them.
-    """
-
-    block_size: int
-    n_blocks: int
-    vocab_size: int
-    context_length: int
-    token_bytes: int
-    state_bytes: int
-    window: int | None
-    contiguous: bool
-    by_length: bool
-
-    def run(self, batch: Sequence[Span]) -> Float[Tensor, "wanted vocab"]:
-        """Return float32 logits after each wanted token: span by span, within a span in the order of the tokens.
-
-        It writes the new keys and values into the blocks. A block that one span writes is not read by another in the
-        same step, because the scheduler shares a block only from the next step on. An interrupted step is repeated,
-        which overwrites its results.
-        """
-        ...
-
-    def forget(self, sequence: int) -> None:
-        """Free the runner's data for a sequence, except blocks. The sequence has ended or was preempted."""
-        ...
-
-
-POOL = 0.25  # share of the free memory for the pool
-STATES = 32  # number of sequences for whose states of fixed size memory is left free
-
-
-def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16, native: bool = True) -> Runner:
-    """Return the runner of the model's native form if there is one, otherwise PyTorch's.
-
-    memory: bytes for its blocks; None: a share of the free memory. block_size: in PyTorch; the native form has a fixed
-    one. native: whether to use the native form.
-    """
-    packed = native_form(model) if native else None
-    make = partial(TorchRunner, causal(model), block_size=block_size) if packed is None else packed.runner
-    probe: Runner = make(1)
-    memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
-    memory -= min(memory // 2, STATES * probe.state_bytes)
-    token = probe.token_bytes + (probe.copied_bytes if isinstance(probe, TorchRunner) else 0)
-    return make(max(1, memory // max(1, token * probe.block_size)))
-
-
-def blocks_of(runner: Runner) -> BlockManager:
-    """Return a manager of the runner's blocks."""
-    return BlockManager(runner.n_blocks, runner.block_size, sharing=not (runner.state_bytes or runner.by_length))
-
+from keifu.native.model import NativeRunner, Span, native_form, widest
 
 SHORT = 32  # shorter spans attend together at different positions; longer ones would mask too much
 
@@ -105,6 +45,11 @@ class TorchRunner:
 
     overlaps: whether the device computes asynchronously, so that the next step can be launched before the host has read
     the tokens of this one.
+
+    token_bytes: bytes of a token's keys and values. window: the largest number of tokens that a token attends to in any
+    layer, including itself; earlier blocks may be reused for other sequences. None: all tokens. contiguous: whether it
+    is fastest if a sequence's blocks are consecutive. by_length: whether keys depend on the prompt's length, so that
+    another prompt with the same beginning cannot reuse them.
 
     copied_bytes: further memory of a step for each token of the pool. Except on a CPU, the keys and values of one layer
     at a time are gathered, with up to a quarter of padding; all graphs share this memory.
@@ -131,7 +76,12 @@ class TorchRunner:
         self.graphs = StepGraphs(self._pool, self._logits) if whole and not self.by_length else None
 
     def run(self, batch: Sequence[Span], last: Int[Tensor, " rows"] | None = None) -> Float[Tensor, "wanted vocab"]:
-        """Compute a step (see `Runner.run`). last: tokens on the device; spans refer to them by row."""
+        """Return float32 logits after each wanted token: span by span, within a span in the order of the tokens.
+
+        It writes the new keys and values into the blocks. A block that one span writes is not read by another in the
+        same step, because the scheduler shares a block only from the next step on. An interrupted step is repeated,
+        which overwrites its results. last: tokens on the device; spans refer to them by row.
+        """
         # graphs and Triton's kernels use the current GPU, by default the first one
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
             return self._run(batch, last)
@@ -159,7 +109,7 @@ class TorchRunner:
         return self._form.logits(hidden[0, step.wanted]).float()
 
     def forget(self, sequence: int) -> None:
-        """Free the states of fixed size of a sequence."""
+        """Free the data of a sequence, except blocks. The sequence has ended or was preempted."""
         self._pool.states.forget(sequence)
 
     def _inserted(self, spans: Sequence[Span]) -> Inserted | None:
@@ -199,6 +149,31 @@ class TorchRunner:
             room = self._pool.capacity - longest  # the view of a shorter sequence extends beyond its end
             groups += _equally_spaced(sorted(spans, key=lambda span: span.blocks[0]), room // size)
         return groups
+
+
+Runner = TorchRunner | NativeRunner
+POOL = 0.25  # share of the free memory for the pool
+STATES = 32  # number of sequences for whose states of fixed size memory is left free
+
+
+def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16, native: bool = True) -> Runner:
+    """Return the runner of the model's native form if there is one, otherwise PyTorch's.
+
+    memory: bytes for its blocks; None: a share of the free memory. block_size: in PyTorch; the native form has a fixed
+    one. native: whether to use the native form.
+    """
+    packed = native_form(model) if native else None
+    make = partial(TorchRunner, causal(model), block_size=block_size) if packed is None else packed.runner
+    probe: Runner = make(1)
+    memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
+    memory -= min(memory // 2, STATES * probe.state_bytes)
+    token = probe.token_bytes + (probe.copied_bytes if isinstance(probe, TorchRunner) else 0)
+    return make(max(1, memory // max(1, token * probe.block_size)))
+
+
+def blocks_of(runner: Runner) -> BlockManager:
+    """Return a manager of the runner's blocks."""
+    return BlockManager(runner.n_blocks, runner.block_size, sharing=not (runner.state_bytes or runner.by_length))
 
 
 def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:
