@@ -19,7 +19,7 @@ from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.models.speech import whisper
 from keifu.native.build import Unavailable
 from keifu.native.model import native_form
-from keifu.native.targets import NativeHearer, NativeSpeech, Targets, pack_speech
+from keifu.native.targets import NativeHearer, NativeSpeech, Targets
 
 sys.path.append(str(Path(__file__).parents[1] / "generation"))
 from speech_toys import published, tokenizer  # pyright: ignore[reportMissingImports]
@@ -75,7 +75,7 @@ def written(packed: NativeSpeech, memory: Any, tokens: torch.Tensor, prompt: int
 def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str, instructions: str) -> None:
     model, config = hearing(KINDS[kind]), KINDS[kind]
     sound, tokens = heard(config)
-    packed = pack_speech(model, weights)
+    packed = NativeSpeech(model, weights)
     memory, own = packed.encode(sound), unpacked(model, packed)
     exact = weights == "f32"
     for mine, pair in zip(memory, model.encode(sound), strict=True):
@@ -97,7 +97,7 @@ def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str
 def test_windows_and_prompts_have_the_same_bits_alone(weights: str) -> None:
     model = hearing(SHAPE)
     sound, tokens = heard(SHAPE, 3)
-    packed = pack_speech(model, weights)
+    packed = NativeSpeech(model, weights)
     together, alone = packed.encode(sound), [packed.encode(each[None]) for each in sound]
     assert all(
         torch.equal(whole[place], single[0])
@@ -114,7 +114,7 @@ def test_transcripts_that_part_go_on_as_pytorchs() -> None:
     """A prompt that fills a block, then rows that continue others."""
     model = hearing(SHAPE)
     sound, tokens = heard(SHAPE, 1)
-    hearer = NativeHearer(pack_speech(model, "f32"), 3)
+    hearer = NativeHearer(NativeSpeech(model, "f32"), 3)
     steps = torch.randint(0, 97, (LENGTH, 3))
     logits: list[torch.Tensor] = []
     for each in (model, hearer):
@@ -145,7 +145,7 @@ def test_transcripts_are_pytorchs(tmp_path: Path, seed: int, choice: dict[str, A
     published(words, seed).save_pretrained(tmp_path)
     expected = transcript(checkpoints.load_model(tmp_path), words, choice)
     model = checkpoints.load_model(tmp_path, weights="own")
-    packed = native_form(model, pack_speech)
+    packed = native_form(model, NativeSpeech)
     assert packed is not None and packed.weights == "f32" and transcript(model, words, choice) == expected
     assert len(expected) > 2
     monkeypatch.setattr(Targets, "write", None)
@@ -157,10 +157,10 @@ def test_a_whisper_is_loaded_and_packed_too(tmp_path: Path) -> None:
     words = tokenizer()
     published(words, 0).save_pretrained(tmp_path)
     model = checkpoints.load_model(tmp_path, weights="int8")
-    packed = native_form(model, pack_speech)
+    packed = native_form(model, NativeSpeech)
     assert isinstance(model, SpeechRecognizer) and packed is not None and packed.weights == "int8"
     assert packed.listener is not None and packed.listener.weights == "int8"
-    assert native_form(checkpoints.load_model(tmp_path), pack_speech) is None
+    assert native_form(checkpoints.load_model(tmp_path), NativeSpeech) is None
     for place in range(1, 4):
         assert len(transcript(model, words, {"language": "en", "fallback": False})[place]) > 0
 
@@ -172,7 +172,7 @@ def test_the_memory_of_both_forms_ends_with_the_model(weights: str, tmp_path: Pa
     model = checkpoints.load_model(tmp_path, weights=weights)
     with torch.no_grad():
         model.get_parameter("norm.bias").add_(1)
-    before = native_form(model, pack_speech)
+    before = native_form(model, NativeSpeech)
     packed = [weakref.ref(each) for each in (model, vars(model)["native"].packed)]
     gc.disable()
     try:
@@ -183,14 +183,14 @@ def test_the_memory_of_both_forms_ends_with_the_model(weights: str, tmp_path: Pa
 
 
 def test_what_cannot_be_is_refused() -> None:
-    packed = pack_speech(hearing(SHAPE), "int8")
+    packed = NativeSpeech(hearing(SHAPE), "int8")
     with pytest.raises(UserError, match="has 140 frames, and this sound has 130"):
         packed.encode(torch.zeros(1, 7, 130))
     with pytest.raises(Unavailable, match=r"decoder.0.feedforward has an activation that native code does not have"):
-        pack_speech(hearing(replace(SHAPE, activation="quick_gelu")), "int8")
+        NativeSpeech(hearing(replace(SHAPE, activation="quick_gelu")), "int8")
     with pytest.raises(Unavailable, match="the model is a Linear"):
-        pack_speech(torch.nn.Linear(1, 1), "int8")
+        NativeSpeech(torch.nn.Linear(1, 1), "int8")
     adapted = hearing(SHAPE)
     attach(adapted, {Target("decoder.0.attention.out", 0, 24, "out_proj"): LoraSettings(2)})
     with pytest.raises(Unavailable, match="adapters"):
-        pack_speech(adapted, "int8")
+        NativeSpeech(adapted, "int8")

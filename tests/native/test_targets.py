@@ -20,7 +20,7 @@ from keifu.generation.text.translation import TranslationParams, search
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.models import transformer
 from keifu.native.model import native_form
-from keifu.native.targets import NativeTargets, NativeTranslator, pack_translator
+from keifu.native.targets import NativeTargets, NativeTranslator
 
 pytestmark = pytest.mark.usefixtures("opened")
 SHAPE = transformer.Config(
@@ -67,7 +67,7 @@ def written(targets: NativeTargets, tokens: Tensor) -> Tensor:
 )
 def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str, instructions: str) -> None:
     model, tokens = translator(KINDS[kind]), torch.randint(4, 80, (len(SOURCES), 40))
-    packed = pack_translator(model, weights)
+    packed = NativeTranslator(model, weights)
     own: Any = unpacked(model, packed)
     with torch.inference_mode():
         state = model.start(*pad(SOURCES, SHAPE.pad_id))  # the encoder's weights are not packed
@@ -82,7 +82,7 @@ def test_logits_are_those_of_the_same_numbers_in_pytorch(kind: str, weights: str
 )
 def test_a_target_has_the_same_bits_whatever_beams_it_was_in(weights: str, instructions: str) -> None:
     model, chance = translator(), torch.Generator().manual_seed(5)
-    packed = pack_translator(model, weights)
+    packed = NativeTranslator(model, weights)
     packed.library.call("use_threads", 2)
     targets, texts, owners = begun(packed, SOURCES, 12), [[] for _ in SOURCES], [0, 1, 2, 3]
     targets.first()
@@ -132,18 +132,18 @@ def test_more_targets_than_fit_one_pass() -> None:
 def test_a_translator_is_loaded_with_its_decoder_packed(tmp_path: Path) -> None:
     checkpoints.save(translator(), None, tmp_path)
     model: Any = checkpoints.load_model(tmp_path, weights="int8")
-    first = native_form(model, pack_translator)
+    first = native_form(model, NativeTranslator)
     assert first is not None and first.weights == "int8" and isinstance(model, EncoderDecoder)
-    assert native_form(model, pack_translator) is first
-    assert native_form(checkpoints.load_model(tmp_path), pack_translator) is None
+    assert native_form(model, NativeTranslator) is first
+    assert native_form(checkpoints.load_model(tmp_path), NativeTranslator) is None
     with torch.no_grad():
         model.get_parameter("decoder.0.attention_norm.weight").mul_(2)
-    again = native_form(model, pack_translator)
+    again = native_form(model, NativeTranslator)
     assert again is not None and again is not first and again.weights == "int8"
 
 
 def test_what_cannot_be_is_refused() -> None:
-    packed = pack_translator(translator(), "int8")
+    packed = NativeTranslator(translator(), "int8")
     targets = begun(packed, SOURCES, 4)
     with pytest.raises(UserError, match="This model looks at a source, and the batch has none"):
         packed(torch.tensor([[1, 2]]))

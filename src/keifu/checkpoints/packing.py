@@ -30,7 +30,7 @@ from keifu.native.describe import ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.model import NativeLM, attach_native, pack
 from keifu.native.pack import OWN, Blocks, Weights
-from keifu.native.targets import pack_speech, pack_translator
+from keifu.native.targets import NativeSpeech, NativeTranslator
 from keifu.untrusted import reading
 
 MAPS = Path("/proc/self/maps")
@@ -117,7 +117,7 @@ def pack_or_keep(model: nn.Module, weights: str) -> nn.Module:
     model."""
     try:
         if isinstance(model, EncoderDecoder | SpeechRecognizer):
-            attach_native(model, weights, pack_translator if isinstance(model, EncoderDecoder) else pack_speech)
+            attach_native(model, weights, NativeTranslator if isinstance(model, EncoderDecoder) else NativeSpeech)
             return model
         return pack(model, weights)
     except Unavailable as reason:

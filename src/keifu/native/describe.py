@@ -145,10 +145,10 @@ def describe(model: nn.Module) -> ModelPart:
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unavailable(f"{name or 'the model'} has hooks, which native code does not call")
     if isinstance(model, EncoderDecoder):
-        return _describe_decoder(_known(model, "", EncoderDecoder))
+        return _describe_decoder(known_layer(model, "", EncoderDecoder))
     if isinstance(model, SpeechRecognizer):
-        return _describe_speech_decoder(_known(model, "", SpeechRecognizer))
-    decoder = _known(model, "", DecoderLM)
+        return _describe_speech_decoder(known_layer(model, "", SpeechRecognizer))
+    decoder = known_layer(model, "", DecoderLM)
     table, positions = _matrix(model, "embedding", nn.Embedding, ScaledEmbedding), decoder.positions
     return ModelPart(
         table,
@@ -205,7 +205,7 @@ def describe_speech_encoder(model: SpeechRecognizer) -> ModelPart:
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-def _known(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
+def known_layer(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
     """Return the layer of this name if its class is one of `kinds`. Raises `Unavailable` otherwise, also for
     subclasses, which may differ.
     """
@@ -217,7 +217,7 @@ def _known(model: nn.Module, name: str, *kinds: type[Kind]) -> Kind:
 
 def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding]) -> MatrixPart:
     """Describe the whole matrix of a layer, whose class is one of `kinds`; default: a linear layer."""
-    module = _known(model, name, *(kinds or (Linear, JoinedLinear, nn.Linear)))
+    module = known_layer(model, name, *(kinds or (Linear, JoinedLinear, nn.Linear)))
     rows, columns = module.weight.shape
     bias = module.bias if isinstance(module, nn.Linear) else None
     return MatrixPart(f"{name}.weight", 0, rows, columns, None if bias is None else f"{name}.bias")
@@ -225,7 +225,7 @@ def _matrix(model: nn.Module, name: str, *kinds: type[nn.Linear | nn.Embedding])
 
 def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
     """Describe each matrix that is joined in one layer, under the names `parts`."""
-    module = _known(model, name, JoinedLinear, JoinedUnbiasedKeys)
+    module = known_layer(model, name, JoinedLinear, JoinedUnbiasedKeys)
     if isinstance(module, JoinedUnbiasedKeys):
         biases = {part: f"{name}.biases.{part[0]}" for part in parts if part[0] in module.biases}
         whole = _split(model, f"{name}.matrix", *parts)
@@ -236,7 +236,7 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
 
 
 def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]) -> NormPart:
-    norm = _known(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
+    norm = known_layer(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
     if isinstance(norm, nn.Identity):
         return NormPart(NO_NORM, 0.0, None)
     weight, bias = (f"{name}.{key}" if key in dict(norm.named_parameters()) else None for key in ("weight", "bias"))
@@ -246,8 +246,8 @@ def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]
 
 def _layer(model: nn.Module, name: str) -> LayerPart:
     blocks = PreNorm, PostNorm, CrossPreNorm, CrossPostNorm, SandwichNorm, ReorderedNorm, Parallel
-    block = _known(model, name, *blocks)
-    attention = _known(model, f"{name}.attention", Attention, SinkAttention, KeysUnbiased)
+    block = known_layer(model, name, *blocks)
+    attention = known_layer(model, f"{name}.attention", Attention, SinkAttention, KeysUnbiased)
     norms = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
     mixed = isinstance(model.get_submodule(f"{name}.feedforward"), MixtureOfExperts)
     network, router, experts, numbers = (_mixture if mixed else _network)(model, f"{name}.feedforward")
@@ -280,7 +280,7 @@ Network = tuple[Matrices, MatrixPart | None, tuple[Matrices, ...], dict[str, int
 
 def _network(model: nn.Module, name: str) -> Network:
     """Return the matrices and numbers of a feed-forward network, with no router and no experts."""
-    network = _known(model, name, FeedForward, GatedFeedForward, ClampedFeedForward)
+    network = known_layer(model, name, FeedForward, GatedFeedForward, ClampedFeedForward)
     clamped = isinstance(network, ClampedFeedForward)
     if not clamped and network.activation not in ACTIVATION_KINDS:
         raise Unavailable(f"{name} has an activation that native code does not have")
@@ -294,7 +294,7 @@ def _network(model: nn.Module, name: str) -> Network:
 
 def _mixture(model: nn.Module, name: str) -> Network:
     """Return the router, the experts' matrices and the numbers of a mixture of experts. It has no other matrices."""
-    mixture, router = _known(model, name, MixtureOfExperts), _known(model, f"{name}.router", SoftmaxRouter)
+    mixture, router = known_layer(model, name, MixtureOfExperts), known_layer(model, f"{name}.router", SoftmaxRouter)
     if mixture.shared is not None:
         raise Unavailable(f"{name} has an expert that every token uses, which native code does not have")
     networks = [_network(model, f"{name}.experts.{number}") for number in range(router.n_experts)]
@@ -318,14 +318,14 @@ def _cross(model: nn.Module, name: str, attention: Attention) -> dict[str, Matri
     """Describe the queries and the output of a cross-attention. Its keys and values are computed when the source is
     read.
     """
-    cross = _known(model, name, CrossAttention, KeysUnbiasedCross)
+    cross = known_layer(model, name, CrossAttention, KeysUnbiasedCross)
     if (cross.n_heads, attention.scale, attention.window) != (attention.n_kv_heads, None, None):
         raise Unavailable(f"{name} has other heads, or another scale, than the self-attention before it")
     return {"cross_query": _matrix(model, f"{name}.q"), "cross_out": _matrix(model, f"{name}.out")}
 
 
 def _rotary(model: nn.Module, name: str) -> tuple[dict[str, int | float], Tensor]:
-    rotary = _known(model, name, Rotary)
+    rotary = known_layer(model, name, Rotary)
     if rotary.scaling and rotary.scaling.by_length:
         raise Unavailable(f"{name} has {rotary.scaling.kind} scaling, whose angles change with the text's length")
     frequencies, magnitude = rotary.frequencies(LIKE), rotary.scaling.magnitude() if rotary.scaling else 1.0

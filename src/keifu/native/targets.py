@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder, Source, SourceMask, read_source
 from keifu.layers.transformer.speech import Features, Memory, SpeechRecognizer, check_window
 from keifu.native import library as native
-from keifu.native.build import Unavailable
-from keifu.native.describe import MEMORY, describe, describe_speech_encoder
+from keifu.native.describe import MEMORY, describe, describe_speech_encoder, known_layer
 from keifu.native.model import BLOCK_SIZE, MOST_TOKENS, NativeLM, at
 from keifu.native.pack import Weights
 
@@ -50,16 +49,11 @@ class Reader(nn.Module):
 class NativeTranslator(NativeLM):
     """A translator whose decoder is packed; `read` is its encoder."""
 
-    def __init__(self, model: EncoderDecoder, weights: str):
+    def __init__(self, model: nn.Module, weights: str):
+        """Pack the decoder of an encoder-decoder (see `pack`). Its other weights do not change."""
+        translator = known_layer(model, "", EncoderDecoder)
         super().__init__(describe(model), Weights(model), weights, model.config)
-        self.read = _in_float32(Reader(model))
-
-
-def pack_translator(model: nn.Module, weights: str) -> NativeTranslator:
-    """Pack the decoder of an encoder-decoder (see `pack`). Its other weights do not change."""
-    if not isinstance(model, EncoderDecoder):
-        raise Unavailable(f"the model is a {type(model).__name__}, which native code does not have")
-    return NativeTranslator(model, weights)
+        self.read = _in_float32(Reader(translator))
 
 
 def _in_float32(module: Read) -> Read:
@@ -94,7 +88,9 @@ class MemoryWeights(Weights):
 class NativeSpeech(NativeLM):
     """A speech model whose decoder is packed. listener: its packed encoder after the convolutions; None for f32."""
 
-    def __init__(self, model: SpeechRecognizer, weights: str):
+    def __init__(self, module: nn.Module, weights: str):
+        """Pack a speech model (see `pack`)."""
+        model = known_layer(module, "", SpeechRecognizer)
         super().__init__(describe(model), Weights(model), weights, model.config)
         # a copy: this object will be an attribute of the model, and a cycle would keep both in memory
         self.read: Any = _in_float32(copy(model))
@@ -131,13 +127,6 @@ class NativeSpeech(NativeLM):
             self.library.destroy(handle)
         parts = both.to(self.cache_dtype).split(about.dim, -1)
         return [(keys.contiguous(), values.contiguous()) for keys, values in zip(parts[::2], parts[1::2], strict=True)]
-
-
-def pack_speech(model: nn.Module, weights: str) -> NativeSpeech:
-    """Pack a speech model (see `pack`)."""
-    if not isinstance(model, SpeechRecognizer):
-        raise Unavailable(f"the model is a {type(model).__name__}, which native code does not have")
-    return NativeSpeech(model, weights)
 
 
 class Targets:

@@ -25,7 +25,7 @@ from keifu.generation.text.beam_search import Hypothesis, Search, beam_search
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.transformer.speech import Memory, SpeechRecognizer
 from keifu.native.model import native_form
-from keifu.native.targets import NativeHearer, pack_speech
+from keifu.native.targets import NativeHearer, NativeSpeech
 from keifu.ranges import Count, check
 
 TIME = 0.02  # seconds between consecutive time tokens
@@ -95,7 +95,7 @@ Hearer = SpeechRecognizer | NativeHearer
 
 def hearer_of(model: nn.Module, rows: int) -> Hearer:
     """Return the model, or its packed form if there is one, for `rows` transcripts at once."""
-    hearer, packed = speech_model(model), native_form(model, pack_speech)
+    hearer, packed = speech_model(model), native_form(model, NativeSpeech)
     return hearer if packed is None else NativeHearer(packed, rows)
 
 

@@ -25,7 +25,7 @@ from keifu.generation.text.beam_search import (
 )
 from keifu.generation.text.model import Encoder, Translator, device_of, evaluation_mode, is_writer
 from keifu.native.model import native_form
-from keifu.native.targets import NativeTargets, pack_translator
+from keifu.native.targets import NativeTargets, NativeTranslator
 from keifu.ranges import Count, Finite, check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
@@ -257,7 +257,7 @@ def search(
 def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:
     """Return a beam model for these sources. It uses the native step if the model has one."""
     assert isinstance(model, nn.Module)
-    packed = native_form(model, pack_translator)
+    packed = native_form(model, NativeTranslator)
     if packed is None:
         return EncoderDecoderBeamModel(model, sources, longest, device_of(model))
     lengths = [len(source) for source in sources]
