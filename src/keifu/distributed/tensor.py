@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from keifu.distributed.layout import Layout
 from keifu.errors import UserError
+from keifu.layers import normalisation as norms
 from keifu.layers.attention.attention import Attention, CrossAttention
 from keifu.layers.attention.axial import GridAttention
 from keifu.layers.dropout import Dropout, dropout_mask
@@ -26,13 +27,6 @@ from keifu.layers.feedforward import GEGLU, FeedForward, GatedFeedForward
 from keifu.layers.linear import Linear, linear
 from keifu.layers.lora import Adapter, adapters
 from keifu.layers.losses import cross_entropy
-from keifu.layers.normalisation import (
-    AllHeadsRMSNorm,
-    FullPrecisionRMSNorm,
-    RMSNorm,
-    ScaledLayerNorm,
-    UnitOffsetRMSNorm,
-)
 from keifu.layers.quantized import QuantizedLinear
 from keifu.layers.transformer.blocks import (
     CrossPostNorm,
@@ -119,7 +113,7 @@ class SplitDropout(Dropout):
         return tokens.scatter(mask, reduce=False) if self.axis is None else mask.narrow(axis, tokens.index * size, size)
 
 
-class SplitHeadsNorm(AllHeadsRMSNorm):
+class SplitHeadsNorm(norms.AllHeadsRMSNorm):
     """RMSNorm over all heads, where the input has only this rank's heads: (batch, length, heads, head_dim)."""
 
     tokens: Tokens
@@ -282,7 +276,7 @@ def _check_whole(block: nn.Module, names: Mapping[nn.Module, str]) -> None:
 def _check_head_norms(attention: Attention, names: Mapping[nn.Module, str]) -> None:
     """Raise UserError for an unknown norm of queries or keys over all heads: each rank has only some heads."""
     for norm in (attention.q_norm, attention.k_norm):
-        if norm is None or type(norm) is AllHeadsRMSNorm:
+        if norm is None or type(norm) is norms.AllHeadsRMSNorm:
             continue
         if type(norm) not in LAYERS:
             raise _unknown(norm, names)
@@ -328,7 +322,7 @@ def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Lay
     parts = [_shares(inner, size), *(_shares(kv, size, kv_heads, start) for start in (inner, inner + kv))]
     yield from _split_pair(part, "qkv", "out", parts, tokens)
     for name, norm, shares in (("q_norm", part.q_norm, parts[0]), ("k_norm", part.k_norm, _shares(kv, size, kv_heads))):
-        if isinstance(norm, AllHeadsRMSNorm):
+        if isinstance(norm, norms.AllHeadsRMSNorm):
             yield f"{name}.weight", _split_norm(norm, shares, tokens)
     part.n_heads, part.n_kv_heads = heads // size, max(1, kv_heads // size)
     part.dropout = SplitDropout(part.dropout.p, tokens, 1)
@@ -424,9 +418,9 @@ LAYERS: dict[type, Rule | None] = {  # layers of a block; None: the layer acts o
     GEGLU: _split_feedforward,
     Dropout: _split_dropout,
     nn.LayerNorm: None,
-    RMSNorm: None,
-    FullPrecisionRMSNorm: None,
-    UnitOffsetRMSNorm: None,
-    ScaledLayerNorm: None,
+    norms.RMSNorm: None,
+    norms.FullPrecisionRMSNorm: None,
+    norms.UnitOffsetRMSNorm: None,
+    norms.ScaledLayerNorm: None,
 }
 WHOLE = {SpatialAttention}  # blocks that are not split, although they contain layers of the table

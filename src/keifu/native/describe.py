@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from keifu.layers import normalisation as norms
 from keifu.layers.activations import ACTIVATIONS, Activation
 from keifu.layers.attention.attention import (
     Attention,
@@ -27,13 +28,6 @@ from keifu.layers.feedforward import ClampedFeedForward, FeedForward, GatedFeedF
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.lora import AdaptedLinear
 from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
-from keifu.layers.normalisation import (
-    AllHeadsRMSNorm,
-    FullPrecisionRMSNorm,
-    RMSNorm,
-    ScaledLayerNorm,
-    UnitOffsetRMSNorm,
-)
 from keifu.layers.transformer.blocks import (
     CrossPostNorm,
     CrossPreNorm,
@@ -130,7 +124,7 @@ NORMS = {  # module names in a block → names in the native code
 }
 ALL_HEADS = {"attention.q_norm": "all_queries_norm", "attention.k_norm": "all_keys_norm"}  # for an AllHeadsRMSNorm
 REORDERED = {part: f"post_{part}" for part in ("attention_norm", "feedforward_norm")}  # for a ReorderedNorm
-RMS_NORMS = RMSNorm, FullPrecisionRMSNorm, UnitOffsetRMSNorm
+RMS_NORMS = norms.RMSNorm, norms.FullPrecisionRMSNorm, norms.UnitOffsetRMSNorm
 
 
 def describe(model: nn.Module) -> ModelPart:
@@ -156,9 +150,9 @@ def describe(model: nn.Module) -> ModelPart:
         None if positions is None else "positions.weight",
         decoder.config.context_length if positions is None else positions.num_embeddings,
         tuple(_layer(model, f"blocks.{number}") for number in range(len(decoder.blocks))),
-        _norm(model, "norm", ScaledLayerNorm),
+        _norm(model, "norm", norms.ScaledLayerNorm),
         table if decoder.head is None else _matrix(model, "head"),
-        decoder.norm.scale if isinstance(decoder.norm, ScaledLayerNorm) else 1.0,
+        decoder.norm.scale if isinstance(decoder.norm, norms.ScaledLayerNorm) else 1.0,
     )
 
 
@@ -235,20 +229,20 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
     return {part: replace(whole, first=first, rows=count, bias_first=first) for part, first, count in matrices}
 
 
-def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[RMSNorm]) -> NormPart:
+def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[norms.RMSNorm]) -> NormPart:
     norm = known_layer(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
     if isinstance(norm, nn.Identity):
         return NormPart(NO_NORM, 0.0, None)
     weight, bias = (f"{name}.{key}" if key in dict(norm.named_parameters()) else None for key in ("weight", "bias"))
     kind = LAYER_NORM if isinstance(norm, nn.LayerNorm) else RMS_NORM
-    return NormPart(kind, norm.eps, weight, bias, 1.0 if isinstance(norm, UnitOffsetRMSNorm) else 0.0)
+    return NormPart(kind, norm.eps, weight, bias, 1.0 if isinstance(norm, norms.UnitOffsetRMSNorm) else 0.0)
 
 
 def _layer(model: nn.Module, name: str) -> LayerPart:
     blocks = PreNorm, PostNorm, CrossPreNorm, CrossPostNorm, SandwichNorm, ReorderedNorm, Parallel
     block = known_layer(model, name, *blocks)
     attention = known_layer(model, f"{name}.attention", Attention, SinkAttention, KeysUnbiased)
-    norms = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
+    norm_names = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
     mixed = isinstance(model.get_submodule(f"{name}.feedforward"), MixtureOfExperts)
     network, router, experts, numbers = (_mixture if mixed else _network)(model, f"{name}.feedforward")
     matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value") | network
@@ -264,7 +258,7 @@ def _layer(model: nn.Module, name: str) -> LayerPart:
     }
     return LayerPart(
         matrices,
-        dict(_layer_norm(model, name, part) for part in norms),
+        dict(_layer_norm(model, name, part) for part in norm_names),
         numbers | turning,
         (attention.n_heads, attention.n_kv_heads, attention.head_dim),
         frequencies,
@@ -308,8 +302,8 @@ def _mixture(model: nn.Module, name: str) -> Network:
 def _layer_norm(model: nn.Module, name: str, part: str) -> tuple[str, NormPart]:
     """Return the native code's name of a block's norm, and the norm."""
     norm = model.get_submodule(f"{name}.{part}")
-    if part in ALL_HEADS and isinstance(norm, AllHeadsRMSNorm):
-        return ALL_HEADS[part], _norm(model, f"{name}.{part}", AllHeadsRMSNorm)
+    if part in ALL_HEADS and isinstance(norm, norms.AllHeadsRMSNorm):
+        return ALL_HEADS[part], _norm(model, f"{name}.{part}", norms.AllHeadsRMSNorm)
     names = NORMS | (REORDERED if isinstance(model.get_submodule(name), ReorderedNorm) else {})
     return names.get(part, part), _norm(model, f"{name}.{part}")
 
