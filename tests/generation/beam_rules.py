@@ -1,13 +1,13 @@
-"""Beam search of causal models, and transformers' rules that no recipe asks for: what the tests compare with."""
+"""Beam search of causal models, and transformers' penalty, which no recipe asks for."""
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.generation.text.beam_search import Hypothesis, Lengths, Logits, Scores, Search, beam_search
+from keifu.generation.text.beam_search import Hypothesis, Lengths, Logits, Search, beam_search
 from keifu.generation.text.model import PREFILL_TOKENS, Model, Padding, Tokens, causal, device_of, evaluation_mode
 from keifu.layers.attention.kv_cache import KVState
 
@@ -15,12 +15,6 @@ from keifu.layers.attention.kv_cache import KVState
 def power_penalty(lengths: Lengths, exponent: float = 1.0) -> Lengths:
     """Return |Y|^exponent, as transformers divides by; 1 is the mean of the tokens' log-probabilities, 0 their sum."""
     return lengths**exponent
-
-
-def until_unlikely(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Go on while the best open text, were it to end now, would come among the kept ones. A longer one might yet have
-    done so: not exact, but soon over. transformers: early_stopping=False."""
-    return best_open / now > scores[:, -1]
 
 
 def step(model: Model, tokens: Tokens, state: KVState, padding: Padding = None) -> Float[Tensor, "batch vocab"]:
@@ -69,8 +63,8 @@ class CausalBeamModel:
 @torch.inference_mode()
 def continuations(
     model: nn.Module, prompts: Sequence[Sequence[int]], search: Search, max_tokens: int
-) -> list[list[Hypothesis]]:
-    """Return the best continuations of each prompt by a causal model, best first. Prompts may have different lengths.
+) -> list[Hypothesis]:
+    """Return the best continuation of each prompt by a causal model. Prompts may have different lengths.
 
     A prompt that is empty or leaves no room in the context is a `UserError`.
     """

@@ -117,7 +117,7 @@ def test_what_is_written_again(monkeypatch, text, score, no_speech, tries) -> No
         begun.append(1)
         return SimpleNamespace(tokens=SimpleNamespace(end=words.token_id(SPECIAL[0])), no_speech=no_speech)
 
-    monkeypatch.setattr(transcription, "beam_search", lambda *_: [[written]])
+    monkeypatch.setattr(transcription, "beam_search", lambda *_: [written])
     monkeypatch.setattr(transcription, "draw", lambda *_: written)
     transcription.write_window(begin, words, 9, TranscriptionParams(), 0)
     assert len(begun) == tries
@@ -133,7 +133,7 @@ def test_drawn_transcripts_follow_the_rules_and_the_temperature(hearing) -> None
         return transcription.SpeechBeamModel(model, memory, prompt, 36, tokens)
 
     with torch.inference_mode():
-        [[greedy]] = beam_search(decoder(), Search((tokens.end,), 1, penalty=lambda lengths: lengths), [36])
+        [greedy] = beam_search(decoder(), Search((tokens.end,), 1, penalty=lambda lengths: lengths), [36])
         cold, warm = (transcription.draw(decoder(), 36, temperature, 0) for temperature in (1e-4, 1.0))
     assert cold.tokens == greedy.tokens and cold.score == pytest.approx(greedy.score, abs=1e-4)
     assert warm.tokens != cold.tokens and warm.tokens[0] >= tokens.times
@@ -175,7 +175,7 @@ def test_a_prompt_comes_before_the_first_window_and_fits(hearing, monkeypatch, l
     model.config = replace(model.config, context_length=length)
     monkeypatch.setattr(Written, "prompts", [])
     monkeypatch.setattr(transcription, "SpeechBeamModel", Written)
-    monkeypatch.setattr(transcription, "beam_search", lambda *_: [[Hypothesis([7], 0.0, True)]])
+    monkeypatch.setattr(transcription, "beam_search", lambda *_: [Hypothesis([7], 0.0, True)])
     prompt = "one two three four " * 9
     transcribe(model, words, SOUND, TranscriptionParams("en", prompt=prompt, previous=previous, fallback=False))
     past, task = words.encode(" " + prompt.strip()), speech_tokens(model.config, words).prompt("en", "transcribe")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from beam_rules import continuations, power_penalty, until_unlikely
+from beam_rules import continuations, power_penalty
 from generation_toys import of_kinds_of_memory, of_two_models
 from torch import Tensor, nn
 
@@ -24,14 +24,11 @@ from keifu.generation.text.beam_search import (
     beam_search,
     paper_penalty,
     top_candidates,
-    until_decided,
-    until_full,
 )
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import score
 from keifu.generation.text.sampling_params import SamplingParams
 
-RULES = {False: until_unlikely, True: until_full, "never": until_decided}
 CPU = torch.device("cpu")
 
 SEEDS = [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))]
@@ -81,41 +78,40 @@ def lm(kind: str, vocab: int) -> hf.PreTrainedModel:
     return sharpened(hf.AutoModelForCausalLM.from_config(config, attn_implementation="eager"), 8)
 
 
-def theirs(model: Any, ids: Tensor, mask: Tensor, beams: int, begin: int, ends: list[int], **wanted: Any) -> list[list]:
-    """Return for each row transformers' texts, best first, each with its score; greedy choice has no scores."""
+def theirs(
+    model: Any, ids: Tensor, mask: Tensor, beams: int, begin: int, ends: list[int], **wanted: Any
+) -> list[tuple[list[int], float | None]]:
+    """Return for each row transformers' best text with its score; greedy choice has no scores."""
     if beams > 1:
-        wanted |= {"num_beams": beams, "num_return_sequences": beams, "output_scores": True}
+        wanted |= {"num_beams": beams, "early_stopping": "never", "output_scores": True}
     else:
-        wanted.pop("length_penalty"), wanted.pop("early_stopping")
+        wanted.pop("length_penalty")
     config = hf.GenerationConfig(do_sample=False, eos_token_id=ends, return_dict_in_generate=True, **wanted)
     found = model.generate(ids, attention_mask=mask, generation_config=config)
     scores = found.sequences_scores.tolist() if beams > 1 else [None] * len(ids)
     texts = [_until(text[begin:], ends) for text in found.sequences.tolist()]
-    pairs = list(zip(texts, scores, strict=True))
-    return [pairs[row * beams : (row + 1) * beams] for row in range(len(ids))]
+    return list(zip(texts, scores, strict=True))
 
 
 def _until(text: list[int], ends: list[int]) -> list[int]:
     return text[: next((place for place, token in enumerate(text) if token in ends), len(text))]
 
 
-def check_equal(ours: Sequence[Sequence[Hypothesis]], expected: list[list]) -> None:
-    assert [[each.tokens for each in row] for row in ours] == [[text for text, _ in row] for row in expected]
-    for row, wanted in zip(ours, expected, strict=True):
-        for each, (_, found) in zip(row, wanted, strict=True):
-            assert found is None or each.score == pytest.approx(found, rel=1e-4, abs=1e-4)
+def check_equal(ours: Sequence[Hypothesis], expected: list[tuple[list[int], float | None]]) -> None:
+    assert [each.tokens for each in ours] == [text for text, _ in expected]
+    for each, (_, found) in zip(ours, expected, strict=True):
+        assert found is None or each.score == pytest.approx(found, rel=1e-4, abs=1e-4)
 
 
-def setting(draw: random.Random, stopping: bool | str) -> tuple[dict[str, Any], Any]:
+def setting(draw: random.Random) -> tuple[dict[str, Any], Any]:
     """Return one draw of length penalty and limit: for transformers, and the penalty for us."""
     exponent = draw.choice([-0.7, 0.0, 0.5, 1.0, 2.0])
-    wanted = {"length_penalty": exponent, "early_stopping": stopping, "max_new_tokens": draw.choice([1, 5, 20])}
+    wanted = {"length_penalty": exponent, "max_new_tokens": draw.choice([1, 5, 20])}
     return wanted, partial(power_penalty, exponent=exponent)
 
 
-@pytest.mark.parametrize("stopping", RULES)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_an_encoder_decoders_beams_are_those_of_transformers(seed: int, stopping: bool | str, tmp_path: Path) -> None:
+def test_an_encoder_decoders_beams_are_those_of_transformers(seed: int, tmp_path: Path) -> None:
     draw, vocab = random.Random(seed), [37, 700, 131, 301][seed]
     torch.manual_seed(seed)
     model, pad = marian(vocab, draw), vocab - 1
@@ -125,19 +121,18 @@ def test_an_encoder_decoders_beams_are_those_of_transformers(seed: int, stopping
     longest = max(map(len, sources))
     ids = torch.tensor([source + [pad] * (longest - len(source)) for source in sources])
     for beams in range(1, 6):
-        wanted, penalty = setting(draw, stopping)
+        wanted, penalty = setting(draw)
         more = {"pad_token_id": pad, "decoder_start_token_id": pad, "bad_words_ids": [[pad]]}
         expected = theirs(model, ids, (ids != pad).long(), beams, 1, [0], **wanted, **more)
         limit = wanted["max_new_tokens"]
-        search = Search((0,), beams, beams, penalty, never=(pad,), goes_on=RULES[stopping])
+        search = Search((0,), beams, penalty, never=(pad,))
         check_equal(
             beam_search(EncoderDecoderBeamModel(ours, sources, limit, CPU), search, [limit] * len(sources)), expected
         )
 
 
-@pytest.mark.parametrize("stopping", RULES)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_causal_models_beams_are_those_of_transformers(seed: int, stopping: bool | str, tmp_path: Path) -> None:
+def test_a_causal_models_beams_are_those_of_transformers(seed: int, tmp_path: Path) -> None:
     draw, vocab = random.Random(seed), [131, 37, 700, 261][seed]
     torch.manual_seed(seed)
     model = lm(["gpt2", "llama"][seed % 2], vocab)
@@ -147,10 +142,10 @@ def test_a_causal_models_beams_are_those_of_transformers(seed: int, stopping: bo
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
     for beams in range(1, 6):
-        wanted, penalty = setting(draw, stopping)
+        wanted, penalty = setting(draw)
         ends = draw.choice([[7], [7, 9, 11]])
         expected = theirs(model, ids, (ids != 0).long(), beams, longest, ends, pad_token_id=0, **wanted)
-        search = Search(tuple(ends), beams, beams, penalty, goes_on=RULES[stopping])
+        search = Search(tuple(ends), beams, penalty)
         check_equal(continuations(ours, prompts, search, wanted["max_new_tokens"]), expected)
 
 
@@ -196,35 +191,33 @@ def test_with_beams_enough_the_best_text_of_all_is_found(alpha: float) -> None:
     sources, vocab, limit, end = 3, 4, 5, 2
     search = Search((end,), beams=vocab**4, penalty=partial(paper_penalty, alpha=alpha))
     found = beam_search(Table(sources, vocab), search, [limit] * sources)
-    for source, [best] in enumerate(found):
+    for source, best in enumerate(found):
         tokens, value = listed(Table(sources, vocab), source, limit, end, alpha)
         assert best.tokens == tokens and best.score == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.parametrize("rule", RULES.values())
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_source_alone_and_among_others_with_limits_of_its_own(beams: int, rule: Any) -> None:
+def test_a_source_alone_and_among_others_with_limits_of_its_own(beams: int) -> None:
     limits = [9, 1, 30, 4, 17]
-    search = Search(tuple(range(12)), beams, wanted=beams, goes_on=rule)
+    search = Search(tuple(range(12)), beams)
     together = beam_search(Table(5, 80), search, limits)
     for source, limit in enumerate(limits):
         alone = Table(5, 80)
         alone.owner, alone.last = alone.owner[source : source + 1], alone.last[:1]
-        [texts] = beam_search(alone, search, [limit])
-        assert [each.tokens for each in texts] == [each.tokens for each in together[source]]
-        assert all(len(each.tokens) + each.ended <= limit for each in texts)
-    assert {each.ended for row in together for each in row} == {True, False}
+        [best] = beam_search(alone, search, [limit])
+        assert best.tokens == together[source].tokens
+        assert len(best.tokens) + best.ended <= limit
+    assert {each.ended for each in together} == {True, False}
 
 
 @of_kinds_of_memory
 def test_prompts_alone_and_among_others(model: nn.Module) -> None:
     prompts = [torch.randint(0, 261, (n,)).tolist() for n in (3, 19, 1, 8)]
-    search = Search((7, 250), beams=3, wanted=3)
+    search = Search((7, 250), beams=3)
     together = continuations(model, prompts, search, 12)
-    for prompt, texts in zip(prompts, together, strict=True):
+    for prompt, best in zip(prompts, together, strict=True):
         [alone] = continuations(model, [prompt], search, 12)
-        assert [each.tokens for each in alone] == [each.tokens for each in texts]
-        assert [each.score for each in alone] == pytest.approx([each.score for each in texts], rel=1e-4)
+        assert alone.tokens == best.tokens and alone.score == pytest.approx(best.score, rel=1e-4)
 
 
 @of_two_models
@@ -232,23 +225,21 @@ def test_one_beam_is_greedy_choice(model: nn.Module) -> None:
     prompts = torch.randint(0, 261, (1, 6)).tolist()
     greedy = generate_batch(model, None, prompts, SamplingParams(max_tokens=20, temperature=0))[0].tokens
     ends = (greedy[11], 260)
-    [[found]] = continuations(model, prompts, Search(ends, beams=1), 20)
+    [found] = continuations(model, prompts, Search(ends, beams=1), 20)
     assert found.tokens == greedy[: greedy.index(ends[0])] and found.ended
 
 
 @of_two_models
 def test_a_texts_score_is_what_the_model_gives_it(model: nn.Module) -> None:
     prompt = torch.randint(0, 261, (6,)).tolist()
-    found = continuations(model, [prompt], Search((3,), 4, 4, partial(power_penalty, exponent=0.0)), 9)[0]
-    for each in found:
-        text = torch.tensor([prompt + each.tokens + [3] * each.ended])
-        assert float(score(model, text)[0, 5:].sum()) == pytest.approx(each.score, abs=1e-3)
-    assert [each.score for each in found] == sorted((each.score for each in found), reverse=True)
+    [best] = continuations(model, [prompt], Search((3,), 4, partial(power_penalty, exponent=0.0)), 9)
+    text = torch.tensor([prompt + best.tokens + [3] * best.ended])
+    assert float(score(model, text)[0, 5:].sum()) == pytest.approx(best.score, abs=1e-3)
 
 
 def test_the_order_of_rows_is_left_alone_where_it_did_not_change() -> None:
     table = Table(2, 30)
-    beam_search(table, Search((29,), beams=1, goes_on=until_full, never=(29,)), [15, 15])
+    beam_search(table, Search((29,), beams=1, never=(29,)), [15, 15])
     assert table.selected == 0
     table = Table(2, 30)
     beam_search(table, Search((29,), beams=3, never=(29,)), [15, 15])
@@ -256,17 +247,16 @@ def test_the_order_of_rows_is_left_alone_where_it_did_not_change() -> None:
 
 
 def test_what_is_never_written_keeps_its_probability() -> None:
-    free, without = (beam_search(Table(1, 9), Search((8,), 2, 2, never=never), [6])[0] for never in ((), (4, 2)))
-    assert any({4, 2} & set(each.tokens) for each in free)
-    assert not any({4, 2} & set(each.tokens) for each in without)
-    assert without[0].score <= free[0].score
+    free, without = (beam_search(Table(1, 9), Search((8,), 2, never=never), [6])[0] for never in ((), (4, 2)))
+    assert {4, 2} & set(free.tokens) and not {4, 2} & set(without.tokens)
+    assert without.score <= free.score
 
 
 def test_a_vocabulary_smaller_than_the_beams() -> None:
-    [found] = beam_search(Table(1, 3), Search((2,), beams=7, wanted=7), [4])
-    assert len(found) == len({tuple(each.tokens) + (each.ended,) for each in found}) == 7
-    [few] = beam_search(Table(1, 3), Search((2,), beams=7, wanted=7), [1])
-    assert len(few) == 3
+    for limit in (1, 4):
+        [best] = beam_search(Table(1, 3), Search((2,), beams=81), [limit])
+        tokens, value = listed(Table(1, 3), 0, limit, 2, 0.6)
+        assert best.tokens == tokens and best.score == pytest.approx(value, abs=1e-5)
 
 
 def test_top_is_topk() -> None:
@@ -285,8 +275,6 @@ def test_penalties() -> None:
 def test_what_cannot_be_is_said() -> None:
     with pytest.raises(UserError, match="number of beams is 0"):
         Search((1,), beams=0)
-    with pytest.raises(UserError, match="4 beams cannot give 5 texts"):
-        Search((1,), beams=4, wanted=5)
     table = Table(1, 9)
     table.logits[0, 9, 9, 3] = torch.nan
     with pytest.raises(UserError, match="after 0 tokens are not finite"):

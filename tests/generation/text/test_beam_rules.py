@@ -8,7 +8,7 @@ import pytest
 import torch
 from beam_rules import power_penalty
 
-from keifu.generation.text.beam_search import Search, beam_search, paper_penalty, until_decided
+from keifu.generation.text.beam_search import Search, beam_search, paper_penalty
 
 VOCAB, END, LIMIT = 3, 0, 6
 
@@ -71,9 +71,9 @@ def tables() -> torch.Tensor:
 @pytest.mark.parametrize("rule", RULES)
 def test_the_exact_rule_finds_the_best_text_of_all(rule: str) -> None:
     ours, written_out = RULES[rule]
-    search = Search(ends=(END,), beams=VOCAB**LIMIT, penalty=ours, goes_on=until_decided)
+    search = Search(ends=(END,), beams=VOCAB**LIMIT, penalty=ours)
     found = beam_search(Markov(tables()), search, [LIMIT] * 60)
-    for [best], (tokens, score) in zip(found, best_of_all(written_out), strict=True):
+    for best, (tokens, score) in zip(found, best_of_all(written_out), strict=True):
         assert best.tokens == tokens and best.score == pytest.approx(score, abs=1e-5)
 
 

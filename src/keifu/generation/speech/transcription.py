@@ -189,7 +189,7 @@ def write_window(
     """
     decoder = begin()
     search = Search((decoder.tokens.end,), settings.beams, penalty=lambda lengths: lengths)
-    [[best]], no_speech, temperature = beam_search(decoder, search, [longest]), decoder.no_speech, 0.0
+    [best], no_speech, temperature = beam_search(decoder, search, [longest]), decoder.no_speech, 0.0
     for higher in TEMPERATURES if settings.fallback else ():
         text = tokenizer.decode([token for token in best.tokens if token < decoder.tokens.end])
         if silent(best, no_speech) or (best.score >= UNLIKELY and compression_ratio(text) <= REPEATED):

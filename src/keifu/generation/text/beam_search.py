@@ -83,57 +83,28 @@ def paper_penalty(lengths: Lengths, alpha: float = 0.6) -> Lengths:
     return ((5 + lengths) / 6) ** alpha
 
 
-def until_decided(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Return whether an open text of each source can still become one of the results.
-
-    ln P only decreases. So an open text can at most reach its present ln P divided by the largest remaining penalty:
-    that of the maximal length, or of the present length if the penalty decreases with length. transformers:
-    early_stopping="never".
-    """
-    return best_open / torch.maximum(now, last) > scores[:, -1]
-
-
-def until_full(scores: Scores, best_open: Lengths, now: Lengths, last: Lengths) -> Bool[Tensor, " sources"]:
-    """Return whether a source has fewer ended texts than beams. transformers: early_stopping=True."""
-    return scores[:, -1] == -torch.inf
-
-
 @dataclass(frozen=True)
 class Search:
     """Settings of a search.
 
-    beams: open texts of each source. wanted: number of results for each source, at most `beams`. penalty: divisor of a
-    text's ln P as a function of lengths; must be positive. ends: tokens that end a text. never: tokens that are never
-    generated; their probability is not given to others. goes_on: whether a source continues: `until_decided`,
-    `until_full` or another such function. One beam is greedy decoding, which continues until the likeliest token is an
-    end.
+    ends: tokens that end a text. beams: open texts of each source; one beam is greedy decoding, which continues until
+    the likeliest token is an end. penalty: divisor of a text's ln P as a function of lengths; must be positive. never:
+    tokens that are never generated; their probability is not given to others.
     """
 
     ends: tuple[int, ...]
     beams: int = 4
-    wanted: int = 1
     penalty: Callable[[Lengths], Lengths] = partial(paper_penalty, alpha=0.6)
     never: tuple[int, ...] = ()
-    goes_on: Callable[[Scores, Lengths, Lengths, Lengths], Bool[Tensor, " sources"]] = until_decided
 
     def __post_init__(self) -> None:
         if self.beams < 1:
             raise UserError(f"The number of beams is {self.beams}, which must be at least 1.")
-        if not 1 <= self.wanted <= self.beams:
-            raise UserError(f"{self.beams} beams cannot give {self.wanted} texts: ask for 1 to {self.beams}.")
-
-        if self.beams == 1:
-            object.__setattr__(self, "goes_on", until_full)
-
-    @property
-    def kept(self) -> int:
-        """Number of ended texts that are kept for each source. The exact rule needs only `wanted` of them."""
-        return self.wanted if self.goes_on is until_decided else self.beams
 
 
 @torch.inference_mode()
-def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> list[list[Hypothesis]]:
-    """Return the best texts of each source, the best one first. limits: maximal tokens of each source's texts.
+def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> list[Hypothesis]:
+    """Return the best text of each source. limits: maximal tokens of each source's texts.
 
     Raises `UserError` for logits with NaN.
     """
@@ -149,7 +120,7 @@ def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> li
 
 
 class _Beams:
-    """Open texts of all unfinished sources, and the best ended ones of all. -1 follows the last token of a text; an
+    """Open texts of all unfinished sources, and the best ended one of each. -1 follows the last token of a text; an
     empty entry has score -inf."""
 
     def __init__(self, search: Search, limits: Sequence[int], device: torch.device):
@@ -159,8 +130,8 @@ class _Beams:
         self.limits = torch.tensor(limits, device=device)
         self.scores = torch.zeros(sources, 1, dtype=torch.float32, device=device)  # ln P, first of the empty text
         self.tokens = torch.full((sources, 1, max(limits)), -1, device=device)
-        self._best = torch.full((sources, search.kept), -torch.inf, dtype=torch.float32, device=device)
-        self._best_tokens = self.tokens.expand(-1, search.kept, -1).clone()
+        self._best = torch.full((sources,), -torch.inf, dtype=torch.float32, device=device)
+        self._best_tokens = self.tokens[:, 0].clone()
         self._ends = torch.tensor(search.ends, device=device)
         self._never = torch.tensor(search.never, dtype=torch.long, device=device)
 
@@ -181,18 +152,18 @@ class _Beams:
         rows = origins.gather(1, picked) + width * torch.arange(len(origins), device=origins.device)[:, None]
         return self._leave(rows, written.gather(1, picked), damaged)
 
-    def best(self) -> list[list[Hypothesis]]:
-        """Return the best texts of each source, `wanted` of them or all if there are fewer."""
-        rows = zip(self._best.tolist(), self._best_tokens.tolist(), strict=True)
-        texts = [[candidate for candidate in zip(*row, strict=True) if candidate[0] > -torch.inf] for row in rows]
-        return [[_hypothesis(*candidate, self.search.ends) for candidate in row[: self.search.wanted]] for row in texts]
+    def best(self) -> list[Hypothesis]:
+        """Return the best text of each source."""
+        pairs = zip(self._best.tolist(), self._best_tokens.tolist(), strict=True)
+        return [_hypothesis(score, padded, self.search.ends) for score, padded in pairs]
 
     def _keep(self, scores: Scores, texts: Int[Tensor, "sources beams longest"]) -> None:
-        """Keep those ended texts that are among the best. A score of -inf means no text."""
-        merged, picked = torch.cat([self._best[self.sources], scores], 1).topk(self.search.kept)
-        self._best[self.sources] = merged
-        both = torch.cat([self._best_tokens[self.sources], texts], 1)
-        self._best_tokens[self.sources] = both.take_along_dim(picked[..., None], 1)
+        """Keep an ended text if it is the best one. A score of -inf means no text."""
+        score, beam = scores.max(1)
+        better = score > self._best[self.sources]
+        sources = self.sources[better]
+        self._best[sources] = score[better]
+        self._best_tokens[sources] = texts[better, beam[better]]
 
     def _candidates(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Scores, Tensor, Tensor]:
         """Return the best continuations of each source: ln P, index of the beam, token.
@@ -222,9 +193,7 @@ class _Beams:
 
         The device is read once: rows, which sources continue, and whether there was NaN.
         """
-        best_open = self.scores[:, 0]
-        now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
-        going = self.search.goes_on(self._best[self.sources], best_open, now, last) & (best_open > -torch.inf)
+        going = self._undecided() & (self.scores[:, 0] > -torch.inf)
         *columns, stays, wrong = torch.cat([rows, torch.stack([going, damaged], 1).long()], 1).cpu().unbind(1)
         if bool(wrong.any()):
             raise UserError(f"Logits after {self.length - 1} tokens are not finite: try bfloat16, or sound weights.")
@@ -235,6 +204,19 @@ class _Beams:
             self.sources, self.limits = self.sources[kept], self.limits[kept]
             self.scores, self.tokens, tokens = self.scores[kept], self.tokens[kept], tokens[kept]
         return rows.flatten(), tokens.flatten()
+
+    def _undecided(self) -> Bool[Tensor, " sources"]:
+        """Return whether an open text of each source can still become its best one.
+
+        ln P only decreases. So an open text can at most reach its present ln P divided by the largest remaining
+        penalty: that of the maximal length, or of the present length if the penalty decreases with length.
+        transformers: early_stopping="never".
+        """
+        best = self._best[self.sources]
+        if self.search.beams == 1:
+            return best == -torch.inf
+        now, last = self._penalty(self.length), self.search.penalty(self.limits.float())
+        return self.scores[:, 0] / torch.maximum(now, last) > best
 
     def _penalty(self, length: int) -> Float[Tensor, " one"]:
         return self.search.penalty(self.scores.new_full((1,), float(length)))

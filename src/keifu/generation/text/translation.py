@@ -248,7 +248,7 @@ def search(
             most = [settings.max_tokens or len(sources[index]) + MARGIN for index in indices]
             limits = [min(config.context_length, tokens) for tokens in most]
             best = beam_search(_targets(model, [sources[index] for index in indices], max(limits), how), how, limits)
-            by_index |= {index: texts[0] for index, texts in zip(indices, best, strict=True)}
+            by_index |= dict(zip(indices, best, strict=True))
             if progress:
                 progress(len(by_index))
     return [by_index[index] for index in range(len(sources))]
