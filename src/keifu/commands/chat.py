@@ -264,7 +264,8 @@ class Chat:
     def _retry(self, _: str) -> None:
         if not self.sampling.temperature:
             print("(At temperature 0 the answer is the same again: /temperature 0.8 changes that.)", file=sys.stderr)
-        before, message = self.conversation.messages, self.conversation.take_back()
+        before = self.conversation.messages
+        message = self.conversation.take_back()
         try:
             self._answer(message["content"], message.get("images", ()))
         finally:

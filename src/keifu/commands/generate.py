@@ -48,7 +48,8 @@ class Options(flags.Packed):
     draft: flags.Drafting = None
     thinking: flags.Thinking = None
     steps: Count | None = None
-    """Passes of a model of masked diffusion (LLaDA); unset: one for each token."""
+    """Passes of a model of masked diffusion (LLaDA); unset, or more than there are tokens: one for each
+    token."""
     block: Count | None = None
     """Masks that such a model fills before those behind them; unset: 32."""
     gap: Count | None = None
