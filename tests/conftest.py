@@ -52,7 +52,7 @@ from keifu.commands.shared import recipe_options  # noqa: E402
 from keifu.data.catalogue import archives  # noqa: E402
 from keifu.evaluation.plots import decision_boundary  # noqa: E402
 from keifu.native import library  # noqa: E402
-from keifu.native.build import Unavailable  # noqa: E402
+from keifu.native.compiler import Unavailable  # noqa: E402
 from keifu.threads import follow_load  # noqa: E402
 from keifu.training.hardware import cost  # noqa: E402
 from keifu.training.protocols import Batch  # noqa: E402

@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.generation.text.engine import Engine
 from keifu.models import llama, perceptron
 from keifu.native import library
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 
 LETTERS = "Once upon a time there was a small model."
 

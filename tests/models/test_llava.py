@@ -17,7 +17,7 @@ from keifu.models.clip import image as clip_image
 from keifu.models.hf.image_processor import Pixels, Tiles
 from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.models.sizes import published_sizes
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 from keifu.native.describe import describe
 from keifu.training.hardware.flops import count_flops
 

@@ -23,7 +23,7 @@ from keifu.errors import UserError
 from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.sizes import published_sizes
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 from keifu.native.describe import describe
 from keifu.training.hardware.flops import count_flops
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from keifu.native import library
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 
 sys.path.insert(0, str(Path(__file__).parent))
 

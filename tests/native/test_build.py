@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from keifu import files
-from keifu.native import build, compiler, library
+from keifu.native import compiler
+from keifu.native import library as build
 
 SMALL = 'extern "C" int answer() { return 42; }'
 
@@ -62,7 +63,8 @@ def test_a_damaged_library_is_built_again(damage: str, capfd) -> None:
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
     program = f"""
-import pathlib; from keifu.native import build, compiler
+import pathlib; from keifu.native import compiler
+from keifu.native import library as build
 compiler.SOURCE = pathlib.Path({str(compiler.SOURCE)!r}); print(build.build())
 """
     command = [sys.executable, "-c", program]
@@ -145,6 +147,6 @@ def test_a_library_that_does_not_load_is_compiled(shipped: Path, monkeypatch: py
     shipped.write_bytes(b"no library")
     shipped.with_suffix(".sha256").write_text(files.sha256(shipped))
     assert build.prebuilt() == shipped
-    monkeypatch.setattr(library, "build", lambda: tried.append(1) or shipped)
+    monkeypatch.setattr(build, "build", lambda: tried.append(1) or shipped)
     tried: list[int] = []
-    assert isinstance(library._loaded.__wrapped__(), build.Unavailable) and tried == [1]
+    assert isinstance(build._loaded.__wrapped__(), build.Unavailable) and tried == [1]

@@ -10,7 +10,7 @@ from keifu.layers.lora import LoraSettings, Target, attach, merge
 from keifu.layers.meta import on_meta
 from keifu.layers.mixture import GroupedSigmoidRouter
 from keifu.models import bert, llama, seq2seq
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 from keifu.native.describe import describe
 
 

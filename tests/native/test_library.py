@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keifu.errors import UserError
-from keifu.native import build, compiler, library
+from keifu.native import compiler, library
 
 STRUCTS = {
     "KeifuMatrix": library.Matrix,
@@ -42,10 +42,10 @@ def test_the_instructions_may_be_chosen(opened: library.Library, monkeypatch: py
         assert library.open_library().call("instructions") == which
     if best + 1 < len(library.INSTRUCTIONS):
         monkeypatch.setenv(library.VARIABLE, library.INSTRUCTIONS[best + 1])
-        with pytest.raises(build.Unavailable, match="the best that this CPU has is"):
+        with pytest.raises(compiler.Unavailable, match="the best that this CPU has is"):
             library.open_library()
     monkeypatch.setenv(library.VARIABLE, "off")
-    with pytest.raises(build.Unavailable, match="KEIFU_NATIVE is off"):
+    with pytest.raises(compiler.Unavailable, match="KEIFU_NATIVE is off"):
         library.open_library()
     monkeypatch.setenv(library.VARIABLE, "avx")
     with pytest.raises(UserError, match="no KEIFU_NATIVE called 'avx'. Did you mean 'avx2'"):

@@ -17,7 +17,7 @@ from keifu.generation.speech.transcription import TranscriptionParams, transcrib
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.models.speech import whisper
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 from keifu.native.model import native_form
 from keifu.native.targets import NativeHearer, NativeSpeech, Targets
 

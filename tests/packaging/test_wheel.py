@@ -206,7 +206,7 @@ def run(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def test_an_installed_wheel_runs_natively_without_a_compiler(installed: Path) -> None:
     sizes = {path.name.split("-")[0]: path.stat().st_size for path in (installed / "dist").glob("*.whl")}
     assert sizes["keifu_pretrained"] <= LARGEST and sizes["keifu"] <= LARGEST / 10
-    where = run(installed, "python", "-c", "import keifu.native.build as b; print(b.__file__, b.prebuilt())")
+    where = run(installed, "python", "-c", "import keifu.native.library as b; print(b.__file__, b.prebuilt())")
     assert where.stdout.count(str(installed / "venv")) == 2, where.stderr
     said = run(installed, "keifu", "generate", "gpt-en", "The city of", "--max-tokens", "8")
     assert said.returncode == 0 and said.stdout.strip(), said.stderr

@@ -25,7 +25,7 @@ from keifu.layers.quantized import FORMATS, QuantizedLinear, unpack
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.layers.transformer.speech import SpeechRecognizer
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 from keifu.native.describe import ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.model import NativeLM, attach_native, pack

@@ -40,7 +40,7 @@ from keifu.layers.transformer.blocks import (
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.layers.transformer.speech import SpeechRecognizer
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,10 @@
-"""ctypes binding of the native code: the structs and functions of source/keifu_native.h."""
+"""Library of the native code: taken from the wheel, or compiled at first use and cached; and its ctypes binding, the
+structs and functions of source/keifu_native.h.
+
+One library has code for all instruction sets and chooses among them at run time. Its file name is a hash of the source,
+the flags, the system and the machine type (in the cache also of the compiler's version), so a change of any of them
+causes a new build. A file next to it has the hash of its bytes: a damaged library is detected and built again.
+"""
 
 import ctypes
 import os
@@ -6,11 +12,15 @@ import sys
 from contextlib import suppress
 from ctypes import POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache as once
+from pathlib import Path
 from typing import Any
 
+from keifu import files, folders, locks
 from keifu.errors import UserError, unknown
-from keifu.native.build import Unavailable, build, prebuilt
+from keifu.native import compiler
+from keifu.native.compiler import Unavailable
 
+PREBUILT = Path(__file__).parent / "prebuilt"  # only in a wheel; packaging/wheel.py creates it
 VARIABLE = "KEIFU_NATIVE"
 INSTRUCTIONS = (
     "portable", "avx2", "avx_vnni", "avx512", "avx512_bf16", "amx", "neon_dotprod", "neon_i8mm", "neon_bf16",
@@ -198,6 +208,38 @@ def _loaded() -> Library | Unavailable:
         return reason
     except OSError as error:
         return Unavailable(f"the library that was built does not load: {error}")
+
+
+def prebuilt() -> Path | None:
+    """Return the wheel's library if it exists, is undamaged and matches this source; otherwise None."""
+    library = PREBUILT / f"{compiler.source_key()}.so"
+    return library if _is_whole(library) else None
+
+
+def build() -> Path:
+    """Return the cached library. Compile it if the cache has no undamaged one.
+
+    One process compiles; others wait for it. Raises `Unavailable` if there is no compiler, if compilation fails, or if
+    the cache cannot be written.
+    """
+    command = compiler.find_compiler()
+    library = folders.cache() / "native" / f"{compiler.source_key(compiler.version_of(command))}.so"
+    try:
+        with locks.locked(library):
+            if not _is_whole(library):
+                print("Building the native step, once: some seconds.", file=sys.stderr, flush=True)
+                with files.replacing(library) as temporary:
+                    compiler.compile_to(temporary, command)
+                files.write_atomic(library.with_suffix(".sha256"), files.sha256(library))
+    except OSError as error:
+        raise Unavailable(f"{library.parent} cannot be written ({error.strerror})") from error
+    return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Return whether the library exists and its bytes have the hash that was stored when it was built."""
+    digest = library.with_suffix(".sha256")
+    return library.exists() and digest.exists() and digest.read_text() == files.sha256(library)
 
 
 @once

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.native import library as native
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 from keifu.native.describe import LayerPart, ModelPart, describe
 from keifu.native.library import open_library, say_why, switched_off
 from keifu.native.pack import Packer, Weights, formats

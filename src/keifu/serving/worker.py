@@ -22,7 +22,7 @@ from keifu.generation.draft import Draft
 from keifu.generation.text.engine import Engine
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.runner import runner_of
-from keifu.native.build import Unavailable
+from keifu.native.compiler import Unavailable
 from keifu.native.library import is_open, open_library
 from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.metrics import Metrics
