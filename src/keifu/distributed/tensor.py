@@ -41,6 +41,8 @@ from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.layers.unet.conv import SpatialAttention
 from keifu.training.hardware.recompute import HasBlocks
 
+Layouts = Iterator[tuple[str, Layout]]  # the layout of each split parameter, by its name
+
 
 class Tokens:
     """Sequence parallelism of a list of blocks: the tokens are split over the ranks of `axis`. `length`: tokens of the
@@ -292,26 +294,26 @@ def _unknown(layer: nn.Module, names: Mapping[nn.Module, str], more: str = "") -
     )
 
 
-def _split_block(block: nn.Module, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+def _split_block(block: nn.Module, tokens: Tokens) -> Layouts:
     for name, layer in block.named_children():
         if rule := LAYERS[type(layer)]:
             yield from ((f"{name}.{key}", layout) for key, layout in rule(layer, tokens))
 
 
-def _split_dropout(layer: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+def _split_dropout(layer: Any, tokens: Tokens) -> Layouts:
     """Make dropout drop the same elements of this rank's tokens as of the whole sequence."""
     layer.__class__ = SplitDropout
     vars(layer).update(tokens=tokens, axis=None)
     yield from ()
 
 
-def _split_cross_attention(layer: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+def _split_cross_attention(layer: Any, tokens: Tokens) -> Layouts:
     """Sum the gradient of the source over the ranks: each rank attends to it from its own tokens."""
     layer.kv.register_forward_pre_hook(lambda _, inputs: tokens.sum_gradient(inputs[0]))
     yield from ()
 
 
-def _split_attention(part: Attention, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+def _split_attention(part: Attention, tokens: Tokens) -> Layouts:
     heads, kv_heads, size = part.n_heads, part.n_kv_heads, tokens.size
     if heads % size or (kv_heads % size and size % kv_heads):
         raise UserError(
@@ -334,7 +336,7 @@ def _split_norm(norm: Any, rows: list[range], tokens: Tokens) -> Layout:
     return _take(norm, "weight", Layout(tuple(norm.weight.shape), [[row] for row in rows]), tokens)
 
 
-def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]]:
+def _split_feedforward(part: Any, tokens: Tokens) -> Layouts:
     name = next(name for name in ("up", "gate_up", "up_gate") if name in dict(part.named_children()))
     first, hidden, size = getattr(part, name), part.down.weight.shape[1], tokens.size
     if hidden % size:
@@ -345,9 +347,7 @@ def _split_feedforward(part: Any, tokens: Tokens) -> Iterator[tuple[str, Layout]
         part.dropout = SplitDropout(part.dropout.p, tokens, -1)
 
 
-def _split_pair(
-    layer: Any, first: str, last: str, parts: list[list[range]], tokens: Tokens
-) -> Iterator[tuple[str, Layout]]:
+def _split_pair(layer: Any, first: str, last: str, parts: list[list[range]], tokens: Tokens) -> Layouts:
     """Split the linear layer `first` by outputs and the next one, `last`, by inputs (column-parallel, then
     row-parallel).
 
@@ -406,7 +406,7 @@ def _shares(total: int, size: int, units: int | None = None, start: int = 0) -> 
     return [range(start + total * first // parts, start + total * (first + 1) // parts) for first in starts]
 
 
-Rule = Callable[[Any, Tokens], Iterator[tuple[str, Layout]]]
+Rule = Callable[[Any, Tokens], Layouts]
 
 BLOCKS = {PreNorm, PostNorm, ReorderedNorm, SandwichNorm, Parallel, CrossPreNorm, CrossPostNorm}
 LAYERS: dict[type, Rule | None] = {  # layers of a block; None: the layer acts on each token separately

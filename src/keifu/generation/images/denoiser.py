@@ -18,7 +18,7 @@ from keifu.layers.diffusion.noise_schedule import Noise, picture_of
 from keifu.layers.diffusion.sampling_schedule import Level
 
 Sample = Float[Tensor, "batch *shape"]
-
+Labels = Int[Tensor, " batch"]
 Network: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # x and each row's timestep to the output
 
 
@@ -123,9 +123,7 @@ def guided_denoiser(both: Network, noise: Noise, guidance: float, rescale: float
     return network
 
 
-def label_denoiser(
-    model: ImageModel, label: Int[Tensor, " batch"] | None, guidance: float = 1.0, rescale: float = 0.0
-) -> Network:
+def label_denoiser(model: ImageModel, label: Labels | None, guidance: float = 1.0, rescale: float = 0.0) -> Network:
     """Return the model's network for these labels. With guidance, both predictions are computed in one batch."""
     if label is None or guidance == 1:
         return lambda x, timestep: model(x, timestep, label)

@@ -70,12 +70,7 @@ def add_initial_noise(picture: Sample, noise: Tensor, schedule: Schedule) -> Sam
 
 
 def run_inpainting(
-    chosen: ConfiguredSampler,
-    network: Network,
-    x: Tensor,
-    schedule: Schedule,
-    random: Random,
-    kept: KeptRegion | None = None,
+    chosen: ConfiguredSampler, network: Network, x: Tensor, schedule: Schedule, random: Random, kept: KeptRegion | None
 ) -> Iterator[SamplerStep]:
     """Run the sampler from x along this schedule with the kept region restored. Yield the state after each step."""
     if kept is None:

@@ -148,6 +148,7 @@ def integrate_to(x: Sample, noise: Tensor, level: Level, next_level: Level) -> T
     return scale * x + (next_level.sigma - scale * level.sigma) * noise
 
 
+Predictions = Sequence[tuple[Tensor, Level]]  # predicted images and their levels, the newest last
 FEW = 15  # DPM-Solver++ ends with a first-order step for fewer steps than this, or if it ends at the clean image
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -262,9 +263,7 @@ def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> I
         yield SamplerStep(x, picture)
 
 
-def _unipc_update(
-    x: Tensor, known: Sequence[tuple[Tensor, Level]], end: Level, order: int, picture: Tensor | None = None
-) -> Tensor:
+def _unipc_update(x: Tensor, known: Predictions, end: Level, order: int, picture: Tensor | None = None) -> Tensor:
     """Return x at another level than the newest known one: by the predictor UniP, or with `picture`, the image
     predicted there, by the corrector UniC."""
     newest, level = known[-1]

@@ -167,18 +167,13 @@ class UnclipPipeline(TextToImagePipeline):
 
     @torch.inference_mode()
     def drawing(
-        self,
-        wanted: ImageRequest,
-        seeds: Sequence[int],
-        texts: Sequence[str] | None = None,
-        random: Random | None = None,
+        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None, random: Random
     ) -> Iterator[SamplerStep]:
         """Yield x and the predicted images after each step of the decoder, on the model's device.
 
-        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`. In an interpolation all
-        images have the first one's noise, and no text besides their embeddings.
+        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`. In an interpolation the
+        images have no text besides their embeddings.
         """
-        random = self._random(wanted, seeds) if random is None else random
         texts = texts or [wanted.text or ""] * len(seeds)
         image = self.embeddings(wanted, seeds, texts, random)
         texts = texts if wanted.towards is None else [""] * len(seeds)
@@ -186,9 +181,6 @@ class UnclipPipeline(TextToImagePipeline):
         shape = len(seeds), self.colours, *self._small(wanted.size or (0, 0))
         x = random(image.new_empty(shape, dtype=torch.float32)) * chosen.schedule.initial_sigma
         yield from chosen.run(chosen.denoiser(network), x, chosen.schedule, random)
-
-    def _random(self, wanted: ImageRequest, seeds: Sequence[int]) -> Random:
-        return SeededNoise(seeds if wanted.towards is None else [wanted.seed or 0] * len(seeds))
 
     def _decoder(self, image: Embedding, texts: Sequence[str], wanted: ImageRequest) -> Network:
         """Return the decoder conditioned on these embeddings. With guidance, both predictions are computed in one
@@ -221,7 +213,10 @@ class UnclipPipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw like `TextToImagePipeline.draw`. The steps are those of the decoder."""
-        random = self._random(wanted, seeds)
+        """Draw like `TextToImagePipeline.draw`. The steps are those of the decoder.
+
+        In an interpolation all images have the first one's noise.
+        """
+        random = SeededNoise(seeds if wanted.towards is None else [wanted.seed or 0] * len(seeds))
         x = last_x(self.drawing(wanted, seeds, texts, random), watch)
         return to_pixels(self.upsample(x, wanted, random))

@@ -97,9 +97,10 @@ def speech_tokens(config: Any, tokenizer: Tokenizer) -> SpeechTokens:
     )  # fmt: skip
 
 
-def allow(
-    logits: Float[Tensor, "rows vocab"], written: Int[Tensor, "rows written"], tokens: SpeechTokens
-) -> Float[Tensor, "rows vocab"]:  # fmt: skip
+Logits = Float[Tensor, "rows vocab"]
+
+
+def allow(logits: Logits, written: Int[Tensor, "rows written"], tokens: SpeechTokens) -> Logits:
     """Set the logits of tokens that may not follow to -inf, in place.
 
     Times never decrease. They come in pairs, the end of a segment and the start of the next, except the first and the

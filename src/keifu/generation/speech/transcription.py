@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from keifu.data.audio.log_mel import FRAMES_PER_SECOND, HOP, RATE, log_mel
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.speech.rules import PREVIOUS, SpeechTokens, allow, speech_tokens
+from keifu.generation.speech.rules import PREVIOUS, Logits, SpeechTokens, allow, speech_tokens
 from keifu.generation.text.beam_search import Hypothesis, Search, beam_search
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.transformer.speech import Memory, SpeechRecognizer
@@ -93,12 +93,6 @@ def speech_model(model: nn.Module) -> SpeechRecognizer:
 Hearer = SpeechRecognizer | NativeHearer
 
 
-def hearer_of(model: nn.Module, rows: int) -> Hearer:
-    """Return the model, or its packed form if there is one, for `rows` transcripts at once."""
-    hearer, packed = speech_model(model), native_form(model, NativeSpeech)
-    return hearer if packed is None else NativeHearer(packed, rows)
-
-
 class SpeechBeamModel:
     """Decoder of one window of sound, whose transcript begins with a prompt. before: called before each token."""
 
@@ -114,10 +108,10 @@ class SpeechBeamModel:
         start, self._last = model.write(torch.tensor([prompt], device=device), self.state, wanted).float().unbind(1)
         self.no_speech = float(start.softmax(-1)[0, tokens.no_speech])
 
-    def first(self) -> Float[Tensor, "rows vocab"]:
+    def first(self) -> Logits:
         return allow(self._last.clone(), self.written, self.tokens)
 
-    def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+    def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
         self.before()
         self.written = torch.cat([self.written, tokens[:, None]], 1)
         logits = self.model.write(tokens[:, None], self.state, [0])[:, 0]
@@ -134,7 +128,8 @@ def transcribe(
     progress: Callable[[float], object] = lambda _: None,
 ) -> Transcript:  # fmt: skip
     """Transcribe sound of one channel at 16 kHz. `progress` is called with the finished seconds before each token."""
-    hearer = hearer_of(model, max(settings.beams, DRAWN))
+    whole, packed = speech_model(model), native_form(model, NativeSpeech)
+    hearer = whole if packed is None else NativeHearer(packed, max(settings.beams, DRAWN))
     tokens = speech_tokens(hearer.config, tokenizer)
     usual = tokenizer.generation_config.get("language") if tokens.languages else None
     language = tokens.code(settings.language or str(usual or ""))

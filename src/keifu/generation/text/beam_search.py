@@ -135,7 +135,7 @@ class _Beams:
         self._ends = torch.tensor(search.ends, device=device)
         self._never = torch.tensor(search.never, dtype=torch.long, device=device)
 
-    def advance(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
+    def advance(self, logits: Logits) -> tuple[Int[Tensor, " kept"], Int[Tensor, " kept"]]:
         """Extend every text by a token. Return for each open text the row that it continues (on the host), and its
         token."""
         beams, width = self.search.beams, self.scores.shape[1]
@@ -165,7 +165,7 @@ class _Beams:
         self._best[sources] = score[better]
         self._best_tokens[sources] = texts[better, beam[better]]
 
-    def _candidates(self, logits: Float[Tensor, "rows vocab"]) -> tuple[Scores, Tensor, Tensor]:
+    def _candidates(self, logits: Logits) -> tuple[Scores, Tensor, Tensor]:
         """Return the best continuations of each source: ln P, index of the beam, token.
 
         There are twice as many as beams (more with several end tokens), so that enough texts continue if the best ones
@@ -228,14 +228,12 @@ def _hypothesis(score: float, padded: list[int], ends: Collection[int]) -> Hypot
     return Hypothesis(tokens[:-1] if ended else tokens, score, ended)
 
 
-def log_total_(logits: Float[Tensor, "rows vocab"], largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
+def log_total_(logits: Logits, largest: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows 1"]:
     """Return ln Σ exp of each row, like `logsumexp`. The logits are overwritten."""
     return logits.sub_(largest).exp_().sum(-1, keepdim=True).log_() + largest
 
 
-def top_candidates(
-    logits: Float[Tensor, "rows vocab"], count: int
-) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
+def top_candidates(logits: Logits, count: int) -> tuple[Float[Tensor, "rows n"], Int[Tensor, "rows n"]]:
     """Return each row's `count` largest values and their indices, like `topk`, but on a CPU in one pass over long rows.
 
     The n largest numbers are in the n chunks with the largest maxima, so only these chunks are examined.

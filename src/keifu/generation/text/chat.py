@@ -18,6 +18,8 @@ from keifu.generation.text.model import text_model
 from keifu.generation.text.request import Piece, Request
 from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingOptions, SamplingParams, sampling_for
 
+History = list[dict[str, Any]]  # messages
+
 
 class Conversation:
     """Conversation with a model. messages: the history, [{"role": "system" | "user" | "assistant", "content": text},
@@ -45,7 +47,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Delete all messages except the system prompt."""
-        self.messages: list[dict[str, Any]] = []
+        self.messages: History = []
         self.instruct(self.system)
         self.finish_reason: str | None = None
         self.engine = Engine(self.model, self.tokenizer, guesses=self.guesses)
@@ -97,9 +99,7 @@ class Conversation:
         self.messages = self.messages[: indices[-1]]
         return message
 
-    def _request(
-        self, text: str, settings: SamplingParams, images: Sequence[Image.Image]
-    ) -> tuple[Request, list[dict[str, Any]]]:
+    def _request(self, text: str, settings: SamplingParams, images: Sequence[Image.Image]) -> tuple[Request, History]:
         """Return the engine's request for the answer, and the history with the new message."""
         pictures = {"images": list(images)} if images else {}
         messages = [*self.messages, {"role": "user", "content": text, **pictures}]
@@ -115,7 +115,7 @@ class Conversation:
             )
         return self.engine.request(prompt, settings), messages
 
-    def _pieces(self, number: int, messages: list[dict[str, Any]]) -> Iterator[Piece]:
+    def _pieces(self, number: int, messages: History) -> Iterator[Piece]:
         """Generate the answer. History and engine are consistent afterwards, also after an error."""
         self.finish_reason, answer = None, ""
         try:

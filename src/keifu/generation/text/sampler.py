@@ -11,14 +11,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keifu.generation.text import logits_processors
+from keifu.generation.text import logits_processors as processors
+from keifu.generation.text.logits_processors import Logits
 from keifu.generation.text.request import Request
 from keifu.generation.text.sampling_params import SamplingParams
 from keifu.layers.counter_rng import UniformStreams
 from keifu.layers.wide import wide
 
+Texts = Sequence[Sequence[int]]  # tokens of each
 
-def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+
+def sample(logits: Logits, u: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """Sample by the inverse transform: return the first token at which the cumulative probability exceeds u.
 
     It needs one number for each row; the Gumbel trick needs one for each token of the vocabulary. The sum is float64,
@@ -27,9 +30,7 @@ def sample(logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]) -> In
     return sample_scored(logits, u)[0]
 
 
-def sample_scored(
-    logits: Float[Tensor, "rows vocab"], u: Float[Tensor, " rows"]
-) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
+def sample_scored(logits: Logits, u: Float[Tensor, " rows"]) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"]]:
     """Sample like `sample`. Return the tokens and ln of each token's probability."""
     probabilities = logits.softmax(-1)
     mass = wide(probabilities).cumsum(-1, dtype=torch.float64)
@@ -38,13 +39,10 @@ def sample_scored(
     return tokens[:, 0], probabilities.gather(1, tokens)[:, 0].log()
 
 
-LARGE = 64 * logits_processors.SHORTLIST  # for smaller vocabularies a shortlist does not save time
+LARGE = 64 * processors.SHORTLIST  # for smaller vocabularies a shortlist does not save time
 NEUTRAL = vars(SamplingParams())
 FILTERS = {  # in the order of application
-    "temperature": logits_processors.temperature,
-    "top_k": logits_processors.top_k,
-    "top_p": logits_processors.top_p,
-    "min_p": logits_processors.min_p,
+    rule.__name__: rule for rule in (processors.temperature, processors.top_k, processors.top_p, processors.min_p)
 }
 
 
@@ -58,7 +56,7 @@ class RowSettings:
 
     def __init__(self, samplings: Sequence[SamplingParams], device: torch.device, defers: bool = False):
         self.samplings, self.device = samplings, device
-        bounded = (s.temperature == 0 or 0 < s.top_k < logits_processors.SHORTLIST for s in samplings)
+        bounded = (s.temperature == 0 or 0 < s.top_k < processors.SHORTLIST for s in samplings)
         self.defers = defers and all(bounded)
         greedy = [s.temperature == 0 for s in samplings]
         self.any_greedy, self.all_greedy = any(greedy), all(greedy)
@@ -84,19 +82,19 @@ class RowSettings:
         full = torch.tensor(rows, dtype=torch.float64, device="cpu")
         return (full[..., 0].long().to(self.device), full[..., 1].float().to(self.device)) if longest else None
 
-    def apply_penalties(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
+    def apply_penalties(self, logits: Logits, history: "History") -> Logits:
         """Return the logits after the penalties and the bias. Greedy decoding takes their maximum."""
         if self.repetition is not None and history.seen is not None:
-            logits = logits_processors.repetition_penalty(logits, history.seen, self.repetition)
+            logits = processors.repetition_penalty(logits, history.seen, self.repetition)
         if self.presence is not None and history.counts is not None:
-            logits = logits_processors.presence_penalty(logits, history.counts, self.presence)
+            logits = processors.presence_penalty(logits, history.counts, self.presence)
         if self.frequency is not None and history.counts is not None:
-            logits = logits_processors.frequency_penalty(logits, history.counts, self.frequency)
-        return logits if self.bias is None else logits_processors.logit_bias(logits, *self.bias)
+            logits = processors.frequency_penalty(logits, history.counts, self.frequency)
+        return logits if self.bias is None else processors.logit_bias(logits, *self.bias)
 
-    def __call__(self, logits: logits_processors.Logits, history: "History") -> logits_processors.Logits:
+    def __call__(self, logits: Logits, history: "History") -> Logits:
         logits = self.apply_penalties(logits, history)
-        return torch.where(self.greedy[:, None], logits_processors.likeliest(logits), self._filter(logits))
+        return torch.where(self.greedy[:, None], processors.likeliest(logits), self._filter(logits))
 
     def asks(self, vocab: int) -> bool:
         """Return whether `choose` reads the device to check whether a shortlist was enough."""
@@ -104,7 +102,7 @@ class RowSettings:
         return cut and vocab >= LARGE and not self.defers
 
     def choose(
-        self, logits: logits_processors.Logits, history: "History", u: Float[Tensor, " rows"]
+        self, logits: Logits, history: "History", u: Float[Tensor, " rows"]
     ) -> tuple[Int[Tensor, " rows"], Float[Tensor, " rows"], Bool[Tensor, " rows"] | None]:
         """Return each row's token for its uniform number u in [0, 1), ln of the token's probability, and a mask of
         final rows. Rows that are not final must be sampled again from the whole distribution; None if all are final."""
@@ -118,7 +116,7 @@ class RowSettings:
         final = None if final is None else final | self.greedy
         return torch.where(self.greedy, likeliest, tokens), torch.where(self.greedy, certain, logs), final
 
-    def _sample(self, logits: logits_processors.Logits, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _sample(self, logits: Logits, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sample from the shortlist if it contains all tokens that pass a row's filters, else from all tokens."""
         k, p = self.filters.get("top_k"), self.filters.get("top_p")
         if (k is None and p is None) or logits.shape[1] < LARGE:
@@ -126,7 +124,7 @@ class RowSettings:
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
         scaled, every = self._filter(logits, ["temperature"]), all(sampling.top_k for sampling in self.samplings)
-        few, names, whole = logits_processors.shortlist(scaled, k, p, every)
+        few, names, whole = processors.shortlist(scaled, k, p, every)
         indices, logs = sample_scored(self._filter(few, ["min_p"]), u)
         tokens = names.gather(1, indices[:, None])[:, 0]
         if self.defers:
@@ -136,7 +134,7 @@ class RowSettings:
             tokens[rest], logs[rest] = sample_scored(others._filter(logits[rest]), u[rest])
         return tokens, logs, None
 
-    def _filter(self, logits: logits_processors.Logits, names: Iterable[str] = FILTERS) -> logits_processors.Logits:
+    def _filter(self, logits: Logits, names: Iterable[str] = FILTERS) -> Logits:
         for name in names:
             if name in self.filters:
                 logits = FILTERS[name](logits, self.filters[name])
@@ -151,12 +149,10 @@ class History:
     counts: Float[Tensor, "rows vocab"] | None  # number of occurrences in the output
 
     @classmethod
-    def of_texts(
-        cls, settings: RowSettings, prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], vocab: int
-    ) -> "History":
+    def of_texts(cls, settings: RowSettings, prompts: Texts, written: Texts, vocab: int) -> "History":
         """Return the history of prompts and their outputs."""
 
-        def count(*texts: Sequence[Sequence[int]]) -> Float[Tensor, "rows vocab"]:
+        def count(*texts: Texts) -> Float[Tensor, "rows vocab"]:
             cells = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
             counts = torch.zeros(len(written) * vocab, dtype=torch.float32, device=settings.device)
             index = torch.tensor(cells, dtype=torch.long, device=settings.device)
@@ -235,7 +231,7 @@ class Sampler:
         self.reports = any(s.log_probabilities for s in samplings)
         self.top = max((s.top_log_probabilities for s in samplings if s.log_probabilities), default=0)
 
-    def choose(self, logits: logits_processors.Logits) -> Chosen:
+    def choose(self, logits: Logits) -> Chosen:
         """Return one allowed token for each row. The next call samples the tokens after these.
 
         The host reads the table in one copy. Its columns: token (-1 if it must be sampled again), largest logit; if any
@@ -247,13 +243,13 @@ class Sampler:
         self.history.add(tokens)
         columns = [tokens if final is None else tokens.where(final, -1), logits.amax(-1)]
         if self.reports:
-            columns += [logits_processors.log_probability(logits, tokens), sampled]
+            columns += [processors.log_probability(logits, tokens), sampled]
             values, likeliest = logits.topk(min(self.top, logits.shape[1]))
             logs = values - logits.logsumexp(-1, keepdim=True)
             columns += [column for pair in zip(likeliest.T, logs.T, strict=True) for column in pair]
         return Chosen(tokens, torch.stack([wide(column).double() for column in columns], -1))
 
-    def _allowed(self, logits: logits_processors.Logits) -> logits_processors.Logits:
+    def _allowed(self, logits: Logits) -> Logits:
         """Return -inf for the tokens that a request's constraint excludes."""
         if all(request.constraint is None for request in self.requests):
             return logits

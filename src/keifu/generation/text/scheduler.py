@@ -81,10 +81,7 @@ class Scheduler:
     whether the runner is fastest if a sequence's blocks are consecutive.
     """
 
-    def __init__(
-        self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None = None,
-        contiguous: bool = False,
-    ):  # fmt: skip
+    def __init__(self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None, contiguous: bool):
         self.window = window or 1 << 62
         self.contiguous = contiguous
         self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)

@@ -64,9 +64,7 @@ class StepGraphs:
         self._memory: Memory | None = None
         self._capacity = 0
 
-    def run(
-        self, spans: Sequence[Span], size: int, last: Int[Tensor, " rows"] | None = None
-    ) -> Float[Tensor, "count vocab"]:
+    def run(self, spans: Sequence[Span], size: int, last: Int[Tensor, " rows"] | None) -> Float[Tensor, "count vocab"]:
         """Return the logits after each span. size: tokens of a block. last: as in `TorchRunner.run`."""
         if self._capacity != self.pool.capacity or len(self.recorded) >= MOST:  # the pool has moved in memory
             self.recorded.clear()
