@@ -20,7 +20,7 @@ from keifu.generation.text.translation import TranslationParams, search
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.models import transformer
 from keifu.native.model import native_form
-from keifu.native.targets import NativeTargets, NativeTranslator
+from keifu.native.targets import NativeTranslator, Targets
 
 pytestmark = pytest.mark.usefixtures("opened")
 SHAPE = transformer.Config(
@@ -51,11 +51,11 @@ def translator(config: transformer.Config = SHAPE) -> EncoderDecoder:
     return model
 
 
-def begun(packed: NativeTranslator, sources: Sequence[list[int]], rows: int) -> NativeTargets:
-    return NativeTargets(packed, *pad(sources, SHAPE.pad_id), [len(each) for each in sources], 64, rows)
+def begun(packed: NativeTranslator, sources: Sequence[list[int]], rows: int) -> Targets:
+    return Targets(packed, packed.encode(*pad(sources, SHAPE.pad_id)), [len(each) for each in sources], 64, rows)
 
 
-def written(targets: NativeTargets, tokens: Tensor) -> Tensor:
+def written(targets: Targets, tokens: Tensor) -> Tensor:
     """Return logits [rows, length + 1, vocab] around these tokens of each row."""
     return torch.stack([targets.first().clone(), *(targets.next(each).clone() for each in tokens.T)], 1)
 
@@ -116,7 +116,7 @@ def test_bfloat16_translators_search_natively_and_find_in_a_batch_what_they_find
     torch.testing.assert_close(
         *(torch.tensor([each.score for each in found]) for found in (alone, together)), rtol=2e-3, atol=0
     )
-    monkeypatch.setattr(translation, "NativeTargets", None)
+    monkeypatch.setattr(translation, "Targets", None)
     with pytest.raises(TypeError):
         search(model, SOURCES, settings)
     monkeypatch.setenv("KEIFU_NATIVE", "off")

@@ -55,6 +55,11 @@ class NativeTranslator(NativeLM):
         super().__init__(describe(model), Weights(model), weights, model.config)
         self.read = _in_float32(Reader(translator))
 
+    def encode(self, source: Source, source_mask: SourceMask | None) -> Memory:
+        """Return the keys and values (sources, positions, dim) of padded sources for each decoder block. The mask is
+        True on real tokens."""
+        return _joined(self.read(source, source_mask), self.cache_dtype)
+
 
 def _in_float32(module: Read) -> Read:
     """Return the module itself if it is in float32, otherwise a float32 copy."""
@@ -130,7 +135,7 @@ class NativeSpeech(NativeLM):
 
 
 class Targets:
-    """Decoding state of targets, one or more for each encoded source.
+    """Decoding state of targets, one or more for each encoded source. It is the `BeamModel` of a packed translator.
 
     memory: keys and values (sources, positions, heads · head_dim) for each block, in the cache's dtype. lengths:
     positions of each source. longest: the most tokens of a target. rows: the most targets at a time.
@@ -171,6 +176,10 @@ class Targets:
             self._forward(ids[piece], self.tables[piece], self.sources[piece], wanted, logits[piece])
         self.length += length
         return logits
+
+    def first(self) -> Float[Tensor, "sources vocab"]:
+        """Return the logits of the first token of each source's target."""
+        return self.next(torch.full((len(self.sources),), self.model.config.start_id, device="cpu"))
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
         """Add one token to each row and return the logits after it. The next call may overwrite the returned memory."""
@@ -214,24 +223,6 @@ class Targets:
 
     def _call(self, name: str, *arguments: object) -> None:
         self.model.library.call(name, self._handle, *arguments)
-
-
-class NativeTargets(Targets):
-    """The `BeamModel` of a packed translator.
-
-    source, source_mask: the padded sources, and True on real tokens. lengths: number of tokens of each.
-    """
-
-    def __init__(
-        self, model: NativeTranslator, source: Source, source_mask: SourceMask | None, lengths: Sequence[int],
-        longest: int, rows: int,
-    ):  # fmt: skip
-        memory = _joined(model.read(source, source_mask), model.cache_dtype)
-        super().__init__(model, memory, lengths, longest, rows)
-
-    def first(self) -> Float[Tensor, "sources vocab"]:
-        """Return the logits of the first token of each source's target."""
-        return self.next(torch.full((len(self.sources),), self.model.config.start_id, device="cpu"))
 
 
 class NativeHearer:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from keifu.errors import UserError
-from keifu.generation.images.latent_diffusion import TextToImagePipeline
+from keifu.generation.images.latent_diffusion import TextPipeline
 from keifu.generation.images.pixel_diffusion import BY_TOKEN, Bytes, ImageRequest, Watch, to_pixels
 from keifu.generation.images.samplers import SamplerStep
 from keifu.generation.text.sampler import sample
@@ -47,7 +47,7 @@ def sample_image_tokens(
     return codes.unflatten(1, (height, width))
 
 
-class AutoregressivePipeline(TextToImagePipeline):
+class AutoregressivePipeline(TextPipeline):
     """Pipeline of an autoregressive model of image tokens. It has no diffusion sampler and no guidance."""
 
     def resolved(self, wanted: ImageRequest) -> ImageRequest:
@@ -77,7 +77,7 @@ class AutoregressivePipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw like `TextToImagePipeline.draw`; `watch` is called with the grid after each token."""
+        """Draw like `LatentDiffusionPipeline.draw`; `watch` is called with the grid after each token."""
         tokens = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
         given = tokens.to(self.device), real_tokens(tokens, self.tokenizer.eos_id).to(self.device)
         codes = sample_image_tokens(self.model, *given, seeds, lambda codes: watch(SamplerStep(codes, codes)))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -81,8 +81,8 @@ def text_tokens(tokenizer: Tokenizer, texts: Sequence[str], length: int, truncat
     return torch.tensor([row + [padding] * (length - len(row)) for row in rows], device="cpu")
 
 
-class TextToImagePipeline(Pipeline):
-    """Text-to-image pipeline with the tokenizer of its texts. colours: 1 for grey, 3 for colour."""
+class TextPipeline(Pipeline):
+    """Base class of text-to-image pipelines, with the tokenizer of its texts. colours: 1 for grey, 3 for colour."""
 
     pixels = False
 
@@ -112,22 +112,8 @@ class TextToImagePipeline(Pipeline):
                 f"{self.usual_guidance:g} is usual."
             )
 
-    def resolved(self, wanted: ImageRequest) -> ImageRequest:
-        """Return the request with all defaults. Raises `UserError` for a request that the model cannot fulfil."""
-        raise NotImplementedError
 
-    def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
-        texts: Sequence[str] | None = None,
-    ) -> Bytes:  # fmt: skip
-        """Draw an image for each seed. Return uint8 on the CPU. `watch` is called with the state after each step.
-
-        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`.
-        """
-        raise NotImplementedError
-
-
-class LatentDiffusionPipeline(TextToImagePipeline):
+class LatentDiffusionPipeline(TextPipeline):
     """Pipeline of a latent diffusion model."""
 
     usual_guidance = GUIDANCE
@@ -150,7 +136,7 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         factor = self.model.config.factor
         whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
         anew = whole.anew()
-        if anew is not None and not bool(downscale_mask(anew, factor).any()):
+        if anew is not None and not bool(anew[:, ::factor, ::factor].any()):
             raise UserError(f"The mask's white is smaller than the {factor} x {factor} pixels of a latent: enlarge it.")
         return whole
 
@@ -186,7 +172,8 @@ class LatentDiffusionPipeline(TextToImagePipeline):
             return random(empty) * schedule.initial_sigma, None, None
         picture = wanted.init.pixels(wanted.size, config.colours)[None].to(device)
         whole = wanted.anew()
-        anew = None if whole is None else downscale_mask(whole.to(device), config.factor)
+        # a latent takes the value of its upper left pixel, as in diffusers
+        anew = None if whole is None else whole[:, :: config.factor, :: config.factor].to(device)
         latents = None
         if not (wanted.from_noise and config.masked):
             latents = self._coder(wanted).latents(picture, random(empty))
@@ -214,12 +201,9 @@ class LatentDiffusionPipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw like `TextToImagePipeline.draw`."""
+        """Draw an image for each seed. Return uint8 on the CPU. `watch` is called with the state after each step.
+
+        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`.
+        """
         x = last_x(self.drawing(wanted, seeds, texts), watch)
         return wanted.paste(to_pixels(self.decoded(x, wanted)))
-
-
-def downscale_mask(mask: Bool[Tensor, "1 height width"], factor: int) -> Bool[Tensor, "1 rows columns"]:
-    """Reduce a mask of pixels to the resolution of latents: each takes the value of its upper left pixel, as in
-    diffusers."""
-    return mask[:, ::factor, ::factor]

@@ -8,11 +8,12 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.autoregressive import AutoregressivePipeline
-from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline, TextToImagePipeline
+from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
 from keifu.generation.images.pixel_diffusion import PixelPipeline
 from keifu.generation.images.unclip import UnclipPipeline
 from keifu.layers.diffusion.image_model import ImageModel
 
+TextToImagePipeline: TypeAlias = LatentDiffusionPipeline | UnclipPipeline | AutoregressivePipeline
 ImagePipeline: TypeAlias = PixelPipeline | TextToImagePipeline
 PIPELINES = {"latents": LatentDiffusionPipeline, "embeddings": UnclipPipeline, "tokens": AutoregressivePipeline}
 

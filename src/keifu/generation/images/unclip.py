@@ -18,7 +18,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import InputImage
-from keifu.generation.images.latent_diffusion import TextToImagePipeline
+from keifu.generation.images.latent_diffusion import TextPipeline
 from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels, trained_size
 from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep, configure_sampler, last_x
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -41,7 +41,7 @@ def slerp(a: Embedding, b: Embedding, share: Float[Tensor, " batch"]) -> Embeddi
     return way * ((1 - share) * a.norm(dim=-1, keepdim=True) + share * b.norm(dim=-1, keepdim=True))
 
 
-class UnclipPipeline(TextToImagePipeline):
+class UnclipPipeline(TextPipeline):
     """Pipeline of an unCLIP model."""
 
     usual_guidance = 8.0  # as in Karlo
@@ -151,18 +151,14 @@ class UnclipPipeline(TextToImagePipeline):
 
     def embeddings(self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str], random: Random) -> Embedding:
         """Return the embedding from which each image is generated."""
-        start = (
-            self.encode_image(wanted.init, len(seeds)) if wanted.init else self.sample_embeddings(texts, wanted, random)
-        )
+        count, first, steps = len(seeds), wanted.seed or 0, max(1, wanted.count - 1)
+        start = self.encode_image(wanted.init, count) if wanted.init else self.sample_embeddings(texts, wanted, random)
         if wanted.towards is None:
             return start
         if isinstance(wanted.towards, str):
-            end = self.sample_embeddings(
-                [wanted.towards] * len(seeds), wanted, SeededNoise([wanted.seed or 0] * len(seeds))
-            )
+            end = self.sample_embeddings([wanted.towards] * count, wanted, SeededNoise([first] * count))
         else:
-            end = self.encode_image(wanted.towards, len(seeds))
-        first, steps = wanted.seed or 0, max(1, wanted.count - 1)
+            end = self.encode_image(wanted.towards, count)
         return slerp(start, end, torch.tensor([(seed - first) / steps for seed in seeds], device=start.device))
 
     @torch.inference_mode()
@@ -213,7 +209,7 @@ class UnclipPipeline(TextToImagePipeline):
         self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
-        """Draw like `TextToImagePipeline.draw`. The steps are those of the decoder.
+        """Draw like `LatentDiffusionPipeline.draw`. The steps are those of the decoder.
 
         In an interpolation all images have the first one's noise.
         """

@@ -25,7 +25,7 @@ from keifu.generation.text.beam_search import (
 )
 from keifu.generation.text.model import Encoder, Translator, device_of, evaluation_mode, is_writer
 from keifu.native.model import native_form
-from keifu.native.targets import NativeTargets, NativeTranslator
+from keifu.native.targets import NativeTranslator, Targets
 from keifu.ranges import Count, Finite, check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
@@ -260,8 +260,8 @@ def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, 
     packed = native_form(model, NativeTranslator)
     if packed is None:
         return EncoderDecoderBeamModel(model, sources, longest, device_of(model))
-    lengths = [len(source) for source in sources]
-    return NativeTargets(packed, *pad(sources, model.config.pad_id), lengths, longest, how.beams * len(sources))
+    memory = packed.encode(*pad(sources, model.config.pad_id))
+    return Targets(packed, memory, [len(source) for source in sources], longest, how.beams * len(sources))
 
 
 def _translation(tokenizer: Tokenizer, source: str, ids: Sequence[int], best: Hypothesis) -> Translation:

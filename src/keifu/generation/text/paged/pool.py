@@ -43,11 +43,6 @@ class Pool:
         """Number of tokens that fit into the allocated memory."""
         return self.keys[0].shape[1] - self.joined
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all keys and values, and of states of fixed size."""
-        return sum(x.nbytes for x in (*self.keys, *self.values, self.states.numbers))
-
     def reserve(self, tokens: int) -> None:
         """Allocate memory for this number of tokens, at least twice as much as before."""
         if tokens <= self.capacity:
