@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from keifu import checkpoints
 from keifu.errors import UserError
 from keifu.generation.text.beam_search import (
-    EncoderDecoderBeamModel,
     Hypothesis,
     Search,
     beam_search,
@@ -28,6 +27,7 @@ from keifu.generation.text.beam_search import (
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.likelihood import score
 from keifu.generation.text.sampling_params import SamplingParams
+from keifu.generation.text.translation import EncoderDecoderBeamModel
 
 CPU = torch.device("cpu")
 

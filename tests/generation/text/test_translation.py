@@ -14,7 +14,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.generation.text import translation
-from keifu.generation.text.beam_search import Translator
+from keifu.generation.text.model import Translator
 from keifu.generation.text.translation import TranslationParams, translate, translate_texts
 from keifu.models import bert, gpt2, transformer
 

@@ -53,16 +53,6 @@ class Inpainting(Denoiser):
         return super().output(x if level == self.start else self.kept.put_back(x, level), level)
 
 
-def truncate_schedule(schedule: Schedule, strength: float) -> Schedule:
-    """Return the last steps of a schedule, the share `strength` of them, rounded down. Raises `UserError` if none is
-    left."""
-    steps = len(schedule.steps)
-    taken = int(steps * strength)
-    if not taken:
-        raise UserError(f"Strength {strength:g} leaves none of {steps} steps: take {-(-1e3 // steps) / 1e3:g} or more.")
-    return schedule._replace(steps=schedule.steps[steps - taken :])
-
-
 def add_initial_noise(picture: Sample, noise: Tensor, schedule: Schedule) -> Sample:
     """Add noise to the image, at the first level of a schedule."""
     level = schedule.steps[0].level

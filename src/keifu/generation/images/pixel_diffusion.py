@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError, unknown
 from keifu.generation.images.denoiser import label_denoiser
-from keifu.generation.images.image_to_image import (
-    InputImage,
-    KeptRegion,
-    add_initial_noise,
-    run_inpainting,
-    truncate_schedule,
-)
+from keifu.generation.images.image_to_image import InputImage, KeptRegion, add_initial_noise, run_inpainting
 from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, configure_sampler, last_x, sampler
 from keifu.generation.images.tiled_vae import NO_TILES
 from keifu.layers.diffusion.image_model import ImageModel
@@ -147,8 +141,16 @@ class ImageRequest:
         return self.size or (self.init.size() if self.init else None)
 
     def schedule(self, whole: Schedule) -> Schedule:
-        """Return the part of a sampler's schedule that is run, by `strength`."""
-        return whole if self.strength is None else truncate_schedule(whole, self.strength)
+        """Return the last steps of a sampler's schedule, the share `strength` of them, rounded down. Raises `UserError`
+        if none is left."""
+        if self.strength is None:
+            return whole
+        steps = len(whole.steps)
+        taken = int(steps * self.strength)
+        if not taken:
+            least = -(-1e3 // steps) / 1e3
+            raise UserError(f"Strength {self.strength:g} leaves none of {steps} steps: take {least:g} or more.")
+        return whole._replace(steps=whole.steps[steps - taken :])
 
     @property
     def taken(self) -> int:

@@ -1,7 +1,7 @@
 """Beam search for encoder-decoders. Each step extends all beams of all sources at once.
 
 A step is a tensor program without a loop over sources or beams. Finished texts are kept in tensors too. A source whose
-result is decided leaves the batch. A `BeamModel`, such as `EncoderDecoderBeamModel`, computes the logits.
+result is decided leaves the batch. A `BeamModel` computes the logits.
 
 Axes: sources, beams = open texts of a source, rows = sources · beams in that order, vocab, longest.
 """
@@ -15,9 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keifu.data.padding import pad
 from keifu.errors import UserError
-from keifu.generation.text.model import Translator
 
 
 @dataclass(frozen=True)
@@ -48,25 +46,6 @@ class BeamModel(Protocol):
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         """Continue with these rows. The indices are on the host, and may repeat."""
         ...
-
-
-class EncoderDecoderBeamModel:
-    """Decoder of targets. Sources are encoded once. longest: maximal number of tokens in a target."""
-
-    def __init__(self, model: Translator, sources: Sequence[Sequence[int]], longest: int, device: torch.device):
-        self.model = model
-        self.begin = torch.full((len(sources),), model.config.start_id, device=device)
-        source, mask = pad(sources, model.config.pad_id)
-        self.state = model.start(source.to(device), None if mask is None else mask.to(device), longest)
-
-    def first(self) -> Logits:
-        return self.next(self.begin)
-
-    def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
-        return self.model.logits(self.model.hidden(tokens[:, None], self.state)[:, -1]).float()
-
-    def select(self, rows: Int[Tensor, " kept"]) -> None:
-        self.state.select(rows)
 
 
 Lengths = Float[Tensor, " #sources"]

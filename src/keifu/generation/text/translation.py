@@ -10,19 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from keifu.data.padding import length_buckets, pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.beam_search import (
-    BeamModel,
-    EncoderDecoderBeamModel,
-    Hypothesis,
-    Search,
-    beam_search,
-    paper_penalty,
-)
+from keifu.generation.text.beam_search import BeamModel, Hypothesis, Logits, Search, beam_search, paper_penalty
 from keifu.generation.text.model import Encoder, Translator, device_of, evaluation_mode, is_writer
 from keifu.native.model import native_form
 from keifu.native.targets import NativeTranslator, Targets
@@ -252,6 +246,25 @@ def search(
             if progress:
                 progress(len(by_index))
     return [by_index[index] for index in range(len(sources))]
+
+
+class EncoderDecoderBeamModel:
+    """Decoder of targets. Sources are encoded once. longest: maximal number of tokens in a target."""
+
+    def __init__(self, model: Translator, sources: Sequence[Sequence[int]], longest: int, device: torch.device):
+        self.model = model
+        self.begin = torch.full((len(sources),), model.config.start_id, device=device)
+        source, mask = pad(sources, model.config.pad_id)
+        self.state = model.start(source.to(device), None if mask is None else mask.to(device), longest)
+
+    def first(self) -> Logits:
+        return self.next(self.begin)
+
+    def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
+        return self.model.logits(self.model.hidden(tokens[:, None], self.state)[:, -1]).float()
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        self.state.select(rows)
 
 
 def _targets(model: Translator, sources: Sequence[Sequence[int]], longest: int, how: Search) -> BeamModel:
