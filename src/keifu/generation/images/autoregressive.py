@@ -14,8 +14,8 @@ from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.generation.images.latent_diffusion import TextPipeline
-from keifu.generation.images.pixel_diffusion import BY_TOKEN, Bytes, ImageRequest, Watch, to_pixels
-from keifu.generation.images.samplers import SamplerStep
+from keifu.generation.images.pixel_diffusion import BY_TOKEN, Bytes, ImageRequest, to_pixels
+from keifu.generation.images.samplers import SamplerStep, Watch
 from keifu.generation.text.sampler import sample
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.counter_rng import uniform

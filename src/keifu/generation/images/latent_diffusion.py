@@ -15,16 +15,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import KeptRegion, add_initial_noise, run_inpainting
-from keifu.generation.images.pixel_diffusion import (
-    Bytes,
-    ImageRequest,
-    Pipeline,
-    SeededNoise,
-    Watch,
-    to_pixels,
-    trained_size,
-)
-from keifu.generation.images.samplers import Random, SamplerStep, last_x
+from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, Pipeline, SeededNoise, to_pixels, trained_size
+from keifu.generation.images.samplers import Random, SamplerStep, Watch, last_x
 from keifu.generation.images.tiled_vae import LatentCodec, tile_of
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack

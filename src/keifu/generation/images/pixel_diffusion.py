@@ -9,7 +9,7 @@ width.
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,7 +21,7 @@ from keifu.data.images.io import to_bytes, to_signed
 from keifu.errors import UserError, unknown
 from keifu.generation.images.denoiser import label_denoiser
 from keifu.generation.images.image_to_image import InputImage, KeptRegion, add_initial_noise, run_inpainting
-from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, configure_sampler, last_x, sampler
+from keifu.generation.images.samplers import ConfiguredSampler, SamplerStep, Watch, configure_sampler, last_x, sampler
 from keifu.generation.images.tiled_vae import NO_TILES
 from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
@@ -29,7 +29,6 @@ from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
 
 Bytes: TypeAlias = UInt8[Tensor, "batch colours rows columns"]
-Watch: TypeAlias = Callable[[SamplerStep], object]  # called with the state after each step
 
 
 class SeededNoise:

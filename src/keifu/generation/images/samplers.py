@@ -42,7 +42,10 @@ class SamplerStep(NamedTuple):
     picture: Sample
 
 
-def last_x(steps: Iterator[SamplerStep], watch: Callable[[SamplerStep], object] = lambda state: None) -> Tensor:
+Watch: TypeAlias = Callable[[SamplerStep], object]  # called with the state after each step
+
+
+def last_x(steps: Iterator[SamplerStep], watch: Watch = lambda state: None) -> Tensor:
     """Return x after all steps. `watch` is called with the state after each step."""
     x = torch.empty(0)
     for state in steps:

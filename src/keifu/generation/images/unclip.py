@@ -19,8 +19,8 @@ from keifu.errors import UserError
 from keifu.generation.images.denoiser import Network, guided_denoiser
 from keifu.generation.images.image_to_image import InputImage
 from keifu.generation.images.latent_diffusion import TextPipeline
-from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, Watch, to_pixels, trained_size
-from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep, configure_sampler, last_x
+from keifu.generation.images.pixel_diffusion import Bytes, ImageRequest, SeededNoise, to_pixels, trained_size
+from keifu.generation.images.samplers import ConfiguredSampler, Random, SamplerStep, Watch, configure_sampler, last_x
 from keifu.layers.diffusion.noise_schedule import Noise
 
 Embedding = Float[Tensor, "batch embedding"]
