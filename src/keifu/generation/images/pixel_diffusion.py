@@ -27,6 +27,7 @@ from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise, Spacing
 from keifu.layers.diffusion.sampling_schedule import Schedule
 from keifu.layers.unet.prepacked_conv import prepack
+from keifu.ranges import Count, PositiveShare, Seed, Share, check
 
 Bytes: TypeAlias = UInt8[Tensor, "batch colours rows columns"]
 
@@ -74,26 +75,26 @@ class ImageRequest:
     """
 
     sampler: str = "ddim"
-    steps: int | None = None
-    seed: int | None = None
+    steps: Count | None = None
+    seed: Seed | None = None
     label: int | None = None
     guidance: float = 1.0
-    guidance_rescale: float = 0.0
+    guidance_rescale: Share | int = 0.0
     size: tuple[int, int] | None = None
     spacing: Spacing | None = None
     karras: bool = False
-    eta: float = 0.0
+    eta: Share | int = 0.0
     text: str | None = None
     negative: str = ""
     truncate: bool = False
     init: InputImage | None = None
-    strength: float | None = None
+    strength: PositiveShare | int | None = None
     mask: InputImage | None = None
     tile: int | None = None
-    prior_steps: int | None = None
+    prior_steps: Count | None = None
     prior_guidance: float | None = None
-    candidates: int = 1
-    upsampling_steps: int | None = None
+    candidates: Count = 1
+    upsampling_steps: Count | None = None
     towards: InputImage | str | None = None
     count: int = 1
 
@@ -101,19 +102,9 @@ class ImageRequest:
         if self.init is None and (self.mask or self.strength is not None):
             given = "A mask" if self.mask else "A strength"
             raise UserError(f"{given} is for a picture to begin with, and there is none: give one (--init).")
-        if self.strength is not None and not 0 < self.strength <= 1:
-            raise UserError(f"The strength is a share of the steps above 0 and up to 1, not {self.strength:g}.")
+        check(self)
         if self.sampler != BY_TOKEN:
             sampler(self.sampler)
-        for number in (self.steps, self.prior_steps, self.upsampling_steps):
-            if number is not None and number < 1:
-                raise UserError(f"A picture takes at least 1 step, not {number}.")
-        if self.candidates < 1:
-            raise UserError(f"candidates is {self.candidates}, and one embedding is drawn from at least.")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"The seed is {self.seed}, which must be a whole number from 0 to 2^63 - 1.")
-        if not 0 <= self.guidance_rescale <= 1:
-            raise UserError(f"guidance_rescale is a share between 0 and 1, not {self.guidance_rescale}.")
 
     def configure_sampler(self, noise: Noise) -> ConfiguredSampler:
         """Return the sampler with these settings for a model's noise schedule."""

@@ -6,7 +6,7 @@ inserts there. The hashes of key-value blocks use the picture's content, not tha
 Axes: images, channels, rows and columns of pixels; patches = tokens of a picture, dim.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from itertools import count
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -59,8 +59,11 @@ def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: A
     tokens = tokenizer.render_chat([in_parts(message) for message in messages], **variables)
     ready = preprocessing(config)
     if isinstance(ready, TiledPreprocessing):
-        rest = iter(images[:MOST_IMAGES])
-        tokens = [id for token in tokens for id in _in_tiles(token, rest, tokenizer, config, ready)]
+        rest, marked, tokens = iter(images[:MOST_IMAGES]), tokens, []
+        for token in marked:
+            image = next(rest, None) if token == config.image_token else None
+            tiles = None if image is None else config.picture_text(*ready.grid(image))
+            tokens += [token] if tiles is None else tokenizer.encode(tiles, allow_special=True)
     return ImagePrompt(tokens, images)
 
 
@@ -68,14 +71,6 @@ def preprocessing(config: Any) -> Preprocessing | TiledPreprocessing:
     """Return the preprocessing of pictures for models with this Config."""
     fields = vars(config.pixels)
     return TiledPreprocessing(**fields) if "tile" in fields else Preprocessing(**fields)
-
-
-def _in_tiles(
-    token: int, images: Iterator[Image.Image], tokenizer: Tokenizer, config: Any, ready: TiledPreprocessing
-) -> list[int]:
-    """Return [token], or for a picture's token the tokens around its tiles with one token for each tile."""
-    image = next(images, None) if token == config.image_token else None
-    return [token] if image is None else tokenizer.encode(config.picture_text(*ready.grid(image)), allow_special=True)
 
 
 def in_parts(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -373,8 +373,6 @@ def configure_sampler(
         raise UserError(f"The sampler {name} uses the training timesteps: choose another one for Karras levels.")
     if eta and not chosen.eta:
         raise UserError(f"eta is ddim's share of fresh noise; the sampler {name} has none.")
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta is a share of fresh noise between 0 and 1, not {eta}.")
     run = partial(chosen.run, eta=eta) if chosen.eta else chosen.run
     more = {"karras": True} if karras else {}
     most = max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))  # this schedule omits the lowest timestep

@@ -76,10 +76,6 @@ class Search:
     penalty: Callable[[Lengths], Lengths] = partial(paper_penalty, alpha=0.6)
     never: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise UserError(f"The number of beams is {self.beams}, which must be at least 1.")
-
 
 @torch.inference_mode()
 def beam_search(decoder: BeamModel, search: Search, limits: Sequence[int]) -> list[Hypothesis]:

@@ -249,7 +249,9 @@ class Engine:
             sequence = self._sequences[span.sequence]
             self.scheduler.done(sequence, len(span.tokens) - span.wanted + taken[span.sequence])
             if span.wanted > 1:
-                self._count(sequence.request, span.wanted - 1, taken[span.sequence] - 1)
+                for counted in (self, sequence.request):
+                    counted.guessed += span.wanted - 1
+                    counted.accepted += taken[span.sequence] - 1
             if span.wanted and self.guessing.most and self.drafter is None:
                 sequence.guess(most)
         for piece in pieces:
@@ -266,13 +268,6 @@ class Engine:
         guesses = drafter.guess({number: room for number, room in wanted.items() if room[1] > 0})
         for sequence in going:
             sequence.guesses = guesses.get(sequence.number, [])
-
-    def _count(self, request: Request, guessed: int, accepted: int) -> None:
-        """Count guesses and right guesses."""
-        self.guessed += guessed
-        self.accepted += accepted
-        request.guessed += guessed
-        request.accepted += accepted
 
 
 def _guessed(sequence: Sequence, piece: Piece, depth: int) -> bool:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from jaxtyping import Int
@@ -20,7 +21,7 @@ from keifu.generation.text.beam_search import BeamModel, Hypothesis, Logits, Sea
 from keifu.generation.text.model import Encoder, Translator, device_of, evaluation_mode, is_writer
 from keifu.native.model import native_form
 from keifu.native.targets import NativeTranslator, Targets
-from keifu.ranges import Count, Finite, check
+from keifu.ranges import Count, Range, check
 
 OPENING, CLOSING = "「『（〈《【［｛“(", "」』）〉》】］｝”)"
 FULL_WIDTH = "。！？｡"  # always ends a sentence
@@ -119,7 +120,7 @@ class TranslationParams:
 
     beam: Count = 4
     """Beams; 1 takes the likeliest token at each step."""
-    alpha: Finite = 0.6
+    alpha: Annotated[float, Range(-10, 10, note=" (the paper has 0.6)")] = 0.6
     """Exponent of the length penalty ((5 + length) / 6)^alpha: more gives longer translations."""
     max_tokens: Count | None = None
     """Most tokens of a sentence's translation; unset: those of the sentence and 50 more."""
@@ -128,8 +129,6 @@ class TranslationParams:
 
     def __post_init__(self) -> None:
         check(self)
-        if not -10 <= self.alpha <= 10:
-            raise UserError(f"alpha is {self.alpha}, which must be from -10 to 10; the paper has 0.6.")
 
 
 @dataclass(frozen=True)
