@@ -39,13 +39,10 @@ class Pod:
         self.coordinates = [*product(range(shard.size()), range(tensor.size()))]
         self.tensor_group, self.size = tensor.get_group(), tensor.size()
         joined = joined_rows(model)
-        self.layouts = {
-            name: replace(
-                layouts.get(name) or Layout.whole(p, self.size, joined.get(p, ())),
-                shards=shard.size() if isinstance(p, DTensor) else 1,
-            )
-            for name, p in model.named_parameters()
-        }
+        self.layouts: dict[str, Layout] = {}
+        for name, p in model.named_parameters():
+            layout = layouts.get(name) or Layout.whole(p, self.size, joined.get(p, ()))
+            self.layouts[name] = replace(layout, shards=shard.size() if isinstance(p, DTensor) else 1)
 
     def full_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """Gather a parameter, or a tensor of its shape. Return scalars and other tensors unchanged."""

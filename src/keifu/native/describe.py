@@ -113,6 +113,7 @@ class ModelPart:
 
 
 NO_NORM, RMS_NORM, LAYER_NORM = 0, 1, 2
+IDENTITY = NormPart(NO_NORM, 0.0, None)
 CLAMPED = 4  # the kind of activation of a ClampedFeedForward
 ACTIVATION_KINDS: dict[Activation, int] = {F.silu: 0, ACTIVATIONS["gelu_tanh"]: 1, F.gelu: 2, F.relu: 3}
 LIKE = torch.zeros(1, dtype=torch.float32, device="cpu")  # dtype and device of computed numbers
@@ -143,41 +144,30 @@ def describe(model: nn.Module) -> ModelPart:
     if isinstance(model, SpeechRecognizer):
         return _describe_speech_decoder(known_layer(model, "", SpeechRecognizer))
     decoder = known_layer(model, "", DecoderLM)
-    table, positions = _matrix(model, "embedding", nn.Embedding, ScaledEmbedding), decoder.positions
-    return ModelPart(
-        table,
-        decoder.embedding.scale if isinstance(decoder.embedding, ScaledEmbedding) else 1.0,
-        None if positions is None else "positions.weight",
-        decoder.config.context_length if positions is None else positions.num_embeddings,
-        tuple(_layer(model, f"blocks.{number}") for number in range(len(decoder.blocks))),
-        _norm(model, "norm", norms.ScaledLayerNorm),
-        table if decoder.head is None else _matrix(model, "head"),
-        decoder.norm.scale if isinstance(decoder.norm, norms.ScaledLayerNorm) else 1.0,
-    )
+    table = _matrix(model, "embedding", nn.Embedding, ScaledEmbedding)
+    norm = _norm(model, "norm", norms.ScaledLayerNorm)
+    head = table if decoder.head is None else _matrix(model, "head")
+    scale = decoder.embedding.scale if isinstance(decoder.embedding, ScaledEmbedding) else 1.0
+    logit_scale = decoder.norm.scale if isinstance(decoder.norm, norms.ScaledLayerNorm) else 1.0
+    name, length = None, decoder.config.context_length
+    if decoder.positions is not None:
+        name, length = "positions.weight", decoder.positions.num_embeddings
+    return ModelPart(table, scale, name, length, _layers(model, "blocks"), norm, head, logit_scale)
 
 
 def _describe_decoder(model: EncoderDecoder) -> ModelPart:
     table = _matrix(model, "embedding" if model.target_embedding is None else "target_embedding", nn.Embedding)
-    length = model.positions.context_length
-    return ModelPart(
-        table,
-        model.scale,
-        model.positions(0, length, LIKE),
-        length,
-        tuple(_layer(model, f"decoder.{number}") for number in range(len(model.decoder))),
-        NormPart(NO_NORM, 0.0, None),
-        replace(table if model.head is None else _matrix(model, "head"), bias="logits_bias"),
-        source_length=length,
-    )
+    head = replace(table if model.head is None else _matrix(model, "head"), bias="logits_bias")
+    length, layers = model.positions.context_length, _layers(model, "decoder")
+    positions = model.positions(0, length, LIKE)
+    return ModelPart(table, model.scale, positions, length, layers, IDENTITY, head, source_length=length)
 
 
 def _describe_speech_decoder(model: SpeechRecognizer) -> ModelPart:
-    table = _matrix(model, "embedding", nn.Embedding)
-    layers = tuple(_layer(model, f"decoder.{number}") for number in range(len(model.decoder)))
-    return ModelPart(
-        table, 1.0, "positions.weight", model.positions.num_embeddings, layers, _norm(model, "norm"), table,
-        source_length=len(model.source_positions),
-    )  # fmt: skip
+    table, norm = _matrix(model, "embedding", nn.Embedding), _norm(model, "norm")
+    length, heard = model.positions.num_embeddings, len(model.source_positions)
+    layers = _layers(model, "decoder")
+    return ModelPart(table, 1.0, "positions.weight", length, layers, norm, table, source_length=heard)
 
 
 MEMORY = "memory.weight", "memory.bias"  # keys and values of all decoder blocks, joined in one matrix
@@ -188,10 +178,10 @@ def describe_speech_encoder(model: SpeechRecognizer) -> ModelPart:
 
     Its input is embedded sound, not tokens, so it has no embedding.
     """
-    layers = [_layer(model, f"encoder.{number}") for number in range(len(model.encoder))]
     length, dim = model.source_positions.shape
     head = MatrixPart(MEMORY[0], 0, 2 * dim * len(model.decoder), dim, MEMORY[1])
-    layers = tuple(replace(layer, numbers={**layer.numbers, "bidirectional": True}) for layer in layers)
+    both = {"bidirectional": True}
+    layers = tuple(replace(layer, numbers={**layer.numbers, **both}) for layer in _layers(model, "encoder"))
     norm = _norm(model, "encoder_norm")
     return ModelPart(head, 1.0, "source_positions", length, layers, norm, head, source_length=length)
 
@@ -232,10 +222,15 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
 def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[norms.RMSNorm]) -> NormPart:
     norm = known_layer(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
     if isinstance(norm, nn.Identity):
-        return NormPart(NO_NORM, 0.0, None)
+        return IDENTITY
     weight, bias = (f"{name}.{key}" if key in dict(norm.named_parameters()) else None for key in ("weight", "bias"))
     kind = LAYER_NORM if isinstance(norm, nn.LayerNorm) else RMS_NORM
     return NormPart(kind, norm.eps, weight, bias, 1.0 if isinstance(norm, norms.UnitOffsetRMSNorm) else 0.0)
+
+
+def _layers(model: nn.Module, name: str) -> tuple[LayerPart, ...]:
+    """Describe the list of blocks of this name."""
+    return tuple(_layer(model, f"{name}.{number}") for number, _ in model.get_submodule(name).named_children())
 
 
 def _layer(model: nn.Module, name: str) -> LayerPart:
@@ -243,6 +238,7 @@ def _layer(model: nn.Module, name: str) -> LayerPart:
     block = known_layer(model, name, *blocks)
     attention = known_layer(model, f"{name}.attention", Attention, SinkAttention, KeysUnbiased)
     norm_names = [part for part, _ in block.named_modules(remove_duplicate=False) if part.endswith("norm")]
+    norm_parts = dict(_layer_norm(model, name, part) for part in norm_names)
     mixed = isinstance(model.get_submodule(f"{name}.feedforward"), MixtureOfExperts)
     network, router, experts, numbers = (_mixture if mixed else _network)(model, f"{name}.feedforward")
     matrices = _split(model, f"{name}.attention.qkv", "query", "key", "value") | network
@@ -256,16 +252,9 @@ def _layer(model: nn.Module, name: str) -> LayerPart:
         "window": attention.window or 0,
         "attention_scale": attention.head_dim**-0.5 if attention.scale is None else attention.scale,
     }
-    return LayerPart(
-        matrices,
-        dict(_layer_norm(model, name, part) for part in norm_names),
-        numbers | turning,
-        (attention.n_heads, attention.n_kv_heads, attention.head_dim),
-        frequencies,
-        f"{name}.attention.sinks" if isinstance(attention, SinkAttention) else None,
-        router,
-        experts,
-    )
+    heads = attention.n_heads, attention.n_kv_heads, attention.head_dim
+    sinks = f"{name}.attention.sinks" if isinstance(attention, SinkAttention) else None
+    return LayerPart(matrices, norm_parts, numbers | turning, heads, frequencies, sinks, router, experts)
 
 
 Matrices = dict[str, MatrixPart]

@@ -112,16 +112,11 @@ def generate_batch(
 
 def completion(request: Request, pieces: Sequence[Piece]) -> Completion:
     """Join the pieces of one text."""
+    text, reason, seed = "".join(p.text for p in pieces), pieces[-1].finish_reason or "", request.sampling.seed or 0
+    logs = [p.log_probability for p in pieces if p.log_probability is not None] or None
+    sampled = [p.sampled_log_probability for p in pieces if p.sampled_log_probability is not None] or None
     return Completion(
-        "".join(piece.text for piece in pieces),
-        request.tokens,
-        pieces[-1].finish_reason or "",
-        request.sampling.seed or 0,
-        len(request.prompt),
-        [p.log_probability for p in pieces if p.log_probability is not None] or None,
-        [p.sampled_log_probability for p in pieces if p.sampled_log_probability is not None] or None,
-        request.guessed,
-        request.accepted,
+        text, request.tokens, reason, seed, len(request.prompt), logs, sampled, request.guessed, request.accepted
     )
 
 
