@@ -364,7 +364,7 @@ def test_latent_diffusion_learns_two_pictures_by_heart():
         lambda step: {"pictures": latents[which], "tokens": tokens[which], "draws": draw_noise(0, step, 8)},
     )  # fmt: skip
     assert losses[0] > 0.7 and sum(losses[-20:]) < 20 * 0.3
-    network = text_denoiser(model.eval(), tokens)
+    network = text_denoiser(model.eval(), tokens, tokens, 1.0, 0.0)
     path = configure_sampler(noise, "ddim", 20, None, False, 0.0)
     with torch.no_grad():
         *_, last = path.run(path.denoiser(network), torch.randn(2, 2, 4, 4), path.schedule, SeededNoise([1, 2]))

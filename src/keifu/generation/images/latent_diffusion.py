@@ -27,21 +27,15 @@ Latents = Float[Tensor, "batch channels height width"]
 
 
 def text_denoiser(
-    model: Any,
-    given: Tokens,
-    without: Tokens | None = None,
-    guidance: float = 1.0,
-    rescale: float = 0.0,
-    beside: Float[Tensor, "batch more height width"] | None = None,
+    model: Any, given: Tokens, without: Tokens, guidance: float, rescale: float, beside: Latents | None = None
 ) -> Network:
     """Return the denoising network of a model for these texts. Texts are encoded and projected here, once.
 
     given: the text of each row. without: the negative prompts for guidance; both predictions are computed in one batch.
     beside: further input channels of each row, after those of x.
     """
-
-    alone = guidance == 1 or without is None
-    texts = _project(model, given if without is None or alone else torch.cat([given, without]))
+    alone = guidance == 1
+    texts = _project(model, given if alone else torch.cat([given, without]))
     more = beside if beside is None or alone else torch.cat([beside, beside])
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
