@@ -157,23 +157,21 @@ class LatentDiffusionPipeline(TextPipeline):
         if wanted.init is None:
             return random(empty) * schedule.initial_sigma, None, None
         picture = wanted.init.pixels(wanted.size, config.colours)[None].to(device)
-        whole = wanted.anew()
-        # a latent takes the value of its upper left pixel, as in diffusers
-        anew = None if whole is None else whole[:, :: config.factor, :: config.factor].to(device)
         latents = None
         if not (wanted.from_noise and config.masked):
             latents = self._coder(wanted).latents(picture, random(empty))
         noise = random(empty)
-        if wanted.from_noise or latents is None:
-            x = noise * schedule.initial_sigma
-        else:
+        x = noise * schedule.initial_sigma
+        if latents is not None and not wanted.from_noise:
             x = add_initial_noise(latents, noise, schedule)
-        if whole is None or anew is None:
+        if (mask := wanted.anew()) is None:
             return x, None, None
+        mask = mask.to(device)
+        anew = mask[:, :: config.factor, :: config.factor]  # a latent's value is that of its upper left pixel
         if not config.masked:
             assert latents is not None
             return x, KeptRegion(latents, noise, anew), None
-        left = self._coder(wanted).latents(picture.masked_fill(whole.to(device), 0.0), random(empty))
+        left = self._coder(wanted).latents(picture.masked_fill(mask, 0.0), random(empty))
         return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), left], 1)
 
     def decoded(self, latents: Latents, wanted: ImageRequest) -> Float[Tensor, "batch colours rows columns"]:

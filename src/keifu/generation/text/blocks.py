@@ -43,7 +43,6 @@ class Gaps:
     def __init__(self, n_blocks: int):
         self.stops = {0: n_blocks} if n_blocks else {}  # by start
         self._starts = {n_blocks: 0} if n_blocks else {}  # by stop
-        self.total = n_blocks
 
     def add(self, block: int) -> int:
         """Add an empty block and return the start of its run."""
@@ -51,7 +50,6 @@ class Gaps:
         stop = self.stops.pop(block + 1, block + 1)
         self.stops[start] = stop
         self._starts[stop] = start
-        self.total += 1
         return start
 
     def take(self, start: int, first: int, count: int) -> None:
@@ -62,7 +60,6 @@ class Gaps:
             if begin < end:
                 self.stops[begin] = end
                 self._starts[end] = begin
-        self.total -= count
 
 
 class BlockManager:
@@ -174,7 +171,7 @@ class BlockManager:
     def _place(self, wanted: int, room: int) -> tuple[int, int]:
         """Choose a run of empty blocks and the first block to take. Cached blocks are emptied if that helps."""
         if not room:
-            if not self._gaps.total:
+            if not self._gaps.stops:
                 self._forget(self._unused.popitem(last=False)[0])
             start = next(iter(self._gaps.stops))
             return start, start
@@ -186,7 +183,7 @@ class BlockManager:
             start, first, stop = max(runs, key=lambda run: run[2] - run[1])
             if stop - first >= wanted:
                 return start, first
-        for _ in range(max(wanted - self._gaps.total, 4 * wanted)):
+        for _ in range(4 * wanted):
             if not self._unused:
                 break
             block, _ = self._unused.popitem(last=False)
