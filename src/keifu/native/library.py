@@ -108,12 +108,9 @@ class Batch(Structure):
 _RESULTS = {"last_error": c_char_p, "packed_size": c_int64, "cache_bytes": c_int64, "create": c_void_p}
 _ARGUMENTS = {
     **dict.fromkeys(("last_error", "best_instructions", "instructions", "available_threads", "threads"), ()),
-    "has_instructions": (c_int32,),
-    "use_instructions": (c_int32,),
-    "use_threads": (c_int32,),
+    **dict.fromkeys(("has_instructions", "use_instructions", "use_threads", "gguf_format"), (c_int32,)),
     "packed_size": (c_int32, c_int64, c_int64),
     "pack": (c_int32, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p),
-    "gguf_format": (c_int32,),
     "repack_gguf": (c_int32, c_void_p, c_int64, c_int64, c_void_p),
     "unpack": (c_int32, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p),
     "cache_bytes": (POINTER(ModelDescription), c_int32, c_int32),

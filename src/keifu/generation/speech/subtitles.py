@@ -5,6 +5,11 @@ from collections.abc import Callable
 from keifu.generation.speech.transcription import Transcript
 
 
+def plain(transcript: Transcript) -> str:
+    """Return the text alone."""
+    return transcript.text + "\n"
+
+
 def srt(transcript: Transcript) -> str:
     """Return SubRip's format: numbered segments with their times."""
     parts = enumerate(transcript.segments, 1)
@@ -26,8 +31,4 @@ def _escaped(text: str) -> str:
     return text.strip().replace("&", "&amp;").replace("<", "&lt;").replace("-->", "--&gt;")
 
 
-FORMATS: dict[str, Callable[[Transcript], str]] = {
-    "text": lambda transcript: transcript.text + "\n",
-    "srt": srt,
-    "vtt": vtt,
-}
+FORMATS: dict[str, Callable[[Transcript], str]] = {"text": plain, "srt": srt, "vtt": vtt}
