@@ -33,16 +33,11 @@ class Draft:
             return self.model.nbytes
         return 2 * sum(x.nbytes for x in (*self.model.parameters(), *self.model.buffers()))
 
-    def check(self, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-        """Raise `UserError` for a draft with another vocabulary than the model's, or with states of fixed size."""
+    def has_vocabulary(self, tokenizer: Tokenizer | None, vocab_size: int) -> bool:
+        """Return whether the draft has the same vocabulary as the model."""
         if tokenizer is None or self.tokenizer is None:
-            differs = text_model(self.model).config.vocab_size != vocab_size
-        else:
-            differs = self.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab()
-        if differs:
-            raise UserError("The draft has another vocabulary than the model: choose one with the same tokenizer.")
-        if has_fixed_states(self.model):
-            raise UserError("The draft has layers with a state of fixed size, which cannot go back: choose another.")
+            return text_model(self.model).config.vocab_size == vocab_size
+        return self.tokenizer.backend.get_vocab() == tokenizer.backend.get_vocab()
 
 
 def check_guesses(
@@ -52,7 +47,10 @@ def check_guesses(
     size."""
     asked, instead = guesses, "use --guesses 0"
     if isinstance(guesses, Draft):
-        guesses.check(tokenizer, vocab_size)
+        if not guesses.has_vocabulary(tokenizer, vocab_size):
+            raise UserError("The draft has another vocabulary than the model: choose one with the same tokenizer.")
+        if has_fixed_states(guesses.model):
+            raise UserError("The draft has layers with a state of fixed size, which cannot go back: choose another.")
         asked, instead = "A draft's", "leave out --draft"
     if guesses and fixed_states:
         raise UserError(

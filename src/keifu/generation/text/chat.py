@@ -119,10 +119,9 @@ class Conversation:
         """Generate the answer. History and engine are consistent afterwards, also after an error."""
         self.finish_reason, answer = None, ""
         try:
-            while self.engine.work:
-                for piece in self.engine.step():
-                    answer, self.finish_reason = answer + piece.text, piece.finish_reason
-                    yield piece
+            for piece in self.engine.pieces():
+                answer, self.finish_reason = answer + piece.text, piece.finish_reason
+                yield piece
         finally:
             self.engine.abort(number)
             if answer or self.finish_reason:

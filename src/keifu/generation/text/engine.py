@@ -7,6 +7,7 @@ requests. (A GPU chooses kernels by the number of tokens in a step, which change
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from contextlib import nullcontext
 from functools import partial
@@ -188,6 +189,11 @@ class Engine:
                 guessed = any(span.wanted > 1 for span in step.spans)
                 self.guessing.record(len(step.spans), guessed, time.perf_counter() - step.began, len(pieces))
             return pieces
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the pieces of the requests until all have ended."""
+        while self.work:
+            yield from self.step()
 
     def _launch(self, spans: list[Span], last: Tensor | None) -> None:
         """Launch a step, and the sampling of a token after each span that wants one. last: as in `TorchRunner.run`."""

@@ -68,7 +68,7 @@ def stream(
     """
     engine = Engine(model, tokenizer, max_running=max(1, len(prompts)), guesses=guesses)
     _add(engine, prompts, samplings)
-    return _pieces(engine)
+    return engine.pieces()
 
 
 def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[SamplingParams]) -> list[Request]:
@@ -81,12 +81,6 @@ def _add(engine: Engine, prompts: Prompts, samplings: SamplingParams | Sequence[
     for request in requests:
         engine.add(request)
     return requests
-
-
-def _pieces(engine: Engine) -> Iterator[Piece]:
-    """Yield the pieces of the engine's requests until all have ended."""
-    while engine.work:
-        yield from engine.step()
 
 
 def generate_batch(
@@ -103,7 +97,7 @@ def generate_batch(
     requests = _add(engine, prompts, samplings)
     pieces: list[list[Piece]] = [[] for _ in requests]
     done = 0
-    for piece in _pieces(engine):
+    for piece in engine.pieces():
         pieces[piece.index].append(piece)
         if piece.finish_reason and advance:
             advance(done := done + 1)
