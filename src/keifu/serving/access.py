@@ -66,15 +66,12 @@ class Origins(Gate):
         origin = headers.get("origin")
         if origin is None or scope["method"] in READING or {"*", origin} & {*self.origins}:
             return None
-        if headers.get("sec-fetch-site") == "same-origin" or self._is_own(origin, headers.get("host", "")):
-            return None
-        shown = origin[:100]
-        text = f"Pages of {shown!r} may not ask this server: start it with --cors ORIGIN to permit them."
-        return ApiError(403, text, code="unknown_origin")
-
-    def _is_own(self, origin: str, host: str) -> bool:
         netloc = urlsplit(origin).netloc.lower() if origin.startswith(("http://", "https://")) else ""
-        return bool(netloc) and (netloc == host.lower() or host_name(netloc) in self.hosts)
+        own = bool(netloc) and (netloc == headers.get("host", "").lower() or host_name(netloc) in self.hosts)
+        if own or headers.get("sec-fetch-site") == "same-origin":
+            return None
+        text = f"Pages of {origin[:100]!r} may not ask this server: start it with --cors ORIGIN to permit them."
+        return ApiError(403, text, code="unknown_origin")
 
 
 class ApiKeys(Gate):

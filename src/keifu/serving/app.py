@@ -13,10 +13,10 @@ from starlette.middleware.cors import CORSMiddleware
 from keifu import __version__
 from keifu.serving import access, classification, errors, inspection, middleware, page, state, translations
 from keifu.serving.models import ServedModels
-from keifu.serving.openai import chat, completions, embeddings, images, responses, search, transcriptions
+from keifu.serving.openai import chat, completions, embeddings, images, responses, transcriptions
 from keifu.serving.protocols import anthropic, ollama
 
-OPENAI = (chat, completions, responses, embeddings, images, transcriptions)
+OPENAI = (chat, completions, responses, images, transcriptions)
 RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": errors.ERROR, "5XX": errors.ERROR}
 
 
@@ -56,7 +56,7 @@ def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # 
         part.routes(app, models)
     state.health_routes(app, models)
     state.run_routes(app, limits.runs)
-    search.routes(app, models, limits.documents)
+    embeddings.routes(app, models, limits.documents)
     app.include_router(page.routes())
     app.add_middleware(middleware.BodyLimit, limit=limits.body)
     app.add_middleware(access.ApiKeys, keys=limits.keys)

@@ -5,9 +5,8 @@ import uuid
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Response
 from pydantic import Field
-from starlette.responses import Response
 from torch import Tensor, nn
 
 from keifu.data.classification.input_formats import examples_of
@@ -15,7 +14,7 @@ from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.schemas import Neutral, Texts
-from keifu.serving.streaming import whole
+from keifu.serving.streaming import json_response
 from keifu.serving.worker import GoOn
 
 Found = tuple[list[tuple[str, ...]], Tensor, int]  # labels of each text, their probabilities, number of tokens
@@ -36,7 +35,8 @@ class ClassifyRequest(Texts):
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the route for these models."""
 
-    async def answer(body: ClassifyRequest) -> dict[str, Any]:
+    @app.post("/v1/classify", summary="The label of each text", tags=["vectors"])
+    async def classify(body: ClassifyRequest) -> Response:
         name = models.find(body.model, "classification").name
         labels, shares, tokens = await models.worker(name).call(partial(_classify, body=body))
         current().prompt_tokens = tokens
@@ -46,11 +46,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             for index, (own, probs) in enumerate(zip(labels, shares.tolist(), strict=True))
         ]
         head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": name}
-        return {**head, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-
-    @app.post("/v1/classify", summary="The label of each text", tags=["vectors"])
-    async def classify(body: ClassifyRequest, request: Request) -> Response:
-        return await whole(request, answer(body))
+        return json_response({**head, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
 
 
 def _classify(model: nn.Module, tokenizer: Any, go_on: GoOn, body: ClassifyRequest) -> Found:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from keifu.errors import UserError
 from keifu.serving.facts import current
@@ -118,9 +118,9 @@ def install(app: FastAPI) -> None:
     """Make the app answer every error in this format."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        if isinstance(error, RequestValidationError):
+        if isinstance(error, RequestValidationError | ValidationError):
             return of_validation(error.errors()).response()
         return (_of_http(request, error) if isinstance(error, HTTPException) else of_exception(error)).response()
 
-    for error_class in (RequestValidationError, HTTPException, ApiError, UserError, Exception):
+    for error_class in (RequestValidationError, ValidationError, HTTPException, ApiError, UserError, Exception):
         app.add_exception_handler(error_class, answer)

@@ -5,9 +5,8 @@ from functools import partial
 from typing import Annotated, Any
 
 import torch
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Response
 from pydantic import Field
-from starlette.responses import Response
 from torch import Tensor, nn
 
 from keifu.data.images.io import read_image
@@ -21,7 +20,7 @@ from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import likeliest, token_text
 from keifu.serving.openai.images import PICTURE_BYTES
 from keifu.serving.openai.schemas import Body
-from keifu.serving.streaming import whole
+from keifu.serving.streaming import json_response
 
 MOST_TOKENS = 128  # maximum of a text, since attention grows quadratically
 
@@ -50,14 +49,14 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes for these models."""
 
     @app.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
-    async def inspect(body: InspectRequest, request: Request) -> Response:
+    async def inspect(body: InspectRequest) -> Response:
         about = models.find(body.model, "inspection")
-        return await whole(request, models.inspector(about.name).call(partial(_inspect, body=body, about=about)))
+        return json_response(await models.inspector(about.name).call(partial(_inspect, body=body, about=about)))
 
     @app.post("/v1/match", summary="Pictures against words", tags=["vectors"])
-    async def match(body: MatchRequest, request: Request) -> Response:
+    async def match(body: MatchRequest) -> Response:
         body.model = models.find(body.model, "match").name
-        return await whole(request, models.worker(body.model).call(partial(_match, body=body)))
+        return json_response(await models.worker(body.model).call(partial(_match, body=body)))
 
 
 def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, about: Description) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Limits on the body of every request, and the access log.
+"""Limits on the body of every request, the end of its work when the client leaves, and the access log.
 
 These are plain ASGI middleware, so that streams pass through without delay.
 """
@@ -7,10 +7,12 @@ import asyncio
 import json
 import logging
 import time
+from collections.abc import Awaitable
 from contextlib import suppress
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from keifu.serving.errors import ApiError, of_exception
@@ -19,6 +21,7 @@ from keifu.serving.metrics import Metrics
 
 ACCESS = logging.getLogger("keifu.serving.access")
 BODY_SECONDS, BODY_RATE = 20.0, 1000  # time limit for a body in seconds, plus one second for each so many bytes
+LEFT = 499  # status of nginx: the client has left
 MOST_LOGGED = 200  # maximal characters of a path or a reason
 
 
@@ -27,7 +30,10 @@ class Refused(Exception):
 
 
 class BodyLimit:
-    """Middleware that refuses bodies of more than `limit` bytes, by their header or during reading, and slow bodies."""
+    """Middleware that refuses bodies of more than `limit` bytes, by their header or during reading, and slow bodies.
+
+    It also ends the work for an answer when the client leaves.
+    """
 
     def __init__(self, app: ASGIApp, limit: int):
         self.app, self.limit = app, limit
@@ -39,13 +45,16 @@ class BodyLimit:
             return
         length = int(Headers(scope=scope).get("content-length", "0"))  # uvicorn has refused values that are not numbers
         reader = BodyReader(receive, send, self.limit)
+        left = False
         if length <= self.limit:
             with suppress(Refused):
-                await self.app(scope, reader.receive, reader.send)
+                left = await reader.cancel_if_left(self.app(scope, reader.receive, reader.send))
         else:
             reader.error = reader.too_large()
         if reader.error is not None and not reader.began:
             await reader.error.response()(scope, receive, send)
+        elif left and not reader.began:
+            await Response(status_code=LEFT)(scope, receive, send)
 
 
 class BodyReader:
@@ -55,7 +64,7 @@ class BodyReader:
         self._receive, self._send, self.limit = receive, send, limit
         self.facts, self.start = current(), time.monotonic()
         self.error: ApiError | None = None
-        self.began, self.complete = False, False
+        self.began, self.complete = False, asyncio.Event()
 
     def too_large(self) -> ApiError:
         """Return the error for a body that is too large."""
@@ -63,7 +72,7 @@ class BodyReader:
 
     async def receive(self) -> Message:
         """Return the next part of the body, within the time limit."""
-        if self.complete:
+        if self.complete.is_set():
             return await self._receive()
         try:
             async with asyncio.timeout(self.start + BODY_SECONDS + self.facts.size / BODY_RATE - time.monotonic()):
@@ -72,11 +81,30 @@ class BodyReader:
             self.error = ApiError(408, "The body of the request did not come in time: send it faster.", close=True)
             raise Refused from None
         self.facts.size += len(message.get("body", b""))
-        self.complete = not message.get("more_body", False)
+        if not message.get("more_body", False):
+            self.complete.set()
         if self.facts.size > self.limit:
             self.error = self.too_large()
             raise Refused
         return message
+
+    async def cancel_if_left(self, work: Awaitable[None]) -> bool:
+        """Do the work. If the client leaves after its body was read, cancel the work and return True."""
+        task, gone = asyncio.ensure_future(work), asyncio.ensure_future(self._disconnected())
+        try:
+            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                await task
+            return not task.done()
+        finally:
+            for waiting in (task, gone):
+                waiting.cancel()
+            await asyncio.gather(task, gone, return_exceptions=True)
+
+    async def _disconnected(self) -> None:
+        await self.complete.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     async def send(self, message: Message) -> None:
         """Send a part of the answer, unless it is the application's reaction to `Refused`."""

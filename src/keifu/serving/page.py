@@ -6,8 +6,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-from fastapi import APIRouter, Request
-from starlette.responses import Response
+from fastapi import APIRouter, Request, Response
 
 from keifu import lineage
 from keifu.errors import UserError, require_known, unknown

@@ -6,9 +6,9 @@ from os import SEEK_END
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Query, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse
 
 from keifu.errors import UserError, unknown
 from keifu.generation.images.prompts import sees
@@ -16,7 +16,7 @@ from keifu.generation.text.sampling_params import ANSWER_TOKENS, sampling_for
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.schemas import Body
-from keifu.serving.streaming import json_response, whole
+from keifu.serving.streaming import json_response
 
 SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")  # settings that clients see
 METRICS = "metrics.jsonl"  # metrics file of a run
@@ -50,15 +50,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         return json_response(entry(models.named(name).name))
 
     @app.post("/v1/models/load", summary="Load a model now", tags=["state"])
-    async def load_model(body: ModelRequest, request: Request) -> Response:
+    async def load_model(body: ModelRequest) -> Response:
         await run_in_threadpool(models.add_from_folder, body.model)
         name = models.named(body.model).name
-
-        async def load() -> dict[str, Any]:
-            await models.worker(name).call(lambda *_: None)
-            return entry(name)
-
-        return await whole(request, load())
+        await models.worker(name).call(lambda *_: None)
+        return json_response(entry(name))
 
     @app.post("/v1/models/unload", summary="Free the memory of a model", tags=["state"])
     async def unload_model(body: ModelRequest) -> Response:

@@ -1,43 +1,17 @@
-"""Answers that end if the client leaves: whole ones, and streams of server-sent events."""
+"""Answers in JSON: whole ones, and streams of server-sent events."""
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from keifu.serving.errors import of_exception
 
-Result = TypeVar("Result")
 STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}  # also possible instead of JSON
-LEFT = 499  # status of nginx: the client has left
-
-
-async def _disconnected(receive: Callable[[], Awaitable[Message]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """Return the result of the work. If the client leaves, cancel the work and return None."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        return await task if task.done() else None
-    finally:
-        for waiting in (task, gone):
-            waiting.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def whole(request: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> Response:
-    """Return a JSON response with the work's result."""
-    content = await while_connected(request.receive, work)
-    return Response(status_code=LEFT) if content is None else json_response(content)
 
 
 def json_response(content: Any) -> Response:
@@ -64,7 +38,7 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with suppress(TimeoutError):
             async with aclosing(self.events), asyncio.timeout(self.timeout + 5):
-                await while_connected(receive, self._send_events(send))
+                await self._send_events(send)
 
     async def _send_events(self, send: Send) -> None:
         try:

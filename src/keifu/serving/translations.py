@@ -1,11 +1,10 @@
 """POST /v1/translations and /v1/tokenize: translations by an encoder-decoder, and texts as tokens."""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Response
 from pydantic import Field, model_validator
-from starlette.responses import Response
 
 from keifu.generation.images.prompts import ImagePrompt, InsertedImages, render
 from keifu.generation.text.request import prompt_tokens
@@ -15,7 +14,7 @@ from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import token_bytes, token_text
 from keifu.serving.openai.pictures import open_images
 from keifu.serving.openai.schemas import Body, Message, Texts
-from keifu.serving.streaming import json_response, whole
+from keifu.serving.streaming import json_response
 
 
 class TranslationRequest(Texts):
@@ -43,7 +42,8 @@ class TokenizeRequest(Body):
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes for these models."""
 
-    async def answer(body: TranslationRequest) -> dict[str, Any]:
+    @app.post("/v1/translations", summary="Translate texts, sentence by sentence", tags=["text"])
+    async def translations(body: TranslationRequest) -> Response:
         name = models.find(body.model, "translation").name
         settings = TranslationParams(body.beam, body.alpha, body.max_tokens)
         translated = await models.worker(name).call(
@@ -55,11 +55,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         read, written = sum(part.source_tokens for part in every), sum(part.tokens for part in every)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         current().prompt_tokens, current().completion_tokens = read, written
-        return {"object": "list", "data": data, "model": name, "usage": usage}
-
-    @app.post("/v1/translations", summary="Translate texts, sentence by sentence", tags=["text"])
-    async def translations(body: TranslationRequest, request: Request) -> Response:
-        return await whole(request, answer(body))
+        return json_response({"object": "list", "data": data, "model": name, "usage": usage})
 
     @app.post("/v1/tokenize", summary="A text as tokens", tags=["text"])
     def tokenize(body: TokenizeRequest) -> Response:

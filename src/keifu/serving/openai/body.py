@@ -1,4 +1,4 @@
-"""Base class of all request bodies, and the parts of messages.
+"""Base class of all request bodies, forms, and the parts of messages.
 
 Every field has an effect, is ignored, or is refused by name (see `schemas`).
 """
@@ -6,12 +6,14 @@ Every field has an effect, is ignored, or is refused by name (see `schemas`).
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
+from fastapi import Request
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import PydanticCustomError
+from starlette.datastructures import UploadFile
 
 from keifu.errors import unknown
 from keifu.serving.facts import current
-from keifu.serving.openai.json_schema import SURROGATE
+from keifu.serving.openai.constraints import SURROGATE
 
 OF_STREAMS = ("stream_options", "partial_images")  # they have an effect only in streams
 INSTEAD = {"lora": "choose an adapter by its name as model (keifu serve --lora NAME=PATH)"}  # advice for refused fields
@@ -54,6 +56,22 @@ class Body(BaseModel):
             if name not in absent and name not in known:
                 raise about("unknown_field", name, str(unknown("field", name, known)))
         return {name: value for name, value in data.items() if name not in absent}
+
+
+async def read_form(request: Request, max_files: int) -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:
+    """Return the fields of a form, and its files. A file has its field's name, its own name and its bytes."""
+    async with request.form(max_files=max_files) as form:
+        given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
+        files = [(n, v.filename or n, await v.read()) for n, v in given if isinstance(v, UploadFile)]
+    return {name: value for name, value in given if isinstance(value, str)}, files
+
+
+def form_schema(body_class: type[BaseModel], *files: str) -> dict[str, Any]:
+    """Return the description of a form for OpenAPI. The first of its files is required."""
+    schema = body_class.model_json_schema()
+    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in files}
+    schema["required"] = [files[0]]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 class ImageUrl(Body):

@@ -4,73 +4,54 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import ValidationError
-from starlette.responses import Response
+from fastapi import FastAPI, Response
 
-from keifu.generation.images.prompts import ImagePrompt
 from keifu.generation.text.request import Piece
-from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.generation import Answer, check_count, finish_reason, prepare, token_bytes, token_text
-from keifu.serving.openai.pictures import open_images
+from keifu.serving.models import ServedModels
+from keifu.serving.openai.generation import Answer, prepare_chat, token_bytes, token_text
 from keifu.serving.openai.schemas import ChatRequest
-from keifu.serving.openai.tools import Delta, Reply, render
-from keifu.serving.streaming import STREAM, EventStream, whole
+from keifu.serving.openai.tools import THOUGHTS, Delta, Reply
+from keifu.serving.streaming import STREAM, EventStream, json_response
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the route for these models."""
 
     @app.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"], responses=STREAM)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+    async def chat_completions(body: ChatRequest) -> Response:
         answer = await begin(models, body, "chatcmpl")
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
-        return await whole(request, _completion(answer, body))
+        return json_response(await _completion(answer, body))
 
 
 async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
     """Check a conversation and return its answer, which has not begun. prefix: first part of its id."""
-    tools = body.tool_use()
     schema = body.response_format.schema if body.response_format else None
-    options = body.chat_template_kwargs or {}
-
-    def prompts(about: Description) -> list[list[int] | ImagePrompt]:
-        check_count(len(body.messages), about)
-        messages = open_images([message.plain() for message in body.messages], models.limits.pictures)
-        return [render(about.tokenizer, messages, tools.functions if tools else (), about.config, **options)]
-
-    return await prepare(models, body, "chat", prompts, prefix, schema, tools)
+    return await prepare_chat(models, body, [message.plain() for message in body.messages], prefix, schema)
 
 
 async def begin_from(models: ServedModels, fields: dict[str, Any], prefix: str) -> Answer:
     """Return the answer to a conversation in OpenAI's fields, translated from another protocol."""
-    try:
-        body = ChatRequest.model_validate({name: value for name, value in fields.items() if value is not None})
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
-    return await begin(models, body, prefix)
+    given = {name: value for name, value in fields.items() if value is not None}
+    return await begin(models, ChatRequest.model_validate(given), prefix)
 
 
 async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
     """Return the whole answer."""
-    replies = [answer.reply() for _ in answer.requests]
-    reasons: list[str] = ["length" for _ in answer.requests]
     tokens: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
     async with aclosing(answer.pieces()) as pieces:
         async for choice, piece in pieces:
-            replies[choice].push(piece.text, piece.finish_reason is not None)
-            reasons[choice] = finish_reason(piece, replies[choice]) or "length"
+            answer.push(choice, piece)
             tokens[choice] += _tokens(answer, piece)
     choices = [
         {
             "index": choice,
             "message": _message(reply),
             "logprobs": {"content": tokens[choice], "refusal": None} if body.logprobs else None,
-            "finish_reason": reasons[choice],
+            "finish_reason": reply.finish_reason,
         }
-        for choice, reply in enumerate(replies)
+        for choice, reply in enumerate(answer.replies)
     ]
     return {**answer.head("chat.completion"), "choices": choices, "usage": answer.usage}
 
@@ -84,7 +65,7 @@ def _message(reply: Reply) -> dict[str, Any]:
 def _delta(part: Delta, reply: Reply) -> dict[str, Any]:
     """Return a part of an answer in the API's format. The first part of a call has its id and name."""
     if part.call < 0:
-        return {"content": part.content}
+        return {"reasoning_content" if part.call == THOUGHTS else "content": part.content}
     if not part.name:
         return {"tool_calls": [{"index": part.call, "function": {"arguments": part.arguments}}]}
     call = {"index": part.call, "id": reply.calls[part.call]["id"], "type": "function"}
@@ -96,7 +77,6 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
     head = answer.head("chat.completion.chunk")
     usage = {"usage": None} if body.includes_usage else {}
     tokens: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
-    replies = [answer.reply() for _ in answer.requests]
 
     def chunk(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         logprobs = {"content": tokens[index], "refusal": None} if body.logprobs and tokens[index] else None
@@ -109,13 +89,10 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
     async with aclosing(answer.pieces()) as pieces:
         async for index, piece in pieces:
             tokens[index] += _tokens(answer, piece)
-            parts = replies[index].push(piece.text, piece.finish_reason is not None)
-            if replies[index].thought:
-                yield chunk(index, {"reasoning_content": replies[index].thought})
-            for part in parts:
-                yield chunk(index, _delta(part, replies[index]))
+            for part in answer.push(index, piece):
+                yield chunk(index, _delta(part, answer.replies[index]))
             if piece.finish_reason:
-                yield chunk(index, {}, finish_reason(piece, replies[index]))
+                yield chunk(index, {}, answer.replies[index].finish_reason)
     if body.includes_usage:
         yield {**head, "choices": [], "usage": answer.usage}
 

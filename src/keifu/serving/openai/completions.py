@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from fastapi import FastAPI, Request
-from starlette.responses import Response
+from fastapi import FastAPI, Response
 from torch import nn
 
 from keifu.generation.text.likelihood import LikeliestTokens, score_likeliest
@@ -16,21 +15,21 @@ from keifu.generation.text.request import prompt_tokens
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import REASONS, Answer, likeliest, prepare, token_text
 from keifu.serving.openai.schemas import CompletionRequest
-from keifu.serving.streaming import STREAM, EventStream, whole
+from keifu.serving.streaming import STREAM, EventStream, json_response
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the route for these models."""
 
     @app.post("/v1/completions", summary="Continue texts", tags=["text"], responses=STREAM)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
+    async def completions(body: CompletionRequest) -> Response:
         def prompts(about: Description) -> list[list[int]]:
             return [prompt_tokens(about.tokenizer, prompt) for prompt in body.prompts()]
 
         answer = await prepare(models, body, "completion", prompts, "cmpl")
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
-        return await whole(request, _completion(answer, body))
+        return json_response(await _completion(answer, body))
 
 
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")

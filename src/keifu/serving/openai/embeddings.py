@@ -1,24 +1,33 @@
-"""POST /v1/embeddings and /v1/rerank: embeddings of length 1, and documents sorted by similarity to a query."""
+"""POST /v1/embeddings, /v1/rerank and /v1/search: embeddings of length 1, and texts sorted by similarity to a query.
+
+/v1/search finds passages of a folder's documents, by the index of `keifu search`. Clients only see paths relative to
+the folder. Links that lead out of the folder are not followed.
+"""
 
 import base64
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Response
 from pydantic import Field
-from starlette.responses import Response
 from torch import Tensor, nn
 
+from keifu.checkpoints.hub import weights_identity
+from keifu.data.text.passages import Passage, document_files, read_documents
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
+from keifu.evaluation.classification.embeddings import BATCH, embed_rows, encode_texts
+from keifu.evaluation.classification.search import SearchIndex, build_index, index_path
 from keifu.evaluation.images import retrieval
 from keifu.generation.text.model import TwoTowers
+from keifu.serving.errors import LOG, ApiError
 from keifu.serving.facts import current
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.schemas import Body, Neutral
-from keifu.serving.streaming import whole
-from keifu.serving.worker import GoOn
+from keifu.serving.streaming import json_response
+from keifu.serving.worker import GoOn, Loaded
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
@@ -56,23 +65,63 @@ class RerankRequest(Body):
     cut: bool = False
 
 
-def routes(app: FastAPI, models: ServedModels) -> None:
-    """Add the routes for these models."""
+class SearchRequest(Body):
+    """POST /v1/search. limit: number of passages in the answer, the nearest first. cut: whether to keep the beginning
+    of a query that is longer than the context."""
+
+    model: str = ""
+    query: str
+    limit: Annotated[int, Field(ge=1, le=50)] = 5
+    cut: bool = False
+
+
+class Documents:
+    """Documents of a folder, and for each model an index of their passages, which is updated when files change."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self._indexes: dict[str, tuple[list[Any], SearchIndex]] = {}
+
+    def index(self, source: str, encoder: Loaded) -> SearchIndex:
+        """Return the index for the model with that path or name. Only new passages are embedded.
+
+        Building continues if the client leaves, because the next query needs the index. Raises `ApiError` if there is
+        no index; only the log has the reason, because it may contain a path.
+        """
+        try:
+            inside = [path for path in document_files(self.folder) if path.resolve().is_relative_to(self.folder)]
+            state = [(path, path.stat().st_size, path.stat().st_mtime_ns) for path in inside]
+            if source not in self._indexes or self._indexes[source][0] != state:
+                names = {path: path.relative_to(self.folder).as_posix() for path in inside}
+                passages = read_documents(names, partial(LOG.warning, "Left out: %s"))
+                path = index_path(self.folder, weights_identity(source), encoder[0])
+                self._indexes[source] = state, build_index(passages, encoder, path, BATCH)
+        except (UserError, OSError) as error:
+            LOG.warning("The documents cannot be searched: %s", error)
+            raise ApiError(503, "The documents cannot be searched; see the server's log.", code="no_index") from error
+        return self._indexes[source][1]
+
+
+def routes(app: FastAPI, models: ServedModels, folder: Path | None) -> None:
+    """Add the routes for these models. folder: the documents for /v1/search."""
+    documents = None if folder is None else Documents(folder)
 
     async def compute(about: Description, inputs: Sequence[str] | Sequence[list[int]], cut: bool) -> tuple[Tensor, int]:
         rows, tokens = await models.worker(about.name).call(partial(embed_inputs, about=about, inputs=inputs, cut=cut))
         current().prompt_tokens = tokens
         return rows, tokens
 
-    async def embed(body: EmbeddingRequest) -> dict[str, Any]:
+    @app.post("/v1/embeddings", summary="Texts as vectors", tags=["vectors"])
+    async def create_embeddings(body: EmbeddingRequest) -> Response:
         about = models.find(body.model, "embedding")
         embeddings, tokens = await compute(about, body.inputs, body.cut)
         encoded = _base64(embeddings) if body.encoding_format == "base64" else embeddings.tolist()
         data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(encoded)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return {"object": "list", "data": data, "model": about.name, "usage": usage}
+        return json_response({"object": "list", "data": data, "model": about.name, "usage": usage})
 
-    async def rank(body: RerankRequest) -> dict[str, Any]:
+    @app.post("/v1/rerank", summary="Documents by their nearness to a query", tags=["vectors"])
+    async def rerank(body: RerankRequest) -> Response:
         about = models.find(body.model, "embedding")
         embeddings, tokens = await compute(about, [body.query, *body.documents], body.cut)
         scores = embeddings[1:] @ embeddings[0]
@@ -82,15 +131,24 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             | ({"document": {"text": body.documents[index]}} if body.return_documents else {})
             for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        return {"object": "list", "model": about.name, "results": results, "usage": {"total_tokens": tokens}}
+        usage = {"total_tokens": tokens}
+        return json_response({"object": "list", "model": about.name, "results": results, "usage": usage})
 
-    @app.post("/v1/embeddings", summary="Texts as vectors", tags=["vectors"])
-    async def create_embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        return await whole(request, embed(body))
+    @app.post("/v1/search", summary="Passages of documents by their nearness to a query", tags=["vectors"])
+    async def search(body: SearchRequest) -> Response:
+        if documents is None:
+            raise ApiError(404, "This server has no documents: start it with --search FOLDER.", code="no_documents")
+        about, index = models.find(body.model, "embedding"), documents.index
 
-    @app.post("/v1/rerank", summary="Documents by their nearness to a query", tags=["vectors"])
-    async def rerank(body: RerankRequest, request: Request) -> Response:
-        return await whole(request, rank(body))
+        def nearest(model: Any, tokenizer: Any, go_on: GoOn) -> tuple[list[tuple[float, Passage]], int]:
+            query, tokens = embed_inputs(model, tokenizer, go_on, about, [body.query], body.cut)
+            return index(about.source, (model, tokenizer)).nearest(query, body.limit), tokens
+
+        hits, tokens = await models.worker(about.name).call(nearest)
+        current().prompt_tokens = tokens
+        data = [{**asdict(passage), "score": score} for score, passage in hits]
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return json_response({"object": "list", "data": data, "model": about.name, "usage": usage})
 
 
 def embed_inputs(

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -20,8 +20,9 @@ from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.facts import Facts, current
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.constraints import constraints, schema_grammar
-from keifu.serving.openai.schemas import Sampling
-from keifu.serving.openai.tools import Reply, ToolUse, tool_format
+from keifu.serving.openai.pictures import open_images
+from keifu.serving.openai.schemas import ChatRequest, ResponseRequest, Sampling
+from keifu.serving.openai.tools import THOUGHTS, Delta, Reply, ToolUse, render, tool_format
 from keifu.serving.worker import Worker
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
@@ -42,7 +43,7 @@ class Answer:
     seed: int
     prefix: str
     tools: ToolUse | None = None
-    replies: list[Reply] = field(default_factory=list)
+    replies: list[Reply] = field(init=False)
     id: str = field(init=False)
     facts: Facts = field(default_factory=current)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -50,6 +51,7 @@ class Answer:
     def __post_init__(self) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.worker.check_room(len(self.requests))
+        self.replies = [self._reply(request.prompt) for request in self.requests]
         self.facts.prompt_tokens = self.prompt_tokens
         self.models.metrics.prompt.labels(self.description.name).inc(self.prompt_tokens)
 
@@ -87,14 +89,23 @@ class Answer:
         name = self.description.name
         return {"id": self.id, "object": object_name, "created": self.created, "model": name, "seed": self.seed}
 
-    def reply(self) -> Reply:
+    def _reply(self, prompt: Sequence[int]) -> Reply:
         """Return a splitter of a choice into thoughts, text and calls."""
         tokenizer = self.description.tokenizer
-        reply = Reply(form := tool_format(tokenizer), form.trigger(tokenizer)) if self.tools else Reply()
-        prompt = self.requests[len(self.replies)].prompt
-        reply.splitter = ThoughtSplitter(opens_thoughts(tokenizer, prompt))
-        self.replies.append(reply)
-        return reply
+        splitter = ThoughtSplitter(opens_thoughts(tokenizer, prompt))
+        if not self.tools:
+            return Reply(splitter=splitter)
+        form = tool_format(tokenizer)
+        return Reply(form, form.trigger(tokenizer), splitter=splitter)
+
+    def push(self, choice: int, piece: Piece) -> list[Delta]:
+        """Add a piece to the reply of its choice. Return the parts that are now certain, thoughts first."""
+        reply = self.replies[choice]
+        deltas = reply.push(piece.text, piece.finish_reason is not None)
+        if piece.finish_reason:
+            ended = REASONS[piece.finish_reason]
+            reply.finish_reason = "tool_calls" if ended == "stop" and reply.calls and not reply.unfinished else ended
+        return [Delta(reply.thought, THOUGHTS), *deltas] if reply.thought else deltas
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield each generated piece with the index of its request."""
@@ -139,6 +150,26 @@ async def prepare(
         raise of_exception(error, tuple(type(body).model_fields)) from error
 
 
+async def prepare_chat(
+    models: ServedModels, body: ChatRequest | ResponseRequest, messages: Sequence[Mapping[str, Any]], prefix: str,
+    schema: dict[str, Any] | None,
+) -> Answer:  # fmt: skip
+    """Check a conversation and return its answer, which has not begun. See `prepare`.
+
+    A conversation with more messages than the context has tokens is refused before it is rendered.
+    """
+    tools, options = body.tool_use(), body.chat_template_kwargs or {}
+
+    def prompts(about: Description) -> list[list[int] | ImagePrompt]:
+        if about.context_length is not None and len(messages) > about.context_length:
+            counts = f"{len(messages):,} entries, and the context of this model has {about.context_length:,} tokens"
+            raise ApiError(400, f"messages has {counts}: send fewer.", "messages", "context_length_exceeded")
+        opened = open_images(messages, models.limits.pictures)
+        return [render(about.tokenizer, opened, tools.functions if tools else (), about.config, **options)]
+
+    return await prepare(models, body, "chat", prompts, prefix, schema, tools)
+
+
 def _requests(
     description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any, tools: ToolUse | None
 ) -> list[Request]:
@@ -157,19 +188,6 @@ def _requests(
         for tokens, images in pairs
         for setting in settings
     ]
-
-
-def check_count(messages: int, about: Description) -> None:
-    """Raise an error for a conversation with more messages than the context has tokens, before it is rendered."""
-    if about.context_length is not None and messages > about.context_length:
-        text = f"messages has {messages:,} entries, and the context of this model has {about.context_length:,} tokens"
-        raise ApiError(400, f"{text}: send fewer.", "messages", "context_length_exceeded")
-
-
-def finish_reason(piece: Piece, reply: Reply) -> str | None:
-    """Return the API's reason why the answer ended with this piece; None if it continues."""
-    reason = REASONS[piece.finish_reason] if piece.finish_reason else None
-    return "tool_calls" if reason == "stop" and reply.calls and not reply.unfinished else reason
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:

@@ -15,12 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import FastAPI, Request, Response
 from PIL import Image
-from pydantic import Field, ValidationError, field_validator
-from starlette.datastructures import UploadFile
-from starlette.responses import Response
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from keifu.data.images.grid import png
@@ -34,8 +31,8 @@ from keifu.generation.images.png_metadata import ImageRecord
 from keifu.generation.images.samplers import SAMPLERS, SamplerStep
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.schemas import Body, Neutral
-from keifu.serving.streaming import STREAM, EventStream, whole
+from keifu.serving.openai.body import Body, Neutral, form_schema, read_form
+from keifu.serving.streaming import STREAM, EventStream, json_response
 from keifu.serving.worker import GoOn
 
 PICTURE_BYTES = 2**26  # maximum of a decoded picture: 22 megapixels in colour
@@ -97,46 +94,27 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             data = [{"url": f"data:image/png;base64,{made['b64_json']}", "seed": made["seed"]} for made in data]
         return {"created": int(time.time()), "data": data}
 
-    async def answer(body: ImageGenerationRequest, request: Request, files: Files, event_name: str) -> Response:
+    async def answer(body: ImageGenerationRequest, files: Files, event_name: str) -> Response:
         body.model = models.find(body.model, "image").name
         if body.sampler is not None and body.sampler not in SAMPLERS:
             raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         if body.stream:
             return EventStream(_events(partial(drawn, body, files), event_name), models.limits.timeout, named=True)
-        return await whole(request, drawn(body, files))
+        return json_response(await drawn(body, files))
 
     @app.post("/v1/images/generations", summary="Draw pictures", tags=["pictures"], responses=STREAM)
-    async def generations(body: ImageGenerationRequest, request: Request) -> Response:
-        return await answer(body, request, {}, "image_generation")
+    async def generations(body: ImageGenerationRequest) -> Response:
+        return await answer(body, {}, "image_generation")
 
-    more: Any = {"responses": STREAM, "openapi_extra": _form()}
+    more: Any = {"responses": STREAM, "openapi_extra": form_schema(ImageEditRequest, "image", "mask")}
 
     @app.post("/v1/images/edits", summary="Draw on a picture", tags=["pictures"], **more)
     async def edits(request: Request) -> Response:
-        return await answer(*await _read_form(request), "image_edit")
-
-
-async def _read_form(request: Request) -> tuple[ImageEditRequest, Request, Files]:
-    """Return the fields and the files of a form."""
-    async with request.form(max_files=2) as form:
-        given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
-        sent = [(n, (v.filename or n, await v.read())) for n, v in given if isinstance(v, UploadFile)]
-    try:
-        fields = {name: value for name, value in given if isinstance(value, str)}
+        fields, sent = await read_form(request, max_files=2)
         body = ImageEditRequest.model_validate_strings(fields, strict=False)
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
-    if (names := sorted(name for name, _ in sent)) not in (["image"], ["image", "mask"]):
-        raise ApiError(400, f"The files are {names}: send one as image, and one as mask if any.", "image")
-    return body, request, dict(sent)
-
-
-def _form() -> dict[str, Any]:
-    """Return the fields of /v1/images/edits for OpenAPI."""
-    schema = ImageEditRequest.model_json_schema()
-    schema["properties"] |= {name: {"type": "string", "format": "binary"} for name in ("image", "mask")}
-    schema["required"] = ["image"]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+        if (names := sorted(name for name, *_ in sent)) not in (["image"], ["image", "mask"]):
+            raise ApiError(400, f"The files are {names}: send one as image, and one as mask if any.", "image")
+        return await answer(body, {name: (file_name, data) for name, file_name, data in sent}, "image_edit")
 
 
 async def _events(work: Callable[[Show], Any], event_name: str) -> AsyncGenerator[dict[str, Any], None]:

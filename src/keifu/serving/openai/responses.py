@@ -6,17 +6,14 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import FastAPI, Request
-from starlette.responses import Response
+from fastapi import FastAPI, Response
 
-from keifu.generation.images.prompts import ImagePrompt
 from keifu.serving.errors import ApiError
-from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.generation import Answer, check_count, finish_reason, prepare
-from keifu.serving.openai.pictures import open_images
+from keifu.serving.models import ServedModels
+from keifu.serving.openai.generation import Answer, prepare_chat
 from keifu.serving.openai.schemas import ResponseRequest
-from keifu.serving.openai.tools import THOUGHTS, Delta, render
-from keifu.serving.streaming import STREAM, EventStream, json_response, whole
+from keifu.serving.openai.tools import THOUGHTS, Delta
+from keifu.serving.streaming import STREAM, EventStream, json_response
 
 Messages = list[dict[str, Any]]
 KEPT_RESPONSES, KEPT_BYTES = 1000, 2**26
@@ -57,22 +54,15 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     stored = StoredResponses()
 
     @app.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
-    async def create(body: ResponseRequest, request: Request) -> Response:
+    async def create(body: ResponseRequest) -> Response:
         earlier = stored.find(body.previous_response_id)[1] if body.previous_response_id else []
         messages = [*earlier, *body.messages]
         first: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
-
-        def prompts(about: Description) -> list[list[int] | ImagePrompt]:
-            check_count(len(messages), about)
-            opened = open_images([*first, *messages], models.limits.pictures)
-            return [render(about.tokenizer, opened, tools.functions if tools else (), about.config, **options)]
-
-        tools, options = body.tool_use(), body.chat_template_kwargs or {}
-        answer = await prepare(models, body, "chat", prompts, "resp", body.schema, tools)
+        answer = await prepare_chat(models, body, [*first, *messages], "resp", body.schema)
         turn = Turn(answer, body, messages, None if body.store is False else stored)
         if body.stream:
             return EventStream(turn.events(), models.limits.timeout, named=True)
-        return await whole(request, turn.response())
+        return json_response(await turn.response())
 
     @app.get("/v1/responses/{name}", summary="A response that was stored", tags=["text"])
     async def retrieve(name: str) -> Response:
@@ -89,7 +79,7 @@ class Turn:
 
     def __init__(self, answer: Answer, body: ResponseRequest, messages: Messages, stored: StoredResponses | None):
         self.answer, self.body, self.messages, self.stored = answer, body, messages, stored
-        self.reply, self.reason = answer.reply(), "stop"
+        self.reply = answer.replies[0]
         self.output: list[dict[str, Any]] = []  # items; the last may be unfinished
 
     async def response(self) -> dict[str, Any]:
@@ -113,14 +103,13 @@ class Turn:
         yield {"type": "response.created", "response": begun}
         yield {"type": "response.in_progress", "response": begun}
         async with aclosing(self.answer.pieces()) as pieces:
-            async for _, piece in pieces:
-                self.reason = finish_reason(piece, self.reply) or self.reason
-                for part in self.reply.parts(piece.text, piece.finish_reason is not None):
+            async for choice, piece in pieces:
+                for part in self.answer.push(choice, piece):
                     for event in self._go_on(part):
                         yield event
         for event in self._go_on(Delta()) if not self.output else ():
             yield event
-        cut = self.reason == "length"
+        cut = self.reply.finish_reason == "length"
         for event in self._end("incomplete" if cut or self.reply.unfinished else "completed"):
             yield event
         answer = self._finish("incomplete" if cut else "completed")

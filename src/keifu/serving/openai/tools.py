@@ -20,10 +20,10 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.images import prompts
 from keifu.generation.images.prompts import ImagePrompt
-from keifu.serving.openai.constraints import LAYOUT, Grammar
-from keifu.serving.openai.json_schema import COMBINED, checked
+from keifu.serving.openai.constraints import COMBINED, LAYOUT, Grammar, checked
 
 Messages = Sequence[Mapping[str, Any]]
+JSON = json.JSONDecoder()
 PROBES = ("first_probe", "second_probe")
 THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # some templates open a thought for the answer only
 TOLD = """\
@@ -221,7 +221,7 @@ class Delta(NamedTuple):
 @dataclass
 class Reply:
     """Growing answer, split into thoughts, text and calls. form: None if nothing may be called. thought: thoughts in
-    the text of the last push. reasoning: all thoughts."""
+    the text of the last push. reasoning: all thoughts. finish_reason: the API's reason why the answer ended."""
 
     form: ToolFormat | None = None
     trigger: str = ""
@@ -231,10 +231,9 @@ class Reply:
     thought: str = ""
     reasoning: str = ""
     reasoning_tokens: int = 0
+    finish_reason: str = "length"
     _held: str = ""
     _state: str = "text"
-    _depth: int = 0
-    _quoted: bool = False
 
     @property
     def unfinished(self) -> bool:
@@ -256,11 +255,6 @@ class Reply:
         deltas = [step for step in steps if any((step.content, step.name, step.arguments))]
         self.text += "".join(delta.content for delta in deltas)
         return deltas
-
-    def parts(self, text: str, last: bool) -> list[Delta]:
-        """Return the result of `push`, with the thoughts first."""
-        deltas = self.push(text, last)
-        return [Delta(self.thought, THOUGHTS), *deltas] if self.thought else deltas
 
     def _next(self, form: ToolFormat, last: bool) -> Delta | None:
         """Return the next part; None if more text is needed."""
@@ -295,24 +289,17 @@ class Reply:
         return self._cut(len(self._held) - kept, "text") if len(self._held) > kept else None
 
     def _arguments(self) -> Delta | None:
-        """Return the new part of the arguments. They end with the brace that closes the first one."""
+        """Return the new part of the arguments. They end where their JSON ends."""
         if not self._held:
             return None
-        length, state = len(self._held), "arguments"
-        for match in re.finditer(r'\\.|["{}\[\]]', self._held, re.DOTALL):
-            sign = match[0]
-            if sign == '"':
-                self._quoted = not self._quoted
-            elif not self._quoted and len(sign) == 1:
-                self._depth += 1 if sign in "{[" else -1
-                if not self._depth:
-                    length, state = match.end(), "after"
-                    break
-        if state == "arguments" and len(self._held) - len(self._held.rstrip("\\")) & 1:
-            length -= 1  # the escaped character is missing
+        call, length, state = self.calls[-1]["function"], len(self._held), "arguments"
+        if "}" in self._held:
+            with suppress(ValueError, RecursionError):  # more is needed, or it is nested too deeply to be read
+                _, end = JSON.raw_decode(call["arguments"] + self._held)
+                length, state = end - len(call["arguments"]), "after"
         part = self._cut(length, state).content
-        self.calls[-1]["function"]["arguments"] += part
-        return Delta(call=len(self.calls) - 1, arguments=part) if part else None
+        call["arguments"] += part
+        return Delta(call=len(self.calls) - 1, arguments=part)
 
     def _cut(self, length: int, state: str) -> Delta:
         """Remove `length` characters from the waiting text and return them as a delta; in the state text, unchanged."""

@@ -2,11 +2,9 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import Field, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.responses import PlainTextResponse, Response
+from fastapi import FastAPI, Request, Response
+from pydantic import Field
+from starlette.responses import PlainTextResponse
 from torch import nn
 
 from keifu.data.audio.recordings import read_sound
@@ -14,8 +12,8 @@ from keifu.generation.speech.subtitles import FORMATS
 from keifu.generation.speech.transcription import Transcript, TranscriptionParams, compression_ratio, transcribe
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.body import Body, Neutral
-from keifu.serving.streaming import LEFT, json_response, while_connected
+from keifu.serving.openai.body import Body, Neutral, form_schema, read_form
+from keifu.serving.streaming import json_response
 from keifu.serving.worker import GoOn
 
 SECONDS = 3600.0  # maximal length of a sound
@@ -40,21 +38,23 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes for these models."""
 
     async def answer(request: Request, task: Task) -> Response:
-        body, data, name = await _read_form(request)
+        fields, files = await read_form(request, max_files=1)
+        if not files:
+            raise ApiError(400, "The form has no file: send the sound as file.", "file", "missing_field")
+        body = TranscriptionRequest.model_validate_strings(fields, strict=False)
+        [(_, name, data)] = files
         wanted = TranscriptionParams(body.language or None, task, body.beams, prompt=body.prompt)
         worker = models.worker(models.find(body.model, "transcription").name)
 
         def work(model: nn.Module, tokenizer: Any, go_on: GoOn) -> Transcript:
             return transcribe(model, tokenizer, read_sound(data, SECONDS, name, go_on), wanted, go_on)
 
-        done = await while_connected(request.receive, worker.call(work))
-        if done is None:
-            return Response(status_code=LEFT)
+        done = await worker.call(work)
         if body.response_format in FORMATS:
             return PlainTextResponse(FORMATS[body.response_format](done))
         return json_response({"text": done.text} | (_verbose(done, task) if body.response_format != "json" else {}))
 
-    more: Any = {"tags": ["sound"], "openapi_extra": _form()}
+    more: Any = {"tags": ["sound"], "openapi_extra": form_schema(TranscriptionRequest, "file")}
 
     @app.post("/v1/audio/transcriptions", summary="Transcribe speech", **more)
     async def transcriptions(request: Request) -> Response:
@@ -63,28 +63,6 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     @app.post("/v1/audio/translations", summary="Translate speech into English", **more)
     async def translations(request: Request) -> Response:
         return await answer(request, "translate")
-
-
-async def _read_form(request: Request) -> tuple[TranscriptionRequest, bytes, str]:
-    """Return the fields of a form, and its file's bytes and name."""
-    async with request.form(max_files=1) as form:
-        given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
-        sent = [(await value.read(), value.filename or "file") for _, value in given if isinstance(value, UploadFile)]
-    if len(sent) != 1:
-        raise ApiError(400, "The form has no file: send the sound as file.", "file", "missing_field")
-    try:
-        fields = {name: value for name, value in given if isinstance(value, str)}
-        return TranscriptionRequest.model_validate_strings(fields, strict=False), *sent[0]
-    except ValidationError as error:
-        raise RequestValidationError(error.errors()) from error
-
-
-def _form() -> dict[str, Any]:
-    """Return the fields for OpenAPI."""
-    schema = TranscriptionRequest.model_json_schema()
-    schema["properties"]["file"] = {"type": "string", "format": "binary"}
-    schema["required"] = ["file"]
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def _verbose(done: Transcript, task: Task) -> dict[str, Any]:

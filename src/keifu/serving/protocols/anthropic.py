@@ -5,19 +5,18 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, suppress
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Response
 from pydantic import Field
-from starlette.responses import Response
 
 from keifu.data.chat.thoughts import OPEN
 from keifu.data.tokenizers.chat_template import template_variables
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.chat import begin_from
-from keifu.serving.openai.generation import Answer, finish_reason
+from keifu.serving.openai.generation import Answer
 from keifu.serving.openai.schemas import Body, Neutral
 from keifu.serving.openai.tools import THOUGHTS, Delta
-from keifu.serving.streaming import STREAM, EventStream, whole
+from keifu.serving.streaming import STREAM, EventStream, json_response
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -62,11 +61,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the route for these models."""
 
     @app.post("/v1/messages", summary="Answer a conversation (Anthropic)", tags=["other clients"], responses=STREAM)
-    async def messages(body: MessagesRequest, request: Request) -> Response:
+    async def messages(body: MessagesRequest) -> Response:
         answer = await begin_from(models, _fields(body) | {"chat_template_kwargs": _options(body, models)}, "msg")
         if body.stream:
             return EventStream(_events(answer), models.limits.timeout, named=True)
-        return await whole(request, _message(answer))
+        return json_response(await _message(answer))
 
 
 def _options(body: MessagesRequest, models: ServedModels) -> dict[str, Any] | None:
@@ -175,14 +174,14 @@ def _object(arguments: str) -> dict[str, Any]:
 
 async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the answer as Anthropic's events."""
-    reply, reason, open_block = answer.reply(), "length", -1
+    reply, open_block = answer.replies[0], -1
     head = {"id": answer.id, "type": "message", "role": "assistant", "model": answer.description.name, "content": []}
     start = {**head, "stop_reason": None, "stop_sequence": None, "usage": _usage(answer)}
     yield {"type": "message_start", "message": start}
     open_call: Any = None
     async with aclosing(answer.pieces()) as pieces:
-        async for _, piece in pieces:
-            for part in reply.parts(piece.text, piece.finish_reason is not None):
+        async for choice, piece in pieces:
+            for part in answer.push(choice, piece):
                 if part.call != open_call or open_block < 0:
                     if open_block >= 0:
                         yield {"type": "content_block_stop", "index": open_block}
@@ -191,10 +190,9 @@ async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
                     yield {"type": "content_block_start", "index": open_block, "content_block": block}
                 if part.content or part.arguments:
                     yield {"type": "content_block_delta", "index": open_block, "delta": _delta(part)}
-            reason = finish_reason(piece, reply) or reason
     if open_block >= 0:
         yield {"type": "content_block_stop", "index": open_block}
-    ended = {"stop_reason": REASONS[reason], "stop_sequence": None}
+    ended = {"stop_reason": REASONS[reply.finish_reason], "stop_sequence": None}
     yield {"type": "message_delta", "delta": ended, "usage": _usage(answer)}
     yield {"type": "message_stop"}
 

@@ -7,16 +7,16 @@ from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Response
 from pydantic import Field
-from starlette.responses import Response
 
 from keifu import __version__
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.chat import begin_from
-from keifu.serving.openai.generation import Answer, finish_reason
+from keifu.serving.openai.generation import Answer
 from keifu.serving.openai.schemas import Body, Neutral
-from keifu.serving.streaming import STREAM, LineStream, json_response, whole
+from keifu.serving.openai.tools import THOUGHTS
+from keifu.serving.streaming import STREAM, LineStream, json_response
 
 OPTIONS = {  # ollama's names, and OpenAI's
     "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "seed": "seed", "stop": "stop",
@@ -52,11 +52,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes for these models."""
 
     @app.post("/api/chat", summary="Answer a conversation (ollama)", tags=["other clients"], responses=STREAM)
-    async def chat(body: OllamaChat, request: Request) -> Response:
+    async def chat(body: OllamaChat) -> Response:
         answer = await begin_from(models, _fields(body), "ollama")
         if body.stream:
             return LineStream(_lines(answer), models.limits.timeout, named=True)
-        return await whole(request, _all(answer))
+        return json_response(await _all(answer))
 
     @app.get("/api/tags", summary="The models that chat (ollama)", tags=["other clients"])
     async def tags() -> Response:
@@ -102,7 +102,7 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
 
 async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the parts of an answer, then its figures. Each call is sent as a whole."""
-    begin, first, reply, reason = time.monotonic_ns(), 0, answer.reply(), "length"
+    begin, first, reply = time.monotonic_ns(), 0, answer.replies[0]
 
     def line(message: dict[str, Any], **more: Any) -> dict[str, Any]:
         now = datetime.now(UTC).isoformat()
@@ -110,22 +110,18 @@ async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
         return {"model": answer.description.name, "created_at": now, "message": whole_message, "done": False, **more}
 
     async with aclosing(answer.pieces()) as pieces:
-        async for _, piece in pieces:
+        async for choice, piece in pieces:
             first = first or time.monotonic_ns()
-            parts = reply.push(piece.text, piece.finish_reason is not None)
-            if reply.thought:
-                yield line({"thinking": reply.thought})
-            for part in parts:
+            for part in answer.push(choice, piece):
                 if part.content:
-                    yield line({"content": part.content})
-            reason = finish_reason(piece, reply) or reason
+                    yield line({"thinking" if part.call == THOUGHTS else "content": part.content})
     functions = [call["function"] for call in reply.calls[: len(reply.calls) - reply.unfinished]]
     calls = [{"function": {**call, "arguments": json.loads(call["arguments"] or "{}")}} for call in functions]
     if calls:
         yield line({"tool_calls": calls})
     end, usage = time.monotonic_ns(), answer.usage
     yield line(
-        {}, done=True, done_reason="length" if reason == "length" else "stop", total_duration=end - begin,
+        {}, done=True, done_reason="length" if reply.finish_reason == "length" else "stop", total_duration=end - begin,
         load_duration=0, prompt_eval_count=usage["prompt_tokens"], prompt_eval_duration=first - begin,
         eval_count=usage["completion_tokens"], eval_duration=end - first,
     )  # fmt: skip
