@@ -47,7 +47,6 @@ MOST_FILES = 15  # in a folder, beside __init__.py
 SMALL, IMPORTERS = 40, 3  # a file with fewer code lines than this has at least so many importers
 ONE_EACH = ("keifu.commands.", "keifu.recipes.")  # folders where a file is a verb or a run, whatever its size
 SMALL_ON_PURPOSE = {
-    "keifu.checkpoints.gguf.numbers": "bit arithmetic, apart from the reading of files",
     "keifu.commands.shared.command_names": "the command line's start must import nothing else",
     "keifu.data.catalogue.pip_without_builds": "run as a program",
     "keifu.data.interleaving": "a method with a name, which knows no batches",

@@ -20,7 +20,7 @@ from keifu.errors import UserError
 from keifu.models.speech import whisper
 from keifu.untrusted import plain_file, read_json_object
 
-FILE, VERSION, SPEC = "model.bin", 6, "WhisperSpec"
+VERSION, SPEC = 6, "WhisperSpec"
 TYPES = ("float32", "int8", "int16", "int32", "float16")  # indexed by the type's number in a file
 READ = {"float32": torch.float32, "float16": torch.float16}
 MULTILINGUAL = 51_865  # size of the smallest vocabulary with several languages

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from keifu.checkpoints.diffusers.pipeline import PIPELINE, is_diffusers, open_diffusers
-from keifu.checkpoints.gguf.read import is_gguf
+from keifu.checkpoints.gguf.read import is_gguf, open_gguf
+from keifu.checkpoints.gguf.write import save_gguf
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
+from keifu.checkpoints.hf.write import save
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import base_of, is_adapter, load_adapter
 from keifu.checkpoints.packing import fill_in_blocks, load_packed, pack_or_keep
@@ -138,14 +140,10 @@ def convert(
     if to != "gguf" and dtype == "q8_0":
         raise UserError("A Hugging Face directory cannot hold q8_0; write it as gguf, or choose f32, f16 or bf16.")
     model, tokenizer = _to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
-    if to != "gguf":
-        from keifu.checkpoints.hf.write import save
-
-        save(model, tokenizer, out, kind=None if to == "hf" else to)
-    else:
-        from keifu.checkpoints.gguf.write import save_gguf
-
+    if to == "gguf":
         save_gguf(model, tokenizer, Path(out), dtype)
+    else:
+        save(model, tokenizer, out, kind=None if to == "hf" else to)
 
 
 def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
@@ -214,8 +212,6 @@ def open_source(path: Path) -> Source:
     if path.suffix in PICKLED and path.suffix != ".ckpt":
         raise pickled_only(path.parent, [path.name])
     if path.suffix == ".gguf" or is_gguf(path):
-        from keifu.checkpoints.gguf.read import open_gguf
-
         return open_gguf(path)
     if path.suffix == ".npz":
         from keifu.checkpoints.npz import open_npz

@@ -333,14 +333,6 @@ def _exact_dtype(stored: Mapping[str, StoredTensor], path: Path) -> torch.dtype:
     return reduce(torch.promote_types, {dtype for dtype in kinds if dtype.is_floating_point})
 
 
-def _cast(exact: torch.dtype, kept: torch.dtype) -> list[str]:
-    """Return a note if the model's dtype differs from its file's."""
-    if exact == kept:
-        return []
-    why = ": products in float16 are very slow on a CPU" if (exact, kept) == (torch.float16, torch.float32) else ""
-    return [f"The weights are {name_of(exact)} and are held in {name_of(kept)}{why}."]
-
-
 def name_of(dtype: torch.dtype) -> str:
     """Return PyTorch's name of a dtype, as configs write it."""
     return str(dtype).removeprefix("torch.")
@@ -397,7 +389,11 @@ def report(plan: LoadPlan) -> Report:
     source, config = plan.source, settings(plan.source.config)
     ordered = {key: config[key] for key in sorted(config, key=lambda key: key not in FIRST)}
     rows = [_row(link, plan) for link in plan.links]
-    family, path, notes = source.family.model_type, str(source.path), [*plan.notes, *_cast(plan.exact, plan.dtype)]
+    family, path, notes = source.family.model_type, str(source.path), [*plan.notes]
+    if plan.exact != plan.dtype:
+        slow = (plan.exact, plan.dtype) == (torch.float16, torch.float32)
+        why = ": products in float16 are very slow on a CPU" if slow else ""
+        notes.append(f"The weights are {name_of(plan.exact)} and are held in {name_of(plan.dtype)}{why}.")
     return Report(path, source.format, family, plan.parameters, ordered, rows, plan.skipped, notes)
 
 

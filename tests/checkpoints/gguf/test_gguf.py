@@ -10,9 +10,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from keifu import checkpoints
-from keifu.checkpoints.gguf import numbers
 from keifu.checkpoints.gguf.config import FREQS, divisors, read_scaling
-from keifu.checkpoints.gguf.read import open_file
+from keifu.checkpoints.gguf.read import open_file, read_blocks
 from keifu.errors import UserError
 from keifu.layers import quantized
 from keifu.layers.attention.positions import RopeScaling
@@ -506,4 +505,4 @@ def test_quantised_numbers_are_those_of_the_gguf_package(kind: str, monkeypatch)
     stored = np.random.default_rng(0).integers(0, 256, (257, size), np.uint8)
     with np.errstate(all="ignore"):
         wanted = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
-    np.testing.assert_array_equal(numbers.read_blocks(torch.from_numpy(stored), kind, numbers_of).numpy(), wanted)
+    np.testing.assert_array_equal(read_blocks(torch.from_numpy(stored), kind, numbers_of).numpy(), wanted)

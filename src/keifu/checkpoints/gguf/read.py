@@ -1,7 +1,9 @@
 """Reading GGUF files: metadata and tensors from a memory map, and the model that they describe.
 
 The gguf package's reader makes two arrays for each string of the vocabulary, which takes seconds. This one reads the
-same header in a tenth of a second, and reports the wrong size of a truncated file. Dequantisation is in `numbers`.
+same header in a tenth of a second, and reports the wrong size of a truncated file.
+
+Axes: blocks = groups of numbers that share a scale; bytes of a stored block, or the numbers in it.
 """
 
 import math
@@ -18,12 +20,11 @@ import torch
 from torch import Tensor
 
 from keifu.checkpoints.gguf.config import FREQS, read_config, rotary_head_dim
-from keifu.checkpoints.gguf.numbers import read_blocks
 from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor, is_stack
 from keifu.checkpoints.registry import describe
 from keifu.errors import UserError
-from keifu.layers.quantized import FORMATS
+from keifu.layers.quantized import FORMATS, IN_CACHE, Numbers, Stored, unpack
 from keifu.native.pack import Blocks
 from keifu.untrusted import plain_file, reading
 
@@ -75,6 +76,24 @@ class GGUFFile:
         raw = torch.from_numpy(self.bytes[entry.start : entry.start + entry.size])
         format = GGMLQuantizationType[entry.format].value
         return None if entry.format in PLAIN else Blocks(format, raw.view(entry.shape[0], -1))
+
+
+def read_blocks(stored: Stored, format: str, size: int) -> Numbers:
+    """Return the numbers of blocks of this type as float32: (blocks, size).
+
+    PyTorch dequantises the commonest types on several threads (`layers/quantized.py`), and the gguf package all others.
+    Both give the gguf package's numbers bit for bit.
+    """
+    if format in FORMATS:
+        return unpack(stored, format)
+    from gguf import GGMLQuantizationType, dequantize
+
+    numbers = torch.empty(len(stored), size, dtype=torch.float32, device="cpu")
+    step = max(1, IN_CACHE // size)
+    for start in range(0, len(stored), step):
+        some = dequantize(stored[start : start + step].numpy(), GGMLQuantizationType[format])
+        numbers[start : start + step] = torch.from_numpy(some)
+    return numbers
 
 
 def _block(format: str) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 import errno
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from keifu.checkpoints.gguf.config import architecture_for, rotary_head_dim, write_config
+from keifu.checkpoints.hf.stacked_experts import stack
 from keifu.checkpoints.hf.weight_names import Link, links
 from keifu.checkpoints.hf.write import published_tensors
 from keifu.checkpoints.plan import check_tokenizer, permute_rotary
@@ -47,7 +48,7 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
         **_vocabulary(tokenizer, config.vocab_size),
     }
     shapes = _stacked_shapes(tensor_links) | {name: tuple(tensor.shape) for name, tensor in extra.items()}
-    tensors = chain(_stack(published_tensors(model, tensor_links)), extra.items())
+    tensors = chain(stack(published_tensors(model, tensor_links), stack_of, lambda _, whole: whole), extra.items())
     with replacing(path) as temporary:
         try:
             _write(temporary, name, fields, shapes, tensors, format)
@@ -70,19 +71,6 @@ def _stacked_shapes(tensor_links: Iterable[Link]) -> dict[str, tuple[int, ...]]:
         count = shapes[stack][0] if stack in shapes else 0
         shapes[stack] = shape if stack == name else (count + 1, *shape)
     return shapes
-
-
-def _stack(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file, with the experts of a layer stacked."""
-    waiting: dict[str, list[Tensor]] = {}
-    for name, tensor in chain(tensors, [("", torch.empty(0))]):
-        if (stack := stack_of(name)) != name:
-            waiting.setdefault(stack, []).append(tensor)
-            continue
-        yield from ((stack, torch.stack(parts)) for stack, parts in waiting.items())
-        waiting.clear()
-        if name:
-            yield name, tensor
 
 
 def _format(dtype: str | None, default: torch.dtype) -> str:
@@ -121,8 +109,12 @@ def _write(
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(None, architecture)
+    adders = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+        list: writer.add_array,
+    }  # fmt: skip
     for key, value in fields.items():
-        _adder(writer, value)(key, value)
+        adders[type(value)](key, value)
     for name, shape in shapes.items():
         stored = GGMLQuantizationType[tensor_format(name, shape, format)]
         block, size = GGML_QUANT_SIZES[stored]
@@ -151,8 +143,3 @@ def encode_tensor(tensor: Tensor, format: str) -> np.ndarray:
     from gguf import GGMLQuantizationType, quantize
 
     return quantize(tensor.float().numpy(), GGMLQuantizationType[format])
-
-
-def _adder(writer: Any, value: Any) -> Callable[[str, Any], None]:
-    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    return writer.add_array if isinstance(value, list) else adders[type(value)]

@@ -6,8 +6,8 @@ experts, in, out; blocks of 32 numbers of four bits in 16 bytes.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 
 import torch
 from jaxtyping import Float, UInt8
@@ -105,26 +105,26 @@ def unpack_mxfp4(
     return torch.ldexp(torch.tensor(FP4)[codes], scales[..., None].int() - 127).bfloat16().flatten(-2)
 
 
-def stack(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a file, with the slices of a layer's experts stacked."""
+def stack(
+    tensors: Iterable[tuple[str, Tensor]], stack_of: Callable[[str], str], join: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a file, with the parts of a layer's experts stacked.
+
+    stack_of: returns the name of a part's stack, and other names unchanged. join: converts a stack to its stored form.
+    """
     waiting: dict[str, list[Tensor]] = {}
-    layer: Any = None
-    for name, tensor in tensors:
-        match = SLICE.fullmatch(name)
-        if waiting and (match is None or match[1] != layer):
-            yield from _stacked(waiting)
-            waiting = {}
-        if match is None:
+    for name, tensor in chain(tensors, [("", torch.empty(0))]):
+        if (whole := stack_of(name)) != name:
+            waiting.setdefault(whole, []).append(tensor)
+            continue
+        yield from ((whole, join(whole, torch.stack(parts))) for whole, parts in waiting.items())
+        waiting.clear()
+        if name:
             yield name, tensor
-        else:
-            layer = match[1]
-            waiting.setdefault(stack_of(name), []).append(tensor)
-    yield from _stacked(waiting)
 
 
-def _stacked(slices: Mapping[str, list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, parts in slices.items():
-        whole = torch.stack(parts)
-        if ".gate_up_proj" in name:  # alternate the columns of gate and up
-            whole = whole.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
-        yield name, (whole if name.endswith("_bias") else whole.mT).contiguous()
+def join_slices(name: str, whole: Tensor) -> Tensor:
+    """Return the stack of an expert's slices in the file's form: the columns of gate and up alternate."""
+    if ".gate_up_proj" in name:
+        whole = whole.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return (whole if name.endswith("_bias") else whole.mT).contiguous()

@@ -40,8 +40,7 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     """Read the config.json of any model, including decoders with a task head (see
     `keifu.checkpoints.registry.read_config`)."""
     if json.get("model_type") == NATIVE:
-        inner = _object(json, "decoder", where)
-        base, decoder = read_plain(inner, f"{where}, decoder,")
+        base, decoder = read_plain(_object(json, "decoder", where), f"{where}, decoder,")
         return _family(base, None), _config(json, decoder, {}, where)
     head = _published(json, where)
     base, config = read_plain(json, where)

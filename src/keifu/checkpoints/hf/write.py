@@ -17,17 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from keifu.checkpoints.diffusers.pipeline import (
-    OF_TRANSFORMERS,
-    PIPELINE,
-    PIPELINES,
-    TOKENIZER,
-    diffusers_files,
-    json_files,
-    weight_places,
-)
+from keifu.checkpoints.diffusers import pipeline
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
-from keifu.checkpoints.hf.stacked_experts import stack, stack_of
+from keifu.checkpoints.hf.stacked_experts import join_slices, stack, stack_of
 from keifu.checkpoints.hf.task_heads import describe
 from keifu.checkpoints.hf.weight_names import Link, links
 from keifu.checkpoints.own_module import save_module
@@ -87,7 +79,7 @@ def _save_known(
     family, config = describe(settings) if kind is None else describe_as(settings, kind)
     if tokenizer is not None:
         check_tokenizer(tokenizer, settings.vocab_size)
-    links_of = weight_places(family, [_unsharded(link) for link in links(model, family.table(config))])
+    links_of = pipeline.weight_places(family, [_unsharded(link) for link in links(model, family.table(config))])
     if not current().is_main:  # another rank sends its shards of a split model, and does not write
         for file_links in links_of.values() if not current().is_replicated else ():
             deque(published_tensors(model, file_links), maxlen=0)
@@ -99,7 +91,7 @@ def _save_known(
             stage, dtype = Path(folder), name_of(next(model.parameters()).dtype)
             for file_name, file_links in links_of.items():
                 _write_weights(model, file_links, stage / file_name, max_shard_bytes)
-            if diffusers_files(family):
+            if pipeline.diffusers_files(family):
                 _write_diffusers(config, dtype, tokenizer, stage)
             else:
                 _write_texts(config, dtype, tokenizer, stage, family.files[0])
@@ -139,7 +131,7 @@ def _write_weights(model: nn.Module, links: Sequence[Link], file: Path, limit: i
     groups = shards(sizes, limit)
     names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [file.name]
-    tensors = stack(published_tensors(model, links))
+    tensors = stack(published_tensors(model, links), stack_of, join_slices)
     file.parent.mkdir(exist_ok=True)
     for name, group in zip(names, groups, strict=True):
         write_tensors({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))
@@ -182,12 +174,12 @@ def generation_config(tokenizer: Any) -> dict[str, Any]:
 def _write_diffusers(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path) -> None:
     """Write the JSON files of a network or a pipeline, and the tokenizer, which records the length that texts are
     padded to."""
-    for name, content in json_files(config, dtype).items():
+    for name, content in pipeline.json_files(config, dtype).items():
         _write_json(stage / name, content)
     if tokenizer is not None:
-        (stage / TOKENIZER).mkdir()
+        (stage / pipeline.TOKENIZER).mkdir()
         length = config["text_encoder"]["max_position_embeddings"]
-        tokenizer.replace(max_length=length).save(stage / TOKENIZER)
+        tokenizer.replace(max_length=length).save(stage / pipeline.TOKENIZER)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -201,7 +193,7 @@ def _move(stage: Path, directory: Path) -> None:
     The weights are renamed first. The files that identify the model are renamed last.
     """
     named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
-    last = (*CONFIGS, PIPELINE)
+    last = (*CONFIGS, pipeline.PIPELINE)
     new = sorted(named, key=lambda name: (name.name in last, ".safetensors" not in name.name, name.name))
     for name in new:
         with named[name].open("rb+") as file:
@@ -210,10 +202,10 @@ def _move(stage: Path, directory: Path) -> None:
         (directory / name).parent.mkdir(exist_ok=True)
         named[name].replace(directory / name)
     stale = [*directory.glob("model-*-of-*.safetensors")]
-    stale += [old for part in OF_TRANSFORMERS for old in directory.glob(f"{part}/model*.safetensors*")]
-    folders = {part for pipeline in PIPELINES.values() for part in pipeline.models} - {*OF_TRANSFORMERS}
+    stale += [old for part in pipeline.OF_TRANSFORMERS for old in directory.glob(f"{part}/model*.safetensors*")]
+    folders = {part for known in pipeline.PIPELINES.values() for part in known.models} - {*pipeline.OF_TRANSFORMERS}
     stale += [old for part in (".", *folders) for old in directory.glob(f"{part}/diffusion_pytorch_model*")]
-    stale += [directory / name for name in (WEIGHTS, INDEX, PIPELINE, *CONFIGS)]
+    stale += [directory / name for name in (WEIGHTS, INDEX, pipeline.PIPELINE, *CONFIGS)]
     if Path("tokenizer_config.json") in new:  # otherwise files of an older tokenizer would be read too
         stale += [directory / name for name in TOKENIZER_FILES]
     for old in stale:

@@ -98,7 +98,12 @@ def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
         raise UserError("This model has no adapters to save: save it whole.")
     if not current().is_main:
         return
-    tensors = {name: tensor for item in whole.items() for name, tensor in _name_layers(*item).items()}
+    tensors = {
+        f"{PREFIX}{adapter.target.label}.{end}": parts[ours]
+        for adapter, parts in whole.items()
+        for end, ours in ENDS.items()
+        if ours in parts
+    }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
@@ -110,11 +115,6 @@ def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
     join = current().full_tensor
     return {part: {end: join(f"{name}.{end}", p.detach()).cpu().contiguous() for end, p in part.named_parameters()}
             for name, part in model.named_modules() if isinstance(part, Adapter)}  # fmt: skip
-
-
-def _name_layers(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    name = f"{PREFIX}{adapter.target.label}"
-    return {f"{name}.{end}": tensors[ours] for end, ours in ENDS.items() if ours in tensors}
 
 
 def _config(model: nn.Module, whole: Sequence[Adapter], base: str) -> dict[str, Any]:
