@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags, tables
-from keifu.commands.shared.drawing import select_lora
 from keifu.errors import UserError, unknown
 from keifu.evaluation.registry import EvalOptions, EvalRequest, ResultTable
 from keifu.untrusted import read_json_object
@@ -61,6 +60,7 @@ def run(options: Options) -> None:
     from keifu.checkpoints import load
     from keifu.checkpoints.hub import locate
     from keifu.checkpoints.lora.diffusion import apply_lora
+    from keifu.commands.shared.drawing import select_lora
     from keifu.files import write_atomic
 
     check_known(options.on)
@@ -167,6 +167,3 @@ def _as_file(options: Options, result: Any) -> str:
 def _objects(items: ResultTable) -> Iterator[dict[str, Any]]:
     """Yield each row as a dictionary for JSON. Line breaks in cells are kept."""
     return (dict(zip(items.columns, row, strict=True)) for row in items.rows)
-
-
-parse = flags.parser(Options, run, "keifu evaluate")
