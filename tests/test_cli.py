@@ -5,10 +5,10 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,8 +19,7 @@ from keifu.commands.reference import completion
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.errors import explain
 from keifu.commands.shared.help_text import arguments_of, help_text
-from keifu.commands.shared.recipe_files import recipe_module, recipe_names
-from keifu.commands.shared.recipe_options import computed, stored
+from keifu.commands.shared.recipe_options import computed, recipe_module, recipe_names, stored
 from keifu.errors import UserError
 
 HELPED = [*cli.COMMANDS]
@@ -269,12 +268,13 @@ def failing(monkeypatch: pytest.MonkeyPatch):
     """Return a function that installs a command `fail`, whose work raises a given error."""
 
     def install(error: BaseException, note: str = "") -> None:
-        def run() -> None:
+        def run(_: Any) -> None:
             print(note, end="\n" if note else "", file=sys.stderr)
             raise error
 
         monkeypatch.setitem(cli.COMMANDS, "fail", "fails")
-        monkeypatch.setitem(sys.modules, "keifu.commands.fail", SimpleNamespace(parse=lambda arguments: run))
+        module = SimpleNamespace(Options=make_dataclass("Options", []), run=run)
+        monkeypatch.setitem(sys.modules, "keifu.commands.fail", module)
 
     return install
 

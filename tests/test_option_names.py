@@ -12,7 +12,7 @@ import pytest
 
 from keifu.cli import COMMANDS
 from keifu.commands.shared.command_names import module_of
-from keifu.commands.shared.recipe_files import path_of, recipe_module, recipes
+from keifu.commands.shared.recipe_options import path_of, recipe_module, recipes
 from keifu.distributed.mesh import Mesh
 from keifu.recipes.options import _dataclass, _option
 

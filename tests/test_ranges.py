@@ -13,7 +13,7 @@ import pytest
 from keifu import cli
 from keifu.commands.shared import flags
 from keifu.commands.shared.command_names import COMMANDS, module_of
-from keifu.commands.shared.recipe_files import recipe_module, recipes
+from keifu.commands.shared.recipe_options import recipe_module, recipes
 from keifu.errors import UserError
 from keifu.ranges import AT_LEAST_ZERO, COUNT, Count, Range, check, check_value, range_of
 from keifu.recipes.options import given, paths, put

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from keifu.cli import parse
-from keifu.commands.shared.recipe_files import recipes
+from keifu.commands.shared.recipe_options import recipes
 from keifu.errors import UserError
 
 ROOT = Path(__file__).parent.parent

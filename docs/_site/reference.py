@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from contextlib import redirect_stdout
 
 from keifu.cli import parse
-from keifu.commands.shared.recipe_files import recipes
 from keifu.commands.shared.command_names import COMMANDS
+from keifu.commands.shared.recipe_options import recipes
 
 WIDTH = 100  # columns
 

@@ -18,6 +18,7 @@ from keifu.files import WINDOWS
 from keifu.threads import follow_load
 
 FAULT = 70  # exit status of sysexits.h for an internal error
+OF_RECIPES = ("train", "demo")  # commands whose options are those of a recipe
 USAGE = "Usage: keifu COMMAND [OPTIONS]"
 MORE = """\
 keifu help COMMAND [RECIPE] prints its options. For all commands:
@@ -43,7 +44,12 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     if command in ("-V", "--version", "version"):
         return lambda: print(f"keifu {__version__}")
     require_known("command", command, COMMANDS)
-    return import_module(module_of(command)).parse(rest)
+    module = import_module(module_of(command))
+    if command in OF_RECIPES:
+        return module.parse(rest)
+    from keifu.commands.shared.flags import parse_command
+
+    return parse_command(module, rest, f"keifu {command}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

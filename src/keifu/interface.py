@@ -115,7 +115,7 @@ def _train_by_name(
 ) -> Path:
     """Run a recipe by name with these options. Return the folder of the run."""
     from keifu.commands.shared import flags, resuming
-    from keifu.commands.shared.recipe_files import recipe_module
+    from keifu.commands.shared.recipe_options import recipe_module
     from keifu.recipes.options import to_json
 
     module = recipe_module(name)

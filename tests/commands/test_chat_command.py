@@ -18,7 +18,7 @@ import torch
 
 from keifu import checkpoints, cli
 from keifu.commands.chat import Chat, print_answer
-from keifu.commands.shared import terminal
+from keifu.commands.shared import inputs
 from keifu.data.chat import conversations
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -308,7 +308,7 @@ def test_a_file_that_is_no_conversation_is_refused(
 
 def test_a_terminal_without_readline_works(typing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "readline", None)  # as on Windows: its import fails
-    terminal.edit_lines()
+    inputs.edit_lines()
     assert len(typing("a").messages) == 2
 
 

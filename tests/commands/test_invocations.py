@@ -12,7 +12,7 @@ import torch
 
 from keifu import checkpoints, cli
 from keifu.commands.shared.command_names import COMMANDS
-from keifu.commands.shared.recipe_files import recipe_names
+from keifu.commands.shared.recipe_options import recipe_names
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 

@@ -87,7 +87,7 @@ generate = Table("generate M Hi", {
 }, {LOAD: WRITER, REWARDS: SimpleNamespace(scorer=None),
     "keifu.generation.text.generate:as_prompt": lambda _, text, *more, **options: text})  # fmt: skip
 
-ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.chat:load_writer"
+ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.shared.inputs:load_writer"
 TALK = "keifu.generation.text.chat:Conversation"
 chat = Table("chat M Hi", {
     "MODEL": Row("", LOADED, "name", "other", base="chat other Hi"),
@@ -95,9 +95,9 @@ chat = Table("chat M Hi", {
     "file": Row("--file text.txt", ANSWER, "message", "Hi\n\none"),
     "system": Row("--system Briefly", TALK, "system", "Briefly"),
     "guesses": Row("--guesses 7", TALK, "guesses", 7),
-    "draft": Row("--draft D", "keifu.commands.chat:proposer", "draft", "D"),
+    "draft": Row("--draft D", "keifu.commands.shared.inputs:proposer", "draft", "D"),
     "thinking": Row("--thinking off", TALK, "options.enable_thinking", False),
-    "image": Row("--image a.png --image b.png", "keifu.commands.chat:read_pictures", "0", PICTURES),
+    "image": Row("--image a.png --image b.png", "keifu.commands.shared.inputs:read_pictures", "0", PICTURES),
     "json": Row("--json", "keifu.commands.chat:print_completion"),
     "weights": Row("--weights int8", LOADED, "weights", "int8"),
     **sampling(ANSWER, "sampling"),
@@ -251,7 +251,7 @@ evaluate = Table("evaluate M --on x", {
     **evaluated(),
 }, {"keifu.commands.evaluate:check_known": None, "keifu.commands.evaluate:select_task": TASK,
     "keifu.checkpoints:load": lambda name, **_: ("model", name), "keifu.checkpoints.hub:locate": Path(),
-    "keifu.commands.evaluate:select_lora": SimpleNamespace(place="L", scale=1.0)})  # fmt: skip
+    "keifu.commands.shared.drawing:select_lora": SimpleNamespace(place="L", scale=1.0)})  # fmt: skip
 
 ENGINE = "keifu.generation.text.engine:Engine"
 bench = Table("bench M", {
@@ -370,8 +370,9 @@ serve = Table("serve M", {
     "weights": Row("--weights int8", SERVED, "4", "int8"),
 }, {SERVED: SimpleNamespace(descriptions={})})  # fmt: skip
 
-DRAWING, RECORD = "command_wiring:passed", "keifu.generation.images.png_metadata:ImageRecord"
-OPENED, BEST = "keifu.commands.draw:load", "keifu.commands.shared.drawing:best_of"
+DRAWER = "keifu.commands.shared.drawing"
+DRAWING, RECORD = "command_wiring:passed", f"{DRAWER}:ImageRecord"
+OPENED, BEST = f"{DRAWER}:load", f"{DRAWER}:best_of"
 DRAWN = {"negative": "n", "truncate": True, "guidance-rescale": 0.5, "tile": 7, "towards": "t",
          "prior-steps": 7, "prior-guidance": 0.5, "candidates": 7, "upsampling-steps": 7, "eta": 0.5,
          "spacing": "trailing", "karras": True, "sampler": "euler", "steps": 7, "seed": 7, "guidance": 0.5}  # fmt: skip
@@ -409,9 +410,9 @@ def drawn() -> dict[str, Row]:
 
 
 draw = Table("draw M text", {
-    "MODEL": Row("", "keifu.checkpoints.loading:planned", "name", "other", base="draw other text"),
+    "MODEL": Row("", f"{DRAWER}:planned", "name", "other", base="draw other text"),
     "TEXT": Row("", DRAWING, "value.text", "other", base="draw M other"),
-    "out": Row("-o other.png", "keifu.commands.draw:write_atomic", "path", Path("other.png"),
+    "out": Row("-o other.png", f"{DRAWER}:write_atomic", "path", Path("other.png"),
                returns={RECORD: Recorded()}),
     "label": Row("--label 3", DRAWING, "value.label", 30),
     "size": Row("--size 8x16", DRAWING, "value.size", (16, 8)),
@@ -424,13 +425,13 @@ draw = Table("draw M text", {
     "batch-size": Row("--batch-size 2", RECORD, "batch_size", 2, base="draw M text --count 5"),
     "best-of": Row("--best-of 7", RECORD, "count", 7, base="draw M text --clip C"),
     "clip": Row("--clip C", BEST, "clip", "C", base="draw M text --best-of 7", returns={RECORD: Recorded()}),
-    "strip": Row("--strip s.png", "keifu.commands.draw:draw_images", "states", [], returns={RECORD: Recorded()}),
-    "again": Row("--again text.txt", "keifu.generation.images.png_metadata:read_record", "path", Path("text.txt"),
+    "strip": Row("--strip s.png", f"{DRAWER}:draw_images", "states", [], returns={RECORD: Recorded()}),
+    "again": Row("--again text.txt", f"{DRAWER}:read_record", "path", Path("text.txt"),
                  base="draw"),
     **drawn(),
-}, {"keifu.checkpoints.loading:planned": "plan", OPENED: lambda *_: Painter(), "keifu.commands.draw:usual_dtype": None,
-    "keifu.commands.draw:select_lora": "LoRA {}".format, "keifu.commands.shared.drawing:check": None,
-    "keifu.commands.draw:draw_images": torch.zeros(7, 3, 2, 2), "keifu.commands.draw:png": b""})  # fmt: skip
+}, {f"{DRAWER}:planned": "plan", OPENED: lambda *_: Painter(), f"{DRAWER}:usual_dtype": None,
+    f"{DRAWER}:select_lora": "LoRA {}".format, f"{DRAWER}:check": None,
+    f"{DRAWER}:draw_images": torch.zeros(7, 3, 2, 2), f"{DRAWER}:png": b""})  # fmt: skip
 
 PLANNED = "keifu.training.hardware.plan:plan"
 plan = Table("plan gpt2", {

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from keifu import checkpoints
-from keifu.commands import chat, generate
+from keifu import checkpoints, cli
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.generate import generate as generate_text
@@ -70,12 +69,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_command_writes_and_fills(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = checkpoints.load(folder)
-    generate.parse([folder, "abc", "--max-tokens", "9", "--steps", "3", "--block", "4"])()
+    cli.parse(["generate", folder, "abc", "--max-tokens", "9", "--steps", "3", "--block", "4"])()
     expected = write(model, tokenizer, "abc", Unmasking(max_tokens=9, steps=3, block=4))
     assert capsys.readouterr().out == expected + "\n"
     assert generate_text(model, tokenizer, "abc", max_tokens=9, steps=3, block=4) == expected
     assert len(write(model, tokenizer, "abc", Unmasking(max_tokens=None))) <= 21
-    generate.parse([folder, "abc ___ fgh ___.", "--gap", "3"])()
+    cli.parse(["generate", folder, "abc ___ fgh ___.", "--gap", "3"])()
     filled = capsys.readouterr().out.strip("\n")
     assert filled.startswith("abc") and " fgh" in filled and filled.endswith(".") and len(filled) == 14
     assert filled == fill_gaps(model, tokenizer, "abc ___ fgh ___.", 3, Unmasking())
@@ -101,7 +100,7 @@ def test_a_seed_gives_the_same_text(folder: str) -> None:
 )
 def test_what_masked_diffusion_cannot_do_is_said(folder: str, words: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        generate.parse([folder, *words])()
+        cli.parse(["generate", folder, *words])()
 
 
 def test_models_from_left_to_right_refuse_the_options_of_masked_diffusion(
@@ -110,6 +109,6 @@ def test_models_from_left_to_right_refuse_the_options_of_masked_diffusion(
     with pytest.raises(UserError, match="fills no masks: load a model of masked diffusion"):
         unmask(nn.Linear(1, 1), [1], Unmasking())
     with pytest.raises(UserError, match="fills masks in any order, not from left to right, and has no cache: use"):
-        chat.parse([folder, "abc"])()
-    generate.parse([folder, "abc", "--weights", "int8"])()
+        cli.parse(["chat", folder, "abc"])()
+    cli.parse(["generate", folder, "abc", "--weights", "int8"])()
     assert "which native code does not have" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from toy_captions import small_clip, small_pipeline
 
 from keifu import cli
-from keifu.commands.shared.recipe_files import recipes
+from keifu.commands.shared.recipe_options import recipes
 from keifu.models.clip import text as clip_text
 from keifu.recipes import demo
 from keifu.recipes.images import clip, lora_image, unclip

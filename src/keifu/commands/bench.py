@@ -159,6 +159,8 @@ def _weight_bytes(model: Any, streams: int) -> tuple[int, float]:
 def _report(figures: dict[str, Any]) -> str:
     """Return the figures as text for people."""
     streams = "1 stream" if figures["streams"] == 1 else f"{figures['streams']} streams together"
+    guessed, accepted = figures["guessed"], figures["accepted"]
+    guesses = f"\nguesses    {accepted:,} of {guessed:,} tokens came ({accepted / guessed:.0%})" if guessed else ""
     return (
         f"{figures['model']}, {figures['weights'] or 'its own'} weights, {figures['device']}, {figures['threads']} "
         f"threads, {streams}\n"
@@ -166,16 +168,5 @@ def _report(figures: dict[str, Any]) -> str:
         f"decode     {figures['decode']:,.1f} tokens/s, {figures['tokens']} after each prompt\n"
         f"bandwidth  {figures['bandwidth']:.1f} GB/s, {figures['share']:.0%} of {figures['peak']:.1f} GB/s\n"
         f"memory     {figures['memory'] / 1e6:,.0f} MB of weights, keys and values"
-        f"{_acceptance(figures)}"
+        f"{guesses}"
     )
-
-
-def _acceptance(figures: dict[str, Any]) -> str:
-    """Return the line about accepted guesses; empty if nothing was guessed."""
-    if not figures["guessed"]:
-        return ""
-    share = figures["accepted"] / figures["guessed"]
-    return f"\nguesses    {figures['accepted']:,} of {figures['guessed']:,} tokens came ({share:.0%})"
-
-
-parse = flags.parser(Options, run, "keifu bench")

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
-from keifu.commands.shared import flags
+from keifu.commands.shared import flags, inputs
 from keifu.commands.shared.errors import explain
-from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, proposer, read_pictures
-from keifu.commands.shared.terminal import edit_lines, no_text, read_rest
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
 from keifu.errors import UserError, shell, unknown
-from keifu.generation.text.sampling_params import ANSWER_TOKENS
+from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingParams
 
 DIM = "\033[2m{}\033[22m"
+if TYPE_CHECKING:
+    from keifu.generation.text.chat import Conversation
+
 EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
 
@@ -33,9 +34,8 @@ class Options(flags.Packed):
     """
 
     model: flags.Model
-    question: Annotated[
-        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]", help="A question, to be answered once.")
-    ] = None
+    question: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]")] = None
+    """A question, to be answered once."""
     system: Annotated[str | None, tyro.conf.arg(aliases=["-s"])] = None
     """System prompt. Unset: the one of the chat template."""
     file: Path | None = None
@@ -52,23 +52,28 @@ class Options(flags.Packed):
 
 def run(options: Options) -> None:
     """Print the answer to one question, or start a conversation."""
-    question = join_texts(options.question, options.file)
-    if not question and (options.json or options.image or not at_terminal()):
-        no_text(EXAMPLE)
-    model, tokenizer = load_writer(options.model, options.weights)
-    check_chats(options.model, tokenizer)
+    question = inputs.join_texts(options.question, options.file)
+    if not question and (options.json or options.image or not inputs.at_terminal()):
+        inputs.no_text(EXAMPLE)
+    model, tokenizer = inputs.load_writer(options.model, options.weights)
+    if tokenizer.chat_template is None:
+        name = shell(options.model)
+        raise UserError(
+            f"{options.model} is a base model, which cannot chat: use keifu generate {name}, or teach it by "
+            f"keifu train sft --model {name}."
+        )
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
     from keifu.generation.images.prompts import sees
     from keifu.generation.text.chat import Conversation
 
-    guesses = proposer(options.draft, options.guesses, options.weights)
+    guesses = inputs.proposer(options.draft, options.guesses, options.weights)
     conversation = Conversation(model, tokenizer, options.system, guesses, flags.template_variables(options.thinking))
     if not question:
         print(f"{options.model}: {line}.")
         Chat(conversation, sampling).talk()
         return
-    notice(f"{options.model}: {line}.")
-    images = read_pictures(options.image)
+    inputs.notice(f"{options.model}: {line}.")
+    images = inputs.read_pictures(options.image)
     if not images and sees(conversation.config):
         print(f"{options.model} answers questions about pictures: give one with --image FILE.", file=sys.stderr)
     if options.json:
@@ -79,7 +84,7 @@ def run(options: Options) -> None:
 
 
 def print_answer(
-    conversation: "Conversation", message: str, sampling: "SamplingParams", images: Sequence[Any] = (),
+    conversation: "Conversation", message: str, sampling: SamplingParams, images: Sequence[Any] = (),
     thoughts: bool = True,
 ) -> None:  # fmt: skip
     """Print the answer to a message while it is written. A terminal also shows the model's thoughts, dimmed, or how
@@ -102,19 +107,6 @@ def print_answer(
     finally:
         print(flush=True)
 
-
-def check_chats(name: str, tokenizer: Any) -> None:
-    """Raise `UserError` for a base model, with the commands that suit it."""
-    if tokenizer.chat_template is None:
-        raise UserError(
-            f"{name} is a base model, which cannot chat: use keifu generate {shell(name)}, or teach it by "
-            f"keifu train sft --model {shell(name)}."
-        )
-
-
-if TYPE_CHECKING:
-    from keifu.generation.text.chat import Conversation
-    from keifu.generation.text.sampling_params import SamplingParams
 
 HINT = '/help lists the commands, """ begins a text of several lines, Ctrl-C stops an answer, /bye leaves.'
 NOTES = (
@@ -140,7 +132,7 @@ class Chat:
     first seed reproduces the whole conversation.
     """
 
-    def __init__(self, conversation: "Conversation", sampling: "SamplingParams"):
+    def __init__(self, conversation: "Conversation", sampling: SamplingParams):
         self.conversation, self.sampling = conversation, sampling
         self.over, self.shows_thoughts = False, True
         self.files: set[Path] = set()  # files in which this conversation was saved
@@ -160,7 +152,7 @@ class Chat:
 
     def talk(self) -> None:
         """Chat until the user leaves: by /bye, by the end of input, or by Ctrl-C twice at the prompt."""
-        edit_lines()
+        inputs.edit_lines()
         print(HINT)
         stopped = False  # whether the last input was Ctrl-C
         while not self.over:
@@ -198,7 +190,7 @@ class Chat:
     def _whole(self, line: str) -> str:
         """Return the message that begins with this line, reading its further lines. Return "" after Ctrl-C."""
         try:
-            return read_rest(line)
+            return inputs.read_rest(line)
         except KeyboardInterrupt:
             print()
             return ""
@@ -218,7 +210,7 @@ class Chat:
         tell_cut(self.conversation.finish_reason)
 
     def _image(self, name: str) -> None:
-        self.images += read_pictures([Path(name).expanduser()])
+        self.images += inputs.read_pictures([Path(name).expanduser()])
         print(f"The next message has {len(self.images)} pictures." if self.images[1:] else f"{name} comes next.")
 
     def _help(self, _: str) -> None:
@@ -274,7 +266,10 @@ class Chat:
 
     def _temperature(self, text: str) -> None:
         if text:
-            self.sampling = replace(self.sampling, temperature=_number(text))
+            try:
+                self.sampling = replace(self.sampling, temperature=float(text))
+            except ValueError:
+                raise UserError(f"/temperature needs a number, such as /temperature 0.8, and not {text!r}.") from None
         print(f"The temperature is {self.sampling.temperature:g}.")
 
     def _thoughts(self, _: str) -> None:
@@ -290,17 +285,7 @@ class Chat:
         self.over = True
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"/temperature needs a number, such as /temperature 0.8, and not {text!r}.") from None
-
-
 def tell_cut(reason: str | None) -> None:
     """Print on stderr why an answer ended early, if it did."""
     if reason in CUT:
         print(f"(The answer was cut by {CUT[reason]}.)", file=sys.stderr)
-
-
-parse = flags.parser(Options, run, "keifu chat")

@@ -76,19 +76,14 @@ def run(options: Options) -> None:
         raise UserError("--picture draws a table's confusion matrix: name the table with --on.")
     if options.on is not None and (options.texts or options.file):
         raise UserError(f"There are two sources of texts, {options.on} and those beside it: give one of them.")
-    pictures = classify_images(options)
+    from keifu.data.images.catalogued import in_catalogue
+
+    on_pictures = options.on is not None and (in_catalogue(options.on) or Path(options.on).is_dir())
+    pictures = options.labels is not None or on_pictures or any(map(is_picture, options.texts))
     if options.on is None:
         _show_choices(_of_pictures(options) if pictures else _of_texts(options), pictures, options.json)
     else:
         _show_confusion(_compare_pictures(options) if pictures else _compare_texts(options), pictures, options)
-
-
-def classify_images(options: Options) -> bool:
-    """Return whether to classify pictures: labels are given, or the inputs are names of pictures."""
-    from keifu.data.images.catalogued import in_catalogue
-
-    on = options.on is not None and (in_catalogue(options.on) or Path(options.on).is_dir())
-    return options.labels is not None or on or any(map(is_picture, options.texts))
 
 
 def _show_choices(classified: Iterable[Choices], pictures: bool, as_json: bool) -> None:
@@ -199,8 +194,7 @@ def _of_texts(options: Options) -> Iterable[Choices]:
 
     judge = _load(options.model)
     examples = examples_of(texts_from(options.texts, options.file, EXAMPLE), judge.form)
-    shares = _probabilities(judge, examples, options.cut).tolist()
-    for row, share in zip(examples.rows, shares, strict=True):
+    for row, share in zip(examples.rows, _probabilities(judge, examples, options.cut).tolist(), strict=True):
         shown = " | ".join(row.texts[:1] if judge.form.answers else row.texts)
         yield judge.choices(row), share, "\t".join(row.texts), shown
 
@@ -242,6 +236,3 @@ def _probabilities(judge: "TextClassifier", examples: "Examples", cut: bool) -> 
     if shortened:
         print(f"{shortened} of {len(examples)} texts were cut to the model's {judge.limit} tokens.", file=sys.stderr)
     return judge.predict_proba(rows)
-
-
-parse = flags.parser(Options, run, "keifu classify")

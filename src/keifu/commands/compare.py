@@ -151,6 +151,3 @@ def show(title: str, messages: Sequence[dict[str, str]], pair: tuple[str, str]) 
         for number, answer in enumerate(pair, 1):
             console.print(Text(f"{number}:\n{answer}\n"))
     console.print(Text(KEYS))
-
-
-parse = flags.parser(Options, run, "keifu compare")

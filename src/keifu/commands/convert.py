@@ -35,6 +35,3 @@ def run(options: Options) -> None:
         raise UserError(f"{out} is there already: give another name, or write over it with --replace.")
     convert(options.model, out, options.to or ("gguf" if out.suffix == ".gguf" else "hf"), options.dtype)
     print(f"Wrote {out}.")
-
-
-parse = flags.parser(Options, run, "keifu convert")

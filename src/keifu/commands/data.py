@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from keifu.commands.shared import flags, tables
+from keifu.commands.shared import tables
 from keifu.commands.shared.inputs import at_terminal
+from keifu.data.catalogue import catalogue
 from keifu.errors import UserError
+from keifu.folders import cache
 from keifu.ranges import Count, Natural, SmallCount
 
+if TYPE_CHECKING:
+    from keifu.data.images.dataset import ImageDataset
+
 LEARNED, ENDS = "bold green", "⟦⟧"  # style in a terminal, and marks in other outputs
-
-
-def holds_conversations(source: str) -> bool:
-    """Return whether a source contains conversations, not pictures."""
-    from keifu.data.chat import conversations
-
-    return source in conversations.names() or Path(source).suffix.lower() in (".json", ".jsonl")
 
 
 def show(source: str, model: str, count: int, as_json: bool) -> None:
@@ -62,33 +60,19 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
     print(tokens, file=sys.stderr if as_json else sys.stdout)
 
 
-if TYPE_CHECKING:
-    from keifu.data.images.dataset import ImageDataset
-
-
 @dataclass(frozen=True)
 class Options:
     """List the catalogue; download an entry into the cache; check a text before training on it; show pictures; list the
     cache's content and clear it."""
 
-    action: Annotated[
-        tyro.conf.Positional[Literal["list", "get", "check", "prepare", "show", "cache", "clear"]],
-        tyro.conf.arg(
-            help="Action: check reports encoding errors, duplicates and lengths of text; prepare "
-            "tokenizes the files of a text into shards, on several machines; show counts pictures and "
-            "writes a contact sheet of them, or prints conversations with what is learned of them in colour; cache "
-            "lists what was fetched and made, with sizes; clear removes it, all or what NAME says."
-        ),
-    ] = "list"
-    name: Annotated[
-        tyro.conf.Positional[str | None],
-        tyro.conf.arg(
-            metavar="[NAME]",
-            help="A catalogue name; check also takes a file or a folder of text, show a folder of pictures (with "
-            "metadata.jsonl, with a folder for each class, or neither), WebDataset .tar shards, or a .jsonl file of "
-            "conversations.",
-        ),
-    ] = None
+    action: tyro.conf.Positional[Literal["list", "get", "check", "prepare", "show", "cache", "clear"]] = "list"
+    """Action: check reports encoding errors, duplicates and lengths of text; prepare tokenizes the files of a text into
+    shards, on several machines; show counts pictures and writes a contact sheet of them, or prints conversations with
+    what is learned of them in colour; cache lists what was fetched and made, with sizes; clear removes it, all or what
+    NAME says."""
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
+    """A catalogue name; check also takes a file or a folder of text, show a folder of pictures (with metadata.jsonl,
+    with a folder for each class, or neither), WebDataset .tar shards, or a .jsonl file of conversations."""
     tokenizer: str | None = None
     """Tokenizer that check counts tokens with: a catalogue name, or a tokenizer's file or folder. For conversations,
     the model whose chat template shows them. Unset: gpt2-bpe; for conversations smollm2."""
@@ -133,9 +117,7 @@ def run(options: Options) -> None:
     elif options.name is None:
         raise UserError(f"keifu data {options.action} needs a name: keifu data list shows those of the catalogue.")
     elif options.action == "get":
-        from keifu.data.catalogue.catalogue import fetch
-
-        print(fetch(options.name))
+        print(catalogue.fetch(options.name))
     elif options.action == "prepare":
         _prepare(options.name, options)
     elif options.action == "show":
@@ -145,27 +127,20 @@ def run(options: Options) -> None:
 
 
 def _list() -> None:
-    from keifu.data.catalogue.catalogue import rows
-
-    plain = ("name", "kind", "download", "fetched", "about")
-    cells = [[*(row[column] for column in plain), f"{row['licence']}; {row['attribution']}"] for row in rows()]
-    tables.show((*plain, "licence; whom to name"), cells)
+    names = ("name", "kind", "download", "fetched", "about")
+    cells = [[*(row[name] for name in names), f"{row['licence']}; {row['attribution']}"] for row in catalogue.rows()]
+    tables.show((*names, "licence; whom to name"), cells)
 
 
 def _cache() -> None:
-    from keifu.data.catalogue.catalogue import cached
-    from keifu.folders import cache
-
-    entries = cached()
+    entries = catalogue.cached()
     rows = [(", ".join(entry.names), _megabytes(entry.size), entry.about) for entry in entries]
     tables.show(("name", "size", "what it is"), rows)
     print(f"{_megabytes(sum(entry.size for entry in entries))} in {cache()}; keifu data clear [NAME] removes it.")
 
 
 def _clear(name: str | None, yes: bool) -> None:
-    from keifu.data.catalogue.catalogue import of_name, remove
-
-    entries = of_name(name)
+    entries = catalogue.of_name(name)
     total = _megabytes(sum(entry.size for entry in entries))
     if not entries:
         print("The cache is empty.")
@@ -177,7 +152,7 @@ def _clear(name: str | None, yes: bool) -> None:
         if input(f"Remove {total}: {what}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("Nothing was removed.")
             return
-    remove(entries)
+    catalogue.remove(entries)
     print(f"{total} removed: {what}.")
 
 
@@ -216,10 +191,11 @@ def _prepare(source: str, options: Options) -> None:
 
 def _show(source: str, options: Options) -> None:
     """Print the content of a source, and write the sheet of pictures."""
+    from keifu.data.chat import conversations
     from keifu.data.images.dataset import read_images
     from keifu.data.images.splits import split
 
-    if holds_conversations(source):
+    if source in conversations.names() or Path(source).suffix.lower() in (".json", ".jsonl"):
         show(source, options.tokenizer or "smollm2", options.count, options.json)
         return
     pictures = read_images(source, options.size, options.channels, options.fit, options.leave_out)
@@ -246,6 +222,3 @@ def _write_sheet(pictures: "ImageDataset", output: Path, options: Options) -> No
         captions = [chosen.classes[label] if label >= 0 else "" for label in chosen.labels]
     write_atomic(output, grid(chosen.take(slice(None)), captions))
     print(f"{len(chosen)} of {len(pictures):,} pictures are in {output}.", file=sys.stderr)
-
-
-parse = flags.parser(Options, run, "keifu data")

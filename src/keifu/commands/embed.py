@@ -53,7 +53,10 @@ class Options(flags.OnDevice):
 
 def run(options: Options) -> None:
     """Embed the inputs, write the embeddings and print the nearest neighbours."""
-    _check(options)
+    if options.out and options.out.suffix not in FORMATS:
+        raise UserError(f"The vectors go into a .npy or a .json file, and {options.out} is neither.")
+    if options.among and options.nearest is None:
+        raise UserError(f"{options.among} would be searched, but nothing is: say how many with --nearest.")
     texts = texts_from(options.texts, options.file, EXAMPLE)
     among = (pictures_among(options.among) or texts_from((), options.among, EXAMPLE)) if options.among else None
     warn_of_language(options.model, texts)
@@ -69,14 +72,6 @@ def run(options: Options) -> None:
             print(json.dumps({"text": text, "vector": vector}, ensure_ascii=False))
 
 
-def _check(options: Options) -> None:
-    """Raise `UserError` for options that contradict each other, before any work is done."""
-    if options.out and options.out.suffix not in FORMATS:
-        raise UserError(f"The vectors go into a .npy or a .json file, and {options.out} is neither.")
-    if options.among and options.nearest is None:
-        raise UserError(f"{options.among} would be searched, but nothing is: say how many with --nearest.")
-
-
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
     from keifu.data.progress import counting
     from keifu.evaluation.classification.embeddings import embed_rows
@@ -85,8 +80,7 @@ def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -
     if isinstance(model, TwoTowers):
         return embed_inputs(model, tokenizer, texts, options.cut, options.batch_size)
     rows, pad_id = ids(model, tokenizer, texts, options.cut), tokenizer.pad_id or 0
-    shown = len(texts) > SILENT
-    with counting("Embedding", len(texts), "texts") if shown else nullcontext() as advance:
+    with counting("Embedding", len(texts), "texts") if len(texts) > SILENT else nullcontext() as advance:
         return embed_rows(model, rows, pad_id, options.batch_size, advance)
 
 
@@ -122,6 +116,3 @@ def _show_nearest(count: int, queries: tuple[list[str], Any], among: tuple[list[
         for number, (value, index) in enumerate(zip(values, order, strict=True))
     ]
     tables.show(["text", "similarity", "nearest"], rows)
-
-
-parse = flags.parser(Options, run, "keifu embed")

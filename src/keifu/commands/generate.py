@@ -3,19 +3,16 @@
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import at_terminal, join_texts, load_writer, notice, proposer, read_pictures
-from keifu.commands.shared.terminal import ask
+from keifu.commands.shared.inputs import ask, at_terminal, join_texts, load_writer, notice, proposer, read_pictures
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion, print_text
 from keifu.errors import UserError
+from keifu.generation.text.sampling_params import SamplingParams
 from keifu.ranges import Count
-
-if TYPE_CHECKING:
-    from keifu.generation.text.sampling_params import SamplingParams
 
 EXAMPLE = 'keifu generate MODEL "Once upon a time"'
 
@@ -31,9 +28,8 @@ class Options(flags.Packed):
     """
 
     model: flags.Model
-    prompt: Annotated[
-        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]", help="The text to continue.")
-    ] = None
+    prompt: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[PROMPT]")] = None
+    """The text to continue."""
     file: Path | None = None
     """The file that has the text."""
     image: flags.Images = ()
@@ -83,8 +79,7 @@ def run(options: Options) -> None:
     if options.vote or options.best_of:
         return print_chosen(options, model, tokenizer, text, prompt, sampling, rewards, guesses)
     streamed = options.stream or sys.stdout.isatty()
-    reason = print_text(model, tokenizer, prompt, sampling, options.json, streamed, guesses)
-    if reason == "context":
+    if print_text(model, tokenizer, prompt, sampling, options.json, streamed, guesses) == "context":
         print(f"The text fills the model's context of {model.config.context_length} tokens.", file=sys.stderr)
 
 
@@ -130,7 +125,7 @@ def print_unmasked(options: Options, model: Any, tokenizer: Any, text: str) -> N
 
 
 def print_chosen(
-    options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: "SamplingParams", rewards: Any,
+    options: Options, model: Any, tokenizer: Any, text: str, prompt: Any, sampling: SamplingParams, rewards: Any,
     guesses: Any,
 ) -> None:  # fmt: skip
     """Draw several texts and print one: the most frequent, or the one with the highest reward."""
@@ -159,6 +154,3 @@ def print_chosen(
         print_completion(done[chosen], sampling)
     else:
         print(done[chosen].text)
-
-
-parse = flags.parser(Options, run, "keifu generate")

@@ -5,18 +5,15 @@ import sys
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import at_terminal, ids, load_encoder, notice, read_pipe, warn_of_language
-from keifu.commands.shared.terminal import ask
+from keifu.commands.shared.inputs import ask, at_terminal, ids, load_encoder, notice, read_pipe, warn_of_language
+from keifu.data.text.passages import Passage, document_files, read_documents
 from keifu.errors import UserError, printable
 from keifu.ranges import Count, SmallCount
-
-if TYPE_CHECKING:
-    from keifu.data.text.passages import Passage
 
 EXAMPLE = 'keifu search notes/ "How are logs rotated?"'
 
@@ -30,14 +27,10 @@ class Options(flags.OnDevice):
     that comes with keifu, reads English.
     """
 
-    folder: Annotated[
-        Path,
-        tyro.conf.Positional,
-        tyro.conf.arg(metavar="FOLDER", help="Folder of .md, .txt, .rst and .html files, or one file."),
-    ]
-    question: Annotated[
-        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]", help="Question, or some words.")
-    ] = None
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """Folder of .md, .txt, .rst and .html files, or one file."""
+    question: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[QUESTION]")] = None
+    """Question, or some words."""
     count: SmallCount = 5
     """Number of passages to print."""
     model: str = "minilm"
@@ -53,8 +46,6 @@ def run(options: Options) -> None:
     question = options.question or (ask("Question: ", EXAMPLE) if at_terminal() else read_pipe())
     if not question.strip():
         raise UserError(f"There is no question: write it after the folder ({EXAMPLE}), or pipe it in.")
-    from keifu.data.text.passages import document_files, read_documents
-
     names = {path: str(path) for path in document_files(options.folder)}
     passages = read_documents(names, lambda error: print(f"Left out: {error}", file=sys.stderr))
     warn_of_language(options.model, [question], [passage.text for passage in passages])
@@ -73,7 +64,7 @@ def run(options: Options) -> None:
     _show(index.nearest(asked, options.count), options.json)
 
 
-def _show(hits: "list[tuple[float, Passage]]", as_json: bool) -> None:
+def _show(hits: list[tuple[float, Passage]], as_json: bool) -> None:
     for value, passage in hits:
         if as_json:
             content: dict[str, Any] = {"similarity": round(value, 6), **asdict(passage)}
@@ -81,6 +72,3 @@ def _show(hits: "list[tuple[float, Passage]]", as_json: bool) -> None:
         else:
             print(f"{value:.3f}  {passage.file}:{passage.line}  {printable(passage.heading)}".rstrip())
             print(f"       {printable(passage.text)}\n")
-
-
-parse = flags.parser(Options, run, "keifu search")

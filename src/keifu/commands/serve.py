@@ -31,10 +31,8 @@ class Options(flags.Packed):
     loaded at its first request. Ctrl-C or SIGTERM ends the server once the running answers are finished.
     """
 
-    models: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="[MODEL ...]", help="Runs, Hugging Face directories or hub ids, .gguf files, names."),
-    ] = ()
+    models: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[MODEL ...]")] = ()
+    """Runs, Hugging Face directories or hub ids, .gguf files, names."""
     name: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Id of a model and the path or name it is loaded from: ALIAS=PATH. Clients see the alias alone."""
     lora: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -179,6 +177,3 @@ def _able(name: str) -> bool:
     with suppress(UserError):
         return bool(describe(name))
     return False
-
-
-parse = flags.parser(Options, run, "keifu serve")

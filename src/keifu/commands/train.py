@@ -7,7 +7,6 @@ from pathlib import Path
 
 from keifu.commands.shared import flags, launch, recipe_options, tables
 from keifu.commands.shared.errors import explain
-from keifu.commands.shared.recipe_files import docstring, is_own, path_of, recipe_module, recipes
 from keifu.devices import Choice
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
@@ -35,7 +34,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         name, words = resuming.name_of(out), ["--out", *words]
     if name.startswith("-"):
         raise UserError(f"A recipe comes first, or --resume FOLDER, and {name} is neither: keifu train lists recipes.")
-    path_of(name)
+    recipe_options.path_of(name)
     return parse_recipe(name, words, f"keifu train {name}")
 
 
@@ -59,14 +58,16 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     """
     if flags.asks_for_help(arguments):
         known = recipe_options.arguments(name)
-        flags.show_help(known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", docstring(path_of(name))))
+        flags.show_help(
+            known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", recipe_options.docstring(recipe_options.path_of(name)))
+        )
     from keifu.commands.shared import resuming, trust
     from keifu.training.run.directory import last_step
 
-    module = recipe_module(name)
+    module = recipe_options.recipe_module(name)
     words = list(arguments)
     options_class = recipe_options.with_folder(module.Recipe, name)
-    name = str(Path(name).resolve()) if is_own(name) else name
+    name = str(Path(name).resolve()) if recipe_options.is_own(name) else name
     stored_run, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
     if launch.is_restart() and last_step(out) is not None:
         words = [*(word for word in words if word != "--replace"), "--resume"]
@@ -100,4 +101,4 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 def _list() -> None:
     print("Usage: keifu train RECIPE [OPTIONS]      keifu train RECIPE --help tells a recipe's options")
     print("       keifu train --resume FOLDER       goes on with the run in a folder\n")
-    tables.show(("recipe", "what it trains"), recipes().items())
+    tables.show(("recipe", "what it trains"), recipe_options.recipes().items())

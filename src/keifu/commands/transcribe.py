@@ -54,6 +54,3 @@ def run(options: Options) -> None:
         transcript = transcribe(model, tokenizer, samples, settings)
         line = json.dumps({"file": str(file), **asdict(transcript)}, ensure_ascii=False) + "\n"
         print(line if options.format == "json" else FORMATS[options.format](transcript), end="")
-
-
-parse = flags.parser(Options, run, "keifu transcribe")

@@ -11,8 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import at_terminal, decode_utf8
-from keifu.commands.shared.terminal import no_text
+from keifu.commands.shared.inputs import at_terminal, decode_utf8, no_text
 from keifu.errors import UserError
 from keifu.ranges import Count, Finite
 
@@ -24,9 +23,8 @@ class Options(flags.Packed):
     """Translate. Every line is a text; its sentences are translated one by one and stand on one line again."""
 
     model: flags.Model
-    text: Annotated[
-        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="The text to translate.")
-    ] = None
+    text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]")] = None
+    """The text to translate."""
     file: Path | None = None
     """The file that has the text."""
     beam: Count = 4
@@ -94,6 +92,3 @@ def _warn(translations: Sequence[Sequence[Any]]) -> None:
     if unknown:
         total = sum(part.source_tokens for parts in translations for part in parts)
         print(f"{unknown:,} of {total:,} tokens are unknown to the model's vocabulary.", file=sys.stderr)
-
-
-parse = flags.parser(Options, run, "keifu translate")

@@ -1,6 +1,5 @@
 """`keifu completion`: a shell script that completes commands, recipes and options."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Literal
@@ -10,8 +9,7 @@ import tyro
 from keifu.commands.shared import flags
 from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.commands.shared.help_text import Argument, arguments_of
-from keifu.commands.shared.recipe_files import recipe_names
-from keifu.commands.shared.recipe_options import stored
+from keifu.commands.shared.recipe_options import recipe_names, stored
 
 BASH = """\
 _keifu() {{
@@ -41,16 +39,11 @@ class Options:
     shell: Annotated[tyro.conf.Positional[Literal["bash", "zsh", "fish"]], tyro.conf.arg(help="The shell.")]
 
 
-def words_of_commands(commands: Sequence[str]) -> dict[str, list[Argument]]:
-    """Return the words that may follow each command, and each `train RECIPE`."""
-    kinds = {v: import_module(module_of(v)).Options for v in commands if v not in ("train", "demo")}
-    of_recipes = {f"train {name}": arguments for name, arguments in stored().items()}
-    return {key: arguments_of(cls) for key, cls in kinds.items()} | of_recipes
-
-
 def script(shell: str, commands: dict[str, str]) -> str:
     """Return the completion script for a shell."""
-    given = words_of_commands([*commands])
+    own = [command for command in commands if command not in ("train", "demo")]
+    given = {command: arguments_of(import_module(module_of(command)).Options) for command in own}
+    given |= {f"train {name}": arguments for name, arguments in stored().items()}
     if shell == "fish":
         return "\n".join(_fish(given, commands))
     cases = {key: flags.names_of(arguments) for key, arguments in given.items()} | {"train": recipe_names()}
@@ -81,6 +74,3 @@ def _quoted(text: str) -> str:
 def run(options: Options) -> None:
     """Print the script."""
     print(script(options.shell, COMMANDS))
-
-
-parse = flags.parser(Options, run, "keifu completion")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from keifu.commands.shared import flags, tables
+from keifu.commands.shared import tables
 from keifu.errors import unknown
 from keifu.folders import packaged
 
@@ -16,10 +16,8 @@ OTHER_NAMES = {"mlp": "neurons", "perceptron": "neurons", "seq2seq": "attention"
 class Options:
     """Print one file with a landmark's model, training and result. It needs only torch. Copy it and change it."""
 
-    name: Annotated[
-        tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[NAME]", help="Landmark, such as gpt2. Default: list all."),
-    ] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
+    """Landmark, such as gpt2. Default: list all."""
 
 
 def run(options: Options) -> None:
@@ -33,6 +31,3 @@ def run(options: Options) -> None:
         raise unknown("single-file edition", name, [*paths, *OTHER_NAMES])
     else:
         print(paths[name].read_text(encoding="utf-8"), end="")
-
-
-parse = flags.parser(Options, run, "keifu eject")

@@ -22,6 +22,3 @@ def run(options: Options) -> None:
 
     report = inspect(options.model)
     print(json.dumps(report.as_dict(), indent=2, default=str) if options.json else printable(str(report)))
-
-
-parse = flags.parser(Options, run, "keifu inspect")

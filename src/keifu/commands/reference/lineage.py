@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from keifu import lineage
-from keifu.commands.shared import flags, tables
+from keifu.commands.shared import tables
 from keifu.errors import unknown
 from keifu.files import write_atomic
 
@@ -17,10 +17,8 @@ from keifu.files import write_atomic
 class Options:
     """The landmarks in order of years: where each came from, what was new, the result here, how to repeat it."""
 
-    name: Annotated[
-        tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[NAME]", help="Only this landmark, such as gpt2, with all that is said of it."),
-    ] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
+    """Only this landmark, such as gpt2, with all that is said of it."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Write one offline page with the arrows and pictures of all."""
 
@@ -44,6 +42,3 @@ def run(options: Options) -> None:
             ("published", one.published), ("repeat it", one.command), ("results", f"{one.section} (docs/results.md)"),
         )  # fmt: skip
         tables.show(("", ""), facts)
-
-
-parse = flags.parser(Options, run, "keifu lineage")

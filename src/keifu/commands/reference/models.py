@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from keifu.commands.shared import flags, tables
+from keifu.commands.shared import tables
 from keifu.errors import unknown
 from keifu.models.sizes import Size, published_sizes
 
@@ -14,10 +14,8 @@ from keifu.models.sizes import Size, published_sizes
 class Options:
     """Every published size: its parameters counted, the paper's figure, and the difference."""
 
-    name: Annotated[
-        tyro.conf.Positional[str | None],
-        tyro.conf.arg(metavar="[NAME]", help="Only the sizes with this in their name or of this model, such as llama."),
-    ] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
+    """Only the sizes with this in their name or of this model, such as llama."""
 
 
 def run(options: Options) -> None:
@@ -42,6 +40,3 @@ def _beside(size: Size) -> tuple[str, str]:
         return "-", "-"
     figure = f"{paper / 1e9:,.4g} B" if paper >= 1e9 else f"{paper / 1e6:,.4g} M"
     return figure, f"{size.parameters / paper - 1:+.1%}"
-
-
-parse = flags.parser(Options, run, "keifu models")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from keifu.commands.shared import flags, tables
+from keifu.commands.shared import tables
 from keifu.errors import UserError, unknown
 from keifu.models.sizes import Size, published_sizes
 from keifu.ranges import Count, Natural
@@ -61,7 +61,11 @@ def run(options: Options) -> None:
         raise unknown("published size", options.model, sizes)
     size = sizes[name]
     model = architecture(size, options.context_length)
-    _check(size, pictures := not model.vocab, options)
+    pictures = not model.vocab
+    if pictures and (options.inference or options.lora != Adapters()):
+        raise UserError(f"{size.name} draws pictures: a plan is of its whole training, without --inference and --lora.")
+    if options.inference and size.model == "diffusion.llada":
+        raise UserError(f"{size.name} writes by passes over the whole text, without a cache: leave out --inference.")
     devices, kind = plan.parse_devices(options.devices)
     if options.inference:
         if options.lora != Adapters() or options.optimizer_state != "float32":
@@ -77,27 +81,15 @@ def run(options: Options) -> None:
         return
     usual = DIT_STEPS * DIT_PICTURES * model.context if pictures else 20 * size.parameters
     tokens = plan.parse_amount(options.amount, "--tokens") if options.amount else usual
-    step = (
-        plan.parse_amount(options.step, "--batch")
-        if options.step
-        else DIT_PICTURES * model.context
-        if pictures
-        else 4e6
-    )
+    usual = DIT_PICTURES * model.context if pictures else 4e6
+    batch = plan.parse_amount(options.step, "--batch") if options.step else float(usual)
     if options.lora.base != "float" and not options.lora.rank:
         raise UserError("--lora.base needs adapters: set --lora.rank too, such as 16.")
     trained = plan.Trained(options.lora.rank, options.lora.base, options.optimizer_state)
-    made = plan.plan(model, devices, kind, plan.parse_amount(options.step or str(step), "--batch"), trained)
+    made = plan.plan(model, devices, kind, batch, trained)
     rows = [("trained", f"{trained.parameters(model):,} parameters of adapters")] if trained.rank else []
     rows += _training(made, tokens, "patches" if pictures else "tokens")
     tables.show((f"{size.name} on {options.devices}", ""), rows)
-
-
-def _check(size: Size, pictures: bool, options: Options) -> None:
-    if pictures and (options.inference or options.lora != Adapters()):
-        raise UserError(f"{size.name} draws pictures: a plan is of its whole training, without --inference and --lora.")
-    if options.inference and size.model == "diffusion.llada":
-        raise UserError(f"{size.name} writes by passes over the whole text, without a cache: leave out --inference.")
 
 
 def _training(made: "Plan", tokens: float | int, unit: str) -> list[tuple[str, str]]:
@@ -168,6 +160,3 @@ def _of_patches(config: "TransformerConfig", context_length: int | None) -> "Arc
 
 def _count(*parts: "nn.Module") -> int:
     return sum(parameter.numel() for part in parts for parameter in part.parameters())
-
-
-parse = flags.parser(Options, run, "keifu plan")

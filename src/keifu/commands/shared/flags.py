@@ -4,21 +4,14 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
-from tyro._errors import (  # private names of tyro: pyproject.toml pins its version
-    BadValue,
-    InstantiationFailure,
-    InvalidChoice,
-    MissingArgs,
-    ParseErrorEvent,
-    on_parse_error,
-)
+from tyro import _errors as errors  # private names of tyro: pyproject.toml pins its version
 
 from keifu.commands.shared.help_text import Argument, arguments_of, help_text
 from keifu.devices import Choice, choose, choosing
@@ -37,9 +30,7 @@ Model = Annotated[
 Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:1|mps", help=(
     "Device that the model runs on. Unset: KEIFU_DEVICE, else CUDA or ROCm if there is one, else MPS, else the CPU."
 ))]  # fmt: skip
-Weights = Annotated[str | None, tyro.conf.arg(metavar="f32|bf16|int8|int4|int4_pure", help=(
-    "Format of weights for native computation on the CPU (docs/native.md). Unset: as they are stored."
-))]  # fmt: skip
+PACKINGS = tyro.conf.arg(metavar="f32|bf16|int8|int4|int4_pure")
 RESULTS = ("out", "output", "strip", "picture")  # options that name outputs; of these a folder may be the usual output
 FOLDERS = ("prepare",)  # actions that write a folder where other actions write a file
 ORDER = (tyro.conf.CascadeSubcommandArgs,)  # options of a nested dataclass may come before others
@@ -87,7 +78,8 @@ Drafting = Annotated[str | None, tyro.conf.arg(metavar="MODEL", help=(
 class Packed(OnDevice):
     """Options of commands whose model may be packed."""
 
-    weights: Weights = field(default=None, kw_only=True)
+    weights: Annotated[str | None, PACKINGS] = field(default=None, kw_only=True)
+    """Format of weights for native computation on the CPU (docs/native.md). Unset: as they are stored."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +95,23 @@ class Continuation(SamplingParams):
 HAD_DTYPE = ("keifu draw", "keifu embed")
 
 
-def parser(cls: type[Options], run: Callable[[Options], None], program: str) -> Callable[[Sequence[str]], Callable]:
-    """Return a command's `parse`: it parses words and returns the command as a function that has not run yet."""
+def parse_command(module: Any, arguments: Sequence[str], program: str) -> Callable[[], None]:
+    """Parse the words of a command into its `Options`. Return its `run` with these options, which has not run yet.
 
-    def parsed(arguments: Sequence[str]) -> Callable[[], None]:
-        options = parse(cls, without_dtype(arguments) if program in HAD_DTYPE else arguments, program)
-        if not isinstance(options, OnDevice):
-            return lambda: run(options)
-        if options.precision and vars(options).get("weights"):
-            raise UserError("--weights is the format of native computation, --precision that of PyTorch: give one.")
-        if options.precision == "float16" and choose(options.device).type == "cpu":
-            raise UserError("float16 is for GPUs, and a CPU multiplies it very slowly: choose bfloat16 or float32.")
-        choice = Choice(options.device, weights=options.precision or "auto")
-        return placed(replace(choice, allow_nonfinite=options.allow_nonfinite or None), lambda: run(options))
-
-    return parsed
+    module: the command's file.
+    """
+    options = parse(module.Options, without_dtype(arguments) if program in HAD_DTYPE else arguments, program)
+    work = partial(module.run, options)
+    if not isinstance(options, OnDevice):
+        return work
+    if options.precision and vars(options).get("weights"):
+        raise UserError("--weights is the format of native computation, --precision that of PyTorch: give one.")
+    if options.precision == "float16" and choose(options.device).type == "cpu":
+        raise UserError("float16 is for GPUs, and a CPU multiplies it very slowly: choose bfloat16 or float32.")
+    choice = Choice(
+        options.device, weights=options.precision or "auto", allow_nonfinite=options.allow_nonfinite or None
+    )
+    return placed(choice, work)
 
 
 def without_dtype(words: Sequence[str]) -> list[str]:
@@ -157,7 +151,7 @@ def parse(
     if asks_for_help(arguments):
         show_help(arguments_of(cls), program, inspect.cleandoc(cls.__doc__ or ""))
     default, args = tyro.MISSING_NONPROP if usual is None else usual, [*_parts(cls, arguments), *arguments]
-    with on_parse_error(partial(_refuse, cls, arguments, program)):
+    with errors.on_parse_error(partial(_refuse, cls, arguments, program)):
         options, extra = tyro.cli(cls, default=default, prog=program, args=args, return_unknown_args=True, config=ORDER)
     if extra:
         raise _unrecognised(cls, extra, program)
@@ -229,21 +223,21 @@ def _unrecognised(cls: type, words: Sequence[str], program: str) -> UserError:
     )
 
 
-def _refuse(cls: type, arguments: Sequence[str], program: str, event: ParseErrorEvent) -> NoReturn:
+def _refuse(cls: type, arguments: Sequence[str], program: str, event: errors.ParseErrorEvent) -> NoReturn:
     """Convert tyro's parse error to a `UserError`. An unknown option is reported first."""
     known = {flag.replace("_", "-") for flag in flags(cls)}
     given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
     if strange := [word for word in given if word.replace("_", "-") not in known]:
         raise _unrecognised(cls, strange, program)
     match event:
-        case MissingArgs(missing_arguments=missing):
+        case errors.MissingArgs(missing_arguments=missing):
             needed = " and ".join(_name(error.arg) for error in missing)
             raise UserError(f"{program} needs {needed}: see {program} --help.")
-        case InvalidChoice(argument=argument, value=value, choices=choices):
+        case errors.InvalidChoice(argument=argument, value=value, choices=choices):
             raise unknown(f"{_name(argument)} called", value, {*choices} - {"None"})
-        case BadValue(argument=argument):
+        case errors.BadValue(argument=argument):
             raise UserError(f"{_name(argument)} needs a value: see {program} --help.")
-        case InstantiationFailure(message=message, argument=argument):
+        case errors.InstantiationFailure(message=message, argument=argument):
             raise UserError(_sentence(message, argument and _name(argument)))
     raise UserError(f"These words are not understood: see {program} --help.")
 

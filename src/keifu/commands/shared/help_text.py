@@ -107,16 +107,12 @@ def help_text(arguments: Sequence[Argument], program: str, about: str, width: in
     left = min(LEFT, max(len(argument.spelled) for argument in arguments) + 2)
     lines = [usage, "", *_paragraphs(about, width)]
     for group in dict.fromkeys(argument.group for argument in arguments):
-        lines += ["", f"{_heading(group)}:"]
+        title = {"positional arguments": "Arguments"}.get(group, re.sub(":.*", " options", group))
+        lines += ["", f"{title[:1].upper()}{title[1:]}:"]
         for argument in arguments:
             if argument.group == group:
                 lines += _entry(argument, left, width)
     return "\n".join(lines)
-
-
-def _heading(group: str) -> str:
-    title = {"positional arguments": "Arguments", "options": "Options"}.get(group, re.sub(":.*", " options", group))
-    return f"{title[:1].upper()}{title[1:]}"
 
 
 def _paragraphs(text: str, width: int) -> Iterator[str]:

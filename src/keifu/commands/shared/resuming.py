@@ -45,13 +45,6 @@ class StoredRun:
         """Number of steps of the whole run if it was changed after the start, else None."""
         return self.record.get("steps")
 
-    @property
-    def place(self) -> Path | None:
-        """Directory in which the run was started. None if it does not exist any more, or another user started the
-        run."""
-        place = self.record.get("place")
-        return Path(place) if place and is_signed(self.record) and Path(place).is_dir() else None
-
     def usual(self, words: Sequence[str]) -> Any:
         """Return the recipe with stored values for options that are not given. Of --steps and --minutes only one is
         kept."""
@@ -74,20 +67,14 @@ def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
         return None
     if (record := content.get(run_directory.RECORD)) is None:
         raise UserError(_TOO_OLD.format(path=out / run_directory.RECIPE))
-    if record["name"] != name and not _was_moved(name, record):
+    files = name.endswith(".py") and record["name"].endswith(".py")  # one may be the other under another path
+    if record["name"] != name and not (files and sha256(Path(name)) == trust.hashes(record).get("")):
         raise UserError(
             f"{out} holds a run of keifu train {record['name']}, not of {name}: go on with it by "
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
     check_kinds(then := from_json(usual, record["options"]), str(out / run_directory.RECIPE))
     return StoredRun(name, then, record)
-
-
-def _was_moved(name: str, record: Mapping[str, Any]) -> bool:
-    """Return whether a recipe file has the content that the run was started with, under another path."""
-    if not (name.endswith(".py") and record["name"].endswith(".py")):
-        return False
-    return sha256(Path(name)) == trust.hashes(record).get("")
 
 
 def name_of(out: Path) -> str:
@@ -135,7 +122,9 @@ def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
     lengths, wanted = _check(run, wanted), _moved(run, wanted)
     recipe, steps = _lengthened(run, wanted, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
-    directory = str(run.place or Path.cwd())
+    begun_in = run.record.get("place", "")  # used if it is still there, and this user started the run
+    usable = begun_in and is_signed(run.record) and Path(begun_in).is_dir()
+    directory = begun_in if usable else str(Path.cwd())
     more: dict[str, Any] = {"place": directory} | ({} if steps is None else {"steps": steps})
     if step is None:
         print(f"No state of the run in {out} was saved: it starts from its first step.", flush=True)
@@ -172,8 +161,9 @@ def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
     recipe_class = type(wanted)
     then, now = (by_option(recipe_class, to_json(recipe)) for recipe in (run.usual(()), wanted))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
-    free = {name for name in now if _may_change(run.name, name)}
-    lengths = {name for name in LENGTHS if name in now and not (name == "epochs" and run.name in OF_A_ROLLOUT)}
+    rollout = run.name in OF_A_ROLLOUT
+    free = {name for name in now if _last(name) in FREE - {"steps"} and not (_last(name) == "prompts" and rollout)}
+    lengths = {name for name in LENGTHS if name in now and not (name == "epochs" and rollout)}
     if refused := sorted(changed - free - lengths):
         differing = ", ".join(f"--{name} {_words(then[name])} → {_words(now[name])}" for name in refused)
         may = ", ".join(f"--{name}" for name in sorted(free | lengths))
@@ -189,11 +179,6 @@ def _words(value: Any) -> str:
     if value is None:
         return "(unset)"
     return " ".join(map(_words, value)) if isinstance(value, list) else str(value)
-
-
-def _may_change(recipe: str, option: str) -> bool:
-    last = _last(option)
-    return last in FREE - {"steps"} and not (last == "prompts" and recipe in OF_A_ROLLOUT)
 
 
 def _last(option: str) -> str:

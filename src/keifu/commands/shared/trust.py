@@ -5,14 +5,14 @@ Code (a recipe file, a reward function) must be on the command line each time. P
 started the run (see `keifu.training.run.signature`).
 """
 
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from keifu.alignment.rewards import code_file
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.files import sha256
 from keifu.folders import config
 from keifu.recipes.options import by_option, to_json
@@ -35,8 +35,7 @@ def code_hashes(name: str, recipe: Any) -> dict[str, str]:
 
 def named(recipe: Any) -> dict[str, str]:
     """Return the options that execute code, with their values. A resumed run needs them on its command line."""
-    return {option: " ".join(map(shlex.quote, _strings(value))) for option, value in _values(recipe).items()
-            if _code(value)}  # fmt: skip
+    return {option: shell(*_strings(value)) for option, value in _values(recipe).items() if _code(value)}
 
 
 def refuse_recipe_file(out: Path, name: str, record: Mapping[str, Any]) -> None:
@@ -44,8 +43,8 @@ def refuse_recipe_file(out: Path, name: str, record: Mapping[str, Any]) -> None:
     if name.endswith(".py"):
         raise UserError(
             f"The run in {out} was made by the recipe file {name}, and a folder never starts code by itself. If you "
-            f"trust that file{_was(record, '')}, name it: keifu train {shlex.quote(name)} --resume "
-            f"{shlex.quote(str(out))}."
+            f"trust that file{_was(record, '')}, name it: keifu train {shell(name)} --resume "
+            f"{shell(out)}."
         )
 
 
@@ -55,18 +54,19 @@ def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequ
     values = _values(recipe)
     usual = _values(type(recipe)())
     is_mine = is_signed(record)
-    resume = f"keifu train --resume {shlex.quote(str(out))}"
+    resume = f"keifu train --resume {shell(out)}"
     for option in sorted(values.keys() - given):
         value = values[option]
+        named_again = f"{resume} --{option} {shell(*_strings(value))}"
         if code := _code(value):
             raise UserError(
                 f"The run in {out} executes the code of {code} (--{option}), and a folder never starts code by itself. "
-                f"If you trust that file{_was(record, option)}, name it: {resume} --{option} {_quoted(value)}."
+                f"If you trust that file{_was(record, option)}, name it: {named_again}."
             )
         if not is_mine and value != usual.get(option) and (path := _path(value)):
             raise UserError(
                 f"The run in {out} was not begun by you on this machine (or your key {config() / KEY} is gone), "
-                f"and its options name {path}. If you trust that path, name it: {resume} --{option} {_quoted(value)}."
+                f"and its options name {path}. If you trust that path, name it: {named_again}."
             )
 
 
@@ -112,16 +112,8 @@ def _code(value: Any) -> Path | None:
 
 def _path(value: Any) -> str | None:
     """Return the first existing path in a value, which may be a comma-separated list."""
-    parts = (part for text in _strings(value) for part in (text, *text.split(",")))
-    return next((part for part in parts if part and "\0" not in part and _exists(part)), None)
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except OSError:  # too long for a path
-        return False
-
-
-def _quoted(value: Any) -> str:
-    return " ".join(map(shlex.quote, _strings(value)))
+    for part in (part for text in _strings(value) for part in (text, *text.split(",")) if part):
+        with suppress(OSError, ValueError):  # too long for a path, or with a zero byte
+            if Path(part).exists():
+                return part
+    return None

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from keifu.generation.text.sampling_params import SamplingParams, defaults, in_words
 from keifu.ranges import Count, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
     from keifu.generation.draft import Draft
     from keifu.generation.images.prompts import ImagePrompt
     from keifu.generation.text.generate import Completion
-    from keifu.generation.text.sampling_params import SamplingParams
 
 OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
 FILTERS = ("top_k", "top_p", "min_p")
@@ -52,11 +52,9 @@ class SamplingFlags:
         return {**options, "max_tokens": self.max_tokens or None} if self.max_tokens is not None else options
 
 
-def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "tuple[SamplingParams, str]":
+def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> tuple[SamplingParams, str]:
     """Return the settings to use, with a seed, and a line that describes them. Warn on stderr about an option without
     effect."""
-    from keifu.generation.text.sampling_params import defaults, in_words
-
     given = flags.given()
     usual = defaults(tokenizer, max_tokens)
     sampling = replace(usual.sampling, **given).seeded()
@@ -67,14 +65,14 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> "t
     return sampling, f"{in_words(sampling)} ({' '.join([usual.source, *(['except'] if changed else []), *changed])})"
 
 
-def print_completion(done: "Completion", sampling: "SamplingParams") -> None:
+def print_completion(done: "Completion", sampling: SamplingParams) -> None:
     """Print a finished text with its tokens, probabilities and settings, as JSON."""
     settings = {key: value for key, value in asdict(sampling).items() if key not in REPORTED}
     print(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
 
 
 def print_text(
-    model: Any, tokenizer: Any, prompt: "str | Sequence[int] | ImagePrompt", sampling: "SamplingParams", as_json: bool,
+    model: Any, tokenizer: Any, prompt: "str | Sequence[int] | ImagePrompt", sampling: SamplingParams, as_json: bool,
     streamed: bool, guesses: "int | Draft | None" = None,
 ) -> str | None:  # fmt: skip
     """Print the model's continuation of a prompt: piece by piece if `streamed`, or with all details as JSON. Return the
