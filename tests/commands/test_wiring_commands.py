@@ -5,7 +5,6 @@ A new option needs a row here. A broken path means that something was renamed: r
 
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +22,8 @@ from keifu.commands.shared.flags import OnDevice
 from keifu.commands.shared.help_text import arguments_of
 from keifu.data.text.passages import Passage
 from keifu.evaluation.registry import EvalOptions
+from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.generation.images.png_metadata import ImageRecord
 from keifu.generation.speech.transcription import Segment, Transcript
 
 WITHOUT = ("train", "demo")  # their options are those of recipes, which have tables of their own
@@ -378,10 +379,13 @@ DRAWN = {"negative": "n", "truncate": True, "guidance-rescale": 0.5, "tile": 7, 
          "spacing": "trailing", "karras": True, "sampler": "euler", "steps": 7, "seed": 7, "guidance": 0.5}  # fmt: skip
 
 
-class Painter:
+class Painter(PixelPipeline):
     """A model that draws."""
 
     usual_sampler, usual_guidance, pixels = "ddim", 1.0, True
+
+    def __init__(self) -> None:
+        """Have no network."""
 
     def label(self, name: str) -> int:
         return 10 * int(name)
@@ -393,14 +397,7 @@ class Painter:
         return ""
 
 
-@dataclass
-class Recorded:
-    """Record that is written into a picture."""
-
-    count: int = 1
-    drawing: Any = field(default_factory=lambda: SimpleNamespace(seed=1))
-    number: int | None = None
-    kept: tuple[int, ...] = ()
+RECORDED = ImageRecord("M", "", ImageRequest("ddim", seed=1), number=None)
 
 
 def drawn() -> dict[str, Row]:
@@ -413,7 +410,7 @@ draw = Table("draw M text", {
     "MODEL": Row("", f"{DRAWER}:planned", "name", "other", base="draw other text"),
     "TEXT": Row("", DRAWING, "value.text", "other", base="draw M other"),
     "out": Row("-o other.png", f"{DRAWER}:write_atomic", "path", Path("other.png"),
-               returns={RECORD: Recorded()}),
+               returns={RECORD: RECORDED}),
     "label": Row("--label 3", DRAWING, "value.label", 30),
     "size": Row("--size 8x16", DRAWING, "value.size", (16, 8)),
     "init": Row("--init a.png", DRAWING, lambda a: Path(a.value.init.place).name, "a.png"),
@@ -424,8 +421,8 @@ draw = Table("draw M text", {
     "count": Row("--count 7", RECORD, "count", 7),
     "batch-size": Row("--batch-size 2", RECORD, "batch_size", 2, base="draw M text --count 5"),
     "best-of": Row("--best-of 7", RECORD, "count", 7, base="draw M text --clip C"),
-    "clip": Row("--clip C", BEST, "clip", "C", base="draw M text --best-of 7", returns={RECORD: Recorded()}),
-    "strip": Row("--strip s.png", f"{DRAWER}:draw_images", "states", [], returns={RECORD: Recorded()}),
+    "clip": Row("--clip C", BEST, "clip", "C", base="draw M text --best-of 7", returns={RECORD: RECORDED}),
+    "strip": Row("--strip s.png", f"{DRAWER}:draw_images", "states", [], returns={RECORD: RECORDED}),
     "again": Row("--again text.txt", f"{DRAWER}:read_record", "path", Path("text.txt"),
                  base="draw"),
     **drawn(),

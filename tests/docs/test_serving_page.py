@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from keifu.serving.classification import ClassifyRequest
 from keifu.serving.inspection import InspectRequest, MatchRequest
-from keifu.serving.openai.embeddings import EmbeddingRequest, RerankRequest, SearchRequest
 from keifu.serving.openai.images import ImageGenerationRequest
 from keifu.serving.openai.schemas import ChatRequest, CompletionRequest, ResponseRequest, Sampling
+from keifu.serving.openai.vectors import ClassifyRequest, EmbeddingRequest, RerankRequest, SearchRequest
 from keifu.serving.protocols.anthropic import MessagesRequest
 from keifu.serving.protocols.ollama import OllamaChat
 from keifu.serving.state import ModelRequest

@@ -12,7 +12,7 @@ import test_wiring_language
 import wiring
 from wiring import DIFFERENT, Group, Reach
 
-from keifu.commands.shared import recipe_options
+from keifu.commands.shared.recipe_options import recipes
 from keifu.errors import UserError
 from keifu.recipes import demo
 from keifu.recipes.neurons import mlp, mlp_compare
@@ -104,4 +104,4 @@ def test_every_recipe_has_a_table() -> None:
     """Here or in the other files of this kind."""
     modules = (test_wiring_language, test_wiring_assistant, test_wiring_images, test_hearing)
     known = {"perceptron", "demo", *TABLE, *(name for module in modules for name in module.TABLE)}
-    assert {name.replace("-", "_") for name in recipe_options.recipes()} - known == {"instruct"}  # made of three of these
+    assert {name.replace("-", "_") for name in recipes()} - known == {"instruct"}  # made of three of these

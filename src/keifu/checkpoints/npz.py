@@ -101,9 +101,8 @@ def letters_to_phonemes() -> TwoSidedTokenizer:
     On both sides padding, unknown and end have the ids 0, 1, 2; the token that begins a sequence of phonemes has 3.
     """
     letters = _words([PAD, UNKNOWN, END, *ascii_lowercase], {})
-    letters.backend.normalizer = normalizers.Sequence(
-        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    )
+    steps = [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    letters.backend.normalizer = normalizers.Sequence(steps)
     letters.backend.pre_tokenizer = pre_tokenizers.FixedLength(1)
     phonemes = _words([PAD, UNKNOWN, END, START, *PHONEMES], {"bos_token": START})
     phonemes.backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

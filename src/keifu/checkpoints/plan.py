@@ -140,9 +140,8 @@ class LoadPlan:
     def _lazy(self, link: Link, device: torch.device) -> tuple[str, Tensor]:
         if not link.shape or not torch.is_floating_point(self.model.state_dict()[link.ours]):
             return self._tensor(link, device)
-        return link.ours, LazyTensor.of(
-            TensorReader(partial(link.read, self.source.read_part)), self._like(link, device)
-        )
+        reader = TensorReader(partial(link.read, self.source.read_part))
+        return link.ours, LazyTensor.of(reader, self._like(link, device))
 
     def _like(self, link: Link, device: torch.device) -> Tensor:
         return torch.empty((), dtype=self.dtype_of(link), device=device).expand(link.shape)

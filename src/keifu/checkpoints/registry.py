@@ -83,9 +83,7 @@ _NETWORKS: tuple[str, ...] = (
     "unclip.conditioning",
 )  # fmt: skip
 _PIPELINES = ("diffusion.latent_diffusion", "diffusion.dit", "unclip.unclip")
-_WITHOUT_TEXT = (
-    *_NETWORKS, "mlp", "perceptron", "diffusion.ddpm", "diffusion.dit", "clip.image", "dalle.discrete_vae"
-)  # fmt: skip
+_WITHOUT_TEXT = (*_NETWORKS, "mlp", "perceptron", "diffusion.ddpm", "diffusion.dit", "clip.image", "dalle.discrete_vae")
 _FILES: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
     **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),

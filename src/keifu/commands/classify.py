@@ -163,8 +163,7 @@ def _compare_pictures(options: Options) -> "Confusion":
     model, tokenizer = checkpoints.load(options.model)
     retrieval.two_towers(model)
     on, size = str(options.on), retrieval.preprocessing(model).crop
-    held_out = training_facts(locate(options.model)).get("held_out", {})
-    pictures = retrieval.split_pairs(on, size, held_out).test
+    pictures = retrieval.split_pairs(on, size, training_facts(locate(options.model)).get("held_out", {})).test
     if not pictures.classes:
         raise UserError(f"The pictures of {on} have no classes: give each class a folder, or name pictures.")
     labels = _labels(options.labels) if options.labels else pictures.classes

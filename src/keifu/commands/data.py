@@ -11,7 +11,6 @@ import tyro
 
 from keifu.commands.shared import tables
 from keifu.commands.shared.inputs import at_terminal
-from keifu.data.catalogue import catalogue
 from keifu.errors import UserError
 from keifu.folders import cache
 from keifu.ranges import Count, Natural, SmallCount
@@ -117,7 +116,9 @@ def run(options: Options) -> None:
     elif options.name is None:
         raise UserError(f"keifu data {options.action} needs a name: keifu data list shows those of the catalogue.")
     elif options.action == "get":
-        print(catalogue.fetch(options.name))
+        from keifu.data.catalogue.catalogue import fetch
+
+        print(fetch(options.name))
     elif options.action == "prepare":
         _prepare(options.name, options)
     elif options.action == "show":
@@ -127,20 +128,26 @@ def run(options: Options) -> None:
 
 
 def _list() -> None:
+    from keifu.data.catalogue.catalogue import rows
+
     names = ("name", "kind", "download", "fetched", "about")
-    cells = [[*(row[name] for name in names), f"{row['licence']}; {row['attribution']}"] for row in catalogue.rows()]
+    cells = [[*(row[name] for name in names), f"{row['licence']}; {row['attribution']}"] for row in rows()]
     tables.show((*names, "licence; whom to name"), cells)
 
 
 def _cache() -> None:
-    entries = catalogue.cached()
+    from keifu.data.catalogue.catalogue import cached
+
+    entries = cached()
     rows = [(", ".join(entry.names), _megabytes(entry.size), entry.about) for entry in entries]
     tables.show(("name", "size", "what it is"), rows)
     print(f"{_megabytes(sum(entry.size for entry in entries))} in {cache()}; keifu data clear [NAME] removes it.")
 
 
 def _clear(name: str | None, yes: bool) -> None:
-    entries = catalogue.of_name(name)
+    from keifu.data.catalogue.catalogue import of_name, remove
+
+    entries = of_name(name)
     total = _megabytes(sum(entry.size for entry in entries))
     if not entries:
         print("The cache is empty.")
@@ -152,7 +159,7 @@ def _clear(name: str | None, yes: bool) -> None:
         if input(f"Remove {total}: {what}? [y/N] ").strip().lower() not in ("y", "yes"):
             print("Nothing was removed.")
             return
-    catalogue.remove(entries)
+    remove(entries)
     print(f"{total} removed: {what}.")
 
 

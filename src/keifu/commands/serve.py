@@ -100,8 +100,7 @@ def run(options: Options) -> None:
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     cache = None if options.cache is None else size_of(options.cache, "--cache")
     numbers = options.slots, options.queue, options.timeout, cache, options.keep_alive
-    guesses = proposer(options.draft, options.guesses, options.weights)
-    limits = Limits(*numbers, guesses, options.pictures)
+    limits = Limits(*numbers, proposer(options.draft, options.guesses, options.weights), options.pictures)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     named = aliases((*options.name, *options.lora))
     if wrong := [lora for lora in options.lora if not is_adapter(Path(lora.partition("=")[2]))]:

@@ -57,10 +57,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     run is always started over.
     """
     if flags.asks_for_help(arguments):
-        known = recipe_options.arguments(name)
-        flags.show_help(
-            known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", recipe_options.docstring(recipe_options.path_of(name)))
-        )
+        known, about = recipe_options.arguments(name), recipe_options.docstring(recipe_options.path_of(name))
+        flags.show_help(known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
     from keifu.commands.shared import resuming, trust
     from keifu.training.run.directory import last_step
 

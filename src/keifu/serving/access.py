@@ -67,8 +67,8 @@ class Origins(Gate):
         if origin is None or scope["method"] in READING or {"*", origin} & {*self.origins}:
             return None
         netloc = urlsplit(origin).netloc.lower() if origin.startswith(("http://", "https://")) else ""
-        own = bool(netloc) and (netloc == headers.get("host", "").lower() or host_name(netloc) in self.hosts)
-        if own or headers.get("sec-fetch-site") == "same-origin":
+        is_same = bool(netloc) and (netloc == headers.get("host", "").lower() or host_name(netloc) in self.hosts)
+        if is_same or headers.get("sec-fetch-site") == "same-origin":
             return None
         text = f"Pages of {origin[:100]!r} may not ask this server: start it with --cors ORIGIN to permit them."
         return ApiError(403, text, code="unknown_origin")
@@ -98,5 +98,4 @@ class ApiKeys(Gate):
 
 def host_name(netloc: str) -> str:
     """Return the host name without the port, in lower case: "[::1]:8000" gives "[::1]"."""
-    name = netloc[: netloc.find("]") + 1] if netloc.startswith("[") else netloc.partition(":")[0]
-    return name.lower()
+    return (netloc[: netloc.find("]") + 1] if netloc.startswith("[") else netloc.partition(":")[0]).lower()

@@ -11,12 +11,12 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from keifu import __version__
-from keifu.serving import access, classification, errors, inspection, middleware, page, state, translations
+from keifu.serving import access, errors, inspection, middleware, page, state, translations
 from keifu.serving.models import ServedModels
-from keifu.serving.openai import chat, completions, embeddings, images, responses, transcriptions
+from keifu.serving.openai import chat, completions, images, responses, transcriptions, vectors
 from keifu.serving.protocols import anthropic, ollama
 
-OPENAI = (chat, completions, responses, images, transcriptions)
+OPENAI = (chat, completions, responses, vectors, images, transcriptions)
 RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": errors.ERROR, "5XX": errors.ERROR}
 
 
@@ -52,11 +52,11 @@ def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # 
         title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
     )
     errors.install(app)
-    for part in (*OPENAI, classification, translations, inspection, anthropic, ollama, state):
+    for part in (*OPENAI, translations, inspection, anthropic, ollama, state):
         part.routes(app, models)
     state.health_routes(app, models)
     state.run_routes(app, limits.runs)
-    embeddings.routes(app, models, limits.documents)
+    vectors.search_route(app, models, limits.documents)
     app.include_router(page.routes())
     app.add_middleware(middleware.BodyLimit, limit=limits.body)
     app.add_middleware(access.ApiKeys, keys=limits.keys)

@@ -248,10 +248,9 @@ class Worker:
         try:
             written = engine.step()
         except Exception as error:
-            reported = error if not isinstance(error, UserError) else ApiError(500, str(error))
             for job in {job for job, _ in self._jobs.values()}:
                 self._abort(job)
-                job.put(reported)
+                job.put(ApiError(500, str(error)) if isinstance(error, UserError) else error)
             return
         pieces: dict[Job, Pieces] = {}
         for piece in written:

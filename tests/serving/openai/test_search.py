@@ -13,7 +13,7 @@ from keifu import cli
 from keifu.evaluation.classification import embeddings
 from keifu.evaluation.classification import search as searched
 from keifu.serving.app import Access
-from keifu.serving.openai import embeddings as service
+from keifu.serving.openai import vectors as service
 from keifu.serving.worker import Limits
 
 DOGS = {"file": "more/dogs.html", "line": 2, "heading": "Dogs", "text": "seven dogs ran far"}

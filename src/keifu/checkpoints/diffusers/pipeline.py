@@ -20,9 +20,8 @@ from keifu.untrusted import read_json_object
 PIPELINE, CONFIG, WEIGHTS = "model_index.json", "config.json", "diffusion_pytorch_model.safetensors"
 SCHEDULER, TOKENIZER, PIXELS = "scheduler", "tokenizer", "feature_extractor"
 # part → its description file, if that is not config.json
-FILES = {TOKENIZER: "tokenizer_config.json", PIXELS: "preprocessor_config.json"} | dict.fromkeys(
-    (SCHEDULER, "prior_scheduler", "decoder_scheduler", "super_res_scheduler"), "scheduler_config.json"
-)
+FILES = {TOKENIZER: "tokenizer_config.json", PIXELS: "preprocessor_config.json"}
+FILES |= {f"{part}scheduler": "scheduler_config.json" for part in ("", "prior_", "decoder_", "super_res_")}
 
 
 class PipelineFiles(NamedTuple):
@@ -50,9 +49,8 @@ _UNCLIP = PipelineFiles(
 )  # fmt: skip
 _DIT = PipelineFiles({"transformer": TRANSFORMER, "vae": "AutoencoderKL"}, (SCHEDULER,), ("vae",))
 _NETWORK = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-KINDS = {name: LATENT for name in (LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")}
-KINDS |= {name: UNCLIP for name in (UNCLIP, "UnCLIPImageVariationPipeline")}
-KINDS |= {DIT: DIT}
+KINDS = dict.fromkeys((LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"), LATENT)
+KINDS |= {UNCLIP: UNCLIP, "UnCLIPImageVariationPipeline": UNCLIP, DIT: DIT}
 PIPELINES = {LATENT: _LATENT, UNCLIP: _UNCLIP, DIT: _DIT}
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
 # parts of a latent diffusion model that do not draw

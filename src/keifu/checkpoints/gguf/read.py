@@ -231,9 +231,8 @@ def _check_entries(path: Path, entries: Mapping[str, TensorEntry], start: int, s
 
 
 def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
-    name = cursor.string()
-    shape = cursor.numbers("Q", cursor.number("I"))[::-1]
-    return name, shape, cursor.number("I"), cursor.number("Q")
+    name, rank = cursor.string(), cursor.number("I")
+    return name, cursor.numbers("Q", rank)[::-1], cursor.number("I"), cursor.number("Q")
 
 
 def _entry(path: Path, name: str, shape: tuple[int, ...], code: int, start: int) -> TensorEntry:

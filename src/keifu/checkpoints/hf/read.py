@@ -43,8 +43,7 @@ def open_directory(path: Path) -> Source:
     if (model_type := TEXT_PARTS.get(json.get("model_type", ""))) and isinstance(json.get("text_config"), dict):
         return _text_part(path, json, model_type)
     family, config = read_config(json, str(where))
-    files = dict.fromkeys(weight_files(path, family.files[1]), "")
-    return source_of(path, "Hugging Face", family, config, files)
+    return source_of(path, "Hugging Face", family, config, dict.fromkeys(weight_files(path, family.files[1]), ""))
 
 
 def _text_part(path: Path, json: dict[str, Any], model_type: str) -> Source:

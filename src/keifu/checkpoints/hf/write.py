@@ -145,8 +145,7 @@ def _unsharded(link: Link) -> Link:
     """Return the link of a whole tensor for a tensor of a split model."""
     if not (layout := current().layout(link.ours)):
         return link
-    rows = layout.parts if len(link.rows) > 1 else (sum(layout.parts),)
-    return replace(link, shape=layout.shape, rows=rows)
+    return replace(link, shape=layout.shape, rows=layout.parts if len(link.rows) > 1 else (sum(layout.parts),))
 
 
 def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path, file: str) -> None:

@@ -62,9 +62,8 @@ def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Mod
     """Attach new adapters, in place, to the linear layers of these names (see `match_targets`), or to all for
     "all-linear"."""
     known = linears(model)
-    return attach(
-        model, dict.fromkeys(known.values() if [*targets] == [ALL] else match_targets(known, targets, ALL), low)
-    )
+    chosen_layers = known.values() if [*targets] == [ALL] else match_targets(known, targets, ALL)
+    return attach(model, dict.fromkeys(chosen_layers, low))
 
 
 def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str) -> list[Target]:

@@ -41,8 +41,8 @@ class Options:
 
 def script(shell: str, commands: dict[str, str]) -> str:
     """Return the completion script for a shell."""
-    own = [command for command in commands if command not in ("train", "demo")]
-    given = {command: arguments_of(import_module(module_of(command)).Options) for command in own}
+    others = [command for command in commands if command not in ("train", "demo")]
+    given = {command: arguments_of(import_module(module_of(command)).Options) for command in others}
     given |= {f"train {name}": arguments for name, arguments in stored().items()}
     if shell == "fish":
         return "\n".join(_fish(given, commands))

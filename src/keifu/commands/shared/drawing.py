@@ -217,8 +217,7 @@ def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
     """Return the path and index of each picture. If there are several, the sheet of all comes first, with None."""
     if count == 1:
         return [(out, 0)]
-    numbered = [(out.with_stem(f"{out.stem}-{number + 1}"), number) for number in range(count)]
-    return [(out, None), *numbered]
+    return [(out, None), *((out.with_stem(f"{out.stem}-{number + 1}"), number) for number in range(count))]
 
 
 def _strip(model: ImagePipeline, picture: Tensor, states: Sequence[SamplerStep]) -> bytes:

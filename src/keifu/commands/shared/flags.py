@@ -108,10 +108,8 @@ def parse_command(module: Any, arguments: Sequence[str], program: str) -> Callab
         raise UserError("--weights is the format of native computation, --precision that of PyTorch: give one.")
     if options.precision == "float16" and choose(options.device).type == "cpu":
         raise UserError("float16 is for GPUs, and a CPU multiplies it very slowly: choose bfloat16 or float32.")
-    choice = Choice(
-        options.device, weights=options.precision or "auto", allow_nonfinite=options.allow_nonfinite or None
-    )
-    return placed(choice, work)
+    nonfinite = options.allow_nonfinite or None
+    return placed(Choice(options.device, weights=options.precision or "auto", allow_nonfinite=nonfinite), work)
 
 
 def without_dtype(words: Sequence[str]) -> list[str]:
@@ -218,9 +216,8 @@ def _unrecognised(cls: type, words: Sequence[str], program: str) -> UserError:
     word = words[0].partition("=")[0]
     if word.startswith("-"):
         return unknown("option", word, set(flags(cls)) - {"--help"})
-    return UserError(
-        f"{program} has no use for {word!r}: put a text that has spaces in quotation marks, or see {program} --help."
-    )
+    advice = f"put a text that has spaces in quotation marks, or see {program} --help"
+    return UserError(f"{program} has no use for {word!r}: {advice}.")
 
 
 def _refuse(cls: type, arguments: Sequence[str], program: str, event: errors.ParseErrorEvent) -> NoReturn:

@@ -158,8 +158,7 @@ def _moved(run: StoredRun, wanted: Any) -> Any:
 def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
     """Return the changed options of the run's length, each with both values. Raises `UserError` for any other option
     that must not change."""
-    recipe_class = type(wanted)
-    then, now = (by_option(recipe_class, to_json(recipe)) for recipe in (run.usual(()), wanted))
+    then, now = (by_option(type(wanted), to_json(recipe)) for recipe in (run.usual(()), wanted))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
     rollout = run.name in OF_A_ROLLOUT
     free = {name for name in now if _last(name) in FREE - {"steps"} and not (_last(name) == "prompts" and rollout)}

@@ -54,10 +54,9 @@ def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequ
     values = _values(recipe)
     usual = _values(type(recipe)())
     is_mine = is_signed(record)
-    resume = f"keifu train --resume {shell(out)}"
     for option in sorted(values.keys() - given):
         value = values[option]
-        named_again = f"{resume} --{option} {shell(*_strings(value))}"
+        named_again = f"keifu train --resume {shell(out)} --{option} {shell(*_strings(value))}"
         if code := _code(value):
             raise UserError(
                 f"The run in {out} executes the code of {code} (--{option}), and a folder never starts code by itself. "

@@ -70,9 +70,8 @@ class GrammarConstraint:
 @lru_cache(maxsize=16)
 def _vocabulary(tokenizer: Tokenizer) -> LLTokenizer:
     """Convert the tokenizer for llguidance, which takes a second."""
-    return LLTokenizer(
-        json.dumps(tokenizer.description()), n_vocab=tokenizer.vocab_size, eos_token=[*tokenizer.stop_ids]
-    )
+    described = json.dumps(tokenizer.description())
+    return LLTokenizer(described, n_vocab=tokenizer.vocab_size, eos_token=[*tokenizer.stop_ids])
 
 
 class Grammar(NamedTuple):

@@ -18,6 +18,7 @@ from keifu.serving.openai.constraints import ANY_OBJECT
 from keifu.serving.openai.tools import ToolUse
 
 MAX_CHOICES, MAX_MESSAGES = 128, 10_000
+STATUS = ("completed", "incomplete")  # of an item of a conversation
 HINTS: Neutral = {  # fields of OpenAI's API for its servers
     "metadata": ({},), "prompt_cache_key": (), "prompt_cache_retention": (), "safety_identifier": (),
     "service_tier": ("auto", "default"),
@@ -291,7 +292,7 @@ class Item(Body):
     id: str | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[ItemPart]
-    refused: ClassVar[Neutral] = {"status": ("completed", "incomplete"), "phase": ()}
+    refused: ClassVar[Neutral] = {"status": STATUS, "phase": ()}
 
     def plain(self) -> dict[str, Any]:
         """Return the message for chat templates."""
@@ -304,9 +305,7 @@ class ReasoningItem(Body):
     type: Literal["reasoning"]
     id: str | None = None
     content: list[dict[str, Any]] | None = None
-    refused: ClassVar[Neutral] = {
-        "status": ("completed", "incomplete"), "summary": ([],), "encrypted_content": (),
-    }  # fmt: skip
+    refused: ClassVar[Neutral] = {"status": STATUS, "summary": ([],), "encrypted_content": ()}
 
     def plain(self) -> dict[str, Any]:
         """Return the thoughts as a message without text."""
@@ -322,7 +321,7 @@ class CallItem(Body):
     call_id: str
     name: str
     arguments: Annotated[str, AfterValidator(_json_object)]
-    refused: ClassVar[Neutral] = {"status": ("completed", "incomplete")}
+    refused: ClassVar[Neutral] = {"status": STATUS}
 
     def plain(self) -> dict[str, Any]:
         """Return the call as a message."""
@@ -337,7 +336,7 @@ class ResultItem(Body):
     id: str | None = None
     call_id: str
     output: str
-    refused: ClassVar[Neutral] = {"status": ("completed", "incomplete")}
+    refused: ClassVar[Neutral] = {"status": STATUS}
 
     def plain(self) -> dict[str, Any]:
         """Return the result as a message."""

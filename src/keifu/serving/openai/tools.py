@@ -202,8 +202,7 @@ class ToolUse:
         trigger = form.trigger(tokenizer)
         rest = literal(form.opening[len(trigger) :])
         before = "lead: TEXT" if trigger in form.special(tokenizer) else "lead[lazy]: /(.|\\n)*/"
-        lead = f"{before} {literal(trigger)}"
-        return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", lead]
+        return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", f"{before} {literal(trigger)}"]
 
 
 THOUGHTS = -2  # value of the field `call` for thoughts

@@ -85,8 +85,7 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
         calls = []
         for call in turn.tool_calls or ():
             function = call.get("function") or {}
-            arguments = json.dumps(function.get("arguments"))
-            named = {"name": function.get("name"), "arguments": arguments}
+            named = {"name": function.get("name"), "arguments": json.dumps(function.get("arguments"))}
             calls.append({"id": f"call{len(turns)}x{len(calls)}", "type": "function", "function": named})
         more: dict[str, Any] = {"tool_calls": calls} if calls else {}
         if turn.role == "tool":

@@ -1,10 +1,13 @@
-"""POST /v1/embeddings, /v1/rerank and /v1/search: embeddings of length 1, and texts sorted by similarity to a query.
+"""POST /v1/embeddings, /v1/rerank, /v1/search and /v1/classify: embeddings of length 1, texts sorted by similarity to a
+query, and the label of each text by a trained classifier.
 
 /v1/search finds passages of a folder's documents, by the index of `keifu search`. Clients only see paths relative to
-the folder. Links that lead out of the folder are not followed.
+the folder. Links that lead out of the folder are not followed. Path and fields of /v1/classify are those of vLLM.
 """
 
 import base64
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -16,8 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from keifu.checkpoints.hub import weights_identity
+from keifu.data.classification.input_formats import examples_of
 from keifu.data.text.passages import Passage, document_files, read_documents
 from keifu.errors import UserError
+from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.classification.embeddings import BATCH, embed_rows, encode_texts
 from keifu.evaluation.classification.search import SearchIndex, build_index, index_path
 from keifu.evaluation.images import retrieval
@@ -25,10 +30,11 @@ from keifu.generation.text.model import TwoTowers
 from keifu.serving.errors import LOG, ApiError
 from keifu.serving.facts import current
 from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.schemas import Body, Neutral
+from keifu.serving.openai.schemas import Body, Neutral, Texts
 from keifu.serving.streaming import json_response
 from keifu.serving.worker import GoOn, Loaded
 
+Found = tuple[list[tuple[str, ...]], Tensor, int]  # labels of each text, their probabilities, number of tokens
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -75,6 +81,18 @@ class SearchRequest(Body):
     cut: bool = False
 
 
+class ClassifyRequest(Texts):
+    """POST /v1/classify.
+
+    input: one text or several. If the model reads several texts together, separate them by a tab. cut: whether to keep
+    the beginning of a text that is longer than the context.
+    """
+
+    cut: bool = False
+    user: Annotated[str | None, Field(description="Ignored.")] = None
+    ignored: ClassVar[Neutral] = {"priority": (0,)}
+
+
 class Documents:
     """Documents of a folder, and for each model an index of their passages, which is updated when files change."""
 
@@ -102,9 +120,8 @@ class Documents:
         return self._indexes[source][1]
 
 
-def routes(app: FastAPI, models: ServedModels, folder: Path | None) -> None:
-    """Add the routes for these models. folder: the documents for /v1/search."""
-    documents = None if folder is None else Documents(folder)
+def routes(app: FastAPI, models: ServedModels) -> None:
+    """Add the routes for these models."""
 
     async def compute(about: Description, inputs: Sequence[str] | Sequence[list[int]], cut: bool) -> tuple[Tensor, int]:
         rows, tokens = await models.worker(about.name).call(partial(embed_inputs, about=about, inputs=inputs, cut=cut))
@@ -133,6 +150,20 @@ def routes(app: FastAPI, models: ServedModels, folder: Path | None) -> None:
         ]
         usage = {"total_tokens": tokens}
         return json_response({"object": "list", "model": about.name, "results": results, "usage": usage})
+
+    @app.post("/v1/classify", summary="The label of each text", tags=["vectors"])
+    async def classify(body: ClassifyRequest) -> Response:
+        name = models.find(body.model, "classification").name
+        labels, shares, tokens = await models.worker(name).call(partial(_classify, body=body))
+        current().prompt_tokens = tokens
+        data = [_label(index, *row) for index, row in enumerate(zip(labels, shares.tolist(), strict=True))]
+        head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": name}
+        return json_response({**head, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+
+
+def search_route(app: FastAPI, models: ServedModels, folder: Path | None) -> None:
+    """Add the route for these models and the documents in this folder."""
+    documents = None if folder is None else Documents(folder)
 
     @app.post("/v1/search", summary="Passages of documents by their nearness to a query", tags=["vectors"])
     async def search(body: SearchRequest) -> Response:
@@ -180,3 +211,25 @@ def _checked_ids(inputs: Sequence[list[int]], vocab_size: int, limit: int, cut: 
 def _base64(embeddings: Tensor) -> list[str]:
     """Return each embedding as little-endian float32 in base64, as OpenAI's client expects."""
     return [base64.b64encode(row.tobytes()).decode("ascii") for row in embeddings.numpy().astype("<f4")]
+
+
+def _classify(model: nn.Module, tokenizer: Any, go_on: GoOn, body: ClassifyRequest) -> Found:
+    """Return the labels, their probabilities, and the number of tokens read."""
+    go_on()
+    classifier = text_classifier(model, tokenizer)
+    examples = examples_of(body.texts, classifier.form)
+    encoded = classifier.read(examples, classifier.limit, body.cut)
+    shares = classifier.predict_proba(encoded.rows).cpu()
+    return [classifier.choices(row) for row in examples.rows], shares, _tokens(encoded.rows)
+
+
+def _label(index: int, labels: Sequence[str], shares: list[float]) -> dict[str, Any]:
+    """Return the likeliest label of a text with the probabilities of all. `shares` may be padded."""
+    label = labels[max(range(len(labels)), key=shares.__getitem__)]
+    counts = {"probs": shares[: len(labels)], "num_classes": len(labels), "labels": labels}
+    return {"index": index, "label": label, **counts}
+
+
+def _tokens(part: Any) -> int:
+    """Return the number of ids in rows of ids, or in examples of several rows."""
+    return sum(map(_tokens, part)) if isinstance(part, list | tuple) else 1
