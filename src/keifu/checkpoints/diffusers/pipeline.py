@@ -49,7 +49,7 @@ _UNCLIP = PipelineFiles(
 )  # fmt: skip
 _DIT = PipelineFiles({"transformer": TRANSFORMER, "vae": "AutoencoderKL"}, (SCHEDULER,), ("vae",))
 _NETWORK = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline")
-KINDS = dict.fromkeys((LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"), LATENT)
+KINDS = {name: LATENT for name in (LATENT, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")}
 KINDS |= {UNCLIP: UNCLIP, "UnCLIPImageVariationPipeline": UNCLIP, DIT: DIT}
 PIPELINES = {LATENT: _LATENT, UNCLIP: _UNCLIP, DIT: _DIT}
 OF_TRANSFORMERS = ("text_encoder", "image_encoder")
