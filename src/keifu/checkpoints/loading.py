@@ -179,9 +179,7 @@ def _adapted(path: Path, base: Any) -> Any:
     return adapted.replace(generation_config=base.generation_config, stop_ids=adapted.stop_ids | base.stop_ids)
 
 
-def planned(
-    name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> LoadPlan:  # fmt: skip
+def planned(name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadPlan:
     """Return the plan that `load` would carry out on a device: a model on the meta device, and its opened file. Use it
     to inspect a model first."""
     path = locate(name)

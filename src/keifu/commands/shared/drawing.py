@@ -221,7 +221,6 @@ def _files(out: Path, count: int) -> list[tuple[Path, int | None]]:
 
 
 def _strip(model: ImagePipeline, picture: Tensor, states: Sequence[SamplerStep]) -> bytes:
-
     out = denoising_strip(states)
     into = noising_strip(picture, cast(Any, model).noise, out.columns)
     return grid.grid(torch.cat([into.pictures, out.pictures]), [*into.captions, *out.captions], out.columns)

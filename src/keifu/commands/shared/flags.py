@@ -136,12 +136,7 @@ def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def parse(
-    cls: type[Options],
-    arguments: Sequence[str],
-    program: str,
-    usual: Options | None = None,
-) -> Options:
+def parse(cls: type[Options], arguments: Sequence[str], program: str, usual: Options | None = None) -> Options:
     """Parse words into the options dataclass. Raises `UserError` for wrong words; `--help` prints and exits.
 
     usual: values of options that are not given, instead of the defaults of `cls`.

@@ -16,9 +16,7 @@ ENGLISH = ("minilm",)  # encoders that read only English
 OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
 
 
-def load_writer(
-    name: str, weights: str | None = None, takes: Callable[[Any], bool] | None = None
-) -> tuple[Any, Any]:  # fmt: skip
+def load_writer(name: str, weights: str | None = None, takes: Callable[[Any], bool] | None = None) -> tuple[Any, Any]:
     """Load a model that writes text, and its tokenizer. Raises `UserError` for any other kind of model.
 
     weights: packed format; None: as stored. takes: whether a model is of the wanted kind; None: whether it is causal. A
