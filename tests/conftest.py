@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 import warnings
 from atexit import register
 from collections import Counter
@@ -47,6 +46,7 @@ import torch  # noqa: E402
 import tyro  # noqa: E402
 from PIL import Image  # noqa: E402
 from tyro._parsers import ParserSpecification  # noqa: E402 (a private name: pyproject.toml pins tyro's version)
+from untimed import forward_only  # noqa: E402
 
 from keifu.commands.shared import recipe_options  # noqa: E402
 from keifu.data.catalogue import archives  # noqa: E402
@@ -55,9 +55,7 @@ from keifu.native import library  # noqa: E402
 from keifu.native.compiler import Unavailable  # noqa: E402
 from keifu.threads import follow_load  # noqa: E402
 from keifu.training.hardware import cost  # noqa: E402
-from keifu.training.protocols import Batch  # noqa: E402
 from keifu.training.run import report as run_report  # noqa: E402
-from keifu.training.trainer import Trainer  # noqa: E402
 
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # beside other processes of the tests, one each
 follow_load()  # tests beside other programs, or beside each other, would wait for cores most of the time
@@ -68,22 +66,28 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("keifu")
 
 
-@pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """Fail a test that leaves other settings of keifu: those after it would download, learn and compile anew."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("KEIFU_")}
-    yield
-    assert before == {name: value for name, value in os.environ.items() if name.startswith("KEIFU_")}
+def settings() -> dict[str, str]:
+    """Return keifu's settings in the environment."""
+    return {name: os.environ[name] for name in os.environ if name.startswith("KEIFU_")}
 
 
 @pytest.fixture(autouse=True)
-def _repeatable() -> None:
+def _repeatable() -> Iterator[None]:
+    """Begin each test with the same threads and seed, an empty pipe as standard input, and all shapes to be checked.
+
+    A test that leaves other settings of keifu fails: those after it would download, learn and compile anew.
+    """
     shape_checks.begin_test()
     torch.set_num_threads(THREADS)
     if torch.cuda.is_available():
         torch.manual_seed(0)
     else:  # of a GPU that is not there it keeps the stack for each seed, which took a hundredth of all tests
         torch.default_generator.manual_seed(0)
+    before, typed = settings(), sys.stdin
+    sys.stdin = io.TextIOWrapper(io.BytesIO())
+    yield
+    sys.stdin = typed
+    assert before == settings()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -134,16 +138,9 @@ def drawn_boundaries(_draw_boundaries: Callable[..., bytes], monkeypatch: pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def timed_passes() -> Iterator[Callable[..., tuple[float, float, int]]]:
-    """Neither time a backward pass nor count its FLOPs before a run, which takes as long as the steps of a small
-    one; tests of training put back what this fixture gives."""
+    """Neither time a backward pass nor count its FLOPs before a run; tests of training put back what this fixture
+    gives."""
     original = cost._timed
-
-    def forward_only(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int]:
-        start = time.perf_counter()
-        with torch.no_grad():
-            units = float(cost.forward(trainer, cost.first_rows(batch, rows)).weight)
-        return 3 * (time.perf_counter() - start), units, 0
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "_timed", forward_only)
         yield original
@@ -264,12 +261,6 @@ def likely() -> Callable[[int, int, float], bool]:
     return inside
 
 
-@pytest.fixture(autouse=True)
-def _nothing_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make standard input an empty pipe, unless a test replaces it."""
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-
-
 MOST = 60.0  # seconds of computing of a test that is not marked slow, on a busy machine; on a quiet one none takes 15
 
 
@@ -284,18 +275,28 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 
 EXPECTED = {  # seconds of files whose number of tests says too little or too much, if no run was yet
-    "test_learning.py": 30, "generation/text/test_decoding.py": 25, "test_python.py": 26,
-    "recipes/test_resuming_recipes.py": 24, "commands/test_safe_start.py": 10, "commands/test_invocations.py": 5,
-    "recipes/translation/test_translation_recipes.py": 18, "docs/test_guides.py": 12, "docs/test_site.py": 1,
-    "training/run/test_run_ownership.py": 8, "alignment/test_ppo.py": 15, "test_startup.py": 6,
-    "recipes/images/test_latent_diffusion_recipe.py": 15, "recipes/neurons/test_neuron_recipes.py": 15,
-    "recipes/images/test_ddpm_recipe.py": 13, "checkpoints/diffusers/test_picture_to_picture.py": 12,
-    "commands/test_commands.py": 12, "commands/test_train_command.py": 11, "distributed/test_published_weights.py": 11,
-    "recipes/images/test_lora_image_recipe.py": 11, "training/optim/test_spikes.py": 11,
-    "distributed/test_group.py": 60, "commands/test_run_folder_trust.py": 10,
-    "alignment/test_grpo.py": 9, "recipes/images/test_unclip_recipe.py": 7, "test_readme.py": 6,
-    "commands/test_wiring_commands.py": 3, "docs/test_translations.py": 2, "docs/test_lineage.py": 4,
-    "docs/test_figures.py": 1, "docs/test_english.py": 1, "docs/test_results.py": 1, "docs/test_diagrams.py": 1,
+    "distributed/test_group.py": 60, "test_learning.py": 15, "test_on_another_device.py": 10,
+    "generation/text/test_decoding.py": 9, "generation/text/test_engine.py": 9,
+    "distributed/test_published_weights.py": 9, "recipes/neurons/test_neuron_recipes.py": 9,
+    "generation/speech/test_transcription.py": 8, "generation/text/test_overlap.py": 8,
+    "data/tokenizers/test_chat.py": 8, "test_python.py": 7, "native/test_speech.py": 7, "distributed/test_states.py": 7,
+    "serving/openai/test_tools.py": 7, "recipes/images/test_lora_image_recipe.py": 6,
+    "serving/openai/test_transcriptions.py": 6, "test_launch_budgets.py": 6, "recipes/test_wiring_assistant.py": 6,
+    "generation/text/test_prefix.py": 6, "training/test_devices_in_training.py": 6, "recipes/test_wiring_images.py": 6,
+    "docs/test_single_files.py": 6, "checkpoints/hf/test_names.py": 5, "data/tokenizers/test_gguf_tokenizer.py": 5,
+    "native/test_model.py": 5, "recipes/translation/test_translation_recipes.py": 5,
+    "recipes/classification/test_gpt1_finetune.py": 5, "checkpoints/diffusers/test_parity_ddpm.py": 5,
+    "docs/test_guides.py": 5, "checkpoints/diffusers/test_parity_latent_diffusion.py": 5,
+    "commands/test_draw_command.py": 5, "recipes/images/test_latent_diffusion_recipe.py": 5,
+    "checkpoints/hf/test_parity.py": 4, "commands/test_invocations.py": 4, "checkpoints/gguf/test_gguf.py": 4,
+    "test_startup.py": 4, "checkpoints/diffusers/test_picture_to_picture.py": 4,
+    "checkpoints/lora/test_picture_lora.py": 4, "recipes/test_wiring_language.py": 4,
+    "recipes/test_resuming_recipes.py": 4, "layers/test_counted_random.py": 4, "data/catalogue/test_archives.py": 4,
+    "data/tokenizers/test_tokenizers.py": 4, "fuzz/test_fuzz.py": 4, "training/test_minutes.py": 4,
+    "recipes/test_demo.py": 4, "test_readme.py": 2, "docs/test_translations.py": 2, "docs/test_lineage.py": 2,
+    "generation/images/test_samplers.py": 3, "commands/test_wiring_commands.py": 2, "test_option_names.py": 3,
+    "test_ranges.py": 3, "docs/test_figures.py": 1, "docs/test_english.py": 1, "docs/test_results.py": 1,
+    "docs/test_diagrams.py": 1, "checkpoints/hf/test_published_configs.py": 1,
 }  # fmt: skip
 LASTED = "keifu/seconds"  # in pytest's cache: how long each file took when it was last run beside others
 SECONDS: Counter[str] = Counter()  # how long each file has taken so far
@@ -311,14 +312,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     end; a file that was never run counts by its tests."""
     if "PYTEST_XDIST_WORKER" in os.environ and config.pluginmanager.has_plugin("cacheprovider"):
         counts = Counter(map(file_of, items))
-        seconds = {file: EXPECTED.get(file.partition("/")[2], count / 20) for file, count in counts.items()}
+        seconds = {file: EXPECTED.get(file.partition("/")[2], count / 40) for file, count in counts.items()}
         seconds |= config.cache.get(LASTED, {}) or {}
         items.sort(key=lambda item: seconds[file_of(item)], reverse=True)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Look for garbage from here on, among what tests make and not among a million objects of modules, and seldom: what
-    is found is little."""
+    is found is little. Check more calls if slow tests are selected, as `make test-all` does."""
+    if any(item.get_closest_marker("slow") for item in session.items):
+        shape_checks.check_more()
     gc.freeze()
     gc.set_threshold(100_000, 20, 50)
     gc.enable()

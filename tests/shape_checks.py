@@ -2,9 +2,11 @@
 
 jaxtyping's hook checks every call, which takes longer than most of the calls. A call whose arguments and result have
 the types, shapes and dtypes of a call before it would get the same answer, so it is not checked again. In one test, the
-first `CALLS` calls of a function are looked at, and of the later ones every `LATER`-th: a loop repeats itself.
+first `CALLS` calls of a function are looked at, and of the later ones every `LATER`-th: a loop repeats itself. To make
+an instance of a dataclass is such a call. Where slow tests run too, `check_more` has more of them looked at.
 """
 
+import dataclasses
 import functools
 import inspect
 import threading
@@ -22,6 +24,12 @@ MOST_COPIES = 2  # of a coroutine function that is made inside another, so many 
 ITEMS = 8  # of a longer list, the first and the last stand for all, as one item does for beartype
 _check_every_call = jaxtyping.jaxtyped
 _test = 0  # the number of the test that runs
+
+
+def check_more() -> None:
+    """Look at the first 16 calls of a function in a test, and at every 16th after them."""
+    global CALLS, LATER
+    CALLS = LATER = 16
 
 
 def begin_test() -> None:
@@ -81,7 +89,7 @@ class Checks:
 
     def __init__(self, function: Any, check: Callable[[Any], Any]):
         self.seen: dict[Hashable, set[Hashable]] = {}  # the results of each kind of arguments
-        self.test = self.calls = -1  # the test that made the last call of a copy, and how many it had made before
+        self.test, self.calls, self.skips = -1, 0, 0  # of the calls of all copies: as in `_check_shapes`
         self._here = threading.local()
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -115,6 +123,11 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
         return property(*(part and again(part) for part in (function.fget, function.fset, function.fdel)))
     if isinstance(function, classmethod | staticmethod):
         return type(function)(again(function.__func__))
+    if dataclasses.is_dataclass(function):
+        if inspect.isfunction(made := vars(function).get("__init__")) and not hasattr(made, "__wrapped__"):
+            check = functools.partial(_check_every_call, typechecker=typechecker)
+            function.__init__ = _check_shapes(made, Checks(made, check))
+        return function
     if not inspect.isfunction(function):
         return _check_every_call(function, typechecker=typechecker)
     parts = [part for annotation in function.__annotations__.values() for part in _parts(annotation)]
@@ -133,15 +146,16 @@ def check_once(function: Any = None, *, typechecker: Any) -> Any:
 
 def _check_shapes(function: Any, checks: Checks) -> Any:
     """Return the function with checks of types and shapes, for each call unlike those before it."""
-    seen, test, calls = checks.seen, -1, -1
+    seen, test, calls, skips = checks.seen, -1, 0, 0  # the test of the last call, how many were looked at, and are not
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal test, calls
-        calls = calls + 1 if test == _test else 0
-        test = _test
-        if calls >= CALLS and calls % LATER:
+        nonlocal test, calls, skips
+        if skips and test == _test:
+            skips -= 1
             return function(*args, **kwargs)
+        calls = calls + 1 if test == _test else 1
+        test, skips = _test, LATER - 1 if calls >= CALLS else 0
         arguments: Hashable = _of_tuple(args)
         if kwargs:
             arguments = arguments, _of_dict(kwargs)
@@ -162,15 +176,16 @@ def _check_shapes(function: Any, checks: Checks) -> Any:
 def _check_types(function: Any) -> Any:
     """Return the function with a check of types, which is compiled at the first call."""
     checked: list[Any] = []
-    test = calls = -1
+    test, calls, skips = -1, 0, 0
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        nonlocal test, calls
-        calls = calls + 1 if test == _test else 0
-        test = _test
-        if calls >= CALLS and calls % LATER:
+        nonlocal test, calls, skips
+        if skips and test == _test:
+            skips -= 1
             return function(*args, **kwargs)
+        calls = calls + 1 if test == _test else 1
+        test, skips = _test, LATER - 1 if calls >= CALLS else 0
         if not checked:
             checked.append(beartype(function))
         return checked[0](*args, **kwargs)
@@ -183,10 +198,11 @@ def _check_copies(function: Any, checks: Checks) -> Any:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        checks.calls = checks.calls + 1 if checks.test == _test else 0
-        checks.test = _test
-        if checks.calls >= CALLS and checks.calls % LATER:
+        if checks.skips and checks.test == _test:
+            checks.skips -= 1
             return function(*args, **kwargs)
+        checks.calls = checks.calls + 1 if checks.test == _test else 1
+        checks.test, checks.skips = _test, LATER - 1 if checks.calls >= CALLS else 0
         return checks.run(function, args, kwargs)
 
     return call

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 
 import pytest
+import shape_checks
 import torch
 from beartype import beartype
 from beartype.roar import BeartypeCallHintParamViolation
 from jaxtyping import Float, TypeCheckError
-from shape_checks import CALLS, LATER, begin_test, check_once
+from shape_checks import begin_test, check_more, check_once
 from torch import Tensor
 
 Matrix = Float[Tensor, "rows dim"]
@@ -102,12 +103,47 @@ def test_properties_and_methods_are_checked_the_first_time_and_after_right_calls
             _ = checked(right, ["a"]).rows
 
 
-def test_a_long_loop_is_looked_at_now_and_then_and_the_next_test_again() -> None:
+def test_the_fields_of_a_dataclass_are_checked_the_first_time_and_after_right_ones() -> None:
+    @dataclass(frozen=True)
+    class Sums:
+        of: Matrix
+        axis: int = 0
+
+    checked = check_once(Sums, typechecker=beartype)
+    for _ in range(2):
+        begin_test()
+        assert checked(torch.ones(2, 4), axis=1) is not None
+        for wrong in ((torch.ones(2),), (torch.ones(2, 4), "1")):
+            with pytest.raises(TypeCheckError, match="parameters"):
+                checked(*wrong)
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Begin with the calls that `make test` looks at."""
+    monkeypatch.setattr(shape_checks, "CALLS", 4)
+    monkeypatch.setattr(shape_checks, "LATER", 64)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(("more", "first", "later"), [(False, 4, 64), (True, 16, 16)])
+def test_a_long_loop_is_looked_at_now_and_then_and_the_next_test_again(
+    more: bool, first: int, later: int, rates: pytest.MonkeyPatch
+) -> None:
+    if more:
+        check_more()
     checked, right, wrong = check_once(add, typechecker=beartype), torch.ones(2, 4), torch.ones(3, 1)
-    for _ in range(CALLS):
+    for number in range(first):
+        begin_test()
+        for _ in range(number):
+            checked(right, right)
+        with pytest.raises(TypeCheckError):
+            checked(right[:1], wrong)
+    begin_test()
+    for _ in range(first):
         checked(right, right)
     broken = 0
-    for _ in range(2 * LATER):
+    for _ in range(2 * later):
         try:
             checked(right[:1], wrong)
         except TypeCheckError:
@@ -116,6 +152,16 @@ def test_a_long_loop_is_looked_at_now_and_then_and_the_next_test_again() -> None
     begin_test()
     with pytest.raises(TypeCheckError):
         checked(right[:1], wrong)
+
+
+def test_tests_that_are_run_with_slow_ones_look_at_more_calls(request: pytest.FixtureRequest) -> None:
+    with_slow = any(item.get_closest_marker("slow") for item in request.session.items)
+    assert ((16, 16) if with_slow else (4, 64)) == (shape_checks.CALLS, shape_checks.LATER)
+
+
+@pytest.mark.slow
+def test_slow_tests_look_at_more_calls() -> None:
+    assert (shape_checks.CALLS, shape_checks.LATER) == (16, 16)
 
 
 def test_copies_of_an_inner_function_are_checked_each() -> None:

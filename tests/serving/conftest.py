@@ -1,9 +1,11 @@
 """What the service's tests share: toy models on disk, and a server over them."""
 
 import shutil
+import ssl
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,14 @@ from keifu.serving.worker import Limits
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ALL = ("chat", "base", "encoder", "masked", "translator", "ddpm", "clip")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_certificates_once() -> Iterator[None]:
+    """Read the certificates of this machine once: each client does, for servers that need none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,8 @@ import json
 import logging
 import socket
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,7 +137,7 @@ def test_unfinished_heads_and_bodies_end(served: Any, monkeypatch: pytest.Monkey
 def test_a_slow_but_steady_body_is_read(served: Any, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock that goes on with each part of the body, soon beyond the seconds that every body may take."""
     clock = [0.0]
-    monkeypatch.setattr(middleware, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(middleware, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
     monkeypatch.setattr(middleware, "BODY_SECONDS", WAIT)
     monkeypatch.setattr(middleware, "BODY_RATE", 20 / WAIT)
     body = json.dumps({"model": base, "prompt": "abc", "max_tokens": 1, "user": "x" * 40}).encode()
@@ -233,13 +235,26 @@ def test_a_model_answers_to_its_short_name_and_alone_to_none(
         assert served.openai.models.retrieve("base").id == "runs/base"
 
 
-def test_the_log_says_why_and_every_answer_has_an_id(served: Any, base: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "keifu.serving.access")
+@pytest.fixture
+def records() -> Iterator[list[logging.LogRecord]]:
+    """Yield a list of what the service logs."""
+    found: list[logging.LogRecord] = []
+    handler, service, access = logging.Handler(), *map(logging.getLogger, ("keifu.serving", "keifu.serving.access"))
+    handler.emit = found.append
+    level = access.level
+    service.addHandler(handler)
+    access.setLevel(logging.INFO)
+    yield found
+    access.setLevel(level)
+    service.removeHandler(handler)
+
+
+def test_the_log_says_why_and_every_answer_has_an_id(served: Any, base: str, records: list[logging.LogRecord]) -> None:
     ask = {"model": base, "prompt": "secret words", "max_tokens": 3}
 
     def line(found: httpx.Response) -> dict[str, Any]:
-        until(lambda: any(found.headers["x-request-id"] in text for text in caplog.messages))
-        (own,) = [text for text in caplog.messages if found.headers["x-request-id"] in text]
+        until(lambda: any(found.headers["x-request-id"] in record.getMessage() for record in records))
+        (own,) = [record.getMessage() for record in records if found.headers["x-request-id"] in record.getMessage()]
         assert "secret" not in own
         return json.loads(own)
 
@@ -259,7 +274,7 @@ def test_the_log_says_why_and_every_answer_has_an_id(served: Any, base: str, cap
 
 
 def test_an_error_of_the_server_itself_has_the_id_too(
-    served: Any, base: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    served: Any, base: str, monkeypatch: pytest.MonkeyPatch, records: list[logging.LogRecord]
 ) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError
@@ -268,7 +283,7 @@ def test_an_error_of_the_server_itself_has_the_id_too(
     found = served.post("/v1/completions", {"model": base, "prompt": "x"})
     assert found.status_code == 500 and "bug of the server" in found.json()["error"]["message"]
     assert found.json()["error"]["request_id"] == found.headers["x-request-id"]
-    assert sum(record.exc_info is not None for record in caplog.records) == 1
+    assert sum(record.exc_info is not None for record in records) == 1
 
 
 @pytest.mark.parametrize(
