@@ -45,9 +45,10 @@ def test_the_list_of_models_imports_no_torch() -> None:
     assert not {"torch", "numpy", "keifu.models.llama"} & found
 
 
-def test_loading_imports_one_model_and_no_compiler(tmp_path: Path) -> None:
+def test_loading_and_writing_import_one_model_and_no_compiler(tmp_path: Path) -> None:
     save(llama.build(TINY), None, tmp_path)
-    found = imported(f"from keifu import checkpoints\ncheckpoints.load_model({str(tmp_path)!r})")
+    load = f"from keifu import checkpoints\ncheckpoints.load_model({str(tmp_path)!r})"
+    found = imported(f"{load}\nimport keifu.generation.text.generate")
     assert models_of(found) == {"llama"}
     assert not {"torch._dynamo", "sympy", "gguf", "keifu.checkpoints.diffusers.single_file"} & found
 

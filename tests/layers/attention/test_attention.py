@@ -101,7 +101,7 @@ def test_impossible_heads_are_named(arguments, named):
 def test_the_packed_kernel_splits_no_keys_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     """How it splits them depends on the longest sequence of a batch."""
     splits: list[int | None] = []
-    monkeypatch.setattr(packed, "varlen_attn", lambda q, *given, num_splits, **more: splits.append(num_splits) or q)
+    monkeypatch.setattr(packed, "kernel", lambda: lambda q, *given, num_splits, **more: splits.append(num_splits) or q)
     x, ends = torch.zeros(3, 2, 8), torch.tensor([0, 3])
     for wanted in (True, False):
         torch.use_deterministic_algorithms(wanted)

@@ -4,7 +4,8 @@ Axes: queries = new tokens of all sequences, seen = tokens that they attend to, 
 """
 
 import inspect
-from typing import Any, NamedTuple, cast
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,12 +13,18 @@ from torch import Tensor
 
 from keifu.layers.attention.attention import Scoring
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # PyTorch 2.9
-    varlen_attn = None
-# earlier versions of the kernel take fewer options
-COMPLETE = varlen_attn is not None and {"enable_gqa", "num_splits"} <= {*inspect.signature(varlen_attn).parameters}
+
+@cache
+def kernel() -> Any:
+    """Return PyTorch's kernel, or None if it is missing (PyTorch 2.9) or takes too few options.
+
+    Only GPUs need it, and its module imports the compiler, which takes longer than the rest of this package.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if {"enable_gqa", "num_splits"} <= {*inspect.signature(varlen_attn).parameters} else None
 
 
 class Bounds(NamedTuple):
@@ -31,7 +38,7 @@ class Bounds(NamedTuple):
 
 def has_kernel(device: torch.device) -> bool:
     """Return whether PyTorch has such a kernel for this device: flash attention needs an NVIDIA Ampere or newer."""
-    if device.type != "cuda" or not COMPLETE or torch.version.hip:
+    if device.type != "cuda" or torch.version.hip or not kernel():
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -54,4 +61,4 @@ def attend_packed(
     """
     options = {"window_size": (-1 if window is None else window - 1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
     splits = 1 if torch.are_deterministic_algorithms_enabled() else None
-    return cast(Any, varlen_attn)(q, k, v, *bounds, scale=scoring.scale, num_splits=splits, **options)
+    return kernel()(q, k, v, *bounds, scale=scoring.scale, num_splits=splits, **options)
