@@ -1,28 +1,32 @@
-"""Small models of every kind, trained by several processes at once; run as a program, one of those processes.
+"""Small models of every kind, trained by several processes at once.
 
-`python group_toys.py FOLDER CASES` trains each case of a JSON list and writes the losses and a hash of the weights.
+`start` has them train each case of a list, and returns the losses and a hash of the weights.
 """
 
+import gc
 import hashlib
 import json
 import os
 import socket
-import subprocess
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from multiprocessing import get_all_start_methods, get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from language_models import every_model  # noqa: F401 (a case names it)
 from state_toys import states  # noqa: F401 (the same)
 from torch import nn
-from torch.distributed import PrefixStore
+from torch.distributed import PrefixStore, destroy_process_group, distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
+from untimed import forward_only
 
 from keifu.checkpoints.hf import read as hf_read
 from keifu.checkpoints.hf.write import save
@@ -49,6 +53,7 @@ from keifu.recipes.classification import classifier
 from keifu.recipes.language import bert as bert_recipe
 from keifu.recipes.language import gpt as gpt_recipe
 from keifu.recipes.translation import translator_runs as translations
+from keifu.training.hardware import cost
 from keifu.training.loop import train
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
@@ -368,7 +373,7 @@ def published(model: str, folder: Path, lora: int = 0, recipe: str = "") -> dict
 def drawn(folder: Path) -> dict[str, Any]:
     """Build a model from nothing, split. Return the most memory that a process needed, as a share of the model's bytes,
     and whether each process has its part of the weights that one process would draw."""
-    build = partial(llama.build, llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4))  # 79 MB
+    build = partial(llama.build, llama.Config(2000, 64, 512, 1024, 4, 8, n_kv_heads=4))  # 46 MB
     torch.manual_seed(0)
     with PeakMemory() as memory:
         model = build_lazily(build, torch.device("cpu"))
@@ -382,31 +387,51 @@ def drawn(folder: Path) -> dict[str, Any]:
     return {"grown": max(grown) / sum(p.nbytes for p in whole.values()), "right": all(rights)}
 
 
+@cache
+def forks() -> BaseContext:
+    """Return a context whose processes begin as copies of one that has imported this file, which takes 3 seconds."""
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
 def start(folder: Path, cases: list[dict[str, Any]], world: int) -> dict[str, Any]:
     """Run the cases on this number of processes, and return the results of the first process by name."""
-    keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        keep |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "KEIFU_DEVICE": "cpu"}
-    words = [sys.executable, __file__, str(folder), json.dumps(cases)]
-    ranks = [subprocess.Popen(words, env=keep | {"RANK": str(rank)}) for rank in range(world)]
-    assert [rank.wait(timeout=1800) for rank in ranks] == [0] * world
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": port, "KEIFU_DEVICE": "cpu"}
+    ranks = [forks().Process(target=work, args=(folder, cases, {**group, "RANK": str(rank)})) for rank in range(world)]
+    with mock.patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}):
+        for rank in ranks:
+            rank.start()
+    for rank in ranks:
+        rank.join(1800)
+    assert [rank.exitcode for rank in ranks] == [0] * world
     return json.loads((folder / "found.json").read_text())
 
 
-def work(folder: Path, cases: list[dict[str, Any]]) -> None:
-    """Train every case as one of several processes."""
+def leave(groups: set[Any]) -> None:
+    """End the groups of a case, each of which has threads that wake a hundred times a second."""
+    for group in groups:
+        destroy_process_group(group)
+    gc.collect()
+
+
+def work(folder: Path, cases: list[dict[str, Any]], environment: dict[str, str]) -> None:
+    """Train every case as one of several processes, which the environment describes."""
+    os.environ.update(environment)
+    gc.freeze()  # what was imported is no garbage, and takes long to look at
     found, groups.BUCKET = {}, 2**12  # several buckets of a small model
     report.draw_curves = lambda *_: "></svg>"  # which takes longer than the steps of a run
+    cost._timed = forward_only
     with join(Mesh()) as first:
+        joined = {*distributed_c10d._world.pg_map}
         for case in cases:
             name, mesh = case.pop("name"), Mesh(**case.pop("mesh", {}))
             store = PrefixStore(name, first.store)
             with use(Group(mesh, store, first.rank, first.world_size, torch.device("cpu"))):
                 found[name] = globals()[case.pop("work", "learn")](folder=folder / name, **case)
+            leave({*distributed_c10d._world.pg_map} - joined)
         if first.is_main:
             (folder / "found.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -20,7 +20,7 @@ MODELS = {  # each has joined q, k and v; of LLaMA gate and up are apart in the 
     "dpo": llama.Config(**WORDS),
     "bert": bert.Config(**WORDS, pooled=True, words=True, next_sentence=True),
     "classifier": bert.Config(**WORDS, pooled=True, words=False, next_sentence=False, labels=("no", "yes")),
-    "large": llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4),  # 79 MB
+    "large": llama.Config(2000, 64, 512, 1024, 6, 8, n_kv_heads=4),  # 65 MB
 }
 CASES = [(model, mesh, lora) for model in ("llama", "tied", "gpt2") for mesh in ("shard", "tensor") for lora in (0, 2)
          if not lora or mesh == "shard"]  # fmt: skip
