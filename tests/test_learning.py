@@ -388,7 +388,7 @@ def test_unclip_learns_what_two_captions_mean_by_heart():
     bars[0, :, :, 3:5] = bars[1, :, 3:5] = 255
     none = torch.tensor([[30] * 4]), torch.tensor([[True, False, False, False]])
     aim = UnclipLoss(DiffusionLoss(seen), DiffusionLoss(seen), None, (8, 8), 8, none, text_dropout=0.1)
-    settings = Settings(steps=150, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
+    settings = Settings(steps=60, batch_size=16, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
     which = torch.arange(16) % 2
     batch = {"pictures": bars[which], "embeddings": points[which], "tokens": tokens[which], "real": real[which]}
     losses = learned(model, aim, settings, lambda step: {**batch, "draws": draw_noise(0, step, 16)})

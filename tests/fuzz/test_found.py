@@ -185,7 +185,9 @@ def test_chunks_of_a_records_picture_are_refused_each_in_its_way(made) -> None:
             read_record(file)
         except UserError as error:
             texts.add(str(error).removeprefix(str(file))[:25])
-    assert len(texts) > 2
+        if len(texts) > 2:
+            return
+    pytest.fail(f"40 damaged pictures are refused in few ways: {texts}")
 
 
 @pytest.mark.parametrize(("field", "value"), [("dim", "16"), ("dim", 1.5), ("n_layers", True), ("tied", 1)])

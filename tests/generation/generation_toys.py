@@ -12,7 +12,7 @@ from keifu.models.hybrid import qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral
 from keifu.models.variants import phi3
 
-SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 3}
+SIZE: dict[str, Any] = {"vocab_size": 261, "context_length": 67, "dim": 20, "hidden_dim": 36, "n_layers": 2}
 LLAMA = {**SIZE, "n_heads": 4, "head_dim": 6}
 TOYS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: gpt2.build(gpt2.Config(**SIZE, n_heads=5, dropout=0.3)),
@@ -93,7 +93,9 @@ of_two_models = pytest.mark.parametrize(  # for tests where the model hardly mat
     [pytest.param(name, marks=[] if name in TWO else [pytest.mark.slow]) for name in TOYS],
     indirect=True,
 )
-KINDS_OF_MEMORY = {"grouped", "latent attention and shared experts", "states of fixed size", *TWO}
+KINDS_OF_MEMORY = {
+    "grouped", "latent attention and shared experts", "states of fixed size", "windows and global layers",
+}  # fmt: skip
 of_kinds_of_memory = pytest.mark.parametrize(  # for tests of what is kept of a text: the others are marked slow
     "model",
     [pytest.param(name, marks=[] if name in KINDS_OF_MEMORY else [pytest.mark.slow]) for name in TOYS],

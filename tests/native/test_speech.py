@@ -129,7 +129,7 @@ def test_transcripts_that_part_go_on_as_pytorchs() -> None:
 
 
 def transcript(model: Any, words: Any, choice: dict[str, Any]) -> list[Any]:
-    sound = torch.randn(16_000 * 3 - 700, generator=torch.Generator().manual_seed(3))
+    sound = torch.randn(16_000 * 2 - 700, generator=torch.Generator().manual_seed(3))
     found = transcribe(model, words, sound, TranscriptionParams(**choice))
     return [[each.language for each in [found]], *(each.tokens for each in found.segments)]
 

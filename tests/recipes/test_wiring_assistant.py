@@ -431,8 +431,7 @@ def test_every_option_reaches_what_it_names(name: str, toys: Toys, tmp_path: Pat
     base, groups = TABLE[name](toys)
     groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, FREE.get(name, {})), "an option without a row in the table above"
-    for group in groups:
-        wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), tmp_path / name))
+    wiring.check(groups, lambda given: wiring.run(name, wiring.assign(base, given), tmp_path / name))
 
 
 PAPERS: dict[str, dict[str, Any]] = {

@@ -425,8 +425,7 @@ def test_every_option_reaches_what_it_names(name: str, toys: Toys, monkeypatch: 
     base, groups = TABLE[name](toys)
     groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, ELSEWHERE.get(name, {})), "an option without a row in the table above"
-    for group in groups:
-        wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))
+    wiring.check(groups, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))
 
 
 def test_ddpm_reads_pictures_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -421,8 +421,7 @@ def test_every_option_reaches_what_it_names(name: str, toys: Toys) -> None:
     groups += validated(toys, base)
     groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, {}), "an option without a row in the table above"
-    for group in groups:
-        wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))
+    wiring.check(groups, lambda given: wiring.run(name, wiring.assign(base, given), toys.out / name))
 
 
 SCALED = {"kind": "yarn", "factor": "4", "original-context-length": "8", "beta-fast": "3", "attention-factor": "1.5"}

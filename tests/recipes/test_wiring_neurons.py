@@ -64,8 +64,7 @@ def test_every_option_reaches_what_it_names(name: str, tmp_path: Path, monkeypat
     base, groups = TABLE[name]()
     groups = wiring.logged(base, groups)
     assert not wiring.uncovered(base, groups, ELSEWHERE[name]), "an option without a row in the table above"
-    for group in groups:
-        wiring.check(group, lambda given: wiring.run(name, wiring.assign(base, given), tmp_path / name))
+    wiring.check(groups, lambda given: wiring.run(name, wiring.assign(base, given), tmp_path / name))
 
 
 def test_settings_of_a_network_of_layers(tmp_path: Path) -> None:

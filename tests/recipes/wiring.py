@@ -149,15 +149,21 @@ def uncovered(recipe: Any, groups: list[Group], free: Mapping[str, str]) -> list
     return [name for name in leaves(recipe) if not any(name == row or name.startswith(f"{row}.") for row in rows)]
 
 
-def check(group: Group, records: Callable[[Mapping[str, Any]], SimpleNamespace]) -> None:
+def check(groups: list[Group], records: Callable[[Mapping[str, Any]], SimpleNamespace]) -> None:
     """Check that each option of a group reaches the value that its row names, and that it changed this value."""
-    changes = {name: reach.value for name, reach in group.rows.items()}
-    changed = records({**group.given, **changes})
-    if group.refused:
-        with pytest.raises(UserError):
-            records(group.given)
-        return
-    before = records(group.given)
+    without = dict[str, SimpleNamespace]()  # records by what groups are given: several are given the same
+    for group in groups:
+        changed = records({**group.given, **{name: reach.value for name, reach in group.rows.items()}})
+        if group.refused:
+            with pytest.raises(UserError):
+                records(group.given)
+            continue
+        if repr(group.given) not in without:
+            without[repr(group.given)] = records(group.given)
+        _compare(group, changed, without[repr(group.given)])
+
+
+def _compare(group: Group, changed: SimpleNamespace, before: SimpleNamespace) -> None:
     for option, reach in group.rows.items():
         for path in reach.path if isinstance(reach.path, tuple) else (reach.path,):
             now, then = _comparable(look(changed, path), reach.but), _comparable(look(before, path), reach.but)

@@ -2,11 +2,12 @@
 
 import re
 from datetime import datetime
-from itertools import groupby
+from itertools import groupby, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quick import quick
 from transformers import AutoTokenizer
 
 from keifu.data.tokenizers.chat_template import CHATML, render
@@ -79,8 +80,7 @@ def conversation(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[n % 2], "content": content} for n, content in enumerate(contents)]
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize(("name", "prompt"), quick(product(NAMES, [True, False])))
 def test_ids_are_those_of_transformers(name, prompt, chats, texts) -> None:
     ours, reference = chats[name]
     for first, second in zip(texts, texts[::-1], strict=True):

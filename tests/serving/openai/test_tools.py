@@ -4,11 +4,13 @@ template, whole and streamed, by chat completions and by responses.
 
 import json
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import openai
 import pytest
 import torch
+from quick import quick
 from serving_toys import SIZE, running, sharp
 
 import keifu
@@ -92,8 +94,10 @@ def check_call(call: Any) -> None:
         assert arguments["city"] in WEATHER["parameters"]["properties"]["city"]["enum"] and arguments["days"] in (1, 10)
 
 
-@pytest.mark.parametrize("form", [*FORMS, None])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+CHOICES = ["required", {"type": "function", "function": {"name": "get_weather"}}]
+
+
+@pytest.mark.parametrize(("form", "choice"), quick(product([*FORMS, None], CHOICES)))
 def test_a_call_that_is_required_is_made_and_valid(tooled: Any, form: str | None, choice: Any) -> None:
     ask = {"model": name_of(tooled, form), **ASK, "tool_choice": choice, "n": 3, "temperature": 1.3, "seed": 4}
     found = tooled.openai.chat.completions.create(**ask, parallel_tool_calls=False)
