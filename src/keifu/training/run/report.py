@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from io import StringIO
 from itertools import cycle
 from pathlib import Path
@@ -100,16 +99,13 @@ NARROW = 240  # the least width of a column of pictures in pixels; smaller pictu
 
 def write_report(directory: Path) -> None:
     """Write report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
-    title, body = _body(directory)
-    write_atomic(directory / REPORT, page(title, body))
+    run = _content(directory)
+    _write(directory, title=run["recipe"]["title"], runs=[run])
 
 
 def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
     """Write one report.html of several runs, one after the other, under a common title and text. Return its path."""
-    bodies = [_body(run)[1] for run in runs]
-    head = f'<h1>{escape(title)}</h1><pre class="soft">{escape(text)}</pre>'
-    write_atomic(directory / REPORT, page(title, "\n".join([head, *bodies])))
-    return directory / REPORT
+    return _write(directory, title=title, heading=title, summary=text, runs=map(_content, runs))
 
 
 def write_page(
@@ -119,57 +115,53 @@ def write_page(
     for name, picture in pictures.items():
         write_atomic(directory / f"{name}.png", picture)
     short = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in facts.items()}
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        *(f"<p>{escape(line)}</p>" for line in text.splitlines()),
-        f"<pre>{escape(table)}</pre>" * bool(table),
-        *(_picture(directory / f"{name}.png") for name in pictures),
-        _section("Figures and settings", _pairs(short)),
-    ]
-    write_atomic(directory / REPORT, page(title, "\n".join(body)))
+    shown = [_picture(directory / f"{name}.png") for name in pictures]
+    content = {"paragraphs": text.splitlines(), "text_table": table, "pictures": shown, "facts": short}
+    _write(directory, title=title, heading=title, **content)
 
 
-def _body(directory: Path) -> tuple[str, str]:
-    """Return a run's title and the HTML of its page."""
-    recipe = read_json_object(directory / RECIPE)
-    lines = metrics.read(directory)
-    body = [
-        _head(recipe),
-        _key_figures(recipe),
-        _section("Curves", f'<div class="charts">{"".join(_charts(lines, recipe["unit"]))}{_extras(directory)}</div>'),
-        _section("By source", _by_source(recipe.get("figures", {}))),
-        *_samples(directory),
-        _section("Settings", _pairs(recipe["settings"])),
-        _section("Model and options", _pairs(flat(recipe["options"]))),
-        _section("Data", _data(recipe)),
-        _section("Computed with", _pairs(_machine(recipe))),
-        _section("Files, by their SHA-256", _pairs(recipe.get("hashes", {}), code=True)),
-    ]
-    return recipe["title"], "\n".join(part for part in body if part)
+def _write(directory: Path, **content: Any) -> Path:
+    """Write report.html from the template of the same name, and return its path. content: the template's variables."""
+    from jinja2 import Environment, PackageLoader
+
+    loader = PackageLoader("keifu.training.run", ".")
+    templates = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    templates.filters["words"] = _words
+    write_atomic(directory / REPORT, templates.get_template(REPORT).render(content) + "\n")
+    return directory / REPORT
 
 
-def page(title: str, body: str) -> str:
-    """Return a complete HTML page with this title and body."""
-    style = (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<style>\n{style}</style></head>\n<body>\n{body}\n</body></html>\n"
-    )
+def _content(directory: Path) -> dict[str, Any]:
+    """Return the content of a run's report."""
+    recipe, samples = read_json_object(directory / RECIPE), directory / SAMPLES
+    columns, by_source = _by_source(recipe.get("figures", {}))
+    texts = sorted(samples.glob("*.txt"))
+    pictures = [*sorted(samples.glob("*.png")), *sorted(directory.glob("*.png"))]
+    return {
+        "recipe": recipe,
+        "notes": _notes(recipe),
+        "figures": _key_figures(recipe),
+        "charts": "".join(_charts(metrics.read(directory), recipe["unit"])) + _extras(directory),
+        "columns": columns,
+        "by_source": by_source,
+        "texts": [(_when(path), path.read_text(encoding="utf-8", errors="replace")) for path in texts],
+        "pictures": [_picture(path) for path in pictures],
+        "options": flat(recipe["options"]),
+        "data": _data(recipe.get("data") or []),
+        "machine": _machine(recipe),
+    }
 
 
-def _head(recipe: Mapping[str, Any]) -> str:
-    state = "" if recipe.get("finished") else f' <span class="soft">stopped at step {recipe.get("steps", 0):,}</span>'
-    texts = [recipe[name] for name in ("paper", "expected") if recipe.get(name)]
+def _notes(recipe: Mapping[str, Any]) -> list[str]:
+    """Return the sentences below the title: the paper, the expected result, further entries, and changed lengths."""
+    texts = [str(recipe[name]) for name in ("paper", "expected") if recipe.get(name)]
     extra = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in recipe.items() if name not in SECTIONED]
     changed = "after {at:,} steps the length of the run was set to {steps:,}"
-    extra += [changed.format(**line) for line in recipe.get("length", ())]
-    command = f"<p><code>{escape(recipe['command'])}</code></p>" if recipe.get("command") else ""
-    paragraphs = "".join(f'<p class="soft">{escape(str(text))}</p>' for text in [*texts, *extra])
-    return f"<h1>{escape(recipe['title'])}{state}</h1>{paragraphs}{command}"
+    return [*texts, *extra, *(changed.format(**line) for line in recipe.get("length", ()))]
 
 
-def _key_figures(recipe: Mapping[str, Any]) -> str:
+def _key_figures(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the headline figures as pairs of a value and its label."""
     figures, unit = recipe.get("figures", {}), recipe["unit"]
     words = {
         "validation_loss": ("validation loss", "{:.4g}".format),
@@ -182,9 +174,8 @@ def _key_figures(recipe: Mapping[str, Any]) -> str:
     others = {n: (n.replace("_", " "), "{:.4g}".format) for n in figures if _is_plain(n)}
     words |= {name: entry for name, entry in others.items() if name not in words}
     shown = [(text(figures[name]), label) for name, (label, text) in words.items() if name in figures]
-    shown += [(format_count(recipe["cost"]["parameters"]), "parameters"), (f"{recipe.get('steps', 0):,}", "steps")]
-    cards = (f"<div><b>{value}</b><span>{label}</span></div>" for value, label in shown)
-    return f'<div class="figures">{"".join(cards)}</div>'
+    parameters = format_count(recipe["cost"]["parameters"])
+    return [*shown, (parameters, "parameters"), (f"{recipe.get('steps', 0):,}", "steps")]
 
 
 def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
@@ -229,57 +220,32 @@ def _is_plain(name: str) -> bool:
     return name.startswith("validation_") and "/" not in name
 
 
-def _by_source(figures: Mapping[str, float | int]) -> str:
-    """Return a table of the figures named `validation_part/figure`, with a row for each part."""
+def _by_source(figures: Mapping[str, float | int]) -> tuple[list[str], list[list[str]]]:
+    """Return a table (columns, rows) of the figures named `validation_part/figure`, with a row for each part."""
     texts = {name.removeprefix("validation_"): f"{value:.4g}" for name, value in figures.items() if "/" in name}
     parts, columns = (list(dict.fromkeys(name.split("/")[level] for name in texts)) for level in (0, 1))
     rows = [[part, *(texts.get(f"{part}/{column}", "") for column in columns)] for part in parts]
-    return _table(["source", *(name.replace("_", " ") for name in columns)], rows)
+    return [name.replace("_", " ") for name in columns], rows
 
 
-def _samples(directory: Path) -> Iterable[str]:
-    """Yield the section of sampled texts, with the last one open, and the section of pictures: samples, and PNG files
-    in the run's folder.
-    """
-    texts = sorted((directory / SAMPLES).glob("*.txt"))
-    if texts:
-        yield _section("Samples", "".join(_text(path, path == texts[-1]) for path in texts))
-    pictures = [*sorted((directory / SAMPLES).glob("*.png")), *sorted(directory.glob("*.png"))]
-    if pictures:
-        yield _section("Pictures", f'<div class="pictures">{"".join(map(_picture, pictures))}</div>')
-
-
-def _text(path: Path, is_open: bool) -> str:
-    text = escape(path.read_text(encoding="utf-8", errors="replace"))
-    return f"<details{' open' if is_open else ''}><summary>{_when(path)}</summary><pre>{text}</pre></details>"
-
-
-def _picture(path: Path) -> str:
-    content = base64.b64encode(path.read_bytes()).decode()
-    name, wide = _when(path), "" if path.parent.name == SAMPLES else ' class="wide"'
-    small = ' class="small"' if int.from_bytes(path.read_bytes()[16:20]) < NARROW else ""  # the width in PNG's header
-    image = f'<img{small} alt="{name}" src="data:image/png;base64,{content}">'
-    return f"<figure{wide}><figcaption>{name}</figcaption>{image}</figure>"
+def _picture(path: Path) -> dict[str, Any]:
+    """Return a PNG file's name, content and size for the template."""
+    content = path.read_bytes()
+    width = int.from_bytes(content[16:20])  # in PNG's header
+    shape = {"wide": path.parent.name != SAMPLES, "small": width < NARROW}
+    return {"name": _when(path), "base64": base64.b64encode(content).decode(), **shape}
 
 
 def _when(path: Path) -> str:
     """Return "step 100" for `step-00000100`; other names with spaces for underscores."""
     prefix, _, number = path.stem.partition("-")
-    return f"step {int(number):,}" if prefix == "step" and number.isdigit() else escape(path.stem.replace("_", " "))
+    return f"step {int(number):,}" if prefix == "step" and number.isdigit() else path.stem.replace("_", " ")
 
 
-def _data(recipe: Mapping[str, Any]) -> str:
-    rows = recipe.get("data") or []
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = _table(columns, [[_words(row.get(name, "")) for name in columns] for row in rows])
-    return f'{table}<p class="soft">Fingerprint <code>{escape(recipe["data_fingerprint"])}</code></p>'
-
-
-def _table(columns: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
-    """Return an HTML table of texts; "" without rows."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>" if rows else ""
+def _data(parts: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """Return the columns of the table of data, and its rows; [] without data."""
+    columns = list(dict.fromkeys(name for part in parts for name in part))
+    return [columns, *([part.get(name, "") for name in columns] for part in parts)] if parts else []
 
 
 def _machine(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,17 +258,6 @@ def _machine(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "rows at a time": resolved["micro_batch"],
     }
     return {"device": resolved["device"], **measured, **recipe["versions"]}
-
-
-def _section(title: str, content: str) -> str:
-    return f"<h2>{title}</h2>\n{content}" if content else ""
-
-
-def _pairs(values: Mapping[str, Any], code: bool = False) -> str:
-    cell = "<code>{}</code>" if code else "{}"
-    shown = ((escape(name), cell.format(escape(_words(value)))) for name, value in values.items())
-    rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in shown)
-    return f'<div class="columns"><table class="pairs">{rows}</table></div>' if rows else ""
 
 
 def _words(value: Any) -> str:
