@@ -1,4 +1,5 @@
 """Ranges of numbers, as annotations of dataclass fields: options of commands and recipes, and settings in Python.
+Values of `Literal` fields are checked too.
 
 `Count` is the type of a whole number of at least 1. Limits that depend on other settings are checked with those
 settings.
@@ -8,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from keifu.errors import UserError
+from keifu.errors import UserError, require_known
 
 LARGEST = 2**31 - 1  # maximum of whole numbers that count something
 LIMIT = 10**6  # maximum of factors of logits, guidance and penalties, so that products fit float32
@@ -85,16 +86,18 @@ def range_of(hint: Any) -> Range | None:
 
 
 @cache
-def _ranges(settings_class: type) -> dict[str, Range]:
-    hints = get_type_hints(settings_class, include_extras=True)
-    return {name: limits for name, hint in hints.items() if (limits := range_of(hint))}
+def _hints(settings_class: type) -> dict[str, Any]:
+    return get_type_hints(settings_class, include_extras=True)
 
 
 def check(settings: Any, label: Callable[[str], str] = str) -> None:
-    """Check the fields of a dataclass against the ranges of their types. label: converts a field's name for the
-    error."""
-    for name, allowed in _ranges(type(settings)).items():
-        check_value(label(name), vars(settings)[name], allowed)
+    """Check the fields of a dataclass against the ranges, or the literal values, of their types. label: converts a
+    field's name for the error."""
+    for name, hint in _hints(type(settings)).items():
+        if get_origin(hint) is Literal:
+            require_known(label(name), vars(settings)[name], get_args(hint))
+        elif allowed := range_of(hint):
+            check_value(label(name), vars(settings)[name], allowed)
 
 
 def check_value(name: str, value: Any, allowed: Range) -> None:

@@ -1,14 +1,17 @@
 """95% confidence intervals: Wilson's for a proportion, and the bootstrap's for a mean."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 Z = 1.959963984540054  # 95% of a normal distribution is within this many standard deviations of its mean
+RESAMPLES = 1000
+Figures = dict[str, float | int | str]  # of an evaluation, by name
+Interval = tuple[float, float]
 
 
-def wilson(successes: int, total: int) -> tuple[float, float]:
+def wilson(successes: int, total: int) -> Interval:
     """Return Wilson's score interval (1927) of a proportion. It is within [0, 1], and valid for few items. For `total`
     0 it is (0, 1)."""
     if not total:
@@ -20,12 +23,7 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(
-    values: Sequence[float | int] | np.ndarray,
-    resamples: int = 1000,
-    clusters: Sequence[int] | np.ndarray | None = None,
-    sizes: Sequence[int] | None = None,
-) -> tuple[float, float]:
+def bootstrap(values: ArrayLike, clusters: ArrayLike | None = None, sizes: ArrayLike | None = None) -> Interval:
     """Return the percentile interval (Efron, 1979) of a mean, by resampling with replacement with a fixed seed.
 
     clusters: cluster number of each value; values of one cluster, such as relatives, are resampled together.
@@ -35,11 +33,25 @@ def bootstrap(
     numbers = np.arange(len(items)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     sums, counts = np.bincount(numbers, items), np.bincount(numbers, sizes)
     generator = np.random.default_rng(0)
-    chosen = (generator.integers(0, len(sums), len(sums)) for _ in range(resamples))
+    chosen = (generator.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
     low, high = np.percentile([sums[some].sum() / counts[some].sum() for some in chosen], [2.5, 97.5])
     return float(low), float(high)
 
 
-def as_text(interval: tuple[float, float]) -> str:
+def share_figures(name: str, successes: int, total: int) -> Figures:
+    """Return a proportion and its Wilson interval, as figures of an evaluation."""
+    share = round(successes / max(1, total), 4)
+    return {name: share, f"{name}, 95% interval": as_text(wilson(successes, total))}
+
+
+def mean_figures(
+    name: str, values: ArrayLike, clusters: ArrayLike | None = None, sizes: ArrayLike | None = None
+) -> Figures:
+    """Return a mean and its bootstrap interval, as figures of an evaluation. clusters, sizes: see `bootstrap`."""
+    total = np.sum(values) / (np.size(values) if sizes is None else np.sum(sizes))
+    return {name: round(float(total), 4), f"{name}, 95% interval": as_text(bootstrap(values, clusters, sizes))}
+
+
+def as_text(interval: Interval) -> str:
     """Return an interval with four decimals, as figures show it."""
     return "{:.4f} to {:.4f}".format(*interval)

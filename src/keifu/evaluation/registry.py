@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keifu.errors import UserError
+from keifu.evaluation.intervals import Figures
 from keifu.ranges import Count, Finite, Natural, Seed
 
 
@@ -101,7 +102,7 @@ class EvalResult:
     items: data behind the figures, one row for each item, for a file. picture: a PNG of some items, for a file.
     """
 
-    figures: dict[str, float | int | str]
+    figures: Figures
     notes: tuple[str, ...] = ()
     tables: dict[str, ResultTable] = field(default_factory=dict)
     items: ResultTable | None = None

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from keifu.data.epochs import BatchSizeSchedule, batch_size_stages, linear_batch_size
 from keifu.devices import chosen
-from keifu.errors import UserError, require_known
+from keifu.errors import UserError
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, check
 from keifu.training.optim.loss_spikes import SpikeSettings
 
@@ -121,8 +121,6 @@ class Settings:
     """Log to Weights & Biases too."""
 
     def __post_init__(self) -> None:
-        for name in CHOICES:
-            check_choice(name, vars(self)[name])
         object.__setattr__(self, "betas", tuple(self.betas))
         check(self)
         if self.rate_shares and self.optimizer != "adamw":
@@ -158,18 +156,6 @@ def as_chosen(settings: Settings) -> Settings:
     """Return the settings with the command line's general computing options, such as --precision, if these are set."""
     options = {name: vars(chosen())[name] for name in COMPUTING}
     return replace(settings, **{name: value for name, value in options.items() if value is not None})
-
-
-CHOICES = {
-    "optimizer": get_args(Optimizer), "schedule": get_args(Schedule), "rate_by": get_args(RateBy),
-    "precision": get_args(Precision), "activation_checkpointing": get_args(Recompute),
-    "optimizer_state": get_args(OptimizerState),
-}  # fmt: skip
-
-
-def check_choice(setting: str, value: str) -> None:
-    """Raise UserError, with the nearest known value, if `value` is unknown for a setting that has a few values."""
-    require_known(setting, value, CHOICES[setting])
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from keifu.errors import UserError
-from keifu.evaluation.classification.metrics import Confusion, probabilities
+from keifu.evaluation.classification.classifiers import probabilities
+from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import bert
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -19,9 +20,8 @@ def test_the_figures_are_those_of_scikit_learn() -> None:
     assert confusion.accuracy == pytest.approx(metrics.accuracy_score(right, given))
     assert confusion.macro_f1 == pytest.approx(metrics.f1_score(right, given, average="macro"))
     precision, recall, f1, texts = metrics.precision_recall_fscore_support(right, given, zero_division=0)
-    torch.testing.assert_close(confusion.precision[:5], torch.tensor(precision).float())
-    torch.testing.assert_close(confusion.recall[:5], torch.tensor(recall).float())
-    torch.testing.assert_close(confusion.f1[:5], torch.tensor(f1).float())
+    for found, expected in zip(confusion.scores[:5].T, (precision, recall, f1), strict=True):
+        torch.testing.assert_close(found, torch.tensor(expected).float())
     assert [row[-1] for row in confusion.by_label()[1]] == [*map(str, texts), "0"]
 
 

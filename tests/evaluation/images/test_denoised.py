@@ -203,7 +203,7 @@ def test_too_few_pictures_to_hold_any_out(network: str, tmp_path: Path, capsys: 
 
 def test_the_standard_error_of_bits_is_that_of_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
     totals = torch.tensor([3.0, 5.0, 4.0, 8.0])
-    known = generative.Bound(totals / 2, totals[:, None] / 4 * torch.ones(4, 2), torch.zeros(4, 2))
+    known = generative.Bound(totals / 2, totals[:, None] / 4 * torch.ones(4, 2))
     monkeypatch.setattr(generative, "bound", lambda *_: known)
     found = generative.bits(Knowing(Noise("cosine", 2)), toys(4), 0, 4)
     # the mean is 5; deviations -2, 0, -1, 3; variance 14 / 3; divided by 4 pictures

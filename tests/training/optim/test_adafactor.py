@@ -57,7 +57,7 @@ def test_it_is_transformers_adafactor_on_tensors_of_one_axis(seed: int, rate: fl
 def test_without_momentum_it_is_torchs_on_tensors_of_one_axis() -> None:
     start, moves = case(4, [(6,), (50,)])
     theirs = moved(torch.optim.Adafactor, start, moves, lr=1e-2, eps=(1e-15, 1e-3), foreach=False)  # ε₁ is squared
-    near(moved(Adafactor, start, moves, beta1=0.0), theirs)
+    near(moved(Adafactor, start, moves, lr=1e-2, beta1=0.0), theirs)
 
 
 def by_the_formulas(x: np.ndarray, moves: list[np.ndarray], rate: float, decay: float) -> np.ndarray:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from keifu.data.classification.batches import Encoded, encode_form, row_size
 from keifu.data.classification.examples import Example, Examples
 from keifu.data.classification.input_formats import Form, delimiters_of, form_of
-from keifu.data.padding import stack_sequences
+from keifu.data.padding import Rows, stack_sequences
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import encode_texts, in_batches
-from keifu.evaluation.classification.metrics import Confusion, classifier, probabilities
-from keifu.generation.text.model import Model, TaskHeadModel
+from keifu.evaluation.classification.embeddings import encode_texts, encoder, in_batches
+from keifu.evaluation.classification.metrics import Confusion
+from keifu.generation.text.model import Encoder, Mask, Model, TaskHeadModel, Tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +69,35 @@ def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> T
             f"{who} generates text and has no head for labels: fine-tune it first (keifu train "
             f"gpt1-finetune{option} --data TABLE), and classify with that run."
         )
-    reader = classifier(model, name)
+    config = classifier(model, name).config
 
     def read(examples: Examples, limit: int, cut: bool) -> Encoded:
         return encode_texts(tokenizer, examples.texts, limit, cut)
 
     predict_proba = partial(probabilities, model, pad_id=tokenizer.pad_id or 0)
-    config = reader.config
     return TextClassifier(form_of("classification"), config.labels, config.context_length, read, predict_proba)
+
+
+def classifier(model: nn.Module, name: str = "") -> Encoder:
+    """Return the model. Raises `UserError`, which says how to train one, if it has no classification head."""
+    reader = encoder(model)
+    if not reader.config.labels:
+        who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
+        raise UserError(
+            f"{who} has no classification head: train one with keifu train classifier{option} --data TABLE, and "
+            "classify with that run."
+        )
+    return reader
+
+
+def probabilities(model: nn.Module, rows: Rows, pad_id: int) -> Float[Tensor, "texts labels"]:
+    """Return the probability of each label for each text. rows: token ids of the texts."""
+    reader = classifier(model)
+
+    def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch labels"]:
+        return reader.classify(tokens, None, mask).float().softmax(-1)
+
+    return in_batches(model, work, rows, pad_id)
 
 
 def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
@@ -87,9 +108,7 @@ def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
     return TextClassifier(form, config.labels, config.context_length, read, predict_proba)
 
 
-def class_probabilities(
-    model: Any, rows: Sequence[Any], pad_id: int, batch_size: int = 256
-) -> Float[Tensor, "examples answers"]:
+def class_probabilities(model: Any, rows: Sequence[Any], pad_id: int) -> Float[Tensor, "examples answers"]:
     """Return the probability of each label or answer. rows: examples, each a list of token sequences."""
     most = len(model.config.labels) or max((len(row) for row in rows), default=0)
 
@@ -97,4 +116,4 @@ def class_probabilities(
         shares = model.classify(tokens, mask).float().softmax(-1)
         return F.pad(shares, (0, most - shares.shape[1]))
 
-    return in_batches(model, work, rows, pad_id, batch_size, pack=stack_sequences, size=row_size)
+    return in_batches(model, work, rows, pad_id, pack=stack_sequences, size=row_size)

@@ -22,6 +22,7 @@ from keifu.generation.text.model import Encoder, Mask, Tokens, TwoTowers, evalua
 from keifu.layers.pooling import mean_pool
 
 PASS_TOKENS = 4096  # tokens in one pass: enough to use matrix multiplication well, few enough for a cache
+BATCH = 256  # maximal number of texts in a pass
 Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # arguments: tokens and mask
 Pack = Callable[[Any, int], tuple[Tensor, Tensor | None]]
 Advance = Callable[[int], object]
@@ -67,7 +68,7 @@ def in_batches(
     work: Work,
     rows: Sequence[Any],
     pad_id: int,
-    batch_size: int,
+    batch_size: int = BATCH,
     advance: Advance | None = None,
     pack: Pack = pad,
     size: Callable[[Any], int] = len,
@@ -90,7 +91,6 @@ def in_batches(
     return torch.cat(parts)[torch.tensor(order, device=device).argsort()]  # of no inference mode, for training
 
 
-BATCH = 256  # maximal number of texts in a pass
 SEARCHED = 2**24  # similarities that are computed at once
 
 

@@ -1,4 +1,4 @@
-"""Classification metrics: probabilities, accuracy, F1, the confusion matrix, and a picture of misclassified images.
+"""Classification metrics: accuracy, F1, the confusion matrix, and a picture of misclassified images.
 
 Axes: texts, labels; of the matrix: rows = true labels, columns = predicted labels; of images: picture, height,
 width.
@@ -11,37 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from keifu.data.padding import Rows
-from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import encoder, in_batches
-from keifu.evaluation.intervals import as_text, wilson
+from keifu.evaluation.intervals import Figures, share_figures
 from keifu.evaluation.plots.decision_boundary import aligned, canvas, png
 from keifu.evaluation.registry import ResultTable
-from keifu.generation.text.model import Encoder, Mask, Tokens
-
-
-def classifier(model: nn.Module, name: str = "") -> Encoder:
-    """Return the model. Raises `UserError`, which says how to train one, if it has no classification head."""
-    reader = encoder(model)
-    if not reader.config.labels:
-        who, option = (name, f" --model {name}") if name else (f"This {type(model).__name__}", "")
-        raise UserError(
-            f"{who} has no classification head: train one with keifu train classifier{option} --data TABLE, and "
-            "classify with that run."
-        )
-    return reader
-
-
-def probabilities(model: nn.Module, rows: Rows, pad_id: int, batch_size: int = 256) -> Float[Tensor, "texts labels"]:
-    """Return the probability of each label for each text. rows: token ids of the texts."""
-    reader = classifier(model)
-
-    def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch labels"]:
-        return reader.classify(tokens, None, mask).float().softmax(-1)
-
-    return in_batches(model, work, rows, pad_id, batch_size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +36,9 @@ class Confusion:
         """Share of texts whose predicted label is the true one."""
         return float(self.counts.trace() / self.counts.sum())
 
-    def accuracy_figures(self, name: str = "accuracy") -> dict[str, float | int | str]:
-        """Return the accuracy and its 95% interval by Wilson, as figures of an evaluation."""
-        interval = as_text(wilson(int(self.counts.trace()), int(self.counts.sum())))
-        return {name: round(self.accuracy, 4), f"{name}, 95% interval": interval}
+    def accuracy_figures(self, name: str = "accuracy") -> Figures:
+        """Return the accuracy and its 95% interval, as figures of an evaluation."""
+        return share_figures(name, int(self.counts.trace()), int(self.counts.sum()))
 
     @property
     def majority(self) -> tuple[str, float]:
@@ -74,30 +47,19 @@ class Confusion:
         return self.labels[int(rows.argmax())], float(rows.max() / rows.sum())
 
     @cached_property
-    def precision(self) -> Float[Tensor, "labels"]:
-        """For each label: share of the texts predicted as it that have it; 0 if there are none."""
-        return self.counts.diag() / self.counts.sum(0).clamp_min(1)
+    def scores(self) -> Float[Tensor, "labels scores"]:
+        """Precision, recall and F1 of each label.
 
-    @cached_property
-    def recall(self) -> Float[Tensor, "labels"]:
-        """For each label: share of the texts with it that are predicted as it; 0 if there are none."""
-        return self.counts.diag() / self.counts.sum(1).clamp_min(1)
-
-    @cached_property
-    def f1(self) -> Float[Tensor, "labels"]:
-        """Harmonic mean of precision and recall of each label; 0 if both are 0."""
-        return 2 * self.precision * self.recall / (self.precision + self.recall).clamp_min(1e-12)
+        Precision is the share of the texts predicted as a label that have it, recall the share of the texts with a
+        label that are predicted as it; both are 0 if there are none. F1 is their harmonic mean.
+        """
+        precision, recall = (self.counts.diag() / self.counts.sum(axis).clamp_min(1) for axis in (0, 1))
+        return torch.stack([precision, recall, 2 * precision * recall / (precision + recall).clamp_min(1e-12)], 1)
 
     @property
     def macro_f1(self) -> float:
         """Mean F1 over the labels that occur as true or predicted labels."""
-        return float(self.f1[(self.counts.sum(0) + self.counts.sum(1)) > 0].mean())
-
-    @property
-    def figures(self) -> list[dict[str, float]]:
-        """Precision, recall and F1 of each label."""
-        values = zip(self.precision.tolist(), self.recall.tolist(), self.f1.tolist(), strict=True)
-        return [{"precision": precision, "recall": recall, "f1": f1} for precision, recall, f1 in values]
+        return float(self.scores[(self.counts.sum(0) + self.counts.sum(1)) > 0, 2].mean())
 
     def verdict(self) -> str:
         """Describe accuracy, the accuracy of the most frequent label, and macro F1 in a sentence."""
@@ -109,8 +71,8 @@ class Confusion:
 
     def by_label(self) -> tuple[list[str], list[list[str]]]:
         """Return precision, recall and F1 of each label as a table (columns, rows)."""
-        each = zip(self.labels, self.figures, self.counts.sum(1).tolist(), strict=True)
-        rows = [[label, *(f"{value:.3f}" for value in row.values()), f"{count:,}"] for label, row, count in each]
+        each = zip(self.labels, self.scores.tolist(), self.counts.sum(1).tolist(), strict=True)
+        rows = [[label, *(f"{score:.3f}" for score in scores), f"{count:,}"] for label, scores, count in each]
         return ["label", "precision", "recall", "F1", "texts"], rows
 
     def page(self) -> str:
@@ -144,7 +106,9 @@ class Confusion:
     def to_json(self) -> dict[str, Any]:
         """Return the figures for JSON."""
         majority, share = self.majority
-        by_label = dict(zip(self.labels, self.figures, strict=True))
+        names = ("precision", "recall", "f1")
+        scores = [dict(zip(names, row, strict=True)) for row in self.scores.tolist()]
+        by_label = dict(zip(self.labels, scores, strict=True))
         return {
             "texts": int(self.counts.sum()), "accuracy": self.accuracy, "macro_f1": self.macro_f1,
             "majority": {"label": majority, "share": share}, "labels": by_label, "confusion": self.counts.tolist(),

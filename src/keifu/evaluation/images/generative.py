@@ -43,12 +43,10 @@ class Bound:
     """Bits per dimension (per number of a picture) of each picture.
 
     prior [batch]: divergence of x_T from noise. steps [batch, T]: each denoising step; timestep 0 is the decoder.
-    squared_error [batch, T]: of the predicted noise, for comparison with the training loss.
     """
 
     prior: Float[Tensor, " batch"]
     steps: Float[Tensor, "batch steps"]
-    squared_error: Float[Tensor, "batch steps"]
 
     @property
     def total(self) -> Float[Tensor, " batch"]:
@@ -75,11 +73,9 @@ def bound(
         x = add_noise(pictures, added, noise.alpha_bar, timestep)
         left = float(noise.alpha_bar[step])
         seen = denoise(x, Level(float(step), math.sqrt(left), math.sqrt(1 - left)))
-        bits = bits_of_step(noise, exact, pictures, seen.picture, x, timestep, seen.variance_fraction)
-        rows.append(torch.stack([bits, (seen.noise - added).square().flatten(1).mean(1)]))
+        rows.append(bits_of_step(noise, exact, pictures, seen.picture, x, timestep, seen.variance_fraction))
         advance()
-    steps, errors = torch.stack(rows, -1)
-    return Bound(prior_bits(noise, pictures), steps, errors)
+    return Bound(prior_bits(noise, pictures), torch.stack(rows, -1))
 
 
 def prior_bits(noise: Noise, pictures: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:

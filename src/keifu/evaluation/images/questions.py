@@ -13,7 +13,7 @@ from torch import nn
 from keifu.data.images.questions import FILE, NAMES, Question, read_questions
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.intervals import as_text, wilson
+from keifu.evaluation.intervals import Figures, share_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images.prompts import SeeingModel, render
 from keifu.generation.text.generate import generate_batch
@@ -60,9 +60,8 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
             said += [answer.text.strip() for answer in done]
         return said
 
-    def right(name: str, said: Sequence[str], some: Sequence[int]) -> dict[str, float | int | str]:
-        hits = sum(said[number] == tested[number].answer for number in some)
-        return {name: round(hits / max(1, len(some)), 4), f"{name}, 95% interval": as_text(wilson(hits, len(some)))}
+    def right(name: str, said: Sequence[str], some: Sequence[int]) -> Figures:
+        return share_figures(name, sum(said[number] == tested[number].answer for number in some), len(some))
 
     (most, by_question), seen, blind = questions.commonest(), answers(True), answers(False)
     every, left_out = range(len(tested)), {*(request.held_out.get("left_out") or ())}

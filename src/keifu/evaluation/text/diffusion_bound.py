@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.intervals import as_text, bootstrap
+from keifu.evaluation.intervals import mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult
 from keifu.evaluation.text.perplexity import accepts, names, tokens_of
 from keifu.generation.text.model import MaskPredictor, device_of, evaluation_mode
@@ -43,13 +43,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         for number, window in enumerate(windows):
             losses.append(bound(model, torch.from_numpy(window), request.seed + number, request.batch_size or DRAWS))
             progress(number + 1)
-    unit = math.log(2) * bytes_per_token
-    figures: dict[str, float | int | str] = {
-        "bits per byte, at most": round(float(np.mean(losses)) / unit, 4),
-        "bits per byte, at most, 95% interval": as_text(bootstrap(np.array(losses) / unit)),
-        "loss, at most": round(float(np.mean(losses)), 4),
-        "tokens": len(windows) * length,
-    }
+    figures = mean_figures("bits per byte, at most", np.array(losses) / (math.log(2) * bytes_per_token))
+    figures |= {"loss, at most": round(float(np.mean(losses)), 4), "tokens": len(windows) * length}
     return EvalResult(figures, (f"The mean of {DRAWS} random masks of each window of {length} tokens, by --seed.",))
 
 

@@ -24,7 +24,7 @@ from keifu.data.text.documents import TextFileFormat
 from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.evaluation.intervals import as_text, bootstrap
+from keifu.evaluation.intervals import as_text, bootstrap, mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.perplexity import accepts, names
 from keifu.generation.text.model import Encoder, device_of, evaluation_mode
@@ -92,9 +92,8 @@ class HiddenTokens:
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """Return the figures on evenly spaced held-out rows with fixed masks."""
     config = cast(Any, model).config
-    shards = prepare_sentences(
-        request.on, tokenizer, sentences, form=TextFileFormat(request.text_field, request.encoding)
-    )
+    form = TextFileFormat(request.text_field, request.encoding)
+    shards = prepare_sentences(request.on, tokenizer, sentences, form=form)
     masking = MaskingScheme(min(128, config.context_length), sentence_pairs=config.next_sentence)
     vocabulary = MaskingVocabulary.of(tokenizer)
     size, most = request.batch_size or 32, request.limit or ROWS
@@ -103,14 +102,10 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     training = shards.training.tokens
     looked_up = NeighbourLookup(training, tokenizer.vocab_size)(hidden.left, hidden.right) == hidden.targets
     classes = token_classes(tokenizer, vocabulary, training)[hidden.targets]
-    figures: dict[str, float | int | str] = {
-        "masked words right": round(float(hidden.correct.mean()), 4),
-        "masked words right, 95% interval": as_text(bootstrap(hidden.correct, clusters=hidden.rows)),
-        "masked words looked up": round(float(looked_up.mean()), 4),
-        "masked words looked up, 95% interval": as_text(bootstrap(looked_up, clusters=hidden.rows)),
-        "perplexity of masked words": round(math.exp(min(float(hidden.losses.mean()), 700)), 3),
-        "masked words": len(hidden.targets),
-    }
+    figures = mean_figures("masked words right", hidden.correct, hidden.rows)
+    figures |= mean_figures("masked words looked up", looked_up, hidden.rows)
+    figures["perplexity of masked words"] = round(math.exp(min(float(hidden.losses.mean()), 700)), 3)
+    figures["masked words"] = len(hidden.targets)
     if masking.sentence_pairs:
         figures["sentence pairs right"] = round(float(np.mean(next_found)), 4)
     rows = sum(len(batch["tokens"]) for batch in batches)

@@ -1,7 +1,7 @@
 """Evaluation of a language model on each text of a mixture: perplexity, and infilling if it was trained for it."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from keifu.data.text.mixture import MIXTURES, batches, held_out, is_mixture, pre
 from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.evaluation.intervals import Figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import Model, causal, device_of, evaluation_mode
 from keifu.training.objectives.language_modeling import span_corruption as span_corruption_loss
@@ -24,8 +25,10 @@ WINDOWS = 64  # of each source
 LONGEST = 1024  # maximal tokens of a window
 
 
-@dataclass(frozen=True)
-class MixtureLosses:
+Tasks = dict[str, span_corruption.CorruptionTask]
+
+
+class MixtureLosses(NamedTuple):
     """Mean loss in nats, and the number of tokens."""
 
     loss: float
@@ -51,16 +54,14 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
             rows.append(_row(source.name, source.weight, shards, by_task))
             progress(number)
     columns = "source", "weight", "bits per byte", "perplexity", "loss", "tokens", *list(tasks)[1:]
-    figures: dict[str, float | int | str] = {
-        "bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows),
-    }  # fmt: skip
+    figures: Figures = {"bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows)}
     notes = [f"Windows of {context} tokens, each without the text before it, of what keifu holds out."]
     if "infilling" in tasks:
         notes.append("infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given.")
     return EvalResult(figures, tuple(notes), {"sources": ResultTable(columns, rows)})
 
 
-def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.CorruptionTask]:
+def tasks_for(tokenizer: Tokenizer, context: int) -> Tasks:
     """Return the tasks of a model.
 
     "loss": predict from left to right, after the token that begins a text. "infilling", if the tokenizer has modes and
@@ -71,22 +72,14 @@ def tasks_for(tokenizer: Tokenizer, context: int) -> dict[str, span_corruption.C
     if not vocabulary.keys() >= {*span_corruption.MODES} or begin != vocabulary[span_corruption.SEQUENTIAL]:
         return {"loss": span_corruption.CausalBatches(context - (begin is None), begin)}
     markers = span_corruption.Markers.of(tokenizer, sum(token.startswith("<extra_id_") for token in vocabulary))
-    hidden = span_corruption.InfillingExamples(
-        span_corruption.SpanCorruptionBatches(
-            [span_corruption.SpanCorruption(span_corruption.MODES[0], 0.15, 3)], markers, context
-        )
-    )
+    spans = [span_corruption.SpanCorruption(span_corruption.MODES[0], 0.15, 3)]
+    hidden = span_corruption.InfillingExamples(span_corruption.SpanCorruptionBatches(spans, markers, context))
     return {"loss": span_corruption.CausalBatches(context, begin), "infilling": hidden}
 
 
 @torch.inference_mode()
 def losses(
-    model: nn.Module,
-    shards: Shards,
-    tasks: dict[str, span_corruption.CorruptionTask],
-    context: int,
-    rows: int,
-    batch_size: int,
+    model: nn.Module, shards: Shards, tasks: Tasks, context: int, rows: int, batch_size: int
 ) -> dict[str, MixtureLosses]:
     """Return the loss of each task on at most `rows` held-out windows of `context` tokens."""
     windows = held_out(shards, context, rows)

@@ -18,7 +18,7 @@ from keifu.data.text.documents import TextFileFormat, documents
 from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.intervals import as_text, bootstrap
+from keifu.evaluation.intervals import Figures, mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import device_of, is_writer, text_model
@@ -51,10 +51,9 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
             progress(done)
     sizes = [len(window) - 1 for window in windows[: len(nats)]]
     loss, unit = math.fsum(nats) / sum(sizes), math.log(2) * bytes_per_token
-    figures: dict[str, float | int | str] = {
+    figures: Figures = {
         "perplexity": round(math.exp(min(loss, 700)), 3),
-        "bits per byte": round(loss / unit, 4),
-        "bits per byte, 95% interval": as_text(bootstrap(np.array(nats) / unit, sizes=sizes)),
+        **mean_figures("bits per byte", np.array(nats) / unit, sizes=sizes),
         "loss": round(loss, 4),
         "tokens": sum(sizes),
         "bytes per token": round(bytes_per_token, 6),
@@ -68,18 +67,12 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
     """Return the tokens of the data, and the mean number of bytes per token.
 
-    The data are the held-out part of a catalogue entry, or a whole file.
+    The data are the held-out part of a catalogue entry, or all documents of a file or folder, each followed by an
+    end-of-text token if there is one.
     """
-    return _held_out(request.on, tokenizer) if request.on in names() else _whole(request, tokenizer)
-
-
-def _held_out(name: str, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    shards = prepare(name, tokenizer)
-    return np.asarray(shards.validation, dtype=np.int64), shards.bytes_per_token
-
-
-def _whole(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:
-    """Return all documents of a file or folder as tokens, each followed by an end-of-text token if there is one."""
+    if request.on in names():
+        shards = prepare(request.on, tokenizer)
+        return np.asarray(shards.validation, dtype=np.int64), shards.bytes_per_token
     texts = list(documents(request.on, TextFileFormat(request.text_field, request.encoding)))
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     ids = np.array([i for ids in tokenizer.encode_batch(texts) for i in [*ids, *end]], dtype=np.int64)

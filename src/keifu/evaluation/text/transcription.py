@@ -10,7 +10,7 @@ from torch import nn
 from keifu.data.audio.recordings import DIGITS, FILE, read_recordings
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.intervals import as_text, bootstrap
+from keifu.evaluation.intervals import mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.speech.transcription import TranscriptionParams, transcribe
 from keifu.layers.transformer.speech import SpeechRecognizer
@@ -59,9 +59,7 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
     lengths = [len(words(recording.text)) for recording in tested]
     wrong = [word_errors(words(text), words(recording.text)) for text, recording in zip(written, tested, strict=True)]
     errors, sizes = zip(*((errors, size) for errors, size in zip(wrong, lengths, strict=True) if size), strict=True)
-    figures: dict[str, float | int | str] = {
-        "word error rate": round(sum(wrong) / sum(lengths), 4),
-        "word error rate, 95% interval": as_text(bootstrap(errors, sizes=sizes)),
+    figures = mean_figures("word error rate", errors, sizes=sizes) | {
         "recordings without an error": round(wrong.count(0) / len(wrong), 4),
         "words": sum(lengths),
         "recordings": len(tested),

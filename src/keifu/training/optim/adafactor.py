@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 SQUARE_EPSILON, SCALE_EPSILON = 1e-30, 1e-3  # ε₁ and ε₂ of the paper's section 8
+DECAY = 0.8  # exponent of the decay β₂ of the squares (section 7.2)
 CLIP_THRESHOLD = 1.0  # d of section 6: the largest root mean square of an update, before it is scaled
+
+Rows = Mapping[Tensor, tuple[int, ...]]
 
 
 class Adafactor(torch.optim.Optimizer):
@@ -28,15 +31,9 @@ class Adafactor(torch.optim.Optimizer):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-2,
-        beta1: float = 0.9,
-        decay: float = 0.8,
-        weight_decay: float = 0.0,
-        rows: Mapping[Tensor, tuple[int, ...]] | None = None,
+        self, params: Iterable[Any], lr: float, beta1: float = 0.9, weight_decay: float = 0.0, rows: Rows | None = None
     ):
-        super().__init__(params, {"lr": lr, "beta1": beta1, "decay": decay, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "beta1": beta1, "weight_decay": weight_decay})
         self.rows = rows or {}
 
     @torch.no_grad()
@@ -51,7 +48,7 @@ class Adafactor(torch.optim.Optimizer):
         torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore
         weights = self._split(parameters, parameters)
         counts = [(float(state["step"]), len(self._of(p))) for state, p in zip(states, parameters, strict=True)]
-        new = [step ** -group["decay"] for step, matrices in counts for _ in range(matrices)]
+        new = [step**-DECAY for step, matrices in counts for _ in range(matrices)]
         squares = self._split(parameters, [state["square"] for state in states])
         directions = _directions(squares, self._split(parameters, [p.grad for p in parameters]), new)
         torch._foreach_mul_(directions, _scales(weights, directions, group["lr"]))  # pyright: ignore

@@ -52,14 +52,10 @@ class StackedMuon(torch.optim.Muon):
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        rows: Mapping[Tensor, tuple[int, ...]] | None = None,
-        dtype: torch.dtype = torch.bfloat16,
-        **settings: Any,
+        self, params: Iterable[Any], rows: Mapping[Tensor, tuple[int, ...]], dtype: torch.dtype, **settings: Any
     ):
         super().__init__(params, **settings)
-        self.rows, self.dtype = rows or {}, dtype
+        self.rows, self.dtype = rows, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -4,7 +4,7 @@ Training itself is not affected: the average is used for validation, samples and
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -31,20 +31,26 @@ def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
 
 @contextmanager
 @torch.no_grad()
-def averaged_weights(model: nn.Module, directory: Path, last: int) -> Iterator[None]:
+def replaced_weights(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a block in which the weights have the values of `others`, by name; then restore their values."""
+    before = {name: tensor.detach().clone() for name, tensor in weights.items()}
+    try:
+        for name, tensor in weights.items():
+            tensor.copy_(others[name])
+        yield
+    finally:
+        for name, tensor in weights.items():
+            tensor.copy_(before[name])
+
+
+def averaged_weights(model: nn.Module, directory: Path, last: int) -> AbstractContextManager[None]:
     """Run a block in which the model has the mean of its run's last checkpoints; then restore its weights.
 
     Without a checkpoint, or with `last` below 2, the weights do not change.
     """
     if last < 2 or not state.steps(directory):
-        yield
-        return
-    before = {name: tensor.detach().clone() for name, tensor in state.model_tensors(model).items()}
-    state.load_into_model(model, average_checkpoints(directory, last))
-    try:
-        yield
-    finally:
-        state.load_into_model(model, before)
+        return nullcontext()
+    return replaced_weights(state.model_tensors(model), average_checkpoints(directory, last))
 
 
 def _of_model(directory: Path, step: int) -> dict[str, Tensor]:
@@ -79,15 +85,9 @@ class MovingAverage:
         means, now = [*self.means.values()], [*self.parameters.values()]
         torch._foreach_lerp_(means, now, share)  # pyright: ignore[reportPrivateImportUsage]
 
-    @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> AbstractContextManager[None]:
         """Run a block in which the parameters have their averages; then restore their values."""
-        before = {name: tensor.detach().clone() for name, tensor in self.parameters.items()}
-        self._put(self.means)
-        try:
-            yield
-        finally:
-            self._put(before)
+        return replaced_weights(self.parameters, self.means)
 
     def state(self) -> dict[str, Tensor]:
         """Return the averages and the number of updates, for a checkpoint."""
@@ -101,8 +101,3 @@ class MovingAverage:
         for name, mean in self.means.items():
             mean.copy_(state[f"{self.PREFIX}{name}"])
         return {name: tensor for name, tensor in state.items() if not name.startswith(self.PREFIX)}
-
-    @torch.no_grad()
-    def _put(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(tensors[name])
