@@ -21,6 +21,7 @@ from keifu.data.tokenizers.bpe import learn
 from keifu.errors import UserError
 from keifu.evaluation.images.counting import WordCounter, color_histograms, nearest_mean
 from keifu.evaluation.images.retrieval import (
+    both_ranks,
     embed_pictures,
     embed_texts,
     equal,
@@ -30,7 +31,6 @@ from keifu.evaluation.images.retrieval import (
     preprocessing,
     ranks,
     recall,
-    recall_both_ways,
     split_pairs,
 )
 from keifu.models.clip import clip
@@ -81,7 +81,7 @@ def test_ranks_by_hand() -> None:
     queries = torch.tensor([[1.0, 0.5, 0.0], [0.9, 0.0, 0.1], [0.5, 0.5, 0.5]])
     places = ranks(queries, among, torch.arange(3), torch.arange(3))
     assert places.tolist() == [1, 3, 3]  # the second's answer is last; in the third all are as near
-    found = recall(places)
+    found = recall(places.tolist())
     assert found.shares == {1: pytest.approx(1 / 3), 5: 1.0, 10: 1.0} and found.median == 3.0
 
 
@@ -90,7 +90,8 @@ def test_any_of_several_captions_is_right() -> None:
     pictures = torch.nn.functional.normalize(torch.randn(20, 6), dim=-1)
     owners = torch.arange(20).repeat_interleave(2)
     texts = torch.nn.functional.normalize(pictures[owners] + torch.randn(40, 6) * 0.4, dim=-1)
-    captions, found = recall_both_ways(pictures, texts, owners)
+    captions = recall(ranks(pictures, texts, torch.arange(20), owners).tolist())
+    found = recall(ranks(texts, pictures, owners, torch.arange(20)).tolist())
     order = (pictures @ texts.T).argsort(1, descending=True)
     among = (owners[order[:, :5]] == torch.arange(20)[:, None]).any(1)
     assert captions.shares[5] == pytest.approx(float(among.float().mean()))
@@ -111,7 +112,7 @@ def test_points_and_shares_are_transformers(run, pictures) -> None:
     given = processor(text=labels, images=images, return_tensors="pt", padding=True)
     expected = theirs(**given)
     assert torch.equal(preprocessing(model)(images), given["pixel_values"])
-    points = embed_pictures(model, iter(images), batch_size=4)
+    points = embed_pictures(model, iter(images))
     assert torch.allclose(points, expected.image_embeds, atol=1e-6)
     assert torch.allclose(embed_texts(model, tokenizer, labels), expected.text_embeds, atol=1e-6)
     shares = label_shares(model, points, label_points(model, tokenizer, labels, ["{}"]))
@@ -189,8 +190,9 @@ def test_pictures_with_the_same_caption_are_all_right_for_it() -> None:
     points = torch.eye(3)
     texts = torch.tensor([[0.6, 0.0, 0.8], [0.0, 1.0, 0.0], [0.6, 0.0, 0.8]])  # the first is the last, and nearer to it
     alike = equal(["a", "b", "a"])
-    assert [found.shares[1] for found in recall_both_ways(points, texts, alike, alike)] == [1.0, 1.0]
-    assert recall_both_ways(points, texts)[1].shares[1] < 1
+    both = (points, texts), (points, texts)
+    assert both_ranks(*both, alike) == {"captions": [1, 1, 1], "pictures": [1, 1, 1]}
+    assert both_ranks(*both, torch.arange(3))["pictures"] != [1, 1, 1]
 
 
 def test_words_weigh_as_in_scikit_learn() -> None:

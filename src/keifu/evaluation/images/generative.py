@@ -26,6 +26,7 @@ from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.classification.neurons import RowClassifier
 from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, manifold, moments, nearest, psnr, ssim
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
+from keifu.evaluation.intervals import Figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images import pixel_diffusion
 from keifu.generation.images.denoiser import Denoiser, Network, label_denoiser
@@ -95,7 +96,7 @@ Bytes = UInt8[Tensor, "picture channels height width"]
 
 def reconstruct(
     model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int, steps: int | None = None
-) -> tuple[dict[str, float | int | str], ResultTable]:
+) -> tuple[Figures, ResultTable]:
     """Return mean PSNR (decibels) and SSIM of images that were noised to each level of `LEFT` and denoised
     deterministically.
 
@@ -133,7 +134,7 @@ def _reconstruct(
     return to_bytes(x).cpu(), to_bytes(last_x(walk)).cpu()
 
 
-def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) -> dict[str, float | int | str]:
+def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) -> Figures:
     """Return the variational bound in bits per dimension, its three parts, and the standard error of the mean.
 
     prior: the end of the noising. steps (with the prior the paper's rate): denoising down to timestep 0. decoder (its
@@ -292,15 +293,11 @@ def write_neighbours(
     if seen.titles != PAPERS:
         notes.append(f"Inception's weights are not at {place()}: these are no FID and KID as papers print them.")
     columns = "seed", "nearest by pixels", "difference", "nearest by features"
-    rows = [
-        (request.seed + n, real.names[one], round(difference, 3), real.names[other])
-        for n, (one, difference, other) in enumerate(
-            zip(near.by_pixels.tolist(), near.differences.tolist(), near.by_features.tolist(), strict=True)
-        )
-    ]
-    return EvalResult(
-        figures, tuple(notes), {}, ResultTable(columns, rows), side_by_side(drawn, real, near, request.seed)
-    )
+    seeds = range(request.seed, request.seed + len(drawn))
+    by_pixels, by_features = ([real.names[n] for n in found.tolist()] for found in (near.by_pixels, near.by_features))
+    differences = [round(difference, 3) for difference in near.differences.tolist()]
+    items = ResultTable(columns, list(zip(seeds, by_pixels, differences, by_features, strict=True)))
+    return EvalResult(figures, tuple(notes), {}, items, side_by_side(drawn, real, near, request.seed))
 
 
 def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) -> EvalResult:
@@ -337,7 +334,7 @@ def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) 
 
 def compare_images(
     seen: Extractor, drawn: Bytes, real: ImageDataset, held: ImageDataset | None
-) -> tuple[Neighbours, dict[str, float | int | str]]:
+) -> tuple[Neighbours, Figures]:
     """Return the nearest real images, and figures of generated images against real ones, with those of held-out images
     for comparison."""
     known = real.spread(COMPARED)
@@ -351,13 +348,12 @@ def compare_images(
         figures |= _figures(seen, known_features, other_features, " of held-out pictures")
         apart = nearest_neighbours(others, other_features, known, known_features, real).differences
         figures["median difference of held-out pictures"] = round(float(apart.median()), 2)
-        figures["share nearer than 99% of held-out pictures"] = round(
-            float((near.differences < apart.quantile(0.01)).float().mean()), 4
-        )
+        nearer = (near.differences < apart.quantile(0.01)).float().mean()
+        figures["share nearer than 99% of held-out pictures"] = round(float(nearer), 4)
     return near, figures
 
 
-def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> dict[str, float | int | str]:
+def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> Figures:
     """Return Fréchet and kernel distance, precision and recall by name."""
     distance, among = kernel_distance(real, drawn), manifold(real, drawn)
     named = seen.titles

@@ -26,7 +26,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
 from keifu.evaluation.images.counting import counted_points
-from keifu.evaluation.intervals import as_text, bootstrap
+from keifu.evaluation.intervals import Figures, as_text, bootstrap, mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import TwoTowers, evaluation_mode
 
@@ -60,13 +60,11 @@ def padding(tokenizer: Tokenizer) -> int:
     return next(token for token in (tokenizer.pad_id, tokenizer.eos_id, 0) if token is not None)
 
 
-def embed_pictures(
-    model: nn.Module, images: Iterable[Image.Image], batch_size: int = BATCH
-) -> Float[Tensor, "pictures embedding"]:
+def embed_pictures(model: nn.Module, images: Iterable[Image.Image]) -> Float[Tensor, "pictures embedding"]:
     """Return the embedding of each picture as float32. Pictures are read in batches, and only their embeddings are
     kept."""
     ready, left = preprocessing(model), iter(images)
-    groups = iter(lambda: list(islice(left, batch_size)), [])
+    groups = iter(lambda: list(islice(left, BATCH)), [])
     return embed_bytes(model, (torch.stack([ready.cut(image) for image in some]) for some in groups))
 
 
@@ -146,27 +144,10 @@ def ranks(
     return torch.cat(parts)
 
 
-def recall(positions: Int[Tensor, " queries"]) -> Recall:
+def recall(positions: Sequence[int]) -> Recall:
     """Return the recall figures of these ranks."""
-    shares = {first: float((positions <= first).float().mean()) for first in FIRST}
-    return Recall(shares, float(positions.float().quantile(0.5)))
-
-
-def recall_both_ways(
-    pictures: Float[Tensor, "pictures embedding"],
-    texts: Float[Tensor, "texts embedding"],
-    owners: Int[Tensor, " texts"] | None = None,
-    alike: Int[Tensor, " pictures"] | None = None,
-) -> tuple[Recall, Recall]:
-    """Return the recall of captions for pictures, and of pictures for captions.
-
-    owners: index of each caption's picture; None: captions are in the pictures' order. alike: a number for each
-    picture, which `owners` then refers to; pictures with the same number have the same caption, and each is correct for
-    it.
-    """
-    numbers = torch.arange(len(pictures), device=pictures.device) if alike is None else alike
-    owners = numbers if owners is None else owners
-    return recall(ranks(pictures, texts, numbers, owners)), recall(ranks(texts, pictures, owners, numbers))
+    shares = {first: float(np.mean(np.array(positions) <= first)) for first in FIRST}
+    return Recall(shares, float(np.median(positions)))
 
 
 def takes(model: nn.Module) -> bool:
@@ -201,7 +182,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         pictures = pictures.chosen(range(min(request.limit, len(pictures))))
     points = embed_pictures(model, images(request.on, pictures, size))
     families = pictures.families.tolist()
-    figures: dict[str, float | int | str] = {"pictures": len(pictures), "families": len({*families})}
+    figures: Figures = {"pictures": len(pictures), "families": len({*families})}
     rows = list[tuple[Any, ...]]()
     learned = [code for code in request.languages if code in pictures.captions]
     for language in [request.language] if request.language else learned or pictures.captions:
@@ -225,28 +206,29 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
 def both_ranks(
     for_captions: tuple[Tensor, Tensor], for_pictures: tuple[Tensor, Tensor], alike: Int[Tensor, " pictures"]
 ) -> dict[str, list[int]]:
-    """Return the rank of each picture's caption, and of each caption's picture. Both arguments are (pictures,
-    texts)."""
+    """Return the rank of each picture's caption, and of each caption's picture, by "captions" and "pictures".
+
+    for_captions, for_pictures: (pictures, texts). alike: a number for each picture; pictures with the same number have
+    the same caption, and each is correct for it.
+    """
     pictures, texts = for_pictures
     captions = ranks(*for_captions, alike, alike)
     return {"captions": captions.tolist(), "pictures": ranks(texts, pictures, alike, alike).tolist()}
 
 
-def figures_of(
-    language: str, columns: Mapping[str, Sequence[int]], families: Sequence[int]
-) -> dict[str, float | int | str]:
+def figures_of(language: str, columns: Mapping[str, Sequence[int]], families: Sequence[int]) -> Figures:
     """Return the figures of ranks by direction ("captions", "pictures"), and those of the counting baseline."""
-    figures: dict[str, float | int | str] = {}
+    figures: Figures = {}
     for what in ("captions", "pictures"):
         name = f"{language} {what} R@1"
-        figures |= recall(torch.tensor(columns[what])).figures(f"{language} {what}")
+        figures |= recall(columns[what]).figures(f"{language} {what}")
         right = np.array(columns[what]) == 1
         figures[f"{name}, 95% interval"] = as_text(bootstrap(right, clusters=families))
         if counted := columns.get(f"{what}, counted"):
             baseline = np.array(counted) == 1
-            figures[f"{name} by counting"] = round(float(baseline.mean()), 4)
-            for which, values in (("by", baseline), ("above", right * 1.0 - baseline)):
-                figures[f"{name} {which} counting, 95% interval"] = as_text(bootstrap(values, clusters=families))
+            figures |= mean_figures(f"{name} by counting", baseline, clusters=families)
+            difference = bootstrap(right * 1.0 - baseline, clusters=families)
+            figures[f"{name} above counting, 95% interval"] = as_text(difference)
     return figures
 
 
@@ -264,9 +246,8 @@ def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
         return split_of_run(pictures, held_out)
     test = np.array([part == "test" for part in pictures.parts])
     test |= not test.any()
-    return ImageSplit(
-        pictures.chosen(np.flatnonzero(~test)), pictures.chosen(()), pictures.chosen(np.flatnonzero(test))
-    )
+    train, held_out = (pictures.chosen(np.flatnonzero(mask)) for mask in (~test, test))
+    return ImageSplit(train, pictures.chosen(()), held_out)
 
 
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:

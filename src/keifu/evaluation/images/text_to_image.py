@@ -20,7 +20,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
 from keifu.evaluation.images import generative as drawn_pictures
 from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, two_towers
-from keifu.evaluation.intervals import as_text, wilson
+from keifu.evaluation.intervals import Figures, share_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
@@ -91,7 +91,7 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
     sets = {"": train.distinct(), " of held-out captions": test.distinct() if test else None}
     drawn = {name: _generate(drawer, wanted, part, request) for name, part in sets.items() if part and len(part) > 1}
     note = _sentence(drawn, wanted, request)
-    figures, rows = dict[str, float | int | str](), list[tuple[Any, ...]]()
+    figures, rows = Figures(), list[tuple[Any, ...]]()
     if request.metric != "distances" and request.towers is not None:
         for where, images in drawn.items():
             scores, lines = _score(where, images, request)
@@ -129,32 +129,26 @@ def _generate(
     return GeneratedImages(chosen, captions, torch.cat(made))
 
 
-def _score(
-    where: str, drawn: GeneratedImages, request: EvalRequest
-) -> tuple[dict[str, float | int | str], list[tuple[Any, ...]]]:
+def _score(where: str, drawn: GeneratedImages, request: EvalRequest) -> tuple[Figures, list[tuple[Any, ...]]]:
     """Return CLIP scores of generated and real images, with their captions and with all others; and the items."""
     towers, tokenizer = request.towers
-    figures, columns = dict[str, float | int | str](), list[list[Any]]()
+    figures, columns = Figures(), list[list[Any]]()
     for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
         similarity = cosines(towers, tokenizer, pictures, drawn.captions)
         matching, others = clip_scores(similarity)
         first = similarity.argmax(1).cpu() == torch.arange(len(similarity))
         figures[f"CLIP score{whose}{where}"] = round(float(matching.mean()), 3)
         figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
-        name = f"own caption first of {len(first)}{whose}{where}"
-        figures[name] = round(float(first.float().mean()), 4)
-        figures[f"{name}, 95% interval"] = as_text(wilson(int(first.sum()), len(first)))
+        figures |= share_figures(f"own caption first of {len(first)}{whose}{where}", int(first.sum()), len(first))
         columns += [[f"{score:.3f}" for score in matching.tolist()], first.int().tolist()]
     part = [where.removeprefix(" of ") or "in training"] * len(drawn.captions)
     return figures, list(zip(part, drawn.captions, *columns, strict=True))
 
 
 def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: EvalRequest) -> str:
-    counts = " and ".join(
-        f"{len(images.captions):,}{name or ' of captions in training'}" for name, images in drawn.items()
-    )
+    counts = [f"{len(images.captions):,}{name or ' of captions in training'}" for name, images in drawn.items()]
     return (
-        f"Drawn: {counts}, in the language {request.language or 'that comes first'}, with a guidance of "
+        f"Drawn: {' and '.join(counts)}, in the language {request.language or 'that comes first'}, with a guidance of "
         f"{wanted.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
     )
 
@@ -162,9 +156,6 @@ def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: 
 def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:
     """Draw a PNG: some generated images, each next to the real one with the same caption."""
     count = drawn_pictures.SHOWN // len(drawn)
-    pairs = [
-        torch.stack([images.pictures[:count], images.real.take(slice(0, count))], 1).flatten(0, 1)
-        for images in drawn.values()
-    ]
+    pairs = [torch.stack([images.pictures[:count], images.real.take(slice(count))], 1) for images in drawn.values()]
     captions = [text for images in drawn.values() for caption in images.captions[:count] for text in (caption, "real")]
-    return grid(torch.cat(pairs), captions, drawn_pictures.ACROSS * 2)
+    return grid(torch.cat(pairs).flatten(0, 1), captions, drawn_pictures.ACROSS * 2)

@@ -195,10 +195,11 @@ def describe(task: ClipTask, languages: Sequence[str]) -> str:
     for code in languages:
         texts = retrieval.embed_texts(task.model, task.tokenizer, validation.texts(code), cut=True)
         alike = retrieval.equal(validation.texts(code)).to(points.device)
-        recalls = retrieval.recall_both_ways(points, texts, alike=alike)
-        for what, recall in zip(("captions by picture", "pictures by caption"), recalls, strict=True):
+        ranks = retrieval.both_ranks((points, texts), (points, texts), alike)
+        for what, name in (("captions", "captions by picture"), ("pictures", "pictures by caption")):
+            recall = retrieval.recall(ranks[what])
             shares = "  ".join(f"R@{first} {share:.1%}" for first, share in recall.shares.items())
-            lines.append(f"{code} {what}: {shares}  (of {len(validation):,})")
+            lines.append(f"{code} {name}: {shares}  (of {len(validation):,})")
     return "\n".join(lines)
 
 
