@@ -6,7 +6,7 @@ the step, so a run that is stopped and resumed ends with the same bits as an uni
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from keifu.processes import current
 from keifu.threads import follow_load
 from keifu.training.hardware import failures
 from keifu.training.hardware.precision import deterministic, tensor_float32
-from keifu.training.loader import Loader, own_rows, prefetches
+from keifu.training.loader import Loader, own_rows
 from keifu.training.pace import busy
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.recorder import Recorder
@@ -76,14 +76,12 @@ def train(
         state = trainer.state
         display.expect(state.length.steps)
         sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, state.described)
-        with metrics.RunMetrics(run.directory, sinks, state.step, state.spikes.skipped) as lines:
+        with closing(metrics.RunMetrics(run.directory, sinks, state.step, state.spikes.skipped)) as lines:
             recorder = Recorder(trainer, cost, run, save, display, lines)
             loop = _Loop(recorder, data, sample, lambda: current().broadcast(stop.wanted))
-            try:
+            with closing(loop.loader):
                 loop.make_steps()
                 return loop.finish()
-            finally:
-                loop.loader.close()
 
 
 class _Loop:
@@ -101,7 +99,7 @@ class _Loop:
         self.short = False  # whether a note has said that few steps fit into the time limit
         self.validated, self.gradient_norm = recorder.lines.validated, math.nan
         self.on_policy = isinstance(data, OnPolicy)
-        self.loader = Loader(partial(own_rows, data), device, prefetches(device) and not self.on_policy)
+        self.loader = Loader(partial(own_rows, data), device, device.type != "cpu" and not self.on_policy)
 
     def make_steps(self) -> None:
         """Train until the last step."""

@@ -19,25 +19,14 @@ from torch import Tensor
 
 from keifu.data.images.io import to_signed
 from keifu.layers.counter_rng import bits, normal, uniform
-from keifu.layers.diffusion.noise_schedule import (
-    Noise,
-    Posterior,
-    Sampling,
-    Weighting,
-    at,
-    discretised_log_likelihood,
-    loss_weights,
-    moved,
-    normal_kl,
-    posterior,
-    predicted_x0,
-    shares,
-    training_target,
-)
+from keifu.layers.diffusion import noise_schedule
+from keifu.layers.diffusion.noise_schedule import Noise, Posterior, Sampling, Weighting, at, moved
 from keifu.processes import rows_of
 from keifu.training.objectives.mapped_data import HELD_OUT, MappedData
 from keifu.training.protocols import Batch, Data, LossOutput
 
+Values = Float[Tensor, "batch *shape"]
+Steps = Int[Tensor, " batch"]
 Network = Callable[[Tensor, Tensor], Tensor]  # noisy pictures and their timesteps → output
 
 # Positions in the random stream of a row, far after those of its noise: for the timestep, and for label dropout.
@@ -112,12 +101,12 @@ class DiffusionLoss:
     @cached_property
     def weights(self) -> Float[Tensor, " steps"]:
         """The weight of each timestep."""
-        return loss_weights(self.noise, self.weighting, self.gamma)
+        return noise_schedule.loss_weights(self.noise, self.weighting, self.gamma)
 
     @cached_property
     def posterior(self) -> Posterior:
         """The exact posterior of a reverse step."""
-        return posterior(self.noise)
+        return noise_schedule.posterior(self.noise)
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """Return the loss, summed over pictures. Figures: `squared_error`, without weights, and with a learned variance
@@ -130,20 +119,21 @@ class DiffusionLoss:
         from -1 to 1. draws: their random seeds.
         """
         picture = to_signed(given) if given.dtype == torch.uint8 else given
-        timestep = self.noise.time(shares(uniform(draws, torch.full_like(draws, TIMESTEP)), self.sampling))
+        share = noise_schedule.shares(uniform(draws, torch.full_like(draws, TIMESTEP)), self.sampling)
+        timestep = self.noise.time(share)
         added = normal(draws, picture.shape[1:]).to(picture.dtype)
         alpha, sigma = self.noise.levels(timestep, picture)
         x = alpha * picture + sigma * added
-        output = network(x, timestep).to(x.dtype)
-        share = None
+        output, variance = network(x, timestep).to(x.dtype), None
         if self.noise.variance == "learned_range":
-            output, share = output.chunk(2, 1)
-        error = (output - training_target(self.noise, picture, added, timestep)).square().flatten(1).mean(1)
+            output, variance = output.chunk(2, 1)
+        target = noise_schedule.training_target(self.noise, picture, added, timestep)
+        error = (output - target).square().flatten(1).mean(1)
         total = (error * moved(self.weights, error.device, error.dtype)[timestep.long()]).sum()
         figures = {"squared_error": error.sum()} if self.weighting != "simple" else {}
-        if share is not None:
-            frozen = predicted_x0(self.noise, output.detach(), x, timestep)
-            bound = self.noise.steps * bits_of_step(self.noise, self.posterior, picture, frozen, x, timestep, share)
+        if variance is not None:
+            frozen = noise_schedule.predicted_x0(self.noise, output.detach(), x, timestep)
+            bound = self.noise.steps * bits_of_step(self.noise, self.posterior, picture, frozen, x, timestep, variance)
             total = total + self.bound_weight * bound.sum()
             figures["bits"] = bound.sum()
         return LossOutput(total, len(picture), figures)
@@ -169,13 +159,7 @@ class DiffusionLoss:
 
 
 def bits_of_step(
-    noise: Noise,
-    exact: Posterior,
-    picture: Float[Tensor, "batch *shape"],
-    predicted: Float[Tensor, "batch *shape"],
-    x: Float[Tensor, "batch *shape"],
-    timestep: Int[Tensor, " batch"],
-    share: Tensor | None,
+    noise: Noise, exact: Posterior, picture: Values, predicted: Values, x: Values, timestep: Steps, share: Tensor | None
 ) -> Float[Tensor, " batch"]:
     """Return L_{t-1} of the variational bound (Ho et al., 2020, equation 5), in bits per number of each picture.
 
@@ -186,8 +170,8 @@ def bits_of_step(
     mean = of_picture * predicted + of_x * x
     exact_mean = of_picture * picture + of_x * x
     log_variance = exact.log_variance(noise, timestep, share, x).expand_as(x)
-    divergence = normal_kl(exact_mean, at(exact.log_small, timestep, x), mean, log_variance)
-    nats = -discretised_log_likelihood(picture, mean, log_variance)
+    divergence = noise_schedule.normal_kl(exact_mean, at(exact.log_small, timestep, x), mean, log_variance)
+    nats = -noise_schedule.discretised_log_likelihood(picture, mean, log_variance)
     last = (timestep == 0).reshape(-1, *[1] * (x.ndim - 1))
     return torch.where(last, nats, divergence).flatten(1).mean(1) / math.log(2)
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 from keifu.errors import UserError
@@ -26,7 +25,7 @@ class Sink(NamedTuple):
 
 
 class RunMetrics:
-    """Context manager that writes metrics.jsonl and the sinks. A reader always sees complete lines.
+    """Writer of metrics.jsonl and of the sinks. A reader always sees complete lines.
 
     After resuming, lines later than the loaded state (of `step` steps, with `skipped` batches skipped in rewinds) are
     removed. Only rank 0 writes. If the disk is full, lines stay in memory until there is space.
@@ -62,10 +61,8 @@ class RunMetrics:
                 raise
             self.file.truncate(whole)
 
-    def __enter__(self) -> "RunMetrics":
-        return self
-
-    def __exit__(self, error_type: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Close the file and the sinks."""
         self.file.close()
         for sink in self.sinks:
             sink.close()
