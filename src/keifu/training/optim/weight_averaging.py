@@ -30,17 +30,16 @@ def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-@torch.no_grad()
 def replaced_weights(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[None]:
     """Run a block in which the weights have the values of `others`, by name; then restore their values."""
     before = {name: tensor.detach().clone() for name, tensor in weights.items()}
     try:
         for name, tensor in weights.items():
-            tensor.copy_(others[name])
+            tensor.detach().copy_(others[name])
         yield
     finally:
         for name, tensor in weights.items():
-            tensor.copy_(before[name])
+            tensor.detach().copy_(before[name])
 
 
 def averaged_weights(model: nn.Module, directory: Path, last: int) -> AbstractContextManager[None]:
