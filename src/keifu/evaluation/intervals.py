@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 Z = 1.959963984540054  # 95% of a normal distribution is within this many standard deviations of its mean
 RESAMPLES = 1000
 Figures = dict[str, float | int | str]  # of an evaluation, by name
+Numbers = ArrayLike | None
 Interval = tuple[float, float]
 
 
@@ -23,7 +24,7 @@ def wilson(successes: int, total: int) -> Interval:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: ArrayLike, clusters: ArrayLike | None = None, sizes: ArrayLike | None = None) -> Interval:
+def bootstrap(values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None) -> Interval:
     """Return the percentile interval (Efron, 1979) of a mean, by resampling with replacement with a fixed seed.
 
     clusters: cluster number of each value; values of one cluster, such as relatives, are resampled together.
@@ -44,9 +45,7 @@ def share_figures(name: str, successes: int, total: int) -> Figures:
     return {name: share, f"{name}, 95% interval": as_text(wilson(successes, total))}
 
 
-def mean_figures(
-    name: str, values: ArrayLike, clusters: ArrayLike | None = None, sizes: ArrayLike | None = None
-) -> Figures:
+def mean_figures(name: str, values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None) -> Figures:
     """Return a mean and its bootstrap interval, as figures of an evaluation. clusters, sizes: see `bootstrap`."""
     total = np.sum(values) / (np.size(values) if sizes is None else np.sum(sizes))
     return {name: round(float(total), 4), f"{name}, 95% interval": as_text(bootstrap(values, clusters, sizes))}

@@ -31,7 +31,7 @@ class Recorder:
 
     def __init__(
         self, trainer: Trainer, cost: Cost, run: Run, save: Save | None, display: Display, lines: metrics.RunMetrics
-    ):  # fmt: skip
+    ):
         self.trainer, self.cost, self.run, self.save = trainer, cost, run, save
         self.display, self.lines = display, lines
         self.settings, self.state, self.figures = trainer.settings, trainer.state, lines.latest

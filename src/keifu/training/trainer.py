@@ -183,9 +183,7 @@ class Trainer:
         hardware = {"precision": str(self.dtype).removeprefix("torch."), "device": device_name(self.device)}
         return sizes | hardware
 
-    def _losses(
-        self, parts: list[MicroBatch], processes: Processes, step: int | None = None
-    ) -> Iterator[LossOutput]:  # fmt: skip
+    def _losses(self, parts: list[MicroBatch], processes: Processes, step: int | None = None) -> Iterator[LossOutput]:
         """Yield the outputs of micro-batches, which add up to the whole batch over the ranks.
 
         step: None in evaluation. The dropout keys stay set until the next micro-batch, since activation checkpointing

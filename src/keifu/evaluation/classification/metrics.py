@@ -93,15 +93,10 @@ class Confusion:
 
     def errors(self, most: int) -> list[list[str]]:
         """Return the most frequent pairs of a true and another predicted label, with their counts."""
-        counts = self.counts.clone()
-        counts.fill_diagonal_(0)
+        counts = self.counts.clone().fill_diagonal_(0)
         order = counts.flatten().sort(descending=True, stable=True).indices[:most].tolist()
-        pairs = [divmod(cell, len(self.labels)) for cell in order]
-        return [
-            [self.labels[right], self.labels[given], f"{int(counts[right, given]):,}"]
-            for right, given in pairs
-            if counts[right, given]
-        ]
+        pairs = [divmod(cell, len(self.labels)) for cell in order if counts.flatten()[cell]]
+        return [[self.labels[right], self.labels[given], f"{int(counts[right, given]):,}"] for right, given in pairs]
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for JSON."""
@@ -133,14 +128,12 @@ class Confusion:
         return png(figure)
 
 
+Numbers = Int[Tensor, " rows"]  # of classes
 ACROSS, DOWN, GAP = 8, 3, 8  # pictures per line and per column, and pixels between them for their names
 
 
 def picture(
-    pictures: Float[Tensor, "rows height width"],
-    targets: Int[Tensor, " rows"],
-    predicted: Int[Tensor, " rows"],
-    classes: Sequence[str],
+    pictures: Float[Tensor, "rows height width"], targets: Numbers, predicted: Numbers, classes: Sequence[str]
 ) -> bytes:
     """Draw the first misclassified images as PNG, dark on white, each with its true and its predicted class."""
     wrong = (predicted != targets).nonzero().flatten()

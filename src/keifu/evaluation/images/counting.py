@@ -17,6 +17,7 @@ from torch import Tensor
 
 from keifu.data.images.dataset import ImageDataset
 
+Points = tuple[Tensor, Tensor]  # of pictures and of names
 NEIGHBOURS = 5
 WITHOUT_SPACES = ("ja", "zh", "th")
 CHUNK = 512  # pictures that are counted at once
@@ -66,14 +67,10 @@ def nearest_mean(queries: Tensor, known: Tensor, values: Tensor) -> Tensor:
     return F.normalize(values[nearest].mean(1), dim=-1)
 
 
-def counted_points(
-    train: ImageDataset, searched: ImageDataset, language: str
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def counted_points(train: ImageDataset, searched: ImageDataset, language: str) -> tuple[Points, Points]:
     """Return (pictures, names) as vectors of words, and (pictures, names) as vectors of colours."""
     counter = WordCounter(train.texts(language), language)
     known_words, words = (counter(part.texts(language)) for part in (train, searched))
     known_colors, colors = color_histograms(train), color_histograms(searched)
-    return (
-        (nearest_mean(colors, known_colors, known_words), words),
-        (colors, nearest_mean(words, known_words, known_colors)),
-    )
+    of_words = nearest_mean(colors, known_colors, known_words), words
+    return of_words, (colors, nearest_mean(words, known_words, known_colors))

@@ -28,6 +28,7 @@ from keifu.folders import cache
 
 FILE = "inception-2015.safetensors"
 SIDE, EPSILON = 299, 1e-3
+BATCH = 64  # pictures in a pass
 ROUNDS = {  # branches of each kind of block, each a chain of convolutions; "avg", "max" and "reduce" are poolings
     "stem": ("Conv2d_1a_3x3/2 Conv2d_2a_3x3/1 Conv2d_2b_3x3 reduce Conv2d_3b_1x1 Conv2d_4a_3x3/1 reduce",),
     "a": ("branch1x1", "branch5x5_1 branch5x5_2", "branch3x3dbl_1 branch3x3dbl_2 branch3x3dbl_3", "avg branch_pool"),
@@ -120,16 +121,13 @@ class Extractor:
     titles: tuple[str, str]
 
     @torch.inference_mode()
-    def __call__(
-        self, pictures: UInt8[Tensor, "picture channels height width"], batch_size: int = 64
-    ) -> Float[Tensor, "picture dim"]:
+    def __call__(self, pictures: UInt8[Tensor, "picture channels height width"]) -> Float[Tensor, "picture dim"]:
         """Return the features of each picture as float32. Grey pictures are converted to colour."""
         features = []
         with counting("Looking at pictures", len(pictures), "pictures") as advance:
-            for first in range(0, len(pictures), batch_size):
-                part = pictures[first : first + batch_size]
+            for part in pictures.split(BATCH):
                 features.append(self.network(to_signed(part.expand(-1, 3, -1, -1))))
-                advance(first + len(part))
+                advance(sum(map(len, features)))
         return torch.cat(features)
 
 

@@ -38,6 +38,9 @@ from keifu.layers.diffusion.noise_schedule import Noise, add_noise, at, normal_k
 from keifu.layers.diffusion.sampling_schedule import Level, Schedule
 from keifu.training.objectives.diffusion import HELD_OUT, bits_of_step, draw_noise
 
+Values = Float[Tensor, "batch *shape"]
+Seeds = Int[Tensor, " batch"]
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -57,11 +60,7 @@ class Bound:
 
 @torch.inference_mode()
 def bound(
-    network: Network,
-    noise: Noise,
-    pictures: Float[Tensor, "batch *shape"],
-    seeds: Int[Tensor, " batch"],
-    advance: Callable[[], None] = lambda: None,
+    network: Network, noise: Noise, pictures: Values, seeds: Seeds, advance: Callable[[], None] = lambda: None
 ) -> Bound:
     """Return the bound of pictures with values from -1 to 1, over all T steps, with one noise sample for each.
 
@@ -79,7 +78,7 @@ def bound(
     return Bound(prior_bits(noise, pictures), torch.stack(rows, -1))
 
 
-def prior_bits(noise: Noise, pictures: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+def prior_bits(noise: Noise, pictures: Values) -> Float[Tensor, " batch"]:
     """Return the divergence of x_T, given the picture, from pure noise, in bits per dimension."""
     last = torch.full((len(pictures),), noise.steps - 1, device=pictures.device)
     mean = at(noise.alpha_bar.sqrt(), last, pictures) * pictures
@@ -260,12 +259,9 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
     compared = compare_images(extractor(), drawn, *_real_images(drawer, request).evaluated())[1]
     read = [(request.seed + n, classes[n % len(classes)], classes[index]) for n, index in enumerate(seen.tolist())]
     how = f"{wanted.sampler} in {wanted.steps} steps, guidance {guidance:g}, seeds {request.seed} and on"
-    return EvalResult(
-        confusion.accuracy_figures("asked class seen") | compared | {"pictures": count},
-        (f"{count:,} pictures by {how}.",),
-        {"by class": confusion.result("pictures")},
-        ResultTable(("seed", "asked", "read as"), read),
-    )
+    figures = confusion.accuracy_figures("asked class seen") | compared | {"pictures": count}
+    tables, items = {"by class": confusion.result("pictures")}, ResultTable(("seed", "asked", "read as"), read)
+    return EvalResult(figures, (f"{count:,} pictures by {how}.",), tables, items)
 
 
 def _generate_beside(drawer: ImageModel, parts: ImageSplit, request: EvalRequest) -> EvalResult:
@@ -383,11 +379,9 @@ def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) 
     count = min(SHOWN, len(drawn))
     one, other = near.by_pixels[:count].tolist(), near.by_features[:count].tolist()
     triples = torch.stack([drawn[:count], real.take(one), real.take(other)], 1)
-    captions = [
-        text
-        for n in range(count)
-        for text in (f"seed {seed + n}", f"pixels: {_sentence(real, one[n])}", f"features: {_sentence(real, other[n])}")
-    ]
+    captions = list[str]()
+    for n in range(count):
+        captions += f"seed {seed + n}", f"pixels: {_sentence(real, one[n])}", f"features: {_sentence(real, other[n])}"
     return grid(triples.flatten(0, 1), captions, columns=3 * ACROSS)
 
 

@@ -25,12 +25,15 @@ from keifu.data.images.splits import ImageSplit, split_of_run
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
-from keifu.evaluation.images.counting import counted_points
+from keifu.evaluation.images.counting import Points, counted_points
 from keifu.evaluation.intervals import Figures, as_text, bootstrap, mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import TwoTowers, evaluation_mode
 
 BATCH = 64  # pictures in a pass
+Pictures = Float[Tensor, "pictures embedding"]
+Texts = Float[Tensor, "texts embedding"]
+Labels = Float[Tensor, "labels embedding"]
 
 
 def two_towers(model: nn.Module) -> TwoTowers:
@@ -47,7 +50,7 @@ def preprocessing(model: nn.Module) -> Preprocessing:
 
 def embed_texts(
     model: nn.Module, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int = 256, cut: bool = False
-) -> Float[Tensor, "texts embedding"]:
+) -> Texts:
     """Return the embedding of each text as float32. Raises `UserError` for an empty text, or one longer than the
     context, unless `cut` keeps its beginning."""
     rows = encode_texts(tokenizer, texts, two_towers(model).config.context_length, cut).rows
@@ -60,7 +63,7 @@ def padding(tokenizer: Tokenizer) -> int:
     return next(token for token in (tokenizer.pad_id, tokenizer.eos_id, 0) if token is not None)
 
 
-def embed_pictures(model: nn.Module, images: Iterable[Image.Image]) -> Float[Tensor, "pictures embedding"]:
+def embed_pictures(model: nn.Module, images: Iterable[Image.Image]) -> Pictures:
     """Return the embedding of each picture as float32. Pictures are read in batches, and only their embeddings are
     kept."""
     ready, left = preprocessing(model), iter(images)
@@ -68,9 +71,7 @@ def embed_pictures(model: nn.Module, images: Iterable[Image.Image]) -> Float[Ten
     return embed_bytes(model, (torch.stack([ready.cut(image) for image in some]) for some in groups))
 
 
-def embed_bytes(
-    model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]]
-) -> Float[Tensor, "pictures embedding"]:
+def embed_bytes(model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channels rows columns"]]) -> Pictures:
     """Return the embeddings of batches of images in the model's size. The model is in evaluation mode."""
     towers, ready, like = two_towers(model), preprocessing(model), next(model.parameters())
     points: list[Tensor] = []
@@ -83,9 +84,7 @@ def embed_bytes(
     return torch.cat(points)
 
 
-def label_points(
-    model: nn.Module, tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str]
-) -> Float[Tensor, "labels embedding"]:
+def label_points(model: nn.Module, tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str]) -> Labels:
     """Return the embedding of each label: the mean over templates in which the label replaces {} (CLIP, section 3.1.4).
     Raises `UserError` for a template without {}."""
     for template in templates:
@@ -96,9 +95,7 @@ def label_points(
     return F.normalize(points.mean(1), dim=-1)
 
 
-def label_shares(
-    model: nn.Module, pictures: Float[Tensor, "pictures embedding"], labels: Float[Tensor, "labels embedding"]
-) -> Float[Tensor, "pictures labels"]:
+def label_shares(model: nn.Module, pictures: Pictures, labels: Labels) -> Float[Tensor, "pictures labels"]:
     """Return the probability of each label for each picture: the softmax of the similarities, scaled as in training."""
     return (two_towers(model).logit_scale.detach().float().exp() * pictures @ labels.T).softmax(-1)
 
@@ -119,9 +116,8 @@ class Recall:
 
     def figures(self, name: str) -> dict[str, float]:
         """Return the figures with names that begin with `name`."""
-        return {f"{name} R@{first}": round(share, 4) for first, share in self.shares.items()} | {
-            f"{name} median rank": self.median
-        }
+        shares = {f"{name} R@{first}": round(share, 4) for first, share in self.shares.items()}
+        return shares | {f"{name} median rank": self.median}
 
 
 def ranks(
@@ -203,9 +199,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     return EvalResult(figures, notes, items=ResultTable(heads, rows))
 
 
-def both_ranks(
-    for_captions: tuple[Tensor, Tensor], for_pictures: tuple[Tensor, Tensor], alike: Int[Tensor, " pictures"]
-) -> dict[str, list[int]]:
+def both_ranks(for_captions: Points, for_pictures: Points, alike: Int[Tensor, " pictures"]) -> dict[str, list[int]]:
     """Return the rank of each picture's caption, and of each caption's picture, by "captions" and "pictures".
 
     for_captions, for_pictures: (pictures, texts). alike: a number for each picture; pictures with the same number have

@@ -79,9 +79,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     figures |= {"shots": numbers[-1], "items": len(drawn.items), **baselines(drawn.items)}
     figures["items/s"] = round(len(numbers) * len(drawn.items) / seconds, 2)
     notes = ("Intervals of accuracies are Wilson's.", *filter(None, [task.note]))
-    return EvalResult(
-        figures, notes, {"by shots": ResultTable(("shots", "scored by", *SHARE), lines)}, ResultTable(ROW, items)
-    )
+    tables = {"by shots": ResultTable(("shots", "scored by", *SHARE), lines)}
+    return EvalResult(figures, notes, tables, ResultTable(ROW, items))
 
 
 def baselines(items: Sequence[TaskItem]) -> dict[str, float | str]:

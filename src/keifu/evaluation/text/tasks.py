@@ -31,17 +31,12 @@ from keifu.data.records import Row, listed, read_records
 from keifu.errors import UserError, require_known, unknown
 from keifu.untrusted import parse_json, parse_yaml, read_text, reading
 
-METRICS = {
-    "choice": "the likeliest of several answers, by four measures of likelihood",
-    "exact": "a written answer that is one of the accepted ones when both are normalised",
-    "cloze": "an answer each of whose tokens is the likeliest one",
-}
-SCORES = {
-    "sum": "ln P of the answer",
-    "token": "ln P a token",
-    "character": "ln P a character, as lm-evaluation-harness's acc_norm",
-    "unconditional": "ln P(answer | prompt) / P(answer | unconditional)",
-}
+# choice: the likeliest of several answers, by four measures of likelihood. exact: a written answer that is one of the
+# accepted ones when both are normalised. cloze: an answer each of whose tokens is the likeliest one.
+METRICS = ("choice", "exact", "cloze")
+# sum: ln P of the answer. token: ln P a token. character: ln P a character, as lm-evaluation-harness's acc_norm.
+# unconditional: ln P(answer | prompt) / P(answer | unconditional).
+SCORES = ("sum", "token", "character", "unconditional")
 
 
 @dataclass(frozen=True)

@@ -165,9 +165,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         spaced = (pairs.languages[0] or language_of(sources)) not in WITHOUT_SPACES
         bins = scorer.by_length(sources, texts, references, spaced)
         rows = [(length, n, round(part.bleu, 2), round(part.chrf, 2)) for length, n, part in bins]
-        tables["by length"] = ResultTable(
-            ("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows
-        )
+        unit = "source words" if spaced else "source characters"
+        tables["by length"] = ResultTable((unit, "pairs", "BLEU", "chrF"), rows)
     items = {"source": sources, "reference": references, "translation": texts}
     if request.on in pair_names():
         near = items["near copy"] = near_training(pairs.rows, training_pairs(request.on, pairs.languages))

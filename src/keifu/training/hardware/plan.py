@@ -44,7 +44,7 @@ class DeviceKind:
 
 def _kind(
     name: str, gigabytes: int, terabytes_a_second: float, link: int, network: float | int, watts: int
-) -> DeviceKind:  # fmt: skip
+) -> DeviceKind:
     tflops = next(max(row[:2]) for pattern, row in TFLOPS.items() if re.search(pattern, name))
     return DeviceKind(tflops * 1e12, gigabytes * 1e9, terabytes_a_second * 1e12, link * 1e9, network * 1e9, watts)
 
@@ -246,11 +246,7 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
     """Return the fastest layout that fits into memory, for steps of about `batch` tokens. Raises UserError if none
     fits.
     """
-    layouts = [
-        layout
-        for layout in _layouts(model, devices, kind, batch)
-        if (layout.tensor == 1 or not trained.rank) and (layout.tensor * layout.shard == 1 or trained.splits)
-    ]
+    layouts = _layouts(model, devices, kind, batch, trained)
     plans = [_planned(model, layout, devices, kind, batch, trained) for layout in layouts]
     fitting = [plan for plan in plans if sum(plan.memory.values()) <= USED * kind.memory]
     if not fitting:
@@ -262,15 +258,17 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
     return min(fitting, key=lambda plan: (plan.step, -plan.layout.rows))
 
 
-def _layouts(model: Architecture, devices: int, kind: DeviceKind, batch: float | int) -> Iterator[PodLayout]:
-    """Yield every layout whose axes divide the number of devices, with at least one row per group of `tensor`
-    devices."""
+def _layouts(
+    model: Architecture, devices: int, kind: DeviceKind, batch: float | int, trained: Trained
+) -> Iterator[PodLayout]:
+    """Yield every layout that `keifu train` can run, whose axes divide the number of devices, with at least one row per
+    group of `tensor` devices."""
     for tensor, checkpointing in product((1, 2, 4, 8, 16), AGAIN):
-        if tensor > kind.machine or devices % tensor or not model.can_split(tensor):
+        if tensor > kind.machine or devices % tensor or not model.can_split(tensor) or (tensor > 1 and trained.rank):
             continue
         groups = devices // tensor
         rows = max(1, round(batch / model.context / groups))
-        for shard in (count for count in range(1, groups + 1) if groups % count == 0):
+        for shard in (n for n in range(1, groups + 1) if groups % n == 0 and (tensor * n == 1 or trained.splits)):
             for part in {1, 2, 4, 8, rows} if rows > 1 else {1}:
                 if part <= rows:
                     yield PodLayout(groups // shard, shard, tensor, part, checkpointing)

@@ -61,13 +61,10 @@ class UnclipLoss:
         with torch.no_grad():
             caption = model.encode_text(batch["tokens"], batch["real"])
             null = model.encode_text(*(moved(tensor, draws.device) for tensor in self.empty))
-        of_prior, of_decoder = (
-            _drop_captions(caption, null, self._chance(draws, condition) < share)
-            for condition, share in ((0, self.prior_dropout), (1, self.text_dropout))
-        )
-        image = torch.where(
-            (self._chance(draws, 2) < self.image_dropout)[:, None], model.nothing(len(draws)), embeddings
-        )
+        of_prior = _drop_captions(caption, null, self._chance(draws, 0) < self.prior_dropout)
+        of_decoder = _drop_captions(caption, null, self._chance(draws, 1) < self.text_dropout)
+        dropped = (self._chance(draws, 2) < self.image_dropout)[:, None]
+        image = torch.where(dropped, model.nothing(len(draws)), embeddings)
         small = F.interpolate(whole, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
         imagine: Network = lambda x, timestep: model.imagine(x, timestep, of_prior)  # noqa: E731
         draw: Network = lambda x, timestep: model(x, timestep, model.embed(image, of_decoder))  # noqa: E731
@@ -94,12 +91,11 @@ class UnclipLoss:
         """Return random crops of the large pictures, and the same crops of the small pictures after blur and
         enlargement.
         """
-        enlarged = F.interpolate(blur_images(small, BLUR * self._chance(draws, 8)), whole.shape[2:], mode="bicubic",
-                                 antialias=True)  # fmt: skip
-        top, left = (
-            ((side - self.crop + 1) * self._chance(draws, number)).long()
-            for side, number in zip(whole.shape[2:], (6, 7), strict=True)
-        )
+        height, width = whole.shape[2:]
+        blurred = blur_images(small, BLUR * self._chance(draws, 8))
+        enlarged = F.interpolate(blurred, (height, width), mode="bicubic", antialias=True)
+        top = ((height - self.crop + 1) * self._chance(draws, 6)).long()
+        left = ((width - self.crop + 1) * self._chance(draws, 7)).long()
         return random_crops(whole, top, left, self.crop), random_crops(enlarged, top, left, self.crop)
 
 

@@ -17,13 +17,12 @@ from torch import Tensor
 STACK = 2**20  # elements per stack, so that they fit a core's cache; a larger matrix is computed alone
 
 
+Matrices = Float[Tensor, "matrices rows columns"]
+
+
 def orthogonalize(
-    x: Float[Tensor, "matrices rows columns"],
-    coefficients: tuple[float, float, float],
-    steps: int,
-    eps: float,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Float[Tensor, "matrices rows columns"]:
+    x: Matrices, coefficients: tuple[float, float, float], steps: int, eps: float, dtype: torch.dtype = torch.bfloat16
+) -> Matrices:
     """Make the singular values of each matrix about 1 by Newton-Schulz iteration (Jordan et al., 2024: in bfloat16)."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]
