@@ -12,9 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from keifu.errors import UserError
 from keifu.evaluation.intervals import Figures
-from keifu.ranges import Count, Finite, Natural, Seed
+from keifu.ranges import Count, Finite, Natural, Seed, check
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,7 @@ class EvalRequest(EvalOptions):
     held_out: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit is {self.limit}, which must be at least 1.")
+        check(self)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from keifu.processes import current
 from keifu.training.hardware.cost import Cost
 from keifu.training.hardware.flops import measure_peak, peak
 from keifu.training.protocols import Run, Save
-from keifu.training.run import best, checkpoint, metrics
+from keifu.training.run import checkpoint, metrics
 from keifu.training.run import directory as run_directory
 from keifu.training.run.progress import Display
 from keifu.training.run.report import write_report
@@ -41,7 +41,7 @@ class Recorder:
         if run.resume and current().is_main:  # a killed run may not have removed them
             self._remove_old_states(self.state.step)
         self.keeps_best = self.settings.keep_best and current().is_replicated  # a split model keeps its last weights
-        self.best = best.read(run.directory) if self.keeps_best else None
+        self.best = checkpoint.read_best(run.directory) if self.keeps_best else None
         self.recorded = run_directory.recorded(run.directory)
         if lines.damaged:
             numbers = ", ".join(map(str, lines.damaged))
@@ -98,9 +98,9 @@ class Recorder:
         if self.run.bytes_per_unit:
             figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
         if self.keeps_best and (self.best is None or means["loss"] < self.best.loss):
-            self.best = best.Best(self.state.step, figures)
+            self.best = checkpoint.Best(self.state.step, figures)
             if current().is_main:
-                best.keep(self.run.directory, self.trainer.model, self.state.step, figures)
+                checkpoint.keep_best(self.run.directory, self.trainer.model, self.state.step, figures)
         self.write(figures)
         words = (f"{n.replace('_', ' ')} {value:.4g}" for n, value in figures.items() if "/" not in n)
         self.display.note(f"step {self.state.step:,}  {'  '.join(words)}")
@@ -109,11 +109,11 @@ class Recorder:
         """Load the weights and figures with the lowest validation loss, if the last ones are worse."""
         if self.best is None:
             return
-        losses = (line[best.LOSS] for line in metrics.read(self.run.directory) if best.LOSS in line)
-        first, last = next(losses, None), self.figures.get(best.LOSS, math.nan)
+        losses = (line[checkpoint.LOSS] for line in metrics.read(self.run.directory) if checkpoint.LOSS in line)
+        first, last = next(losses, None), self.figures.get(checkpoint.LOSS, math.nan)
         worse = self.best.loss < last
         if worse and current().is_main:
-            best.restore(self.run.directory, self.trainer.model)
+            checkpoint.restore_best(self.run.directory, self.trainer.model)
         self.figures |= self.best.figures if worse else {}
         before = "" if first is None else f"{first:.4g} before and "
         note = f"Validation loss: {before}{last:.4g} after the training."

@@ -90,7 +90,6 @@ class TrainState:
             **self.length.facts(),
         }
 
-    @torch.no_grad()
     def load(self, saved: checkpoint.SavedState) -> None:
         """Restore a saved state."""
         facts = saved.facts
@@ -99,7 +98,6 @@ class TrainState:
         self.scale.load(**facts.get("loss_scale", {}))
         self.clock = Clock(facts["seconds"], facts.get("passed", 0.0), facts.get("lasted", {}))
 
-    @torch.no_grad()
     def rewind(self, saved: checkpoint.SavedState) -> None:
         """Go back to an earlier state of this run and continue with other batches. The clock is not reset."""
         self.spikes = self.spikes.after(saved.step, SpikeState(self.spikes.rules, **saved.facts["spikes"]))
@@ -107,6 +105,7 @@ class TrainState:
         self.optimizers.forget()
         self._load(saved)
 
+    @torch.no_grad()
     def _load(self, saved: checkpoint.SavedState) -> None:
         tensors = saved.tensors
         if current().is_replicated:

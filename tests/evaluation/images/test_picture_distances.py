@@ -112,8 +112,6 @@ def test_equal_pictures_and_unequal_sizes() -> None:
     black = torch.zeros(1, 1, 12, 12, dtype=torch.uint8)  # 10 log10(255² / 5²), and C1 / (255² + C1)
     assert float(psnr(black, black + 5)) == pytest.approx(34.1514, abs=1e-4)
     assert float(ssim(black, black + 255)) == pytest.approx(1e-4 / 1.0001, rel=1e-6)
-    with pytest.raises(UserError, match="cannot be compared one by one"):
-        ssim(one, one[..., :11])
     with pytest.raises(UserError, match="at least 11 x 11 pixels"):
         ssim(one[..., :9], one[..., :9])
 

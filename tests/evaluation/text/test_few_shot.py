@@ -245,7 +245,7 @@ def test_shots_that_do_not_fit_are_refused_with_both_lengths(
         few_shot.evaluate(model, tokenizer, EvalRequest("t", shots=5))
     longest = max(len(tokenizer.encode(each + " a")) - 1 for each in FewShotTask("t", long).sample(5).prompts(5))
     assert f" {longest} tokens" in str(error.value)
-    with pytest.raises(UserError, match="The number of shots is -1"):
+    with pytest.raises(UserError, match="shots must be a whole number from 0"):
         few_shot.evaluate(model, tokenizer, EvalRequest("t", shots=-1))
 
 

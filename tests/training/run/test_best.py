@@ -8,8 +8,8 @@ import torch
 from training_toys import Sequences, objective, run, settings, toy, weights
 
 from keifu.training.loop import train
-from keifu.training.run import best, checkpoint, metrics
-from keifu.training.run.best import LOSS
+from keifu.training.run import checkpoint, metrics
+from keifu.training.run.checkpoint import LOSS
 
 
 class Worsening(Sequences):
@@ -42,7 +42,7 @@ def test_a_run_that_only_makes_things_worse_leaves_the_weights_that_it_began_wit
 def test_without_it_the_last_weights_stay_and_a_better_end_is_kept(tmp_path: Path) -> None:
     _, figures = trained(tmp_path / "off", keep_best=False)
     losses = [line[LOSS] for line in metrics.read(tmp_path / "off" / "second") if LOSS in line]
-    assert figures[LOSS] == losses[-1] > losses[0] and best.read(tmp_path / "off" / "second") is None
+    assert figures[LOSS] == losses[-1] > losses[0] and checkpoint.read_best(tmp_path / "off" / "second") is None
     model = toy(dropout=0.0)
     train(model, objective, Sequences(), settings(keep_best=True), run(tmp_path / "better"))
     state, _ = checkpoint.latest(tmp_path / "better")
@@ -66,7 +66,9 @@ def test_the_best_weights_survive_a_stop(ema: float, tmp_path: Path) -> None:
     go("whole", False, 12)
     go("stopped", False, 8)
     go("stopped", True, 12)
-    assert (kept := best.read(tmp_path / "whole")) == best.read(tmp_path / "stopped") and kept is not None
+    assert (kept := checkpoint.read_best(tmp_path / "whole")) == checkpoint.read_best(
+        tmp_path / "stopped"
+    ) and kept is not None
     assert all(torch.equal(saved["whole"][name], tensor) for name, tensor in saved["stopped"].items())
 
 
@@ -74,4 +76,4 @@ def test_a_damaged_file_of_the_best_weights_counts_as_none(tmp_path: Path) -> No
     trained(tmp_path)
     file = tmp_path / "second" / checkpoint.FOLDER / "best.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
-    assert best.read(tmp_path / "second") is None
+    assert checkpoint.read_best(tmp_path / "second") is None

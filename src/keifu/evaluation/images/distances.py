@@ -145,20 +145,17 @@ def nearest(
 WINDOW, SIGMA = 11, 1.5  # size and σ of SSIM's Gaussian in pixels
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 Bytes = UInt8[Tensor, "picture channels height width"]
-Others = UInt8[Tensor, "others channels high wide"]  # raises `UserError` unless its shape is that of the first pictures
 
 
-def psnr(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
+def psnr(pictures: Bytes, others: Bytes) -> Float[Tensor, " picture"]:
     """Return the peak signal-to-noise ratio of each pair in decibels; infinite if both are equal."""
-    _check(pictures, others)
     error = (pictures.double() - others.double()).square().mean((1, 2, 3))
     return (10 * (255**2 / error).log10()).float()
 
 
-def ssim(pictures: Bytes, others: Others) -> Float[Tensor, " picture"]:
+def ssim(pictures: Bytes, others: Bytes) -> Float[Tensor, " picture"]:
     """Return the structural similarity of each pair, 1 if both are equal: the mean over channels and over all positions
     of the window (Wang et al., 2004: a Gaussian of 11 x 11 pixels, σ 1.5)."""
-    _check(pictures, others)
     if min(pictures.shape[2:]) < WINDOW:
         raise UserError(f"SSIM needs pictures of at least {WINDOW} x {WINDOW} pixels, not {tuple(pictures.shape[2:])}.")
     x, y = pictures.double(), others.double()
@@ -177,8 +174,3 @@ def _blur(values: Float[Tensor, "kind picture channels height width"]) -> Tensor
     planes = values.flatten(0, 2)[:, None]
     planes = F.conv2d(F.conv2d(planes, weights.view(1, 1, -1, 1)), weights.view(1, 1, 1, -1))
     return planes.view(*values.shape[:3], *planes.shape[2:])
-
-
-def _check(pictures: Bytes, others: Others) -> None:
-    if pictures.shape != others.shape:
-        raise UserError(f"Pictures of {tuple(pictures.shape)} and {tuple(others.shape)} cannot be compared one by one.")

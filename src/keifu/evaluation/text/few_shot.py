@@ -60,8 +60,6 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     numbers = request.by_shots or (request.shots or 0,)
     if (request.samples or 1) > 1 and task.metric != "exact":
         raise UserError(f"--samples votes on generated answers (--metric exact), and this metric is {task.metric}.")
-    if min(numbers) < 0:
-        raise UserError(f"The number of shots is {min(numbers)}, which must be 0 or more.")
     drawn = task.sample(max(numbers), request.seed, request.limit)
     lines: list[tuple[Any, ...]] = []
     items: list[tuple[Any, ...]] = []

@@ -11,6 +11,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,7 @@ def _tokenizer(language: str) -> tuple[str, str]:
     """Return sacrebleu's tokenizer for a language, and a remark."""
     if language != "ja":
         return ("zh", "") if language == "zh" else ("13a", "")
-    try:
-        import ipadic  # noqa: F401 (sacrebleu needs both)
-        import MeCab  # noqa: F401
-    except ImportError:
+    if not (find_spec("ipadic") and find_spec("MeCab")):  # sacrebleu needs both
         remark = "MeCab is not installed, so BLEU counts characters (tok:char), which gives other figures than words"
         return "char", f"{remark}: {HOW} brings it."
     return "ja-mecab", ""

@@ -3,6 +3,10 @@
 A state is `state/step-N.safetensors` (the tensors) and `state/step-N.json` (everything else). The JSON file has the
 version, the tensors' SHA-256 and its own. It is written last, so a state without it is incomplete. Random generators
 are not stored: each step has its own seed.
+
+The best weights of a run, those with the lowest validation loss, are `state/best.safetensors`. `state/best.json` has
+their step, the validation figures and the hash of the tensors. It is written last: tensors without a matching hash are
+ignored, and a resumed run evaluates again.
 """
 
 import hashlib
@@ -242,3 +246,54 @@ def read_sharded(directory: Path, wanted: Mapping[str, Tensor]) -> dict[str, Ten
     others = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items() if name not in wanted}
     dcp.load({**wanted, **others}, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
     return others
+
+
+LOSS = "validation_loss"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The step with the lowest validation loss, and its validation figures."""
+
+    step: int
+    figures: dict[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The validation loss of that step."""
+        return self.figures[LOSS]
+
+
+def read_best(directory: Path) -> Best | None:
+    """Return the best step of a run, or None if none is on disk."""
+    tensors, facts = _best_files(directory)
+    if not (tensors.exists() and facts.exists()):
+        return None
+    try:
+        content = read_json_object(facts)
+    except UserError:
+        return None
+    if content.get("sha256") != sha256(tensors):
+        return None
+    return Best(content["step"], content["figures"])
+
+
+def keep_best(directory: Path, model: nn.Module, step: int, figures: Mapping[str, float]) -> Best:
+    """Write the model's weights as the best ones of its run."""
+    tensors, facts = _best_files(directory)
+    with replacing(tensors) as temporary:
+        write_tensors(model_tensors(model), temporary)
+        digest = sha256(temporary)
+    best = Best(step, dict(figures))
+    write_atomic(facts, json.dumps({"step": step, "figures": best.figures, "sha256": digest}, indent=1))
+    return best
+
+
+def restore_best(directory: Path, model: nn.Module) -> None:
+    """Load the best weights of a run into its model."""
+    load_into_model(model, load_file(_best_files(directory)[0]))
+
+
+def _best_files(directory: Path) -> tuple[Path, Path]:
+    folder = directory / FOLDER
+    return folder / "best.safetensors", folder / "best.json"
