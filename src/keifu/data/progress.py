@@ -2,15 +2,16 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+Item = TypeVar("Item")
 Advance = Callable[[int], None]
 
 
@@ -41,6 +42,14 @@ class ProgressBar:
         """Print a line above the bar."""
         with suppress(OSError):  # a closed terminal or pipe must not stop the work
             self.console.print(text, markup=False)
+
+
+def counted(label: str, items: Sequence[Item], unit: str) -> Iterator[Item]:
+    """Yield the items, and show how many are done."""
+    with counting(label, len(items), unit) as advance:
+        for number, item in enumerate(items, 1):
+            yield item
+            advance(number)
 
 
 @contextmanager

@@ -52,7 +52,9 @@ def set_up(
     if saved:
         _report_changes(saved, length, settings, described, tell)
     resolved = _as_resolved(saved, device, tell) if saved else {}
-    dtype = _format(settings.precision, resolved, device, tell)
+    precision = resolved.get("precision", "auto") if settings.precision == "auto" else settings.precision
+    dtype = resolve_dtype(precision, device)
+    tell(f"On {device_name(device)}, matrix products in {str(dtype).removeprefix('torch.')}.")
     trainer = Trainer(model, objective, settings, length=length, data=data, dtype=dtype)
     _check_growth(settings, data)
     trainer.state.described = described
@@ -99,13 +101,6 @@ def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable
     if every > wanted:
         tell(f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {wanted}.")
     return every
-
-
-def _format(precision: str, resolved: dict[str, Any], device: torch.device, tell: Callable[[str], None]) -> torch.dtype:
-    """Return the number format of matrix multiplications, and show it with the device's name."""
-    dtype = resolve_dtype(resolved.get("precision", precision) if precision == "auto" else precision, device)
-    tell(f"On {device_name(device)}, matrix products in {str(dtype).removeprefix('torch.')}.")
-    return dtype
 
 
 def _as_resolved(saved: checkpoint.SavedState, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:

@@ -122,12 +122,13 @@ def label(figure: "Figure", panels: Sequence["Axes"], points: Table) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), fontsize=8, frameon=False)
 
 
-def canvas(panels: int, across: int, size: float = 2.1) -> tuple["Figure", list["Axes"]]:
-    """Return a figure with that many square panels, in rows."""
+def canvas(panels: int, across: int, width: float = 2.1, height: float | None = None) -> tuple["Figure", list["Axes"]]:
+    """Return a figure with that many panels, in rows. height: of a panel; None: as its width."""
     from matplotlib.figure import Figure
 
     down = -(-panels // across)
-    figure = Figure(figsize=(max(size * across, 3.2), size * down + 0.6), dpi=110, layout="constrained")
+    size = max(width * across, 3.2), (height or width) * down + 0.6
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).flatten().tolist()
     for axes in grid[panels:]:
         axes.remove()

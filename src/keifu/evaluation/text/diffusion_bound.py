@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from keifu.data.progress import counting
+from keifu.data.progress import counted
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.intervals import mean_figures
@@ -38,11 +38,10 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     if not length:
         raise UserError(f"{request.on} has no tokens: give more text.")
     windows = [ids[i : i + length] for i in range(0, len(ids) - length + 1, length)][: request.limit]
-    losses = []
-    with counting("Evaluating", len(windows), "windows") as progress:
-        for number, window in enumerate(windows):
-            losses.append(bound(model, torch.from_numpy(window), request.seed + number, request.batch_size or DRAWS))
-            progress(number + 1)
+    losses = [
+        bound(model, torch.from_numpy(window), request.seed + number, request.batch_size or DRAWS)
+        for number, window in enumerate(counted("Evaluating", windows, "windows"))
+    ]
     figures = mean_figures("bits per byte, at most", np.array(losses) / (math.log(2) * bytes_per_token))
     figures |= {"loss, at most": round(float(np.mean(losses)), 4), "tokens": len(windows) * length}
     return EvalResult(figures, (f"The mean of {DRAWS} random masks of each window of {length} tokens, by --seed.",))

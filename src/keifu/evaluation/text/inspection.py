@@ -6,7 +6,6 @@ Axes: heads, length = queries, seen = keys, layer, place = tokens.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from keifu.errors import UserError
-from keifu.evaluation.plots.fonts import far_east_families
+from keifu.evaluation.plots.decision_boundary import canvas, png
 from keifu.generation.text.model import Model, device_of, evaluation_mode
 from keifu.generation.text.translation import TranslationParams, search, translator
 
@@ -147,9 +146,6 @@ def draw_maps(
 
     rows: query tokens. columns: key tokens. width: squares side by side.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     heads = [
         (f"{name}, head {n}" if weights.dim() == 3 else name, head)
         for name, weights in maps.items()
@@ -157,20 +153,11 @@ def draw_maps(
     ]
     if not heads:
         raise UserError("There is no attention to draw: the model computed none.")
-    across = min(width, len(heads))
-    down = -(-len(heads) // across)
-    size = (across * (1.1 + 0.24 * len(columns)), down * (1.1 + 0.24 * len(rows)))
-    with rc_context({"font.family": far_east_families(), "font.size": 7}):
-        figure = Figure(figsize=size, dpi=110, layout="constrained")
-        grid = figure.subplots(down, across, squeeze=False)
-        for axes in grid.flat[len(heads) :]:
-            axes.set_axis_off()
-        for axes, (name, head) in zip(grid.flat, heads, strict=False):
-            axes.imshow(head.cpu().numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
-            axes.set_title(name, fontsize=7)
-            axes.set_xticks(range(len(columns)), columns, rotation=90)
-            axes.set_yticks(range(len(rows)), rows)
-        figure.suptitle(title, fontsize=9)
-        file = BytesIO()
-        figure.savefig(file, format="png")
-    return file.getvalue()
+    figure, panels = canvas(len(heads), min(width, len(heads)), 1.1 + 0.24 * len(columns), 1.1 + 0.24 * len(rows))
+    for axes, (name, head) in zip(panels, heads, strict=True):
+        axes.imshow(head.cpu().numpy(), cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        axes.set_title(name, fontsize=7)
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    return png(figure)

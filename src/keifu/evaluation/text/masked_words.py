@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from keifu.data.progress import counting
+from keifu.data.progress import counted
 from keifu.data.text.documents import TextFileFormat
 from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabulary
 from keifu.data.text.sentence_shards import prepare_sentences
@@ -155,8 +155,8 @@ def token_classes(tokenizer: Tokenizer, vocabulary: MaskingVocabulary, training:
 def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: int) -> tuple[HiddenTokens, list[bool]]:
     """Return the hidden tokens with the model's answers, and for each sentence pair whether its answer is right."""
     parts, next_found, first = list[tuple[np.ndarray, ...]](), list[bool](), 0
-    with evaluation_mode(model), counting("Evaluating", len(batches), "batches") as progress:
-        for done, cpu in enumerate(batches, 1):
+    with evaluation_mode(model):
+        for cpu in counted("Evaluating", batches, "batches"):
             batch = {name: values.to(device_of(model)) for name, values in cpu.items()}
             states = model.encode(batch["tokens"], batch.get("segments"), batch["mask"])
             rows = torch.arange(len(states), device=states.device)[:, None].expand_as(batch["places"])
@@ -170,5 +170,4 @@ def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: in
             if "random_next" in batch:
                 next_found += (model.next_sentence(model.pool(states)).argmax(-1) == batch["random_next"]).tolist()
             first += len(states)
-            progress(done)
     return HiddenTokens(*map(np.concatenate, zip(*parts, strict=True))), next_found

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from keifu.data.progress import counting
+from keifu.data.progress import counted
 from keifu.data.text import span_corruption
 from keifu.data.text.mixture import MIXTURES, batches, held_out, is_mixture, prepare_mixture, read_mixture
 from keifu.data.text.token_shards import Shards
@@ -47,12 +47,10 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     tasks = tasks_for(tokenizer, context)
     every = prepare_mixture(mixture, tokenizer)
     rows, bits = [], 0.0
-    with counting("Evaluating", len(every), "sources") as progress:
-        for number, (source, shards) in enumerate(zip(mixture.sources, every, strict=True), 1):
-            by_task = losses(model, shards, tasks, context, request.limit or WINDOWS, request.batch_size or BATCH_SIZE)
-            bits += source.weight * shards.bits_per_byte(by_task["loss"].loss)
-            rows.append(_row(source.name, source.weight, shards, by_task))
-            progress(number)
+    for source, shards in zip(mixture.sources, counted("Evaluating", every, "sources"), strict=True):
+        by_task = losses(model, shards, tasks, context, request.limit or WINDOWS, request.batch_size or BATCH_SIZE)
+        bits += source.weight * shards.bits_per_byte(by_task["loss"].loss)
+        rows.append(_row(source.name, source.weight, shards, by_task))
     columns = "source", "weight", "bits per byte", "perplexity", "loss", "tokens", *list(tasks)[1:]
     figures: Figures = {"bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows)}
     notes = [f"Windows of {context} tokens, each without the text before it, of what keifu holds out."]

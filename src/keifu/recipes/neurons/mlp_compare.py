@@ -16,7 +16,7 @@ from pathlib import Path
 
 from keifu.data.classification.batches import TensorBatches
 from keifu.data.classification.tables import ToyDataset
-from keifu.data.progress import counting
+from keifu.data.progress import counted
 from keifu.errors import UserError
 from keifu.evaluation.plots import decision_boundary
 from keifu.evaluation.plots.decision_boundary import Result, class_shares_on
@@ -71,12 +71,10 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         raise UserError("There is nothing to compare: give at least one of --activations and one of --losses.")
     subject = [mlp.check_learnable(pair) for pair in pairs][0]  # check every name before any training
     results = []
-    with counting("networks", len(pairs), "networks") as advance:
-        for number, pair in enumerate(pairs, 1):
-            with redirect_stderr(io.StringIO()), on_threads(1):
-                directory = out / f"{pair.activation}-{pair.loss}"
-                results.append(learn(pair, subject, directory, is_resuming(directory, resume)))
-            advance(number)
+    for pair in counted("networks", pairs, "networks"):
+        with redirect_stderr(io.StringIO()), on_threads(1):
+            directory = out / f"{pair.activation}-{pair.loss}"
+            results.append(learn(pair, subject, directory, is_resuming(directory, resume)))
     table = decision_boundary.table(results)
     print(table)
     facts = [

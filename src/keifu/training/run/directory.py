@@ -207,17 +207,14 @@ def _restore_replaced(directory: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    for path in _files(source):
+    """Move the files and folders that a run and its parts have written for resuming and for the report."""
+    names = (RECIPE, metrics.FILE, checkpoint.FOLDER, SAMPLES)
+    paths = [folder / name for folder in _directories(source) for name in names]
+    for path in filter(Path.exists, paths):
         destination = target / path.relative_to(source)
         destination.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(destination, ignore_errors=True)
         path.replace(destination)
-
-
-def _files(directory: Path) -> list[Path]:
-    """Return the files and folders that a run and its parts have written for resuming and for the report."""
-    names = (RECIPE, metrics.FILE, checkpoint.FOLDER, SAMPLES)
-    return [folder / name for folder in _directories(directory) for name in names if (folder / name).exists()]
 
 
 def forget(directory: Path) -> None:
