@@ -33,7 +33,7 @@ def test_of_equally_likely_choices_the_first_one_is_given() -> None:
 def test_bits_per_byte_count_bytes_and_not_characters(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("名前は猫", encoding="utf-8")
     tokenizer = train_tokenizer("characters", ["名前は猫"], 64)
-    ids, bytes_per_token = perplexity._whole(EvalRequest(on=str(tmp_path / "a.txt")), tokenizer)
+    ids, bytes_per_token = perplexity.tokens_of(EvalRequest(on=str(tmp_path / "a.txt")), tokenizer)
     assert len(ids) * bytes_per_token == 12
 
 

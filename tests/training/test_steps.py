@@ -14,6 +14,7 @@ from keifu.errors import UserError
 from keifu.layers.linear import JoinedLinear
 from keifu.models import llama, palm
 from keifu.processes import Processes
+from keifu.ranges import check
 from keifu.training.hardware.cost import Cost
 from keifu.training.loop import train
 from keifu.training.objectives import language_modeling
@@ -353,8 +354,10 @@ def test_a_batch_grows_in_one_way() -> None:
     [("optimizer", "adam", "adamw"), ("schedule", "cosinus", "cosine"), ("precision", "bf16", "bfloat16")],
 )
 def test_an_unknown_choice_answers_with_the_nearest(setting: str, value: str, near: str) -> None:
+    changed = Settings()
+    vars(changed)[setting] = value  # beartype refuses it as an argument
     with pytest.raises(UserError, match=rf"There is no {setting} '{value}'. Did you mean '{near}'\?"):
-        Settings(**{setting: value})
+        check(changed)
 
 
 def test_without_a_compiler_compile_says_so(monkeypatch) -> None:
@@ -369,9 +372,9 @@ def test_stacked_muon_is_torchs_muon(monkeypatch) -> None:
     start = [torch.randn(shape) for shape in shapes]
     ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
     rates = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
-    for kind, matrices in ((StackedMuon, ours), (torch.optim.Muon, theirs)):
+    stacked = StackedMuon(ours, {}, torch.bfloat16, **rates)
+    for optimizer, matrices in ((stacked, ours), (torch.optim.Muon(theirs, **rates), theirs)):
         torch.manual_seed(1)
-        optimizer = kind(matrices, **rates)
         for _ in range(3):
             for matrix in matrices:
                 matrix.grad = torch.randn_like(matrix)
