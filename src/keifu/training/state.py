@@ -1,6 +1,6 @@
 """The state of a training run: the content of a checkpoint, from which a run resumes with the same bits."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -84,7 +84,7 @@ class TrainState:
         return {
             "described": self.described,
             **self.clock.facts(),
-            "divergence": self.divergence.facts(),
+            "divergence": asdict(self.divergence),
             "spikes": self.spikes.facts(),
             "loss_scale": self.scale.facts(),
             **self.length.facts(),

@@ -17,6 +17,7 @@ from keifu.evaluation.classification.classifiers import text_classifier
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import Encoder, TaskHeadModel
 
+names = CATALOGUED.keys
 ABOUT = "a text classifier on a table of labelled texts: accuracy with its 95% interval, and macro F1"
 OPTIONS = {"encoding", "output"}
 TABLES = {".csv", ".tsv", ".jsonl"}
@@ -25,11 +26,6 @@ TABLES = {".csv", ".tsv", ".jsonl"}
 def takes(model: nn.Module) -> bool:
     """Return whether the model has a fixed set of labels for texts."""
     return isinstance(model, Encoder | TaskHeadModel) and bool(cast(Any, model).config.labels)
-
-
-def names() -> list[str]:
-    """Return the names of labelled catalogue entries."""
-    return list(CATALOGUED)
 
 
 def accepts(on: str) -> bool:

@@ -93,11 +93,8 @@ def place() -> Path:
     return cache() / FILE
 
 
-def inception() -> Inception | None:
-    """Load the network, or return None if the weights' file does not exist. Raises `UserError` for a file without the
-    weights."""
-    if not place().is_file():
-        return None
+def inception() -> Inception:
+    """Load the network. Raises `UserError` for a file without the weights."""
     try:
         return Inception(load_file(place()))
     except (SafetensorError, KeyError) as error:
@@ -160,8 +157,7 @@ class RandomFeatures(nn.Module):
 
 def extractor() -> Extractor:
     """Return the Inception extractor if its weights are available, otherwise the random network."""
-    network = inception()
-    if network is not None:
-        return Extractor("Inception-v3 (2015), 2048 features", network, PAPERS)
+    if place().is_file():
+        return Extractor("Inception-v3 (2015), 2048 features", inception(), PAPERS)
     network = RandomFeatures()
     return Extractor(f"random convolutions, seed {SEED}, {network.dim} features", network, OWN)

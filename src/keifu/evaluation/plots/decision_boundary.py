@@ -68,8 +68,7 @@ def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"]
             axes.contour(x, y, lead.numpy(), levels=[0.0], colors="#222222", linewidths=1.2)
     scatter(axes, points)
     axes.set_title(title, fontsize=9)
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
 
 
 def scatter(axes: "Axes", points: Table) -> None:
@@ -118,8 +117,13 @@ def label(figure: "Figure", panels: Sequence["Axes"], points: Table) -> None:
     panels[0].set_ylabel(points.columns[1], fontsize=9)
     for axes in panels:
         axes.set_xlabel(points.columns[0], fontsize=9)
-    handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 6), fontsize=8, frameon=False)
+    legend(figure, panels[0], 6)
+
+
+def legend(figure: "Figure", axes: "Axes", most: int) -> None:
+    """Add a legend of these axes below the figure, with at most `most` names in a line."""
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), most), fontsize=8, frameon=False)
 
 
 def canvas(panels: int, across: int, width: float = 2.1, height: float | None = None) -> tuple["Figure", list["Axes"]]:
@@ -202,8 +206,7 @@ def curves(results: Sequence[Result]) -> bytes:
         bottom.set_xlabel("step", fontsize=9)
     panels[0].set_ylabel("held-out accuracy", fontsize=9)
     panels[len(losses)].set_ylabel("training loss", fontsize=9)
-    lines, labels = panels[0].get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 9), fontsize=9, frameon=False)
+    legend(figure, panels[0], 9)
     return png(figure)
 
 
@@ -226,8 +229,7 @@ def boundaries(results: Sequence[Result], points: Table) -> bytes:
     for axes, result in zip(panels, results, strict=True):
         assert result.plane is not None
         paint(axes, points, result.plane, f"{result.accuracy:.1%}")
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
     for axes, activation in zip(panels, activations, strict=False):
         axes.set_title(f"{activation}\n{axes.get_title()}", fontsize=9)
     for axes, loss in zip(panels[:: len(activations)], losses, strict=True):

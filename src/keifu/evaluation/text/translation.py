@@ -49,22 +49,22 @@ class Scorer:
     """
 
     def __init__(self, language: str):
-        _metrics()  # reports a missing package before translating
-        self.language = language
-        self.tokenizer, self.note = _tokenizer(language)
+        try:
+            from sacrebleu.metrics import BLEU, CHRF
+        except ImportError as error:
+            raise UserError(f"BLEU and chrF need the package sacrebleu: {HOW} brings it.") from error
+        tokenizer, self.note = _tokenizer(language)
+        self.metrics: Any = BLEU(tokenize=tokenizer), CHRF()
 
     def __call__(self, translations: Sequence[str], references: Sequence[str]) -> Scores:
         """Return the scores of all translations together, each with one reference."""
-        metrics = _metrics()
-        bleu, chrf = metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()
-        both = [metric.corpus_score(list(translations), [list(references)]).score for metric in (bleu, chrf)]
-        return Scores(both[0], both[1], str(bleu.get_signature()), str(chrf.get_signature()))
+        both = [metric.corpus_score(list(translations), [list(references)]).score for metric in self.metrics]
+        return Scores(*both, *(str(metric.get_signature()) for metric in self.metrics))
 
     def intervals(self, translations: Sequence[str], references: Sequence[str]) -> tuple[str, str]:
         """Return the 95% percentile intervals of BLEU and chrF by the bootstrap over sentences (Koehn, 2004)."""
-        metrics = _metrics()
         ranges = []
-        for metric in (metrics.BLEU(tokenize=self.tokenizer), metrics.CHRF()):
+        for metric in self.metrics:
             # counts of each sentence; their sums give a score. sacrebleu's bootstrap fails for few sentences
             counts = np.array(metric._extract_corpus_statistics(list(translations), [list(references)]))
             generator = np.random.default_rng(0)
@@ -116,14 +116,6 @@ def _tokenizer(language: str) -> tuple[str, str]:
         remark = "MeCab is not installed, so BLEU counts characters (tok:char), which gives other figures than words"
         return "char", f"{remark}: {HOW} brings it."
     return "ja-mecab", ""
-
-
-def _metrics() -> Any:
-    try:
-        from sacrebleu import metrics
-    except ImportError as error:
-        raise UserError(f"BLEU and chrF need the package sacrebleu: {HOW} brings it.") from error
-    return metrics
 
 
 ABOUT = "a translator on pairs of sentences: BLEU and chrF"

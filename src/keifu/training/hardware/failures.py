@@ -4,9 +4,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +129,6 @@ class Running:
         self.variance = (1 - share) * (self.variance + share * change**2)
         self.readings += 1
         return True
-
-    def facts(self) -> dict[str, Any]:
-        """Return the constructor's arguments, for a checkpoint."""
-        return asdict(self)
 
 
 class Divergence(Running):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import ceil, log2
 
 import torch
@@ -35,16 +35,13 @@ def tensor_float32(device: torch.device, precision: str) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision()
-    convolutions = torch.backends.cudnn.allow_tf32
-    allowed = precision != "float32"
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
+    cudnn, allowed = torch.backends.cudnn, precision != "float32"
+    with ExitStack() as restoring:
+        restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        restoring.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        cudnn.allow_tf32 = allowed
         yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager
@@ -58,16 +55,13 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
     cudnn = torch.backends.cudnn
-    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
-    torch.use_deterministic_algorithms(True)
-    cudnn.deterministic = True
-    cudnn.benchmark = False
-    try:
+    with ExitStack() as restoring:
+        restoring.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+        restoring.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
+        restoring.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
         yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        cudnn.deterministic = before[1]
-        cudnn.benchmark = before[2]
 
 
 class LossScale:

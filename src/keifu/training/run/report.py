@@ -9,6 +9,7 @@ from html import escape
 from io import StringIO
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from keifu.errors import UserError
@@ -43,7 +44,7 @@ class Curve:
 
 def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "step", from_zero: bool = False) -> str:
     """Return an HTML figure with the curves on common axes; "" if no point is finite."""
-    shown = [Curve(c.name, _averaged(_finite(c.points)), c.marked) for c in curves]
+    shown = [Curve(c.name, _averaged(c.points), c.marked) for c in curves]
     shown = [curve for curve in shown if curve.points]
     if not shown:
         return ""
@@ -78,14 +79,12 @@ def draw_curves(curves: Sequence[Curve], y_label: str, x_label: str, from_zero: 
     return svg
 
 
-def _finite(points: Sequence[Point]) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-
-
-def _averaged(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    size = -(-len(points) // POINTS) or 1
-    parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+def _averaged(points: Sequence[Point]) -> list[tuple[float, float]]:
+    """Return the finite points; if there are more than `POINTS`, the means of equal numbers of them."""
+    finite = [(float(x), float(y)) for x, y in points if math.isfinite(x) and math.isfinite(y)]
+    size = -(-len(finite) // POINTS) or 1
+    parts = [finite[i : i + size] for i in range(0, len(finite), size)]
+    return [(fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts]
 
 
 REPORT = "report.html"
