@@ -41,8 +41,8 @@ def bootstrap(values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None
 
 def share_figures(name: str, successes: int, total: int) -> Figures:
     """Return a proportion and its Wilson interval, as figures of an evaluation."""
-    share = round(successes / max(1, total), 4)
-    return {name: share, f"{name}, 95% interval": as_text(wilson(successes, total))}
+    interval = as_text(wilson(successes, total))
+    return {name: round(successes / max(1, total), 4), f"{name}, 95% interval": interval}
 
 
 def mean_figures(name: str, values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None) -> Figures:

@@ -37,8 +37,7 @@ class Tally(NamedTuple):
         """Return the counts, and the share of decided pairs that B won with its 95% interval (Wilson, 1927)."""
         decided = self.a + self.b
         low, high = wilson(self.b, decided)
-        rate = self.b / decided if decided else math.nan
-        return {**self._asdict(), "win_rate_of_b": rate, "from": low, "to": high}
+        return {**self._asdict(), "win_rate_of_b": self.b / decided if decided else math.nan, "from": low, "to": high}
 
     def sentence(self, a: str, b: str) -> str:
         """Describe the figures in a sentence."""

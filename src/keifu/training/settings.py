@@ -11,12 +11,8 @@ from keifu.errors import UserError
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, check
 from keifu.training.optim.loss_spikes import SpikeSettings
 
-Optimizer = Literal["adamw", "muon", "adadelta", "adafactor"]
-Schedule = Literal["constant", "linear", "cosine", "inverse_sqrt"]
-RateBy = Literal["steps", "rows"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Recompute = Literal["none", "blocks", "selective"]
-OptimizerState = Literal["float32", "int8"]
 
 # Settings that may change when a run is resumed: its length, intervals and the splitting of a batch. They do not change
 # the computation of a step.
@@ -46,14 +42,14 @@ class Settings:
     micro_batch: Count | None = None
     """Rows computed at a time. Fewer rows need less memory and change neither the loss nor dropout. Unset: as many as
     fit in memory. If rows differ in length, more of the shorter ones are computed together."""
-    optimizer: Optimizer = "adamw"
+    optimizer: Literal["adamw", "muon", "adadelta", "adafactor"] = "adamw"
     """muon: Muon for hidden matrices, AdamW for everything else. adadelta: Zeiler's (2012), ρ 0.95, ε 1e-6.
     adafactor: PaLM's (2022), without factoring, updates scaled by the size of each matrix."""
     learning_rate: NotNegative = 3e-4
     """The highest learning rate, of AdamW, Adadelta (1 in its paper), or Adafactor (relative to each matrix's size)."""
     matrix_rate: NotNegative = 0.02
     """The highest learning rate of Muon."""
-    schedule: Schedule = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "cosine"
     """How the learning rate decays after the warm-up."""
     warmup: Natural = 0
     """Steps in which the learning rate rises linearly from 0."""
@@ -65,7 +61,7 @@ class Settings:
     """Step at which a linear or cosine decay ends; the rate is constant after it. Unset: the last step."""
     rate_shares: tuple[tuple[str, NotNegative], ...] = ()
     """AdamW's rate for some weights, as pairs: a prefix of their names, and a share of the learning rate."""
-    rate_by: RateBy = "steps"
+    rate_by: Literal["steps", "rows"] = "steps"
     """Unit that the schedule counts. rows: a step with a smaller batch counts as its share of batch_size, so that the
     rate follows the number of tokens seen during batch-size warm-up."""
     weight_decay: NotNegative = 0.1
@@ -94,7 +90,7 @@ class Settings:
     activation_checkpointing: Recompute = "none"
     """Activations that the backward pass computes again, which changes no bit on a CPU. blocks: all but the inputs of
     blocks, a third more computation. selective: all but the results of matrix multiplications."""
-    optimizer_state: OptimizerState = "float32"
+    optimizer_state: Literal["float32", "int8"] = "float32"
     """Format of AdamW's two averages. int8: 8 bits, with a scale for 256 numbers; not if a mesh splits the model."""
     deterministic: bool = False
     """Whether a GPU uses only deterministic kernels, which may be slower. A CPU always does."""

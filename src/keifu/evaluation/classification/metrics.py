@@ -101,8 +101,7 @@ class Confusion:
     def to_json(self) -> dict[str, Any]:
         """Return the figures for JSON."""
         majority, share = self.majority
-        names = ("precision", "recall", "f1")
-        scores = [dict(zip(names, row, strict=True)) for row in self.scores.tolist()]
+        scores = [dict(zip(("precision", "recall", "f1"), row, strict=True)) for row in self.scores.tolist()]
         by_label = dict(zip(self.labels, scores, strict=True))
         return {
             "texts": int(self.counts.sum()), "accuracy": self.accuracy, "macro_f1": self.macro_f1,

@@ -68,8 +68,7 @@ def build_index(
 
 def count_new(passages: Sequence[Passage], path: Path) -> int:
     """Return the number of passages that are not in the index yet."""
-    kept = _read(path)
-    return len({_digest(passage) for passage in passages} - kept.keys())
+    return len({_digest(passage) for passage in passages} - _read(path).keys())
 
 
 def _digest(passage: Passage) -> str:

@@ -159,8 +159,7 @@ def ssim(pictures: Bytes, others: Bytes) -> Float[Tensor, " picture"]:
     if min(pictures.shape[2:]) < WINDOW:
         raise UserError(f"SSIM needs pictures of at least {WINDOW} x {WINDOW} pixels, not {tuple(pictures.shape[2:])}.")
     x, y = pictures.double(), others.double()
-    means = _blur(torch.stack([x, y, x * x, y * y, x * y]))
-    x, y, xx, yy, xy = means
+    x, y, xx, yy, xy = _blur(torch.stack([x, y, x * x, y * y, x * y]))
     variances, covariance = xx - x * x + yy - y * y, xy - x * y
     index = (2 * x * y + C1) * (2 * covariance + C2) / ((x * x + y * y + C1) * (variances + C2))
     return index.mean((1, 2, 3)).float()

@@ -233,8 +233,7 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     if request.judge is not None or request.guidance is not None:
         raise UserError("--judge and --guidance are for the metric classes alone: give --metric classes, or neither.")
     parts = _real_images(drawer, request)
-    compared = request.metric in (None, "distances")
-    beside = _generate_beside(drawer, parts, request) if compared else EvalResult({})
+    beside = _generate_beside(drawer, parts, request) if request.metric in (None, "distances") else EvalResult({})
     held = EvalResult({}) if request.metric == "distances" else _held_out(drawer, parts.test, request)
     return replace(beside, figures=beside.figures | held.figures, notes=beside.notes + held.notes, tables=held.tables)
 
@@ -416,7 +415,6 @@ def _generated(
             for first in range(0, len(numbers), size):
                 part = numbers[first : first + size]
                 seeds = [(wanted.seed or 0) + number for number in part]
-                drawn = pipeline.draw(replace(wanted, label=label), seeds)
-                pictures |= zip(part, drawn, strict=True)
+                pictures |= zip(part, pipeline.draw(replace(wanted, label=label), seeds), strict=True)
                 advance(len(pictures))
     return torch.stack([pictures[number] for number in range(count)])

@@ -131,8 +131,7 @@ def canvas(panels: int, across: int, width: float = 2.1, height: float | None = 
     from matplotlib.figure import Figure
 
     down = -(-panels // across)
-    size = max(width * across, 3.2), (height or width) * down + 0.6
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure = Figure(figsize=(max(width * across, 3.2), (height or width) * down + 0.6), dpi=110, layout="constrained")
     grid = figure.subplots(down, across, squeeze=False).flatten().tolist()
     for axes in grid[panels:]:
         axes.remove()

@@ -136,12 +136,11 @@ def topics() -> FewShotTask:
     """Return the task of naming the topic, one of 12, of a Wikipedia article from the first 60 words of its title and
     summary."""
     learned, validation = read("wiki-summaries").split(HELD_OUT_ARTICLES)
-    labels = learned.classes
 
     def items(table: Examples) -> tuple[TaskItem, ...]:
         shown = (" ".join(text.split()[:WORDS]) for text in table.texts)
         pairs = zip(shown, table.labels, strict=True)
-        return tuple(TaskItem(f"Article: {text}\nTopic:", topic, labels) for text, topic in pairs)
+        return tuple(TaskItem(f"Article: {text}\nTopic:", topic, learned.classes) for text, topic in pairs)
 
     return FewShotTask("topics", items(validation), items(learned), unconditional="Topic:")
 
@@ -159,8 +158,7 @@ def titles() -> FewShotTask:
         if len(about) > 9 and title.lower() not in about.lower():
             draw = Random(int(key, 16))
             wrong = draw.sample([other for other in by_topic[article["topic"]] if other != title], 3)
-            choices = draw.sample([title, *wrong], 4)
-            by_key[key] = TaskItem(f"Description: {about}\nTitle:", title, tuple(choices))
+            by_key[key] = TaskItem(f"Description: {about}\nTitle:", title, tuple(draw.sample([title, *wrong], 4)))
     items = tuple(by_key[key] for key in sorted(by_key))
     return FewShotTask("titles", items[:HELD_OUT_ARTICLES], items[HELD_OUT_ARTICLES:], unconditional="Title:")
 
@@ -210,8 +208,7 @@ def composite_arithmetic() -> FewShotTask:
 
     def question(draw: Random) -> TaskItem:
         (a, b, c), (first, second) = [draw.randrange(10) for _ in range(3)], draw.choices("+-*", k=2)
-        answer = compute[first](a, compute[second](b, c))
-        return TaskItem(f"Q: What is {a}{first}({b}{second}{c})?\nA:", str(answer))
+        return TaskItem(f"Q: What is {a}{first}({b}{second}{c})?\nA:", str(compute[first](a, compute[second](b, c))))
 
     return _generated("1-digit-composite", question)
 

@@ -53,8 +53,7 @@ def averaged_weights(model: nn.Module, directory: Path, last: int) -> AbstractCo
 
 
 def _of_model(directory: Path, step: int) -> dict[str, Tensor]:
-    tensors = state.read(directory, step).tensors
-    return {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    return {name: tensor for name, tensor in state.read(directory, step).tensors.items() if name.startswith("model.")}
 
 
 class MovingAverage:

@@ -230,8 +230,7 @@ def _by_source(figures: Mapping[str, float | int]) -> tuple[list[str], list[list
 def _picture(path: Path) -> dict[str, Any]:
     """Return a PNG file's name, content and size for the template."""
     content = path.read_bytes()
-    width = int.from_bytes(content[16:20])  # in PNG's header
-    shape = {"wide": path.parent.name != SAMPLES, "small": width < NARROW}
+    shape = {"wide": path.parent.name != SAMPLES, "small": int.from_bytes(content[16:20]) < NARROW}  # PNG's width
     return {"name": _when(path), "base64": base64.b64encode(content).decode(), **shape}
 
 
