@@ -217,10 +217,10 @@ def guidance_plot(
             for seed in options.seeds:
                 drawn = each.draw(on.captions, options, guidance, seed)
                 features = [see(drawn) for see in eyes]
-                among = manifold(on.features[-1], features[-1])
+                precision, recall = manifold(on.features[-1], features[-1])
                 score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
                 far = [distance(real, own) for real, own in zip(on.features, features, strict=True)]
-                values.append((*far, among.precision, among.recall, score))
+                values.append((*far, precision, recall, score))
             own = found[f"{each.name}, guidance {guidance:g}"] = [[*seeds] for seeds in zip(*values, strict=True)]
             _, _, precision, recall, score = map(mean, own)
             points.append((recall, precision, score))

@@ -68,8 +68,7 @@ def set_up(
     trainer.row_elements = resolved.get("row_elements", row_elements(batch))
     if saved:
         trainer.state.load(saved)
-    every = _evaluate_every(settings, data, largest or (data.batch(0) if saved else batch), tell)
-    trainer.settings = replace(settings, evaluate_every=every)
+    trainer.settings = _limit_validations(settings, data, largest or (data.batch(0) if saved else batch), tell)
     return trainer, measured
 
 
@@ -86,21 +85,21 @@ def check_alike(described: dict[str, Any]) -> None:
             )
 
 
-def _evaluate_every(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> int:
-    """Return the number of steps between validations that keeps validations within their share of the computation.
+def _limit_validations(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> Settings:
+    """Return the settings with as many steps between validations as keep these within their share of the computation.
 
     An element of a validation costs a third of one in a step: the backward pass takes twice as long as the forward pass
     (Kaplan et al., 2020, section 2.1). Rollouts, which are generated for each validation, are not counted.
     """
     wanted, share = settings.evaluate_every, settings.evaluate_share
     if not wanted or isinstance(data, OnPolicy):
-        return wanted
+        return settings
     elements = sum(rows_of(part) * row_elements(part) for part in data.validation())
     steps = elements / (3 * rows_of(batch) * row_elements(batch))
     every = max(wanted, math.ceil(steps * (1 / share - 1)))
     if every > wanted:
         tell(f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {wanted}.")
-    return every
+    return replace(settings, evaluate_every=every)
 
 
 def _as_resolved(saved: checkpoint.SavedState, device: torch.device, tell: Callable[[str], None]) -> dict[str, Any]:

@@ -18,16 +18,8 @@ from keifu.errors import UserError
 AT_ONCE = 2**24  # distances that are computed at once
 PART = 4096  # pictures that are searched at once
 SUBSETS, SUBSET = 100, 1000  # of the kernel distance, as in its paper
-Features = Float[Tensor, "count dim"]
 Real = Float[Tensor, "real dim"]
 Drawn = Float[Tensor, "drawn dim"]
-
-
-class FeatureMoments(NamedTuple):
-    """Mean [dim] and covariance [dim, dim] of features, float64, unbiased."""
-
-    mean: Tensor
-    covariance: Tensor
 
 
 class Kernel(NamedTuple):
@@ -38,28 +30,20 @@ class Kernel(NamedTuple):
     size: int
 
 
-class Manifold(NamedTuple):
-    """Precision: share of generated images near real ones. Recall: share of real images near generated ones."""
+def frechet(real: Real, drawn: Drawn) -> float:
+    """Return the squared Fréchet distance between normal distributions with the sets' means and covariances.
 
-    precision: float
-    recall: float
-
-
-def moments(features: Features) -> FeatureMoments:
-    """Return mean and covariance. Raises `UserError` for fewer than two pictures."""
-    if len(features) < 2:
-        raise UserError(f"{len(features)} pictures have no covariance: at least 2 are needed.")
-    rows = features.double()
-    return FeatureMoments(rows.mean(0), rows.T.cov())
-
-
-def frechet(real: FeatureMoments, drawn: FeatureMoments) -> float:
-    """Return the squared Fréchet distance between two normal distributions. With Inception's features it is the FID
-    (Heusel et al., 2017). It is biased upwards for few pictures, most if there are fewer pictures than features."""
-    root = _root(real.covariance)
-    cross = torch.linalg.eigvalsh(root @ drawn.covariance @ root).clamp_min(0).sqrt().sum()
-    apart = (real.mean - drawn.mean).square().sum()
-    return float(apart + real.covariance.trace() + drawn.covariance.trace() - 2 * cross)
+    With Inception's features it is the FID (Heusel et al., 2017). It is biased upwards for few pictures, most if there
+    are fewer pictures than features. Raises `UserError` for fewer than two pictures.
+    """
+    if (fewest := min(len(real), len(drawn))) < 2:
+        raise UserError(f"{fewest} pictures have no covariance: at least 2 are needed.")
+    real, drawn = real.double(), drawn.double()
+    covariance, other = real.T.cov(), drawn.T.cov()
+    root = _root(covariance)
+    cross = torch.linalg.eigvalsh(root @ other @ root).clamp_min(0).sqrt().sum()
+    apart = (real.mean(0) - drawn.mean(0)).square().sum()
+    return float(apart + covariance.trace() + other.trace() - 2 * cross)
 
 
 def _root(symmetric: Tensor) -> Tensor:
@@ -101,14 +85,15 @@ def kernel_distance(real: Real, drawn: Drawn, subsets: int = SUBSETS, size: int 
     return Kernel(float(values.mean()), float(values.std()) if subsets > 1 else 0.0, size)
 
 
-def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> Manifold:
-    """Return improved precision and recall (Kynkäänniemi et al., 2019).
+def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> tuple[float, float]:
+    """Return improved precision and recall (Kynkäänniemi et al., 2019): the shares of generated images near real ones,
+    and of real images near generated ones.
 
     Each is the share of one set inside the other's manifold: inside a ball around a picture of the other set whose
     radius is the distance to its k-th nearest neighbour there."""
     if min(len(real), len(drawn)) <= neighbours:
         raise UserError(f"Precision and recall need more than {neighbours} pictures on each side.")
-    return Manifold(_coverage(real, drawn, neighbours), _coverage(drawn, real, neighbours))
+    return _coverage(real, drawn, neighbours), _coverage(drawn, real, neighbours)
 
 
 def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:

@@ -24,7 +24,7 @@ from keifu.data.progress import counting
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.classification.neurons import RowClassifier
-from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, manifold, moments, nearest, psnr, ssim
+from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, manifold, nearest, psnr, ssim
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
 from keifu.evaluation.intervals import Figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
@@ -350,14 +350,14 @@ def compare_images(
 
 def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> Figures:
     """Return Fréchet and kernel distance, precision and recall by name."""
-    distance, among = kernel_distance(real, drawn), manifold(real, drawn)
+    distance, (precision, recall) = kernel_distance(real, drawn), manifold(real, drawn)
     named = seen.titles
     return {
-        f"{named[0]}{whose}": round(frechet(moments(real), moments(drawn)), 4),
+        f"{named[0]}{whose}": round(frechet(real, drawn), 4),
         f"{named[1]} x 1000{whose}": round(1000 * distance.mean, 4),
         f"{named[1]} x 1000, deviation of subsets of {distance.size}{whose}": round(1000 * distance.deviation, 4),
-        f"precision{whose}": round(among.precision, 4),
-        f"recall{whose}": round(among.recall, 4),
+        f"precision{whose}": round(precision, 4),
+        f"recall{whose}": round(recall, 4),
     }
 
 
