@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -42,8 +43,7 @@ Values = Float[Tensor, "batch *shape"]
 Seeds = Int[Tensor, " batch"]
 
 
-@dataclass(frozen=True)
-class Bound:
+class Bound(NamedTuple):
     """Bits per dimension (per number of a picture) of each picture.
 
     prior [batch]: divergence of x_T from noise. steps [batch, T]: each denoising step; timestep 0 is the decoder.
@@ -51,11 +51,6 @@ class Bound:
 
     prior: Float[Tensor, " batch"]
     steps: Float[Tensor, "batch steps"]
-
-    @property
-    def total(self) -> Float[Tensor, " batch"]:
-        """Bits per dimension in all."""
-        return self.prior + self.steps.sum(1)
 
 
 @torch.inference_mode()
@@ -146,13 +141,9 @@ def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) 
             seeds = draw_noise(seed, HELD_OUT, len(given), first).to(given.device)
             network = label_denoiser(model, label)
             bounds.append(bound(network, model.noise, to_signed(given), seeds, lambda: advance(next(reached))))
-    total = torch.cat([bound.total for bound in bounds])
-    parts = {
-        "": total,
-        "prior": torch.cat([bound.prior for bound in bounds]),
-        "steps": torch.cat([bound.steps[:, 1:].sum(1) for bound in bounds]),
-        "decoder": torch.cat([bound.steps[:, 0] for bound in bounds]),
-    }
+    prior, steps = map(torch.cat, zip(*bounds, strict=True))
+    total = prior + steps.sum(1)
+    parts = {"": total, "prior": prior, "steps": steps[:, 1:].sum(1), "decoder": steps[:, 0]}
     error = {"standard error": float(total.std() / math.sqrt(len(total)))} if len(total) > 1 else {}
     means = {name: float(value.mean()) for name, value in parts.items()} | error
     return {f"bits/dim{', ' * bool(part)}{part}": round(value, 4) for part, value in means.items()}
