@@ -210,7 +210,7 @@ def test_every_task_offers_what_the_verb_asks_for(monkeypatch: pytest.MonkeyPatc
     known = {field for field in evaluate.Options.__dataclass_fields__}
     for name in evaluate.TASKS:
         task = import_module(f"keifu.evaluation.{name}")
-        assert known >= task.OPTIONS and task.ABOUT and task.names() and not task.accepts("no such thing")
+        assert known >= task.OPTIONS and task.ABOUT and task.NAMES and not task.accepts("no such thing")
     with pytest.raises(UserError, match="cannot be evaluated yet"):
         evaluate.select_task(torch.nn.Linear(1, 1), "sotu")
 

@@ -104,8 +104,12 @@ def tasks() -> list[Any]:
 
 def check_known(on: str) -> None:
     """Raise `UserError` for data that no evaluation takes. The model is not needed for this, and is loaded later."""
-    if not any(task.accepts(on) for task in tasks()):
-        raise unknown("task", on, {name for task in tasks() for name in task.names()})
+    if not any(_takes_data(task, on) for task in tasks()):
+        raise unknown("task", on, {name for task in tasks() for name in task.NAMES})
+
+
+def _takes_data(task: Any, on: str) -> bool:
+    return on in task.NAMES or task.accepts(on)
 
 
 def select_task(model: Any, on: str) -> Any:
@@ -116,12 +120,12 @@ def select_task(model: Any, on: str) -> Any:
     if not able:
         raise UserError(f"A {name} cannot be evaluated yet; these can: {'; '.join(task.ABOUT for task in every)}.")
     for task in able:
-        if task.accepts(on):
+        if _takes_data(task, on):
             return task
     for task in every:
-        if on in task.names():
+        if on in task.NAMES:
             raise UserError(f"{on} evaluates {task.ABOUT.partition(':')[0]}, and this is a {name}: choose other data.")
-    raise unknown("task", on, [name for task in able for name in task.names()])
+    raise unknown("task", on, [name for task in able for name in task.NAMES])
 
 
 def check_options(options: Options, task: Any) -> None:

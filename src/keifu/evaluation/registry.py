@@ -3,8 +3,8 @@
 An evaluation is a module that is listed in commands/evaluate.py. It has:
 
 ABOUT: one line about its metric. OPTIONS: the options of `keifu evaluate` that it uses in addition to the common ones,
-with "output" if it returns `items`. takes(model) -> bool: whether it can evaluate such a model. names() -> names of its
-data. accepts(on) -> bool: whether `on` is one of these names or a suitable file. evaluate(model, tokenizer, request) ->
+with "output" if it returns `items`. takes(model) -> bool: whether it can evaluate such a model. NAMES: names of its
+data. accepts(on) -> bool: whether `on` is another suitable name, file or folder. evaluate(model, tokenizer, request) ->
 EvalResult.
 """
 

@@ -125,7 +125,7 @@ def class_probabilities(model: Any, rows: Sequence[Any], pad_id: int) -> Float[T
     return in_batches(model, work, rows, pad_id, pack=stack_sequences, size=row_size)
 
 
-names = CATALOGUED.keys
+NAMES = CATALOGUED
 ABOUT = "a text classifier on a table of labelled texts: accuracy with its 95% interval, and macro F1"
 OPTIONS = {"encoding", "output"}
 TABLES = {".csv", ".tsv", ".jsonl"}
@@ -137,8 +137,8 @@ def takes(model: nn.Module) -> bool:
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is such a name or a table."""
-    return on in CATALOGUED or Path(on).suffix in TABLES
+    """Return whether `on` is a table."""
+    return Path(on).suffix in TABLES
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
@@ -146,8 +146,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     not have."""
     judge = text_classifier(model, tokenizer)
     examples = read_examples(request.on, judge.form, encoding=request.encoding)
-    if request.limit is not None:
-        examples = examples.chosen(range(min(request.limit, len(examples))))
+    examples = examples.chosen(range(len(examples))[: request.limit])
     for row in examples.rows:
         if row.label not in judge.labels:
             known = ", ".join(map(repr, judge.labels[:5])) + (", ..." if len(judge.labels) > 5 else "")

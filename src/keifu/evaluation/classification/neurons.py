@@ -12,12 +12,13 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from keifu.data.classification.tables import NAMES, toy_dataset
+from keifu.data.classification import tables
 from keifu.errors import UserError
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 
 ABOUT = "a network of neurons on rows of numbers with classes: accuracy"
+NAMES = tables.NAMES
 OPTIONS = {"output"}
 
 
@@ -38,20 +39,15 @@ def takes(model: nn.Module) -> bool:
     return isinstance(model, RowClassifier)
 
 
-def names() -> list[str]:
-    """Return the names of the digits and of the toy sets."""
-    return list(NAMES)
-
-
 def accepts(on: str) -> bool:
-    """Return whether `on` is such a name or a table."""
-    return on in NAMES or on.endswith(".csv")
+    """Return whether `on` is a table."""
+    return on.endswith(".csv")
 
 
 def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalResult:
     """Return the accuracy on the held-out rows, or on all rows if the set is too small to hold any out."""
     assert isinstance(model, RowClassifier)
-    data = toy_dataset(request.on)
+    data = tables.toy_dataset(request.on)
     inputs, targets = data.held.inputs[: request.limit], data.held.targets[: request.limit]
     has, given = (model.config.dim, len(model.classes)), (inputs.shape[1], len(data.classes))
     if has != given:

@@ -179,7 +179,7 @@ def _mean(values: Tensor, digits: int = 2) -> float:
 
 
 ABOUT = "drawing: a model that removes noise, on pictures"
-names = CATALOGUED.keys
+NAMES = CATALOGUED
 OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "guidance", "judge"}
 METRICS = "distances", "reconstruction", "bits", "classes"
 DRAWN, BATCH = 1000, 64
@@ -206,8 +206,8 @@ def takes(model: nn.Module) -> bool:
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is a catalogue name, a folder, or .tar shards."""
-    return on in names() or Path(on).expanduser().exists() or on.endswith(".tar")
+    """Return whether `on` is a folder, or .tar shards."""
+    return Path(on).expanduser().exists() or on.endswith(".tar")
 
 
 def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalResult:

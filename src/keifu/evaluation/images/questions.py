@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from keifu.data.images.questions import FILE, NAMES, Question, read_questions
+from keifu.data.images import questions as data
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.intervals import Figures, share_figures
@@ -20,6 +20,7 @@ from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a model that sees on questions about pictures: accuracy, next to the same model without the picture"
+NAMES = data.NAMES
 OPTIONS = {"output", "batch_size"}
 GREEDY = SamplingParams(temperature=0, max_tokens=16, seed=0)
 
@@ -29,19 +30,14 @@ def takes(model: nn.Module) -> bool:
     return isinstance(model, SeeingModel)
 
 
-def names() -> list[str]:
-    """Return the names of catalogue entries with questions."""
-    return list(NAMES)
-
-
 def accepts(on: str) -> bool:
-    """Return whether `on` is such a name, or a folder of questions."""
-    return on in NAMES or (Path(on) / FILE).is_file()
+    """Return whether `on` is a folder of questions."""
+    return (Path(on) / data.FILE).is_file()
 
 
 def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
     """Return the accuracy on the test part, or on `limit` evenly spaced questions of it."""
-    questions = read_questions(request.on)
+    questions = data.read_questions(request.on)
     tested = list(questions.tested)
     if not tested:
         raise UserError(f'{request.on} has no questions to test on: give some of them "part": "test".')
@@ -49,7 +45,7 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
         tested = [tested[number * len(tested) // request.limit] for number in range(request.limit)]
 
     def answers(seeing: bool) -> list[str]:
-        def prompt(asked: Question) -> Any:
+        def prompt(asked: data.Question) -> Any:
             images = [questions.picture(asked.image)] if seeing else []
             return render(tokenizer, [{"role": "user", "content": asked.question, "images": images}], model.config)
 
@@ -73,5 +69,5 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
     if left_out and new:
         figures |= right(f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training", seen, new)
     rows = [(*row, *given) for row, *given in zip(tested, seen, blind, strict=True)]
-    items = ResultTable((*Question._fields, "given", "given without the picture"), rows)
+    items = ResultTable((*data.Question._fields, "given", "given without the picture"), rows)
     return EvalResult(figures | {"questions": len(tested)}, items=items)

@@ -151,11 +151,6 @@ def takes(model: nn.Module) -> bool:
     return isinstance(model, TwoTowers)
 
 
-def names() -> list[str]:
-    """Return the names of the catalogue's captioned pictures."""
-    return list(NAMES)
-
-
 def accepts(on: str) -> bool:
     """Return whether `on` is a catalogue name of pictures, a folder or shards."""
     return in_catalogue(on) or on.endswith(".tar") or Path(on).expanduser().is_dir()

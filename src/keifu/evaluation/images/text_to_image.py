@@ -56,7 +56,7 @@ def best(cosines: Float[Tensor, "picture texts"], count: int) -> list[int]:
 
 
 ABOUT = "drawing from text: a model that reads a caption, on pictures with captions"
-takes, names, accepts = is_text_to_image, drawn_pictures.names, drawn_pictures.accepts
+takes, NAMES, accepts = is_text_to_image, drawn_pictures.NAMES, drawn_pictures.accepts
 OPTIONS = {"seed", "batch_size", "output", "sampler", "steps", "metric", "language", "guidance", "clip", "lora"}
 METRICS = "clip-score", "distances"
 DRAWN, BATCH = 200, 16

@@ -30,7 +30,7 @@ from keifu.generation.text.model import is_writer
 from keifu.generation.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
-takes, names = is_writer, TASKS.keys  # language models; tasks without a file
+takes, NAMES = is_writer, TASKS  # language models; tasks without a file
 OPTIONS = {"shots", "by_shots", "seed", "metric", "batch_size", "output", "samples"}
 SHARE = ("accuracy", "95% from", "95% to")
 ROW = ("shots", "prompt", "right", "given", "correct", "details")
@@ -39,8 +39,8 @@ NUMBER = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is the name of a task, or a file that describes one."""
-    return on in TASKS or is_task(Path(on))
+    """Return whether `on` is a file that describes a task."""
+    return is_task(Path(on))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from keifu.generation.text.model import Model, causal, device_of, evaluation_mod
 from keifu.training.objectives.language_modeling import span_corruption as span_corruption_loss
 
 ABOUT = "a language model on a mixture of texts: bits per byte of each"
-names, accepts = MIXTURES.keys, is_mixture
+NAMES, accepts = MIXTURES, is_mixture
 OPTIONS = {"batch_size"}
 BATCH_SIZE = 8
 WINDOWS = 64  # of each source

@@ -24,14 +24,14 @@ from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import device_of, is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
-takes, names = is_writer, catalogue.names  # language models; the catalogue's texts
+takes, NAMES = is_writer, catalogue.names()  # language models; the catalogue's texts
 OPTIONS = {"batch_size", "output", "text_field", "encoding"}
 BATCH_SIZE = 8
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is such a name, a file or a folder."""
-    return on in names() or Path(on).exists()
+    """Return whether `on` is a file or a folder."""
+    return Path(on).exists()
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
@@ -70,7 +70,7 @@ def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, f
     The data are the held-out part of a catalogue entry, or all documents of a file or folder, each followed by an
     end-of-text token if there is one.
     """
-    if request.on in names():
+    if request.on in NAMES:
         shards = prepare(request.on, tokenizer)
         return np.asarray(shards.validation, dtype=np.int64), shards.bytes_per_token
     texts = list(documents(request.on, TextFileFormat(request.text_field, request.encoding)))

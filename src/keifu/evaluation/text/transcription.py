@@ -16,6 +16,7 @@ from keifu.generation.speech.transcription import TranscriptionParams, transcrib
 from keifu.layers.transformer.speech import SpeechRecognizer
 
 ABOUT = "a model that hears on recordings with transcripts (spoken-digits or a folder): the word error rate"
+NAMES = [DIGITS]
 OPTIONS = {"output", "beam", "language"}
 
 
@@ -24,14 +25,9 @@ def takes(model: nn.Module) -> bool:
     return isinstance(model, SpeechRecognizer)
 
 
-def names() -> list[str]:
-    """Return the name of the synthetic recordings."""
-    return [DIGITS]
-
-
 def accepts(on: str) -> bool:
-    """Return whether `on` is that name, or a folder of recordings."""
-    return on == DIGITS or (Path(on) / FILE).is_file()
+    """Return whether `on` is a folder of recordings."""
+    return (Path(on) / FILE).is_file()
 
 
 def words(text: str) -> list[str]:

@@ -119,14 +119,14 @@ def _tokenizer(language: str) -> tuple[str, str]:
 
 
 ABOUT = "a translator on pairs of sentences: BLEU and chrF"
-takes, names = is_translator, pair_names
+takes, NAMES = is_translator, pair_names()
 FILES = {"source_field", "target_field", "encoding"}
 OPTIONS = {"reverse", "language", "beam", "alpha", "batch_size", "by_length", "output", *FILES}
 
 
 def accepts(on: str) -> bool:
-    """Return whether `on` is a catalogue name, a file, or two files."""
-    return on in names() or all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
+    """Return whether `on` is a file, or two files."""
+    return all(Path(part.strip()).expanduser().is_file() for part in on.split(","))
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
@@ -158,7 +158,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         unit = "source words" if spaced else "source characters"
         tables["by length"] = ResultTable((unit, "pairs", "BLEU", "chrF"), rows)
     items = {"source": sources, "reference": references, "translation": texts}
-    if request.on in pair_names():
+    if request.on in NAMES:
         near = items["near copy"] = near_training(pairs.rows, training_pairs(request.on, pairs.languages))
         tables["near copies in the training part"] = by_nearness(scorer, texts, references, near)
     rows = list(zip(*items.values(), strict=True))
@@ -200,7 +200,7 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
     elif known and pairs.languages != trained:
         learned, given = (" into ".join(pair) for pair in (trained, pairs.languages))
         notes.append(f"The model was trained to translate from {learned}, and these pairs are from {given}.")
-    rows = split(pairs).test if request.on in pair_names() else pairs.rows
+    rows = split(pairs).test if request.on in NAMES else pairs.rows
     languages = pairs.languages if any(pairs.languages) or request.reverse else trained
     return Pairs(pairs.name, rows[: request.limit], languages), notes
 
