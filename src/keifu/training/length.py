@@ -7,9 +7,9 @@ linearly, over as many updates as the warm-up, but over at most half of the rema
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from keifu.errors import UserError
 from keifu.training.optim.lr_schedules import ratio
@@ -18,8 +18,7 @@ from keifu.training.settings import Settings
 USEFUL = 0.02  # the least mean learning rate of a useful extension, as a share of the highest rate
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A change of a run's length. at: steps already done. steps: the new number of steps of the whole run. over: number
     of updates over which the rate moves to its new curve.
     """
@@ -119,7 +118,7 @@ class Length:
         """Return the changes and the time budget's plan as JSON, for a checkpoint."""
         plan = {name: vars(self)[name] for name in ("first", "since", "position")}
         plan |= {"steps": self.steps, "scheduled": self.scheduled}
-        return {"length": [asdict(change) for change in self.changes], "plan": plan}
+        return {"length": [change._asdict() for change in self.changes], "plan": plan}
 
 
 def length_of(state: Mapping[str, Any]) -> Length:

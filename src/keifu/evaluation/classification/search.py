@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,8 +21,7 @@ Advance = Callable[[int], object]
 FOLDER = "search"  # in the cache
 
 
-@dataclass(frozen=True, eq=False)
-class SearchIndex:
+class SearchIndex(NamedTuple):
     """Embeddings of passages, one row each."""
 
     passages: Sequence[Passage]

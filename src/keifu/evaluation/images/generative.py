@@ -8,7 +8,7 @@ Axes: picture, channels, height, width; batch, steps = T, `*shape` = of an image
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,8 +188,7 @@ COMPARED = 10_000  # maximal real pictures for the distances
 SHOWN, ACROSS = 24, 4  # drawn pictures on the sheet, and in each of its rows
 
 
-@dataclass(frozen=True)
-class Neighbours:
+class Neighbours(NamedTuple):
     """Nearest real picture of each drawn picture, by pixels and by features, and the distance of the former.
 
     differences: root mean squared difference of two pictures' bytes, 0 to 255.

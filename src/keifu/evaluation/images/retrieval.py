@@ -5,10 +5,9 @@ embedding.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,8 +106,7 @@ AT_ONCE = 2**24  # similarities that are computed at once
 NAMES = ("emoji", "openmoji", "photos")
 
 
-@dataclass(frozen=True)
-class Recall:
+class Recall(NamedTuple):
     """Share of queries whose answer is among the first 1, 5 and 10 (by that number), and the answer's median rank."""
 
     shares: dict[int, float]

@@ -4,8 +4,8 @@ Axes: picture, channels, height, width. There are as many texts as images.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
@@ -63,8 +63,7 @@ DRAWN, BATCH = 200, 16
 ITEMS = "captions", "caption", "score", "own caption first", "score of the real picture", "its own caption first"
 
 
-@dataclass(frozen=True)
-class GeneratedImages:
+class GeneratedImages(NamedTuple):
     """Pictures drawn from captions, and the real pictures with these captions."""
 
     real: ImageDataset

@@ -6,8 +6,7 @@ distinguish. Classes also differ in their markers.
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -162,8 +161,7 @@ Curve = list[tuple[int, float]]  # pairs of a step and a figure
 DASHES = ("-", "--", ":")
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
+class Result(NamedTuple):
     """Result of training one network: final held-out accuracy, seconds of training, and figures by step.
 
     plane: its decision on a grid (see `class_shares_on`), for data with two columns.

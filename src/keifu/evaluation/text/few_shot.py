@@ -11,10 +11,10 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -43,14 +43,13 @@ def accepts(on: str) -> bool:
     return is_task(Path(on))
 
 
-@dataclass(frozen=True)
-class ScoredItem:
+class ScoredItem(NamedTuple):
     """Scores of all items: which are correct by each measure, the model's answers, and further figures."""
 
     right: dict[str, list[bool]]
     given: list[str]
     details: list[str]
-    figures: dict[str, float | str] = field(default_factory=dict)
+    figures: dict[str, float | str] = {}
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:

@@ -5,8 +5,7 @@ Axes: heads, length = queries, seen = keys, layer, place = tokens.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +77,7 @@ def _weights(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Tens
     return F.scaled_dot_product_attention(q, k, eye, *args, **kwargs)
 
 
-@dataclass(frozen=True, eq=False)
-class Inspection:
+class Inspection(NamedTuple):
     """Attention and lens of a text.
 
     rows: query tokens. columns: key tokens. attention: by layer name. lens: for each layer and position the likeliest

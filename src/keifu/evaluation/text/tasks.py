@@ -20,7 +20,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from keifu.data.catalogue import catalogue
 from keifu.data.catalogue.readers import HELD_OUT_ARTICLES
@@ -39,8 +39,7 @@ METRICS = ("choice", "exact", "cloze")
 SCORES = ("sum", "token", "character", "unconditional")
 
 
-@dataclass(frozen=True)
-class TaskItem:
+class TaskItem(NamedTuple):
     """Question, as text of the prompt, and its answer. choices: the answer among others, or empty. accepted: other
     correct answers, if the answer is generated."""
 
@@ -106,8 +105,7 @@ class FewShotTask:
         return SampledItem(self, examples, asked)
 
 
-@dataclass(frozen=True)
-class SampledItem:
+class SampledItem(NamedTuple):
     """Few-shot examples of a task, and the items to evaluate."""
 
     task: FewShotTask

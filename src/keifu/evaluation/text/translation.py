@@ -10,10 +10,10 @@ words.
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -32,8 +32,7 @@ RESAMPLES = 1000  # of the bootstrap
 HOW = "pip install 'keifu[evaluation]'"
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """BLEU and chrF, from 0 to 100, with sacrebleu's signatures, which describe how each was computed."""
 
     bleu: float

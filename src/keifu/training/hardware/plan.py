@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 from keifu.errors import UserError, unknown
 from keifu.training.hardware.flops import TFLOPS
@@ -155,8 +155,7 @@ class Trained:
 WHOLE = Trained()
 
 
-@dataclass(frozen=True)
-class PodLayout:
+class PodLayout(NamedTuple):
     """Distribution of a model over devices. checkpointing: which activations are recomputed. rows: micro-batch of each
     group of `tensor` devices.
     """
@@ -168,8 +167,7 @@ class PodLayout:
     checkpointing: str
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A layout with its bytes per device and its seconds per step, both by part."""
 
     layout: PodLayout

@@ -14,9 +14,8 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +32,7 @@ FOLDER = "state"
 FORMAT = 2  # format of the JSON file; versions before 0.2 wrote none
 
 
-@dataclass(frozen=True)
-class SavedState:
+class SavedState(NamedTuple):
     """A state read from disk: the steps done, the content of its JSON file, its tensors, and their path."""
 
     step: int
@@ -251,8 +249,7 @@ def read_sharded(directory: Path, wanted: Mapping[str, Tensor]) -> dict[str, Ten
 LOSS = "validation_loss"
 
 
-@dataclass(frozen=True)
-class Best:
+class Best(NamedTuple):
     """The step with the lowest validation loss, and its validation figures."""
 
     step: int

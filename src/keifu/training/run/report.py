@@ -4,13 +4,12 @@ import base64
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from io import StringIO
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -33,8 +32,7 @@ POINTS = 400  # the most points of a curve; longer ones are averaged
 Point = Sequence[float | int]  # two numbers; a list if read from JSON
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """A named line through points (x, y). marked: draw each point."""
 
     name: str
