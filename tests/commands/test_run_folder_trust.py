@@ -14,8 +14,7 @@ from keifu.files import sha256
 from keifu.recipes.assistant import grpo
 from keifu.recipes.neurons import mlp
 from keifu.recipes.options import to_json
-from keifu.training.run import checkpoint, signature
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, run_directory, signature
 
 MARK = "from pathlib import Path\nPath({marker!r}).write_text('executed')\n"
 RECIPE = '''"""Mine."""

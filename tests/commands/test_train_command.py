@@ -13,8 +13,7 @@ from keifu.commands.shared import resuming
 from keifu.errors import UserError
 from keifu.recipes.language import characters
 from keifu.recipes.neurons import mlp, perceptron
-from keifu.training.run import checkpoint, metrics
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, metrics, run_directory
 
 TABLE = "x,y,z,kind\n" + "".join(f"{n},{-n},{n % 3},{n % 2}\n" for n in range(20))
 WORDS = ("mlp", "--data", "rows.csv", "--hidden", "3")

@@ -37,7 +37,7 @@ from keifu.evaluation.text.tasks import read_task
 from keifu.folders import cache
 from keifu.training import loop
 from keifu.training.run import checkpoint, metrics
-from keifu.training.run.directory import read_recipe
+from keifu.training.run.run_directory import read_recipe
 from keifu.training.signals import Interrupted, StopRequest
 
 ANIMATIONS = ("gif", "tiff", "webp", "png")

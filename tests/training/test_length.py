@@ -10,8 +10,7 @@ from training_toys import Sequences, objective, run, settings, toy
 from keifu.errors import UserError
 from keifu.training.length import Change, Length
 from keifu.training.loop import Summary, train
-from keifu.training.run import checkpoint, metrics
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, metrics, run_directory
 from keifu.training.settings import Settings
 
 COSINE = Settings(steps=100, warmup=10, final_ratio=0.1)

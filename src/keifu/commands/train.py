@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     name, *words = _folder_of_resume(arguments)
     if name == "--out" and words:
         from keifu.commands.shared import resuming  # imports torch, which a help text does not need
-        from keifu.training.run import directory as folder
+        from keifu.training.run import run_directory as folder
 
         out = Path(words[0])
         if not folder.read_recipe(out):
@@ -60,7 +60,7 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
         known, about = recipe_options.arguments(name), recipe_options.docstring(recipe_options.path_of(name))
         flags.show_help(known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
     from keifu.commands.shared import resuming, trust
-    from keifu.training.run.directory import last_step
+    from keifu.training.run.run_directory import last_step
 
     module = recipe_options.recipe_module(name)
     words = list(arguments)

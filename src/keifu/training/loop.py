@@ -24,8 +24,7 @@ from keifu.training.loader import Loader, own_rows
 from keifu.training.pace import busy
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.recorder import Recorder
-from keifu.training.run import checkpoint, metrics
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, metrics, run_directory
 from keifu.training.run.progress import Display, format_seconds, number
 from keifu.training.run.report import REPORT
 from keifu.training.settings import Settings, as_chosen

@@ -15,8 +15,7 @@ from keifu.processes import current
 from keifu.training.hardware.cost import Cost
 from keifu.training.hardware.flops import measure_peak, peak
 from keifu.training.protocols import Run, Save
-from keifu.training.run import checkpoint, metrics
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, metrics, run_directory
 from keifu.training.run.progress import Display
 from keifu.training.run.report import write_report
 from keifu.training.state import Sums

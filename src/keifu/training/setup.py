@@ -24,8 +24,7 @@ from keifu.training.hardware.precision import resolve_dtype, tensor_float32
 from keifu.training.length import USEFUL, Length, length_of
 from keifu.training.loader import on_device
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run
-from keifu.training.run import checkpoint
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, run_directory
 from keifu.training.settings import Settings, as_chosen, check_resumed, compare, describe_settings, flat
 from keifu.training.trainer import Trainer
 

@@ -19,8 +19,7 @@ from keifu import cli, files
 from keifu.errors import UserError
 from keifu.locks import hold
 from keifu.training.loop import train
-from keifu.training.run import checkpoint, metrics
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, metrics, run_directory
 from keifu.training.signals import Interrupted
 
 PROCESSES = get_context("forkserver")

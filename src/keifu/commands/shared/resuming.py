@@ -19,8 +19,7 @@ from keifu.commands.shared import trust
 from keifu.errors import UserError
 from keifu.files import sha256
 from keifu.recipes.options import by_option, from_json, paths, put, to_json
-from keifu.training.run import checkpoint
-from keifu.training.run import directory as run_directory
+from keifu.training.run import checkpoint, run_directory
 from keifu.training.run.signature import is_signed
 from keifu.training.settings import ADJUSTABLE
 from keifu.training.signals import Interrupted

@@ -24,8 +24,8 @@ from keifu.recipes.assistant import sft as first
 from keifu.recipes.assistant.finetuning import make_rewards, prompt_parts
 from keifu.recipes.options import to_json
 from keifu.training.run import checkpoint
-from keifu.training.run.directory import RECIPE, command, read_recipe, record, recorded
 from keifu.training.run.report import write_joined
+from keifu.training.run.run_directory import RECIPE, command, read_recipe, record, recorded
 from keifu.training.settings import compare, flat
 from keifu.training.signals import Interrupted
 from keifu.untrusted import read_json_object

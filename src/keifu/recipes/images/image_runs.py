@@ -34,8 +34,8 @@ from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import add_draws
 from keifu.training.protocols import Data, Objective
 from keifu.training.run import metrics
-from keifu.training.run.directory import SAMPLES
 from keifu.training.run.report import CURVES
+from keifu.training.run.run_directory import SAMPLES
 from keifu.training.settings import Precision, Settings
 
 SHOWN, BATCH = 12, 64  # pictures of a sample, and pictures that are encoded at once

@@ -28,8 +28,8 @@ from keifu.threads import on_threads
 from keifu.training.loop import train
 from keifu.training.protocols import Run
 from keifu.training.run import metrics
-from keifu.training.run.directory import read_recipe
 from keifu.training.run.report import write_page
+from keifu.training.run.run_directory import read_recipe
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from keifu.errors import UserError
 from keifu.files import write_atomic
 from keifu.training.run import metrics
-from keifu.training.run.directory import RECIPE, SAMPLES
 from keifu.training.run.progress import format_bytes, format_count, format_seconds
+from keifu.training.run.run_directory import RECIPE, SAMPLES
 from keifu.training.settings import flat
 from keifu.untrusted import read_json, read_json_object
 
