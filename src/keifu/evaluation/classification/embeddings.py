@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from keifu.data.classification.batches import Encoded
 from keifu.data.padding import Rows, length_buckets, pad
+from keifu.data.progress import Advance
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.model import Encoder, Mask, Tokens, TwoTowers, evaluation_mode
@@ -25,7 +26,6 @@ PASS_TOKENS = 4096  # tokens in one pass: enough to use matrix multiplication we
 BATCH = 256  # maximal number of texts in a pass
 Work = Callable[[Any, Any], Float[Tensor, "batch dim"]]  # arguments: tokens and mask
 Pack = Callable[[Any, int], tuple[Tensor, Tensor | None]]
-Advance = Callable[[int], object]
 
 
 def encoder(model: nn.Module) -> Encoder:

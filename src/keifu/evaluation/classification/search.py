@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from keifu.data.progress import Advance
 from keifu.data.text.passages import Passage
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts, nearest
 from keifu.files import write_atomic
 from keifu.folders import cache
 
-Advance = Callable[[int], object]
 FOLDER = "search"  # in the cache
 
 
@@ -74,13 +75,9 @@ def _digest(passage: Passage) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Read an index: embeddings by the digests of their passages. Return {} if it is damaged, so that it is built
-    again."""
-    if not path.is_file():
-        return {}
-    try:
-        with safe_open(path, "pt") as file:
-            digests = json.loads((file.metadata() or {})["passages"])
-            return dict(zip(digests, file.get_tensor("embeddings"), strict=True))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return {}
+    """Return the embeddings of an index by the digests of their passages; {} if it is missing or damaged, so that it is
+    built again."""
+    with suppress(SafetensorError, OSError, ValueError, KeyError, TypeError), safe_open(path, "pt") as file:
+        digests = json.loads((file.metadata() or {})["passages"])
+        return dict(zip(digests, file.get_tensor("embeddings"), strict=True))
+    return {}

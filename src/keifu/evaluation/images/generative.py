@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.data.images.catalogued import CATALOGUED
@@ -25,7 +25,7 @@ from keifu.data.progress import counting
 from keifu.errors import UserError, unknown
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.classification.neurons import RowClassifier
-from keifu.evaluation.images.distances import WINDOW, frechet, kernel_distance, manifold, nearest, psnr, ssim
+from keifu.evaluation.images.distances import WINDOW, Bytes, frechet, kernel_distance, manifold, nearest, psnr, ssim
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
 from keifu.evaluation.intervals import Figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
@@ -85,7 +85,6 @@ def prior_bits(noise: Noise, pictures: Values) -> Float[Tensor, " batch"]:
 LEFT = 0.9, 0.5, 0.1  # ᾱ: shares of the picture's variance that remain after adding noise, before reconstruction
 STEPS = 50  # of the whole path from pure noise
 COLUMNS = "picture left in the noise", "timestep", "PSNR of the noisy picture", "PSNR", "SSIM"
-Bytes = UInt8[Tensor, "picture channels height width"]
 
 
 def reconstruct(

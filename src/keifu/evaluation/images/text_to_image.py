@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.data.images.dataset import ImageDataset
@@ -19,13 +19,12 @@ from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, unknown
 from keifu.evaluation.images import generative as drawn_pictures
+from keifu.evaluation.images.distances import Bytes
 from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, two_towers
 from keifu.evaluation.intervals import Figures, share_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
-
-Bytes = UInt8[Tensor, "picture channels height width"]
 
 
 def cosines(

@@ -40,10 +40,8 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     inside = recorder.inside
     with ExitStack() as hooks, recorder:
         for name, module in model.named_modules():
-            enter = module.register_forward_pre_hook(lambda *_, name=name: inside.append(name))
-            leave = module.register_forward_hook(lambda *_: inside.__delitem__(-1), always_call=True)
-            hooks.enter_context(enter)
-            hooks.enter_context(leave)
+            hooks.enter_context(module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
+            hooks.enter_context(module.register_forward_hook(lambda *_: inside.__delitem__(-1), always_call=True))
         yield recorder.maps
 
 

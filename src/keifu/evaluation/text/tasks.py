@@ -15,6 +15,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -375,10 +376,9 @@ def _right(row: Row, name: str, choices: list[str], used: str) -> str:
 
 def _quietly(function: Callable[[str], Any], text: str) -> Any:
     """Return function(text), or the text itself if the function fails."""
-    try:
+    with suppress(ValueError):
         return function(text)
-    except ValueError:
-        return text
+    return text
 
 
 def _kind(value: Any) -> str:

@@ -43,10 +43,9 @@ def explain_out_of_memory() -> Iterator[None]:
 
 
 def _requested_bytes(message: str) -> str:
-    match = ASKED.search(message)
-    if not match:
-        return ""
-    return f": {format_bytes(float(match[1].rstrip('.')) * UNITS.get(match[2] or 'bytes', 1))} more were asked for"
+    if match := ASKED.search(message):
+        return f": {format_bytes(float(match[1].rstrip('.')) * UNITS.get(match[2] or 'bytes', 1))} more were asked for"
+    return ""
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -264,15 +264,11 @@ class Best(NamedTuple):
 def read_best(directory: Path) -> Best | None:
     """Return the best step of a run, or None if none is on disk."""
     tensors, facts = _best_files(directory)
-    if not (tensors.exists() and facts.exists()):
-        return None
-    try:
+    with suppress(UserError, FileNotFoundError):
         content = read_json_object(facts)
-    except UserError:
-        return None
-    if content.get("sha256") != sha256(tensors):
-        return None
-    return Best(content["step"], content["figures"])
+        if content.get("sha256") == sha256(tensors):
+            return Best(content["step"], content["figures"])
+    return None
 
 
 def keep_best(directory: Path, model: nn.Module, step: int, figures: Mapping[str, float]) -> Best:

@@ -31,12 +31,9 @@ def sign(record: Mapping[str, Any]) -> str | None:
 def is_signed(record: Mapping[str, Any]) -> bool:
     """Return whether the record has a signature by this user's key."""
     given = record.get("signature")
-    if not isinstance(given, str):
-        return False
-    try:
-        return hmac.compare_digest(given.encode(), _signature(record, _key()).encode())
-    except OSError:
-        return False
+    with suppress(OSError):
+        return isinstance(given, str) and hmac.compare_digest(given.encode(), _signature(record, _key()).encode())
+    return False
 
 
 def _signature(record: Mapping[str, Any], key: bytes) -> str:
