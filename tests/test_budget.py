@@ -53,7 +53,6 @@ SMALL_ON_PURPOSE = {
     "keifu.evaluation.intervals": "statistics, which know no model",
     "keifu.data.audio.log_mel": "features, which know no file",
     "keifu.evaluation.text.prompt_runner": "what few-shot tasks and lm-evaluation-harness share",
-    "keifu.evaluation.plots.fonts": "fonts, which know no chart",
     "keifu.generation.speech.subtitles": "formats, which know no model",
     "keifu.generation.text.logits_processors": "the field's word for them",
     "keifu.layers.attention.packed": "what one kernel of a GPU takes, which no CPU needs",

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from keifu.data.catalogue.catalogue import fetch
 from keifu.data.classification.tables import Table
-from keifu.evaluation.plots.fonts import use_far_east
+from keifu.data.images.grid import FAR_EAST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 MARKERS = "os^DvPX*"
+# fonts with Japanese, Chinese and Korean characters, which matplotlib's default font draws as boxes
+INSTALLED = (
+    "Noto Sans CJK JP", "Noto Sans JP", "Source Han Sans JP", "IPAexGothic", "IPAGothic", "Hiragino Sans", "Yu Gothic",
+    "Meiryo", "MS Gothic", "TakaoGothic", "VL Gothic",
+)  # fmt: skip
 Shares = Callable[[Float[Tensor, "rows 2"]], Float[Tensor, "rows classes"]]
 Stage = tuple[str, Float[Tensor, "size size classes"]]  # title, and a result of `class_shares_on`
 
@@ -147,6 +153,35 @@ def png(figure: "Figure") -> bytes:
     colours = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     colours.save(reduced, format="png", optimize=True)
     return reduced.getvalue()
+
+
+def has_far_east(text: str) -> bool:
+    """Return whether a text has Japanese, Chinese or Korean characters."""
+    return any(ord(character) in FAR_EAST for character in text)
+
+
+def far_east_families() -> list[str]:
+    """Return font families for such characters. Each character is drawn by the first family that has it."""
+    from matplotlib import font_manager
+
+    known = {font.name for font in font_manager.fontManager.ttflist}
+    for name in INSTALLED:
+        if name in known:
+            return ["DejaVu Sans", name]
+    path = fetch("japanese-font")
+    font_manager.fontManager.addfont(path)
+    return ["DejaVu Sans", font_manager.FontProperties(fname=path).get_name()]
+
+
+def use_far_east(figure: "Figure") -> None:
+    """Set such a font for those texts of a figure that need it."""
+    from matplotlib.text import Text
+
+    written: list[Text] = figure.findobj(Text)  # pyright: ignore[reportAssignmentType]
+    wanting = [text for text in written if has_far_east(text.get_text())]
+    families = far_east_families() if wanting else []
+    for text in wanting:
+        text.set_fontfamily(families)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

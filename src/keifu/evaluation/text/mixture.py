@@ -49,14 +49,17 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     rows, bits = [], 0.0
     for source, shards in zip(mixture.sources, counted("Evaluating", every, "sources"), strict=True):
         by_task = losses(model, shards, tasks, context, request.limit or WINDOWS, request.batch_size or BATCH_SIZE)
-        bits += source.weight * shards.bits_per_byte(by_task["loss"].loss)
-        rows.append(_row(source.name, source.weight, shards, by_task))
+        left, *hidden = by_task.values()  # from left to right, and infilling
+        bits_per_byte = shards.bits_per_byte(left.loss)
+        bits += source.weight * bits_per_byte
+        figures = round(bits_per_byte, 4), round(math.exp(min(left.loss, 700)), 2), round(left.loss, 4), left.tokens
+        rows.append((source.name, round(source.weight, 4), *figures, *(round(task.loss, 4) for task in hidden)))
     columns = "source", "weight", "bits per byte", "perplexity", "loss", "tokens", *list(tasks)[1:]
-    figures: Figures = {"bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows)}
+    total: Figures = {"bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows)}
     notes = [f"Windows of {context} tokens, each without the text before it, of what keifu holds out."]
     if "infilling" in tasks:
         notes.append("infilling: nats a hidden token, 15% of a text in spans of 3 on average, both sides given.")
-    return EvalResult(figures, tuple(notes), {"sources": ResultTable(columns, rows)})
+    return EvalResult(total, tuple(notes), {"sources": ResultTable(columns, rows)})
 
 
 def tasks_for(tokenizer: Tokenizer, context: int) -> Tasks:
@@ -93,10 +96,3 @@ def losses(
             raise UserError(f"{shards.index['source']} has no held-out token to predict: give more text.")
         by_task[name] = MixtureLosses(total / count, count)
     return by_task
-
-
-def _row(name: str, weight: float, shards: Shards, by_task: dict[str, MixtureLosses]) -> tuple:
-    left = by_task["loss"]
-    figures = round(shards.bits_per_byte(left.loss), 4), round(math.exp(min(left.loss, 700)), 2), round(left.loss, 4)
-    hidden = [round(losses.loss, 4) for key, losses in by_task.items() if key != "loss"]
-    return (name, round(weight, 4), *figures, left.tokens, *hidden)

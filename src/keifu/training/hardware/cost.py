@@ -134,7 +134,8 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
         if fitting < 1:
             needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory"
             raise UserError(f"The run does not fit: {needed}, and {format_bytes(available)} are free; {ADVICE}.")
-        chosen = min(micro_batch or _even(rows, fitting), rows)
+        parts = -(-rows // min(rows, fitting))  # as few as fit, and nearly equal
+        chosen = min(micro_batch or -(-rows // parts), rows)
         seconds, units, flops = _timed(trainer, batch, chosen)
     return Cost(
         parameters=sum(p.numel() for p in trainer.model.parameters()),
@@ -153,12 +154,6 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
 def first_rows(batch: Batch, rows: int) -> Batch:
     """Return the first rows of a batch."""
     return {name: tensor[:rows] for name, tensor in batch.items()}
-
-
-def _even(rows: int, fitting: int) -> int:
-    """Return the micro-batch size that splits a batch into the smallest number of nearly equal parts that fit."""
-    parts = -(-rows // min(rows, fitting))
-    return -(-rows // parts)
 
 
 def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:

@@ -26,23 +26,18 @@ class Display(ProgressBar):
         self.live.update(self.task, total=total)
 
     def show(self, figures: dict[str, Any]) -> None:
-        """Show the latest figures; without a terminal, at most one line in ten seconds."""
-        self.figures = format_figures(figures, self.unit)
+        """Show the main ones of the latest figures; without a terminal, at most one line in ten seconds."""
+        words = {
+            "loss": lambda x: f"loss {x:.4g}",
+            f"{self.unit}_per_second": lambda x: f"{x:,.0f} {self.unit}/s",
+            "flops_utilisation": lambda x: f"{x:.0%} of peak",
+            "seconds_left": lambda x: f"{format_seconds(x)} left",
+        }
+        self.figures = "  ".join(write(figures[name]) for name, write in words.items() if name in figures)
         self.advance(self.done)
         if not self.is_shown and time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.note(f"step {self.done:,}/{self.total:,}  {self.figures}")
             self.last_line = time.monotonic()
-
-
-def format_figures(figures: dict[str, Any], unit: str) -> str:
-    """Return the main figures of a step as a short text."""
-    words = {
-        "loss": lambda x: f"loss {x:.4g}",
-        f"{unit}_per_second": lambda x: f"{x:,.0f} {unit}/s",
-        "flops_utilisation": lambda x: f"{x:.0%} of peak",
-        "seconds_left": lambda x: f"{format_seconds(x)} left",
-    }
-    return "  ".join(write(figures[name]) for name, write in words.items() if name in figures)
 
 
 def format_seconds(seconds: float | int) -> str:
