@@ -17,7 +17,7 @@ from keifu.layers.mixture import end_step
 from keifu.processes import MicroBatch, Processes, current, row_elements, rows_of
 from keifu.training.grad_cache import WholeBatchObjective, whole_batch_outputs
 from keifu.training.hardware import failures
-from keifu.training.hardware.precision import LossScale, autocast, resolve_dtype
+from keifu.training.hardware.precision import LossScale, resolve_dtype
 from keifu.training.hardware.recompute import recompute_blocks
 from keifu.training.length import Length
 from keifu.training.loader import on_device
@@ -208,7 +208,7 @@ class Trainer:
 
     def _call(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Call a function of the model under autocast to the trainer's number format."""
-        with autocast(self.device, self.dtype):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.module(function, *inputs)
 
     def _begin(self, step: int, part: MicroBatch) -> None:

@@ -7,10 +7,9 @@ Axes: examples, answers = labels, or the answers of an example.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,7 @@ from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import Encoder, Mask, Model, TaskHeadModel, Tokens
 
 
-@dataclass(frozen=True, eq=False)
-class TextClassifier:
+class TextClassifier(NamedTuple):
     """Classifier or multiple-choice model with its tokenization.
 
     form: the layout of an example. labels: the classes; empty if each example has different answers. limit: context

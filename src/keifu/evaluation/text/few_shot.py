@@ -11,7 +11,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,8 +99,7 @@ def normalize_answer(text: str) -> str:
     return text.lstrip(f"{QUOTES} ").rstrip(f"{QUOTES} .,;:!?")
 
 
-@dataclass(frozen=True)
-class _Prompting:
+class _Prompting(NamedTuple):
     """Prompts of items with their shots, and the model's runner."""
 
     runner: PromptRunner

@@ -10,9 +10,7 @@ Axes: batch, length, hidden = the hidden tokens of all rows.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -71,8 +69,7 @@ class NeighbourLookup:
         return answers
 
 
-@dataclass(frozen=True, eq=False)
-class HiddenTokens:
+class HiddenTokens(NamedTuple):
     """Hidden tokens of all rows: row number, target, the model's answer and its loss in nats, and both neighbours."""
 
     rows: np.ndarray
@@ -82,7 +79,7 @@ class HiddenTokens:
     left: np.ndarray
     right: np.ndarray
 
-    @cached_property
+    @property
     def correct(self) -> np.ndarray:
         """Mask of the tokens that the model predicts correctly."""
         return self.answers == self.targets

@@ -1,7 +1,7 @@
 """Runner of evaluations by prompts: computes likelihoods of given answers or generates answers, with a progress bar."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -13,8 +13,7 @@ from keifu.generation.text.model import text_model
 from keifu.generation.text.sampling_params import SamplingParams
 
 
-@dataclass(frozen=True)
-class PromptRunner:
+class PromptRunner(NamedTuple):
     """Model with its tokenizer. batch_size: maximal prompts in a pass; None: chosen by their length."""
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Mixed precision: the number format of matrix multiplications, autocast, TF32, and loss scaling for float16."""
+"""Mixed precision: the number format of matrix multiplications, TF32, and loss scaling for float16."""
 
 import os
 from collections.abc import Iterator
@@ -18,11 +18,6 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
         half = torch.float32 if device.type == "cpu" else torch.float16
         return torch.bfloat16 if has_bfloat16(device) else half
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Return the autocast context of a forward pass. It does nothing for float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager
