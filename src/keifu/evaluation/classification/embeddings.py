@@ -54,13 +54,9 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bo
             "shorten it, or keep its beginning with --cut."
         )
     for at in longer:
-        rows[at] = _cut(rows[at], limit, tokenizer)
+        closing = rows[at][-1:] if rows[at][-1] in tokenizer.special_ids else []
+        rows[at] = rows[at][: limit - len(closing)] + closing
     return Encoded(rows, len(longer))
-
-
-def _cut(row: list[int], limit: int, tokenizer: Tokenizer) -> list[int]:
-    closing = row[-1:] if row[-1] in tokenizer.special_ids else []
-    return row[: limit - len(closing)] + closing
 
 
 def in_batches(

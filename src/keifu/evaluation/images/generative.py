@@ -22,7 +22,7 @@ from keifu.data.images.grid import grid
 from keifu.data.images.io import to_bytes, to_signed
 from keifu.data.images.splits import ImageSplit, split_of_run
 from keifu.data.progress import counting
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.classification.neurons import RowClassifier
 from keifu.evaluation.images.distances import WINDOW, Bytes, frechet, kernel_distance, manifold, nearest, psnr, ssim
@@ -215,8 +215,7 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     and bits: of held-out images. classes: how a classifier labels images drawn of each class.
     """
     drawer = pixel_diffusion.require_diffusion_model(model)
-    if request.metric not in (None, *METRICS):
-        raise unknown("metric of a diffusion model", request.metric, METRICS)
+    require_known("metric of a diffusion model", METRICS[0] if request.metric is None else request.metric, METRICS)
     if request.metric == "classes":
         return class_agreement(drawer, request)
     if request.judge is not None or request.guidance is not None:

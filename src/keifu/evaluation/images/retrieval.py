@@ -167,8 +167,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         raise UserError(f"The pictures of {request.on} have no captions to be found; add metadata.jsonl with text.")
     if request.language:
         pictures.texts(request.language)  # raises an error for an unknown language
-    if request.limit:
-        pictures = pictures.chosen(range(min(request.limit, len(pictures))))
+    pictures = pictures.chosen(range(len(pictures))[: request.limit])
     points = embed_pictures(model, images(request.on, pictures, size))
     families = pictures.families.tolist()
     figures: Figures = {"pictures": len(pictures), "families": len({*families})}

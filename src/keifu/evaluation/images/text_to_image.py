@@ -17,7 +17,7 @@ from keifu.data.images.io import to_image
 from keifu.data.images.splits import ImageSplit, split_of_run
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known
 from keifu.evaluation.images import generative as drawn_pictures
 from keifu.evaluation.images.distances import Bytes
 from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, two_towers
@@ -75,8 +75,7 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
 
     clip-score needs a CLIP. Without one it is left out, or raises `UserError` if it was requested by name.
     """
-    if request.metric not in (None, *METRICS):
-        raise unknown("metric of a text-to-image model", request.metric, METRICS)
+    require_known("metric of a text-to-image model", METRICS[0] if request.metric is None else request.metric, METRICS)
     if request.metric == "clip-score" and request.towers is None:
         raise UserError("A CLIP must look at the pictures: name one with --clip (a run, a folder, a hub id).")
     if request.towers is not None:

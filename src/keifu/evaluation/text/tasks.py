@@ -283,8 +283,7 @@ class _Description:
         if not isinstance(self.given, dict):
             raise UserError(f"{path} is {_kind(self.given)}, but a task is fields with values (see docs/tasks.md).")
         for name, value in self.given.items():
-            if name not in KINDS:
-                raise unknown(f"field of a task (in {self.place(name)})", str(name), KINDS)
+            require_known(f"field of a task (in {self.place(name)})", name, KINDS)
             if not isinstance(value, KINDS[name]) or isinstance(value, bool):
                 raise UserError(f"{self.place(name)}: {name!r} is {_kind(value)}, which it cannot be.")
         for name in NEEDED:

@@ -131,7 +131,6 @@ def _write(directory: Path, **content: Any) -> Path:
 def _content(directory: Path) -> dict[str, Any]:
     """Return the content of a run's report."""
     recipe, samples = read_json_object(directory / RECIPE), directory / SAMPLES
-    columns, by_source = _by_source(recipe.get("figures", {}))
     texts = sorted(samples.glob("*.txt"))
     pictures = [*sorted(samples.glob("*.png")), *sorted(directory.glob("*.png"))]
     return {
@@ -139,8 +138,7 @@ def _content(directory: Path) -> dict[str, Any]:
         "notes": _notes(recipe),
         "figures": _key_figures(recipe),
         "charts": "".join(_charts(metrics.read(directory), recipe["unit"])) + _extras(directory),
-        "columns": columns,
-        "by_source": by_source,
+        "by_source": _by_source(recipe.get("figures", {})),
         "texts": [(_when(path), path.read_text(encoding="utf-8", errors="replace")) for path in texts],
         "pictures": [_picture(path) for path in pictures],
         "options": flat(recipe["options"]),
@@ -217,12 +215,13 @@ def _is_plain(name: str) -> bool:
     return name.startswith("validation_") and "/" not in name
 
 
-def _by_source(figures: Mapping[str, float | int]) -> tuple[list[str], list[list[str]]]:
-    """Return a table (columns, rows) of the figures named `validation_part/figure`, with a row for each part."""
+def _by_source(figures: Mapping[str, float | int]) -> list[list[str]]:
+    """Return the columns and rows of a table of the figures named `validation_part/figure`, with a row for each part;
+    [] without such figures."""
     texts = {name.removeprefix("validation_"): f"{value:.4g}" for name, value in figures.items() if "/" in name}
     parts, columns = (list(dict.fromkeys(name.split("/")[level] for name in texts)) for level in (0, 1))
     rows = [[part, *(texts.get(f"{part}/{column}", "") for column in columns)] for part in parts]
-    return [name.replace("_", " ") for name in columns], rows
+    return [["source", *(name.replace("_", " ") for name in columns)], *rows] if rows else []
 
 
 def _picture(path: Path) -> dict[str, Any]:
