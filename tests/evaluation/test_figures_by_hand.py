@@ -19,7 +19,6 @@ from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.images.distances import manifold
 from keifu.evaluation.images.retrieval import split_pairs
 from keifu.evaluation.intervals import bootstrap
-from keifu.evaluation.plots import decision_boundary
 from keifu.evaluation.registry import EvalRequest, ResultTable
 from keifu.evaluation.text import few_shot, perplexity
 from keifu.evaluation.text.tasks import TaskItem
@@ -118,4 +117,3 @@ def test_japanese_labels_have_a_font() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # matplotlib warns of a sign that no font has
         assert confusion.picture().startswith(b"\x89PNG")
-    assert decision_boundary.has_far_east("悪い") and not decision_boundary.has_far_east("bad é")

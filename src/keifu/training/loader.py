@@ -76,10 +76,7 @@ class Loader:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """Copy a batch to a device; to CUDA without waiting for the copy."""
-    copied = {
-        name: (tensor.pin_memory() if tensor.device.type == "cpu" else tensor).to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-        for name, tensor in batch.items()
-    }
+    cuda = device.type == "cuda"
+    source = {name: x.pin_memory() if cuda and x.device.type == "cpu" else x for name, x in batch.items()}
+    copied = {name: tensor.to(device, non_blocking=cuda) for name, tensor in source.items()}
     return OwnRows(copied, batch.first, batch.total) if isinstance(batch, OwnRows) else copied

@@ -155,11 +155,6 @@ def png(figure: "Figure") -> bytes:
     return reduced.getvalue()
 
 
-def has_far_east(text: str) -> bool:
-    """Return whether a text has Japanese, Chinese or Korean characters."""
-    return any(ord(character) in FAR_EAST for character in text)
-
-
 def far_east_families() -> list[str]:
     """Return font families for such characters. Each character is drawn by the first family that has it."""
     from matplotlib import font_manager
@@ -178,7 +173,7 @@ def use_far_east(figure: "Figure") -> None:
     from matplotlib.text import Text
 
     written: list[Text] = figure.findobj(Text)  # pyright: ignore[reportAssignmentType]
-    wanting = [text for text in written if has_far_east(text.get_text())]
+    wanting = [text for text in written if any(ord(letter) in FAR_EAST for letter in text.get_text())]
     families = far_east_families() if wanting else []
     for text in wanting:
         text.set_fontfamily(families)
