@@ -10,7 +10,7 @@ EvalResult.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from keifu.evaluation.intervals import Figures
 from keifu.ranges import Count, Finite, Natural, Seed, check
@@ -84,8 +84,7 @@ class EvalRequest(EvalOptions):
         check(self)
 
 
-@dataclass(frozen=True)
-class ResultTable:
+class ResultTable(NamedTuple):
     """Rows of cells with column names."""
 
     columns: tuple[str, ...]

@@ -7,10 +7,9 @@ the step, so a run that is stopped and resumed ends with the same bits as an uni
 import math
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from torch import nn
 
@@ -35,14 +34,13 @@ from keifu.training.trainer import Gradient
 LEAST = 10  # a run that a time limit stops before this many steps has learned nothing
 
 
-@dataclass(frozen=True)
-class Summary:
+class Summary(NamedTuple):
     """Result of a finished run: its steps, its seconds of training, and the last figures (see metrics.jsonl)."""
 
     directory: Path
     steps: int
     seconds: float
-    figures: dict[str, float | int] = field(default_factory=dict)
+    figures: dict[str, float | int]
 
 
 def train(

@@ -75,8 +75,8 @@ class Scorer:
 
     def by_length(
         self, sources: Sequence[str], translations: Sequence[str], references: Sequence[str], spaced: bool
-    ) -> list[tuple[str, int, Scores]]:
-        """Return (range, number of sentences, scores) for groups of sentences of similar length.
+    ) -> ResultTable:
+        """Return the scores of groups of sentences of similar length.
 
         The length is that of the source, in words (groups of 5) if it is `spaced`, else in characters (groups of 10).
         The last group has no upper bound (Bahdanau et al., 2014, figure 2).
@@ -90,8 +90,9 @@ class Scorer:
         for group, members in sorted(groups.items()):
             scores = self([translations[i] for i in members], [references[i] for i in members])
             end = f"-{(group + 1) * step}" if group < 9 else " and more"
-            rows.append((f"{group * step + 1}{end}", len(members), scores))
-        return rows
+            row = f"{group * step + 1}{end}", len(members), round(scores.bleu, 2), round(scores.chrf, 2)
+            rows.append(row)
+        return ResultTable(("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows)
 
 
 def language_of(texts: Iterable[str]) -> str:
@@ -152,10 +153,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     tables = {}
     if request.by_length:
         spaced = (pairs.languages[0] or language_of(sources)) not in WITHOUT_SPACES
-        bins = scorer.by_length(sources, texts, references, spaced)
-        rows = [(length, n, round(part.bleu, 2), round(part.chrf, 2)) for length, n, part in bins]
-        unit = "source words" if spaced else "source characters"
-        tables["by length"] = ResultTable((unit, "pairs", "BLEU", "chrF"), rows)
+        tables["by length"] = scorer.by_length(sources, texts, references, spaced)
     items = {"source": sources, "reference": references, "translation": texts}
     if request.on in NAMES:
         near = items["near copy"] = near_training(pairs.rows, training_pairs(request.on, pairs.languages))

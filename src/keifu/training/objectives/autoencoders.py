@@ -8,7 +8,7 @@ tokens; text = tokens of a text.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -66,8 +66,7 @@ def edge_difference(x: Values, y: Values) -> Float[Tensor, " batch"]:
 TEMPERATURE, KL_WEIGHT = "temperature", "kl_weight"
 
 
-@dataclass(frozen=True)
-class Ramp:
+class Ramp(NamedTuple):
     """A schedule: half a cosine from `start` to `end` over the first `steps` steps, then `end`."""
 
     start: float

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -197,8 +197,7 @@ class TextDiffusionLoss(DiffusionLoss):
         return model(x, timestep, model.project(model.encode_text(tokens)))
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedImages:
+class EncodedImages(NamedTuple):
     """Precomputed latents of a set of pictures: mean and deviation of each number's normal distribution, scaled for
     diffusion.
     """
