@@ -7,7 +7,6 @@ import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from keifu.errors import UserError
@@ -43,8 +42,7 @@ class Recorder:
         self.best = checkpoint.read_best(run.directory) if self.keeps_best else None
         self.recorded = run_directory.recorded(run.directory)
         if lines.damaged:
-            numbers = ", ".join(map(str, lines.damaged))
-            display.note(f"{lines.path} is damaged in line {numbers}, which is left out.")
+            display.note(f"{lines.path} is damaged in line {', '.join(map(str, lines.damaged))}, which is left out.")
         self._write_recipe({})
         run_directory.keep_tokenizers(run)
 
@@ -180,7 +178,7 @@ class Recorder:
         facts = {
             "settings": described["settings"],
             "resolved": self.trainer.resolved() | {"flops_per_second": self.peak},
-            "cost": asdict(self.cost),
+            "cost": self.cost._asdict(),
             "data_fingerprint": described["data"],
             "unit": self.run.unit,
             "length": length.facts()["length"],

@@ -26,12 +26,11 @@ class Sums(dict[str, Tensor]):
     @classmethod
     def of(cls, outcome: LossOutput) -> "Sums":
         """Return the sums of one micro-batch, detached."""
-        if isinstance(outcome.weight, Tensor):
-            weight = outcome.weight.to(outcome.total.device, torch.float32)
-        else:
-            weight = outcome.total.new_full((), outcome.weight, dtype=torch.float32)  # avoids a copy from the host
+        weight = outcome.weight
+        if not isinstance(weight, Tensor):
+            weight = outcome.total.new_full((), weight, dtype=torch.float32)  # avoids a copy from the host
         figures = {f"figures.{name}": torch.as_tensor(value) for name, value in outcome.figures.items()}
-        sums = {"total": outcome.total, "weight": weight, **figures}
+        sums = {"total": outcome.total, "weight": weight.to(outcome.total.device, torch.float32), **figures}
         return cls({name: value.detach() for name, value in sums.items()})
 
     def __add__(self, other: "Sums") -> "Sums":

@@ -55,9 +55,8 @@ class WordCounter:
         """Return a vector of length 1 for each text. Words that the counter was not built with count 0."""
         counts = torch.zeros(len(texts), len(self.index))
         for row, text in enumerate(texts):
-            for word in self.words(text):
-                if word in self.index:
-                    counts[row, self.index[word]] += 1
+            for word in filter(self.index.__contains__, self.words(text)):
+                counts[row, self.index[word]] += 1
         return F.normalize(counts * self.rarity, dim=-1)
 
 

@@ -9,10 +9,10 @@ Axes: picture, channels (1 or 3), height, width, dim.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,8 +106,7 @@ SEED = 0
 PAPERS, OWN = ("FID", "KID"), ("Fréchet distance", "kernel distance")
 
 
-@dataclass(frozen=True)
-class Extractor:
+class Extractor(NamedTuple):
     """Feature extractor, with its name and the names of the two distances computed from it.
 
     Figures of different extractors cannot be compared.

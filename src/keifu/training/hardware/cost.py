@@ -6,8 +6,7 @@ proportional to the micro-batch.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +26,7 @@ from keifu.training.trainer import Trainer
 SAFETY = 0.8  # the share of free memory that a run may use
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """Bytes, seconds and FLOPs of a run. Activations take `fixed_bytes`, plus `row_bytes` for each row of a
     micro-batch.
     """

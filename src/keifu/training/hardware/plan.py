@@ -116,8 +116,7 @@ class Architecture:
         return 6 * (self.active or self.parameters) + self.attention
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """The trained parameters, by options of `keifu train`: all (rank 0), or LoRA adapters on all linear layers.
 
     base: number format of the frozen matrices. optimizer_state: number format of AdamW's averages.

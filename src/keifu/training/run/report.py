@@ -96,8 +96,7 @@ NARROW = 240  # the least width of a column of pictures in pixels; smaller pictu
 
 def write_report(directory: Path) -> None:
     """Write report.html from recipe.json, metrics.jsonl, samples/ and the pictures in a run's folder."""
-    run = _content(directory)
-    _write(directory, title=run["recipe"]["title"], runs=[run])
+    _write(directory, runs=[_content(directory)])
 
 
 def write_joined(directory: Path, title: str, text: str, runs: Sequence[Path]) -> Path:
