@@ -94,7 +94,7 @@ class Recorder:
         figures = {f"validation_{name}": value for name, value in means.items()}
         if self.run.bytes_per_unit:
             figures["bits_per_byte"] = means["loss"] / math.log(2) / self.run.bytes_per_unit
-        if self.keeps_best and (self.best is None or means["loss"] < self.best.loss):
+        if self.keeps_best and (self.best is None or means["loss"] < self.best.figures[checkpoint.LOSS]):
             self.best = checkpoint.Best(self.state.step, figures)
             if current().is_main:
                 checkpoint.keep_best(self.run.directory, self.trainer.model, self.state.step, figures)
@@ -108,13 +108,14 @@ class Recorder:
             return
         losses = (line[checkpoint.LOSS] for line in metrics.read(self.run.directory) if checkpoint.LOSS in line)
         first, last = next(losses, None), self.figures.get(checkpoint.LOSS, math.nan)
-        worse = self.best.loss < last
+        lowest = self.best.figures[checkpoint.LOSS]
+        worse = lowest < last
         if worse and current().is_main:
             checkpoint.restore_best(self.run.directory, self.trainer.model)
         self.figures |= self.best.figures if worse else {}
         before = "" if first is None else f"{first:.4g} before and "
         note = f"Validation loss: {before}{last:.4g} after the training."
-        best_step = f" The model kept is that of step {self.best.step:,}, with {self.best.loss:.4g}."
+        best_step = f" The model kept is that of step {self.best.step:,}, with {lowest:.4g}."
         self.display.note(note + best_step * worse)
 
     def write_sample(self, sample: str | bytes) -> None:

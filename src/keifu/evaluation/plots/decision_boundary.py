@@ -108,9 +108,8 @@ def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes
         ring = torch.cat([chosen, chosen[:1]])
         axes.plot(*ring.T.numpy(), color=COLOURS[index], linewidth=1.5, zorder=2)
     shared = 2 * ((mixture * (points.targets == 1)) @ points.inputs)
-    axes.plot(
-        *shared[:, None].numpy(), marker="*", markersize=14, color="#222222", linestyle="none", label="shared", zorder=4
-    )
+    star = {"marker": "*", "markersize": 14, "linestyle": "none", "zorder": 4}
+    axes.plot(*shared[:, None].numpy(), color="#222222", label="shared", **star)
     axes.set_title(title, fontsize=9)
     axes.margins(0.2)
     label(figure, [axes], points)

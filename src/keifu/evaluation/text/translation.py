@@ -158,9 +158,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     if request.on in NAMES:
         near = items["near copy"] = near_training(pairs.rows, training_pairs(request.on, pairs.languages))
         tables["near copies in the training part"] = by_nearness(scorer, texts, references, near)
-    rows = list(zip(*items.values(), strict=True))
     notes += [*remarks(done), *filter(None, [scorer.note])]
-    return EvalResult(figures, tuple(notes), tables, ResultTable(tuple(items), rows))
+    return EvalResult(figures, tuple(notes), tables, ResultTable(tuple(items), list(zip(*items.values(), strict=True))))
 
 
 def training_pairs(on: str, languages: tuple[str, str]) -> list[Pair]:

@@ -27,15 +27,13 @@ def tensor_float32(device: torch.device, precision: str) -> Iterator[None]:
     Only the older API sets the flags, so that inductor and other libraries can read them. (After `fp32_precision` of a
     backend is set, reading the older flags raises an error.)
     """
-    if device.type != "cuda":
-        yield
-        return
     cudnn, allowed = torch.backends.cudnn, precision != "float32"
     with ExitStack() as restoring:
-        restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        restoring.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        cudnn.allow_tf32 = allowed
+        if device.type == "cuda":
+            restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            restoring.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+            torch.set_float32_matmul_precision("high" if allowed else "highest")
+            cudnn.allow_tf32 = allowed
         yield
 
 
@@ -45,17 +43,15 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
 
     An operation without such a kernel raises torch's error, which names the operation.
     """
-    if device.type != "cuda" or not wanted:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
     cudnn = torch.backends.cudnn
     with ExitStack() as restoring:
-        restoring.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
-        restoring.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
-        restoring.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
-        torch.use_deterministic_algorithms(True)
-        cudnn.deterministic, cudnn.benchmark = True, False
+        if wanted and device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
+            restoring.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
+            restoring.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
+            restoring.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+            torch.use_deterministic_algorithms(True)
+            cudnn.deterministic, cudnn.benchmark = True, False
         yield
 
 

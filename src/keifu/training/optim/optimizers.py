@@ -22,7 +22,7 @@ from keifu.training.length import Length
 from keifu.training.optim.adafactor import Adafactor
 from keifu.training.optim.adamw8bit import AdamW8bit
 from keifu.training.optim.muon import StackedMuon
-from keifu.training.optim.weight_averaging import MovingAverage
+from keifu.training.optim.weight_averaging import MovingAverage, replaced_weights
 from keifu.training.settings import Settings
 
 Rows = tuple[int, ...]
@@ -110,7 +110,7 @@ class Optimizers:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Run a block in which the model has the moving average of its weights, if there is one."""
-        return self.average.applied() if self.average else nullcontext()
+        return replaced_weights(self.parameters, self.average.means) if self.average else nullcontext()
 
     def drop_gradients(self) -> None:
         """Free the gradients."""

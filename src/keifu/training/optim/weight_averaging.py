@@ -83,10 +83,6 @@ class MovingAverage:
         means, now = [*self.means.values()], [*self.parameters.values()]
         torch._foreach_lerp_(means, now, share)  # pyright: ignore[reportPrivateImportUsage]
 
-    def applied(self) -> AbstractContextManager[None]:
-        """Run a block in which the parameters have their averages; then restore their values."""
-        return replaced_weights(self.parameters, self.means)
-
     def state(self) -> dict[str, Tensor]:
         """Return the averages and the number of updates, for a checkpoint."""
         entries = {**self.means, "": torch.tensor(self.updates)}

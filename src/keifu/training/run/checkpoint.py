@@ -255,11 +255,6 @@ class Best(NamedTuple):
     step: int
     figures: dict[str, float]
 
-    @property
-    def loss(self) -> float:
-        """The validation loss of that step."""
-        return self.figures[LOSS]
-
 
 def read_best(directory: Path) -> Best | None:
     """Return the best step of a run, or None if none is on disk."""
