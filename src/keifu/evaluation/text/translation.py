@@ -49,11 +49,11 @@ class Scorer:
 
     def __init__(self, language: str):
         try:
-            from sacrebleu.metrics import BLEU, CHRF
+            from sacrebleu import metrics
         except ImportError as error:
             raise UserError(f"BLEU and chrF need the package sacrebleu: {HOW} brings it.") from error
         tokenizer, self.note = _tokenizer(language)
-        self.metrics: Any = BLEU(tokenize=tokenizer), CHRF()
+        self.metrics: Any = metrics.BLEU(tokenize=tokenizer), metrics.CHRF()
 
     def __call__(self, translations: Sequence[str], references: Sequence[str]) -> Scores:
         """Return the scores of all translations together, each with one reference."""
