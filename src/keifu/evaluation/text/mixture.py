@@ -15,6 +15,7 @@ from keifu.errors import UserError
 from keifu.evaluation.intervals import Figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.generation.text.model import Model, causal, device_of, evaluation_mode
+from keifu.training.loader import on_device
 from keifu.training.objectives.language_modeling import span_corruption as span_corruption_loss
 
 ABOUT = "a language model on a mixture of texts: bits per byte of each"
@@ -86,13 +87,10 @@ def losses(
     windows = held_out(shards, context, rows)
     device, by_task = device_of(model), {}
     for name, task in tasks.items():
-        total, count = 0.0, 0
-        for batch in batches(task, windows[:, : task.width], batch_size):
-            with evaluation_mode(model):
-                output = span_corruption_loss(model, {name: each.to(device) for name, each in batch.items()})
-            total += float(output.total)
-            count += int(output.weight)
-        if not count:
+        parts = (on_device(batch, device) for batch in batches(task, windows[:, : task.width], batch_size))
+        with evaluation_mode(model):
+            outputs = [span_corruption_loss(model, batch) for batch in parts]
+        if not (count := sum(int(output.weight) for output in outputs)):
             raise UserError(f"{shards.index['source']} has no held-out token to predict: give more text.")
-        by_task[name] = MixtureLosses(total / count, count)
+        by_task[name] = MixtureLosses(sum(float(output.total) for output in outputs) / count, count)
     return by_task
