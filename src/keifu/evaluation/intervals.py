@@ -5,9 +5,10 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from keifu.evaluation.registry import Figures
+
 Z = 1.959963984540054  # 95% of a normal distribution is within this many standard deviations of its mean
 RESAMPLES = 1000
-Figures = dict[str, float | int | str]  # of an evaluation, by name
 Numbers = ArrayLike | None
 Interval = tuple[float, float]
 

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from keifu.evaluation.intervals import Figures
 from keifu.ranges import Count, Finite, Natural, Seed, check
+
+Figures = dict[str, float | int | str]  # of an evaluation, by name
 
 
 @dataclass(frozen=True)

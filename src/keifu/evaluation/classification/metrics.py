@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from keifu.evaluation.intervals import Figures, share_figures
+from keifu.evaluation.intervals import share_figures
 from keifu.evaluation.plots.decision_boundary import aligned, canvas, png
-from keifu.evaluation.registry import ResultTable
+from keifu.evaluation.registry import Figures, ResultTable
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,8 +27,7 @@ from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.classification.neurons import RowClassifier
 from keifu.evaluation.images.distances import WINDOW, Bytes, frechet, kernel_distance, manifold, nearest, psnr, ssim
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
-from keifu.evaluation.intervals import Figures
-from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
 from keifu.generation.images import pixel_diffusion
 from keifu.generation.images.denoiser import Denoiser, Network, label_denoiser
 from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise

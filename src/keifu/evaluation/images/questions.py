@@ -13,8 +13,8 @@ from torch import nn
 from keifu.data.images import questions as data
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.intervals import Figures, share_figures
-from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.evaluation.intervals import share_figures
+from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
 from keifu.generation.images.prompts import SeeingModel, render
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams

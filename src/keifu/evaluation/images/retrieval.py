@@ -25,8 +25,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import embed_rows, encode_texts
 from keifu.evaluation.images.counting import Points, counted_points
-from keifu.evaluation.intervals import Figures, as_text, bootstrap, mean_figures
-from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.evaluation.intervals import as_text, bootstrap, mean_figures
+from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
 from keifu.generation.text.model import TwoTowers, evaluation_mode
 
 BATCH = 64  # pictures in a pass

@@ -18,8 +18,8 @@ from keifu.data.text.documents import TextFileFormat, documents
 from keifu.data.text.token_shards import prepare
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.intervals import Figures, mean_figures
-from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.evaluation.intervals import mean_figures
+from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
 from keifu.generation.text.likelihood import score
 from keifu.generation.text.model import device_of, is_writer, text_model
 
