@@ -232,8 +232,8 @@ def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
         return split_of_run(pictures, held_out)
     test = np.array([part == "test" for part in pictures.parts])
     test |= not test.any()
-    train, held_out = (pictures.chosen(np.flatnonzero(mask)) for mask in (~test, test))
-    return ImageSplit(train, pictures.chosen(()), held_out)
+    learned, tested = (pictures.chosen(np.flatnonzero(mask)) for mask in (~test, test))
+    return ImageSplit(learned, pictures.chosen(()), tested)
 
 
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:

@@ -53,7 +53,7 @@ class Scorer:
         except ImportError as error:
             raise UserError(f"BLEU and chrF need the package sacrebleu: {HOW} brings it.") from error
         tokenizer, self.note = _tokenizer(language)
-        self.metrics: Any = metrics.BLEU(tokenize=tokenizer), metrics.CHRF()
+        self.metrics: Any = metrics.BLEU(tokenize=tokenizer), metrics.CHRF()  # pyright: ignore[reportPrivateImportUsage]
 
     def __call__(self, translations: Sequence[str], references: Sequence[str]) -> Scores:
         """Return the scores of all translations together, each with one reference."""

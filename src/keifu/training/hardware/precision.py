@@ -33,7 +33,7 @@ def tensor_float32(device: torch.device, precision: str) -> Iterator[None]:
             restoring.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             restoring.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
             torch.set_float32_matmul_precision("high" if allowed else "highest")
-            cudnn.allow_tf32 = allowed
+            torch.backends.cudnn.allow_tf32 = allowed
         yield
 
 
