@@ -56,7 +56,7 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
     wrong = [word_errors(words(text), words(recording.text)) for text, recording in zip(written, tested, strict=True)]
     errors, sizes = zip(*((errors, size) for errors, size in zip(wrong, lengths, strict=True) if size), strict=True)
     figures = mean_figures("word error rate", errors, sizes=sizes) | {
-        "word error rate": round(sum(wrong) / sum(lengths), 4),  # with words where none are said
+        "word error rate": round(sum(wrong) / sum(lengths), 4),  # also words written for silent recordings
         "recordings without an error": round(wrong.count(0) / len(wrong), 4),
         "words": sum(lengths),
         "recordings": len(tested),
