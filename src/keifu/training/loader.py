@@ -13,6 +13,11 @@ from keifu.processes import OwnRows, current, rows_of
 from keifu.training.protocols import Batch, Bounds, Data, DividedData
 
 
+def prefetches(device: torch.device) -> bool:
+    """Return whether batches for this device are prefetched: not for a CPU."""
+    return device.type != "cpu"
+
+
 def own_rows(data: Data, step: int) -> Batch:
     """Return this process's rows of the batch of a step. `DividedData` makes only those."""
     if current().data_size == 1:

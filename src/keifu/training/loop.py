@@ -19,7 +19,7 @@ from keifu.processes import current
 from keifu.threads import follow_load
 from keifu.training.hardware import failures
 from keifu.training.hardware.precision import deterministic, tensor_float32
-from keifu.training.loader import Loader, own_rows
+from keifu.training.loader import Loader, own_rows, prefetches
 from keifu.training.pace import busy
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.recorder import Recorder
@@ -96,7 +96,7 @@ class _Loop:
         self.short = False  # whether a note has said that few steps fit into the time limit
         self.validated, self.gradient_norm = recorder.lines.validated, math.nan
         self.on_policy = isinstance(data, OnPolicy)
-        self.loader = Loader(partial(own_rows, data), device, device.type != "cpu" and not self.on_policy)
+        self.loader = Loader(partial(own_rows, data), device, prefetches(device) and not self.on_policy)
 
     def make_steps(self) -> None:
         """Train until the last step."""

@@ -5,6 +5,7 @@ import errno
 import os
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,7 +233,7 @@ def test_a_full_disk_told_by_safetensors_is_the_same(tmp_path: Path, monkeypatch
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path) -> None:
-    with metrics.RunMetrics(tmp_path, [], 0) as lines:
+    with closing(metrics.RunMetrics(tmp_path, [], 0)) as lines:
         lines.write(1, {"loss": 3.0})
         real = lines.file
 
@@ -259,7 +260,7 @@ def test_only_the_first_process_writes_lines_in_a_folder_that_was_taken_away(tmp
     class Second(Processes):
         rank = 1
 
-    with use(Second()), metrics.RunMetrics(tmp_path / "run", [], 0) as lines:
+    with use(Second()), closing(metrics.RunMetrics(tmp_path / "run", [], 0)) as lines:
         lines.write(1, {"loss": 3.0})
     assert not lines.path.exists()
 
