@@ -5,6 +5,7 @@ embeddings times √dim.
 The rotary base is 10,000 in local layers (sliding window) and 1,000,000 in global ones. Norms multiply by 1 + weight.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -97,35 +98,7 @@ def _write_activation(name: str) -> str:
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
 
 
-FIELDS: hf.Fields = qwen3.FIELDS | {
-    "vocab_size": hf.Field("vocab_size", 262_208),
-    "context_length": hf.Field("max_position_embeddings", 131_072),
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": hf.Field("head_dim", 256),
-    "activation": hf.Field("hidden_activation", "gelu_pytorch_tanh", hf.activation_name, _write_activation),
-    "sliding_window": hf.Field("sliding_window", 4096),
-    "tied": hf.Field("tie_word_embeddings", True),
-}
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type gemma3_text."""
-    fields = hf.read_fields(json, FIELDS)
-    return Config(
-        **fields,
-        **_read_ropes(json),
-        global_layers=hf.read_global_layers(json, 6),
-        attention_scale=read_scale(json, fields["head_dim"]),
-    )
-
-
-def read_scale(json: dict[str, Any], head_dim: int) -> float | None:
-    """Return the factor of the scores; None is 1 / √head_dim."""
-    scalar = json.get("query_pre_attn_scalar", 256)
-    return None if scalar == head_dim else scalar**-0.5
-
-
-def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
+def _read_ropes(json: Mapping[str, Any]) -> dict[str, Any]:
     """Read base and scaling of the global and of the local layers. transformers 5 writes both in `rope_parameters`."""
     context = {"max_position_embeddings": json.get("max_position_embeddings", 131_072)}
     both = json.get("rope_parameters") or {}
@@ -137,23 +110,19 @@ def _read_ropes(json: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+def _write_ropes(config: Config) -> dict[str, Any]:
     everywhere = hf.write_rope(config.rope_theta, config.rope_scaling)
     local = hf.write_rope(config.local_rope_theta, config.local_rope_scaling)
-    return everywhere | {
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **write_scale(config),
-        "layer_types": hf.layer_types(config.n_layers, llama.global_layers(config, 6)),
-        "rope_local_base_freq": config.local_rope_theta,
-        "rope_parameters": {
-            "full_attention": everywhere["rope_parameters"],
-            "sliding_attention": local["rope_parameters"],
-        },
-    }
+    both = {"full_attention": everywhere["rope_parameters"], "sliding_attention": local["rope_parameters"]}
+    return {**everywhere, "rope_local_base_freq": config.local_rope_theta, "rope_parameters": both}
 
 
-def write_scale(config: Any) -> dict[str, Any]:
+def _read_scale(json: Mapping[str, Any]) -> dict[str, Any]:
+    scalar = json.get("query_pre_attn_scalar", 256)
+    return {"attention_scale": None if scalar == json.get("head_dim", 256) else scalar**-0.5}
+
+
+def _write_scale(config: Any) -> dict[str, Any]:
     """Return query_pre_attn_scalar, the inverse square of the factor of the scores: a whole number in every published
     config."""
     if (scale := config.attention_scale) is None:
@@ -162,3 +131,21 @@ def write_scale(config: Any) -> dict[str, Any]:
         raise UserError(f"attention_scale is {scale}, and config.json holds 1 / its square: it must be above 0.")
     scalar, whole = scale**-2, max(1, round(scale**-2))
     return {"query_pre_attn_scalar": whole if abs(whole**-0.5 - scale) < 1e-12 else scalar}
+
+
+GEMMA_FIELDS: hf.Fields = llama.DECODER_FIELDS | {  # of Gemma 2 and 3
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": hf.Field("head_dim", 256),
+    "activation": hf.Field("hidden_activation", "gelu_pytorch_tanh", hf.activation_name, _write_activation),
+    "attention_bias": hf.Field("attention_bias", False),
+    "attention_scale": hf.Group(_read_scale, _write_scale),
+    "sliding_window": hf.Field("sliding_window", 4096),
+    "tied": hf.Field("tie_word_embeddings", True),
+}
+FIELDS: hf.Fields = GEMMA_FIELDS | {
+    "vocab_size": hf.Field("vocab_size", 262_208),
+    "context_length": hf.Field("max_position_embeddings", 131_072),
+    "global_layers": llama.published_layers(6),
+    "rope": hf.Group(_read_ropes, _write_ropes),
+}
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -5,7 +5,6 @@ encoder and no cross-attention, learned positions, and GELU. The norms are still
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import nn
 
@@ -91,6 +90,7 @@ FIELDS: hf.Fields = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
     "dim": "n_embd",
+    "hidden_dim": hf.Group(lambda json: {"hidden_dim": 4 * json["n_embd"]}, lambda config: {}),  # it has no field
     "n_layers": "n_layer",
     "n_heads": "n_head",
     "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),
@@ -98,13 +98,4 @@ FIELDS: hf.Fields = {
     "dropout": hf.Field("resid_pdrop", 0.1, float, also=("embd_pdrop", "attn_pdrop")),
     "tied": hf.Field("tie_word_embeddings", True),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type openai-gpt."""
-    return Config(**hf.read_fields(json, FIELDS), hidden_dim=4 * json["n_embd"])
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers reads. It has no field for a `hidden_dim` other than 4 · dim."""
-    return hf.write(config, MODEL_TYPES, FIELDS)
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

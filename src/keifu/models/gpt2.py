@@ -90,13 +90,4 @@ FIELDS: hf.Fields = gpt1.FIELDS | {
     "hidden_dim": hf.Field("n_inner", lambda json: 4 * json["n_embd"]),
     "activation": hf.activation_field("activation_function", "gelu_new"),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type gpt2."""
-    return Config(**hf.read_fields(json, FIELDS))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers reads."""
-    return hf.write(config, MODEL_TYPES, FIELDS)
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -137,6 +137,15 @@ def global_layers(config: Any, every: int) -> tuple[int, ...]:
     return tuple(range(every - 1, config.n_layers, every)) if listed is None else listed
 
 
+def published_layers(every: int, other: str = "sliding_attention") -> hf.Group:
+    """Return the group of a Config's `global_layers`, by default the last of each `every` layers. other: the published
+    name of the other layers."""
+    return hf.Group(
+        lambda json: {"global_layers": hf.read_global_layers(json, every)},
+        lambda config: {"layer_types": hf.layer_types(config.n_layers, global_layers(config, every), other)},
+    )
+
+
 def attention(
     config: Any, bias: bool = False, layer: Callable[..., Attention] = Attention, **settings: Any
 ) -> Attention:
@@ -168,23 +177,27 @@ PREFIX = "model."  # files of the model without its head omit it
 NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files have the rotary frequencies
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 
-FIELDS: hf.Fields = hf.SIZE_FIELDS | {
-    "n_kv_heads": "num_key_value_heads",
-    "head_dim": hf.Field("head_dim", None),
+DECODER_FIELDS: hf.Fields = hf.SIZE_FIELDS | {  # of LLaMA and later models
+    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
     "norm_eps": hf.Field("rms_norm_eps", 1e-6, float),
     "activation": hf.activation_field("hidden_act", "silu"),
     "tied": hf.Field("tie_word_embeddings", False),
     "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
+    "rope": hf.rope(),
+}
+ALL_HEADS = hf.Field("num_key_value_heads", None, if_none=lambda config: config.n_heads)
+FIELDS: hf.Fields = DECODER_FIELDS | {
+    "n_kv_heads": ALL_HEADS,
+    "head_dim": hf.Field("head_dim", None),
 }
 
 
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a Hugging Face config.json of model_type llama, mistral or qwen2."""
-    n_kv_heads = hf.Field("num_key_value_heads", 8 if json["model_type"] == "mistral" else None)
+    heads = {"n_kv_heads": hf.Field("num_key_value_heads", 8)} if json["model_type"] == "mistral" else {}
     biased = json.get("attention_bias", False)
     return Config(
-        **hf.read_fields(json, FIELDS | {"n_kv_heads": n_kv_heads}),
-        **hf.read_rope(json),
+        **hf.read_fields(json, FIELDS | heads),
         **hf.read_window(json),
         qkv_bias=biased or json["model_type"] == "qwen2",
         out_bias=biased,
@@ -202,11 +215,4 @@ def to_published(config: Config) -> dict[str, Any]:
     if config.qkv_bias and not config.out_bias:
         model_type = "qwen2"
         more = hf.write_window(config.sliding_window, config.first_window_layer)
-    return {
-        "model_type": model_type,
-        "architectures": [MODEL_TYPES[model_type]],
-        "num_key_value_heads": config.n_heads,  # overwritten below unless the Config has None
-        **hf.write_fields(config, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        **more,
-    }
+    return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS) | more

@@ -9,7 +9,6 @@ Axes: batch, dim = inputs, classes = outputs.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -134,13 +133,4 @@ FIELDS: hf.Fields = {name: name for name in ("dim", "n_outputs", "activation", "
         write=lambda names: {str(index): name for index, name in enumerate(names)},
     ),
 }  # fmt: skip
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a config.json of model_type keifu_mlp."""
-    return Config(**hf.read_fields(json, FIELDS))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that `from_published` reads."""
-    return hf.write(config, MODEL_TYPES, FIELDS)
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

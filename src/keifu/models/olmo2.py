@@ -66,22 +66,9 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
 PREFIX = "model."
 MODEL_TYPES = {"olmo2": "Olmo2ForCausalLM"}
 
-FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
-    "n_kv_heads": hf.Field("num_key_value_heads", None),
+FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+    "n_kv_heads": llama.ALL_HEADS,
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
     "attention_bias": hf.Field("attention_bias", False),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type olmo2."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return {
-        "num_key_value_heads": config.n_heads,  # overwritten below unless the Config has None
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -8,7 +8,6 @@ pairs are interleaved, as in Cohere's code; the paper does not mention this, nor
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -95,22 +94,10 @@ FIELDS: hf.Fields = hf.SIZE_FIELDS | {
     "head_dim": hf.Field("head_dim", None),  # transformers reads it if heads are not dim / n_heads wide
     "norm_eps": hf.Field("layer_norm_eps", 1e-5, float),
     "activation": hf.activation_field("hidden_act", "silu"),
-    "logit_scale": hf.Field("logit_scale", lambda json: 0.0625, float),
+    "logit_scale": hf.Field("logit_scale", lambda json: 0.0625, float, if_none=lambda config: config.dim**-0.5),
     "dropout": hf.Field("attention_dropout", 0.0, hf.rate),
     "tied": hf.Field("tie_word_embeddings", True),
+    "unsupported": hf.constants(**UNSUPPORTED),
+    "rope": hf.rope(500_000.0),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type cohere."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json, default_theta=500_000.0))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers reads."""
-    return {
-        "logit_scale": config.dim**-0.5,  # overwritten below unless the Config has None
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **UNSUPPORTED,
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

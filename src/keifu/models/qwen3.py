@@ -71,22 +71,9 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
 PREFIX = "model."
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 
-FIELDS: hf.Fields = llama.FIELDS | {
-    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+ATTENTION_FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
     "attention_bias": hf.Field("attention_bias", False),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type qwen3."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json), **hf.read_window(json))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return {
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        **hf.write_window(config.sliding_window, config.first_window_layer),
-    }
+FIELDS = ATTENTION_FIELDS | {"window": hf.WINDOW}
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

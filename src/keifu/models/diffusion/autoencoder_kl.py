@@ -204,8 +204,5 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
-    return {
-        "model_type": "AutoencoderKL",
-        **hf.write_fields(config, FIELDS),
-        **{field: [block] * len(config.widths) for field, block in _BLOCKS.items()},
-    }
+    blocks = {field: [block] * len(config.widths) for field, block in _BLOCKS.items()}
+    return hf.write(config, MODEL_TYPES, FIELDS) | blocks

@@ -224,8 +224,7 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
     return {
-        "model_type": "UNet2DConditionModel",
-        **hf.write_fields(config, FIELDS),
+        **hf.write(config, MODEL_TYPES, FIELDS),
         **write_stages(config, WAYS),
         "attention_head_dim": [*config.n_heads] if isinstance(config.n_heads, tuple) else config.n_heads,
     }

@@ -7,7 +7,6 @@ Axes: batch, length = tokens, dim, vocab.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -109,22 +108,13 @@ FIELDS: hf.Fields = {
     "hidden_dim": hf.Field("mlp_hidden_size", lambda json: json["mlp_ratio"] * json["d_model"]),
     "n_layers": "n_layers",
     "n_heads": "n_heads",
-    "n_kv_heads": hf.Field("n_kv_heads", None),
+    "n_kv_heads": hf.Field("n_kv_heads", None, if_none=lambda config: config.n_heads),
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
     "rope_theta": hf.Field("rope_theta", 10_000.0, float),
     "activation": hf.activation_field("activation_type", "silu"),
     "tied": hf.Field("weight_tying", False),
     "dropout": hf.Field("attention_dropout", 0.0, hf.rate, also=("residual_dropout", "embedding_dropout")),
     "mask_token": "mask_token_id",
+    "unsupported": hf.constants(**UNSUPPORTED, rope_full_precision=True, use_cache=False),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type llada."""
-    return Config(**hf.read_fields(json, FIELDS))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json of LLaDA's released code."""
-    heads = {"n_kv_heads": config.n_heads, "rope_full_precision": True, "use_cache": False}
-    return {**UNSUPPORTED, **heads, **hf.write(config, MODEL_TYPES, FIELDS)}
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

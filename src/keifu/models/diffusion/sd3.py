@@ -210,7 +210,7 @@ _NAMED = {
     "text_dim": "joint_attention_dim", "pooled_dim": "pooled_projection_dim", "positions": "pos_embed_max_size",
 }  # fmt: skip
 FIELDS: hf.Fields = {
-    **{ours: hf.Field(theirs, vars(Config())[ours]) for ours, theirs in _NAMED.items()},
+    **{ours: hf.Field(theirs, vars(Config())[ours], if_none=hf.null) for ours, theirs in _NAMED.items()},
     "dual_layers": hf.Field("dual_attention_layers", (), tuple, list),
     "qk_norm": hf.choice("qk_norm", {None: False, "rms_norm": True}),
 }
@@ -228,5 +228,4 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
-    more = {"out_channels": config.out_channels, "caption_projection_dim": config.dim}  # out_channels may be null
-    return {"model_type": next(iter(MODEL_TYPES)), **hf.write_fields(config, FIELDS), **more}
+    return hf.write(config, MODEL_TYPES, FIELDS) | {"caption_projection_dim": config.dim}

@@ -1,8 +1,9 @@
 """Reading and writing the fields of a published config.json by each model's table; and the settings that many models of
 transformers share: activation names, rotary positions, sliding windows."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 from keifu.errors import UserError
@@ -21,7 +22,8 @@ class Field(NamedTuple):
 
     name: the published name. default: the published value if the field is missing, or a function that computes it from
     the config (null then counts as missing); without a default the field is required. read, write: convert the
-    published value to the Config's, and back. also: further names under which the value is written.
+    published value to the Config's, and back. also: further names under which the value is written. if_none: computes
+    from the Config what to write if it has None; without it, nothing is written.
     """
 
     name: str
@@ -29,20 +31,44 @@ class Field(NamedTuple):
     read: Callable[[Any], Any] = _unchanged
     write: Callable[[Any], Any] = _unchanged
     also: tuple[str, ...] = ()
+    if_none: Callable[[Any], Any] | None = None
 
 
-Fields = dict[str, str | Field]  # by the name of the Config's field; a plain string is the name of a required field
+class Group(NamedTuple):
+    """Fields that are read and written together, such as those of rotary positions.
+
+    read: returns fields of the Config from a published config. write: returns published fields from the Config.
+    """
+
+    read: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    write: Callable[[Any], Mapping[str, Any]]
+
+
+# by the name of the Config's field, or of the group; a plain string is the published name of a required field
+Fields = dict[str, str | Field | Group]
+
+
+def translators(
+    config_class: type, model_types: Mapping[str, str], fields: Fields
+) -> tuple[Callable[[dict[str, Any]], Any], Callable[[Any], dict[str, Any]]]:
+    """Return `from_published` and `to_published` of a model whose table describes its whole published config."""
+
+    def from_published(json: dict[str, Any]) -> Any:
+        return config_class(**read_fields(json, fields))
+
+    return from_published, partial(write, model_types=model_types, fields=fields)
 
 
 def read_fields(json: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     """Return the values of a Config's fields. Raises KeyError for a missing required field (the loader's error names
     the file), and UserError for a value that cannot be converted."""
-    return {ours: read_field(json, field) for ours, field in _rows(fields)}
-
-
-def _rows(fields: Fields) -> Iterator[tuple[str, Field]]:
+    values: dict[str, Any] = {}
     for ours, field in fields.items():
-        yield ours, field if isinstance(field, Field) else Field(field)
+        if isinstance(field, Group):
+            values |= field.read(json)
+        else:
+            values[ours] = read_field(json, field if isinstance(field, Field) else Field(field))
+    return values
 
 
 def read_field(json: Mapping[str, Any], field: Field) -> Any:
@@ -61,17 +87,31 @@ def read_field(json: Mapping[str, Any], field: Field) -> Any:
 
 def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
     """Return the published fields of a Config. None, which leaves a value to the model, is not written."""
-    written = {}
-    for ours, field in _rows(fields):
-        if (value := vars(config)[ours]) is not None:
-            written |= dict.fromkeys((field.name, *field.also), field.write(value))
+    written: dict[str, Any] = {}
+    for ours, field in fields.items():
+        if isinstance(field, Group):
+            written |= field.write(config)
+        else:
+            written |= _write_field(config, ours, field if isinstance(field, Field) else Field(field))
     return written
 
 
+def _write_field(config: Any, ours: str, field: Field) -> dict[str, Any]:
+    if (value := vars(config)[ours]) is not None:
+        value = field.write(value)
+    elif field.if_none is not None:
+        value = field.if_none(config)
+    else:
+        return {}
+    return dict.fromkeys((field.name, *field.also), value)
+
+
 def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[str, Any]:
-    """Return the config.json of a Config, with the first of these model_types and its architecture."""
+    """Return the config.json of a Config, with the first of these model_types and its architecture. diffusers' configs,
+    in which both are the name of a class, have no architectures."""
     model_type, architecture = next(iter(model_types.items()))
-    return {"model_type": model_type, "architectures": [architecture], **write_fields(config, fields)}
+    both = {} if architecture == model_type else {"architectures": [architecture]}
+    return {"model_type": model_type, **both, **write_fields(config, fields)}
 
 
 def write_native(model_type: str, config: Any) -> dict[str, Any]:
@@ -98,6 +138,15 @@ def choice(name: str, known: Mapping[Any, Any]) -> Field:
         return next((theirs for theirs, ours in known.items() if ours == value), next(iter(known)))
 
     return Field(name, next(iter(known)), read, write)
+
+
+def constants(**written: Any) -> Group:
+    """Return the group of fields that are written with the only value that is implemented, and not read."""
+    return Group(lambda json: {}, lambda config: written)
+
+
+def null(config: Any) -> None:
+    """Write null for a field that the Config has as None: without it, a reader would take another default."""
 
 
 def rate(value: float | None) -> float:
@@ -225,6 +274,12 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     }
 
 
+def rope(default_theta: float = 10_000.0) -> Group:
+    """Return the group of rotary positions that turn whole heads."""
+    read = partial(read_rope, default_theta=default_theta)
+    return Group(read, lambda config: write_rope(config.rope_theta, config.rope_scaling))
+
+
 _NO_WINDOW = {"sliding_window": None, "first_window_layer": 0}
 
 
@@ -249,6 +304,9 @@ def read_window(json: Mapping[str, Any]) -> dict[str, Any]:
 def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
     """Return the fields of a sliding window as Qwen2 and Qwen3 write them."""
     return {"sliding_window": window, "max_window_layers": first_layer, "use_sliding_window": window is not None}
+
+
+WINDOW = Group(read_window, lambda config: write_window(config.sliding_window, config.first_window_layer))
 
 
 def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] | None:

@@ -62,10 +62,10 @@ FIELDS = {"qwen3_5_text": DENSE_FIELDS, "qwen3_5_moe_text": EXPERT_FIELDS}
 
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a Hugging Face config.json of model_type qwen3_5_text or qwen3_5_moe_text."""
-    return Config(**qwen3_next.read_hybrid(json, FIELDS[json["model_type"]]))
+    return Config(**hf.read_fields(json, FIELDS[json["model_type"]]))
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers and vLLM read."""
     model_type = "qwen3_5_moe_text" if config.n_experts else "qwen3_5_text"
-    return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS[model_type]) | qwen3_next.write_hybrid(config)
+    return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS[model_type])

@@ -6,7 +6,7 @@ position. The feed-forward networks are Qwen3-MoE's, smaller and more, with a sh
 further layer of the published training, is not implemented.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -111,8 +111,25 @@ PREFIX = "model."
 NOT_WEIGHTS = ("mtp.**",)
 MODEL_TYPES = {"qwen3_next": "Qwen3NextForCausalLM"}
 
-SHARED_FIELDS: hf.Fields = qwen3.FIELDS | {
+
+def _read_rope(json: Mapping[str, Any]) -> dict[str, Any]:
+    turned = int(json.get("head_dim", 256) * hf.read_part(json, 0.25))
+    return {**hf.read_rope(json, partial=True), "rope_dim": turned}
+
+
+def _write_rope(config: Any) -> dict[str, Any]:
+    return hf.write_part(hf.write_rope(config.rope_theta, config.rope_scaling), config.rope_dim / config.head_dim)
+
+
+def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
+    every = json.get("full_attention_interval", 4)
+    return {"global_layers": hf.read_global_layers({**json, "sliding_window_pattern": every}, 4)}
+
+
+SHARED_FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "head_dim": hf.Field("head_dim", 256),
+    "rope": hf.Group(_read_rope, _write_rope),
+    "global_layers": llama.published_layers(4, "linear_attention")._replace(read=_read_layers),
     "n_linear_key_heads": hf.Field("linear_num_key_heads", 16),
     "n_linear_value_heads": hf.Field("linear_num_value_heads", 32),
     "linear_key_dim": hf.Field("linear_key_head_dim", 128),
@@ -130,35 +147,6 @@ FIELDS: hf.Fields = SHARED_FIELDS | EXPERT_FIELDS | {
     "hidden_dim": hf.Field("intermediate_size", 5632),
     "n_kv_heads": hf.Field("num_key_value_heads", 2),
     "normalised": hf.Field("norm_topk_prob", True),
+    "dense_layers": qwen3_moe.DENSE_LAYERS,
 }  # fmt: skip
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type qwen3_next."""
-    return Config(**read_hybrid(json, FIELDS), dense_layers=qwen3_moe.read_dense_layers(json))
-
-
-def read_hybrid(json: dict[str, Any], fields: hf.Fields) -> dict[str, Any]:
-    """Read the fields of a hybrid, its rotary positions and its layers with attention."""
-    read = hf.read_fields(json, fields)
-    part, rope = hf.read_part(json, 0.25), hf.read_rope(json, partial=True)
-    every = json.get("full_attention_interval", 4)
-    layers = hf.read_global_layers({**json, "sliding_window_pattern": every}, 4)
-    return {**read, **rope, "rope_dim": int(read["head_dim"] * part), "global_layers": layers}
-
-
-def write_hybrid(config: Any) -> dict[str, Any]:
-    """Return the fields that `read_hybrid` reads without a table."""
-    rope = hf.write_rope(config.rope_theta, config.rope_scaling)
-    types = hf.layer_types(config.n_layers, llama.global_layers(config, 4), "linear_attention")
-    return {**hf.write_part(rope, config.rope_dim / config.head_dim), "layer_types": types}
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers and vLLM read."""
-    return {
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **write_hybrid(config),
-        "mlp_only_layers": [*config.dense_layers],
-        "decoder_sparse_step": 1,
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

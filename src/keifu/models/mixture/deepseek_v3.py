@@ -122,13 +122,14 @@ MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM"}
 _ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 UNSUPPORTED: dict[str, Any] = {**_ROUTING, "moe_layer_freq": 1}
 
-FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "n_kv_heads"} | {
+FIELDS: hf.Fields = {name: field for name, field in llama.DECODER_FIELDS.items() if name != "n_kv_heads"} | {
     "expert_dim": hf.Field("moe_intermediate_size", 2048),
+    "n_heads": hf.Field("num_attention_heads", also=("num_key_value_heads",)),
     "n_dense_layers": hf.Field("first_k_dense_replace", 3),
     "head_dim": hf.Field("qk_nope_head_dim", 128),
     "rope_dim": hf.Field("qk_rope_head_dim", 64),
     "value_dim": hf.Field("v_head_dim", 128),
-    "q_rank": hf.Field("q_lora_rank", None),
+    "q_rank": hf.Field("q_lora_rank", None, if_none=hf.null),
     "kv_rank": hf.Field("kv_lora_rank", 512),
     "n_experts": hf.Field("n_routed_experts", 256),
     "n_experts_per_token": hf.Field("num_experts_per_tok", 8),
@@ -139,21 +140,6 @@ FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name
     "expert_scale": hf.Field("routed_scaling_factor", 2.5, float),
     "rope_interleaved": hf.Field("rope_interleave", True),
     "attention_bias": hf.Field("attention_bias", False),
+    "routing": hf.constants(**_ROUTING, num_nextn_predict_layers=0),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type deepseek_v3."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return {
-        "q_lora_rank": None,
-        **_ROUTING,
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        "num_key_value_heads": config.n_heads,
-        "num_nextn_predict_layers": 0,
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -94,19 +94,7 @@ FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
     "sliding_window": hf.Field("sliding_window", 128),
     "attention_bias": hf.Field("attention_bias", True),
+    "rope": hf.rope(150_000.0),
+    "global_layers": llama.published_layers(2),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type gpt_oss."""
-    rope = hf.read_rope(json, default_theta=150_000.0)
-    return Config(**hf.read_fields(json, FIELDS), **rope, global_layers=hf.read_global_layers(json, 2))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers and vLLM read. The experts are written unpacked."""
-    return {
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        "layer_types": hf.layer_types(config.n_layers, llama.global_layers(config, 2)),
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -76,21 +76,14 @@ PREFIX = "model."
 MODEL_TYPES = {"mixtral": "MixtralForCausalLM"}
 UNSUPPORTED = {"router_jitter_noise": 0.0}
 
-FIELDS: hf.Fields = llama.FIELDS | {
+FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 8),
+    "head_dim": hf.Field("head_dim", None),
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
     "n_experts": hf.Field("num_local_experts", 8),
     "n_experts_per_token": hf.Field("num_experts_per_tok", 2),
     "balancing": hf.Field("router_aux_loss_coef", 0.001, float),
     "sliding_window": hf.Field("sliding_window", None),
+    "rope": hf.rope(1e6),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type mixtral."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json, default_theta=1e6))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return hf.write(config, MODEL_TYPES, FIELDS) | hf.write_rope(config.rope_theta, config.rope_scaling)
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

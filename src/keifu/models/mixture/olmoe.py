@@ -6,7 +6,6 @@ Queries and keys are normalised over all heads together. The weights of a token'
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from keifu.layers.mixture import MixtureOfExperts
 from keifu.layers.transformer.decoder import DecoderLM
@@ -61,17 +60,4 @@ FIELDS: hf.Fields = olmo2.FIELDS | {
     "normalised": hf.Field("norm_topk_prob", False),
     "balancing": hf.Field("router_aux_loss_coef", 0.01, float),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type olmoe."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return {
-        "num_key_value_heads": config.n_heads,  # overwritten below unless the Config has None
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

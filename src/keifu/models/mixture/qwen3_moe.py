@@ -3,6 +3,7 @@
 Many small experts instead of a few large ones are DeepSeekMoE's idea (Dai et al., 2024). There is no shared expert.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -71,40 +72,34 @@ WEIGHT_NAMES = qwen3.WEIGHT_NAMES | EXPERT_NAMES
 PREFIX = "model."
 MODEL_TYPES = {"qwen3_moe": "Qwen3MoeForCausalLM"}
 
-FIELDS: hf.Fields = qwen3.FIELDS | {
+
+def _read_window(json: Mapping[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": json.get("sliding_window") if json.get("use_sliding_window", False) else None}
+
+
+def _write_window(config: Config) -> dict[str, Any]:
+    window = config.sliding_window
+    return {"use_sliding_window": False} if window is None else {"sliding_window": window, "use_sliding_window": True}
+
+
+def _read_dense_layers(json: Mapping[str, Any]) -> dict[str, Any]:
+    step, n_layers = json.get("decoder_sparse_step", 1), hf.check_layers(json, "num_hidden_layers")
+    dense = {*(json.get("mlp_only_layers") or ()), *(layer for layer in range(n_layers) if (layer + 1) % step)}
+    return {"dense_layers": tuple(sorted(dense))}
+
+
+DENSE_LAYERS = hf.Group(
+    _read_dense_layers, lambda config: {"mlp_only_layers": [*config.dense_layers], "decoder_sparse_step": 1}
+)
+FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 4),
     "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
     "expert_dim": hf.Field("moe_intermediate_size", 768),
-    "n_experts": hf.Field("num_experts", lambda json: json.get("num_local_experts", 128)),
+    "n_experts": hf.Field("num_experts", lambda json: json.get("num_local_experts", 128), also=("num_local_experts",)),
     "n_experts_per_token": hf.Field("num_experts_per_tok", 8),
     "normalised": hf.Field("norm_topk_prob", False),
     "balancing": hf.Field("router_aux_loss_coef", 0.001, float),
-    "sliding_window": hf.Field("sliding_window", None),
+    "sliding_window": hf.Group(_read_window, _write_window),
+    "dense_layers": DENSE_LAYERS,
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type qwen3_moe."""
-    fields = hf.read_fields(json, FIELDS)
-    if not json.get("use_sliding_window", False):
-        fields["sliding_window"] = None
-    return Config(**fields, **hf.read_rope(json), dense_layers=read_dense_layers(json))
-
-
-def read_dense_layers(json: dict[str, Any]) -> tuple[int, ...]:
-    """Return the layers without experts."""
-    step, n_layers = json.get("decoder_sparse_step", 1), hf.check_layers(json, "num_hidden_layers")
-    dense = {*(json.get("mlp_only_layers") or ()), *(layer for layer in range(n_layers) if (layer + 1) % step)}
-    return tuple(sorted(dense))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return {
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        "num_local_experts": config.n_experts,
-        "mlp_only_layers": [*config.dense_layers],
-        "decoder_sparse_step": 1,
-        "use_sliding_window": config.sliding_window is not None,
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

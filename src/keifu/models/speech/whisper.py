@@ -142,7 +142,6 @@ def to_published(config: Config) -> dict[str, Any]:
     sound |= {"feature_size": config.n_mels, "chunk_length": seconds, "padding_value": 0.0}
     return {
         "is_encoder_decoder": True,
-        "decoder_layers": config.n_layers,  # overwritten below unless the Config has None
         **hf.write(config, MODEL_TYPES, FIELDS),
         "bos_token_id": config.end_id, "preprocessor_config": sound,
     }  # fmt: skip

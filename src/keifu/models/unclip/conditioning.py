@@ -5,7 +5,6 @@ Axes: batch, length = tokens of a caption, embedding = numbers of CLIP's embeddi
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -76,13 +75,4 @@ FIELDS: hf.Fields = {
     "time_dim": "time_embed_dim",
     "context_dim": "cross_attention_dim",
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of diffusers' config.json of a UnCLIPTextProjModel."""
-    return Config(**hf.read_fields(json, FIELDS))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that diffusers reads."""
-    return {"model_type": "UnCLIPTextProjModel", **hf.write_fields(config, FIELDS)}
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

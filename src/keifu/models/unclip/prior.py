@@ -193,10 +193,5 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
-    return {
-        "model_type": "PriorTransformer",
-        "additional_embeddings": config.n_extra_tokens,
-        "encoder_hid_proj_type": "linear",
-        "time_embed_act_fn": "silu",
-        **hf.write_fields(config, FIELDS),
-    }
+    fixed = {"additional_embeddings": config.n_extra_tokens, "encoder_hid_proj_type": "linear", **UNSUPPORTED}
+    return hf.write(config, MODEL_TYPES, FIELDS) | fixed

@@ -73,28 +73,11 @@ PREFIX = "model."
 MODEL_TYPES = {"gemma2": "Gemma2ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {"use_bidirectional_attention": None}
 
-FIELDS: hf.Fields = gemma3.FIELDS | {
+FIELDS: hf.Fields = gemma3.GEMMA_FIELDS | {
     "vocab_size": hf.Field("vocab_size", 256_000),
     "context_length": hf.Field("max_position_embeddings", 8192),
-    "attention_cap": hf.Field("attn_logit_softcapping", 50.0),
-    "logit_cap": hf.Field("final_logit_softcapping", 30.0),
+    "attention_cap": hf.Field("attn_logit_softcapping", 50.0, if_none=hf.null),
+    "logit_cap": hf.Field("final_logit_softcapping", 30.0, if_none=hf.null),
+    "global_layers": llama.published_layers(2),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type gemma2."""
-    fields = hf.read_fields(json, FIELDS)
-    scale = gemma3.read_scale(json, fields["head_dim"])
-    return Config(**fields, **hf.read_rope(json), global_layers=hf.read_global_layers(json, 2), attention_scale=scale)
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return {
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        **gemma3.write_scale(config),
-        "layer_types": hf.layer_types(config.n_layers, llama.global_layers(config, 2)),
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

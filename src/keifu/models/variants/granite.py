@@ -5,7 +5,6 @@ They scale the embeddings, the scores of attention, the output of each sublayer,
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from keifu.layers.attention.attention import Attention
 from keifu.layers.normalisation import RMSNorm, ScaledRMSNorm
@@ -67,8 +66,7 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES
 PREFIX = "model."
 MODEL_TYPES = {"granite": "GraniteForCausalLM"}
 
-FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
-    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "attention_bias": hf.Field("attention_bias", False),
     "feedforward_bias": hf.Field("mlp_bias", False),
     "embedding_scale": hf.Field("embedding_multiplier", 1.0, float),
@@ -76,13 +74,4 @@ FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name
     "residual_scale": hf.Field("residual_multiplier", 1.0, float),
     "logit_divisor": hf.Field("logits_scaling", 1.0, float),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type granite."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    return {**hf.write(config, MODEL_TYPES, FIELDS), **hf.write_rope(config.rope_theta, config.rope_scaling)}
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -3,6 +3,7 @@
 In Ministral 3 (2025) all layers have full attention, and queries grow at positions beyond the trained length.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,49 +70,54 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES
 PREFIX = "model."
 MODEL_TYPES = {"ministral": "MinistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
 
-FIELDS: hf.Fields = llama.FIELDS | {
-    "n_kv_heads": hf.Field("num_key_value_heads", 8),
-    "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
-    "sliding_window": hf.Field("sliding_window", 4096),
-}
 
-FIELDS3: hf.Fields = FIELDS | {
+def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
+    types = json.get("layer_types") or ()
+    return {"global_layers": tuple(layer for layer, name in enumerate(types) if name == "full_attention")}
+
+
+def _write_layers(config: Config) -> dict[str, Any]:
+    full = config.global_layers if config.sliding_window else range(config.n_layers)
+    return {"layer_types": hf.layer_types(config.n_layers, full)}
+
+
+def _read_growth(json: Mapping[str, Any]) -> dict[str, Any]:
+    rope = json.get("rope_parameters") or json.get("rope_scaling") or _ROPE
+    fields = hf.read_rope({**json, "rope_parameters": rope})
+    if (growth := rope.get("llama_4_scaling_beta")) is None or fields["rope_scaling"] is None:
+        raise UserError("its rope_parameters need llama_4_scaling_beta and a rope_type such as yarn.")
+    return {**fields, "query_growth": float(growth)}
+
+
+def _write_growth(config: Config) -> dict[str, Any]:
+    rope = hf.write_rope(config.rope_theta, config.rope_scaling)
+    for fields in (rope["rope_scaling"], rope["rope_parameters"]):
+        fields["llama_4_scaling_beta"] = config.query_growth
+    return rope
+
+
+FIELDS3: hf.Fields = llama.DECODER_FIELDS | {
+    "n_kv_heads": hf.Field("num_key_value_heads", 8),
     "head_dim": hf.Field("head_dim", 128),
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
-    "sliding_window": hf.Field("sliding_window", None),
+    "sliding_window": hf.Field("sliding_window", None, if_none=hf.null),
+    "rope": hf.Group(_read_growth, _write_growth),
 }
+FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+    "n_kv_heads": hf.Field("num_key_value_heads", 8),
+    "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
+    "sliding_window": hf.Field("sliding_window", 4096, if_none=hf.null),
+    "global_layers": hf.Group(_read_layers, _write_layers),
+}
+_TABLES = {"ministral": FIELDS, "ministral3": FIELDS3}
 
 
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of a Hugging Face config.json of model_type ministral or ministral3."""
-    if json["model_type"] == "ministral3":
-        return _read_ministral3(json)
-    fields = hf.read_fields(json, FIELDS)
-    types = json.get("layer_types") or ()
-    full = tuple(layer for layer, name in enumerate(types) if name == "full_attention")
-    return Config(**fields, **hf.read_rope(json), global_layers=full)
-
-
-def _read_ministral3(json: dict[str, Any]) -> Config:
-    rope = json.get("rope_parameters") or json.get("rope_scaling") or _ROPE
-    rope_fields = hf.read_rope({**json, "rope_parameters": rope})
-    if (growth := rope.get("llama_4_scaling_beta")) is None or rope_fields["rope_scaling"] is None:
-        raise UserError("its rope_parameters need llama_4_scaling_beta and a rope_type such as yarn.")
-    return Config(**hf.read_fields(json, FIELDS3), **rope_fields, query_growth=float(growth))
+    return Config(**hf.read_fields(json, _TABLES[json["model_type"]]))
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
-    if config.query_growth is not None:
-        rope = hf.write_rope(config.rope_theta, config.rope_scaling)
-        for fields in (rope["rope_scaling"], rope["rope_parameters"]):
-            fields["llama_4_scaling_beta"] = config.query_growth
-        model_type = "ministral3"
-        return {"sliding_window": None, **hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS3), **rope}
-    full = config.global_layers if config.sliding_window else range(config.n_layers)
-    return {
-        "sliding_window": None,
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-        "layer_types": hf.layer_types(config.n_layers, full),
-    }
+    model_type = "ministral" if config.query_growth is None else "ministral3"
+    return hf.write(config, {model_type: MODEL_TYPES[model_type]}, _TABLES[model_type])

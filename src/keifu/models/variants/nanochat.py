@@ -6,7 +6,6 @@ it: a rotation does not change lengths.
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
@@ -78,23 +77,9 @@ del WEIGHT_NAMES["blocks.*.feedforward.gate_up"]
 PREFIX = "model."
 MODEL_TYPES = {"nanochat": "NanoChatForCausalLM"}
 
-FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
-    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
+FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "activation": hf.activation_field("hidden_act", "relu2"),
-    "logit_cap": hf.Field("final_logit_softcapping", 15.0),
+    "logit_cap": hf.Field("final_logit_softcapping", 15.0, if_none=hf.null),
     "attention_bias": hf.Field("attention_bias", False),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type nanochat."""
-    return Config(**hf.read_fields(json, FIELDS), **hf.read_rope(json))
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers and vLLM read."""
-    return {
-        "final_logit_softcapping": None,
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
-    }
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

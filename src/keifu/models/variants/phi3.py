@@ -4,6 +4,7 @@ Those with a long context scale the rotary positions by LongRoPE. Phi-4 mini rot
 files have q, k and v in one matrix, and gate and up in one, as in keifu.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,29 +61,24 @@ PREFIX = "model."
 MODEL_TYPES = {"phi3": "Phi3ForCausalLM"}
 UNSUPPORTED = {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
-FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
-    "n_kv_heads": hf.Field("num_key_value_heads", lambda json: json["num_attention_heads"]),
-    "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
-    "sliding_window": hf.Field("sliding_window", None),
-}
+
+def _read_rope(json: Mapping[str, Any]) -> dict[str, Any]:
+    part = hf.read_part(json)
+    rope_dim = None if part == 1.0 else int(json["hidden_size"] // json["num_attention_heads"] * part)
+    return {**hf.read_rope(json, partial=True), "rope_dim": rope_dim}
 
 
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of a Hugging Face config.json of model_type phi3."""
-    fields, part = hf.read_fields(json, FIELDS), hf.read_part(json)
-    rope_dim = None if part == 1.0 else int(fields["dim"] // fields["n_heads"] * part)
-    return Config(**fields, **hf.read_rope(json, partial=True), rope_dim=rope_dim)
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
+def _write_rope(config: Config) -> dict[str, Any]:
     rope, scaling = hf.write_rope(config.rope_theta, config.rope_scaling), config.rope_scaling
     if config.rope_dim:
         rope = hf.write_part(rope, config.rope_dim * config.n_heads / config.dim)
     trained = scaling.original_context_length if scaling else config.context_length
-    return {
-        "sliding_window": None,
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **rope,
-        "original_max_position_embeddings": trained,
-    }
+    return {**rope, "original_max_position_embeddings": trained}
+
+
+FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+    "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
+    "sliding_window": hf.Field("sliding_window", None, if_none=hf.null),
+    "rope": hf.Group(_read_rope, _write_rope),
+}
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

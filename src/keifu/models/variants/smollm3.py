@@ -59,11 +59,12 @@ def _attention(config: Config, layer: int) -> Attention:
 WEIGHT_NAMES = llama.WEIGHT_NAMES
 PREFIX = "model."
 MODEL_TYPES = {"smollm3": "SmolLM3ForCausalLM"}
-FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name != "head_dim"} | {
+FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 4),
     "attention_bias": hf.Field("attention_bias", False),
     "feedforward_bias": hf.Field("mlp_bias", False),
     "tied": hf.Field("tie_word_embeddings", True),
+    "rope": hf.rope(2e6),
 }
 
 
@@ -74,12 +75,11 @@ def from_published(json: dict[str, Any]) -> Config:
     if (uses := json.get("no_rope_layers")) is not None:  # 1: the layer has positions
         free = tuple(layer for layer, has_positions in enumerate(uses[:n_layers]) if not has_positions)
     usual = free == tuple(range(3, n_layers, 4))
-    rope = hf.read_rope(json, default_theta=2e6)
     window, types = json.get("sliding_window"), json.get("layer_types")
     layers = free if types is None else tuple(layer for layer, name in enumerate(types) if name == "sliding_attention")
     windows = {"sliding_window": window, "window_layers": layers}
     used = windows if json.get("use_sliding_window", False) and window and layers else {}
-    return Config(**hf.read_fields(json, FIELDS), **rope, position_free=None if usual else free, **used)
+    return Config(**hf.read_fields(json, FIELDS), position_free=None if usual else free, **used)
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -87,7 +87,6 @@ def to_published(config: Config) -> dict[str, Any]:
     free = position_free(config)
     return {
         **hf.write(config, MODEL_TYPES, FIELDS),
-        **hf.write_rope(config.rope_theta, config.rope_scaling),
         "no_rope_layers": [int(layer not in free) for layer in range(config.n_layers)],
         "use_sliding_window": bool(config.window_layers),
         "sliding_window": config.sliding_window,
