@@ -36,8 +36,8 @@ class Family:
     - module: the model's file.
     - read, write: convert a config.json to a Config and back.
     - names: the table of weight names.
-    - prefix: prefix of published names. A file may omit it from all names; files of the architectures `without_prefix`
-      always do.
+    - prefix: prefix of published names, which files of the model without its head omit; files of the architectures
+      `without_prefix` always do. Without "model." in the table, the default changes nothing.
     - old_endings, old_beginnings: today's ending (beginning) of a published name → the one in old files.
     - not_weights: patterns of tensors that are not weights, with fields of the Config in braces.
     - copies: a tensor → the tensor of the file that it repeats.
@@ -55,7 +55,7 @@ class Family:
     read: Callable[[dict[str, Any]], Any]
     write: Callable[[Any], dict[str, Any]]
     names: Table
-    prefix: str = ""
+    prefix: str = "model."
     not_weights: tuple[str, ...] = ()
     unsupported: Mapping[str, Any] = field(default_factory=dict)
     writes_text: bool = True

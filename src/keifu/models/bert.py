@@ -27,6 +27,7 @@ from keifu.models.hf import config as hf
 from keifu.ranges import BelowOne, Count, NotNegative
 
 Tokens = Int[Tensor, "batch length"]
+Mask = Bool[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
 
 
@@ -94,9 +95,7 @@ class Bert(nn.Module):
         self.classifier = Linear(config.dim, len(config.labels)) if pooled_labels else None
         self.sentence_head = SentenceHead(config.dim, len(config.labels)) if config.sentence_head else None
 
-    def encode(
-        self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
-    ) -> Hidden:
+    def encode(self, tokens: Tokens, segments: Tokens | None = None, mask: Mask | None = None) -> Hidden:
         """Return the hidden states. segments: 0 for the first sentence, 1 for the second. mask: True on real tokens."""
         length = tokens.shape[1]
         if length > self.config.context_length:
@@ -139,7 +138,7 @@ class Bert(nn.Module):
         return _there(self.next_head, "head for the next sentence")(pooled)
 
     def classify(
-        self, tokens: Tokens, segments: Tokens | None = None, mask: Bool[Tensor, "batch length"] | None = None
+        self, tokens: Tokens, segments: Tokens | None = None, mask: Mask | None = None
     ) -> Float[Tensor, "batch labels"]:
         """Return the logits of the config's labels for each row."""
         if self.sentence_head is not None:

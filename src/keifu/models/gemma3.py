@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from keifu.errors import UserError
+from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.normalisation import UnitOffsetRMSNorm
 from keifu.layers.transformer.blocks import SandwichNorm
@@ -20,7 +21,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """The defaults are Gemma 3 1B. The attention is n_heads · head_dim wide, which need not be `dim`."""
 
     vocab_size: int = 262_144
@@ -31,15 +32,13 @@ class Config(llama.DecoderConfig):
     n_heads: int = 4
     n_kv_heads: int = 1
     head_dim: int = 256
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rope_theta: float = field(default=1e6, kw_only=True)
     local_rope_theta: float = 10_000.0
     local_rope_scaling: RopeScaling | None = None
     activation: str = field(default="gelu_tanh", kw_only=True)
     sliding_window: int = 512  # tokens that a local layer attends to, including the token itself
     global_layers: tuple[int, ...] | None = None  # None: every sixth, from layer 5 on
     attention_scale: float | None = None  # None: 1 / √head_dim
-    attention_bias: bool = False
     tied: bool = field(default=True, kw_only=True)
 
 
@@ -62,24 +61,19 @@ PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the vision enco
 
 def build(config: Config) -> DecoderLM:
     """Build a model with GPT-2's initialisation: N(0, 0.02²), scaled residual projections. The report gives none."""
-    blocks = [_block(config, layer) for layer in range(config.n_layers)]
-    norm = UnitOffsetRMSNorm(config.dim, config.norm_eps)
     embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)
-    return llama.initialise(DecoderLM.of(config, blocks, norm, embedding=embedding))
+    return llama.assemble(
+        config, partial(_attention, config), block=SandwichNorm, norm=UnitOffsetRMSNorm, n_norms=4, embedding=embedding
+    )
 
 
-def _block(config: Config, layer: int) -> SandwichNorm:
-    is_global = layer in llama.global_layers(config, 6)
-    theta = config.rope_theta if is_global else config.local_rope_theta
-    norm = partial(UnitOffsetRMSNorm, eps=config.norm_eps)
-    attention = llama.attention(
-        config, config.attention_bias, window=None if is_global else config.sliding_window,
-        rotary=Rotary(config.head_dim, theta, config.rope_scaling if is_global else config.local_rope_scaling),
-        scale=config.attention_scale, qk_norm=(norm(config.head_dim), norm(config.head_dim)),
-    )  # fmt: skip
-    feedforward = llama.gated(config, layer)
-    norms = norm(config.dim), norm(config.dim), norm(config.dim), norm(config.dim)
-    return SandwichNorm(attention, feedforward, norms, config.dropout)
+def _attention(config: Config, layer: int) -> Attention:
+    rotary, window = Rotary(config.head_dim, config.local_rope_theta, config.local_rope_scaling), config.sliding_window
+    if layer in llama.global_layers(config, 6):
+        rotary, window = Rotary(config.head_dim, config.rope_theta, config.rope_scaling), None
+    norm = partial(UnitOffsetRMSNorm, config.head_dim, config.norm_eps)
+    settings = {"scale": config.attention_scale, "qk_norm": (norm(), norm())}
+    return llama.attention(config, config.attention_bias, rotary=rotary, window=window, **settings)
 
 
 WEIGHT_NAMES = qwen3.WEIGHT_NAMES | {
@@ -87,7 +81,6 @@ WEIGHT_NAMES = qwen3.WEIGHT_NAMES | {
     "blocks.*.feedforward_norm": "model.layers.*.pre_feedforward_layernorm",
     "blocks.*.post_feedforward_norm": "model.layers.*.post_feedforward_layernorm",
 }
-PREFIX = "model."
 MODEL_TYPES = {"gemma3_text": "Gemma3ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {
     "final_logit_softcapping": None, "attn_logit_softcapping": None, "use_bidirectional_attention": False,

@@ -19,24 +19,17 @@ from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt1
 from keifu.models.hf import config as hf
-from keifu.ranges import BelowOne, Count, NotNegative
+from keifu.ranges import Count
 
 
 @dataclass(frozen=True)
-class Config:
-    """The defaults are the smallest published size. `dropout` 0.1 is from the released configuration."""
+class Config(gpt1.Config):
+    """GPT-1's fields, and one more. The defaults are the smallest published size. `dropout` 0.1 is from the released
+    configuration."""
 
     vocab_size: Count = 50_257  # tokens in the vocabulary
     context_length: Count = 1024  # longest sequence in tokens
-    dim: Count = 768  # width of the hidden states
-    hidden_dim: Count = 3072  # width inside the feed-forward layers
-    n_layers: Count = 12  # Transformer blocks
-    n_heads: Count = 12  # attention heads
-    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
-    activation: str = "gelu_tanh"  # activation of the feed-forward layers
-    dropout: BelowOne = 0.1  # share of dropped activations
     bias: bool = True  # whether layers have biases; False is nanoGPT's variant, which no published weights have
-    tied: bool = True  # whether the head is the token embedding
 
 
 # The paper's table 2 gives 117, 345, 762 and 1542 million; the released weights have 124, 355, 774 and 1558.

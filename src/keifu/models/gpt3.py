@@ -16,28 +16,22 @@ from typing import Any
 from keifu.errors import UserError
 from keifu.layers.attention.attention import Attention
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.models import gpt2
+from keifu.models import gpt1, gpt2
 from keifu.models.hf import config as hf
-from keifu.ranges import BelowOne, Count, NotNegative
+from keifu.ranges import BelowOne, Count
 
 
 @dataclass(frozen=True)
-class Config:
-    """The defaults are GPT-3 Small. band: None makes every layer dense, as in GPT-2."""
+class Config(gpt1.Config):
+    """GPT-1's fields, and those of the attention. The defaults are GPT-3 Small. band: None makes every layer dense, as
+    in GPT-2."""
 
     vocab_size: Count = 50_257  # tokens in the vocabulary
     context_length: Count = 2048  # longest sequence in tokens
-    dim: Count = 768  # width of the hidden states
-    hidden_dim: Count = 3072  # width inside the feed-forward layers
-    n_layers: Count = 12  # Transformer blocks
-    n_heads: Count = 12  # attention heads
-    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
-    activation: str = "gelu_tanh"  # activation of the feed-forward layers
     dropout: BelowOne = 0.0  # share of dropped activations
     band: Count | None = 256  # width of the attention in layers 1, 3, 5, ..., including the token itself
     qkv_bias: bool = True  # whether queries, keys and values have a bias
     scaled_attention: bool = True  # whether scores are divided by √(dim / n_heads); not in GPT-Neo
-    tied: bool = True  # whether the head is the token embedding
 
 
 def _size(n_layers: int, dim: int, n_heads: int, **changes: Any) -> Config:

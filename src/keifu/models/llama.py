@@ -22,12 +22,21 @@ from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Settings that LLaMA and later models share."""
+    """Settings that LLaMA and later models share. A model's Config repeats a field only if its default differs."""
 
+    norm_eps: NotNegative = 1e-6  # number ε in the normalisation
+    rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     rope_scaling: RopeScaling | None = None
     activation: str = "silu"  # activation of the feed-forward layers
     tied: bool = False  # whether the head is the token embedding
     dropout: BelowOne = 0.0  # share of dropped activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class BiasConfig(DecoderConfig):
+    """The same settings, for models whose attention may have biases."""
+
+    attention_bias: bool = False  # whether the attention has biases
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,6 @@ class Config(DecoderConfig):
     n_heads: Count = 32  # attention heads
     n_kv_heads: Count | None = None  # key and value heads; None: as many as n_heads
     head_dim: Count | None = None  # width of a head; None: dim / n_heads
-    norm_eps: NotNegative = 1e-6  # number ε in the normalisation
-    rope_theta: Positive = 10_000.0  # base of the rotary frequencies
     sliding_window: Count | None = None  # tokens that a token attends to, including itself (Mistral); None: all
     first_window_layer: Natural = 0  # first layer with a window; earlier layers have full attention (Qwen2)
     qkv_bias: bool = False  # whether queries, keys and values have a bias
@@ -103,32 +110,30 @@ def build(config: Config) -> DecoderLM:
 
 def assemble(
     config: Any, attention: Callable[[int], nn.Module], feedforward: Callable[[int], nn.Module] | None = None,
-    block: Callable[..., nn.Module] = PreNorm, norm: Callable[[int, float], nn.Module] = RMSNorm,
+    block: Callable[..., nn.Module] = PreNorm, norm: Callable[[int, float], nn.Module] = RMSNorm, n_norms: int = 2,
+    last_norm: nn.Module | None = None, embedding: nn.Embedding | None = None, model: type[DecoderLM] = DecoderLM,
 ) -> DecoderLM:  # fmt: skip
     """Build LLaMA with the given layers.
 
     attention, feedforward: build the sublayers of a block from its number, from 0 on; the default feedforward is
-    SwiGLU. block: builds a block from both sublayers and their norms. norm: builds a norm from a width and an ε.
+    SwiGLU. block: builds a block from both sublayers and their `n_norms` norms. norm: builds a norm from a width and an
+    ε. last_norm: the norm before the head, by default like the others.
     """
     new_norm = partial(norm, config.dim, config.norm_eps)
     feedforward = feedforward or partial(gated, config)
     blocks = [
-        block(attention(layer), feedforward(layer), (new_norm(), new_norm()), config.dropout)
+        block(attention(layer), feedforward(layer), tuple(new_norm() for _ in range(n_norms)), config.dropout)
         for layer in range(config.n_layers)
     ]
-    return initialise(DecoderLM.of(config, blocks, new_norm()))
+    decoder = model.of(config, blocks, last_norm or new_norm(), embedding=embedding)
+    normal_(decoder, std=0.02)
+    scale_residual_(residual_weights(blocks), config.n_layers)
+    return decoder
 
 
 def gated(config: Any, layer: int, bias: bool = False) -> GatedFeedForward:
     """Build the gated feed-forward network of a Config, the same in every layer."""
     return GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias)
-
-
-def initialise(model: DecoderLM) -> DecoderLM:
-    """Initialise a later model like LLaMA, if its paper does not give its initialisation."""
-    normal_(model, std=0.02)
-    scale_residual_(residual_weights(model.blocks), len(model.blocks))
-    return model
 
 
 def global_layers(config: Any, every: int) -> tuple[int, ...]:
@@ -173,7 +178,6 @@ WEIGHT_NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
-PREFIX = "model."  # files of the model without its head omit it
 NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files have the rotary frequencies
 MODEL_TYPES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 

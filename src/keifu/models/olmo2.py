@@ -4,7 +4,7 @@ Compared with LLaMA: the norms are after the sublayers instead of before them (r
 normalised over all heads together (QK-norm). Both ideas are older: Liu et al. (2021) and Dehghani et al. (2023).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,11 @@ from keifu.layers.transformer.blocks import ReorderedNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
-from keifu.ranges import Count, NotNegative, Positive
+from keifu.ranges import Count, Positive
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are OLMo 2 7B."""
 
     vocab_size: Count = 100_352  # tokens in the vocabulary
@@ -28,9 +28,7 @@ class Config(llama.DecoderConfig):
     n_layers: Count = 32  # Transformer blocks
     n_heads: Count = 32  # attention heads
     n_kv_heads: Count | None = None  # key and value heads; None: as many as n_heads
-    norm_eps: NotNegative = 1e-6  # number ε in the normalisation
-    rope_theta: Positive = 500_000.0  # base of the rotary frequencies
-    attention_bias: bool = False  # whether the attention has biases
+    rope_theta: Positive = field(default=500_000.0, kw_only=True)  # base of the rotary frequencies
 
 
 SIZES = {
@@ -63,7 +61,6 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "blocks.*.attention_norm": "model.layers.*.post_attention_layernorm",
     "blocks.*.feedforward_norm": "model.layers.*.post_feedforward_layernorm",
 }
-PREFIX = "model."
 MODEL_TYPES = {"olmo2": "Olmo2ForCausalLM"}
 
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {

@@ -84,7 +84,6 @@ WEIGHT_NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
-PREFIX = "model."
 NOT_WEIGHTS = ("model.layers.*.self_attn.rotary_emb.inv_freq",)  # old files have the rotary frequencies
 MODEL_TYPES = {"cohere": "CohereForCausalLM"}
 UNSUPPORTED = {"attention_bias": False, "use_qk_norm": False}

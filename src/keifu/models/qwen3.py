@@ -4,7 +4,7 @@ Qwen2's biases.
 QK-norm limits the growth of attention logits, so that training is stable (Dehghani et al., 2023).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """The defaults are Qwen3-8B. The attention is n_heads · head_dim wide, which need not be `dim`."""
 
     vocab_size: int = 151_936
@@ -27,11 +27,9 @@ class Config(llama.DecoderConfig):
     n_heads: int = 32
     n_kv_heads: int = 8
     head_dim: int = 128
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rope_theta: float = field(default=1e6, kw_only=True)
     sliding_window: int | None = None  # tokens that a token attends to, including itself; None: all
     first_window_layer: int = 0  # earlier layers have full attention
-    attention_bias: bool = False
 
 
 SIZES = {
@@ -68,7 +66,6 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
     "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
 }
-PREFIX = "model."
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 
 ATTENTION_FIELDS: hf.Fields = llama.DECODER_FIELDS | {

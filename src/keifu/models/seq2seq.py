@@ -39,6 +39,7 @@ from keifu.ranges import BelowOne, Count, Natural
 Tokens = Int[Tensor, "batch length"]
 Source = Int[Tensor, "batch source_length"]
 SourceMask = Bool[Tensor, "batch source_length"]
+Embedded = Float[Tensor, "batch length m"]
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,7 @@ class Maxout(nn.Module):
         self.dim = config.maxout_dim
         self.pairs = Linear(config.dim + config.embedding_dim + context_dim, 2 * config.maxout_dim)
 
-    def forward(
-        self, steps: DecoderSteps, embedded: Float[Tensor, "batch length m"]
-    ) -> Float[Tensor, "batch length l"]:
+    def forward(self, steps: DecoderSteps, embedded: Embedded) -> Float[Tensor, "batch length l"]:
         sums = self.pairs(torch.cat([steps.before, embedded, *steps.context], -1))
         return sums.unflatten(-1, (-1, 2)).amax(-1)
 
@@ -96,9 +95,7 @@ class LastState(nn.Module):
         super().__init__()
         self.dim = config.dim
 
-    def forward(
-        self, steps: DecoderSteps, embedded: Float[Tensor, "batch length m"]
-    ) -> Float[Tensor, "batch length dim"]:
+    def forward(self, steps: DecoderSteps, embedded: Embedded) -> Float[Tensor, "batch length dim"]:
         return steps.after
 
 
@@ -187,7 +184,7 @@ class Seq2Seq(nn.Module):
         """Return the bias of the logits."""
         return self.head.bias
 
-    def _steps(self, embedded: Float[Tensor, "batch length m"], state: DecoderState) -> DecoderSteps:
+    def _steps(self, embedded: Embedded, state: DecoderState) -> DecoderSteps:
         if len(embedded) != len(state.hidden):
             raise ValueError(f"The state is for {len(state.hidden)} targets and was given tokens of {len(embedded)}.")
         steps = self.decoder(embedded, state.memory, state.hidden)

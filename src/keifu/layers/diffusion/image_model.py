@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from keifu.layers.diffusion.noise_schedule import Noise
+
+Pictures = Float[Tensor, "batch colours rows columns"]
+Sample = Float[Tensor, "sampled channels height width"]
 
 
 class ImageModel(nn.Module):
@@ -16,13 +20,13 @@ class ImageModel(nn.Module):
     pipeline uses.
 
     - pixels: `model(x, timestep [batch], label [batch] | None)` returns the target of `noise` for each row, with twice
-      the channels for a learned variance. With an autoencoder, `coder`, x are latents: `to_latents(pictures)` and
-      `to_pictures(x)` convert. config: size (height and width, or one number for both; None if unknown), channels,
-      n_classes (0 without classes), null_class (whether the label n_classes means no condition), classes (names).
+      the channels for a learned variance. With an autoencoder, `coder`, x are its latents. config: size (height and
+      width, or one number for both; None if unknown), channels, n_classes (0 without classes), null_class (whether the
+      label n_classes means no condition), classes (names).
     - latents: `model(x, timestep, projected)` returns the target of `noise`. `project(encode_text(tokens))` is computed
-      once for all steps. `to_latents(pictures, noise)` and `to_pictures(latents)` use `autoencoder`, if there is one.
-      config: size, channels (of latents), factor (pixels per latent, along a side), colours, masked (whether a mask and
-      the masked image are additional input channels), context_length.
+      once for all steps. Without an autoencoder, `coder`, the latents are the pictures. config: size, channels (of
+      latents), factor (pixels per latent, along a side), colours, masked (whether a mask and the masked image are
+      additional input channels), context_length.
     - embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` reverses its normalisation,
       `encode_image` embeds pictures, `model(x, timestep, embed(image, caption))` is the decoder, and `enlarge` is
       super-resolution. config: size, small_size (before super-resolution), pixels (preprocessing; None without an image
@@ -35,8 +39,12 @@ class ImageModel(nn.Module):
 
     draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens"]]
     config: Any
-    noise: Noise
     check_size: Callable[..., None]
+
+    @property
+    def noise(self) -> Noise:
+        """The noise schedule and prediction target of the training."""
+        return self.config.noise
 
     def noise_of(self, size: tuple[int, int]) -> Noise:
         """Return the noise schedule for pictures of this height and width in pixels."""
@@ -44,7 +52,7 @@ class ImageModel(nn.Module):
 
     @property
     def coder(self) -> Any:
-        """The autoencoder of a model that draws latents of pixels; None if x is the picture."""
+        """The autoencoder in whose latents the model works; None if x is the picture."""
         return None
 
     @property
@@ -57,10 +65,14 @@ class ImageModel(nn.Module):
         """Channels of the pictures."""
         return self.config.channels
 
-    def to_latents(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Convert a picture to x without noise. Without an autoencoder, x is the picture itself."""
-        return pictures
+    def to_latents(self, pictures: Pictures, noise: Tensor | None = None) -> Sample:
+        """Convert pictures from -1 to 1 to x without noise. An autoencoder's latents are scaled; they are samples from
+        standard normal `noise` (for one picture, one sample per row of `noise`), or the means without it."""
+        if self.coder is None:
+            return pictures if noise is None else pictures.expand_as(noise)
+        encoded = self.coder.encode(pictures)
+        return self.coder.config.scale * (encoded.mean if noise is None else encoded.sample(noise))
 
-    def to_pictures(self, latents: Tensor) -> Tensor:
-        """Convert x to pictures."""
-        return latents
+    def to_pictures(self, latents: Sample) -> Pictures:
+        """Convert x to pictures, about from -1 to 1."""
+        return latents if self.coder is None else self.coder.decode(latents / self.coder.config.scale)

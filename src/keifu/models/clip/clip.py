@@ -19,7 +19,9 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.models.hf.image_processor import Pixels, read_pixels, write_pixels
 
+Images = Float[Tensor, "images channels rows columns"]
 Tokens = Int[Tensor, "texts length"]
+TextMask = Bool[Tensor, "texts length"]
 
 
 @dataclass(frozen=True)
@@ -74,23 +76,16 @@ class Clip(nn.Module):
         self.config, self.text, self.image = config, text, image
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
-    def encode_image(self, pixels: Float[Tensor, "images channels rows columns"]) -> Float[Tensor, "images embedding"]:
+    def encode_image(self, pixels: Images) -> Float[Tensor, "images embedding"]:
         """Return an embedding for each image, not normalised. The images are preprocessed as in the config's
         `pixels`."""
         return self.image(pixels)
 
-    def encode_text(
-        self, tokens: Tokens, mask: Bool[Tensor, "texts length"] | None = None
-    ) -> Float[Tensor, "texts embedding"]:
+    def encode_text(self, tokens: Tokens, mask: TextMask | None = None) -> Float[Tensor, "texts embedding"]:
         """Return an embedding for each caption, not normalised. mask: True on real tokens (see `TextTower.encode`)."""
         return self.text(tokens, mask)
 
-    def forward(
-        self,
-        pixels: Float[Tensor, "images channels rows columns"],
-        tokens: Tokens,
-        mask: Bool[Tensor, "texts length"] | None = None,
-    ) -> Float[Tensor, "images texts"]:
+    def forward(self, pixels: Images, tokens: Tokens, mask: TextMask | None = None) -> Float[Tensor, "images texts"]:
         """Return the logits of every image and caption: the cosine of their embeddings times exp(logit_scale)."""
         return self.logits(self.encode_image(pixels), self.encode_text(tokens, mask))
 

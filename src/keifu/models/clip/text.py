@@ -25,6 +25,7 @@ from keifu.models.hf import config as hf
 from keifu.ranges import BelowOne, Count, Natural, NotNegative
 
 Tokens = Int[Tensor, "batch length"]
+Mask = Bool[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
 
 
@@ -82,7 +83,7 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.projection = Linear(config.dim, config.embedding_dim, bias=False) if config.projected else nn.Identity()
 
-    def encode(self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None) -> Hidden:
+    def encode(self, tokens: Tokens, mask: Mask | None = None) -> Hidden:
         """Return the hidden states after the last norm. mask: True on real tokens; not needed if padding is at the end,
         since attention is causal."""
         length = tokens.shape[1]
@@ -101,9 +102,7 @@ class TextTower(nn.Module):
         ends = tokens if self.config.end_id is None else (tokens == self.config.end_id).int()
         return hidden[torch.arange(len(tokens), device=tokens.device), ends.argmax(-1)]
 
-    def forward(
-        self, tokens: Tokens, mask: Bool[Tensor, "batch length"] | None = None
-    ) -> Float[Tensor, "batch embedding"]:
+    def forward(self, tokens: Tokens, mask: Mask | None = None) -> Float[Tensor, "batch embedding"]:
         """Return an embedding for each caption, not normalised. Without a projection: the pooled hidden state."""
         return self.projection(self.pool(self.encode(tokens, mask), tokens))
 

@@ -24,6 +24,7 @@ from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm, residual_weights
 from keifu.models.dalle import discrete_vae
 
+Tokens = Int[Tensor, "batch text"]
 RealTokens = Bool[Tensor, "batch text"]
 
 STARTS = 2  # start tokens: before the text, and before the image
@@ -112,9 +113,7 @@ class Dalle(ImageModel):
         self.text_head = Linear(dim, config.vocab_size)
         self.picture_head = Linear(dim, config.vae.codebook_size)
 
-    def forward(
-        self, tokens: Int[Tensor, "batch text"], real: RealTokens, codes: Int[Tensor, "batch rows columns"]
-    ) -> Logits:
+    def forward(self, tokens: Tokens, real: RealTokens, codes: Int[Tensor, "batch rows columns"]) -> Logits:
         """Return the logits of every token. real: True on text tokens that are not padding."""
         x = torch.cat([self.embed_text(tokens, real), self.embed_codes(codes.flatten(1))], 1)
         for block in self.blocks:
@@ -122,7 +121,7 @@ class Dalle(ImageModel):
         x, length = self.norm(x), tokens.shape[1]
         return Logits(self.text_head(x[:, :length]), self.picture_head(x[:, length + 1 : -1]))
 
-    def embed_text(self, tokens: Int[Tensor, "batch text"], real: RealTokens) -> Float[Tensor, "batch prefix dim"]:
+    def embed_text(self, tokens: Tokens, real: RealTokens) -> Float[Tensor, "batch prefix dim"]:
         """Return the embeddings of a text between the two start tokens."""
         length = self.config.context_length
         if tokens.shape[1] != length:
@@ -136,9 +135,7 @@ class Dalle(ImageModel):
         positions, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
         return self.entries(codes) + self.rows(positions // width) + self.columns(positions % width)
 
-    def begin(
-        self, tokens: Int[Tensor, "batch text"], real: RealTokens
-    ) -> tuple[Float[Tensor, "batch codebook"], KVState]:
+    def begin(self, tokens: Tokens, real: RealTokens) -> tuple[Float[Tensor, "batch codebook"], KVState]:
         """Return the logits of the first image token, and the key-value cache of the text with space for the image."""
         x, config = self.embed_text(tokens, real), self.config
         layers = [(config.n_heads, config.dim // config.n_heads)] * config.n_layers

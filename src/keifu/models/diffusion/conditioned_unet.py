@@ -4,7 +4,8 @@ residual block. Its self-attention is between pixels, and its cross-attention to
 Axes: batch, channels, height, width; seen = tokens of the context. The stages are those of `layers/unet/unet.py`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -22,37 +23,32 @@ from keifu.layers.unet.spatial_transformer import Memories, PixelLinear, Spatial
 from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import BLOCK, CONDITIONED_FIELDS, PADDING, Way, nested, read_stages, unet_names, write_stages
+from keifu.models.hf.unet import BLOCK, CONDITIONED_FIELDS, PADDING, Way, nested, stages, unet_names
 
 Sample = Float[Tensor, "batch channels height width"]
+Predicted = Float[Tensor, "batch out_channels height width"]
+Time = Num[Tensor, "*batch"]  # timesteps: one for all samples, or one for each
+Context = Float[Tensor, "batch seen context_dim"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """The defaults are Stable Diffusion 1's. Levels count resolutions from 0, the finest.
+class UNetConfig:
+    """Fields of the Configs of conditional U-Nets. Levels count resolutions from 0, the finest.
 
     Attributes:
         size: the side of the training samples, or their height and width; None if unknown.
-        channels, predicted_channels: channels of the input and of the output; for inpainting the input has more.
+        channels, predicted_channels: channels of the input and of the output. For inpainting the input has more; if the
+            variance is predicted too, the output has twice as many.
         widths: channels of each level; each but the last halves the sides.
         n_residual_blocks: blocks of each downsampling level; an upsampling level has one more.
-        attention, up_attention: the downsampling and upsampling levels with transformers.
-        n_heads: attention heads of every level, or a tuple with a number for each level.
-        n_layers: blocks of each transformer.
-        context_dim: numbers of a token of the context.
-        linear: whether a transformer's input and output projections are linear layers (Stable Diffusion 2) or 1×1
-            convolutions.
+        attention, up_attention: the downsampling and upsampling levels with attention.
         middle: whether there is a middle stage.
-        pad_around: whether downsampling convolutions pad all sides, instead of only the bottom and the right.
         time_dim: dimension of the embedding of the noise level; None for four times the first width.
         cosine_first, frequency_shift: settings of the noise level's sinusoids, see `TimestepSinusoids`.
     """
 
     activation: ClassVar[str] = "silu"
     middle_scale: ClassVar[float] = 1.0
-    scale_shift: ClassVar[bool] = False
-    residual_down: ClassVar[tuple[int, ...]] = ()
-    residual_up: ClassVar[tuple[int, ...]] = ()
 
     size: int | tuple[int, int] | None = 64
     channels: int = 4
@@ -61,12 +57,8 @@ class Config:
     n_residual_blocks: int = 2
     attention: tuple[int, ...] = (0, 1, 2)
     up_attention: tuple[int, ...] = (0, 1, 2)
-    n_heads: int | tuple[int, ...] = 8
-    n_layers: int = 1
-    context_dim: int = 768
-    linear: bool = False
+    _: KW_ONLY
     middle: bool = True
-    pad_around: bool = True
     norm_groups: int = 32
     norm_eps: float = 1e-5
     dropout: float = 0.0
@@ -74,14 +66,38 @@ class Config:
     cosine_first: bool = True
     frequency_shift: float = 0.0
 
-    def __post_init__(self) -> None:
-        if isinstance(self.n_heads, tuple) and len(self.n_heads) != len(self.widths):
-            raise UserError(f"n_heads has {len(self.n_heads)} numbers for {len(self.widths)} levels.")
-
     @property
     def time_width(self) -> int:
         """The numbers in the embedding of the noise level."""
         return self.time_dim or 4 * self.widths[0]
+
+
+@dataclass(frozen=True)
+class Config(UNetConfig):
+    """The defaults are Stable Diffusion 1's.
+
+    Attributes:
+        n_heads: attention heads of every level, or a tuple with a number for each level.
+        n_layers: blocks of each transformer.
+        context_dim: numbers of a token of the context.
+        linear: whether a transformer's input and output projections are linear layers (Stable Diffusion 2) or 1×1
+            convolutions.
+        pad_around: whether downsampling convolutions pad all sides, instead of only the bottom and the right.
+    """
+
+    scale_shift: ClassVar[bool] = False
+    residual_down: ClassVar[tuple[int, ...]] = ()
+    residual_up: ClassVar[tuple[int, ...]] = ()
+
+    n_heads: int | tuple[int, ...] = 8
+    n_layers: int = 1
+    context_dim: int = 768
+    linear: bool = False
+    pad_around: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_heads, tuple) and len(self.n_heads) != len(self.widths):
+            raise UserError(f"n_heads has {len(self.n_heads)} numbers for {len(self.widths)} levels.")
 
 
 _SECOND = partial(Config, n_heads=(5, 10, 20, 20), context_dim=1024, linear=True)
@@ -108,32 +124,23 @@ class ConditionedUNet(nn.Module):
         """Number that sides must be multiples of; 1 for the published networks, which support any side."""
         return 1 if self.unet.flexible else self.unet.factor
 
-    def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
+    def project(self, context: Context) -> Memories:
         """Return the keys and values of a context for every transformer. Compute them once per image, for all steps."""
         return memories(self.unet, context.to(next(self.parameters()).dtype))
 
     def predict(
-        self,
-        x: Sample,
-        timestep: Num[Tensor, "*batch"],
-        projected: Memories,
-        mask: PaddingMask,
-        condition: Float[Tensor, "batch time_dim"] | None = None,
-    ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy samples, in their dtype. timestep: one for all samples, or one for each.
-        condition: added to the embedding of the timestep."""
+        self, x: Sample, timestep: Time, projected: Memories, mask: PaddingMask, condition: Tensor | None = None
+    ) -> Predicted:
+        """Return the prediction for noisy samples, in their dtype. condition (batch, time_dim): added to the embedding
+        of the timestep."""
         self.check_size(*x.shape[1:])
         time = self.time(timestep.reshape(-1).expand(len(x)))
         time = time if condition is None else time + condition
         return self.unet(x.to(time.dtype), F.silu(time), memories=projected, memory_mask=mask).to(x.dtype)
 
     def forward(
-        self,
-        x: Sample,
-        timestep: Num[Tensor, "*batch"],
-        context: Float[Tensor, "batch seen context_dim"],
-        mask: Bool[Tensor, "batch seen"] | None = None,
-    ) -> Float[Tensor, "batch out_channels height width"]:
+        self, x: Sample, timestep: Time, context: Context, mask: Bool[Tensor, "batch seen"] | None = None
+    ) -> Predicted:
         """Return `predict` for a context. mask: True on its real tokens; None attends to all, including padding, as
         Stable Diffusion does. Raises UserError, with the nearest size, for an unsupported size."""
         return self.predict(x, timestep, self.project(context), PaddingMask(mask))
@@ -197,34 +204,25 @@ WAYS = (
     Way({"DownBlock2D": _PLAIN, "CrossAttnDownBlock2D": _CROSS}, (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")),
     Way({"UpBlock2D": _PLAIN, "CrossAttnUpBlock2D": _CROSS}, ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)),
 )
+
+
+def _read_heads(json: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the number of heads, which is named `attention_head_dim`: diffusers keeps this mistake for old files."""
+    heads = json.get("num_attention_heads") or json.get("attention_head_dim", 8)
+    return {"n_heads": tuple(heads) if isinstance(heads, list | tuple) else heads}
+
+
+def _write_heads(config: Config) -> dict[str, Any]:
+    return {"attention_head_dim": [*config.n_heads] if isinstance(config.n_heads, tuple) else config.n_heads}
+
+
 FIELDS = CONDITIONED_FIELDS | {
     "n_layers": hf.Field("transformer_layers_per_block", 1),
     "linear": hf.Field("use_linear_projection", False),
     "middle": hf.choice("mid_block_type", {"UNetMidBlock2DCrossAttn": True, None: False}),
     "pad_around": PADDING,
+    "stages": stages(WAYS),
+    "n_heads": hf.Group(_read_heads, _write_heads),
 }
-
-
-def from_published(json: dict[str, Any]) -> Config:
-    """Read the Config of diffusers' config.json of a UNet2DConditionModel.
-
-    Its `attention_head_dim` is the number of heads: diffusers keeps this mistake for old files. `upcast_attention` is
-    ignored: here matrix multiplications always accumulate in float32.
-    """
-    fields, heads = hf.read_fields(json, FIELDS), json.get("num_attention_heads") or json.get("attention_head_dim", 8)
-    attention, up_attention, *_ = read_stages(json, fields["widths"], WAYS)
-    return Config(
-        **fields,
-        attention=attention,
-        up_attention=up_attention,
-        n_heads=tuple(heads) if isinstance(heads, list | tuple) else heads,
-    )
-
-
-def to_published(config: Config) -> dict[str, Any]:
-    """Return the config.json that diffusers reads."""
-    return {
-        **hf.write(config, MODEL_TYPES, FIELDS),
-        **write_stages(config, WAYS),
-        "attention_head_dim": [*config.n_heads] if isinstance(config.n_heads, tuple) else config.n_heads,
-    }
+# `upcast_attention` is ignored: here matrix multiplications always accumulate in float32
+from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

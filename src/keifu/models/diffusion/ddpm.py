@@ -27,6 +27,7 @@ from keifu.models.hf import config as hf
 from keifu.models.hf import unet as published
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
+Sample = Float[Tensor, "batch channels height width"]
 LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10
 
 
@@ -154,19 +155,10 @@ class DDPM(ImageModel):
         self.config, self.time, self.label, self.unet = config, time, label, unet
         self.activation = activation(config.activation)
 
-    @property
-    def noise(self) -> Noise:
-        """Return the noise that the network was trained to remove."""
-        return self.config.noise
-
     def forward(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        timestep: Num[Tensor, "*batch"],
-        label: Num[Tensor, "batch *vector"] | None = None,
+        self, x: Sample, timestep: Num[Tensor, "*batch"], label: Num[Tensor, "batch *vector"] | None = None
     ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy images (batch, channels, height, width), in their dtype. timestep: one for
-        all, or one for each.
+        """Return the prediction for noisy images, in their dtype. timestep: one for all, or one for each.
 
         label: a class (batch,), or if the Config says so a number (batch,) or vector (batch, time_dim); None is the
         null class if there is one. Raises UserError for an unsupported size or number of channels.
@@ -239,6 +231,7 @@ WAYS = (
         (*["AttnUpBlock2D"] * 3, "UpBlock2D"),
     ),
 )
+WIDTHS = (224, 448, 672, 896)  # of a published config that does not list them
 _TIMES = hf.choice("time_embedding_type", {"positional": False, "learned": True})
 FIELDS = published.SIZE_FIELDS | {
     "channels": hf.Field("in_channels", 3),
@@ -251,6 +244,7 @@ FIELDS = published.SIZE_FIELDS | {
     "scale_shift": published.SHIFTS,
     "activation": hf.choice("act_fn", {name: name for name in ("silu", "swish", "mish", "gelu", "relu")}),
     "centered": hf.Field("center_input_sample", False, not_, not_),
+    "stages": published.stages(WAYS, WIDTHS, published.STAGES),
     "label": hf.choice("class_embed_type", {None: "class", "timestep": "number", "identity": "vector"}),
 }
 
@@ -261,16 +255,11 @@ def from_published(json: dict[str, Any]) -> Config:
     Names that begin with "_" are keifu's: diffusers ignores them.
     """
     fields, null_class = hf.read_fields(json, FIELDS), json.get("_null_class", False)
-    widths = json.get("block_out_channels", (224, 448, 672, 896))
-    attention, up_attention, residual_down, residual_up = published.read_stages(json, widths, WAYS)
+    widths = json.get("block_out_channels", WIDTHS)
     return Config(
         **fields,
         dim=widths[0],
         multipliers=tuple(width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths),
-        attention=attention,
-        up_attention=up_attention,
-        residual_down=residual_down,
-        residual_up=residual_up,
         middle_groups=json.get("attn_norm_num_groups") or (None if fields["scale_shift"] else fields["norm_groups"]),
         learned_times=json["num_train_timesteps"] if hf.read_field(json, _TIMES) else None,
         n_classes=(json.get("num_class_embeds") or 0) - null_class,
@@ -285,7 +274,6 @@ def to_published(config: Config) -> dict[str, Any]:
     before the middle's attention; the config of a model without this norm is written in keifu's form."""
     if config.middle and config.middle_attention and config.middle_groups is None and not config.scale_shift:
         return hf.write_native("keifu_ddpm", config)
-    up = config.attention if config.up_attention is None else config.up_attention
     extra = {"_null_class": config.null_class, "_classes": [*config.classes]}
     return {
         "model_type": "UNet2DModel",
@@ -293,10 +281,9 @@ def to_published(config: Config) -> dict[str, Any]:
         **hf.write_fields(config, FIELDS),
         "out_channels": config.predicted_channels,
         "block_out_channels": [*config.widths],
-        **published.write_stages(replace(config, up_attention=up), WAYS),
         # if levels with attention differ in this, the config cannot express it, and another Config is read back
         "downsample_type": published.RESAMPLING.write(bool({*config.attention} & {*config.residual_down})),
-        "upsample_type": published.RESAMPLING.write(bool({*up} & {*config.residual_up})),
+        "upsample_type": published.RESAMPLING.write(bool({*published.up_levels(config)} & {*config.residual_up})),
         "time_embedding_type": _TIMES.write(bool(config.learned_times)),
         "num_train_timesteps": config.learned_times,
         "attn_norm_num_groups": config.middle_groups,

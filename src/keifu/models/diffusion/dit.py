@@ -247,11 +247,6 @@ class DiT(ImageModel):
         super().__init__()
         self.config, self.transformer, self.autoencoder = config, transformer, autoencoder
 
-    @property
-    def noise(self) -> Noise:
-        """Return the noise that the network was trained to remove."""
-        return self.config.noise
-
     def noise_of(self, size: tuple[int, int]) -> Noise:
         """Return the noise for pictures of this height and width in pixels, whose number of patches sets a dynamic
         shift."""
@@ -286,18 +281,6 @@ class DiT(ImageModel):
         if label is None:
             label = torch.full((len(x),), self.config.n_classes, device=x.device)
         return self.transformer(x, timestep.reshape(-1).expand(len(x)), label)
-
-    def to_latents(self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None) -> Sample:
-        """Return the scaled latents of images from -1 to 1: samples from standard normal `noise`, or the means without
-        it."""
-        if self.autoencoder is None:
-            return pictures
-        encoded = self.autoencoder.encode(pictures)
-        return self.autoencoder.config.scale * (encoded.mean if noise is None else encoded.sample(noise))
-
-    def to_pictures(self, latents: Sample) -> Float[Tensor, "batch colours rows columns"]:
-        """Return the images of scaled latents, about from -1 to 1."""
-        return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.autoencoder.config.scale)
 
     def check_size(self, channels: int, height: int, width: int) -> None:
         """Raise UserError, with the nearest size, for image sizes in pixels that do not fit the network; and for a

@@ -21,6 +21,8 @@ from keifu.layers.unet.spatial_transformer import Memories
 from keifu.layers.unet.unet import check_sides
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet
+from keifu.models.diffusion.autoencoder_kl import AutoencoderKL
+from keifu.models.diffusion.conditioned_unet import ConditionedUNet
 from keifu.models.hf.config import write_native
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
@@ -107,19 +109,15 @@ class LatentDiffusion(ImageModel):
     draws = "latents"
 
     def __init__(
-        self,
-        config: Config,
-        text: clip_text.TextTower,
-        unet: conditioned_unet.ConditionedUNet,
-        autoencoder: autoencoder_kl.AutoencoderKL | None,
+        self, config: Config, text: clip_text.TextTower, unet: ConditionedUNet, autoencoder: AutoencoderKL | None
     ):
         super().__init__()
         self.config, self.text, self.unet, self.autoencoder = config, text, unet, autoencoder
 
     @property
-    def noise(self) -> Noise:
-        """The noise schedule and prediction target of the training."""
-        return self.config.noise
+    def coder(self) -> AutoencoderKL | None:
+        """Return the autoencoder."""
+        return self.autoencoder
 
     def encode_text(self, tokens: Int[Tensor, "batch length"]) -> Float[Tensor, "batch length dim"]:
         """Return the context of the U-Net: the text's hidden states after the last norm, padding included."""
@@ -134,22 +132,6 @@ class LatentDiffusion(ImageModel):
     ) -> Float[Tensor, "batch out_channels height width"]:
         """Return the prediction for noisy latents. timestep: one for all, or one for each."""
         return self.unet.predict(x, timestep, projected, PaddingMask())
-
-    def to_latents(
-        self, pictures: Float[Tensor, "batch colours rows columns"], noise: Tensor | None = None
-    ) -> Float[Tensor, "sampled channels height width"]:
-        """Return scaled latents of images from -1 to 1: samples from standard normal `noise` (for one image, one sample
-        per row of `noise`), or the means without it."""
-        if self.autoencoder is None:
-            return pictures if noise is None else pictures.expand_as(noise)
-        encoded = self.autoencoder.encode(pictures)
-        return self.config.scale * (encoded.mean if noise is None else encoded.sample(noise))
-
-    def to_pictures(
-        self, latents: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch colours rows columns"]:
-        """Return the images of scaled latents, about from -1 to 1."""
-        return latents if self.autoencoder is None else self.autoencoder.decode(latents / self.config.scale)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError, with the nearest size, for image sizes in pixels that do not fit the network."""

@@ -6,7 +6,7 @@ order.
 Axes: batch, length = tokens, dim, vocab.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -34,8 +34,8 @@ class Config(llama.DecoderConfig):
     n_layers: Count = 32  # Transformer blocks
     n_heads: Count = 32  # attention heads
     n_kv_heads: Count | None = None  # key and value heads; None: as many as n_heads
-    norm_eps: NotNegative = 1e-5  # number ε in the normalisation
-    rope_theta: Positive = 500_000.0  # base of the rotary frequencies
+    norm_eps: NotNegative = field(default=1e-5, kw_only=True)  # number ε in the normalisation
+    rope_theta: Positive = field(default=500_000.0, kw_only=True)  # base of the rotary frequencies
     mask_token: Natural = 126_336  # id of the token that hides another
 
     def __post_init__(self) -> None:
@@ -94,7 +94,6 @@ WEIGHT_NAMES = {
     "norm": "model.transformer.ln_f",
     "head": "model.transformer.ff_out",
 }
-PREFIX = "model."
 MODEL_TYPES = {"llada": "LLaDAModelLM"}
 UNSUPPORTED = {
     "block_type": "llama", "block_group_size": 1, "layer_norm_type": "rms", "layer_norm_with_affine": True,

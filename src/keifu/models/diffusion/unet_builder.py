@@ -13,6 +13,7 @@ from keifu.layers.activations import activation
 from keifu.layers.unet.conv import AdaptiveResidualBlock, Downsample, ResidualBlock, Upsample
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.layers.unet.unet import Down, Middle, UNet, Up
+from keifu.models.hf.unet import up_levels
 
 
 def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middle_attention: nn.Module | None) -> UNet:
@@ -21,7 +22,6 @@ def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middl
     An upsampling level has one residual block more: each block reads a downsampling state, or the first convolution's.
     """
     widths, n_blocks, residual = config.widths, config.n_residual_blocks, _residual(config)
-    up_levels = config.attention if config.up_attention is None else config.up_attention
 
     def attentions(levels: tuple[int, ...], level: int, blocks: Sequence[nn.Module]) -> list[nn.Module]:
         return [attention(level, widths[level]) for _ in blocks if level in levels]
@@ -48,7 +48,7 @@ def assemble_unet(config: Any, attention: Callable[[int, int], nn.Module], middl
     below = widths[-1]
     for level, width in reversed([*enumerate(widths)]):
         blocks = [residual(states.pop() + (width if index else below), width) for index in range(n_blocks + 1)]
-        up.append(Up(blocks, attentions(up_levels, level, blocks), grow(level, width)))
+        up.append(Up(blocks, attentions(up_levels(config), level, blocks), grow(level, width)))
         below = width
     first = nn.Conv2d(config.channels, widths[0], 3, padding=1)
     last = nn.Conv2d(widths[0], config.predicted_channels, 3, padding=1)

@@ -4,10 +4,11 @@ Levels count resolutions from 0, the finest; diffusers lists upsampling stages f
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from keifu.errors import unknown
-from keifu.models.hf.config import Field, Fields, choice, read_field
+from keifu.models.hf.config import Field, Fields, Group, choice, read_field
 
 
 class Way(NamedTuple):
@@ -36,10 +37,11 @@ SIZE_FIELDS: Fields = {
     "cosine_first": Field("flip_sin_to_cos", True),
     "frequency_shift": Field("freq_shift", 0.0, float),
 }
+WIDTHS = (320, 640, 1280, 1280)
 CONDITIONED_FIELDS = SIZE_FIELDS | {  # fields of every UNet2DConditionModel
     "channels": Field("in_channels", 4),
     "predicted_channels": Field("out_channels", 4),
-    "widths": Field("block_out_channels", (320, 640, 1280, 1280), tuple, list),
+    "widths": Field("block_out_channels", WIDTHS, tuple, list),
     "context_dim": Field("cross_attention_dim", 1280),
 }
 
@@ -84,19 +86,34 @@ OLD_ATTENTION = {  # diffusers' names of attention's parts before version 0.15
 }
 
 
-def read_stages(json: dict[str, Any], widths: Sequence[int], ways: Ways) -> list[tuple[int, ...]]:
-    """Return four tuples of levels: those with attention in downsampling and in upsampling stages, then those whose
-    resolution a residual block changes, again for both."""
+STAGES = ("attention", "up_attention", "residual_down", "residual_up")  # fields of a Config that are levels
+
+
+def stages(ways: Ways, widths: Sequence[int] = WIDTHS, names: Sequence[str] = STAGES[:2]) -> Group:
+    """Return the group of the stages' published names. widths: those of a config that does not list them. names: those
+    of `STAGES` that are fields of the Config."""
+
+    def read(json: Mapping[str, Any]) -> dict[str, Any]:
+        levels = _read_stages(json, json.get("block_out_channels", widths), ways)
+        return {name: levels[name] for name in names}
+
+    return Group(read, partial(write_stages, ways=ways))
+
+
+def _read_stages(json: Mapping[str, Any], widths: Sequence[int], ways: Ways) -> dict[str, tuple[int, ...]]:
+    """Return all fields in `STAGES`: the levels with attention of downsampling and of upsampling stages, then those
+    whose resolution a residual block changes, again for both."""
     down, up = _read_way(json, "down", ways[0]), _read_way(json, "up", ways[1])[::-1]
     if not len(widths) == len(down) == len(up):
         numbers = f"{len(widths)} widths, {len(down)} stages down and {len(up)} up"
         raise ValueError(f"it has {numbers}, which should be as many.")
     leading = [residual for _, residual in down[:-1]], [False, *(residual for _, residual in up[1:])]
     switches = [attends for attends, _ in down], [attends for attends, _ in up], *leading
-    return [tuple(level for level, on in enumerate(switch) if on) for switch in switches]
+    levels = [tuple(level for level, on in enumerate(switch) if on) for switch in switches]
+    return dict(zip(STAGES, levels, strict=True))
 
 
-def _read_way(json: dict[str, Any], name: str, way: Way) -> list[tuple[bool, bool]]:
+def _read_way(json: Mapping[str, Any], name: str, way: Way) -> list[tuple[bool, bool]]:
     """Return for each stage whether it has attention, and whether a residual block changes its resolution."""
     residual_type = read_field(json, RESAMPLING._replace(name=f"{name}sample_type"))
     stages = []
@@ -108,11 +125,16 @@ def _read_way(json: dict[str, Any], name: str, way: Way) -> list[tuple[bool, boo
     return stages
 
 
+def up_levels(config: Any) -> tuple[int, ...]:
+    """Return the upsampling levels of a Config with attention; None: the same as the downsampling ones."""
+    return config.attention if config.up_attention is None else config.up_attention
+
+
 def write_stages(config: Any, ways: Ways) -> dict[str, list[str]]:
     """Return the published names of a Config's stages."""
-    levels = range(len(config.widths))
+    levels, up_attention = range(len(config.widths)), up_levels(config)
     down = [_name(way=ways[0], attends=n in config.attention, residual=n in config.residual_down) for n in levels]
-    up = [_name(way=ways[1], attends=n in config.up_attention, residual=n in config.residual_up) for n in levels]
+    up = [_name(way=ways[1], attends=n in up_attention, residual=n in config.residual_up) for n in levels]
     return {"down_block_types": down, "up_block_types": up[::-1]}
 
 

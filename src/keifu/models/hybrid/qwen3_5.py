@@ -42,7 +42,6 @@ WEIGHT_NAMES = qwen3_next.SHARED_NAMES | {
     f"blocks.*.attention.inputs.{ours}": f"model.layers.*.linear_attn.in_proj_{theirs}"
     for ours, theirs in _INPUTS.items()
 }
-PREFIX = "model."
 NOT_WEIGHTS = qwen3_next.NOT_WEIGHTS
 MODEL_TYPES = {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {"attn_output_gate": True, "mlp_only_layers": []}

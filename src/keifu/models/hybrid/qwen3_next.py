@@ -7,7 +7,7 @@ further layer of the published training, is not implemented.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from keifu.models.mixture import mixtral, qwen3_moe
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are Qwen3-Next-80B-A3B.
 
     expert_dim: inner dimension of one expert. shared_dim: inner dimension of the expert that all tokens use.
@@ -57,9 +57,7 @@ class Config(llama.DecoderConfig):
     normalised: bool = True  # whether the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()
     balancing: float = 0.001  # coefficient of the balancing loss
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e7
-    attention_bias: bool = False
+    rope_theta: float = field(default=1e7, kw_only=True)
 
 
 SIZES = {"qwen3-next-80b-a3b": Config()}
@@ -107,7 +105,6 @@ WEIGHT_NAMES = SHARED_NAMES | {
     "blocks.*.attention.inputs.main": "model.layers.*.linear_attn.in_proj_qkvz",
     "blocks.*.attention.inputs.numbers": "model.layers.*.linear_attn.in_proj_ba",
 }
-PREFIX = "model."
 NOT_WEIGHTS = ("mtp.**",)
 MODEL_TYPES = {"qwen3_next": "Qwen3NextForCausalLM"}
 

@@ -24,7 +24,7 @@ from keifu.models.mixture import qwen3_moe
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are DeepSeek-V3.
 
     expert_dim: inner dimension of one expert. hidden_dim: inner dimension of the first `n_dense_layers` layers. A head
@@ -51,13 +51,10 @@ class Config(llama.DecoderConfig):
     n_groups_per_token: int = 4
     normalised: bool = True  # whether the weights of a token's experts sum to expert_scale
     expert_scale: float = 2.5
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = field(
         default=RopeScaling("yarn", 40.0, 4096, mscale=1.0, mscale_all_dim=1.0), kw_only=True
     )
     rope_interleaved: bool = True
-    attention_bias: bool = False
 
 
 SIZES = {
@@ -114,7 +111,6 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | qwen3_moe.EXPERT_NAMES | {
     "blocks.*.feedforward.shared.gate_up": "model.layers.*.mlp.shared_experts.[gate,up]_proj",
     "blocks.*.feedforward.shared.down": "model.layers.*.mlp.shared_experts.down_proj",
 }  # fmt: skip
-PREFIX = "model."
 FULL_PRECISION = ("blocks.*.feedforward.router.**",)
 NOT_WEIGHTS = ("model.layers.{n_layers}.**",)  # layers of multi-token prediction
 MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM"}

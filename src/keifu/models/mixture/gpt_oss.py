@@ -73,7 +73,6 @@ WEIGHT_NAMES = mixtral.DENSE_NAMES | {
     "blocks.*.feedforward.experts.*.gate_up": "model.layers.*.mlp.experts.*.[gate,up]_slice",
     "blocks.*.feedforward.experts.*.down": "model.layers.*.mlp.experts.*.down_slice",
 }
-PREFIX = "model."
 MODEL_TYPES = {"gpt_oss": "GptOssForCausalLM"}
 MXFP4 = {
     "modules_to_not_convert": [

@@ -4,7 +4,7 @@ It was the first open mixture that matched dense models with five times as many 
 (Shazeer et al., 2017; Switch Transformers, Fedus et al., 2021).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,8 +32,8 @@ class Config(llama.DecoderConfig):
     n_experts: int = 8
     n_experts_per_token: int = 2
     balancing: float = 0.02  # coefficient of the balancing loss
-    norm_eps: float = 1e-5
-    rope_theta: float = 1e6
+    norm_eps: float = field(default=1e-5, kw_only=True)
+    rope_theta: float = field(default=1e6, kw_only=True)
     sliding_window: int | None = None  # tokens that a token attends to, including itself; None: all
 
 
@@ -72,7 +72,6 @@ WEIGHT_NAMES = DENSE_NAMES | {
     "blocks.*.feedforward.experts.*.gate_up": "model.layers.*.block_sparse_moe.experts.*.[w1,w3]",
     "blocks.*.feedforward.experts.*.down": "model.layers.*.block_sparse_moe.experts.*.w2",
 }
-PREFIX = "model."
 MODEL_TYPES = {"mixtral": "MixtralForCausalLM"}
 UNSUPPORTED = {"router_jitter_noise": 0.0}
 

@@ -4,7 +4,7 @@ logs of its training are public.
 Queries and keys are normalised over all heads together. The weights of a token's experts are not normalised.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from keifu.layers.mixture import MixtureOfExperts
@@ -15,7 +15,7 @@ from keifu.models.mixture import mixtral, qwen3_moe
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are OLMoE-1B-7B. hidden_dim: width of one expert."""
 
     vocab_size: int = 50_304
@@ -29,9 +29,7 @@ class Config(llama.DecoderConfig):
     n_experts_per_token: int = 8
     normalised: bool = False  # whether the weights of a token's experts sum to 1
     balancing: float = 0.01  # coefficient of the balancing loss
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    attention_bias: bool = False
+    norm_eps: float = field(default=1e-5, kw_only=True)
 
 
 SIZES = {"olmoe-1b-7b": Config()}
@@ -50,7 +48,6 @@ def _feedforward(config: Config, layer: int) -> MixtureOfExperts:
 WEIGHT_NAMES = mixtral.DENSE_NAMES | qwen3_moe.EXPERT_NAMES | {
     f"blocks.*.attention.{part}_norm": f"model.layers.*.self_attn.{part}_norm" for part in "qk"
 }  # fmt: skip
-PREFIX = "model."
 MODEL_TYPES = {"olmoe": "OlmoeForCausalLM"}
 UNSUPPORTED = {"clip_qkv": None}
 

@@ -4,7 +4,7 @@ Many small experts instead of a few large ones are DeepSeekMoE's idea (Dai et al
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from keifu.models.mixture import mixtral
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are Qwen3-30B-A3B.
 
     expert_dim: inner dimension of one expert. hidden_dim: inner dimension of the layers in `dense_layers`, which have
@@ -38,10 +38,8 @@ class Config(llama.DecoderConfig):
     normalised: bool = True  # whether the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()
     balancing: float = 0.001  # coefficient of the balancing loss
-    norm_eps: float = 1e-6
-    rope_theta: float = 1e6
+    rope_theta: float = field(default=1e6, kw_only=True)
     sliding_window: int | None = None  # tokens that a token attends to, including itself; None: all
-    attention_bias: bool = False
 
 
 SIZES = {
@@ -69,7 +67,6 @@ EXPERT_NAMES = {
     "blocks.*.feedforward.experts.*.down": "model.layers.*.mlp.experts.*.down_proj",
 }
 WEIGHT_NAMES = qwen3.WEIGHT_NAMES | EXPERT_NAMES
-PREFIX = "model."
 MODEL_TYPES = {"qwen3_moe": "Qwen3MoeForCausalLM"}
 
 

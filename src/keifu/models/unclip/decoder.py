@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from keifu.errors import UserError
@@ -17,24 +17,18 @@ from keifu.layers.initialisation import zero_
 from keifu.layers.linear import Linear
 from keifu.layers.unet.spatial_transformer import JointAttention, Memories
 from keifu.models.diffusion.conditioned_unet import UNSUPPORTED as OF_CONDITIONED
-from keifu.models.diffusion.conditioned_unet import ConditionedUNet
+from keifu.models.diffusion.conditioned_unet import ConditionedUNet, Context, Predicted, Sample, Time, UNetConfig
 from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import CONDITIONED_FIELDS, SHIFTS, Way, read_stages, unet_names, write_stages
-
-Sample = Float[Tensor, "batch channels height width"]
+from keifu.models.hf.unet import CONDITIONED_FIELDS, SHIFTS, Way, stages, unet_names
 
 
 @dataclass(frozen=True)
-class Config:
-    """The defaults are those of Karlo, whose weights are public; OpenAI's are not. Levels count from 0, the finest.
+class Config(UNetConfig):
+    """The defaults are those of Karlo, whose weights are public; OpenAI's are not. A residual block changes the
+    resolution between levels.
 
     Attributes:
-        size: the side of the training images, or their height and width; None if unknown.
-        predicted_channels: twice `channels` if it predicts the variance too.
-        widths: channels of each level; a residual block changes the resolution between levels.
-        n_residual_blocks: blocks of each downsampling level; an upsampling level has one more.
-        attention, up_attention: the downsampling and upsampling levels with attention.
         head_dim: numbers in a head of attention, which must divide the channels of every level with attention.
         context_dim: numbers of a token of the context.
         label: second condition, after the timestep: "vector" of `time_width` numbers; "projected": `label_dim` numbers,
@@ -42,11 +36,8 @@ class Config:
         scale_shift: whether the timestep embedding scales and shifts the norm's output, or is added to it.
     """
 
-    activation: ClassVar[str] = "silu"
-    middle_scale: ClassVar[float] = 1.0
     pad_around: ClassVar[bool] = True
 
-    size: int | tuple[int, int] | None = 64
     channels: int = 3
     predicted_channels: int = 6
     widths: tuple[int, ...] = (320, 640, 960, 1280)
@@ -57,23 +48,11 @@ class Config:
     context_dim: int = 1536
     label: Literal["vector", "projected", "class"] = "vector"
     label_dim: int | None = None
-    middle: bool = True
     scale_shift: bool = True
-    norm_groups: int = 32
-    norm_eps: float = 1e-5
-    dropout: float = 0.0
-    time_dim: int | None = None
-    cosine_first: bool = True
-    frequency_shift: float = 0.0
 
     def __post_init__(self) -> None:
         if (self.label == "vector") != (self.label_dim is None):
             raise UserError(f"The label {self.label!r} does not go with label_dim {self.label_dim}.")
-
-    @property
-    def time_width(self) -> int:
-        """The numbers in the embedding of the noise level."""
-        return self.time_dim or 4 * self.widths[0]
 
     @property
     def residual_down(self) -> tuple[int, ...]:
@@ -97,25 +76,19 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.label, self.network = config, label, network
 
-    def project(self, context: Float[Tensor, "batch seen context_dim"]) -> Memories:
+    def project(self, context: Context) -> Memories:
         """Return the keys and values of a context for every attention. Compute them once per image, for all steps."""
         return self.network.project(context)
 
-    def predict(
-        self, x: Sample, timestep: Num[Tensor, "*batch"], label: Tensor, projected: Memories, mask: PaddingMask
-    ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy samples, in their dtype. timestep: one for all, or one for each."""
+    def predict(self, x: Sample, timestep: Time, label: Tensor, projected: Memories, mask: PaddingMask) -> Predicted:
+        """Return the prediction for noisy samples, in their dtype."""
         return self.network.predict(x, timestep, projected, mask, self.label(label))
 
     def forward(
-        self,
-        x: Sample,
-        timestep: Num[Tensor, "*batch"],
-        label: Num[Tensor, "batch *numbers"],
-        context: Float[Tensor, "batch seen context_dim"],
-        mask: Bool[Tensor, "batch seen"] | None = None,
-    ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return `predict` for a context. mask: True on its real tokens; None attends to all."""
+        self, x: Sample, timestep: Time, label: Tensor, context: Context, mask: Bool[Tensor, "batch seen"] | None = None
+    ) -> Predicted:
+        """Return `predict` for a context. label (batch, ...): a vector, or a class. mask: True on real tokens of the
+        context; None attends to all."""
         return self.predict(x, timestep, label, self.project(context), PaddingMask(mask))
 
 
@@ -159,6 +132,7 @@ FIELDS = CONDITIONED_FIELDS | {
     "label": hf.choice("class_embed_type", {None: "class", "identity": "vector", "simple_projection": "projected"}),
     "middle": hf.choice("mid_block_type", {None: False, "UNetMidBlock2DSimpleCrossAttn": True}),
     "scale_shift": SHIFTS,
+    "stages": stages(WAYS),
 }
 _LABEL_DIMS = {"projected": "projection_class_embeddings_input_dim", "class": "num_class_embeds"}
 
@@ -169,11 +143,10 @@ def from_published(json: dict[str, Any]) -> Config:
     Its `attention_head_dim` is the size of a head, unlike in other UNet2DConditionModels.
     """
     fields = hf.read_fields(json, FIELDS)
-    attention, up_attention, *_ = read_stages(json, fields["widths"], WAYS)
     label_dim = json.get(_LABEL_DIMS.get(fields["label"], ""))
     if fields["label"] == "class" and label_dim is None:
         raise UserError("its class_embed_type is None, and no num_class_embeds says how many rows a table would have.")
-    return Config(**fields, attention=attention, up_attention=up_attention, label_dim=label_dim)
+    return Config(**fields, label_dim=label_dim)
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -181,6 +154,5 @@ def to_published(config: Config) -> dict[str, Any]:
     return {
         "model_type": next(iter(MODEL_TYPES)),
         **hf.write_fields(config, FIELDS),
-        **write_stages(config, WAYS),
         **{name: config.label_dim if label == config.label else None for label, name in _LABEL_DIMS.items()},
     }

@@ -25,6 +25,9 @@ from keifu.models.hf import config as hf
 from keifu.models.hf.unet import BLOCK, TIME, nested
 
 Embedding = Float[Tensor, "batch embedding"]
+Caption = Float[Tensor, "batch caption_dim"]
+Tokens = Float[Tensor, "batch length embedding"]
+Mask = Bool[Tensor, "batch length"]
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,7 @@ class Prior(nn.Module):
         self.register_buffer("std", torch.ones(1, predicted))
 
     def forward(
-        self,
-        x: Embedding,
-        timestep: Num[Tensor, "*batch"],
-        caption: Float[Tensor, "batch caption_dim"],
-        tokens: Float[Tensor, "batch length embedding"],
-        mask: Bool[Tensor, "batch length"] | None = None,
+        self, x: Embedding, timestep: Num[Tensor, "*batch"], caption: Caption, tokens: Tokens, mask: Mask | None = None
     ) -> Float[Tensor, "batch predicted"]:
         """Return the prediction of the normalised embedding from noisy ones. timestep: one for all, or one for each.
 

@@ -14,7 +14,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are Gemma 2 2B."""
 
     vocab_size: int = 256_000
@@ -25,15 +25,12 @@ class Config(llama.DecoderConfig):
     n_heads: int = 8
     n_kv_heads: int = 4
     head_dim: int = 256
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
     activation: str = field(default="gelu_tanh", kw_only=True)
     sliding_window: int = 4096  # tokens that a local layer attends to, including the token itself
     global_layers: tuple[int, ...] | None = None  # None: every second, from layer 1 on
     attention_scale: float | None = None  # None: 1 / √head_dim
     attention_cap: float | None = 50.0  # soft cap of the attention scores
     logit_cap: float | None = 30.0
-    attention_bias: bool = False
     tied: bool = field(default=True, kw_only=True)
 
 
@@ -49,16 +46,11 @@ PAPER_PARAMETERS = {"gemma2-2b": 2.614e9, "gemma2-9b": 9.242e9, "gemma2-27b": 27
 
 def build(config: Config) -> DecoderLM:
     """Build a model with the initialisation of keifu's LLaMA."""
-    norm = partial(UnitOffsetRMSNorm, config.dim, config.norm_eps)
-    blocks = [
-        SandwichNorm(
-            _attention(config, layer), llama.gated(config, layer), (norm(), norm(), norm(), norm()), config.dropout
-        )
-        for layer in range(config.n_layers)
-    ]
     embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)
-    model = SoftCappedLM if config.logit_cap else DecoderLM
-    return llama.initialise(model.of(config, blocks, norm(), embedding=embedding))
+    return llama.assemble(
+        config, partial(_attention, config), block=SandwichNorm, norm=UnitOffsetRMSNorm, n_norms=4, embedding=embedding,
+        model=SoftCappedLM if config.logit_cap else DecoderLM,
+    )  # fmt: skip
 
 
 def _attention(config: Config, layer: int) -> Attention:
@@ -69,7 +61,6 @@ def _attention(config: Config, layer: int) -> Attention:
 
 
 WEIGHT_NAMES = {name: theirs for name, theirs in gemma3.WEIGHT_NAMES.items() if not name.endswith(("q_norm", "k_norm"))}
-PREFIX = "model."
 MODEL_TYPES = {"gemma2": "Gemma2ForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {"use_bidirectional_attention": None}
 

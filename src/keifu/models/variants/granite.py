@@ -6,8 +6,7 @@ They scale the embeddings, the scores of attention, the output of each sublayer,
 from dataclasses import dataclass, field
 from functools import partial
 
-from keifu.layers.attention.attention import Attention
-from keifu.layers.normalisation import RMSNorm, ScaledRMSNorm
+from keifu.layers.normalisation import ScaledRMSNorm
 from keifu.layers.transformer.blocks import ScaledPreNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
 from keifu.models import llama
@@ -15,7 +14,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are Granite 3.0 8B."""
 
     vocab_size: int = 49_155
@@ -25,9 +24,7 @@ class Config(llama.DecoderConfig):
     n_layers: int = 40
     n_heads: int = 32
     n_kv_heads: int = 8
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-    attention_bias: bool = False
+    norm_eps: float = field(default=1e-5, kw_only=True)
     feedforward_bias: bool = False
     embedding_scale: float = 12.0
     attention_scale: float = 1 / 128
@@ -45,25 +42,18 @@ PAPER_PARAMETERS = {"granite3-2b": 2.5e9, "granite3-8b": 8.1e9}
 
 def build(config: Config) -> DecoderLM:
     """Build a model with the initialisation of keifu's LLaMA."""
-    norm = partial(RMSNorm, config.dim, config.norm_eps)
-    feedforward = partial(llama.gated, config, bias=config.feedforward_bias)
-    blocks = [
-        ScaledPreNorm(
-            _attention(config), feedforward(layer), (norm(), norm()), config.dropout, scale=config.residual_scale
-        )
-        for layer in range(config.n_layers)
-    ]
-    last = ScaledRMSNorm(config.dim, config.norm_eps, 1 / config.logit_divisor)
-    embedding = ScaledEmbedding(config.vocab_size, config.dim, config.embedding_scale)
-    return llama.initialise(DecoderLM.of(config, blocks, last, embedding=embedding))
-
-
-def _attention(config: Config) -> Attention:
-    return llama.attention(config, config.attention_bias, scale=config.attention_scale)
+    attention = partial(llama.attention, config, config.attention_bias, scale=config.attention_scale)
+    return llama.assemble(
+        config,
+        lambda layer: attention(),
+        partial(llama.gated, config, bias=config.feedforward_bias),
+        block=partial(ScaledPreNorm, scale=config.residual_scale),
+        last_norm=ScaledRMSNorm(config.dim, config.norm_eps, 1 / config.logit_divisor),
+        embedding=ScaledEmbedding(config.vocab_size, config.dim, config.embedding_scale),
+    )
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES
-PREFIX = "model."
 MODEL_TYPES = {"granite": "GraniteForCausalLM"}
 
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {

@@ -4,7 +4,7 @@ In Ministral 3 (2025) all layers have full attention, and queries grow at positi
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -28,8 +28,8 @@ class Config(llama.DecoderConfig):
     n_heads: int = 32
     n_kv_heads: int = 8
     head_dim: int = 128
-    norm_eps: float = 1e-5
-    rope_theta: float = 1e8
+    norm_eps: float = field(default=1e-5, kw_only=True)
+    rope_theta: float = field(default=1e8, kw_only=True)
     sliding_window: int | None = 32_768  # tokens that a local layer attends to, including the token itself
     global_layers: tuple[int, ...] = ()
     query_growth: float | None = None  # growth of queries with the logarithm of their position (Ministral 3)
@@ -67,7 +67,6 @@ def _attention(config: Config, layer: int) -> Attention:
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES
-PREFIX = "model."
 MODEL_TYPES = {"ministral": "MinistralForCausalLM", "ministral3": "Ministral3ForCausalLM"}
 
 

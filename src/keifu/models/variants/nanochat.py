@@ -12,14 +12,13 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import ReversedRotary
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.normalisation import PlainRMSNorm
-from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM, NormedEmbedding, SoftCappedLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are the model of depth 20."""
 
     vocab_size: int = 65_536
@@ -29,11 +28,8 @@ class Config(llama.DecoderConfig):
     n_layers: int = 20
     n_heads: int = 10
     n_kv_heads: int = 10
-    norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
     activation: str = field(default="relu2", kw_only=True)
     logit_cap: float | None = 15.0
-    attention_bias: bool = False
 
 
 SIZES = {
@@ -45,17 +41,13 @@ PAPER_PARAMETERS = {"nanochat-d20": 561e6, "nanochat-d32": 1.88e9}
 
 def build(config: Config) -> DecoderLM:
     """Build a model with the initialisation of keifu's LLaMA."""
-    norm = partial(PlainRMSNorm, config.dim, config.norm_eps)
-    blocks = [
-        PreNorm(_attention(config), _feedforward(config), (norm(), norm()), config.dropout)
-        for _ in range(config.n_layers)
-    ]
     embedding = NormedEmbedding(config.vocab_size, config.dim, config.norm_eps)
     model = SoftCappedLM if config.logit_cap else DecoderLM
-    return llama.initialise(model.of(config, blocks, norm(), embedding=embedding))
+    sublayers = partial(_attention, config), partial(_feedforward, config)
+    return llama.assemble(config, *sublayers, norm=PlainRMSNorm, embedding=embedding, model=model)
 
 
-def _attention(config: Config) -> Attention:
+def _attention(config: Config, layer: int) -> Attention:
     head_dim = config.dim // config.n_heads
     scaling, magnitude = config.rope_scaling, 1.0
     if scaling:  # in nanochat the norms are after the rotation and cancel its magnitude
@@ -65,7 +57,7 @@ def _attention(config: Config) -> Attention:
     return llama.attention(config, config.attention_bias, rotary=rotary, qk_norm=(norm(), norm()))
 
 
-def _feedforward(config: Config) -> FeedForward:
+def _feedforward(config: Config, layer: int) -> FeedForward:
     return FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
 
 
@@ -74,7 +66,6 @@ WEIGHT_NAMES = {name: theirs for name, theirs in llama.WEIGHT_NAMES.items() if "
     "blocks.*.feedforward.down": "model.layers.*.mlp.fc2",
 }
 del WEIGHT_NAMES["blocks.*.feedforward.gate_up"]
-PREFIX = "model."
 MODEL_TYPES = {"nanochat": "NanoChatForCausalLM"}
 
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {

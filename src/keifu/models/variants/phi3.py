@@ -5,7 +5,7 @@ files have q, k and v in one matrix, and gate and up in one, as in keifu.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,7 @@ class Config(llama.DecoderConfig):
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int = 32
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
+    norm_eps: float = field(default=1e-5, kw_only=True)
     sliding_window: int | None = 2047  # tokens that a token attends to, including itself; None: all
     rope_dim: int | None = None  # numbers of a head that are rotated by position; None: all
 
@@ -57,7 +56,6 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "blocks.*.attention.qkv": "model.layers.*.self_attn.qkv_proj",
     "blocks.*.feedforward.gate_up": "model.layers.*.mlp.gate_up_proj",
 }
-PREFIX = "model."
 MODEL_TYPES = {"phi3": "Phi3ForCausalLM"}
 UNSUPPORTED = {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
 

@@ -14,7 +14,7 @@ from keifu.models.hf import config as hf
 
 
 @dataclass(frozen=True)
-class Config(llama.DecoderConfig):
+class Config(llama.BiasConfig):
     """Sizes and settings of a model. The defaults are SmolLM3 3B."""
 
     vocab_size: int = 128_256
@@ -24,12 +24,10 @@ class Config(llama.DecoderConfig):
     n_layers: int = 36
     n_heads: int = 16
     n_kv_heads: int = 4
-    norm_eps: float = 1e-6
-    rope_theta: float = 5e6
+    rope_theta: float = field(default=5e6, kw_only=True)
     position_free: tuple[int, ...] | None = None  # layers without positions; None: every fourth, from layer 3 on
     sliding_window: int | None = None  # tokens that the layers in `window_layers` attend to
     window_layers: tuple[int, ...] = ()
-    attention_bias: bool = False
     feedforward_bias: bool = False
     tied: bool = field(default=True, kw_only=True)
 
@@ -57,7 +55,6 @@ def _attention(config: Config, layer: int) -> Attention:
 
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES
-PREFIX = "model."
 MODEL_TYPES = {"smollm3": "SmolLM3ForCausalLM"}
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 4),
