@@ -69,13 +69,12 @@ def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
     It uses the method of Box and Muller (1958) with two halves of 32 bits, so that no number exceeds 6.7 standard
     deviations.
     """
-    count, device, seeds = math.prod(shape), seeds.device, wide(seeds)
-    counters = torch.arange((count + 1) // 2, device=seeds.device)
-    drawn = bits(seeds[:, None].expand(-1, len(counters)), counters[None])
+    count = math.prod(shape)
+    drawn = _first_bits(seeds, (count + 1) // 2)
     radius = (_half(drawn, 32)).log_().mul_(-2).sqrt_()
     angle = _half(drawn, 0).mul_(2 * math.pi)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
-    return pairs.flatten(1)[:, :count].float().reshape(-1, *shape).to(device)
+    return pairs.flatten(1)[:, :count].float().reshape(-1, *shape).to(seeds.device)
 
 
 def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "rows ..."]:
@@ -84,10 +83,15 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
     The index of the largest sum of such a number and a log-probability is a sample of the distribution (Gumbel, 1954).
     """
-    device, seeds = seeds.device, wide(seeds)
-    counters = torch.arange(math.prod(shape), device=seeds.device)
-    drawn = bits(seeds[:, None].expand(-1, len(counters)), counters[None])
-    return _half(drawn, 32).log_().neg_().log_().neg_().float().reshape(-1, *shape).to(device)
+    drawn = _half(_first_bits(seeds, math.prod(shape)), 32)
+    return drawn.log_().neg_().log_().neg_().float().reshape(-1, *shape).to(seeds.device)
+
+
+def _first_bits(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
+    """Return `bits` of the first `count` positions, on a device with 64-bit numbers."""
+    seeds = wide(seeds)
+    counters = torch.arange(count, device=seeds.device)
+    return bits(seeds[:, None].expand(-1, count), counters[None])
 
 
 def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:

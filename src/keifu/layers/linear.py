@@ -91,6 +91,12 @@ class _OneDnn(torch.autograd.Function):
         )
 
 
+def product_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of matrix multiplications: autocast's if it is on, otherwise that of `like`."""
+    device = like.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else like.dtype
+
+
 @cache
 def triton_kernels(device: torch.device) -> Any:
     """Return the module of Triton kernels for an NVIDIA GPU; None if there is no Triton, or for another device."""

@@ -39,16 +39,24 @@ class Routing(NamedTuple):
         return self.scores.shape[-1] * (shares * self.scores.mean(0)).sum()
 
 
-class SoftmaxRouter(nn.Module):
-    """Router that takes the k highest of a softmax (Shazeer et al., 2017; Mixtral, Qwen3-MoE, OLMoE, gpt-oss).
+class _Router(nn.Module):
+    """Base class of routers, which choose k of the experts.
 
     normalised: whether the weights of a token are divided by their sum.
     """
 
-    def __init__(self, dim: int, n_experts: int, k: int, normalised: bool = True, bias: bool = False):
+    def __init__(self, n_experts: int, k: int, normalised: bool):
         super().__init__()
-        _check_counts(n_experts, k)
+        if not 1 <= k <= n_experts:
+            raise UserError(f"{k} experts of a token cannot be chosen from {n_experts}: choose 1 to {n_experts}.")
         self.n_experts, self.k, self.normalised = n_experts, k, normalised
+
+
+class SoftmaxRouter(_Router):
+    """Router that takes the k highest of a softmax (Shazeer et al., 2017; Mixtral, Qwen3-MoE, OLMoE, gpt-oss)."""
+
+    def __init__(self, dim: int, n_experts: int, k: int, normalised: bool = True, bias: bool = False):
+        super().__init__(n_experts, k, normalised)
         self.gate = Linear(dim, n_experts, bias)
 
     def forward(self, x: Tokens) -> Routing:
@@ -67,7 +75,7 @@ class FloatLinear(Linear):
         return nn.functional.linear(input.float(), self.weight.float())
 
 
-class GroupedSigmoidRouter(nn.Module):
+class GroupedSigmoidRouter(_Router):
     """Router of DeepSeek-V3 (2024, section 2.1.2): sigmoid scores, a correction that affects only the choice, and
     groups.
 
@@ -79,12 +87,10 @@ class GroupedSigmoidRouter(nn.Module):
         self, dim: int, n_experts: int, k: int, n_groups: int = 1, k_groups: int = 1, normalised: bool = True,
         scale: float = 1.0,
     ):  # fmt: skip
-        super().__init__()
-        _check_counts(n_experts, k)
+        super().__init__(n_experts, k, normalised)
         if n_experts % n_groups or not 1 <= k_groups <= n_groups:
             raise UserError(f"{n_experts} experts cannot be in {n_groups} groups of which {k_groups} are chosen.")
-        self.n_experts, self.k, self.normalised, self.scale = n_experts, k, normalised, scale
-        self.n_groups, self.k_groups = n_groups, k_groups
+        self.n_groups, self.k_groups, self.scale = n_groups, k_groups, scale
         self.gate = FloatLinear(dim, n_experts, bias=False)
         self.register_buffer("correction", torch.zeros(n_experts))
         self.correction: Tensor
@@ -106,11 +112,6 @@ class GroupedSigmoidRouter(nn.Module):
         """Raise the correction of experts below the mean load, and lower that of the others (Wang et al., 2024)."""
         load = load.to(self.correction)
         self.correction += rate * (load.mean() - load).sign()
-
-
-def _check_counts(n_experts: int, k: int) -> None:
-    if not 1 <= k <= n_experts:
-        raise UserError(f"{k} experts of a token cannot be chosen from {n_experts}: choose 1 to {n_experts}.")
 
 
 class GatedNetwork(nn.Module):

@@ -15,7 +15,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.linear import linear, product, triton_kernels
+from keifu.layers.linear import linear, product, product_dtype, triton_kernels
 
 Stored = UInt8[Tensor, "blocks bytes"]
 Numbers = Float[Tensor, "blocks numbers"]
@@ -133,8 +133,7 @@ class QuantizedLinear(nn.Module):
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = product_dtype(x)
         return _Product.apply(x.to(dtype), self, None if self.bias is None else self.bias.to(dtype))
 
     @property

@@ -58,7 +58,6 @@ SIZES = {
     "bert-large": Config(dim=1024, hidden_dim=4096, n_layers=24, n_heads=16),
     "all-minilm-l6-v2": Config(dim=384, hidden_dim=1536, n_layers=6, words=False, next_sentence=False),
 }
-PAPER_PARAMETERS = {"bert-base": 110e6, "bert-large": 340e6, "all-minilm-l6-v2": 22.7e6}
 
 
 class WordHead(nn.Module):

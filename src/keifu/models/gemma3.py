@@ -45,6 +45,8 @@ class Config(llama.BiasConfig):
 _SCALING = RopeScaling("linear", 8.0, 131_072)
 _wide = partial(Config, vocab_size=262_208, context_length=131_072, sliding_window=1024, rope_scaling=_SCALING)
 
+# The paper's numbers of parameters (table 1: embedding and the rest) are without the vision encoder; 270M's is from
+# the model card.
 SIZES = {
     "gemma3-270m": Config(dim=640, hidden_dim=2048, n_layers=18),
     "gemma3-1b": Config(),
@@ -54,9 +56,6 @@ SIZES = {
         dim=5376, hidden_dim=21_504, n_layers=62, n_heads=32, n_kv_heads=16, head_dim=128, attention_scale=168**-0.5
     ),
 }
-PAPER_PARAMETERS = {  # table 1, embedding and the rest, without the vision encoder; 270M is from the model card
-    "gemma3-270m": 270e6, "gemma3-1b": 1.000e9, "gemma3-4b": 3.884e9, "gemma3-12b": 11.771e9, "gemma3-27b": 27.016e9,
-}  # fmt: skip
 
 
 def build(config: Config) -> DecoderLM:

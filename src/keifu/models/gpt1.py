@@ -36,8 +36,8 @@ class Config:
     tied: bool = True  # whether the head is the token embedding
 
 
+# Its paper gives no number of parameters; GPT-2's table 2 counts 117 million for "the original GPT".
 SIZES = {"gpt1": Config()}
-PAPER_PARAMETERS = {"gpt1": 117e6}  # not in its own paper; GPT-2's table 2 counts 117 million for "the original GPT"
 
 
 def build(config: Config) -> DecoderLM:

@@ -39,7 +39,6 @@ SIZES = {
     "gpt2-large": Config(dim=1280, hidden_dim=5120, n_layers=36, n_heads=20),
     "gpt2-xl": Config(dim=1600, hidden_dim=6400, n_layers=48, n_heads=25),
 }
-PAPER_PARAMETERS = {"gpt2": 117e6, "gpt2-medium": 345e6, "gpt2-large": 762e6, "gpt2-xl": 1542e6}
 
 
 def build(config: Config) -> DecoderLM:

@@ -53,11 +53,6 @@ SIZES = {
     "gpt-neo-1.3b": _neo(24, 2048, 16),
     "gpt-neo-2.7b": _neo(32, 2560, 20),
 }
-PAPER_PARAMETERS = {
-    "gpt3-small": 125e6, "gpt3-medium": 350e6, "gpt3-large": 760e6, "gpt3-xl": 1.3e9, "gpt3-2.7b": 2.7e9,
-    "gpt3-6.7b": 6.7e9, "gpt3-13b": 13.0e9, "gpt3-175b": 175.0e9,
-    "gpt-neo-125m": 125e6, "gpt-neo-1.3b": 1.3e9, "gpt-neo-2.7b": 2.7e9,
-}  # fmt: skip
 
 
 def build(config: Config) -> DecoderLM:

@@ -90,14 +90,6 @@ SIZES = {
     "qwen2-7b": _qwen2(dim=3584, hidden_dim=18_944, n_layers=28, n_heads=28, n_kv_heads=4, vocab_size=152_064),
     "qwen2-72b": _qwen2(dim=8192, hidden_dim=29_568, n_layers=80, n_heads=64, n_kv_heads=8, vocab_size=152_064),
 }
-PAPER_PARAMETERS = {
-    "llama-7b": 6.7e9, "llama-13b": 13.0e9, "llama-33b": 32.5e9, "llama-65b": 65.2e9,
-    "llama2-7b": 7e9, "llama2-13b": 13e9, "llama2-70b": 70e9,
-    "llama3-8b": 8e9, "llama3-70b": 70e9, "llama3.1-8b": 8e9, "llama3.1-70b": 70e9, "llama3.1-405b": 405e9,
-    "llama3.2-1b": 1.23e9, "llama3.2-3b": 3.21e9, "tinyllama-1.1b": 1.1e9,
-    "smollm2-135m": 135e6, "smollm2-360m": 360e6, "smollm2-1.7b": 1.7e9, "mistral-7b": 7.3e9,
-    "qwen2-0.5b": 0.49e9, "qwen2-1.5b": 1.54e9, "qwen2-7b": 7.61e9, "qwen2-72b": 72.71e9,
-}  # fmt: skip
 
 
 def build(config: Config) -> DecoderLM:

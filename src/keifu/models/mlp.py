@@ -126,7 +126,8 @@ WEIGHT_NAMES = {"layers.*": "layers.*", "mean": "mean", "scale": "scale"}  # no 
 MODEL_TYPES = {"keifu_mlp": "MLP"}
 
 
-FIELDS: hf.Fields = {name: name for name in ("dim", "n_outputs", "activation", "output", "dropout")} | {
+FIELDS: hf.Fields = {
+    **{name: name for name in ("dim", "n_outputs", "activation", "output", "dropout")},
     "hidden_dims": hf.Field("hidden_dims", read=tuple, write=list),
     "classes": hf.Field(  # the same field as in transformers
         "id2label", read=lambda labels: tuple(labels[str(index)] for index in range(len(labels))),

@@ -37,7 +37,6 @@ SIZES = {
     "olmo2-13b": Config(dim=5120, hidden_dim=13_824, n_layers=40, n_heads=40),
     "olmo2-32b": Config(dim=5120, hidden_dim=27_648, n_layers=64, n_heads=40, n_kv_heads=8),
 }
-PAPER_PARAMETERS = {"olmo2-1b": 1.48e9, "olmo2-7b": 7.30e9, "olmo2-13b": 13.7e9, "olmo2-32b": 32.2e9}
 
 
 def build(config: Config) -> DecoderLM:

@@ -40,10 +40,6 @@ SIZES = {
     "qwen3-14b": Config(dim=5120, hidden_dim=17_408, n_layers=40, n_heads=40),
     "qwen3-32b": Config(dim=5120, hidden_dim=25_600, n_layers=64, n_heads=64),
 }
-PAPER_PARAMETERS = {
-    "qwen3-0.6b": 0.6e9, "qwen3-1.7b": 1.7e9, "qwen3-4b": 4.0e9,
-    "qwen3-8b": 8.2e9, "qwen3-14b": 14.8e9, "qwen3-32b": 32.8e9,
-}  # fmt: skip
 
 
 def build(config: Config) -> DecoderLM:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.errors import UserError
+from keifu.errors import UserError, require_known
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear, linear
@@ -71,8 +71,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field, known in (("encoder", ENCODERS), ("context", CONTEXTS), ("output", OUTPUTS)):
-            if (name := vars(self)[field]) not in known:
-                raise UserError(f"There is no {field} {name!r}. Known: {', '.join(known)}.")
+            require_known(field, vars(self)[field], known)
 
 
 class Maxout(nn.Module):

@@ -1,7 +1,8 @@
 """The table of all published sizes: counted parameters and the paper's number. Reading it does not import torch.
 
 Counting builds the models, which takes seconds. So the counts are stored, and a test compares them with the models.
-`python -m keifu.models.sizes` counts all models of this folder again, including new ones, and writes the table.
+`python -m keifu.models.sizes` counts all models of this folder again, including new ones, and writes the table. It
+keeps the papers' numbers: write that of a new size into the table.
 """
 
 import json
@@ -33,10 +34,11 @@ def published_sizes() -> list[Size]:
 
 
 def count_sizes(models: Iterable[str]) -> list[Size]:
-    """Count the parameters of all sizes of these models, on the meta device."""
+    """Count the parameters of all sizes of these models, on the meta device. The papers' numbers stay."""
+    papers = {(size.model, size.name): size.paper for size in published_sizes()}
     modules = {name: import_module(f"keifu.models.{name}") for name in models}
     return [
-        Size(size, name, *_counts(module, config, vars(module).get("PAPER_PARAMETERS", {}).get(size)))
+        Size(size, name, *_counts(module, config, papers.get((name, size))))
         for name, module in modules.items()
         for size, config in module.SIZES.items()
     ]

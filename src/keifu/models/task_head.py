@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from keifu.errors import UserError
+from keifu.errors import require_known
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import normal_
 from keifu.layers.linear import Linear
@@ -146,8 +146,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
 
 def add_head(decoder: DecoderLM, config: Config) -> ModelWithHead:
     """Build a decoder with a new head, initialised from N(0, 0.02²)."""
-    if config.form not in HEADS:
-        raise UserError(f"There is no form {config.form!r}. Known: {', '.join(HEADS)}.")
+    require_known("form", config.form, HEADS)
     head = HEADS[config.form](decoder.embedding.embedding_dim, len(config.labels))
     normal_(head, std=0.02)
     return ModelWithHead(decoder, head, config)
@@ -173,19 +172,19 @@ def shift(model: ModelWithHead, by: float) -> None:
 
 
 @torch.no_grad()
-def grow_vocabulary(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int], std: float = 0.02) -> None:
+def grow_vocabulary(decoder: DecoderLM, vocab_size: int, fresh: Sequence[int]) -> None:
     """Grow the embedding and head of a decoder to at least `vocab_size` tokens. The tokens in `fresh` are initialised
-    from N(0, std²)."""
+    from N(0, 0.02²)."""
     table, head = decoder.embedding, decoder.head
-    table.weight = _grow_rows(table.weight, vocab_size, fresh, std)
+    table.weight = _grow_rows(table.weight, vocab_size, fresh)
     table.num_embeddings = len(table.weight)
     if head is not None:
-        head.weight = _grow_rows(head.weight, vocab_size, fresh, std)
+        head.weight = _grow_rows(head.weight, vocab_size, fresh)
         head.out_features = len(head.weight)
     decoder.config = replace(decoder.config, vocab_size=len(table.weight))
 
 
-def _grow_rows(rows: Tensor, size: int, fresh: Sequence[int], std: float) -> nn.Parameter:
+def _grow_rows(rows: Tensor, size: int, fresh: Sequence[int]) -> nn.Parameter:
     grown = torch.cat([rows, rows.new_zeros(max(0, size - len(rows)), rows.shape[1])])
-    grown[list(fresh)] = std * torch.randn(len(fresh), rows.shape[1]).to(rows)
+    grown[list(fresh)] = 0.02 * torch.randn(len(fresh), rows.shape[1]).to(rows)
     return nn.Parameter(grown)

@@ -304,8 +304,8 @@ class JoinedUnbiasedKeys(nn.Module):
 class KeysUnbiased(Attention):
     """Attention with a bias for queries, values and outputs, but not for keys (Whisper, 2022)."""
 
-    def __init__(self, dim: int, n_heads: int, dropout: float = 0.0):
-        super().__init__(dim, n_heads, dropout=dropout)
+    def __init__(self, dim: int, n_heads: int):
+        super().__init__(dim, n_heads)
         self.qkv = JoinedUnbiasedKeys(dim, {"q": dim, "k": dim, "v": dim})
 
 
@@ -339,6 +339,6 @@ class CrossAttention(nn.Module):
 class KeysUnbiasedCross(CrossAttention):
     """Cross-attention with a bias for queries, values and outputs, but not for keys (Whisper, 2022)."""
 
-    def __init__(self, dim: int, n_heads: int, dropout: float = 0.0):
-        super().__init__(dim, n_heads, dropout=dropout)
+    def __init__(self, dim: int, n_heads: int):
+        super().__init__(dim, n_heads)
         self.kv = JoinedUnbiasedKeys(dim, {"k": dim, "v": dim})

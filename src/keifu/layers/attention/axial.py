@@ -92,8 +92,8 @@ class GridAttention(Attention):
     """`Attention` whose grid positions see what a pattern allows. Only visible positions are computed if that is
     faster."""
 
-    def __init__(self, dim: int, n_heads: int, grid: Grid, pattern: Pattern, head_dim: int | None = None):
-        super().__init__(dim, n_heads, head_dim=head_dim)
+    def __init__(self, dim: int, n_heads: int, grid: Grid, pattern: Pattern):
+        super().__init__(dim, n_heads)
         self.grid = grid
         self.pattern: Pattern = pattern
 

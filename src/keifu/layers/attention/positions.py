@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from keifu.errors import UserError
+from keifu.errors import UserError, require_known
 from keifu.layers.wide import wide
 from keifu.ranges import Count, Positive
 
@@ -85,9 +85,7 @@ class RopeScaling:
     long_divisors: tuple[Positive, ...] | None = None  # divisors of longer sequences (longrope)
 
     def __post_init__(self) -> None:
-        known = ("dynamic", "linear", "llama3", "longrope", "yarn")
-        if self.kind not in known:
-            raise UserError(f"There is no rotary scaling {self.kind!r}. Known: {', '.join(known)}.")
+        require_known("rotary scaling", self.kind, ("dynamic", "linear", "llama3", "longrope", "yarn"))
 
     @property
     def by_length(self) -> bool:

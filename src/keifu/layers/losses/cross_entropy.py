@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from keifu.layers.linear import triton_kernels
+from keifu.layers.linear import product_dtype, triton_kernels
 from keifu.layers.losses import head
 from keifu.layers.losses.head import Head, SoftCappedHead, WithGradients, cap_, gradients_by_rows, slices
 
@@ -74,8 +74,7 @@ def linear_cross_entropy(
     targets = targets.flatten()
     if mask is not None:
         targets = targets.masked_fill(~mask.flatten(), IGNORED)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = product_dtype(weight)
     counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
     rates = label_smoothing, z_loss
     inputs = hidden.flatten(0, -2), weight, bias

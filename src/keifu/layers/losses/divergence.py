@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.layers.linear import linear
+from keifu.layers.linear import linear, product_dtype
 from keifu.layers.losses import head
 from keifu.layers.losses.head import WithGradients, gradients_by_rows, slices
 
@@ -27,8 +27,7 @@ def linear_divergence(
     divergence (Agarwal et al., 2023, equation 1). beta 0 is KL(p | q), forward; 1 is KL(q | p), reverse. The teacher
     has no gradient.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = product_dtype(weight)
     matrix = None if teacher_weight is None else teacher_weight.detach().to(dtype)
     theirs = teacher.detach() if matrix is None else teacher.detach().to(dtype)
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from keifu.layers.linear import linear, product
+from keifu.layers.linear import linear, product, product_dtype
 from keifu.layers.losses import head
 from keifu.layers.losses.head import Head, SoftCappedHead, cap_, slices
 
@@ -32,9 +32,7 @@ def token_log_probabilities(
         weight, soft_cap = weight
     if has_torch_function_unary(weight):
         return handle_torch_function(token_log_probabilities, (weight,), hidden, weight, tokens, temperature)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    return _TokenLogProbabilities.apply(hidden, weight, tokens, temperature, dtype, soft_cap)
+    return _TokenLogProbabilities.apply(hidden, weight, tokens, temperature, product_dtype(weight), soft_cap)
 
 
 class _TokenLogProbabilities(torch.autograd.Function):

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from keifu.layers.linear import JoinedLinear, Linear, linear
-from keifu.layers.recurrent.gru import GRU, EncoderOutput, RecurrentTape, product_type
+from keifu.layers.linear import JoinedLinear, Linear, linear, product_dtype
+from keifu.layers.recurrent.gru import GRU, EncoderOutput, RecurrentTape
 
 Vector = Float[Tensor, "batch dim"]
 Hidden = Float[Tensor, "batch length dim"]
@@ -110,7 +110,7 @@ class AdditiveAttention(nn.Module):
         bias = torch.cat([torch.zeros_like(self.v), recurrent.bias])
         arguments = x, memory.keys, memory.products, memory.hidden, weight, bias, self.v, state
         states, weights = _AttentiveRecurrence.apply(
-            *(tensor.to(self.v.dtype) for tensor in arguments), product_type(self.v)
+            *(tensor.to(self.v.dtype) for tensor in arguments), product_dtype(self.v)
         )
         return states, weights
 

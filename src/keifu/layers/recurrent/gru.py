@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.linear import JoinedLinear
+from keifu.layers.linear import JoinedLinear, product_dtype
 
 
 class RecurrentTape(NamedTuple):
@@ -57,12 +57,6 @@ class RecurrentTape(NamedTuple):
         update = (self.states[:-1] - self.new) * update * (1 - update)
         through_reset = new * self.before_reset * reset * (1 - reset)
         return torch.stack([through_reset, update, new], -2), torch.stack([through_reset, update, new * reset], -2)
-
-
-def product_type(like: Tensor) -> torch.dtype:
-    """Return the dtype of matrix multiplications: autocast's if it is on, otherwise the weights'."""
-    device_type = like.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else like.dtype
 
 
 class _Recurrence(torch.autograd.Function):
@@ -109,7 +103,7 @@ def recur(
     """
     weight = torch.stack([layer.weight for layer in layers])
     bias = torch.stack([layer.bias for layer in layers])
-    states = _Recurrence.apply(x.to(weight.dtype), weight, bias, state.to(weight.dtype), product_type(weight))
+    states = _Recurrence.apply(x.to(weight.dtype), weight, bias, state.to(weight.dtype), product_dtype(weight))
     assert isinstance(states, Tensor)
     return states
 

@@ -6,13 +6,13 @@ residual stream. Axes: length = tokens of all sequences, all_heads = those of qu
 """
 
 import copy
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from keifu.layers.attention.attention import Attention, Scoring
+from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import Positions, Rotation
 from keifu.layers.feedforward import ClampedFeedForward, FeedForward, GatedFeedForward
 from keifu.layers.linear import JoinedLinear, Linear, triton_kernels
@@ -27,23 +27,18 @@ KNOWN = {  # classes whose operations never read from the device to the host
 }  # fmt: skip
 
 
-@runtime_checkable
-class JoinedCache(Protocol):
-    """Interface of a cache that takes queries, keys and values of all heads in one tensor; see `PackedCache`."""
-
-    def attend_joined(
-        self, heads: Float[Tensor, "1 length all_heads head_dim"], n_heads: int, window: int | None, scoring: Scoring
-    ) -> Stream: ...
-
-
 class DecodingBlock(nn.Module):
-    """A `PreNorm` block with plain attention that changes the residual stream in place."""
+    """A `PreNorm` block with plain attention that changes the residual stream in place.
+
+    Its cache has the method `attend_joined`, which takes queries, keys and values of all heads in one tensor
+    (generation/text/paged).
+    """
 
     def __init__(self, block: PreNorm, kernels: Any = None):
         super().__init__()
         self.block, self.kernels = block, kernels
 
-    def forward(self, x: Stream, mask: None, positions: Positions, cache: JoinedCache) -> Stream:
+    def forward(self, x: Stream, mask: None, positions: Positions, cache: Any) -> Stream:
         attention: Any = self.block.attention
         feedforward: Any = self.block.feedforward
         heads = attention.qkv(self.block.attention_norm(x)).unflatten(-1, (-1, attention.head_dim))

@@ -27,14 +27,17 @@ class EncoderDecoderState:
     """State of the decoder: keys and values of the sources for each block, and those of the target so far.
 
     The rows of one source share its keys and values, as long as every source has the same number of rows and they are
-    adjacent.
+    adjacent. decoder: the blocks. capacity: the most tokens of a target; None: a whole target is passed at once and not
+    stored.
     """
 
     def __init__(
         self, memory: Sequence[tuple[Tensor, Tensor]], source_mask: Bool[Tensor, "sources source_length"] | None,
-        targets: KVState | None,
+        decoder: Iterable[Any], capacity: int | None,
     ):  # fmt: skip
-        self.memory, self.mask, self.targets = memory, PaddingMask(source_mask), targets
+        shapes, keys = [block.attention.cache_shape for block in decoder], memory[0][0]
+        self.memory, self.mask = memory, PaddingMask(source_mask)
+        self.targets = None if capacity is None else KVState(shapes, len(keys), capacity, keys)
         self._source_mask = source_mask
         self._owners = torch.arange(len(memory[0][0]), device="cpu")  # index of each row's source
 
@@ -130,17 +133,11 @@ class EncoderDecoder(nn.Module):
     def start(
         self, source: Source, source_mask: SourceMask | None = None, capacity: int | None = None
     ) -> EncoderDecoderState:
-        """Read the sources, and return the state before the targets.
-
-        capacity: the most tokens of a target, for decoding in steps. None: a whole target is passed at once and not
-        stored.
-        """
+        """Read the sources, and return the state before the targets, with this capacity."""
         x = self.source_dropout(self._embedded(self.source_table, source, 0))
         blocks: list[Any] = list(self.decoder)
         memory = read_source(x, source_mask, self.encoder, [block.cross_attention for block in blocks])
-        layers = [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
-        targets = None if capacity is None else KVState(layers, len(source), capacity, memory[0][0])
-        return EncoderDecoderState(memory, source_mask, targets)
+        return EncoderDecoderState(memory, source_mask, blocks, capacity)
 
     def hidden(self, target: Int[Tensor, "batch length"], state: EncoderDecoderState) -> Hidden:
         """Return the hidden states that predict the next token at each position. With a capacity, pass only the new

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.attention.kv_cache import KVState
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
@@ -102,10 +101,7 @@ class SpeechRecognizer(nn.Module):
 
     def begin(self, memory: Memory, capacity: int | None = None) -> EncoderDecoderState:
         """Return the state before the first token of the targets; see `listen`."""
-        blocks: list[Any] = list(self.decoder)
-        layers = [(block.attention.n_kv_heads, block.attention.head_dim) for block in blocks]
-        targets = None if capacity is None else KVState(layers, len(memory[0][0]), capacity, memory[0][0])
-        return EncoderDecoderState(memory, None, targets)
+        return EncoderDecoderState(memory, None, self.decoder, capacity)
 
     def hidden(self, target: Tokens, state: EncoderDecoderState) -> Hidden:
         """Return hidden states that predict the token after each. With a capacity, pass only the new tokens."""

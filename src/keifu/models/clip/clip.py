@@ -47,6 +47,7 @@ def _resnet(width: int, layers: tuple[int, ...], text_dim: int, embedding: int, 
     return _with_text(clip_image.ResNetConfig(size, width, layers, width // 2, embedding), text_dim)
 
 
+# The paper gives no numbers of parameters; open_clip counted those in sizes.json in the released weights.
 SIZES = {  # the paper's tables 19 and 20
     "clip-rn50": _resnet(64, (3, 4, 6, 3), 512, 1024, 224),
     "clip-rn101": _resnet(64, (3, 4, 23, 3), 512, 512, 224),
@@ -58,11 +59,6 @@ SIZES = {  # the paper's tables 19 and 20
     "clip-vit-l14": _vit(1024, 24, 14, 768, 768),
     "clip-vit-l14-336": _vit(1024, 24, 14, 768, 768, 336),
 }
-PAPER_PARAMETERS = {  # counted in the released weights by open_clip; the paper gives no numbers
-    "clip-rn50": 102.01e6, "clip-rn101": 119.69e6, "clip-rn50x4": 178.3e6, "clip-rn50x16": 290.98e6,
-    "clip-rn50x64": 623.26e6, "clip-vit-b32": 151.28e6, "clip-vit-b16": 149.62e6, "clip-vit-l14": 427.62e6,
-    "clip-vit-l14-336": 427.94e6,
-}  # fmt: skip
 
 
 class Clip(nn.Module):

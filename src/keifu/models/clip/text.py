@@ -68,7 +68,6 @@ class WithText:
 SIZES = {  # that of ViT-L/14; Stable Diffusion's model card gives 123 M
     "stable-diffusion-text": Config(dim=768, hidden_dim=3072, n_heads=12, embedding_dim=768, projected=False),
 }
-PAPER_PARAMETERS = {"stable-diffusion-text": 123e6}
 
 
 class TextTower(nn.Module):

@@ -80,7 +80,6 @@ class Config:
 
 
 SIZES = {"dall-e": Config()}
-PAPER_PARAMETERS = {"dall-e": 12e9}
 
 
 class Logits(NamedTuple):

@@ -52,11 +52,11 @@ class Config:
         return 2 ** (len(self.widths) - 1)
 
 
+# The paper's number of parameters in sizes.json was counted in the released weights.
 SIZES = {
     "stable-diffusion-autoencoder": Config(),
     "latent-diffusion-f4-autoencoder": Config(size=256, latent_channels=3, widths=(128, 256, 512)),
 }
-PAPER_PARAMETERS = {"stable-diffusion-autoencoder": 83.65e6}  # counted in the released weights
 
 
 class Gaussian(NamedTuple):

@@ -101,15 +101,13 @@ class Config(UNetConfig):
 
 
 _SECOND = partial(Config, n_heads=(5, 10, 20, 20), context_dim=1024, linear=True)
+# The papers' numbers of parameters in sizes.json were counted in the released weights.
 SIZES = {
     "stable-diffusion-1-unet": Config(),
     "stable-diffusion-1-inpainting-unet": Config(channels=9),
     "stable-diffusion-2-unet": _SECOND(size=96),
     "stable-diffusion-2-base-unet": _SECOND(),
 }
-PAPER_PARAMETERS = {  # counted in the released weights
-    "stable-diffusion-1-unet": 859.52e6, "stable-diffusion-2-unet": 865.91e6, "stable-diffusion-2-base-unet": 865.91e6,
-}  # fmt: skip
 
 
 class ConditionedUNet(nn.Module):

@@ -140,9 +140,6 @@ SIZES = {
     "improved-ddpm-imagenet64": replace(_IMPROVED, size=64, multipliers=(1, 2, 3, 4), attention=(2, 3), dropout=0.0),
     "karlo-upsampler": _KARLO,
 }
-PAPER_PARAMETERS = {
-    "ddpm-cifar10": 35.7e6, "ddpm-256": 114e6, "improved-ddpm-imagenet64": 120e6, "karlo-upsampler": 700e6,
-}  # fmt: skip
 
 
 class DDPM(ImageModel):

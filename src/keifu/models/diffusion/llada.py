@@ -44,7 +44,6 @@ class Config(llama.DecoderConfig):
 
 
 SIZES = {"llada-8b": Config()}
-PAPER_PARAMETERS = {"llada-8b": 8.02e9}
 
 
 class MaskedDiffusionLM(nn.Module):

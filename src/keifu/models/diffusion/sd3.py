@@ -59,12 +59,12 @@ class Config(PatchSizes):
     qk_norm: bool = False
 
 
+# The paper's numbers of parameters are those of depths 24 and 38.
 SIZES = {
     "sd3-medium": Config(n_heads=24, n_layers=24, positions=192),
     "sd3.5-medium": Config(n_heads=24, n_layers=24, positions=384, dual_layers=(*range(13),), qk_norm=True),
     "sd3.5-large": Config(n_heads=38, n_layers=38, positions=192, qk_norm=True),
 }
-PAPER_PARAMETERS = {"sd3-medium": 2e9, "sd3.5-large": 8e9}  # depths 24 and 38 of the paper
 
 
 def _attention(config: Config) -> Attention:

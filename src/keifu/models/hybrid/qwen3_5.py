@@ -29,7 +29,6 @@ SIZES = {
     "qwen3.5-9b": Config(),
     "qwen3.5-35b-a3b": Config(dim=2048, n_layers=40, n_kv_heads=2, n_experts=256),
 }
-PAPER_PARAMETERS = {"qwen3.5-9b": 9e9, "qwen3.5-35b-a3b": 35e9}
 
 
 def build(config: Config) -> DecoderLM:

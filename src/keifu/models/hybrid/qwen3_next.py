@@ -61,7 +61,6 @@ class Config(llama.BiasConfig):
 
 
 SIZES = {"qwen3-next-80b-a3b": Config()}
-PAPER_PARAMETERS = {"qwen3-next-80b-a3b": 80e9}
 
 
 def build(config: Config) -> DecoderLM:

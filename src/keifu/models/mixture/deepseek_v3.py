@@ -65,7 +65,6 @@ SIZES = {
         n_groups_per_token=1, expert_scale=2.446, norm_eps=1e-5, rope_theta=50_000.0, rope_scaling=None,
     ),
 }  # fmt: skip
-PAPER_PARAMETERS = {"deepseek-v3": 671e9, "moonlight-16b-a3b": 16e9}
 
 
 def build(config: Config) -> DecoderLM:

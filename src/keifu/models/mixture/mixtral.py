@@ -43,7 +43,6 @@ SIZES = {
         vocab_size=32_768, context_length=65_536, dim=6144, hidden_dim=16_384, n_layers=56, n_heads=48, balancing=0.001
     ),
 }
-PAPER_PARAMETERS = {"mixtral-8x7b": 46.7e9, "mixtral-8x22b": 141e9}
 
 
 def build(config: Config) -> DecoderLM:

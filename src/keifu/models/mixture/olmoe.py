@@ -33,7 +33,6 @@ class Config(llama.BiasConfig):
 
 
 SIZES = {"olmoe-1b-7b": Config()}
-PAPER_PARAMETERS = {"olmoe-1b-7b": 6.92e9}
 
 
 def build(config: Config) -> DecoderLM:

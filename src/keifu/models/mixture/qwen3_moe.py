@@ -46,7 +46,6 @@ SIZES = {
     "qwen3-30b-a3b": Config(),
     "qwen3-235b-a22b": Config(dim=4096, hidden_dim=12_288, expert_dim=1536, n_layers=94, n_heads=64),
 }
-PAPER_PARAMETERS = {"qwen3-30b-a3b": 30.5e9, "qwen3-235b-a22b": 235e9}
 
 
 def build(config: Config) -> DecoderLM:

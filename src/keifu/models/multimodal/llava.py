@@ -69,11 +69,11 @@ def tie(config: Config, tied: bool) -> Config:
     return replace(config, text=replace(config.text, tied=tied))
 
 
+# The paper's numbers of parameters in sizes.json were counted in the released weights.
 SIZES = {
     "llava-1.5-7b": Config(),
     "llava-1.5-13b": Config(replace(llama.SIZES["llama2-13b"], vocab_size=32_064)),
 }
-PAPER_PARAMETERS = {"llava-1.5-7b": 7.06e9, "llava-1.5-13b": 13.35e9}  # counted in the released weights
 
 
 class Projector(nn.Module):

@@ -75,7 +75,6 @@ SIZES = {
         siglip.Config(384, 14, 3, 1152, 4304, 27, 16), Tiles(1536, 384), 49_153, 3,
     ),
 }  # fmt: skip
-PAPER_PARAMETERS = {"smolvlm-256m": 256e6, "smolvlm-500m": 507e6, "smolvlm-2.2b": 2.25e9}
 
 
 class PixelShuffle(nn.Module):

@@ -49,6 +49,7 @@ def _size(dim: int, layers: int, **changes: Any) -> Config:
 
 _ENGLISH = {"vocab_size": 51_864, "start_id": 50_257, "end_id": 50_256, "pad_id": 50_256}
 _BOTH = {"tiny": (384, 4), "base": (512, 6), "small": (768, 12), "medium": (1024, 24)}
+# Table 1 gives the numbers of parameters.
 SIZES = {
     **{f"whisper-{name}": _size(*sizes) for name, sizes in _BOTH.items()},
     **{f"whisper-{name}.en": _size(*sizes, **_ENGLISH) for name, sizes in _BOTH.items()},
@@ -56,10 +57,6 @@ SIZES = {
     "whisper-large-v3": _size(1280, 32, vocab_size=51_866, n_mels=128),
     "whisper-large-v3-turbo": _size(1280, 32, vocab_size=51_866, n_mels=128, n_decoder_layers=4),
 }
-PAPER_PARAMETERS = {  # table 1
-    "whisper-tiny": 39e6, "whisper-base": 74e6, "whisper-small": 244e6, "whisper-medium": 769e6,
-    "whisper-large": 1550e6,
-}  # fmt: skip
 
 
 def build(config: Config) -> SpeechRecognizer:

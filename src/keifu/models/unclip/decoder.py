@@ -65,8 +65,8 @@ class Config(UNetConfig):
         return tuple(range(1, len(self.widths)))
 
 
+# Its authors rounded the number of parameters; DALL-E 2's decoder has 3.5 B.
 SIZES = {"karlo-decoder": Config()}
-PAPER_PARAMETERS = {"karlo-decoder": 900e6}  # rounded by its authors; DALL-E 2's decoder has 3.5 B
 
 
 class Decoder(nn.Module):

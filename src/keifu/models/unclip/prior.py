@@ -69,8 +69,8 @@ class Config:
         return 3 + self.query
 
 
+# Its authors rounded the number of parameters; DALL-E 2's prior has about as many.
 SIZES = {"karlo-prior": Config()}
-PAPER_PARAMETERS = {"karlo-prior": 1e9}  # rounded by its authors; DALL-E 2's prior has about as many
 
 
 class Prior(nn.Module):

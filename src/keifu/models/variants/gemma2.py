@@ -34,6 +34,7 @@ class Config(llama.BiasConfig):
     tied: bool = field(default=True, kw_only=True)
 
 
+# Table 2 gives the numbers of parameters, with the embedding.
 SIZES = {
     "gemma2-2b": Config(),
     "gemma2-9b": Config(dim=3584, hidden_dim=14_336, n_layers=42, n_heads=16, n_kv_heads=8),
@@ -41,7 +42,6 @@ SIZES = {
         dim=4608, hidden_dim=36_864, n_layers=46, n_heads=32, n_kv_heads=16, head_dim=128, attention_scale=144**-0.5
     ),
 }
-PAPER_PARAMETERS = {"gemma2-2b": 2.614e9, "gemma2-9b": 9.242e9, "gemma2-27b": 27.227e9}  # table 2, with the embedding
 
 
 def build(config: Config) -> DecoderLM:

@@ -37,7 +37,6 @@ SIZES = {
     "granite3-2b": Config(dim=2048, hidden_dim=8192, attention_scale=1 / 64, logit_divisor=8.0),
     "granite3-8b": Config(),
 }
-PAPER_PARAMETERS = {"granite3-2b": 2.5e9, "granite3-8b": 8.1e9}
 
 
 def build(config: Config) -> DecoderLM:

@@ -48,7 +48,6 @@ SIZES = {
     "ministral-8b": Config(),
     "ministral3-8b": _ministral3(hidden_dim=14_336, n_layers=34),
 }
-PAPER_PARAMETERS = {"ministral-8b": 8.02e9, "ministral3-8b": 8.4e9}
 
 
 def build(config: Config) -> DecoderLM:

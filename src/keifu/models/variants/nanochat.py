@@ -36,7 +36,6 @@ SIZES = {
     "nanochat-d20": Config(),
     "nanochat-d32": Config(dim=2048, hidden_dim=8192, n_layers=32, n_heads=16, n_kv_heads=16),
 }
-PAPER_PARAMETERS = {"nanochat-d20": 561e6, "nanochat-d32": 1.88e9}
 
 
 def build(config: Config) -> DecoderLM:

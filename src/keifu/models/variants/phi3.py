@@ -39,7 +39,6 @@ SIZES = {
     "phi3-medium": _medium(),
     "phi4": _medium(vocab_size=100_352, context_length=16_384, rope_theta=250_000.0, sliding_window=None),
 }
-PAPER_PARAMETERS = {"phi3-mini": 3.8e9, "phi3-medium": 14e9, "phi4": 14.7e9}
 
 
 def build(config: Config) -> DecoderLM:

@@ -33,7 +33,6 @@ class Config(llama.BiasConfig):
 
 
 SIZES = {"smollm3-3b": Config()}
-PAPER_PARAMETERS = {"smollm3-3b": 3.08e9}
 
 
 def build(config: Config) -> DecoderLM:
