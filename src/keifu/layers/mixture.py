@@ -39,7 +39,7 @@ class Routing(NamedTuple):
         return self.scores.shape[-1] * (shares * self.scores.mean(0)).sum()
 
 
-class _Router(nn.Module):
+class Router(nn.Module):
     """Base class of routers, which choose k of the experts.
 
     normalised: whether the weights of a token are divided by their sum.
@@ -52,7 +52,7 @@ class _Router(nn.Module):
         self.n_experts, self.k, self.normalised = n_experts, k, normalised
 
 
-class SoftmaxRouter(_Router):
+class SoftmaxRouter(Router):
     """Router that takes the k highest of a softmax (Shazeer et al., 2017; Mixtral, Qwen3-MoE, OLMoE, gpt-oss)."""
 
     def __init__(self, dim: int, n_experts: int, k: int, normalised: bool = True, bias: bool = False):
@@ -75,7 +75,7 @@ class FloatLinear(Linear):
         return nn.functional.linear(input.float(), self.weight.float())
 
 
-class GroupedSigmoidRouter(_Router):
+class GroupedSigmoidRouter(Router):
     """Router of DeepSeek-V3 (2024, section 2.1.2): sigmoid scores, a correction that affects only the choice, and
     groups.
 
@@ -136,12 +136,7 @@ class GatedNetwork(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Feed-forward network: a router, its experts, and a network that every token uses (`shared`)."""
 
-    def __init__(
-        self,
-        router: SoftmaxRouter | GroupedSigmoidRouter,
-        experts: Sequence[nn.Module],
-        shared: nn.Module | None = None,
-    ):
+    def __init__(self, router: Router, experts: Sequence[nn.Module], shared: nn.Module | None = None):
         super().__init__()
         self.router, self.experts, self.shared = router, nn.ModuleList(experts), shared
         self.counted: Tensor | None = None  # tokens of each expert in the current training step

@@ -21,6 +21,8 @@ from keifu.layers.attention.kv_cache import LayerCache
 Pattern = Literal["row", "column", "convolution", "full"]
 Heads = Float[Tensor, "batch heads length head_dim"]
 Cells = Float[Tensor, "batch heads cells head_dim"]
+Groups = Float[Tensor, "batch heads groups length head_dim"]
+Windows = Float[Tensor, "batch heads groups window head_dim"]
 Text = tuple[Float[Tensor, "batch heads prefix head_dim"], Float[Tensor, "batch heads prefix head_dim"]]
 
 
@@ -148,13 +150,7 @@ def _rows(q: Cells, k: Cells, v: Cells, before: Text, grid: Grid, pattern: Patte
     return _assemble(q, k, v, before, _table(Grid.window, q.device, grid, pattern)).flatten(2, 3)
 
 
-def _assemble(
-    q: Float[Tensor, "batch heads groups length head_dim"],
-    k: Float[Tensor, "batch heads groups window head_dim"],
-    v: Float[Tensor, "batch heads groups window head_dim"],
-    before: Text,
-    mask: Bool[Tensor, "... length window"],
-) -> Float[Tensor, "batch heads groups length head_dim"]:
+def _assemble(q: Groups, k: Windows, v: Windows, before: Text, mask: Bool[Tensor, "... length window"]) -> Groups:
     """Attend from groups of positions to the whole text and, if the mask allows, to a window for each group, in one
     softmax.
 

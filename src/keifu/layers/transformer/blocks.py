@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from keifu.layers.dropout import Dropout
 
 Stream = Float[Tensor, "batch length dim"]
+TwoNorms = tuple[nn.Module, nn.Module]
 
 
 class _TwoSublayers(nn.Module):
     """Attention, then feed-forward, each with a norm. The subclass determines where the norms are applied."""
 
-    def __init__(
-        self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], dropout: float = 0.0
-    ):
+    def __init__(self, attention: nn.Module, feedforward: nn.Module, norms: TwoNorms, dropout: float = 0.0):
         super().__init__()
         self.attention, self.feedforward = attention, feedforward
         self.attention_norm, self.feedforward_norm = norms
@@ -45,9 +44,8 @@ class AdaptiveNormZero(_TwoSublayers):
     """
 
     def __init__(
-        self, attention: nn.Module, feedforward: nn.Module, norms: tuple[nn.Module, nn.Module], modulation: nn.Module,
-        dropout: float = 0.0,
-    ):  # fmt: skip
+        self, attention: nn.Module, feedforward: nn.Module, norms: TwoNorms, modulation: nn.Module, dropout: float = 0.0
+    ):
         super().__init__(attention, feedforward, norms, dropout)
         self.modulation = modulation
 

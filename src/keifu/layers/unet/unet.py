@@ -82,13 +82,7 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self,
-        first: nn.Module,
-        down: Sequence[Down],
-        middle: Middle | None,
-        up: Sequence[Up],
-        norm: nn.Module,
-        last: nn.Module,
+        self, first: nn.Module, down: list[Down], middle: Middle | None, up: list[Up], norm: nn.Module, last: nn.Module
     ):
         super().__init__()
         self.first, self.down, self.middle = first, nn.ModuleList(down), middle

@@ -109,9 +109,9 @@ def _write_field(config: Any, ours: str, field: Field) -> dict[str, Any]:
 def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[str, Any]:
     """Return the config.json of a Config, with the first of these model_types and its architecture. diffusers' configs,
     in which both are the name of a class, have no architectures."""
-    model_type, architecture = next(iter(model_types.items()))
-    both = {} if architecture == model_type else {"architectures": [architecture]}
-    return {"model_type": model_type, **both, **write_fields(config, fields)}
+    name, architecture = next(iter(model_types.items()))
+    more = {} if architecture == name else {"architectures": [architecture]}
+    return {"model_type": name, **more, **write_fields(config, fields)}
 
 
 def write_native(model_type: str, config: Any) -> dict[str, Any]:

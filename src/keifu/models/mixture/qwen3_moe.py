@@ -89,7 +89,6 @@ DENSE_LAYERS = hf.Group(
 )
 FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 4),
-    "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
     "expert_dim": hf.Field("moe_intermediate_size", 768),
     "n_experts": hf.Field("num_experts", lambda json: json.get("num_local_experts", 128), also=("num_local_experts",)),
     "n_experts_per_token": hf.Field("num_experts_per_tok", 8),
