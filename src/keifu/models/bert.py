@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
-from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.dropout import Dropout
-from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import truncated_normal_
 from keifu.layers.linear import Linear, linear
 from keifu.layers.pooling import SentenceHead
-from keifu.layers.transformer.blocks import PostNorm
+from keifu.models import gpt1
 from keifu.models.hf import config as hf
 from keifu.ranges import BelowOne, Count, NotNegative
 
@@ -86,7 +84,7 @@ class Bert(nn.Module):
         self.positions = LearnedPositions(config.context_length, config.dim)
         self.segments = nn.Embedding(config.type_vocab_size, config.dim)
         self.norm, self.dropout = nn.LayerNorm(config.dim, config.norm_eps), Dropout(config.dropout)
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(gpt1.block(config) for _ in range(config.n_layers))
         self.classifier_dropout = Dropout(config.dropout)
         self.pooler = Linear(config.dim, config.dim) if config.pooled else None
         self.word_head = WordHead(config) if config.words else None
@@ -150,13 +148,6 @@ def _there(head: Any, what: str) -> Any:
     if head is None:
         raise UserError(f"This BERT has no {what}.")
     return head
-
-
-def _block(config: Config) -> PostNorm:
-    attention = Attention(config.dim, config.n_heads, dropout=config.dropout)
-    feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation))
-    norms = (nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps))
-    return PostNorm(attention, feedforward, norms, config.dropout)
 
 
 def build(config: Config) -> Bert:

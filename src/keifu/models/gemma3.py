@@ -86,10 +86,6 @@ UNSUPPORTED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _write_activation(name: str) -> str:
-    return {"gelu_tanh": "gelu_pytorch_tanh"}.get(name, name)
-
-
 def _read_ropes(json: Mapping[str, Any]) -> dict[str, Any]:
     """Read base and scaling of the global and of the local layers. transformers 5 writes both in `rope_parameters`."""
     context = {"max_position_embeddings": json.get("max_position_embeddings", 131_072)}
@@ -128,7 +124,7 @@ def _write_scale(config: Any) -> dict[str, Any]:
 GEMMA_FIELDS: hf.Fields = llama.DECODER_FIELDS | {  # of Gemma 2 and 3
     "n_kv_heads": "num_key_value_heads",
     "head_dim": hf.Field("head_dim", 256),
-    "activation": hf.Field("hidden_activation", "gelu_pytorch_tanh", hf.activation_name, _write_activation),
+    "activation": hf.activation_field("hidden_activation", "gelu_pytorch_tanh"),
     "attention_bias": hf.Field("attention_bias", False),
     "attention_scale": hf.Group(_read_scale, _write_scale),
     "sliding_window": hf.Field("sliding_window", 4096),

@@ -5,6 +5,7 @@ encoder and no cross-attention, learned positions, and GELU. The norms are still
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -43,19 +44,18 @@ SIZES = {"gpt1": Config()}
 def build(config: Config) -> DecoderLM:
     """Build a model with all weights, including positions, initialised from N(0, 0.02²). There is no final norm: the
     last block ends in one."""
-    norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
-    blocks = [
-        PostNorm(
-            Attention(config.dim, config.n_heads, dropout=config.dropout),
-            FeedForward(config.dim, config.hidden_dim, activation(config.activation)),
-            (norm(), norm()),
-            config.dropout,
-        )
-        for _ in range(config.n_layers)
-    ]
+    blocks = [block(config) for _ in range(config.n_layers)]
     model = DecoderLM.of(config, blocks, nn.Identity(), LearnedPositions(config.context_length, config.dim))
     normal_(model, std=0.02)
     return model
+
+
+def block(config: Any) -> PostNorm:
+    """Build a block. BERT has the same ones, without the causal mask."""
+    attention = Attention(config.dim, config.n_heads, dropout=config.dropout)
+    feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation))
+    norm = partial(nn.LayerNorm, config.dim, config.norm_eps)
+    return PostNorm(attention, feedforward, (norm(), norm()), config.dropout)
 
 
 WEIGHT_NAMES = {

@@ -121,8 +121,10 @@ def write_native(model_type: str, config: Any) -> dict[str, Any]:
 
 
 def activation_field(name: str, default: str) -> Field:
-    """Return the field of an activation, whose names differ from keifu's."""
-    return Field(name, default, activation_name, published_activation)
+    """Return the field of an activation, whose names differ from keifu's. GELU by tanh has several names: that of the
+    default is written."""
+    published = {"gelu_tanh": default if activation_name(default) == "gelu_tanh" else "gelu_new", "identity": "linear"}
+    return Field(name, default, activation_name, lambda ours: published.get(ours, ours))
 
 
 def choice(name: str, known: Mapping[Any, Any]) -> Field:
@@ -204,11 +206,6 @@ def activation_name(published: str) -> str:
     if name not in ACTIVATIONS:
         raise UserError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")
     return name
-
-
-def published_activation(name: str) -> str:
-    """Return transformers' name of one of our activations."""
-    return {"gelu_tanh": "gelu_new", "identity": "linear"}.get(name, name)
 
 
 def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial: bool = False) -> dict[str, Any]:

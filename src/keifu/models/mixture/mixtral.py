@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from keifu.layers.activations import activation
-from keifu.layers.attention.attention import Attention
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
 from keifu.layers.transformer.decoder import DecoderLM
@@ -47,15 +46,8 @@ SIZES = {
 
 def build(config: Config) -> DecoderLM:
     """Build a model with the initialisation of keifu's LLaMA, since the paper does not give its own."""
-    return llama.assemble(config, partial(_attention, config), partial(_feedforward, config))
-
-
-def _attention(config: Config, layer: int) -> Attention:
-    return llama.attention(config, window=config.sliding_window)
-
-
-def _feedforward(config: Config, layer: int) -> MixtureOfExperts:
-    return mixture(config, config.hidden_dim)
+    attention = partial(llama.attention, config, window=config.sliding_window)
+    return llama.assemble(config, lambda layer: attention(), lambda layer: mixture(config, config.hidden_dim))
 
 
 def mixture(config: Any, expert_dim: int, normalised: bool = True) -> MixtureOfExperts:

@@ -7,7 +7,6 @@ Queries and keys are normalised over all heads together. The weights of a token'
 from dataclasses import dataclass, field
 from functools import partial
 
-from keifu.layers.mixture import MixtureOfExperts
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, olmo2
 from keifu.models.hf import config as hf
@@ -37,11 +36,8 @@ SIZES = {"olmoe-1b-7b": Config()}
 
 def build(config: Config) -> DecoderLM:
     """Build a model with the initialisation of keifu's LLaMA."""
-    return llama.assemble(config, partial(olmo2.attention, config), partial(_feedforward, config))
-
-
-def _feedforward(config: Config, layer: int) -> MixtureOfExperts:
-    return mixtral.mixture(config, config.hidden_dim, config.normalised)
+    mixture = partial(mixtral.mixture, config, config.hidden_dim, config.normalised)
+    return llama.assemble(config, partial(olmo2.attention, config), lambda layer: mixture())
 
 
 WEIGHT_NAMES = mixtral.DENSE_NAMES | qwen3_moe.EXPERT_NAMES | {

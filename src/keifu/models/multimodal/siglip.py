@@ -53,11 +53,8 @@ def build(config: Config) -> nn.Module:
 FIELDS: hf.Fields = {ours: theirs for ours, theirs in clip_image.FIELDS.items() if ours != "embedding_dim"} | {
     "patch_size": hf.Field("patch_size", 16, lambda size: clip_image.square(size, "patch_size")),
     "norm_eps": hf.Field("layer_norm_eps", 1e-6, float),
-    "activation": hf.Field(
-        "hidden_act", "gelu_pytorch_tanh", hf.activation_name,
-        lambda name: "gelu_pytorch_tanh" if name == "gelu_tanh" else hf.published_activation(name),
-    ),
-}  # fmt: skip
+    "activation": hf.activation_field("hidden_act", "gelu_pytorch_tanh"),
+}
 
 
 def from_published(json: dict[str, Any]) -> Config:

@@ -42,7 +42,8 @@ def build(config: Config) -> DecoderLM:
     """Build a model with the initialisation of keifu's LLaMA."""
     embedding = NormedEmbedding(config.vocab_size, config.dim, config.norm_eps)
     model = SoftCappedLM if config.logit_cap else DecoderLM
-    sublayers = partial(_attention, config), partial(_feedforward, config)
+    network = partial(FeedForward, config.dim, config.hidden_dim, activation(config.activation), bias=False)
+    sublayers = partial(_attention, config), lambda layer: network()
     return llama.assemble(config, *sublayers, norm=PlainRMSNorm, embedding=embedding, model=model)
 
 
@@ -54,10 +55,6 @@ def _attention(config: Config, layer: int) -> Attention:
     norm = partial(PlainRMSNorm, head_dim, config.norm_eps / magnitude**2)
     rotary = ReversedRotary(head_dim, config.rope_theta, scaling)
     return llama.attention(config, config.attention_bias, rotary=rotary, qk_norm=(norm(), norm()))
-
-
-def _feedforward(config: Config, layer: int) -> FeedForward:
-    return FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=False)
 
 
 WEIGHT_NAMES = {name: theirs for name, theirs in llama.WEIGHT_NAMES.items() if "norm" not in name} | {
