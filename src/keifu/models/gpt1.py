@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from keifu.errors import UserError
 from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import LearnedPositions
@@ -73,19 +72,6 @@ PREFIX = "transformer."  # OpenAI's files have the same names without it
 NOT_WEIGHTS = ("transformer.h.*.attn.bias", "transformer.position_ids")  # old files have the mask and the positions
 MODEL_TYPES = {"openai-gpt": "OpenAIGPTLMHeadModel"}
 
-_ACTIVATIONS = {"gelu": "gelu_tanh", "swish": "silu", "silu": "silu", "relu": "relu"}  # values of `afn` → our names
-
-
-def _read_activation(afn: str) -> str:
-    if afn not in _ACTIVATIONS:
-        raise UserError(f"afn {afn!r} is not supported. Known: {', '.join(_ACTIVATIONS)}.")
-    return _ACTIVATIONS[afn]
-
-
-def _write_activation(name: str) -> str:
-    return {ours: theirs for theirs, ours in _ACTIVATIONS.items()}.get(name, "gelu")
-
-
 FIELDS: hf.Fields = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
@@ -94,7 +80,7 @@ FIELDS: hf.Fields = {
     "n_layers": "n_layer",
     "n_heads": "n_head",
     "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),
-    "activation": hf.Field("afn", "gelu", _read_activation, _write_activation),
+    "activation": hf.choice("afn", {"gelu": "gelu_tanh", "silu": "silu", "swish": "silu", "relu": "relu"}),
     "dropout": hf.Field("resid_pdrop", 0.1, float, also=("embd_pdrop", "attn_pdrop")),
     "tied": hf.Field("tie_word_embeddings", True),
 }
