@@ -126,7 +126,7 @@ GEMMA_FIELDS: hf.Fields = llama.DECODER_FIELDS | {  # of Gemma 2 and 3
     "head_dim": hf.Field("head_dim", 256),
     "activation": hf.activation_field("hidden_activation", "gelu_pytorch_tanh"),
     "attention_bias": hf.Field("attention_bias", False),
-    "attention_scale": hf.Group(_read_scale, _write_scale),
+    "attention_scale": hf.FieldGroup(_read_scale, _write_scale),
     "sliding_window": hf.Field("sliding_window", 4096),
     "tied": hf.Field("tie_word_embeddings", True),
 }
@@ -134,6 +134,6 @@ FIELDS: hf.Fields = GEMMA_FIELDS | {
     "vocab_size": hf.Field("vocab_size", 262_208),
     "context_length": hf.Field("max_position_embeddings", 131_072),
     "global_layers": llama.published_layers(6),
-    "rope": hf.Group(_read_ropes, _write_ropes),
+    "rope": hf.FieldGroup(_read_ropes, _write_ropes),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -76,7 +76,7 @@ FIELDS: hf.Fields = {
     "vocab_size": "vocab_size",
     "context_length": "n_positions",
     "dim": "n_embd",
-    "hidden_dim": hf.Group(lambda json: {"hidden_dim": 4 * json["n_embd"]}, lambda config: {}),  # it has no field
+    "hidden_dim": hf.FieldGroup(lambda json: {"hidden_dim": 4 * json["n_embd"]}, lambda config: {}),  # it has no field
     "n_layers": "n_layer",
     "n_heads": "n_head",
     "norm_eps": hf.Field("layer_norm_epsilon", 1e-5, float),

@@ -134,10 +134,10 @@ def global_layers(config: Any, every: int) -> tuple[int, ...]:
     return tuple(range(every - 1, config.n_layers, every)) if listed is None else listed
 
 
-def published_layers(every: int, other: str = "sliding_attention") -> hf.Group:
+def published_layers(every: int, other: str = "sliding_attention") -> hf.FieldGroup:
     """Return the group of a Config's `global_layers`, by default the last of each `every` layers. other: the published
     name of the other layers."""
-    return hf.Group(
+    return hf.FieldGroup(
         lambda json: {"global_layers": hf.read_global_layers(json, every)},
         lambda config: {"layer_types": hf.layer_types(config.n_layers, global_layers(config, every), other)},
     )

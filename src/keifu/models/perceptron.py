@@ -24,12 +24,9 @@ LARGEST_PROOF = 40  # rows; with more, the exact arithmetic of `exact_mixture` w
 
 @dataclass(frozen=True)
 class Config:
-    """The number of inputs, `dim`."""
+    """The number of inputs, `dim`. The paper gives a rule, not a size."""
 
     dim: int = 2
-
-
-SIZES: dict[str, Config] = {}  # the paper gives a rule, not a size
 
 
 class Perceptron(nn.Module):

@@ -166,6 +166,8 @@ class Attention(nn.Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
         self.head_dim, self.window, self.dropout = head_dim or dim // n_heads, window, Dropout(dropout)
         self.scale = scale
+        self.soft_cap: float | None = None
+        self.sinks: Tensor | None = None
         if self.n_heads % self.n_kv_heads:
             raise UserError(f"n_kv_heads ({n_kv_heads}) must divide n_heads ({n_heads}).")
         if head_dim is None and dim % n_heads:
@@ -209,7 +211,7 @@ class Attention(nn.Module):
     @property
     def scoring(self) -> Scoring:
         """Return the settings of the scores."""
-        return Scoring(self.dropout, self.scale)
+        return Scoring(self.dropout, self.scale, self.soft_cap, self.sinks)
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -228,11 +230,6 @@ class SinkAttention(Attention):
     def __init__(self, *sizes: Any, **settings: Any):
         super().__init__(*sizes, **settings)
         self.sinks = nn.Parameter(torch.zeros(self.n_heads))
-
-    @property
-    def scoring(self) -> Scoring:
-        """Return the settings of the scores, with the sinks."""
-        return Scoring(self.dropout, self.scale, sinks=self.sinks)
 
 
 class TemperedAttention(Attention):
@@ -278,11 +275,6 @@ class CappedAttention(Attention):
     def __init__(self, *sizes: Any, soft_cap: float, **settings: Any):
         super().__init__(*sizes, **settings)
         self.soft_cap = soft_cap
-
-    @property
-    def scoring(self) -> Scoring:
-        """Return the settings of the scores, with the soft cap."""
-        return Scoring(self.dropout, self.scale, self.soft_cap)
 
 
 class JoinedUnbiasedKeys(nn.Module):

@@ -102,7 +102,7 @@ class AttentionPool(nn.Module):
 @dataclass(frozen=True)
 class Config:
     """The defaults are the vision transformer of ViT-B/32. projected: False leaves out the last matrix, into the shared
-    space."""
+    space. The sizes are in clip.py, with their text encoders."""
 
     image_size: Count = 224  # side of the image in pixels
     patch_size: Count = 32  # side of a patch in pixels
@@ -129,9 +129,6 @@ class ResNetConfig:
     layers: tuple[Count, ...] = (3, 4, 6, 3)  # blocks of the four stages
     n_heads: Count = 32  # attention heads of the pooling
     embedding_dim: Count = 1024  # width of the shared space
-
-
-SIZES: dict[str, Config] = {}  # they are in clip.py, with their text encoders
 
 
 class VisionTransformer(nn.Module):

@@ -220,7 +220,7 @@ FIELDS = CONDITIONED_FIELDS | {
     "middle": hf.choice("mid_block_type", {"UNetMidBlock2DCrossAttn": True, None: False}),
     "pad_around": PADDING,
     "stages": stages(WAYS),
-    "n_heads": hf.Group(_read_heads, _write_heads),
+    "n_heads": hf.FieldGroup(_read_heads, _write_heads),
 }
 # `upcast_attention` is ignored: here matrix multiplications always accumulate in float32
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -49,15 +49,22 @@ FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
 }
 
 
+@dataclass(frozen=True)
 class PatchSizes:
-    """Mixin for the Config of a transformer of patches: computed sizes, and checks."""
+    """Sizes of a transformer of patches, and their checks. The defaults are DiT-XL/2's for 256 x 256 pixels.
 
-    size: int
-    patch_size: int
-    channels: int
-    out_channels: int | None
-    n_heads: int
-    head_dim: int
+    Attributes:
+        size: the side of the network's input, which are latents or pixels.
+        out_channels: None for as many as `channels`; twice as many if the variance is predicted too.
+    """
+
+    size: Count = 32
+    patch_size: Count = 2
+    channels: Count = 4
+    out_channels: Count | None = None
+    n_heads: Count = 16
+    head_dim: Count = 72
+    n_layers: Count = 28
 
     def __post_init__(self) -> None:
         if self.dim % 4:
@@ -81,21 +88,12 @@ class TransformerConfig(PatchSizes):
     """The defaults are DiT-XL/2's for 256 x 256 pixels, except that DiT-XL/2 also predicts the variance.
 
     Attributes:
-        size: the side of the network's input, which are latents or pixels.
-        out_channels: None for as many as `channels`; twice as many if the variance is predicted too.
         n_classes: the classes without the null class, which is one more; 0 for an unconditional model.
         bias: whether the matrices of queries, keys and values have a bias.
         affine, norm_eps: whether the norm before the feed-forward network has weights, and its ε.
         feedforward: a name in `FEEDFORWARDS`.
     """
 
-    size: Count = 32
-    patch_size: Count = 2
-    channels: Count = 4
-    out_channels: Count | None = None
-    n_heads: Count = 16
-    head_dim: Count = 72
-    n_layers: Count = 28
     n_classes: Natural = 1000
     bias: bool = True
     affine: bool = False

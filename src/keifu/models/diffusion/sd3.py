@@ -46,7 +46,6 @@ class Config(PatchSizes):
     """
 
     size: Count = 128
-    patch_size: Count = 2
     channels: Count = 16
     out_channels: Count | None = 16
     n_heads: Count = 18

@@ -34,7 +34,7 @@ class Field(NamedTuple):
     if_none: Callable[[Any], Any] | None = None
 
 
-class Group(NamedTuple):
+class FieldGroup(NamedTuple):
     """Fields that are read and written together, such as those of rotary positions.
 
     read: returns fields of the Config from a published config. write: returns published fields from the Config.
@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
 
 # by the name of the Config's field, or of the group; a plain string is the published name of a required field
-Fields = dict[str, str | Field | Group]
+Fields = dict[str, str | Field | FieldGroup]
 
 
 def translators(
@@ -64,7 +64,7 @@ def read_fields(json: Mapping[str, Any], fields: Fields) -> dict[str, Any]:
     the file), and UserError for a value that cannot be converted."""
     values: dict[str, Any] = {}
     for ours, field in fields.items():
-        if isinstance(field, Group):
+        if isinstance(field, FieldGroup):
             values |= field.read(json)
         else:
             values[ours] = read_field(json, field if isinstance(field, Field) else Field(field))
@@ -89,7 +89,7 @@ def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
     """Return the published fields of a Config. None, which leaves a value to the model, is not written."""
     written: dict[str, Any] = {}
     for ours, field in fields.items():
-        if isinstance(field, Group):
+        if isinstance(field, FieldGroup):
             written |= field.write(config)
         else:
             written |= _write_field(config, ours, field if isinstance(field, Field) else Field(field))
@@ -142,9 +142,9 @@ def choice(name: str, known: Mapping[Any, Any]) -> Field:
     return Field(name, next(iter(known)), read, write)
 
 
-def constants(**written: Any) -> Group:
+def constants(**written: Any) -> FieldGroup:
     """Return the group of fields that are written with the only value that is implemented, and not read."""
-    return Group(lambda json: {}, lambda config: written)
+    return FieldGroup(lambda json: {}, lambda config: written)
 
 
 def null(config: Any) -> None:
@@ -271,10 +271,10 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     }
 
 
-def rope(default_theta: float = 10_000.0) -> Group:
+def rope(default_theta: float = 10_000.0) -> FieldGroup:
     """Return the group of rotary positions that turn whole heads."""
     read = partial(read_rope, default_theta=default_theta)
-    return Group(read, lambda config: write_rope(config.rope_theta, config.rope_scaling))
+    return FieldGroup(read, lambda config: write_rope(config.rope_theta, config.rope_scaling))
 
 
 _NO_WINDOW = {"sliding_window": None, "first_window_layer": 0}
@@ -303,7 +303,7 @@ def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
     return {"sliding_window": window, "max_window_layers": first_layer, "use_sliding_window": window is not None}
 
 
-WINDOW = Group(read_window, lambda config: write_window(config.sliding_window, config.first_window_layer))
+WINDOW = FieldGroup(read_window, lambda config: write_window(config.sliding_window, config.first_window_layer))
 
 
 def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] | None:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from keifu.errors import unknown
-from keifu.models.hf.config import Field, Fields, Group, choice, read_field
+from keifu.models.hf.config import Field, FieldGroup, Fields, choice, read_field
 
 
 class Way(NamedTuple):
@@ -89,7 +89,7 @@ OLD_ATTENTION = {  # diffusers' names of attention's parts before version 0.15
 STAGES = ("attention", "up_attention", "residual_down", "residual_up")  # fields of a Config that are levels
 
 
-def stages(ways: Ways, widths: Sequence[int] = WIDTHS, names: Sequence[str] = STAGES[:2]) -> Group:
+def stages(ways: Ways, widths: Sequence[int] = WIDTHS, names: Sequence[str] = STAGES[:2]) -> FieldGroup:
     """Return the group of the stages' published names. widths: those of a config that does not list them. names: those
     of `STAGES` that are fields of the Config."""
 
@@ -97,7 +97,7 @@ def stages(ways: Ways, widths: Sequence[int] = WIDTHS, names: Sequence[str] = ST
         levels = _read_stages(json, json.get("block_out_channels", widths), ways)
         return {name: levels[name] for name in names}
 
-    return Group(read, partial(write_stages, ways=ways))
+    return FieldGroup(read, partial(write_stages, ways=ways))
 
 
 def _read_stages(json: Mapping[str, Any], widths: Sequence[int], ways: Ways) -> dict[str, tuple[int, ...]]:

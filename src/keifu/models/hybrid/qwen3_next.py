@@ -124,7 +124,7 @@ def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
 
 SHARED_FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "head_dim": hf.Field("head_dim", 256),
-    "rope": hf.Group(_read_rope, _write_rope),
+    "rope": hf.FieldGroup(_read_rope, _write_rope),
     "global_layers": llama.published_layers(4, "linear_attention")._replace(read=_read_layers),
     "n_linear_key_heads": hf.Field("linear_num_key_heads", 16),
     "n_linear_value_heads": hf.Field("linear_num_value_heads", 32),

@@ -84,7 +84,7 @@ def _read_dense_layers(json: Mapping[str, Any]) -> dict[str, Any]:
     return {"dense_layers": tuple(sorted(dense))}
 
 
-DENSE_LAYERS = hf.Group(
+DENSE_LAYERS = hf.FieldGroup(
     _read_dense_layers, lambda config: {"mlp_only_layers": [*config.dense_layers], "decoder_sparse_step": 1}
 )
 FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
@@ -94,7 +94,7 @@ FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "n_experts_per_token": hf.Field("num_experts_per_tok", 8),
     "normalised": hf.Field("norm_topk_prob", False),
     "balancing": hf.Field("router_aux_loss_coef", 0.001, float),
-    "sliding_window": hf.Group(_read_window, _write_window),
+    "sliding_window": hf.FieldGroup(_read_window, _write_window),
     "dense_layers": DENSE_LAYERS,
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -18,15 +18,13 @@ Embedding = Float[Tensor, "batch embedding"]
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are those of Karlo. n_tokens: number of tokens made from the image embedding."""
+    """The defaults are those of Karlo. n_tokens: number of tokens made from the image embedding. The sizes are in
+    unclip.py, with the whole model."""
 
     n_tokens: int = 4
     embedding_dim: int = 768
     time_dim: int = 1280
     context_dim: int = 1536
-
-
-SIZES: dict[str, Config] = {}  # they are in unclip.py, with the whole model
 
 
 class Conditions(nn.Module):

@@ -99,13 +99,13 @@ FIELDS3: hf.Fields = llama.DECODER_FIELDS | {
     "head_dim": hf.Field("head_dim", 128),
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
     "sliding_window": hf.Field("sliding_window", None, if_none=hf.null),
-    "rope": hf.Group(_read_growth, _write_growth),
+    "rope": hf.FieldGroup(_read_growth, _write_growth),
 }
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 8),
     "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
     "sliding_window": hf.Field("sliding_window", 4096, if_none=hf.null),
-    "global_layers": hf.Group(_read_layers, _write_layers),
+    "global_layers": hf.FieldGroup(_read_layers, _write_layers),
 }
 _TABLES = {"ministral": FIELDS, "ministral3": FIELDS3}
 

@@ -76,6 +76,6 @@ def _write_rope(config: Config) -> dict[str, Any]:
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
     "sliding_window": hf.Field("sliding_window", None, if_none=hf.null),
-    "rope": hf.Group(_read_rope, _write_rope),
+    "rope": hf.FieldGroup(_read_rope, _write_rope),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
