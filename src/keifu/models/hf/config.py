@@ -4,12 +4,13 @@ transformers share: activation names, rotary positions, sliding windows."""
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from keifu.errors import UserError
 from keifu.layers.activations import ACTIVATIONS
 from keifu.layers.attention.positions import RopeScaling
 
+Config = TypeVar("Config")
 _REQUIRED: Any = object()
 
 
@@ -49,11 +50,11 @@ Fields = dict[str, str | Field | FieldGroup]
 
 
 def translators(
-    config_class: type, model_types: Mapping[str, str], fields: Fields
-) -> tuple[Callable[[dict[str, Any]], Any], Callable[[Any], dict[str, Any]]]:
+    config_class: type[Config], model_types: Mapping[str, str], fields: Fields
+) -> tuple[Callable[[dict[str, Any]], Config], Callable[[Config], dict[str, Any]]]:
     """Return `from_published` and `to_published` of a model whose table describes its whole published config."""
 
-    def from_published(json: dict[str, Any]) -> Any:
+    def from_published(json: dict[str, Any]) -> Config:
         return config_class(**read_fields(json, fields))
 
     return from_published, partial(write, model_types=model_types, fields=fields)
