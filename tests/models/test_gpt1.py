@@ -43,7 +43,7 @@ def test_what_openai_gpt_cannot_say_is_kept_in_our_own_words(change, tmp_path):
 
 def test_activation_that_the_published_code_lacks_is_refused():
     json = describe(gpt1.Config(**SMALL))[1] | {"afn": "tanh"}
-    with pytest.raises(UserError, match="its afn is 'tanh', and what is implemented is 'gelu', 'silu', 'swish', 'relu'"):
+    with pytest.raises(UserError, match="afn is 'tanh', and what is implemented is 'gelu', 'silu', 'swish', 'relu'"):
         read_config(json, "config.json")
 
 
