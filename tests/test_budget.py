@@ -58,6 +58,7 @@ SMALL_ON_PURPOSE = {
     "keifu.layers.attention.packed": "what one kernel of a GPU takes, which no CPU needs",
     "keifu.layers.transformer.triton_kernels": "imported on a GPU alone",
     "keifu.layers.pooling": "an idea of its own, between models and evaluation",
+    "keifu.models.mixture.olmoe": "a paper each",
     "keifu.models.sizes": "run as a program, too",
     "keifu.training.objectives.layer_losses": "an objective each",
     "keifu.training.objectives.contrastive": "an objective each",

@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-from jaxtyping import Float
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
 from keifu.layers.diffusion.noise_schedule import Noise
 
 Pictures = Float[Tensor, "batch colours rows columns"]
-Sample = Float[Tensor, "sampled channels height width"]
+Latents = Float[Tensor, "sampled channels height width"]
+# of the networks
+Sample = Float[Tensor, "batch channels height width"]
+Predicted = Float[Tensor, "batch out_channels height width"]
+Time = Num[Tensor, "*batch"]  # timesteps: one for all samples, or one for each
 
 
 class ImageModel(nn.Module):
@@ -65,7 +69,7 @@ class ImageModel(nn.Module):
         """Channels of the pictures."""
         return self.config.channels
 
-    def to_latents(self, pictures: Pictures, noise: Tensor | None = None) -> Sample:
+    def to_latents(self, pictures: Pictures, noise: Tensor | None = None) -> Latents:
         """Convert pictures from -1 to 1 to x without noise. An autoencoder's latents are scaled; they are samples from
         standard normal `noise` (for one picture, one sample per row of `noise`), or the means without it."""
         if self.coder is None:
@@ -73,6 +77,6 @@ class ImageModel(nn.Module):
         encoded = self.coder.encode(pictures)
         return self.coder.config.scale * (encoded.mean if noise is None else encoded.sample(noise))
 
-    def to_pictures(self, latents: Sample) -> Pictures:
+    def to_pictures(self, latents: Latents) -> Pictures:
         """Convert x to pictures, about from -1 to 1."""
         return latents if self.coder is None else self.coder.decode(latents / self.coder.config.scale)

@@ -10,12 +10,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.attention import Attention, CrossAttention
 from keifu.layers.attention.masks import PaddingMask
+from keifu.layers.diffusion.image_model import Predicted, Sample, Time
 from keifu.layers.feedforward import GEGLU
 from keifu.layers.initialisation import zero_
 from keifu.layers.transformer.blocks import CrossPreNorm
@@ -25,9 +26,6 @@ from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
 from keifu.models.hf.unet import BLOCK, CONDITIONED_FIELDS, PADDING, Way, nested, stages, unet_names
 
-Sample = Float[Tensor, "batch channels height width"]
-Predicted = Float[Tensor, "batch out_channels height width"]
-Time = Num[Tensor, "*batch"]  # timesteps: one for all samples, or one for each
 Context = Float[Tensor, "batch seen context_dim"]
 
 

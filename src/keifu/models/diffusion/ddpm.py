@@ -11,12 +11,12 @@ from operator import not_
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Num
+from jaxtyping import Num
 from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.activations import activation
-from keifu.layers.diffusion.image_model import ImageModel
+from keifu.layers.diffusion.image_model import ImageModel, Predicted, Sample, Time
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.initialisation import xavier_, zero_
 from keifu.layers.unet.conv import SpatialAttention
@@ -27,7 +27,6 @@ from keifu.models.hf import config as hf
 from keifu.models.hf import unet as published
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
-Sample = Float[Tensor, "batch channels height width"]
 LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10
 
 
@@ -152,10 +151,8 @@ class DDPM(ImageModel):
         self.config, self.time, self.label, self.unet = config, time, label, unet
         self.activation = activation(config.activation)
 
-    def forward(
-        self, x: Sample, timestep: Num[Tensor, "*batch"], label: Num[Tensor, "batch *vector"] | None = None
-    ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy images, in their dtype. timestep: one for all, or one for each.
+    def forward(self, x: Sample, timestep: Time, label: Num[Tensor, "batch *vector"] | None = None) -> Predicted:
+        """Return the prediction for noisy images, in their dtype.
 
         label: a class (batch,), or if the Config says so a number (batch,) or vector (batch, time_dim); None is the
         null class if there is one. Raises UserError for an unsupported size or number of channels.

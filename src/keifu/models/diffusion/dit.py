@@ -22,7 +22,7 @@ from keifu.errors import UserError, require_known
 from keifu.layers.activations import gelu_tanh, quick_gelu
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import sinusoids
-from keifu.layers.diffusion.image_model import ImageModel
+from keifu.layers.diffusion.image_model import ImageModel, Sample, Time
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.feedforward import GEGLU, FeedForward
 from keifu.layers.initialisation import xavier_, zero_
@@ -36,7 +36,8 @@ from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 from keifu.models.hf.unet import BLOCK, nested
 from keifu.ranges import BelowOne, Count, Natural, Positive
 
-Sample = Float[Tensor, "batch channels height width"]
+Predicted = Float[Tensor, "batch out_channels new_height new_width"]
+Labels = Int[Tensor, " batch"]
 
 FREQUENCIES, EPS = 256, 1e-6  # numbers of the timestep's sinusoids; ε of the norms before attention and the last layer
 FEEDFORWARDS: dict[str, Callable[..., nn.Module]] = {  # by diffusers' names
@@ -168,7 +169,7 @@ class Condition(nn.Module):
         self.time = TimeEmbedding(TimestepSinusoids(FREQUENCIES, cosine_first=True), FREQUENCIES, dim)
         self.label = nn.Embedding(n_classes + 1, dim)
 
-    def forward(self, timestep: Num[Tensor, " batch"], label: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
+    def forward(self, timestep: Num[Tensor, " batch"], label: Labels) -> Float[Tensor, "batch dim"]:
         return self.time(timestep) + self.label(label)
 
 
@@ -188,9 +189,7 @@ class DiffusionTransformer(nn.Module):
         self.norm = nn.LayerNorm(dim, EPS, elementwise_affine=False)
         self.modulation, self.last = Linear(dim, 2 * dim), Linear(dim, patch * patch * config.predicted_channels)
 
-    def forward(
-        self, x: Sample, timestep: Num[Tensor, " batch"], label: Int[Tensor, " batch"]
-    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
+    def forward(self, x: Sample, timestep: Num[Tensor, " batch"], label: Labels) -> Predicted:
         """Return the prediction for noisy samples, in their dtype."""
         patch, dtype = self.config.patch_size, self.last.weight.dtype
         hidden = self.patches(x.to(dtype))
@@ -206,9 +205,7 @@ class DiffusionTransformer(nn.Module):
         return from_patches(output, rows, columns, patch).to(x.dtype)
 
 
-def from_patches(
-    output: Float[Tensor, "batch length numbers"], rows: int, columns: int, patch: int
-) -> Float[Tensor, "batch out_channels new_height new_width"]:
+def from_patches(output: Float[Tensor, "batch length numbers"], rows: int, columns: int, patch: int) -> Predicted:
     """Join patches of patch · patch pixels, with their channels, to pictures."""
     output = output.unflatten(-1, (patch, patch, -1)).unflatten(1, (rows, columns))
     return output.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
@@ -267,10 +264,8 @@ class DiT(ImageModel):
         """Return the channels of the pictures."""
         return self.config.channels if self.autoencoder is None else self.autoencoder.config.channels
 
-    def forward(
-        self, x: Sample, timestep: Num[Tensor, "*batch"], label: Int[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, "batch out_channels new_height new_width"]:
-        """Return the prediction for noisy latents or pixels, in their dtype. timestep: one for all, or one for each.
+    def forward(self, x: Sample, timestep: Time, label: Labels | None = None) -> Predicted:
+        """Return the prediction for noisy latents or pixels, in their dtype.
 
         label: a class (batch,); None for the null class. Numbers at the right and bottom that do not fill a patch are
         cut off, as in diffusers; `check_size` refuses such sides. Raises UserError for another number of channels.

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.layers.attention.masks import PaddingMask
-from keifu.layers.diffusion.image_model import ImageModel
+from keifu.layers.diffusion.image_model import ImageModel, Predicted, Sample, Time
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.unet.spatial_transformer import Memories
 from keifu.layers.unet.unet import check_sides
@@ -127,10 +127,8 @@ class LatentDiffusion(ImageModel):
         """Return the context's keys and values in every transformer of the U-Net. Compute them once per image."""
         return self.unet.project(context)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"], timestep: Num[Tensor, "*batch"], projected: Memories
-    ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the prediction for noisy latents. timestep: one for all, or one for each."""
+    def forward(self, x: Sample, timestep: Time, projected: Memories) -> Predicted:
+        """Return the prediction for noisy latents."""
         return self.unet.predict(x, timestep, projected, PaddingMask())
 
     def check_size(self, height: int, width: int) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.masks import PaddingMask
+from keifu.layers.diffusion.image_model import Predicted, Sample, Time
 from keifu.layers.initialisation import zero_
 from keifu.layers.linear import Linear
 from keifu.layers.unet.spatial_transformer import JointAttention, Memories
 from keifu.models.diffusion.conditioned_unet import UNSUPPORTED as OF_CONDITIONED
-from keifu.models.diffusion.conditioned_unet import ConditionedUNet, Context, Predicted, Sample, Time, UNetConfig
+from keifu.models.diffusion.conditioned_unet import ConditionedUNet, Context, UNetConfig
 from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
 from keifu.models.hf.unet import CONDITIONED_FIELDS, SHIFTS, Way, stages, unet_names

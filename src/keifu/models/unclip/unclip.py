@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.masks import PaddingMask
-from keifu.layers.diffusion.image_model import ImageModel
+from keifu.layers.diffusion.image_model import ImageModel, Predicted, Sample, Time
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.unet.spatial_transformer import Memories
 from keifu.models.clip import image as clip_image
@@ -28,7 +28,6 @@ from keifu.models.unclip import conditioning
 from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 
-Sample = Float[Tensor, "batch channels height width"]
 Embedding = Float[Tensor, "batch embedding"]
 PRIOR = Noise(schedule="cosine", target="picture", clip=5.0, spacing="linspace")
 DECODER = Noise(schedule="cosine", variance="learned_range", spacing="linspace")
@@ -159,7 +158,7 @@ class Unclip(ImageModel):
             raise UserError("This unCLIP has no image_encoder, so it cannot see a picture: give a text.")
         return self.image(pixels)
 
-    def imagine(self, x: Embedding, timestep: Num[Tensor, "*batch"], caption: Caption) -> Embedding:
+    def imagine(self, x: Embedding, timestep: Time, caption: Caption) -> Embedding:
         """Return the prior's prediction of the normalised image embedding from noisy ones."""
         return self.prior(x, timestep, *caption)
 
@@ -174,15 +173,11 @@ class Unclip(ImageModel):
         real = F.pad(caption.real, (self.conditions.config.n_tokens, 0), value=True)
         return UnclipConditioning(time, self.decoder.project(context), PaddingMask(real))
 
-    def forward(
-        self, x: Sample, timestep: Num[Tensor, "*batch"], conditioning: UnclipConditioning
-    ) -> Float[Tensor, "batch out_channels height width"]:
-        """Return the decoder's prediction for noisy images. timestep: one for all, or one for each."""
+    def forward(self, x: Sample, timestep: Time, conditioning: UnclipConditioning) -> Predicted:
+        """Return the decoder's prediction for noisy images."""
         return self.decoder.predict(x, timestep, *conditioning)
 
-    def enlarge(
-        self, x: Sample, timestep: Num[Tensor, "*batch"], small: Sample, last: bool = False
-    ) -> Float[Tensor, "batch out_channels height width"]:
+    def enlarge(self, x: Sample, timestep: Time, small: Sample, last: bool = False) -> Predicted:
         """Return the upsampler's prediction for noisy images, given the small ones resized to the same size. last: for
         the step that ends at the clean image."""
         return (self.last_upsampler if last else self.upsampler)(torch.cat([x, small], 1), timestep)
