@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from keifu.layers.linear import Linear
 
+Hidden = Float[Tensor, "batch length dim"]
+Mask = Bool[Tensor, "batch length"]
 
-def mean_pool(
-    hidden: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None
-) -> Float[Tensor, "batch dim"]:
+
+def mean_pool(hidden: Hidden, mask: Mask | None) -> Float[Tensor, "batch dim"]:
     """Return the mean over the real tokens (not padding), in float32. `mask` is True on real tokens."""
     if mask is None:
         return hidden.mean(1, dtype=torch.float32)
@@ -28,8 +29,6 @@ class SentenceHead(nn.Module):
         super().__init__()
         self.project = Linear(dim, labels)
 
-    def forward(
-        self, hidden: Float[Tensor, "batch length dim"], mask: Bool[Tensor, "batch length"] | None = None
-    ) -> Float[Tensor, "batch labels"]:
+    def forward(self, hidden: Hidden, mask: Mask | None = None) -> Float[Tensor, "batch labels"]:
         embedding = F.normalize(mean_pool(hidden, mask), dim=-1)
         return self.project(embedding.to(self.project.weight.dtype))

@@ -25,6 +25,8 @@ from keifu.layers.linear import Linear
 from keifu.layers.normalisation import GatedRMSNorm
 
 Hidden = Float[Tensor, "batch length dim"]
+Channels = Float[Tensor, "batch length channels"]
+Numbers = Float[Tensor, "batch numbers"]
 State = Float[Tensor, "batch heads key_dim value_dim"]
 Segments = Int[Tensor, "batch length"] | None
 
@@ -109,9 +111,8 @@ class ShortConvolution(nn.Module):
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
     def forward(
-        self, x: Float[Tensor, "batch length channels"], before: Float[Tensor, "batch earlier channels"],
-        segments: Segments = None,
-    ) -> Float[Tensor, "batch length channels"]:  # fmt: skip
+        self, x: Channels, before: Float[Tensor, "batch earlier channels"], segments: Segments = None
+    ) -> Channels:
         """Convolve `x`, which follows the `size` - 1 tokens `before`. Tokens of another segment count as 0."""
         joined = torch.cat([before, x], 1).mT
         if segments is None:
@@ -222,9 +223,8 @@ class GatedDeltaNet(nn.Module):
         return self.output(self.norm(y.unflatten(-1, shape), gate.unflatten(-1, shape)).flatten(2))
 
     def _recur(
-        self, x: Float[Tensor, "batch length channels"], state: Float[Tensor, "batch numbers"],
-        segments: Segments = None,
-    ) -> tuple[Float[Tensor, "batch length out"], Float[Tensor, "batch numbers"]]:  # fmt: skip
+        self, x: Channels, state: Numbers, segments: Segments = None
+    ) -> tuple[Float[Tensor, "batch length out"], Numbers]:
         """Return the output for each new token, and the state after the last one."""
         heads = self.heads
         mixed, strength, decay = x.split([heads.channels, heads.values, heads.values], -1)

@@ -20,7 +20,9 @@ from keifu.layers.linear import linear
 
 Source = Int[Tensor, "batch source_length"]
 SourceMask = Bool[Tensor, "batch source_length"]
+Target = Int[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
+Logits = Float[Tensor, "batch length vocab"]
 
 
 class EncoderDecoderState:
@@ -123,9 +125,7 @@ class EncoderDecoder(nn.Module):
         """Return the blocks of both stacks."""
         return [*self.encoder, *self.decoder]
 
-    def forward(
-        self, source: Source, target: Int[Tensor, "batch length"], source_mask: SourceMask | None = None
-    ) -> Float[Tensor, "batch length vocab"]:
+    def forward(self, source: Source, target: Target, source_mask: SourceMask | None = None) -> Logits:
         """Return logits of the token after each of the target. `source_mask` is True on real tokens; padding is at the
         end."""
         return self.logits(self.hidden(target, self.start(source, source_mask)))
@@ -139,7 +139,7 @@ class EncoderDecoder(nn.Module):
         memory = read_source(x, source_mask, self.encoder, [block.cross_attention for block in blocks])
         return EncoderDecoderState(memory, source_mask, blocks, capacity)
 
-    def hidden(self, target: Int[Tensor, "batch length"], state: EncoderDecoderState) -> Hidden:
+    def hidden(self, target: Target, state: EncoderDecoderState) -> Hidden:
         """Return the hidden states that predict the next token at each position. With a capacity, pass only the new
         tokens."""
         if len(target) != state.rows:
