@@ -121,11 +121,10 @@ def _write_scale(config: Any) -> dict[str, Any]:
     return {"query_pre_attn_scalar": whole if abs(whole**-0.5 - scale) < 1e-12 else scalar}
 
 
-GEMMA_FIELDS: hf.Fields = llama.DECODER_FIELDS | {  # of Gemma 2 and 3
+GEMMA_FIELDS: hf.Fields = llama.BIAS_FIELDS | {  # of Gemma 2 and 3
     "n_kv_heads": "num_key_value_heads",
     "head_dim": hf.Field("head_dim", 256),
     "activation": hf.activation_field("hidden_activation", "gelu_pytorch_tanh"),
-    "attention_bias": hf.Field("attention_bias", False),
     "attention_scale": hf.FieldGroup(_read_scale, _write_scale),
     "sliding_window": hf.Field("sliding_window", 4096),
     "tied": hf.Field("tie_word_embeddings", True),

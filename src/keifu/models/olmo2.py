@@ -62,9 +62,8 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
 }
 MODEL_TYPES = {"olmo2": "Olmo2ForCausalLM"}
 
-FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "n_kv_heads": llama.ALL_HEADS,
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
-    "attention_bias": hf.Field("attention_bias", False),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

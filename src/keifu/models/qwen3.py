@@ -64,9 +64,8 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
 }
 MODEL_TYPES = {"qwen3": "Qwen3ForCausalLM"}
 
-ATTENTION_FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+ATTENTION_FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "head_dim": hf.Field("head_dim", lambda json: json["hidden_size"] // json["num_attention_heads"]),
-    "attention_bias": hf.Field("attention_bias", False),
 }
 FIELDS = ATTENTION_FIELDS | {"window": hf.WINDOW}
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

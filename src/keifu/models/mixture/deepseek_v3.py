@@ -117,7 +117,7 @@ MODEL_TYPES = {"deepseek_v3": "DeepseekV3ForCausalLM"}
 _ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 UNSUPPORTED: dict[str, Any] = {**_ROUTING, "moe_layer_freq": 1}
 
-FIELDS: hf.Fields = {name: field for name, field in llama.DECODER_FIELDS.items() if name != "n_kv_heads"} | {
+FIELDS: hf.Fields = {name: field for name, field in llama.BIAS_FIELDS.items() if name != "n_kv_heads"} | {
     "expert_dim": hf.Field("moe_intermediate_size", 2048),
     "n_heads": hf.Field("num_attention_heads", also=("num_key_value_heads",)),
     "n_dense_layers": hf.Field("first_k_dense_replace", 3),
@@ -134,7 +134,6 @@ FIELDS: hf.Fields = {name: field for name, field in llama.DECODER_FIELDS.items()
     "normalised": hf.Field("norm_topk_prob", True),
     "expert_scale": hf.Field("routed_scaling_factor", 2.5, float),
     "rope_interleaved": hf.Field("rope_interleave", True),
-    "attention_bias": hf.Field("attention_bias", False),
     "routing": hf.constants(**_ROUTING, num_nextn_predict_layers=0),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

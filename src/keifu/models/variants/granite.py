@@ -55,8 +55,7 @@ def build(config: Config) -> DecoderLM:
 WEIGHT_NAMES = llama.WEIGHT_NAMES
 MODEL_TYPES = {"granite": "GraniteForCausalLM"}
 
-FIELDS: hf.Fields = llama.DECODER_FIELDS | {
-    "attention_bias": hf.Field("attention_bias", False),
+FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "feedforward_bias": hf.Field("mlp_bias", False),
     "embedding_scale": hf.Field("embedding_multiplier", 1.0, float),
     "attention_scale": hf.Field("attention_multiplier", 1.0, float),

@@ -64,9 +64,8 @@ WEIGHT_NAMES = {name: theirs for name, theirs in llama.WEIGHT_NAMES.items() if "
 del WEIGHT_NAMES["blocks.*.feedforward.gate_up"]
 MODEL_TYPES = {"nanochat": "NanoChatForCausalLM"}
 
-FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "activation": hf.activation_field("hidden_act", "relu2"),
     "logit_cap": hf.Field("final_logit_softcapping", 15.0, if_none=hf.null),
-    "attention_bias": hf.Field("attention_bias", False),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)

@@ -55,9 +55,8 @@ def _attention(config: Config, layer: int) -> Attention:
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES
 MODEL_TYPES = {"smollm3": "SmolLM3ForCausalLM"}
-FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "n_kv_heads": hf.Field("num_key_value_heads", 4),
-    "attention_bias": hf.Field("attention_bias", False),
     "feedforward_bias": hf.Field("mlp_bias", False),
     "tied": hf.Field("tie_word_embeddings", True),
     "rope": hf.rope(2e6),
