@@ -33,7 +33,7 @@ from keifu.layers.attention.positions import LearnedPositions, Rotary
 from keifu.layers.feedforward import FeedForward, SwiGLU
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.normalisation import RMSNorm
-from keifu.layers.transformer.blocks import PreNorm, residual_weights
+from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 from keifu.training.hardware.flops import count_flops
@@ -61,7 +61,7 @@ class Model:
         positions = self.learned_positions() if self.learned_positions else None
         model = DecoderLM(nn.Embedding(vocab_size, DIM), blocks, self.norm(), positions)
         normal_(model, std=0.02)
-        scale_residual_(residual_weights(blocks), LAYERS)
+        scale_residual_(blocks)
         return model
 
 

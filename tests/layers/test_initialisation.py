@@ -9,7 +9,7 @@ from torch import nn
 
 from keifu.layers.attention.attention import Attention
 from keifu.layers.initialisation import scale_residual_
-from keifu.layers.transformer.blocks import PreNorm, residual_weights
+from keifu.layers.transformer.blocks import PreNorm
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, palm, transformer
 from keifu.models.unclip import prior as unclip_prior
 
@@ -95,10 +95,11 @@ def test_a_block_lists_the_matrices_that_are_scaled() -> None:
     """By no name of theirs; a layer that lists none is an error, not a layer that is left out."""
     norms = (nn.LayerNorm(8), nn.LayerNorm(8))
     blocks = [PreNorm(Attention(8, 2), Experts(), norms) for _ in range(2)]
-    before = [weight.clone() for weight in residual_weights(blocks)]
-    scale_residual_(residual_weights(blocks), 2)
+    listed = [w for block in blocks for w in (*block.attention.residual_weights, *block.feedforward.residual_weights)]
+    before = [weight.clone() for weight in listed]
+    scale_residual_(blocks)
     assert len(before) == 6
-    for weight, old in zip(residual_weights(blocks), before, strict=True):
+    for weight, old in zip(listed, before, strict=True):
         assert torch.equal(weight, old / 2)
     with pytest.raises(AttributeError, match="residual_weights"):
-        residual_weights([PreNorm(Attention(8, 2), nn.Linear(8, 8), norms)])
+        scale_residual_([PreNorm(Attention(8, 2), nn.Linear(8, 8), norms)])

@@ -1,8 +1,9 @@
 """Weight initialisation by kind of layer."""
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from keifu.layers.linear import JoinedLinear
 
@@ -17,13 +18,13 @@ def normal_(model: nn.Module, std: float = 0.02) -> None:
             nn.init.zeros_(module.bias)
 
 
-def scale_residual_(weights: Iterable[Tensor], n_layers: int) -> None:
-    """Divide the weights of the residual projections by √(2 · n_layers) (GPT-2, section 2.3).
-
-    weights: the result of `keifu.layers.transformer.blocks.residual_weights`.
-    """
-    for weight in weights:
-        weight.data.div_((2 * n_layers) ** 0.5)
+def scale_residual_(blocks: Iterable[nn.Module]) -> None:
+    """Divide the matrices whose outputs are added to the residual stream by √(2 · number of blocks) (GPT-2, section
+    2.3). The attention and the feed-forward network of each block list these matrices as `residual_weights`."""
+    listed: list[Any] = list(blocks)
+    for block in listed:
+        for weight in (*block.attention.residual_weights, *block.feedforward.residual_weights):
+            weight.data.div_((2 * len(listed)) ** 0.5)
 
 
 def xavier_(model: nn.Module, embedding_std: float) -> None:

@@ -15,7 +15,7 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
-from keifu.layers.transformer.blocks import PreNorm, residual_weights
+from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt1
 from keifu.models.hf import config as hf
@@ -63,7 +63,7 @@ def assemble(config: Any, attention: Callable[[int], Attention], bias: bool = Tr
     model = DecoderLM.of(config, blocks, norm(), positions)
     normal_(model, std=0.02)
     nn.init.normal_(positions.weight, std=0.01)
-    scale_residual_(residual_weights(blocks), config.n_layers)
+    scale_residual_(blocks)
     return model
 
 

@@ -14,7 +14,7 @@ from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.normalisation import RMSNorm
-from keifu.layers.transformer.blocks import PreNorm, residual_weights
+from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive
@@ -119,7 +119,7 @@ def assemble(
     ]
     decoder = model.of(config, blocks, last_norm or new_norm(), embedding=embedding)
     normal_(decoder, std=0.02)
-    scale_residual_(residual_weights(blocks), config.n_layers)
+    scale_residual_(blocks)
     return decoder
 
 

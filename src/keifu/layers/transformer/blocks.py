@@ -3,7 +3,6 @@
 Axes: batch, length, dim. A block passes all other arguments to its attention.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch.nn.functional as F
@@ -161,12 +160,3 @@ class Parallel(nn.Module):
         normed = self.norm(x)
         x = x + self.attention_dropout(self.attention(normed, **context))
         return x + self.feedforward_dropout(self.feedforward(normed))
-
-
-def residual_weights(blocks: Iterable[Any]) -> list[Tensor]:
-    """Return the matrices of these blocks whose outputs are added to the residual stream.
-
-    The attention and the feed-forward network of each block list their matrices as `residual_weights`.
-    """
-    sublayers = [part for block in blocks for part in (block.attention, block.feedforward)]
-    return [weight for part in sublayers for weight in part.residual_weights]

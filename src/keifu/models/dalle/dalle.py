@@ -21,7 +21,7 @@ from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
-from keifu.layers.transformer.blocks import PreNorm, residual_weights
+from keifu.layers.transformer.blocks import PreNorm
 from keifu.models.dalle import discrete_vae
 
 Tokens = Int[Tensor, "batch text"]
@@ -170,5 +170,5 @@ def build(config: Config) -> Dalle:
     for part in model.children():
         if part is not model.vae:
             normal_(part, std=0.02)
-    scale_residual_(residual_weights(model.blocks), config.n_layers)
+    scale_residual_(model.blocks)
     return model

@@ -19,7 +19,7 @@ from keifu.layers.attention.masks import CausalPaddingMask, PaddingMask
 from keifu.layers.feedforward import FeedForward
 from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.linear import Linear
-from keifu.layers.transformer.blocks import PreNorm, residual_weights
+from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.unet.timestep_embedding import TimeEmbedding, TimestepSinusoids
 from keifu.models.hf import config as hf
 from keifu.models.hf.unet import BLOCK, TIME, nested
@@ -140,7 +140,7 @@ def build(config: Config) -> Prior:
     """Build a prior with GPT-2's initialisation."""
     model = Prior(config)
     normal_(model)
-    scale_residual_(residual_weights(model.blocks), config.n_layers)
+    scale_residual_(model.blocks)
     for parameter in (model.positions, *([] if model.query is None else [model.query])):
         nn.init.normal_(parameter, std=0.02)
     return model
