@@ -16,9 +16,8 @@ class Toy(ImageModel):
 
     def __init__(self, noise: Noise, n_classes: int | None = None, channels: int = 2, size: int = 6):
         super().__init__()
-        self.noise = noise
         self.config = SimpleNamespace(
-            size=size, channels=channels, n_classes=n_classes, null_class=n_classes is not None, classes=()
+            size=size, channels=channels, n_classes=n_classes, null_class=n_classes is not None, classes=(), noise=noise
         )
         width = channels * (1 + (noise.variance == "learned_range"))
         self.mix = nn.Conv2d(channels, width, 3, padding=1)

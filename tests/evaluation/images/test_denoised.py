@@ -53,9 +53,9 @@ class Knowing(ImageModel):
     def __init__(self, noise: Noise, greys: tuple[float, ...] = (0.2,), classes: tuple[str, ...] = (), free=True):
         super().__init__()
         self.greys = nn.Parameter(torch.tensor(greys), requires_grad=False)  # its device is the model's
-        self.noise = noise
+        n_classes = len(greys) if len(greys) > 1 else 0
         self.config = SimpleNamespace(
-            size=SIDE, channels=3, n_classes=len(greys) if len(greys) > 1 else 0, null_class=free, classes=classes
+            size=SIDE, channels=3, n_classes=n_classes, null_class=free, classes=classes, noise=noise
         )
 
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:

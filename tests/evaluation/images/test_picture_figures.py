@@ -85,8 +85,9 @@ class Remembering(ImageModel):
     def __init__(self, pictures: Tensor, free: bool):
         super().__init__()
         self.pictures = nn.Parameter(pictures)
-        self.noise = Noise(target="picture")
-        self.config = SimpleNamespace(size=SIZE, channels=3, n_classes=len(pictures), null_class=free, classes=())
+        noise, n_classes = Noise(target="picture"), len(pictures)
+        sizes = {"size": SIZE, "channels": 3, "n_classes": n_classes, "null_class": free, "classes": ()}
+        self.config = SimpleNamespace(**sizes, noise=noise)
 
     def forward(self, x: Tensor, timestep: Tensor, label: Tensor | None = None) -> Tensor:
         return self.pictures[0].expand_as(x) if label is None else self.pictures[label]
