@@ -37,7 +37,7 @@ REFUSED = {  # what keifu refuses, with the models and the words of the refusal
     "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES[3:], *HYBRIDS], "writes no GGUF"),
     "native": {"mixture.deepseek_v3": "LatentAttention, which native"}
     | dict.fromkeys(HYBRIDS, "GatedDeltaNet, which native")
-    | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledPreNorm), which native"),
+    | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledRMSNorm), which native"),
     "tensor": dict.fromkeys(
         [*MIXTURES, *HYBRIDS, *CAPPED, "variants.granite"], "which tensor parallelism cannot split"
     ),
