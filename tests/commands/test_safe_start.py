@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keifu.commands.shared.launch import start
+from keifu.commands.train import start
 
 MARK = "with open({marker!r}, 'a') as file:\n    file.write(__name__ + ' ')\nraise SystemExit(9)\n"
 MODULES = ("random", "torch", "pip", "json", "numpy", "tyro", "site", "logging", "safetensors")

@@ -167,6 +167,5 @@ def _report(figures: dict[str, Any]) -> str:
         f"prefill    {figures['prefill']:,.1f} tokens/s, prompts of {figures['prompt']}\n"
         f"decode     {figures['decode']:,.1f} tokens/s, {figures['tokens']} after each prompt\n"
         f"bandwidth  {figures['bandwidth']:.1f} GB/s, {figures['share']:.0%} of {figures['peak']:.1f} GB/s\n"
-        f"memory     {figures['memory'] / 1e6:,.0f} MB of weights, keys and values"
-        f"{guesses}"
+        f"memory     {figures['memory'] / 1e6:,.0f} MB of weights, keys and values{guesses}"
     )

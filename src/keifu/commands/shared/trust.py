@@ -43,8 +43,7 @@ def refuse_recipe_file(out: Path, name: str, record: Mapping[str, Any]) -> None:
     if name.endswith(".py"):
         raise UserError(
             f"The run in {out} was made by the recipe file {name}, and a folder never starts code by itself. If you "
-            f"trust that file{_was(record, '')}, name it: keifu train {shell(name)} --resume "
-            f"{shell(out)}."
+            f"trust that file{_was(record, '')}, name it: keifu train {shell(name)} --resume {shell(out)}."
         )
 
 
