@@ -1,5 +1,6 @@
 """Folders: keifu's cache, configuration and packaged files, and names of files in a folder of the user."""
 
+import glob
 import os
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def config() -> Path:
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
     """Return the names of files in the folder of a missing path. The error suggests the nearest of them."""
     return [str(file) for file in path.parent.glob(pattern)]
+
+
+def matching(source: str | Path) -> list[Path]:
+    """List the files of a source, in order: one file, all files in a folder that are not hidden, or those that match a
+    pattern."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file.relative_to(path)))
+    found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+    return sorted(file for file in found if file.is_file())
 
 
 def hidden(path: Path) -> bool:

@@ -244,7 +244,7 @@ class Chat:
         from keifu.data.chat.conversations import objects, validate_messages
 
         path = Path(name).expanduser().resolve()
-        records = list(objects(path, "conversation"))
+        records = objects(path, "conversation")
         if len(records) != 1:
             raise UserError(f"{name} holds {len(records)} conversations: /load reads a file that /save has written.")
         [(place, record)] = records

@@ -76,9 +76,9 @@ def run(options: Options) -> None:
         raise UserError("--picture draws a table's confusion matrix: name the table with --on.")
     if options.on is not None and (options.texts or options.file):
         raise UserError(f"There are two sources of texts, {options.on} and those beside it: give one of them.")
-    from keifu.data.images.catalogued import in_catalogue
+    from keifu.data.images.catalogued import CATALOGUED
 
-    on_pictures = options.on is not None and (in_catalogue(options.on) or Path(options.on).is_dir())
+    on_pictures = options.on is not None and (options.on in CATALOGUED or Path(options.on).is_dir())
     pictures = options.labels is not None or on_pictures or any(map(is_picture, options.texts))
     if options.on is None:
         _show_choices(_of_pictures(options) if pictures else _of_texts(options), pictures, options.json)

@@ -168,12 +168,13 @@ def _megabytes(size: int) -> str:
 
 
 def _check(source: str, options: Options) -> None:
+    from keifu.data.catalogue.catalogue import CATALOGUE
     from keifu.data.text.dataset_report import check_dataset
-    from keifu.data.text.documents import TextFileFormat, in_catalogue, paths
+    from keifu.data.text.documents import TextFileFormat, paths
     from keifu.data.tokenizers.load import load_tokenizer
 
     form = TextFileFormat(options.text_field, options.encoding)
-    if not in_catalogue(source):
+    if source not in CATALOGUE:
         paths(source, form)  # refuses a source without files before a tokenizer is loaded
     report = check_dataset(source, load_tokenizer(options.tokenizer or "gpt2-bpe"), form)
     print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)

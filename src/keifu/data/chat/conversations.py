@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 from keifu.data.catalogue import catalogue
 from keifu.data.catalogue.readers import Conversation
 from keifu.data.records import Row, listed, read_records
-from keifu.data.text.documents import in_catalogue
 from keifu.data.text.synthetic_math import chain_sums
 from keifu.errors import UserError, unknown
 from keifu.folders import neighbours
@@ -91,7 +90,7 @@ def read(source: str) -> Iterator[Conversation]:
     """
     if source in INSTRUCTIONS:
         yield from INSTRUCTIONS[source]()
-    elif in_catalogue(source):
+    elif source in catalogue.CATALOGUE:
         for talk in catalogue.conversations(source):  # a last user message has no answer
             yield talk[:-1] if talk[-1]["role"] == "user" else talk
     elif Path(source).is_file():
@@ -106,14 +105,12 @@ def names() -> list[str]:
     return [*INSTRUCTIONS, *catalogue.names("conversations")]
 
 
-def objects(path: Path, what: str) -> Iterator[Row]:
-    """Yield each record of a file with its position for errors. what: a word for a record, also for errors."""
-    any_object = False
-    for where, record in read_records(path):
-        any_object = True
-        yield where, record
-    if not any_object:
+def objects(path: Path, what: str) -> list[Row]:
+    """Return the records of a file with their positions for errors. what: a word for a record, also for errors."""
+    rows = list(read_records(path))
+    if not rows:
         raise UserError(f"There is no {what} in {path}: it is empty.")
+    return rows
 
 
 def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], where: str, what: str) -> Form:

@@ -221,8 +221,3 @@ CATALOGUED: dict[str, Callable[[], Iterator[ImageItem]]] = {
     "fashion-mnist": _clothes,
     "photos": _photos,
 }
-
-
-def in_catalogue(source: str | Path) -> bool:
-    """Return whether a source is the name of a picture entry in the catalogue."""
-    return isinstance(source, str) and source in CATALOGUED

@@ -24,7 +24,7 @@ from torch import Tensor
 from keifu.data.catalogue import catalogue
 from keifu.data.classification.examples import sorted_labels
 from keifu.data.images import sources
-from keifu.data.images.catalogued import in_catalogue
+from keifu.data.images.catalogued import CATALOGUED
 from keifu.data.images.io import Fit, ImageItem, fit_image
 from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
@@ -290,7 +290,7 @@ def read_images(
 
 def _content(source: str | Path) -> str:
     """Return a string that changes with the source: for files, with their names, sizes and times."""
-    if in_catalogue(source):
+    if source in CATALOGUED:
         return catalogue.identity(str(source))
     root = Path(source).expanduser()
     facts = [(path, plain_file(path).stat()) for path in sources.files(source)]

@@ -11,7 +11,6 @@ A source is one of:
 Folders called train, validation and test at the top level define the split.
 """
 
-import glob
 import os
 import re
 import tarfile
@@ -20,11 +19,11 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from keifu.data.images.catalogued import CATALOGUED, in_catalogue
+from keifu.data.images.catalogued import CATALOGUED
 from keifu.data.images.io import UNSTATED, ImageItem, read_image
 from keifu.data.records import Problem, read_records
 from keifu.errors import UserError, unknown
-from keifu.folders import hidden
+from keifu.folders import matching
 from keifu.untrusted import parse_json, plain_file, reading
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"
@@ -55,21 +54,19 @@ def items(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
 
 def files(source: str | Path) -> list[Path]:
     """List the files of a source that is not in the catalogue, in order. Raises `UserError` if there are none."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".tar":
-            raise UserError(f"{path} is one file, and pictures come in a folder or in .tar shards: name its folder.")
-        return [path]
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file.relative_to(path)))
-    if shards := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if name.endswith(".tar")):
+    path, found = Path(source).expanduser(), matching(source)
+    if path.is_file() and path.suffix.lower() != ".tar":
+        raise UserError(f"{path} is one file, and pictures come in a folder or in .tar shards: name its folder.")
+    if path.is_dir() or path.is_file():
+        return found
+    if shards := [file for file in found if file.name.endswith(".tar")]:
         return shards
     nearby = [str(path.with_name(file.name)) for file in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
     raise unknown("folder of pictures, .tar shard or catalogue entry", str(source), [*CATALOGUED, *nearby])
 
 
 def _all(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
-    if in_catalogue(source):
+    if source in CATALOGUED:
         return CATALOGUED[str(source)]()
     paths = files(source)
     root = Path(source).expanduser()

@@ -8,7 +8,6 @@ one document: its text without tags, scripts and styles. Any other file is one u
 lines that are exactly <|endoftext|> split it.
 """
 
-import glob
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,11 @@ from keifu import files, folders
 from keifu.data import records
 from keifu.data.catalogue import catalogue
 from keifu.data.records import UTF8, Problem, lines, refuse
-from keifu.data.text.passages import html_text
+from keifu.data.text.passages import PAGES, html_text
 from keifu.errors import UserError, unknown
 
 MARK = "<|endoftext|>"
-HTML = ".html", ".htm"
-SUFFIXES = ".txt", ".md", *HTML, ".jsonl", ".parquet"  # of a folder; tables too if their field is given
+SUFFIXES = ".txt", ".md", *PAGES, ".jsonl", ".parquet"  # of a folder; tables too if their field is given
 LIMIT = 1 << 20  # characters: longer documents come in chunks, so that they need not fit into memory
 
 
@@ -92,34 +90,26 @@ def chunks(pieces: Iterable[TextChunk], characters: int) -> Iterator[list[TextCh
         yield group
 
 
-def in_catalogue(source: str | Path) -> bool:
-    """Return whether a source is the name of a catalogue entry."""
-    return isinstance(source, str) and source in catalogue.CATALOGUE
-
-
 def content_hash(source: str | Path, form: TextFileFormat = PLAIN) -> str:
     """Return the SHA-256 of a source's content in hexadecimal. Names and folders of the files do not count."""
-    if in_catalogue(source):
+    if source in catalogue.CATALOGUE:
         return files.hash_of([catalogue.identity(str(source))])
     return files.hash_of(["\n".join(f"{path.suffix}:{files.sha256(path)}" for path in paths(source, form))])
 
 
 def paths(source: str | Path, form: TextFileFormat = PLAIN) -> list[Path]:
     """List the files of a source that is not in the catalogue, in order. Raises `UserError` if there are none."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
+    path, matching = Path(source).expanduser(), folders.matching(source)
     if path.is_dir():
-        inside = [file for file in path.rglob("*") if file.is_file() and not folders.hidden(file.relative_to(path))]
         kinds = SUFFIXES if form.field is None else (*SUFFIXES, *records.SUFFIXES)
-        return sorted(file for file in inside if file.suffix.lower() in kinds) or _nothing(path, inside)
-    if matches := sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()):
-        return matches
+        return [file for file in matching if file.suffix.lower() in kinds] or _nothing(path, matching)
+    if matching:
+        return matching
     raise unknown("file, folder or catalogue entry", str(source), [*catalogue.names(), *folders.neighbours(path)])
 
 
 def _all(source: str | Path, form: TextFileFormat, problem: Problem) -> Iterator[TextChunk]:
-    if in_catalogue(source):
+    if source in catalogue.CATALOGUE:
         for text in catalogue.documents(str(source)):
             yield from _in_chunks(text)
         return
@@ -129,7 +119,7 @@ def _all(source: str | Path, form: TextFileFormat, problem: Problem) -> Iterator
             field = form.field or "text"
             for where, record in records.read_records(path, problem, form.encoding, only=field):
                 yield from _field(record, field, where, problem)
-        elif suffix in HTML:
+        elif suffix in PAGES:
             yield from _in_chunks(html_text(lines(path, problem, form.encoding)))
         elif path.stat().st_size:
             yield from _gather(lines(path, problem, form.encoding), MARK)

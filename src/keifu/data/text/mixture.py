@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keifu.data.catalogue import catalogue
 from keifu.data.epochs import BatchSizeSchedule, batch_size_stages
 from keifu.data.interleaving import interleave, source_of_row
 from keifu.data.text import documents as sources
@@ -202,7 +203,7 @@ def _parts(source: MixtureSource, held_out: float) -> tuple[Parts | None, str]:
     if source.data in pair_names():
         raise UserError(f"{source.data} holds pairs: give its languages, as in languages: [Japanese, English].")
     exists = Path(source.data).expanduser().exists() or glob(source.data, recursive=True)
-    known = sources.in_catalogue(source.data) or exists
+    known = source.data in catalogue.CATALOGUE or exists
     if not known and not Path(source.data).is_absolute():
         raise unknown("file, folder, catalogue entry or other source", source.data, source_names())
     return None, ""
@@ -221,7 +222,7 @@ def _pairs(source: MixtureSource, held_out: float) -> tuple[Parts, str]:
 
 def source_names() -> list[str]:
     """Return all names that `data` may have."""
-    return sorted({*chain(sources.catalogue.names(), tatoeba.names(), [ARITHMETIC])})
+    return sorted({*chain(catalogue.names(), tatoeba.names(), [ARITHMETIC])})
 
 
 @contextmanager

@@ -4,8 +4,7 @@ Axes: row (of a batch), position.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,14 +12,14 @@ from jaxtyping import Int64
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
 
-from keifu.data.epochs import BatchSizeSchedule, Epochs, batch_size_stages
+from keifu.data.epochs import BatchSizeSchedule, EpochBatches, batch_size_stages
 from keifu.data.text.token_shards import Shards
 from keifu.errors import UserError
 
 SHORT = 8  # tokens: for a shorter context, the error advises a larger held-out share instead
 
 
-class PackedText:
+class PackedText(EpochBatches):
     """Training data for next-token prediction: {"tokens": [row, context_length + 1]}, ids as int64.
 
     The text is cut into windows that overlap by one token, since a window's last token is only predicted. An epoch uses
@@ -41,11 +40,11 @@ class PackedText:
         validation_tokens: int | None = None,
     ):  # fmt: skip
         self.growth = batch_size if isinstance(batch_size, BatchSizeSchedule) else batch_size_stages((), batch_size)
-        self.batch_size = max(self.growth.rows)
-        for name, value in (("context_length", context_length), ("batch_size", self.batch_size)):
+        largest = max(self.growth.rows)
+        for name, value in (("context_length", context_length), ("batch_size", largest)):
             if value < 1:
                 raise UserError(f"{name} is {value}, but it must be at least 1.")
-        self.shards, self.context_length, self.seed = shards, context_length, seed
+        self.shards, self.context_length = shards, context_length
         _check_lengths(shards, context_length)
         self._windows, validation = (  # views without a copy
             sliding_window_view(np.asarray(ids), context_length + 1) for ids in (shards.tokens, shards.validation)
@@ -55,8 +54,7 @@ class PackedText:
         self.held_out = held_out if most >= len(held_out) else held_out[np.arange(most) * len(held_out) // most]
         self._slack = min(context_length - 1, len(self._windows) - 1)  # the largest offset
         self.windows_per_epoch = (len(self._windows) - 1 - self._slack) // context_length + 1
-        self._epochs = Epochs(self.windows_per_epoch, self.batch_size, seed, self._order)
-        self.steps_per_epoch = self._epochs.steps
+        super().__init__(self.windows_per_epoch, len(self.held_out), largest, seed, self._order)
         self.fingerprint = f"{shards.fingerprint}-context{context_length}-batch{self.growth}-seed{seed}"
 
     def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
@@ -71,7 +69,7 @@ class PackedText:
         """
         numbers = self.growth.numbers(step)
         first, end = bounds(len(numbers))
-        return _tensors(self.windows(numbers[first:end])), first, len(numbers)
+        return self.make_batch(False, self._epochs.items(numbers[first:end])), first, len(numbers)
 
     def largest(self) -> dict[str, Int64[Tensor, "row position"]]:
         """Return the batch that needs the most memory."""
@@ -81,11 +79,11 @@ class PackedText:
         """Return the windows with these ascending numbers, [row, position]. Numbers continue from epoch to epoch."""
         return self._windows[self._epochs.items(numbers)]
 
-    def validation(self) -> Iterator[dict[str, Int64[Tensor, "row position"]]]:
-        """Yield the held-out windows in batches, always the same. No token is predicted twice. The last batch may be
-        smaller."""
-        for first in range(0, len(self.held_out), self.batch_size):
-            yield _tensors(self.held_out[first : first + self.batch_size])
+    def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Int64[Tensor, "row position"]]:
+        """Return the held-out windows with these indices, or the training windows that start at these tokens. No
+        held-out token is predicted twice."""
+        windows = self.held_out if validating else self._windows
+        return {"tokens": torch.from_numpy(windows[items].astype(np.int64))}
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the start of each window of an epoch, in the epoch's order."""
@@ -112,7 +110,3 @@ def _check_lengths(shards: Shards, context_length: int) -> None:
         f"{shards.index['source']} has {training:,} tokens to train on and {validation:,} held out, but a context of "
         f"{context_length} needs at least {needed} of each: {', or '.join(ways)}."
     )
-
-
-def _tensors(rows: Any) -> dict[str, Int64[Tensor, "row position"]]:
-    return {"tokens": torch.from_numpy(rows.astype(np.int64))}

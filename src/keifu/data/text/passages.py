@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keifu.errors import UserError
-from keifu.folders import hidden
+from keifu.folders import matching
 from keifu.untrusted import read_text
 
 BLOCKS = {
@@ -114,8 +114,7 @@ def document_files(folder: Path) -> list[Path]:
         return [folder]
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}: name one with {', '.join((*TEXTS, *PAGES))} files.")
-    paths = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (*TEXTS, *PAGES) and path.is_file()]
-    documents = [path for path in paths if not hidden(path.relative_to(folder))]
+    documents = [path for path in matching(folder) if path.suffix.lower() in (*TEXTS, *PAGES)]
     if not documents:
         raise UserError(f"The folder {folder} holds no document: {', '.join((*TEXTS, *PAGES))} files are searched.")
     return documents

@@ -24,6 +24,7 @@ from keifu.data.tokenizers.tokenizer import BackendWithRoles, Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.untrusted import plain_file
 
+Merges = Iterable[tuple[str, str]]  # pairs of tokens, in the order in which they are merged
 # GPT-2: English contractions; letters, digits or signs after an optional space; white space (Radford et al., 2019).
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # GPT-4 and later: contractions in upper or lower case, one sign may begin a word, line breaks join preceding signs.
@@ -87,9 +88,7 @@ def _shape(cutter: pre_tokenizers.PreTokenizer) -> str:
     return json.dumps([{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps], sort_keys=True)
 
 
-def byte_level_backend(
-    vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]], cut: str = "gpt-2"
-) -> tokenizers.Tokenizer:
+def byte_level_backend(vocabulary: Mapping[str, int], merges: Merges, cut: str = "gpt-2") -> tokenizers.Tokenizer:
     """Build a byte-level BPE tokenizer from its vocabulary (spelled in the byte alphabet) and its merges, in order."""
     whole_words = CUTS.get(cut, [""])[0] in WHOLE_WORDS
     backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), list(merges), ignore_merges=whole_words))
@@ -193,7 +192,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 CHARACTERS = r"[\p{Han}\p{Hiragana}\p{Katakana}ー]"  # Chinese and Japanese, written without spaces
 
 
-def clip_backend(vocabulary: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> BackendWithRoles:
+def clip_backend(vocabulary: Mapping[str, int], merges: Merges) -> BackendWithRoles:
     """Build a tokenizer with CLIP's rules from a vocabulary, spelled in the byte alphabet, and its merges, in order."""
     merging = models.BPE(dict(vocabulary), list(merges), unk_token=END, end_of_word_suffix=WORD_END)
     backend = tokenizers.Tokenizer(merging)
@@ -222,7 +221,7 @@ def clip_merges(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     return clip_backend(vocabulary_of(merges), merges)
 
 
-def vocabulary_of(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
+def vocabulary_of(merges: Merges) -> dict[str, int]:
     """Return the token ids that follow from the merges, in this order: bytes, bytes that end a word, merged tokens, two
     end tokens."""
     letters = list(byte_alphabet())

@@ -178,8 +178,9 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
     `UserError` if scores cannot express the merges."""
     merges = [(left, right) for left, right in described["model"]["merges"]]
     made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
-    pieces = described["pre_tokenizer"] or {}
-    whole = _own_tokens(pieces, tokens)
+    cutter = described["pre_tokenizer"] or {}
+    pattern = re.compile(cutter["pattern"]["Regex"]) if cutter.get("type") == "Split" else None
+    whole = {token for token in tokens if pattern and pattern.fullmatch(token)}  # user-defined, never split
     kinds = [
         sp.UNKNOWN if token == described["model"]["unk_token"] else sp.BYTE if byte_value(token) is not None
         else sp.USER_DEFINED if token in whole else sp.NORMAL
@@ -201,14 +202,6 @@ def _kinds(steps: Mapping[str, Any] | None) -> list[str]:
     """Return the types of a normalizer's or pre-tokenizer's steps."""
     parts = [] if steps is None else steps.get("normalizers", steps.get("pretokenizers", [steps]))
     return [step["type"] for step in parts]
-
-
-def _own_tokens(pre_tokenizer: Mapping[str, Any], tokens: Sequence[str]) -> set[str]:
-    """Return the user-defined pieces, which the pre-tokenizer never splits."""
-    if pre_tokenizer.get("type") != "Split":
-        return set()
-    pattern = re.compile(pre_tokenizer["pattern"]["Regex"])
-    return {token for token in tokens if pattern.fullmatch(token)}
 
 
 def _space_prefix(described: Mapping[str, Any]) -> bool | None:

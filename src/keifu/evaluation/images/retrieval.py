@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from keifu.data.images import sources
-from keifu.data.images.catalogued import in_catalogue
+from keifu.data.images.catalogued import CATALOGUED
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.images.splits import ImageSplit, split_of_run
@@ -151,7 +151,7 @@ def takes(model: nn.Module) -> bool:
 
 def accepts(on: str) -> bool:
     """Return whether `on` is a catalogue name of pictures, a folder or shards."""
-    return in_catalogue(on) or on.endswith(".tar") or Path(on).expanduser().is_dir()
+    return on in CATALOGUED or on.endswith(".tar") or Path(on).expanduser().is_dir()
 
 
 def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
@@ -228,7 +228,7 @@ def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
     """Split the pictures of an evaluation. `test` is the held-out part of a catalogue entry, or a folder's part called
     test if there is one, else everything; `train` is the rest. held_out: see `split_of_run`."""
     pictures = read_images(on, size, 3)
-    if in_catalogue(on):
+    if on in CATALOGUED:
         return split_of_run(pictures, held_out)
     test = np.array([part == "test" for part in pictures.parts])
     test |= not test.any()

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from keifu.data.catalogue import catalogue
-from keifu.data.text.documents import TextFileFormat, content_hash, documents, in_catalogue
+from keifu.data.text.documents import TextFileFormat, content_hash, documents
 from keifu.data.text.packed import PackedText
 from keifu.data.text.prepared import is_prepared, open_prepared
 from keifu.data.text.prepared import tokenizer_of as load_prepared_tokenizer
@@ -115,7 +115,7 @@ def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokeniz
     if is_prepared(text.data):
         return load_prepared_tokenizer(text.data)
     if text.tokenizer not in KINDS:
-        known = in_catalogue(text.tokenizer)
+        known = text.tokenizer in catalogue.CATALOGUE
         tokenizer = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
         return tokenizer.replace(chat_template=None, generation_config=None)
     given = "".join(f"-{option}" for option, value in options.items() if value)

@@ -16,7 +16,6 @@ from keifu.checkpoints.hub import locate
 from keifu.data.catalogue import catalogue
 from keifu.data.epochs import Batching
 from keifu.data.text.dataset_report import coverage
-from keifu.data.text.documents import in_catalogue
 from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
@@ -129,7 +128,7 @@ def _tokenizer(options: TranslationOptions, train: list[Pair], out: Path | None)
     if options.start_from is not None:
         return load_tokenizer(locate(options.start_from))
     if algorithm not in LEARNED:
-        return load_tokenizer(catalogue.fetch(algorithm) if in_catalogue(algorithm) else Path(algorithm))
+        return load_tokenizer(catalogue.fetch(algorithm) if algorithm in catalogue.CATALOGUE else Path(algorithm))
     texts = sorted(side for pair in train for side in pair)  # sorted, so that both directions get the same tokenizer
     content = hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
