@@ -137,9 +137,7 @@ def _write(path: Path, content: Any) -> None:
 
 def pip_download(archive: Archive, folder: Path) -> Path:
     """Download a package's file into `folder`. Raises `UserError` if pip gives no file or one with another SHA-256."""
-    target = folder / "target"
-    work = folder / "work"
-    copy = folder / archive.file
+    target, work, copy = folder / "target", folder / "work", folder / archive.file
     requirements = folder / "requirements.txt"
     work.mkdir()
     requirements.write_text(f"{archive.package}=={archive.version} --hash=sha256:{archive.sha256}\n", encoding="utf-8")

@@ -57,19 +57,18 @@ class PackedText(EpochBatches):
         super().__init__(self.windows_per_epoch, len(self.held_out), largest, seed, self._order)
         self.fingerprint = f"{shards.fingerprint}-context{context_length}-batch{self.growth}-seed{seed}"
 
-    def batch(self, step: int) -> dict[str, Int64[Tensor, "row position"]]:
-        """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
-        calls."""
-        return self.part(step, lambda rows: (0, rows))[0]
+    def items(self, step: int) -> np.ndarray:
+        """Return the starts of the windows in the batch of a step."""
+        return self._epochs.items(self.growth.numbers(step))
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
         """Return a slice of that batch, the index of its first row, and the number of rows of the whole batch.
 
         bounds: function from the number of rows to start and end (exclusive) of the slice.
         """
-        numbers = self.growth.numbers(step)
-        first, end = bounds(len(numbers))
-        return self.make_batch(False, self._epochs.items(numbers[first:end])), first, len(numbers)
+        items = self.items(step)
+        first, end = bounds(len(items))
+        return self.make_batch(False, items[first:end]), first, len(items)
 
     def largest(self) -> dict[str, Int64[Tensor, "row position"]]:
         """Return the batch that needs the most memory."""

@@ -64,8 +64,7 @@ def prepare(
     and all of `source` is trained on. Raises `UserError`, with file and line, for a fault in the text; then nothing is
     cached.
     """
-    more = {"format": FORMAT, "seed": seed, "field": "text"}
-    settings = split_settings(source, tokenizer, held_out, form, validation, **more)
+    settings = split_settings(source, tokenizer, held_out, form, validation, format=FORMAT, seed=seed, field="text")
     if validation is None:
         parted = partial(_split_documents, source, held_out, seed, form)
     else:
