@@ -30,7 +30,6 @@ def mel_filters(n_mels: int) -> Float[Tensor, "mels frequencies"]:
 def log_mel(samples: Float[Tensor, " samples"], n_mels: int) -> Float[Tensor, "mels frames"]:
     """Return Whisper's features: log₁₀ of the energy, clipped to 8 below the maximum of this sound, then (x + 4) /
     4."""
-    window = torch.hann_window(FOURIER)
-    spectrum = torch.stft(samples, FOURIER, HOP, window=window, return_complex=True)[:, :-1]
+    spectrum = torch.stft(samples, FOURIER, HOP, window=torch.hann_window(FOURIER), return_complex=True)[:, :-1]
     energy = (mel_filters(n_mels) @ spectrum.abs().square()).clamp(min=1e-10).log10()
     return (torch.maximum(energy, energy.max() - 8) + 4) / 4

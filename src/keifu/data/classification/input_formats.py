@@ -110,8 +110,7 @@ def add_delimiters(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
     ids = [vocabulary[token] for token in TOKENS]
     given = list(zip(TOKENS, ids, strict=True))
     backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=given)
-    special = {"pad_token": START} | tokenizer.special
-    return tokenizer.replace(backend=backend, special=special), ids
+    return tokenizer.replace(backend=backend, special={"pad_token": START} | tokenizer.special), ids
 
 
 def delimiters_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Delimiters:

@@ -68,8 +68,7 @@ def stratified_sample(
     """
     if not 0 < held_out < len(labels):
         raise UserError(f"{held_out} of {len(labels)} pictures cannot be held out: give a number between.")
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     # Sorted by label, take every (len / held_out)-th: each label gets its share, up to one picture.
     ordered = shuffled[labels[shuffled].argsort(stable=True)]
     test = torch.zeros(len(labels), dtype=torch.bool)

@@ -202,8 +202,7 @@ class ImageDataset:
 
     def take(self, indices: Sequence[int] | np.ndarray | slice) -> Pixels:
         """Copy the pixels of these pictures into a tensor."""
-        taken = self.pixels[self.rows[indices]]
-        return torch.from_numpy(np.ascontiguousarray(taken.transpose(0, 3, 1, 2)))
+        return torch.from_numpy(np.ascontiguousarray(self.pixels[self.rows[indices]].transpose(0, 3, 1, 2)))
 
     def batches(self, size: int) -> Iterator[Pixels]:
         """Yield the pixels of all pictures, `size` pictures at a time."""

@@ -76,6 +76,5 @@ def split_of_run(pictures: ImageDataset, held_out: Mapping[str, Any]) -> ImageSp
     families were held out. Missing settings have the defaults of `split`.
     """
     chosen = pictures.distinct() if held_out.get("distinct") else pictures
-    whole = held_out.get("whole_families", True)
-    parts = split(chosen, held_out.get("share", 0.05), whole_families=whole)
+    parts = split(chosen, held_out.get("share", 0.05), whole_families=held_out.get("whole_families", True))
     return replace(parts, test=parts.clean_test())

@@ -27,8 +27,7 @@ class KeptCharacters(dict[int, int | None]):
     """Table for str.translate: a character's code, or None for spaces, punctuation and control characters."""
 
     def __missing__(self, code: int) -> int | None:
-        stripped = unicodedata.category(chr(code))[0] in "PZC"
-        self[code] = None if stripped else code
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZC" else code
         return self[code]
 
 

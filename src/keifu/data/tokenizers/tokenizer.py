@@ -85,8 +85,7 @@ def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], b
 
 def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """Copy the tokenizer without the tokens that it adds around a text. The ids of the text stay the same."""
-    description = json.loads(backend.to_str())
-    return tokenizers.Tokenizer.from_str(json.dumps(description | {"post_processor": None}))
+    return tokenizers.Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | {"post_processor": None}))
 
 
 def unused_characters(value: Any, count: int = 2) -> str:
