@@ -64,8 +64,8 @@ def test_going_on_at_a_late_step_reads_nothing_of_the_steps_before(monkeypatch) 
 def test_a_process_reads_only_its_rows_of_a_batch(world: int, monkeypatch) -> None:
     data = PackedText(shards(300), 7, batch_size_stages([(3, 2)], 7), seed=4)
     read = list[int]()
-    windows = data.windows
-    monkeypatch.setattr(data, "windows", lambda numbers: (read.append(len(numbers)), windows(numbers))[1])
+    make = data.make_batch
+    monkeypatch.setattr(data, "make_batch", lambda part, items: (read.append(len(items)), make(part, items))[1])
     for step in (0, 3, 9):
         whole, parts = data.batch(step)["tokens"], list[torch.Tensor]()
         rows = len(whole)
