@@ -96,7 +96,7 @@ def label_points(model: nn.Module, tokenizer: Tokenizer, labels: Sequence[str], 
 
 def label_shares(model: nn.Module, pictures: Pictures, labels: Labels) -> Float[Tensor, "pictures labels"]:
     """Return the probability of each label for each picture: the softmax of the similarities, scaled as in training."""
-    return (two_towers(model).logit_scale.detach().float().exp() * pictures @ labels.T).softmax(-1)
+    return (model.get_parameter("logit_scale").detach().float().exp() * pictures @ labels.T).softmax(-1)
 
 
 ABOUT = "retrieval: a CLIP on captioned pictures, emoji for example"

@@ -22,7 +22,7 @@ from keifu.layers.counter_rng import uniform
 
 Codes = Int[Tensor, "batch rows columns"]
 # settings of `ImageRequest` that are used, see `resolved`
-HEEDED = ("seed", "count", "text", "truncate", "size", "steps", "guidance", "spacing")
+HEEDED = ("seed", "count", "text", "truncate", "size", "steps", "spacing")
 
 
 @torch.inference_mode()
@@ -57,8 +57,6 @@ class AutoregressivePipeline(TextPipeline):
         usual = ImageRequest()
         foreign = [field.name for field in fields(ImageRequest) if field.name not in HEEDED]
         changed = [name for name in foreign if vars(wanted)[name] != vars(usual)[name]]
-        if wanted.guidance != 1:
-            changed.append("guidance")
         if changed:
             raise UserError(
                 f"This model says a picture entry by entry and removes no noise, so {' and '.join(changed)} mean "

@@ -99,9 +99,8 @@ class UnclipPipeline(TextPipeline):
         return self._configure_sampler(self.model.config.prior_noise, wanted, wanted.prior_steps or PRIOR_STEPS)
 
     def _upsampling_sampler(self, wanted: ImageRequest) -> ConfiguredSampler:
-        noise = self.model.config.upsampling_noise
-        assert noise is not None
-        return self._configure_sampler(noise, wanted, wanted.upsampling_steps or UPSAMPLING_STEPS)
+        steps = wanted.upsampling_steps or UPSAMPLING_STEPS
+        return self._configure_sampler(self.model.config.upsampling_noise, wanted, steps)
 
     def _configure_sampler(self, noise: Noise, wanted: ImageRequest, steps: int) -> ConfiguredSampler:
         """Return the request's sampler for the prior or for super-resolution."""

@@ -64,7 +64,7 @@ def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Itera
     if longest > context:
         raise UserError(f"The text has {longest} tokens, but this model's context is {context}: shorten it.")
     if native_form(model) is not None:
-        yield from reader_of(model, batch_size=1).read((text[:-1], longest - 1) for text in tokens.tolist())
+        yield from LikelihoodReader(runner_of(model), 1).read((text[:-1], longest - 1) for text in tokens.tolist())
         return
     writer = causal(model)
     with evaluation_mode(model):
@@ -74,13 +74,6 @@ def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Itera
 
 
 BLOCK = 4  # tokens of a PyTorch block: up to so many tokens of a common beginning are computed again
-
-
-def reader_of(model: nn.Module, batch_size: int | None = None) -> "LikelihoodReader":
-    """Return a reader of texts for a model. It reads at most `batch_size` texts at once."""
-    return LikelihoodReader(runner_of(model, block_size=BLOCK), batch_size)
-
-
 Tokens = tuple[int, ...]
 Advance = Callable[[int], object]
 ENCODED = 512  # texts with tokens in memory
@@ -192,7 +185,8 @@ def likelihoods(
     left = Counter(text.prompt for text in texts)
     done = 0
     with evaluation_mode(model):
-        read = reader_of(model, batch_size).read(((*text.prompt, *text.body), len(text.body) + 1) for text in texts)
+        reader = LikelihoodReader(runner_of(model, block_size=BLOCK), batch_size)
+        read = reader.read(((*text.prompt, *text.body), len(text.body) + 1) for text in texts)
         for text in texts:
             by_pair |= _judge(text, read)
             left[text.prompt] -= 1

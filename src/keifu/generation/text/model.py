@@ -5,7 +5,7 @@ Axes: batch = texts, length = tokens, vocab.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -63,11 +63,10 @@ class MaskPredictor(Protocol):
 @runtime_checkable
 class TwoTowers(Protocol):
     """Interface of a model with an image tower and a text tower, such as CLIP. Its `config` has `pixels`, the
-    preprocessing of images, and `context_length`. Similarities are multiplied by exp(logit_scale)."""
+    preprocessing of images, and `context_length`. Similarities are multiplied by exp of its parameter
+    `logit_scale`. (From Python 3.12 on, isinstance does not see parameters and parts of modules.)"""
 
     config: Any
-    if TYPE_CHECKING:
-        logit_scale: Any  # parameter; isinstance finds it only before Python 3.12
 
     def encode_image(self, pixels: Tensor) -> Tensor: ...
 
@@ -94,8 +93,6 @@ class TaskHeadModel(Protocol):
     `context_length` and the special ids."""
 
     config: Any
-    if TYPE_CHECKING:
-        decoder: Any  # module; isinstance finds it only before Python 3.12
 
     def hidden(self, tokens: Tensor) -> Tensor: ...
 
