@@ -135,10 +135,10 @@ class _Beams:
     def _keep(self, scores: Scores, texts: Int[Tensor, "sources beams longest"]) -> None:
         """Keep an ended text if it is the best one. A score of -inf means no text."""
         score, beam = scores.max(1)
-        better = score > self._best[self.sources]
-        sources = self.sources[better]
-        self._best[sources] = score[better]
-        self._best_tokens[sources] = texts[better, beam[better]]
+        best, tokens = self._best[self.sources], self._best_tokens[self.sources]
+        text = texts.take_along_dim(beam[:, None, None], 1)[:, 0]
+        self._best[self.sources] = torch.maximum(score, best)
+        self._best_tokens[self.sources] = torch.where((score > best)[:, None], text, tokens)
 
     def _candidates(self, logits: Logits) -> tuple[Scores, Tensor, Tensor]:
         """Return the best continuations of each source: ln P, index of the beam, token.
