@@ -40,7 +40,7 @@ def count_sizes(models: Iterable[str]) -> list[Size]:
     return [
         Size(size, name, *_counts(module, config, papers.get((name, size))))
         for name, module in modules.items()
-        for size, config in module.SIZES.items()
+        for size, config in vars(module).get("SIZES", {}).items()
     ]
 
 
