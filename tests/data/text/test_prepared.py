@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from keifu.commands.data import parse
+from keifu.commands import data
+from keifu.commands.shared.flags import parse_command
 from keifu.data.text import prepared
 from keifu.data.text.documents import PLAIN
 from keifu.data.text.prepared import is_prepared, open_prepared, prepare_files, tokenizer_of
@@ -79,7 +80,8 @@ def test_a_recipe_trains_on_a_folder_of_shards(source: Path, tokenizer, tmp_path
     tokenizer.save(tmp_path / "tokenizer")
     words = ["prepare", str(source), "--tokenizer", str(tmp_path / "tokenizer"), "--text-field", "text"]
     for rank in ("0", "1"):
-        parse([*words, "--rank", rank, "--of", "2", "--output", str(tmp_path / "shards")])()
+        shard = ["--rank", rank, "--of", "2", "--output", str(tmp_path / "shards")]
+        parse_command(data, [*words, *shard], "keifu data")()
     assert is_prepared(tmp_path / "shards") and not is_prepared(source)
     task = prepare_text(Text(str(tmp_path / "shards")))
     assert task.tokenizer.fingerprint == tokenizer_of(tmp_path / "shards").fingerprint == tokenizer.fingerprint
@@ -111,7 +113,7 @@ def test_what_cannot_be_prepared_is_said(source: Path, tokenizer, tmp_path: Path
     with pytest.raises(UserError, match="00000.bin is not as long as its index says"):
         open_prepared(tmp_path, 0.1)
     with pytest.raises(UserError, match="needs a folder for the shards: give --output"):
-        parse(["prepare", str(source)])()
+        parse_command(data, ["prepare", str(source)], "keifu data")()
 
 
 @pytest.mark.parametrize(

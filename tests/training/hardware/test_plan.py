@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from keifu.commands.reference.plan import architecture, parse
+from keifu.commands.reference import plan as plan_command
+from keifu.commands.reference.plan import architecture
+from keifu.commands.shared.flags import parse_command
 from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import llama
@@ -238,20 +240,20 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
 )
 def test_what_cannot_be_planned_is_said(words: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        parse(words)()
+        parse_command(plan_command, words, "keifu plan")()
 
 
 def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    parse(["llama-65b", "--devices", "2048xA100-80G", "--tokens", "1.4T"])()
+    parse_command(plan_command, ["llama-65b", "--devices", "2048xA100-80G", "--tokens", "1.4T"], "keifu plan")()
     text = capsys.readouterr().out
     assert "--mesh.pods 1 --mesh.shard 256 --mesh.tensor 8 --mesh.sync-each" in text
     assert "days" in text and "MWh" in text
-    parse(["dit-xl-2"])()
+    parse_command(plan_command, ["dit-xl-2"], "keifu plan")()
     text = capsys.readouterr().out
     assert "65,536 patches in" in text and "2.62e+10 patches: " in text
 
 
 def test_the_mesh_of_several_pods_sums_gradients_as_the_plan_assumes(capsys: pytest.CaptureFixture[str]) -> None:
-    parse(["llama-7b", "--devices", "64xA100-80G"])()
+    parse_command(plan_command, ["llama-7b", "--devices", "64xA100-80G"], "keifu plan")()
     text = capsys.readouterr().out
     assert "--mesh.pods 8 --mesh.shard 8 --mesh.tensor 1 --mesh.sync-each --mesh.gradient-sum overlapped" in text
