@@ -267,9 +267,10 @@ class Chat:
     def _temperature(self, text: str) -> None:
         if text:
             try:
-                self.sampling = replace(self.sampling, temperature=float(text))
+                temperature = float(text)
             except ValueError:
                 raise UserError(f"/temperature needs a number, such as /temperature 0.8, and not {text!r}.") from None
+            self.sampling = replace(self.sampling, temperature=temperature)
         print(f"The temperature is {self.sampling.temperature:g}.")
 
     def _thoughts(self, _: str) -> None:
