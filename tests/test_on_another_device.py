@@ -8,6 +8,7 @@ import ast
 import sys
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -276,14 +277,19 @@ def unclip_case():
 def dpo_case():
     mask = torch.arange(9) >= torch.tensor([[[3], [5]], [[2], [6]]])
     batch = {"tokens": words(2, 2, 9), "mask": mask, "reference": torch.randn(2, 2)}
-    return WRITERS["llama"](), dpo("dpo", 0.1), batch
+    return WRITERS["llama"](), partial(dpo, loss="dpo", beta=0.1), batch
 
 
 def ppo_case():
     model = nn.Module()
     model.policy, model.value = WRITERS["gpt2"](), headed("score", ("reward",))
     batch = answers() | {"advantage": torch.randn(3, 9), "pretraining": words(3, 1, 6)}
-    return model, ppo(PPOSettings()), batch
+    return model, partial(ppo, rule=PPOSettings()), batch
+
+
+def grpo_case():
+    objective = partial(grpo, clip=(0.2, 0.2), beta=0.1, variant="grpo")
+    return WRITERS["llama"](), objective, answers() | {"advantage": torch.randn(3)}
 
 
 def ranking_case():
@@ -319,7 +325,7 @@ CASES = {
     "autoencoder": autoencoder_case,
     "unclip": unclip_case,
     "dpo": dpo_case,
-    "grpo": lambda: (WRITERS["llama"](), grpo((0.2, 0.2), 0.1), answers() | {"advantage": torch.randn(3)}),
+    "grpo": grpo_case,
     "ppo": ppo_case,
     "reward": ranking_case,
     "classification": lambda: finetuning_case("classification", ("yes", "no"), 1),

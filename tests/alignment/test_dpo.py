@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_log_probabilities_and_gradient_are_those_of_all_logits() -> None:
     ours, theirs = (torch.autograd.grad((x @ torch.tensor([1.0, -2.0])).sum(), weights) for x in (found, expected))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    objective = dpo("dpo", 0.5)
+    objective = partial(dpo, loss="dpo", beta=0.5)
     rows = [{name: tensor[row : row + 1] for name, tensor in given.items()} for row in range(3)]
     one, few = objective(model, given), [objective(model, row) for row in rows]
     torch.testing.assert_close(one.total, torch.stack([each.total for each in few]).sum())
@@ -172,7 +173,7 @@ def test_reference_point_of_kto_is_of_the_whole_batch(base: Path, preferences: P
             parameter.add_(torch.randn_like(parameter) * 0.1)
     given = task.data.batch(0)
     assert given["tokens"].shape[:2] == (6, 1) and len(given["kl"].unique()) == 1
-    objective = kto(0.1)
+    objective = partial(kto, beta=0.1)
     parts = [{name: tensor[rows] for name, tensor in given.items()} for rows in (slice(2), slice(2, 6))]
     whole, split = objective(task.model, given), [objective(task.model, part) for part in parts]
     torch.testing.assert_close(whole.total, split[0].total + split[1].total)

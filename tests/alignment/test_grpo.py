@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def made_up(rows: int, length: int) -> dict[str, torch.Tensor]:
 def test_objective_is_that_of_numpy_however_it_is_split() -> None:
     torch.manual_seed(4)
     model, batch = llama.build(llama.Config(vocab_size=29, **CONFIG)), made_up(7, 13)
-    objective = grpo((0.2, 0.2), 0.04)
+    objective = partial(grpo, clip=(0.2, 0.2), beta=0.04, variant="grpo")
     found = objective(model, batch)
     with torch.no_grad():
         logits = model(batch["tokens"]).numpy()
@@ -92,7 +93,7 @@ def test_variants_are_those_of_their_papers_written_out(variant: Variant) -> Non
     model, batch = llama.build(llama.Config(vocab_size=29, **CONFIG)), made_up(6, 13)
     batch["share"] = token_shares(batch["mask"], variant, 11)
     low, high = 0.2, 0.28
-    found = grpo((low, high), 0.0, variant=variant)(model, batch)
+    found = grpo(model, batch, (low, high), 0.0, variant)
     logs = model(batch["tokens"])[:, :-1].double().log_softmax(-1).gather(-1, batch["tokens"][:, 1:, None])[..., 0]
     mask, total = batch["mask"][:, 1:], torch.zeros((), dtype=torch.float64)
     for row in range(6):

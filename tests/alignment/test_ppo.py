@@ -1,6 +1,7 @@
 """PPO: its estimates and losses against NumPy, a reward that rises, resuming to the bit, what its value model begins
 as, pretraining text beside it, rewards that fail."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_objective_is_that_of_numpy_however_it_is_split() -> None:
     value = task_head.add_head(decoder, task_head.Config(decoder.config, "score", ("reward",)))
     model: Any = ActorCritic(policy, value)
     batch, rule = made_up(7, 13), PPOSettings(text_weight=3.0)
-    objective = ppo.ppo(rule)
+    objective = partial(ppo.ppo, rule=rule)
     found = objective(model.train(), batch)
     model.eval()
     with torch.no_grad():

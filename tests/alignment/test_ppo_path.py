@@ -134,13 +134,13 @@ def test_what_was_just_written_has_a_ratio_of_one(method: str, parts: Parts) -> 
     """Also where the temperature is not 1: it belongs to sampling and to learning."""
     if method == "ppo":
         data, model = parts.ppo(), ActorCritic(parts.policy, parts.value)
-        figures = ppo(RULE)(model, data.batch(0)).figures
+        figures = ppo(model, data.batch(0), RULE).figures
         assert float(figures["update_kl"]) == pytest.approx(0, abs=1e-8)
     else:
         plan = RolloutPlan(prompts=3, group=2, max_tokens=5, temperature=0.7, seed=3)
         data = parts.rollouts(GRPOBatches, plan)
         batch = data.batch(0)
-        figures, kept = grpo((0.2, 0.2), 0.1, 0.7)(parts.policy, batch).figures, batch["mask"]
+        figures, kept = grpo(parts.policy, batch, (0.2, 0.2), 0.1, "grpo", 0.7).figures, batch["mask"]
         away = [(r - o)[m].double() for r, o, m in zip(batch["reference"], batch["old"], kept, strict=True)]
         expected = sum(float((d.exp() - d - 1).mean()) for d in away)  # Schulman's k3, of p_reference / p
         assert float(figures["kl"]) == pytest.approx(expected, rel=1e-3)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,7 +138,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Objective, Callable[[], Batch]]]
         words,
     ),
     "reward": (tuned("score", "reward"), ranking_loss, ranked),
-    "dpo": (lambda: gpt2.build(gpt2.Config(**SMALL)), dpo("dpo", 0.1), answers),
+    "dpo": (lambda: gpt2.build(gpt2.Config(**SMALL)), partial(dpo, loss="dpo", beta=0.1), answers),
     "ddpm": (lambda: begun(ddpm.build(ddpm.Config(**UNET))), DiffusionLoss(Noise()), pictures),
     "lora": (adapted, causal_language_modeling, words),
     "mlp": (lambda: mlp.build(mlp.Config(dim=2, hidden_dims=(8, 8), n_outputs=2, dropout=0.3)), of_points, points),

@@ -4,7 +4,6 @@ Its relatives SimPO and ORPO need no reference model, and KTO needs no pairs.
 Axes: batch = pairs, 2 = the better answer and the worse, length = tokens.
 """
 
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from keifu.data.chat.preferences import PreferencePairs
 from keifu.generation.text.model import device_of, evaluation_mode
 from keifu.layers.losses.log_probabilities import token_log_probabilities
 from keifu.training.loader import on_device
-from keifu.training.protocols import Batch, LossOutput, Objective, StatelessBatches
+from keifu.training.protocols import Batch, LossOutput, StatelessBatches
 
 Loss = Literal["dpo", "ipo", "normalised", "robust", "simpo", "orpo", "kto"]
 WITHOUT_REFERENCE = ("simpo", "orpo")
@@ -70,16 +69,14 @@ def losses(
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
-def dpo(loss: Loss, beta: float, label_smoothing: float = 0.0, margin: float = 0.0) -> Objective:
-    """Return the objective for the training loop. Its batches also have "reference" (batch, 2), the log-probabilities
-    of the reference model.
+def dpo(
+    model: Any, batch: Batch, loss: Loss, beta: float, label_smoothing: float = 0.0, margin: float = 0.0
+) -> LossOutput:
+    """Return the sum of the losses of the pairs: an objective. The batch also has "reference" (batch, 2), the
+    log-probabilities of the reference model.
 
     Figures: `accuracy`, how often the better answer has the higher reward β ln(p / p_reference), and both rewards.
     """
-    return partial(_loss, loss, beta, label_smoothing, margin)
-
-
-def _loss(loss: Loss, beta: float, label_smoothing: float, margin: float, model: Any, batch: Batch) -> LossOutput:
     ratios = sequence_log_probabilities(model, batch) - batch["reference"]
     lengths = batch["mask"][..., 1:].sum(-1).clamp(min=1).to(ratios.dtype)
     total = losses(ratios, lengths, loss, beta, label_smoothing, margin).sum()
@@ -96,16 +93,12 @@ def kto_losses(
     return torch.sigmoid(-beta * (2 * good - 1) * (ratios - kl))
 
 
-def kto(beta: float) -> Objective:
-    """Return the objective for the training loop; its batches are those of `MarkedAnswers`.
+def kto(model: Any, batch: Batch, beta: float) -> LossOutput:
+    """Return the sum of the losses of a batch of `MarkedAnswers`: an objective.
 
     Figures: `accuracy`, how often a good answer's log-ratio is above the reference point and a bad one's below; and
     `kl`, this reference point.
     """
-    return partial(_kto, beta)
-
-
-def _kto(beta: float, model: Any, batch: Batch) -> LossOutput:
     ratios = sequence_log_probabilities(model, batch)[:, 0] - batch["reference"][:, 0]
     good, kl = batch["good"], batch["kl"]
     figures = {"accuracy": ((ratios > kl) == (good > 0)).sum().float(), "kl": kl.sum()}

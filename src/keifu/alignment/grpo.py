@@ -6,7 +6,6 @@ Axes: batch = answers, group = answers to one prompt, length = tokens of a promp
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from keifu.alignment.monitor import Healthy
 from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics, take
 from keifu.generation.text.model import evaluation_mode
-from keifu.training.protocols import Batch, LossOutput, Objective
+from keifu.training.protocols import Batch, LossOutput
 
 Variant = Literal["grpo", "dr-grpo", "dapo", "gspo"]
 EPSILON = 1e-4  # added to a group's standard deviation: if all rewards are equal, every advantage is 0
@@ -71,20 +70,16 @@ def terms(
     return GRPOTerms(beta * kl - surrogate, kl.detach(), (clipped * advantage < ratio * advantage).detach())
 
 
-def grpo(clip: tuple[float, float], beta: float, temperature: float = 1.0, variant: Variant = "grpo") -> Objective:
-    """Return the objective for the training loop: the mean over answers of the weighted sum over an answer's tokens.
+def grpo(
+    model: Any, batch: Batch, clip: tuple[float, float], beta: float, variant: Variant, temperature: float = 1.0
+) -> LossOutput:
+    """Return the weighted sum over the tokens of all answers: an objective.
 
-    Its batches have "tokens", "mask" (True on the answers), "old" and "reference" (log-probabilities under the sampling
+    The batch has "tokens", "mask" (True on the answers), "old" and "reference" (log-probabilities under the sampling
     policy and the reference; without "reference" kl is 0), all (batch, length); and for each answer "advantage",
     "share" (see `token_shares`) and figures to report (batch). Figures: these, kl, entropy, clip_fraction and length.
     Dropout is off, so that ratios compare the same function. For gspo the ratio is that of the whole answer.
     """
-    return partial(_loss, clip, beta, temperature, variant)
-
-
-def _loss(
-    clip: tuple[float, float], beta: float, temperature: float, variant: Variant, model: Any, batch: Batch
-) -> LossOutput:
     with evaluation_mode(model):
         logs, entropy, rows, positions = answer_log_probabilities(model, batch, temperature)
     mask = batch["mask"][:, 1:]

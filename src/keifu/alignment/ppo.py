@@ -11,7 +11,6 @@ windows of pretraining text for each answer.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +24,7 @@ from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
 from keifu.generation.text.model import evaluation_mode
 from keifu.training.objectives.language_modeling import causal_language_modeling
-from keifu.training.protocols import Batch, LossOutput, Objective
+from keifu.training.protocols import Batch, LossOutput
 
 Places = Float[Tensor, "batch length"]
 Mask = Bool[Tensor, "batch length"]
@@ -155,18 +154,14 @@ def terms(
     return PPOTerms(policy, value, clipped, (logs - old).detach().square() / 2)
 
 
-def ppo(rule: PPOSettings) -> Objective:
-    """Return the objective of an `ActorCritic` for the training loop: the mean over all tokens of a minibatch's
-    answers.
+def ppo(model: Any, batch: Batch, rule: PPOSettings) -> LossOutput:
+    """Return the loss of an `ActorCritic`, the mean over all tokens of a minibatch's answers, counted once for each
+    answer: an objective.
 
-    Its batches have "tokens", "mask" (True on the answers), "old", "values", "advantage" and "returns" of the rollout,
+    The batch has "tokens", "mask" (True on the answers), "old", "values", "advantage" and "returns" of the rollout,
     all (batch, length); for each answer "share" (the answers per token of the minibatch) and figures to report (batch);
     and optionally "pretraining" (batch, k, text length). Dropout is off, so that ratios compare the same function.
     """
-    return partial(_loss, rule)
-
-
-def _loss(rule: PPOSettings, model: Any, batch: Batch) -> LossOutput:
     mask = batch["mask"][:, 1:]
     with evaluation_mode(model):
         logs, entropy, rows, positions = answer_log_probabilities(model.policy, batch, rule.temperature)

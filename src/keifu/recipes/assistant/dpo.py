@@ -11,6 +11,7 @@ Expected: see docs/results.md, "InstructGPT's pipeline".
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,10 +81,10 @@ class Recipe(RankedOptions):
     def losses(self) -> tuple[Objective, dict[str, Any]]:
         """Return the objective, and the options that affect it."""
         if self.loss == "kto":
-            return kto(self.strength), {"loss": "kto", "beta": self.strength}
+            return partial(kto, beta=self.strength), {"loss": "kto", "beta": self.strength}
         options = {"loss": self.loss, "beta": self.strength, "label_smoothing": self.label_smoothing}
         options |= {"margin": given(self.margin, 1.0)} if self.loss == "simpo" else {}
-        return dpo(**options), options
+        return partial(dpo, **options), options
 
 
 @dataclass(frozen=True, eq=False)

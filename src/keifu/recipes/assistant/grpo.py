@@ -11,6 +11,7 @@ prompts); docs/results.md, "GRPO on sums".
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
@@ -96,7 +97,7 @@ def settings(recipe: Recipe) -> Settings:
 def learn(recipe: Recipe, task: RolloutTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
     """Train the task's model into a run folder."""
     clips, beta, chosen = recipe.clips, recipe.penalty, settings(recipe)
-    objective = grpo(clips, beta, recipe.temperature, recipe.variant)
+    objective = partial(grpo, clip=clips, beta=beta, temperature=recipe.temperature, variant=recipe.variant)
     options = {"clip": list(clips), "beta": beta, "variant": recipe.variant, "rounds": task.data.rounds}
     paper = PAPERS.get(recipe.variant, "Shao et al., DeepSeekMath (2024)")
     return finetuning.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)

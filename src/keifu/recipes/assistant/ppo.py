@@ -12,6 +12,7 @@ Expected: the reward in metrics.jsonl rises, and kl stays inside its range: docs
 
 import copy
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> tup
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
     paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
     return finetuning.learn_from_rollouts(
-        recipe, task, ppo(task.rule), settings(recipe), out, resume, paper, NORMAL, options
+        recipe, task, partial(ppo, rule=task.rule), settings(recipe), out, resume, paper, NORMAL, options
     )
 
 
