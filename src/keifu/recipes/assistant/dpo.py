@@ -28,7 +28,6 @@ from keifu.layers.lora import unadapted
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.assistant.finetuning import FinetuneTask, RankedOptions, open_model, sample_answer
 from keifu.recipes.options import given
 from keifu.training.loader import on_device
 from keifu.training.loop import Summary
@@ -39,7 +38,7 @@ PAPERS = {"simpo": "Meng et al., SimPO", "orpo": "Hong et al., ORPO", "kto": "Et
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(RankedOptions):
+class Recipe(finetuning.RankedOptions):
     """Options of the run."""
 
     data: str = field(default="preferences.jsonl", kw_only=False)
@@ -88,7 +87,7 @@ class Recipe(RankedOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class PreferenceTask(FinetuneTask):
+class PreferenceTask(finetuning.FinetuneTask):
     """Model to train, its tokenizer, the pairs, and the number of those that were too long."""
 
     dropped: int
@@ -96,7 +95,7 @@ class PreferenceTask(FinetuneTask):
 
 def prepare(recipe: Recipe) -> PreferenceTask:
     """Load the model, read the preferences, and compute the log-probabilities of the reference model."""
-    model, tokenizer = open_model(recipe.model, recipe.template)
+    model, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
     (learned, tested), good, dropped = examples(recipe, tokenizer, length)
     rows, pad = recipe.batch_size, tokenizer.pad_id or 0
@@ -126,7 +125,7 @@ def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[li
 
 def pairs(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Pair]:
     """Return every pair of a better and a worse answer, as ids."""
-    turns = [sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
+    turns = [finetuning.sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
     return [Pair(turns[better], turns[worse]) for better, worse in ranked.pairs()]
 
 
@@ -139,7 +138,8 @@ class Marked(NamedTuple):
 
 def marked(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Marked]:
     """Return every answer with its label."""
-    return [Marked(sample_answer(tokenizer, ranked, i), float(good)) for i, good in enumerate(ranked.marks())]
+    turns = [finetuning.sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
+    return [Marked(*pair) for pair in zip(turns, map(float, ranked.marks()), strict=True)]
 
 
 def with_others(marked: Sequence[Marked], length: int) -> list[Pair]:

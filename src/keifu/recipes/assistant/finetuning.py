@@ -36,11 +36,9 @@ from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
 from keifu.recipes.options import given
-from keifu.recipes.runs import FinetuneOptions, train_run
-from keifu.training.loop import Summary
+from keifu.recipes.runs import FinetuneOptions, Settings, Summary, train_run
 from keifu.training.protocols import Objective, Sample, Save
 from keifu.training.run import metrics
-from keifu.training.settings import Settings
 
 Template = Literal["own", "plain", "chatml"]
 CHAIN_SUM = "chain-sum"
@@ -382,24 +380,30 @@ def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Se
 def learn_from_rollouts(
     recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
     normal: Mapping[str, Healthy], options: Mapping[str, Any],
-) -> tuple[Summary, DivergenceMonitor]:  # fmt: skip
-    """Train the task's model into a run folder. options: values that affect the result, in addition to the settings and
-    the reward. normal: ranges of figures outside which there is a warning."""
+) -> None:  # fmt: skip
+    """Train the task's model into a run folder. Print the last figures with their normal ranges, the answers to
+    held-out prompts, and the folder.
+
+    options: values that affect the result, in addition to the settings and the reward. normal: ranges of figures
+    outside which there is a warning."""
     # a resumed run compares with its first figures
     first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
     watched = DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
     learned, validation = task.data.parts
     made = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
     counts = {"prompts to learn from": len(learned), "prompts held out": len(validation)}
-    about: dict[str, Any] = {"normal ranges": describe(watched.normal)}
-    summary = finetune(
+    about: dict[str, Any] = {"normal ranges": describe(normal)}
+    figures = finetune(
         recipe, task, objective, settings, out, resume,
         title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", paper=paper, unit="answers",
         options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
         data=(made if recipe.data in MADE else {}) | counts, watch=watched,
         **about,
-    )  # fmt: skip
-    return summary, watched
+    ).figures  # fmt: skip
+    print(f"The last figures, each with its normal range:\n{watched.table(figures)}")
+    if (mean := figures.get("validation_reward")) is not None:
+        print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
+    print(f"The model is in {out}: keifu chat {shell(out)}")
 
 
 def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
@@ -415,11 +419,3 @@ def measured(names: Sequence[str]) -> dict[str, RewardOptions]:
         if len(set(short)) == len(short):
             return {f"measured_{label}": make_rewards(name) for label, name in zip(short, names, strict=True)}
     raise UserError(f"--measured {' '.join(names)}: these are the same names, so their figures would be one.")
-
-
-def print_sentence(watched: DivergenceMonitor, figures: Mapping[str, float], out: Path) -> None:
-    """Print the last figures with their normal ranges, the answers to held-out prompts, and the model's folder."""
-    print(f"The last figures, each with its normal range:\n{watched.table(figures)}")
-    if (mean := figures.get("validation_reward")) is not None:
-        print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
-    print(f"The model is in {out}: keifu chat {shell(out)}")

@@ -15,21 +15,17 @@ from functools import partial
 from pathlib import Path
 
 from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
-from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.rewards import check_fields
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.assistant.finetuning import RolloutOptions, RolloutTask, open_model
 from keifu.recipes.options import given
-from keifu.training.loop import Summary
-from keifu.training.settings import Settings
 
 PAPERS = {"dr-grpo": "Liu et al., Dr. GRPO", "dapo": "Yu et al., DAPO", "gspo": "Zheng et al., GSPO"}  # 2025
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(RolloutOptions):
+class Recipe(finetuning.RolloutOptions):
     """Options of the run."""
 
     reward: str = "last-number"
@@ -75,35 +71,32 @@ class Recipe(RolloutOptions):
         return given(self.beta, 0.04 if self.variant == "grpo" else 0.0)
 
 
-def prepare(recipe: Recipe) -> RolloutTask:
+def prepare(recipe: Recipe) -> finetuning.RolloutTask:
     """Load the model and the reward, read or generate the prompts, and keep the reference model."""
     by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
     check_fields(recipe.reward, [*parts[0], *parts[1]])
-    model, tokenizer = open_model(recipe.model, recipe.template)
+    model, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     reference = finetuning.reference_model(model, recipe.lora) if recipe.penalty else None
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
     plan, rounds = recipe.plan(recipe.group), recipe.rounds or (4 if recipe.variant == "dapo" else 1)
     data = GRPOBatches(model, reference, tokenizer, *parts, by.scorer, plan, variant=recipe.variant, rounds=rounds)
-    return RolloutTask(model, tokenizer, data, by)
+    return finetuning.RolloutTask(model, tokenizer, data, by)
 
 
-def settings(recipe: Recipe) -> Settings:
-    """Return the training loop's settings."""
+def learn(recipe: Recipe, task: finetuning.RolloutTask, out: Path, resume: bool = False) -> None:
+    """Train the task's model into a run folder, and print the last figures."""
     rows, rate = recipe.prompts * recipe.group // recipe.minibatches, recipe.rate(1e-6, 2e-5)
-    return finetuning.rollout_settings(recipe, recipe.steps, batch_size=rows, learning_rate=rate, warmup=recipe.warmup)
-
-
-def learn(recipe: Recipe, task: RolloutTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
-    """Train the task's model into a run folder."""
-    clips, beta, chosen = recipe.clips, recipe.penalty, settings(recipe)
+    chosen = finetuning.rollout_settings(
+        recipe, recipe.steps, batch_size=rows, learning_rate=rate, warmup=recipe.warmup
+    )
+    clips, beta = recipe.clips, recipe.penalty
     objective = partial(grpo, clip=clips, beta=beta, temperature=recipe.temperature, variant=recipe.variant)
     options = {"clip": list(clips), "beta": beta, "variant": recipe.variant, "rounds": task.data.rounds}
     paper = PAPERS.get(recipe.variant, "Shao et al., DeepSeekMath (2024)")
-    return finetuning.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
+    finetuning.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu chat reads afterwards."""
-    summary, watched = learn(recipe, prepare(recipe), out, resume)
-    finetuning.print_sentence(watched, summary.figures, out)
+    learn(recipe, prepare(recipe), out, resume)

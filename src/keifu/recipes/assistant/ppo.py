@@ -18,7 +18,6 @@ from typing import Any
 
 from torch import nn
 
-from keifu.alignment.monitor import DivergenceMonitor
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
 from keifu.alignment.rewards import check_fields
 from keifu.data.text.packed import PackedText
@@ -26,12 +25,10 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share, Temperature
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.assistant.finetuning import Lora, RewardOptions, RolloutOptions, RolloutTask, open_model, to_train
 from keifu.recipes.assistant.reward import with_score_head
 from keifu.recipes.language.pretraining import TextOptions
 from keifu.recipes.options import given
-from keifu.training.loop import Summary
-from keifu.training.settings import Settings
+from keifu.recipes.runs import Settings
 
 POLICY = "policy"
 
@@ -55,7 +52,7 @@ STORED = {"kl_coef": "beta", "gae_lambda": "trace", "missing_eos_penalty": "cut_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(RolloutOptions):
+class Recipe(finetuning.RolloutOptions):
     """Options of the run."""
 
     model: str = field(default="runs/sft", kw_only=False)
@@ -89,7 +86,7 @@ class Recipe(RolloutOptions):
     """λ of generalised advantage estimation: 0 relies on the value model alone, 1 on the rewards alone."""
     missing_eos_penalty: NotNegative = PPOSettings.missing_eos_penalty
     """Subtracted from the reward of a response that reaches max_tokens without an end-of-text token."""
-    lora: Lora = field(default_factory=Lora)
+    lora: finetuning.Lora = field(default_factory=finetuning.Lora)
     """Low-rank adapters, of the policy and of the value model."""
     rollouts: Count = 100
     """Rounds of sampling; each serves minibatches times epochs updates."""
@@ -112,7 +109,7 @@ class Recipe(RolloutOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class PPOTask(RolloutTask):
+class PPOTask(finetuning.RolloutTask):
     """Policy with its value model, tokenizer, prompts, reward, and PPO's update rule."""
 
     rule: PPOSettings
@@ -130,10 +127,10 @@ def prepare(recipe: Recipe) -> PPOTask:
     by = finetuning.make_rewards(recipe.reward)
     parts = recipe.parts()
     check_fields(recipe.reward, [*parts[0], *parts[1]])
-    policy, tokenizer = open_model(recipe.model, recipe.template)
+    policy, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     reference = finetuning.reference_model(policy, recipe.lora)
     value = value_model(recipe, by, policy, tokenizer)
-    model = ActorCritic(to_train(policy, recipe.lora, recipe.seed), value)
+    model = ActorCritic(finetuning.to_train(policy, recipe.lora, recipe.seed), value)
     mix = pretraining_mix(recipe, policy, tokenizer)
     scorers = {name: reward.scorer for name, reward in finetuning.measured(recipe.measured).items()}
     data = PPOBatches(model.policy, reference, tokenizer, *parts, by.scorer, recipe.plan(1), scorers,
@@ -141,7 +138,7 @@ def prepare(recipe: Recipe) -> PPOTask:
     return PPOTask(model, tokenizer, data, by, rule)
 
 
-def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
+def value_model(recipe: Recipe, by: finetuning.RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
     """Return a trainable value model, as a copy of the model that it starts from."""
     chosen = finetuning.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
     if recipe.value == POLICY or chosen.model is None:
@@ -157,7 +154,7 @@ def value_model(recipe: Recipe, by: RewardOptions, policy: Any, tokenizer: Token
     room, needed = (model.config.context_length for model in (value, policy))
     if room < needed:
         raise UserError(f"The value model's context of {room} is shorter than the policy's {needed}: --value policy.")
-    to_train(value.decoder, recipe.lora, recipe.seed + 1)
+    finetuning.to_train(value.decoder, recipe.lora, recipe.seed + 1)
     value.task_head.requires_grad_(True)
     if value.decoder.head is not None:
         value.decoder.head.requires_grad_(False)  # the language model head is not used
@@ -191,17 +188,16 @@ def settings(recipe: Recipe) -> Settings:
     )
 
 
-def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> tuple[Summary, DivergenceMonitor]:
-    """Train the task's model into a run folder, which then holds the policy."""
+def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> None:
+    """Train the task's model into a run folder, which then holds the policy, and print the last figures."""
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
     paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
-    return finetuning.learn_from_rollouts(
+    finetuning.learn_from_rollouts(
         recipe, task, partial(ppo, rule=task.rule), settings(recipe), out, resume, paper, NORMAL, options
     )
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu chat reads afterwards."""
-    summary, watched = learn(recipe, prepare(recipe), out, resume)
-    finetuning.print_sentence(watched, summary.figures, out)
+    learn(recipe, prepare(recipe), out, resume)

@@ -29,7 +29,6 @@ from keifu.models import task_head
 from keifu.processes import current
 from keifu.ranges import Count, NotNegative, Positive
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.assistant.finetuning import FinetuneTask, Lora, RankedOptions, open_model, sample_answer
 from keifu.training.loop import Summary
 from keifu.training.run.report import CURVES
 
@@ -37,7 +36,7 @@ DEMONSTRATIONS = 256  # maximal number of demonstrations for computing the bias
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(RankedOptions):
+class Recipe(finetuning.RankedOptions):
     """Options of the run."""
 
     data: str = field(default="preferences.jsonl", kw_only=False)
@@ -45,7 +44,7 @@ class Recipe(RankedOptions):
     or prompt, chosen and rejected; or chitchat-preferences, talks that their speakers rated 3 of 10 apart or more."""
     demonstrations: str | None = None
     """Conversations whose mean score is made zero, as keifu train sft reads them; unset: the best answers."""
-    lora: Lora = field(default_factory=Lora)
+    lora: finetuning.Lora = field(default_factory=finetuning.Lora)
     """Low-rank adapters, merged into the model in the end."""
     epochs: Positive = 1.0
     """Passes over the training examples; more than one overfits (section C.2)."""
@@ -56,7 +55,7 @@ class Recipe(RankedOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class RewardTask(FinetuneTask):
+class RewardTask(finetuning.FinetuneTask):
     """A model with a score head to train, its tokenizer, the rankings, and the demonstrations as ids."""
 
     demonstrations: list[list[int]]
@@ -66,7 +65,7 @@ class RewardTask(FinetuneTask):
 def prepare(recipe: Recipe) -> RewardTask:
     """Load the model, add a head, and read the rankings."""
     require_whole()
-    model, tokenizer = open_model(recipe.model, recipe.template)
+    model, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
     answers, reason = attrgetter("answers"), ("prompts have an answer", "")
     learned, tested, dropped = finetuning.ranked_examples(
@@ -85,7 +84,7 @@ def require_whole() -> None:
         raise UserError("A reward model is trained whole on each process: leave out --mesh.shard and --mesh.tensor.")
 
 
-def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithHead:
+def with_score_head(decoder: Any, lora: finetuning.Lora, seed: int) -> task_head.ModelWithHead:
     """Return the decoder, or adapters on it, with a new score head, ready for training."""
     config = task_head.Config(decoder.config, "score", ("reward",), classifier_dropout=0.0)
     finetuning.to_train(decoder, lora, seed)
@@ -97,7 +96,7 @@ def with_score_head(decoder: Any, lora: Lora, seed: int) -> task_head.ModelWithH
 
 def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
     """Return the answers with their prompt, not truncated, because the score is read after the last token."""
-    turns = [sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
+    turns = [finetuning.sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
     return Ranking([turn._replace(learned=[True] * len(turn.ids)) for turn in turns], list(ranked.levels))
 
 

@@ -32,7 +32,6 @@ from keifu.models.hf.image_processor import Pixels
 from keifu.models.multimodal import llava
 from keifu.ranges import BelowOne, Count, NotNegative, Positive
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.assistant.finetuning import AssistantOptions, FinetuneTask
 from keifu.training.objectives.language_modeling import answers_about_pictures
 
 IMAGE = "<image>"
@@ -40,7 +39,7 @@ LAST_STATES = partial(llava.Config, feature_layers=(-1,), full=True)  # all toke
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(AssistantOptions):
+class Recipe(finetuning.AssistantOptions):
     """Options of the run."""
 
     model: str = field(default="gpt-en", kw_only=False)
@@ -71,7 +70,7 @@ class Recipe(AssistantOptions):
     """Share of the steps in which the learning rate rises from 0."""
 
 
-def prepare(recipe: Recipe) -> FinetuneTask:
+def prepare(recipe: Recipe) -> finetuning.FinetuneTask:
     """Read the questions, and build the model of the decoder and a new tower."""
     shaped = recipe.image != Recipe.image
     if shaped and recipe.tower:
@@ -100,7 +99,7 @@ def prepare(recipe: Recipe) -> FinetuneTask:
     ready = Preprocessing(**vars(model.config.pixels))
     named = [recipe.names_first and question.answer not in CLOSED for question in sides[0]]
     data = QuestionBatches(rows, questions, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, named)
-    return FinetuneTask(model.to(choose()), tokenizer, data)
+    return finetuning.FinetuneTask(model.to(choose()), tokenizer, data)
 
 
 def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, questions: Questions) -> tuple[llava.Llava, Tokenizer]:

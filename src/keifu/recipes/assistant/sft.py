@@ -25,7 +25,6 @@ from keifu.errors import UserError, shell
 from keifu.generation.text.chat import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.assistant.finetuning import AssistantOptions, FinetuneTask, held_out, open_model
 from keifu.recipes.distilling import DistillAnswers
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
@@ -35,7 +34,7 @@ SAMPLE_TOKENS = 80
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(AssistantOptions):
+class Recipe(finetuning.AssistantOptions):
     """Options of the run."""
 
     data: str = field(default="summary-instructions", kw_only=False)
@@ -65,7 +64,7 @@ class Recipe(AssistantOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class SFTTask(FinetuneTask):
+class SFTTask(finetuning.FinetuneTask):
     """Model, its tokenizer with a chat template, the rows and their conversations, and the questions for samples."""
 
     training: FittedConversations
@@ -76,7 +75,7 @@ class SFTTask(FinetuneTask):
 
 def prepare(recipe: Recipe) -> SFTTask:
     """Load the model, read the conversations and render them."""
-    return make_task(recipe, *open_model(recipe.model, recipe.template))
+    return make_task(recipe, *finetuning.open_model(recipe.model, recipe.template))
 
 
 def make_task(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> SFTTask:
@@ -106,7 +105,8 @@ def select_conversations(chats: list[Conversation], limit: int | None) -> list[C
 def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
     """Split the conversations into training and held-out ones by the user's first message, so that no question is on
     both sides."""
-    return held_out(chats, [next(turn["content"] for turn in chat if turn["role"] == "user") for chat in chats], share)
+    asked = [next(turn["content"] for turn in chat if turn["role"] == "user") for chat in chats]
+    return finetuning.held_out(chats, asked, share)
 
 
 def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **about: Any) -> Summary:

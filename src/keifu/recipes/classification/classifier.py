@@ -30,15 +30,7 @@ from keifu.errors import UserError, shell
 from keifu.evaluation.classification.embeddings import encoder
 from keifu.models import bert
 from keifu.ranges import BELOW_ONE, Count, NotNegative, check_value
-from keifu.recipes.classification import frozen
-from keifu.recipes.classification.table_runs import (
-    LEAST_CUT,
-    TableOptions,
-    TableTask,
-    check_cut,
-    encode,
-    train_classifier,
-)
+from keifu.recipes.classification import frozen, table_runs
 from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import classification
 
@@ -48,7 +40,7 @@ SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(TableOptions):
+class Recipe(table_runs.TableOptions):
     """Options of the run."""
 
     model: str = field(default="minilm", kw_only=False)
@@ -84,10 +76,10 @@ class Recipe(TableOptions):
             "--tokenizer": self.tokenizer != Recipe.tokenizer,
             "--steps": self.steps is not None,
             "--learning-rate": self.learning_rate is not None,
-            "--epochs": self.epochs != TableOptions.epochs,
-            "--batch-size": self.batch_size != TableOptions.batch_size,
+            "--epochs": self.epochs != table_runs.TableOptions.epochs,
+            "--batch-size": self.batch_size != table_runs.TableOptions.batch_size,
             "--micro-batch": self.micro_batch is not None,
-            "--weight-decay": self.weight_decay != TableOptions.weight_decay,
+            "--weight-decay": self.weight_decay != table_runs.TableOptions.weight_decay,
         }
 
 
@@ -114,7 +106,7 @@ def tables(recipe: Recipe) -> tuple[Examples, Examples]:
     return table.split(round(recipe.held_out * len(table)))
 
 
-def prepare(recipe: Recipe) -> TableTask:
+def prepare(recipe: Recipe) -> table_runs.TableTask:
     """Read the recipe's table, hold rows out, and prepare the model."""
     return ready(recipe, *tables(recipe))
 
@@ -128,14 +120,14 @@ def labels_of(training: Examples) -> tuple[str, ...]:
     return labels
 
 
-def ready(recipe: Recipe, training: Examples, validation: Examples) -> TableTask:
+def ready(recipe: Recipe, training: Examples, validation: Examples) -> table_runs.TableTask:
     """Return the task for these rows. Raises `UserError` for fewer than two training labels, or a held-out label that
     is not among them."""
     labels = labels_of(training)
     torch.manual_seed(recipe.seed)
     model, tokenizer = start_model(recipe, labels, training.texts)
-    check_cut(recipe.cut, LEAST_CUT, model.config.context_length)
-    return encode(recipe, model, tokenizer, training, validation, EncodedTexts)
+    table_runs.check_cut(recipe.cut, table_runs.LEAST_CUT, model.config.context_length)
+    return table_runs.encode(recipe, model, tokenizer, training, validation, EncodedTexts)
 
 
 def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...]) -> tuple[Any, Tokenizer]:
@@ -156,9 +148,9 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
     return bert.with_heads(base, encoder(base).config, **heads).to(choose()), tokenizer
 
 
-def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: table_runs.TableTask, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder, and draw the confusion matrix of the held-out texts there."""
-    return train_classifier(
+    return table_runs.train_classifier(
         recipe, task, classification, out, resume, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
         warmup=lambda steps: steps // 10, who="A classifier", paper="Devlin et al., BERT (2018)", unit="texts",
         options={}, data={},

@@ -37,12 +37,10 @@ from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import text_teacher
 from keifu.recipes.images.text_teacher import Lessons, TaughtBatches
-from keifu.recipes.runs import TrainingOptions, parameters, train_run
+from keifu.recipes.runs import Settings, Summary, TrainingOptions, parameters, train_run
 from keifu.recipes.starting import adapted
-from keifu.training.loop import Summary
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 from keifu.training.protocols import Objective
-from keifu.training.settings import Settings
 
 LEARNED = "learned"
 ACTIVATION, EMBEDDING = "gelu", 128

@@ -33,9 +33,7 @@ from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.ranges import Count, NotNegative, Positive, Share
 from keifu.recipes.images import image_runs, text_encoder
-from keifu.recipes.images.image_runs import TextToImageTask, read_captioned
-from keifu.recipes.runs import Budget
-from keifu.training.loop import Summary
+from keifu.recipes.runs import Budget, Summary
 from keifu.training.objectives import autoencoders as losses
 from keifu.training.objectives.autoencoders import TEXT_WEIGHT, Ramp, TextImageLoss, use_image_tokens
 
@@ -103,10 +101,10 @@ class Recipe(image_runs.TextToImageOptions):
         }
 
 
-def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
+def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:
     """Train or load CLIP and the autoencoder, and build the decoder. Invalid options are reported before anything is
     trained."""
-    parts = read_captioned(recipe)
+    parts = image_runs.read_captioned(recipe)
     vae = recipe.vae(parts.train.shape[0])
     with on_meta():
         planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, vae))
@@ -122,7 +120,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     encode = partial(image_runs.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
     codes = image_runs.of_both(parts, encode)  # the likeliest entries
     data = use_image_tokens(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
-    return TextToImageTask(
+    return image_runs.TextToImageTask(
         model, AutoregressivePipeline(model, tokenizer), parts, data, TextImageLoss(recipe.text_weight)
     )
 

@@ -37,10 +37,8 @@ from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diff
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import image_runs, text_encoder
-from keifu.recipes.images.image_runs import TextToImageTask, read_captioned
-from keifu.recipes.runs import Budget
+from keifu.recipes.runs import Budget, Summary
 from keifu.recipes.starting import keeps_best, load_start, scaled
-from keifu.training.loop import Summary
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, add_draws, use_latents
 from keifu.training.protocols import Data
@@ -125,12 +123,12 @@ class Recipe(image_runs.TextToImageOptions):
         return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
 
 
-def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
+def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:
     """Train or load CLIP and the autoencoder, and build the model. The recipe must be resolved. Invalid options are
     reported before anything is trained."""
     if recipe.start_from is not None:
         return start_task(recipe, recipe.start_from)
-    parts = read_captioned(recipe)
+    parts = image_runs.read_captioned(recipe)
     latents, channels = recipe.space == "latents", parts.train.shape[0]
     with on_meta():
         planned = model_config(
@@ -146,7 +144,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     return task_of(recipe, model, tokenizer, parts, tokens)
 
 
-def start_task(recipe: Recipe, name: str) -> TextToImageTask:
+def start_task(recipe: Recipe, name: str) -> image_runs.TextToImageTask:
     """Load the model that a run starts from, and read the pictures at its size, with captions by its tokenizer."""
     model, tokenizer = load_start(name, latent_diffusion.Config)
     if model.config.masked or tokenizer is None:
@@ -157,7 +155,7 @@ def start_task(recipe: Recipe, name: str) -> TextToImageTask:
     sides = model.config.size
     if sides is None or sides[0] != sides[1]:
         raise UserError(f"{name} names no square size that it was trained with: start from another model.")
-    parts = read_captioned(replace(recipe, size=sides[0]), 3 if model.config.colours == 3 else 1)
+    parts = image_runs.read_captioned(replace(recipe, size=sides[0]), 3 if model.config.colours == 3 else 1)
     length = model.config.context_length
     tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     return task_of(recipe, model.to(choose()), tokenizer, parts, tokens)
@@ -165,14 +163,14 @@ def start_task(recipe: Recipe, name: str) -> TextToImageTask:
 
 def task_of(
     recipe: Recipe, model: Any, tokenizer: Tokenizer, parts: ImageSplit, tokens: text_encoder.Tokens
-) -> TextToImageTask:
+) -> image_runs.TextToImageTask:
     """Return the task of training a model on these pictures and their captions, given as ids."""
     config = model.config
     painter = LatentDiffusionPipeline(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDiffusionLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
     data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed, recipe.evenly)
-    return TextToImageTask(model, painter, parts, data, objective)
+    return image_runs.TextToImageTask(model, painter, parts, data, objective)
 
 
 def model_config(

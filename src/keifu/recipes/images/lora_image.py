@@ -35,9 +35,7 @@ from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Seed, ch
 from keifu.recipes.images.image_runs import TextToImageTask, describe
 from keifu.recipes.images.latent_diffusion import caption_batches
 from keifu.recipes.images.text_encoder import caption_tokens
-from keifu.recipes.options import Logging
-from keifu.recipes.runs import train_run
-from keifu.training.loop import Summary
+from keifu.recipes.runs import Logging, Summary, train_run
 from keifu.training.objectives.diffusion import TextDiffusionLoss
 from keifu.training.settings import Precision, Settings
 

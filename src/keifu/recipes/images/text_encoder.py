@@ -17,8 +17,7 @@ from keifu.models.clip import clip
 from keifu.models.clip import text as clip_text
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images.image_runs import CLIP, TextToImageOptions, of_both
-from keifu.recipes.runs import Budget, is_resuming
-from keifu.training.settings import Settings
+from keifu.recipes.runs import Budget, Settings, is_resuming
 
 Tokens = tuple[torch.Tensor, torch.Tensor | None]  # of training and validation captions
 

@@ -41,14 +41,7 @@ from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.ranges import BelowOne, Count, Finite, Natural, Positive
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import text_encoder
-from keifu.recipes.images.image_runs import (
-    TextToImageOptions,
-    TextToImageTask,
-    encode_pictures,
-    of_both,
-    read_captioned,
-)
+from keifu.recipes.images import image_runs, text_encoder
 from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import DiffusionLoss, add_draws
@@ -107,7 +100,7 @@ STEPS = 25  # steps of a sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(TextToImageOptions):
+class Recipe(image_runs.TextToImageOptions):
     """Options of the run."""
 
     small: Count = 32
@@ -153,14 +146,14 @@ class Recipe(TextToImageOptions):
             raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
 
 
-def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
+def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:
     """Train or load CLIP, and build the model around it. Invalid options are reported before anything is trained."""
     if not recipe.clip:
         made = clip_recipe.Recipe()
         planned = clip.Config(made.text, made.image, clip_recipe.pixels_of(made))
         with on_meta():
             _check_sizes(recipe, unclip.build(model_config(recipe, planned)))
-    parts = read_captioned(recipe, 3)
+    parts = image_runs.read_captioned(recipe, 3)
     towers, tokenizer, tokens = text_encoder.two_towers_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
     model = unclip.build(model_config(recipe, towers.config))
@@ -172,15 +165,15 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> TextToImageTask:
     _check_sizes(recipe, model)
     model.to(choose())
     ready = preprocessing(towers)
-    embed = partial(encode_pictures, towers, lambda pixels: towers.encode_image(ready.normalised(pixels)))
-    tables = of_both(_visible_images(recipe, towers, parts), embed)
+    embed = partial(image_runs.encode_pictures, towers, lambda pixels: towers.encode_image(ready.normalised(pixels)))
+    tables = image_runs.of_both(_visible_images(recipe, towers, parts), embed)
     with torch.no_grad():
         for to, measured in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             to.copy_(measured)
     batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     data = losses.add_embeddings(add_draws(batches, recipe.seed), _end(tokenizer), *tables)
     painter = UnclipPipeline(model, tokenizer)
-    return TextToImageTask(model, painter, parts, data, _objective(recipe, model, tokenizer))
+    return image_runs.TextToImageTask(model, painter, parts, data, _objective(recipe, model, tokenizer))
 
 
 def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:

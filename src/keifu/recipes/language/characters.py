@@ -17,8 +17,7 @@ from keifu.errors import require_known
 from keifu.models import gpt2, llama
 from keifu.ranges import BelowOne, Count, Seed
 from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text, pretrain
-from keifu.recipes.options import Logging
-from keifu.training.settings import Settings
+from keifu.recipes.runs import Logging, Settings
 
 # name -> builder of the model, its config, training settings
 WAYS: dict[str, tuple[Any, Any, Settings]] = {

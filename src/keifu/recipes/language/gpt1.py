@@ -20,9 +20,7 @@ from keifu.errors import UserError
 from keifu.models import gpt1
 from keifu.ranges import Count, NotNegative, Positive, Seed
 from keifu.recipes.language.pretraining import Text, TextArgument, muon_settings, prepare_text, pretrain, settings_of
-from keifu.recipes.options import Logging
-from keifu.training.loop import Summary
-from keifu.training.settings import Settings
+from keifu.recipes.runs import Logging, Settings, Summary
 
 PAPER_WARMUP = 2000
 SMALL = gpt1.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, dropout=0.0)

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from keifu.models import gpt3
 from keifu.recipes.language.pretraining import PretrainingOptions, own_settings, prepare_text, pretrain
-from keifu.training.loop import Summary
-from keifu.training.settings import Settings
+from keifu.recipes.runs import Settings, Summary
 
 TOKENS, WARMUP, DECAY, RAMP = 300e9, 0.375e9, 260e9, 4e9  # as in the paper; the ramp is 4 to 12 B tokens, by size
 FIRST = 32 / 500  # initial share of the batch size

@@ -21,9 +21,8 @@ from pathlib import Path
 from keifu.models import palm
 from keifu.ranges import NotNegative
 from keifu.recipes.language.pretraining import PretrainingOptions, own_settings, prepare_text, pretrain
-from keifu.training.loop import Summary
+from keifu.recipes.runs import Settings, Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
-from keifu.training.settings import Settings
 
 STEPS, HELD, GROWS = 255_000, 10_000, (50_000, 115_000)  # as in the paper
 

@@ -30,12 +30,9 @@ from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.options import Logging
-from keifu.recipes.runs import train_run
+from keifu.recipes.runs import Logging, Settings, Summary, train_run
 from keifu.threads import on_threads
-from keifu.training.loop import Summary
 from keifu.training.protocols import Batch, LossOutput, Objective, Sample
-from keifu.training.settings import Settings
 
 SMALL: dict[str, Any] = {
     "hidden": (16, 16), "steps": 600, "batch_size": 32, "learning_rate": 1e-2, "dropout": 0.0, "weight_decay": 0.01,

@@ -31,11 +31,9 @@ from keifu.generation.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
 from keifu.models.speech import whisper
 from keifu.ranges import BelowOne, Count
 from keifu.recipes.assistant.finetuning import held_out
-from keifu.recipes.runs import TrainingOptions, parameters, train_run
-from keifu.training.loop import Summary
+from keifu.recipes.runs import Settings, Summary, TrainingOptions, parameters, train_run
 from keifu.training.objectives.language_modeling import transcription
 from keifu.training.protocols import Batch, LossOutput, Objective
-from keifu.training.settings import Settings
 
 LEARNING = Settings(
     steps=1000, batch_size=32, learning_rate=1e-3, warmup=100, schedule="linear", final_ratio=0.0, weight_decay=0.1,

@@ -25,13 +25,10 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
-from keifu.recipes.options import Logging
-from keifu.recipes.runs import Budget, attribution_of, parameters, train_run
+from keifu.recipes.runs import Budget, Logging, Settings, Summary, attribution_of, parameters, train_run
 from keifu.recipes.starting import check_start, keeps_best
-from keifu.training.loop import Summary
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
-from keifu.training.settings import Settings
 
 LEARNED = "bpe", "unigram"  # they have an end token and can encode every character
 PAD = "<pad>"
