@@ -34,8 +34,7 @@ from keifu import checkpoints
 from keifu.data.chat import conversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.recipes.assistant import sft
-from keifu.recipes.distilling import DistillAnswers
-from keifu.recipes.pruning import prune
+from keifu.recipes.distilling import DistillAnswers, prune
 from keifu.training.run import metrics
 
 SECTION = "Soft and hard labels"

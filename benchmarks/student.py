@@ -19,7 +19,7 @@ from torch import nn
 from keifu import checkpoints
 from keifu.data.chat import conversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.recipes.pruning import prune
+from keifu.recipes.distilling import prune
 
 
 @torch.no_grad()

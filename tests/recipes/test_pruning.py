@@ -14,8 +14,7 @@ from keifu.errors import UserError
 from keifu.models import gpt2, llama
 from keifu.recipes.assistant import distill
 from keifu.recipes.assistant.finetuning import Lora
-from keifu.recipes.distilling import Distill, DistillAnswers
-from keifu.recipes.pruning import evenly, keep_layers, keep_rows, prune
+from keifu.recipes.distilling import Distill, DistillAnswers, evenly, keep_layers, keep_rows, prune
 from keifu.training.run import metrics
 
 SIZES: dict[str, Any] = {"context_length": 64, "dim": 32, "hidden_dim": 48, "n_layers": 5, "n_heads": 2}

@@ -1,22 +1,30 @@
-"""Options of the recipes that can learn from a teacher's probabilities instead of given tokens, and the teacher."""
+"""A student of a large model: pruning of its layers and tokens, and options of learning from its probabilities.
 
-from dataclasses import dataclass, fields
+DistilBERT (Sanh et al., 2019) keeps every other layer. "Shrink and fine-tune" (Shleifer and Rush, 2020) keeps evenly
+spaced layers. The smaller model is then trained, on given tokens or on the probabilities of a teacher.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from keifu import checkpoints
 from keifu.alignment.distillation import CAPPED, Distillation
 from keifu.checkpoints.loading import planned
-from keifu.data.tokenizers.bpe import ids_of_cut
+from keifu.data.tokenizers.bpe import first_merges, ids_of_cut, keep_tokens
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose, chosen
 from keifu.errors import UserError
-from keifu.generation.text.model import text_model
+from keifu.generation.text.model import causal, text_model
 from keifu.layers.lora import merge
 from keifu.layers.transformer.decoder import SoftCappedLM
+from keifu.models import llama
 from keifu.native.model import pack
 from keifu.processes import current
 from keifu.ranges import Count, Positive, Share
-from keifu.recipes.pruning import keep_rows
 from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Objective
@@ -81,7 +89,7 @@ class Distill:
 
     def _load(self, tokenizer: Tokenizer) -> Any:
         """Return the teacher, in bfloat16 if the device supports it. If the student's tokenizer was reduced from the
-        teacher's, the teacher is reduced to the same tokens (`keifu.recipes.pruning`)."""
+        teacher's, the teacher is reduced to the same tokens (see `keep_rows`)."""
         name = str(self.teacher)
         its = planned(name).source.tokenizer()
         same = its is not None and its.backend.get_vocab() == tokenizer.backend.get_vocab()
@@ -108,3 +116,50 @@ class DistillAnswers(Distill):
     """Share of the steps in which the student writes the answers itself, to the questions of the data."""
     max_tokens: Count = 128
     """Most tokens of an answer that the student writes."""
+
+
+def evenly(layers: int, kept: int) -> list[int]:
+    """Return the indices of `kept` evenly spaced layers, with the first and the last."""
+    if not (least := min(2, layers)) <= kept <= layers:
+        raise UserError(f"A student of {kept} layers cannot be made of {layers}: choose {least} to {layers}.")
+    return [round(number * (layers - 1) / max(1, kept - 1)) for number in range(kept)]
+
+
+def keep_layers(model: Any, kept: Sequence[int]) -> None:
+    """Remove all layers except `kept` from a LLaMA-like model with uniform layers."""
+    if vars(model.config).keys() != vars(llama.Config()).keys():
+        raise UserError("Only the layers of a model of LLaMA's type can be removed: choose another one.")
+    model.blocks = nn.ModuleList(model.blocks[layer] for layer in kept)
+    below = sum(layer < model.config.first_window_layer for layer in kept)
+    model.config = replace(model.config, n_layers=len(kept), first_window_layer=below)
+
+
+@torch.no_grad()
+def keep_rows(model: Any, ids: Sequence[int]) -> None:
+    """Remove the embeddings and the rows of the head except those of these tokens."""
+    if "vocab_size" not in vars(causal(model).config):
+        raise UserError("The tokens of a model that sees cannot be removed: choose another one, such as smollm2.")
+    model.embedding.num_embeddings = len(ids)
+    for part in [model.embedding] if model.head is None else [model.embedding, model.head]:
+        for name, rows in part.named_parameters(recurse=False):
+            part.register_parameter(name, nn.Parameter(rows[list(ids)], rows.requires_grad))
+    if model.head is not None:
+        model.head.out_features = len(ids)
+    model.config = replace(model.config, vocab_size=len(ids))
+
+
+def prune(
+    model: Any, tokenizer: Tokenizer, layers: int | None, merges: int | None, uses: Mapping[int, int] | None = None
+) -> tuple[Any, Tokenizer]:
+    """Reduce a model, in place, to `layers` layers and a byte-level BPE with `merges` merges. Return it with its
+    tokenizer.
+
+    None keeps all. uses: token frequencies; if given, the most useful merges are kept instead of the first (see
+    `first_merges`).
+    """
+    if layers is not None:
+        keep_layers(model, evenly(len(model.blocks), layers))
+    if merges is not None:
+        tokenizer, ids = keep_tokens(tokenizer, first_merges(tokenizer, merges, uses))
+        keep_rows(model, ids)
+    return model, tokenizer

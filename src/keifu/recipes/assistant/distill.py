@@ -19,10 +19,9 @@ import tyro
 from keifu.data.chat import conversations
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
-from keifu.recipes.assistant import sft
-from keifu.recipes.assistant.finetuning import open_model
-from keifu.recipes.distilling import DistillAnswers
-from keifu.recipes.pruning import prune
+from keifu.recipes.assistant import finetuning, sft
+from keifu.recipes.distilling import DistillAnswers, prune
+from keifu.recipes.runs import parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +68,13 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         raise UserError("--student-merges orders the merges that stay: give --student-vocabulary, or leave it out.")
     if (layers or merges) and recipe.lora.rank:
         raise UserError("Adapters need a saved model: leave out --lora.rank, or --student-layers and -vocabulary.")
-    model, tokenizer = open_model(recipe.model, recipe.template)
+    model, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     uses = Counter[int]()
     if merges and recipe.student_merges == "used":
         for chat in conversations.read(recipe.data):
             uses.update(tokenizer.render_turns(chat)[0])
     model, tokenizer = prune(model, tokenizer, layers, merges, uses)
     task = sft.make_task(recipe, model, tokenizer)
-    count = sum(parameter.numel() for parameter in task.model.parameters())
-    print(f"The student has {count / 1e6:.1f} M parameters and {tokenizer.vocab_size:,} tokens.")
+    print(f"The student has {parameters(task.model) / 1e6:.1f} M parameters and {tokenizer.vocab_size:,} tokens.")
     title = f"{recipe.model} learns from {recipe.distill.teacher}"
     sft.finish(recipe, task, out, resume, title=title, paper="Agarwal et al., GKD (2023)")

@@ -86,14 +86,7 @@ class Recipe(finetuning.RankedOptions):
         return partial(dpo, **options), options
 
 
-@dataclass(frozen=True, eq=False)
-class PreferenceTask(finetuning.FinetuneTask):
-    """Model to train, its tokenizer, the pairs, and the number of those that were too long."""
-
-    dropped: int
-
-
-def prepare(recipe: Recipe) -> PreferenceTask:
+def prepare(recipe: Recipe) -> finetuning.RankedTask:
     """Load the model, read the preferences, and compute the log-probabilities of the reference model."""
     model, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
@@ -106,7 +99,7 @@ def prepare(recipe: Recipe) -> PreferenceTask:
         references = with_reference(model, learned, rows, pad), with_reference(model, tested, rows, pad)
     prepared = learned, tested, rows, recipe.seed, pad, references
     data = MarkedAnswers(model, (good[0], good[1]), *prepared) if good else PreferencePairs(*prepared)
-    return PreferenceTask(model, tokenizer, data, dropped)
+    return finetuning.RankedTask(model, tokenizer, data, dropped)
 
 
 def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[list[Pair]], list[Tensor], int]:
@@ -174,7 +167,7 @@ def with_reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int, pad
     return values
 
 
-def learn(recipe: Recipe, task: PreferenceTask, out: Path, resume: bool = False) -> Summary:
+def learn(recipe: Recipe, task: finetuning.RankedTask, out: Path, resume: bool = False) -> Summary:
     """Train the task's model into a run folder."""
     # float32: differences of log-probabilities are smaller than the rounding of bfloat16
     more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}

@@ -16,7 +16,7 @@ from torch import nn
 from keifu import checkpoints
 from keifu.alignment.monitor import DivergenceMonitor, Healthy, describe
 from keifu.alignment.reward_model import ModelReward
-from keifu.alignment.rewards import BUILT_IN, Scorer, reward, score_responses, text_hash
+from keifu.alignment.rewards import BUILT_IN, Scorer, check_fields, reward, score_responses, text_hash
 from keifu.alignment.rollouts import RolloutPlan
 from keifu.checkpoints.hf.write import generation_config
 from keifu.checkpoints.hub import locate
@@ -104,6 +104,13 @@ class FinetuneTask:
     def result(self) -> nn.Module:
         """Part of the model that is saved."""
         return self.model
+
+
+@dataclass(frozen=True, eq=False)
+class RankedTask(FinetuneTask):
+    """Task of learning from ranked responses. dropped: number of examples that were too long."""
+
+    dropped: int
 
 
 def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **different: Any) -> Settings:
@@ -304,6 +311,10 @@ class RolloutOptions(AssistantOptions):
     chain-sum, countdown (numbers that make a target), or arithmetic (to be worked out in steps)."""
     sums: SumPrompts = field(default_factory=SumPrompts)
     """Options of the built-in tasks."""
+    reward: str = "last-number"
+    """file.py:function, called with a prompt, an answer and the example (a dict); or last-number or exact, which
+    compare with the example's field answer; or worked-steps, for which all written equations must be true as well; or
+    countdown; or reasoning-gym, its own scorers; or a reward model, a run of keifu train reward."""
     prompts: Count = 8
     """Prompts of a rollout."""
     max_tokens: Count = 64
@@ -327,8 +338,9 @@ class RolloutOptions(AssistantOptions):
         )
 
     def parts(self) -> tuple[list[Prompt], list[Prompt]]:
-        """Return training and held-out prompts."""
+        """Return training and held-out prompts. Raises `UserError` if they lack a field that the reward reads."""
         drawn = prompts(self.data, self.sums, self.seed)
+        check_fields(self.reward, drawn)
         return held_out(drawn, [prompt.text for prompt in drawn], self.held_out)
 
 

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
-from keifu.alignment.rewards import check_fields
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning
@@ -28,10 +27,6 @@ PAPERS = {"dr-grpo": "Liu et al., Dr. GRPO", "dapo": "Yu et al., DAPO", "gspo": 
 class Recipe(finetuning.RolloutOptions):
     """Options of the run."""
 
-    reward: str = "last-number"
-    """file.py:function, called with a prompt, an answer and the example (a dict); or last-number or exact, which
-    compare with the example's field answer; or worked-steps, for which all written equations must be true as well; or
-    countdown; or reasoning-gym, its own scorers; or a reward model, a run of keifu train reward."""
     group: Count = 8
     """Responses to each prompt, which are compared with each other."""
     variant: Variant = "grpo"
@@ -73,9 +68,7 @@ class Recipe(finetuning.RolloutOptions):
 
 def prepare(recipe: Recipe) -> finetuning.RolloutTask:
     """Load the model and the reward, read or generate the prompts, and keep the reference model."""
-    by = finetuning.make_rewards(recipe.reward)
-    parts = recipe.parts()
-    check_fields(recipe.reward, [*parts[0], *parts[1]])
+    by, parts = finetuning.make_rewards(recipe.reward), recipe.parts()
     model, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     reference = finetuning.reference_model(model, recipe.lora) if recipe.penalty else None
     model = finetuning.to_train(model, recipe.lora, recipe.seed)

@@ -19,7 +19,6 @@ from typing import Any
 from torch import nn
 
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
-from keifu.alignment.rewards import check_fields
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -124,9 +123,7 @@ def prepare(recipe: Recipe) -> PPOTask:
     """Load policy and reward, read the prompts and the text, and keep the reference model."""
     options = {field.name: vars(recipe)[field.name] for field in fields(PPOSettings) if field.name in vars(recipe)}
     rule = PPOSettings(**options, text_weight=recipe.text.weight)
-    by = finetuning.make_rewards(recipe.reward)
-    parts = recipe.parts()
-    check_fields(recipe.reward, [*parts[0], *parts[1]])
+    by, parts = finetuning.make_rewards(recipe.reward), recipe.parts()
     policy, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     reference = finetuning.reference_model(policy, recipe.lora)
     value = value_model(recipe, by, policy, tokenizer)

@@ -55,11 +55,10 @@ class Recipe(finetuning.RankedOptions):
 
 
 @dataclass(frozen=True, eq=False)
-class RewardTask(finetuning.FinetuneTask):
+class RewardTask(finetuning.RankedTask):
     """A model with a score head to train, its tokenizer, the rankings, and the demonstrations as ids."""
 
     demonstrations: list[list[int]]
-    dropped: int
 
 
 def prepare(recipe: Recipe) -> RewardTask:
@@ -75,7 +74,7 @@ def prepare(recipe: Recipe) -> RewardTask:
     tokenizer = finetuning.padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
     model = with_score_head(model, recipe.lora, recipe.seed)
-    return RewardTask(model, tokenizer, data, shown[:DEMONSTRATIONS], dropped)
+    return RewardTask(model, tokenizer, data, dropped, shown[:DEMONSTRATIONS])
 
 
 def require_whole() -> None:

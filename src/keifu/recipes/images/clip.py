@@ -31,18 +31,20 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts
 from keifu.evaluation.images import retrieval
+from keifu.generation.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip
 from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
-from keifu.recipes.images import text_teacher
+from keifu.recipes.images import image_runs, text_teacher
 from keifu.recipes.images.text_teacher import Lessons, TaughtBatches
-from keifu.recipes.runs import Settings, Summary, TrainingOptions, parameters, train_run
+from keifu.recipes.runs import Budget, Settings, Summary, TrainingOptions, is_resuming, parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 from keifu.training.protocols import Objective
 
 LEARNED = "learned"
+CaptionTokens = tuple[torch.Tensor, torch.Tensor | None]  # of training and validation captions
 ACTIVATION, EMBEDDING = "gelu", 128
 LEARNING = Settings(
     steps=2000, batch_size=256, learning_rate=1e-3, warmup=100, final_ratio=0.0, weight_decay=0.2,
@@ -217,3 +219,57 @@ def learn(recipe: Recipe, task: ClipTask, out: Path, resume: bool) -> Summary:
         parameters=parameters(task.model), options=options, unit="pairs", held_out=WHOLE_FAMILIES, sample=sample,
         facts={"source": recipe.data, "fingerprint": task.parts.train.fingerprint}, languages=list(recipe.languages),
     )  # fmt: skip
+
+
+def two_towers_of(
+    recipe: image_runs.TextToImageOptions, parts: ImageSplit, out: Path, resume: bool
+) -> tuple[clip.Clip, Tokenizer, CaptionTokens]:
+    """Load the CLIP that a text-to-image model uses, or train it into a folder of the run. Return it with its tokenizer
+    and the encoded captions."""
+    directory = Path(recipe.clip) if recipe.clip else out / image_runs.CLIP
+    if not recipe.clip:
+        _train_for(recipe, directory, is_resuming(directory, resume))
+    model: Any
+    model, tokenizer = checkpoints.load(recipe.clip or directory, torch.float32)
+    retrieval.two_towers(model)
+    if tokenizer is None:
+        raise UserError(f"{directory} has no tokenizer, and captions must be read: give a CLIP that has one.")
+    length = model.config.context_length
+    text_tokens(tokenizer, recipe.prompts, length, recipe.truncate)
+    return model, tokenizer, caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+
+
+def _train_for(recipe: image_runs.TextToImageOptions, directory: Path, resume: bool) -> None:
+    made = Recipe(recipe.data, recipe.languages, truncate=recipe.truncate)
+    chosen = replace(made.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
+    task = prepare(replace(made, training=chosen))
+    length = retrieval.two_towers(task.model).config.context_length
+    text_tokens(task.tokenizer, recipe.prompts, length, recipe.truncate)  # reports long prompts before the training
+    budget = Budget(recipe.clip_steps, recipe.clip_minutes)
+
+    def settings(steps: int) -> Settings:
+        every = dict.fromkeys(("evaluate_every", "sample_every"), max(1, steps // 10))
+        return replace(chosen, steps=steps, minutes=budget.limit, warmup=steps // 10, **every)
+
+    fitted = budget.fit(directory, resume, task.model, task.objective, task.data, settings)
+    learn(replace(made, training=fitted), task, directory, resume)
+
+
+def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
+    """Return the frozen text tower without its projection. A U-Net attends to the hidden state of every token."""
+    tower = clip_text.TextTower(replace(model.config.text, projected=False))
+    kept = {name: tensor for name, tensor in model.text.state_dict().items() if not name.startswith("projection")}
+    tower.load_state_dict(kept)
+    return tower.requires_grad_(False).eval()
+
+
+def caption_tokens(
+    tokenizer: Tokenizer, length: int, parts: ImageSplit, languages: tuple[str, ...], truncate: bool
+) -> CaptionTokens:
+    """Encode the training and validation captions, padded as for drawing: [language, picture, length]; None without
+    pictures."""
+
+    def tokens(part: ImageDataset) -> torch.Tensor:
+        return torch.stack([text_tokens(tokenizer, part.texts(language), length, truncate) for language in languages])
+
+    return image_runs.of_both(parts, tokens)

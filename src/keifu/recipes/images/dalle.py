@@ -32,7 +32,8 @@ from keifu.layers.attention.masks import real_tokens
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.ranges import Count, NotNegative, Positive, Share
-from keifu.recipes.images import image_runs, text_encoder
+from keifu.recipes.images import clip as clip_recipe
+from keifu.recipes.images import image_runs
 from keifu.recipes.runs import Budget, Summary
 from keifu.training.objectives import autoencoders as losses
 from keifu.training.objectives.autoencoders import TEXT_WEIGHT, Ramp, TextImageLoss, use_image_tokens
@@ -109,7 +110,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     with on_meta():
         planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, vae))
         planned.vae.check_size(*parts.train.shape[1:])
-    towers, tokenizer, tokens = text_encoder.two_towers_of(recipe, parts, out, resume)
+    towers, tokenizer, tokens = clip_recipe.two_towers_of(recipe, parts, out, resume)
     coder = discrete_vae_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
     model = dalle.build(model_config(recipe, tokenizer.vocab_size, towers.config.context_length, vae))

@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 
 from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.splits import ImageSplit, split
@@ -30,11 +29,11 @@ from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Sampling, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
-from keifu.recipes.images.image_runs import describe, image_settings, of_both
+from keifu.recipes.images.image_runs import describe, drawn_batches, image_settings, of_both
 from keifu.recipes.images.latent_diffusion import encode_dataset
 from keifu.recipes.runs import Budget, Logging, Summary, parameters, train_run
 from keifu.recipes.starting import keeps_best, load_start, scaled
-from keifu.training.objectives.diffusion import DiffusionLoss, add_draws, dequantise_data, use_latents
+from keifu.training.objectives.diffusion import DiffusionLoss, dequantise_data, use_latents
 from keifu.training.protocols import Data
 from keifu.training.settings import Precision, Settings
 
@@ -185,7 +184,8 @@ def prepare_task(
     """Read the pictures, hold some out, and build the network.
 
     config_class: class of the network's Config. build: function from the number of channels and the classes to the
-    network. With an autoencoder, the pictures are encoded here, once.
+    network. With an autoencoder, the pictures are encoded here, once. The classes of a run that starts from a model are
+    the model's, in the same order.
     """
     started = load_start(recipe.start_from, config_class)[0] if recipe.start_from else None
     size, channels = (started.config.size, started.colours) if started else (recipe.size, recipe.channels)
@@ -196,30 +196,21 @@ def prepare_task(
     torch.manual_seed(recipe.seed)
     if started is None:
         started = build(pictures.shape[0], pictures.classes if recipe.classes else ())
-    elif started.config.classes:
-        check_classes(started.config.classes, pictures.classes, recipe)
+    elif (known := started.config.classes) and tuple(pictures.classes) != tuple(known):
+        raise UserError(
+            f"{recipe.start_from} knows the classes {', '.join(known)}, and the pictures of {recipe.data} have "
+            f"{', '.join(pictures.classes) or 'none'}: take pictures with the same classes."
+        )
     config = started.config
     model = started.to(choose())
     model.check_size(*pictures.shape)
-    flip = Augmentation(flip=bool(recipe.flip))
-    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size or 1, recipe.seed, flip)
-    data = add_draws(batches, recipe.seed)
+    data = drawn_batches(parts, recipe.batch_size or 1, recipe.seed, Augmentation(flip=bool(recipe.flip)))
     if model.coder is not None:
         coder = model.coder.requires_grad_(False).eval()
         data = use_latents(data, *of_both(parts, partial(encode_dataset, coder, coder.config.scale)))
     dropped = recipe.label_dropout if config.null_class else 0.0
     objective = DiffusionLoss(config.noise, weighting, gamma, dropped, sampling=recipe.times)
     return DiffusionTask(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
-
-
-def check_classes(known: Sequence[str], given: Sequence[str], recipe: PictureOptions) -> None:
-    """Raise `UserError` unless the pictures have the classes of the model that the run starts from, in the same
-    order."""
-    if tuple(given) != tuple(known):
-        raise UserError(
-            f"{recipe.start_from} knows the classes {', '.join(known)}, and the pictures of {recipe.data} have "
-            f"{', '.join(given) or 'none'}: take pictures with the same classes."
-        )
 
 
 def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Config:

@@ -149,6 +149,13 @@ def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = 
     return parts
 
 
+def drawn_batches(parts: ImageSplit, batch_size: int, seed: int, *given: Any, **more: Any) -> Data:
+    """Return batches of the pictures with the random draws of diffusion. Further arguments are those of
+    `ImageBatches`."""
+    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, *given, **more)
+    return add_draws(batches, seed)
+
+
 Made = TypeVar("Made")
 
 
@@ -197,8 +204,7 @@ def train_part(
     model = build().to(choose())
     model.check_size(*parts.train.shape[1:])
     resume = is_resuming(directory, resume)
-    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, recipe.seed, Augmentation(flip=recipe.flip))
-    data = add_draws(batches, recipe.seed)
+    data = drawn_batches(parts, batch_size, recipe.seed, Augmentation(flip=recipe.flip))
 
     def settings(steps: int) -> Settings:
         every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), max(1, steps // 10))

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import ImageDataset
 from keifu.data.images.io import to_signed
 from keifu.data.images.splits import ImageSplit
@@ -36,11 +35,11 @@ from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import image_runs, text_encoder
+from keifu.recipes.images import image_runs
 from keifu.recipes.runs import Budget, Summary
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
-from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, add_draws, use_latents
+from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, use_latents
 from keifu.training.protocols import Data
 
 MEASURED = 500  # maximal pictures for measuring the scale of latents
@@ -135,11 +134,11 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
             recipe, clip_recipe.Recipe().text, recipe.autoencoder(channels) if latents else None, channels
         )
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
-    towers, tokenizer, tokens = text_encoder.two_towers_of(recipe, parts, out, resume)
+    towers, tokenizer, tokens = clip_recipe.two_towers_of(recipe, parts, out, resume)
     autoencoder = autoencoder_of(recipe, parts, out, resume) if latents else None
     config = model_config(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
-    text, unet = text_encoder.text_conditioned(towers), conditioned_unet.build(config.unet)
+    text, unet = clip_recipe.text_conditioned(towers), conditioned_unet.build(config.unet)
     model: Any = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
     return task_of(recipe, model, tokenizer, parts, tokens)
 
@@ -157,12 +156,12 @@ def start_task(recipe: Recipe, name: str) -> image_runs.TextToImageTask:
         raise UserError(f"{name} names no square size that it was trained with: start from another model.")
     parts = image_runs.read_captioned(replace(recipe, size=sides[0]), 3 if model.config.colours == 3 else 1)
     length = model.config.context_length
-    tokens = text_encoder.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    tokens = clip_recipe.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     return task_of(recipe, model.to(choose()), tokenizer, parts, tokens)
 
 
 def task_of(
-    recipe: Recipe, model: Any, tokenizer: Tokenizer, parts: ImageSplit, tokens: text_encoder.Tokens
+    recipe: Recipe, model: Any, tokenizer: Tokenizer, parts: ImageSplit, tokens: clip_recipe.CaptionTokens
 ) -> image_runs.TextToImageTask:
     """Return the task of training a model on these pictures and their captions, given as ids."""
     config = model.config
@@ -197,13 +196,11 @@ def model_config(
 
 
 def caption_batches(
-    parts: ImageSplit, tokens: text_encoder.Tokens, model: latent_diffusion.LatentDiffusion, batch_size: int, seed: int,
-    evenly: bool = False,
-) -> Data:  # fmt: skip
+    parts: ImageSplit, tokens: clip_recipe.CaptionTokens, model: Any, batch_size: int, seed: int, evenly: bool = False
+) -> Data:
     """Return batches with captions (see `caption_tokens`). For a model of latents the pictures are encoded here,
     once."""
-    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, None, *tokens, evenly=evenly)
-    data = add_draws(batches, seed)
+    data = image_runs.drawn_batches(parts, batch_size, seed, None, *tokens, evenly=evenly)
     if model.autoencoder is None:
         return data
     return use_latents(data, *image_runs.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))

@@ -32,9 +32,9 @@ from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Seed, check
+from keifu.recipes.images.clip import caption_tokens
 from keifu.recipes.images.image_runs import TextToImageTask, describe
 from keifu.recipes.images.latent_diffusion import caption_batches
-from keifu.recipes.images.text_encoder import caption_tokens
 from keifu.recipes.runs import Logging, Summary, train_run
 from keifu.training.objectives.diffusion import TextDiffusionLoss
 from keifu.training.settings import Precision, Settings

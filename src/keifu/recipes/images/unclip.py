@@ -20,9 +20,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from keifu.data.images.batches import ImageBatches
 from keifu.data.images.dataset import read_images
-from keifu.data.images.splits import ImageSplit, split
+from keifu.data.images.splits import split
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
@@ -41,10 +40,10 @@ from keifu.models.unclip import decoder as unclip_decoder
 from keifu.models.unclip import prior as unclip_prior
 from keifu.ranges import BelowOne, Count, Finite, Natural, Positive
 from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import image_runs, text_encoder
+from keifu.recipes.images import image_runs
 from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
-from keifu.training.objectives.diffusion import DiffusionLoss, add_draws
+from keifu.training.objectives.diffusion import DiffusionLoss
 
 
 def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
@@ -154,7 +153,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
         with on_meta():
             _check_sizes(recipe, unclip.build(model_config(recipe, planned)))
     parts = image_runs.read_captioned(recipe, 3)
-    towers, tokenizer, tokens = text_encoder.two_towers_of(recipe, parts, out, resume)
+    towers, tokenizer, tokens = clip_recipe.two_towers_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
     model = unclip.build(model_config(recipe, towers.config))
     for part, tower in ((model.text, towers.text), (model.image, towers.image)):
@@ -166,12 +165,14 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     model.to(choose())
     ready = preprocessing(towers)
     embed = partial(image_runs.encode_pictures, towers, lambda pixels: towers.encode_image(ready.normalised(pixels)))
-    tables = image_runs.of_both(_visible_images(recipe, towers, parts), embed)
+    seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))  # the same pictures at CLIP's input size
+    assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
+    tables = image_runs.of_both(seen, embed)
     with torch.no_grad():
         for to, measured in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             to.copy_(measured)
-    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    data = losses.add_embeddings(add_draws(batches, recipe.seed), _end(tokenizer), *tables)
+    batches = image_runs.drawn_batches(parts, recipe.batch_size, recipe.seed, None, *tokens)
+    data = losses.add_embeddings(batches, _end(tokenizer), *tables)
     painter = UnclipPipeline(model, tokenizer)
     return image_runs.TextToImageTask(model, painter, parts, data, _objective(recipe, model, tokenizer))
 
@@ -181,13 +182,6 @@ def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:
     if model.config.last_upsampler is not None:
         model.upsampler.check_size(6, recipe.crop, recipe.crop)
     model.check_size(recipe.small, recipe.small)
-
-
-def _visible_images(recipe: Recipe, towers: clip.Clip, parts: ImageSplit) -> ImageSplit:
-    """Read the same pictures at CLIP's input size."""
-    seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))
-    assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
-    return seen
 
 
 def _end(tokenizer: Tokenizer) -> int:

@@ -22,17 +22,17 @@ from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
+from keifu.recipes import runs
 from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretrain, settings_of
-from keifu.recipes.options import Logging, given
+from keifu.recipes.options import given
 from keifu.recipes.starting import keeps_best, scaled
-from keifu.training.settings import Settings
 
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
-class Recipe(TextOptions, Logging):
+class Recipe(TextOptions, runs.Logging):
     """Options of the run. Unset ones follow from the depth."""
 
     depth: Depth = 4
@@ -119,7 +119,7 @@ def parameters(config: llama.Config) -> int:
     return config.n_layers * config.dim * (4 * config.dim + 3 * config.hidden_dim) + config.vocab_size * config.dim
 
 
-def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Settings:
+def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> runs.Settings:
     """Return batch size, steps and rates for this depth. size: number of parameters. row: tokens of a row."""
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
@@ -131,7 +131,7 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe, out: Path | None = None) -> tuple[TextTask, llama.Config, Settings]:
+def prepare(recipe: Recipe, out: Path | None = None) -> tuple[TextTask, llama.Config, runs.Settings]:
     """Return the text, and the model's config and the settings for this depth."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
     task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), out)
@@ -165,9 +165,6 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
     if row > most:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
-    chosen = settings(recipe, sum(parameter.numel() for parameter in model.parameters()), row, len(task.shards.tokens))
-    options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row, model)
-    pretrain(
-        "gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, options=options,
-        objective=objective,
-    )  # fmt: skip
+    chosen = settings(recipe, runs.parameters(model), row, len(task.shards.tokens))
+    teaching = {"options": recipe.distill.options(), "objective": recipe.distill.objective(tokenizer, row, model)}
+    pretrain("gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, **teaching)
