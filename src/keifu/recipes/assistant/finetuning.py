@@ -14,10 +14,7 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
-from keifu.alignment.monitor import DivergenceMonitor, Healthy, describe
-from keifu.alignment.reward_model import ModelReward
-from keifu.alignment.rewards import BUILT_IN, Scorer, check_fields, reward, score_responses, text_hash
-from keifu.alignment.rollouts import RolloutPlan
+from keifu.alignment import monitor, reward_model, rewards, rollouts
 from keifu.checkpoints.hf.write import generation_config
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import adapt, save_adapter
@@ -331,16 +328,16 @@ class RolloutOptions(AssistantOptions):
     warmup: Natural = 0
     """Updates in which the learning rate rises from 0."""
 
-    def plan(self, group: int) -> RolloutPlan:
+    def plan(self, group: int) -> rollouts.RolloutPlan:
         """Return the plan of a rollout with `group` responses to each prompt."""
-        return RolloutPlan(
+        return rollouts.RolloutPlan(
             self.prompts, group, self.max_tokens, self.temperature, self.seed, self.minibatches, self.epochs
         )
 
     def parts(self) -> tuple[list[Prompt], list[Prompt]]:
         """Return training and held-out prompts. Raises `UserError` if they lack a field that the reward reads."""
         drawn = prompts(self.data, self.sums, self.seed)
-        check_fields(self.reward, drawn)
+        rewards.check_fields(self.reward, drawn)
         return held_out(drawn, [prompt.text for prompt in drawn], self.held_out)
 
 
@@ -357,22 +354,22 @@ def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
 class RewardOptions:
     """Scorer of answers, its hash, and if it is a reward model, the model and its tokenizer."""
 
-    scorer: Scorer
-    model: ModelReward | None
+    scorer: rewards.Scorer
+    model: reward_model.ModelReward | None
     digest: str
 
 
 def make_rewards(name: str) -> RewardOptions:
     """Return the scorer of a function (see `keifu.alignment.rewards.reward`) or of a reward model (directory or hub
     id)."""
-    if name in BUILT_IN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
-        return RewardOptions(score_responses(reward(name)), None, text_hash(name))
+    if name in rewards.BUILT_IN or ".py:" in name or not (Path(name).is_dir() or "/" in name):
+        return RewardOptions(rewards.score_responses(rewards.reward(name)), None, rewards.text_hash(name))
     model: Any
     model, tokenizer = checkpoints.load(name)
     if getattr(model.config, "form", "") != "score" or tokenizer is None:
         raise UserError(f"{name} gives no score: take a model of keifu train reward, or file.py:function.")
     files = sorted(locate(name).glob("*.safetensors"))  # a hub id is in the hub's cache
-    by = ModelReward(model.float().requires_grad_(False), tokenizer)
+    by = reward_model.ModelReward(model.float().requires_grad_(False), tokenizer)
     return RewardOptions(by, by, "+".join(map(sha256, files)))
 
 
@@ -391,7 +388,7 @@ def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Se
 
 def learn_from_rollouts(
     recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
-    normal: Mapping[str, Healthy], options: Mapping[str, Any],
+    normal: Mapping[str, monitor.Healthy], options: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Train the task's model into a run folder. Print the last figures with their normal ranges, the answers to
     held-out prompts, and the folder.
@@ -400,11 +397,11 @@ def learn_from_rollouts(
     outside which there is a warning."""
     # a resumed run compares with its first figures
     first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
-    watched = DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
+    watched = monitor.DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
     learned, validation = task.data.parts
     made = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
     counts = {"prompts to learn from": len(learned), "prompts held out": len(validation)}
-    about: dict[str, Any] = {"normal ranges": describe(normal)}
+    about: dict[str, Any] = {"normal ranges": monitor.describe(normal)}
     figures = finetune(
         recipe, task, objective, settings, out, resume,
         title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", paper=paper, unit="answers",

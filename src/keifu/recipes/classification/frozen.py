@@ -12,25 +12,23 @@ import torch
 
 from keifu import checkpoints
 from keifu.data.classification.tables import Examples
-from keifu.evaluation.classification.classifiers import text_classifier
-from keifu.evaluation.classification.embeddings import embed_rows, encode_texts, encoder
-from keifu.evaluation.classification.metrics import Confusion
+from keifu.evaluation.classification import classifiers, embeddings, metrics
 from keifu.models import bert
 from keifu.recipes.classification.logistic_regression import Regression, fit_best
 from keifu.recipes.classification.table_runs import LEAST_CUT, TableOptions, check_cut
 from keifu.training.run.report import write_page
 
 
-def learn(recipe: TableOptions, training: Examples, unseen: Examples, out: Path) -> Confusion | None:
+def learn(recipe: TableOptions, training: Examples, unseen: Examples, out: Path) -> metrics.Confusion | None:
     """Fit the regression, save the model into `out` with a report, and print the figures. Return the confusion matrix
     of held-out rows, if there are any."""
     model, tokenizer = checkpoints.load(recipe.model, torch.float32)
-    config = encoder(model).config
+    config = embeddings.encoder(model).config
     check_cut(recipe.cut, LEAST_CUT, config.context_length)
     limit = recipe.cut or config.context_length
-    rows, shortened = encode_texts(tokenizer, training.texts, limit, recipe.cut is not None)
+    rows, shortened = embeddings.encode_texts(tokenizer, training.texts, limit, recipe.cut is not None)
     print(f"Computing the embeddings of {len(training):,} texts ...", flush=True)
-    inputs = embed_rows(model, rows, tokenizer.pad_id or 0).cpu()
+    inputs = embeddings.embed_rows(model, rows, tokenizer.pad_id or 0).cpu()
     labels = training.classes
     numbers = {label: number for number, label in enumerate(labels)}
     targets = torch.tensor([numbers[label] for label in training.labels])
@@ -62,14 +60,14 @@ def with_regression(model: Any, config: bert.Config, labels: tuple[str, ...], re
     return classifier
 
 
-def confusion(model: bert.Bert, tokenizer: Any, validation: Examples, recipe: TableOptions) -> Confusion:
+def confusion(model: bert.Bert, tokenizer: Any, validation: Examples, recipe: TableOptions) -> metrics.Confusion:
     """Return the confusion matrix of held-out rows, computed like `keifu classify --on`."""
-    judge = text_classifier(model, tokenizer)
+    judge = classifiers.text_classifier(model, tokenizer)
     rows, _ = judge.read(validation, recipe.cut or judge.limit, recipe.cut is not None)
     return judge.confusion(validation, judge.predict_proba(rows))
 
 
-def sentence(rows: int, regression: Regression, tested: Confusion | None) -> str:
+def sentence(rows: int, regression: Regression, tested: metrics.Confusion | None) -> str:
     """Describe the accuracy in cross-validation, and on held-out rows if there are any, in a sentence."""
     first = (
         f"Cross-validation on the {rows:,} training rows: accuracy {regression.accuracy:.1%} (strength C = "

@@ -19,10 +19,8 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
+from keifu.data.images import batches, dataset, splits
 from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.batches import ImageBatches, Tokens
-from keifu.data.images.dataset import ImageDataset, read_images
-from keifu.data.images.splits import WHOLE_FAMILIES, ImageSplit, split
 from keifu.data.padding import pad
 from keifu.data.tokenizers import bpe
 from keifu.data.tokenizers.load import load_tokenizer
@@ -108,7 +106,7 @@ class ClipTask:
 
     model: nn.Module
     tokenizer: Tokenizer
-    parts: ImageSplit
+    parts: splits.ImageSplit
     data: Any  # batches of pictures and captions
     settings: Settings
 
@@ -130,17 +128,17 @@ def prepare(recipe: Recipe) -> ClipTask:
         raise UserError("--text-teacher decides the size of new towers, and --start-from has towers: give one of them.")
     loaded, given = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
     pixels = retrieval.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
-    parts = split(read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
+    parts = splits.split(dataset.read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
     lessons = text_teacher.ask(recipe.text_teacher, recipe.dictionary, parts) if recipe.text_teacher else None
     tokenizer = given or _tokenizer(recipe, parts.train, lessons.words if lessons else [])
     model: Any = loaded or _new(recipe, tokenizer, pixels, lessons).to(choose())
     limit = model.config.context_length
     rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
     settings = adapted(recipe.training, LEARNING, recipe.start_from)
-    batches: Any = ImageBatches
+    make: Any = batches.ImageBatches
     if lessons is not None:
-        batches = partial(TaughtBatches, lessons, text_teacher.encode_words(lessons, tokenizer, limit))
-    data = batches(
+        make = partial(TaughtBatches, lessons, text_teacher.encode_words(lessons, tokenizer, limit))
+    data = make(
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
         hard_negatives=recipe.hard_negatives, evenly=recipe.evenly,
     )  # fmt: skip
@@ -166,7 +164,7 @@ def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels, lessons: Les
     return clip.build(clip.Config(text, image, pixels))
 
 
-def _tokenizer(recipe: Recipe, pictures: ImageDataset, words: Sequence[str]) -> Tokenizer:
+def _tokenizer(recipe: Recipe, pictures: dataset.ImageDataset, words: Sequence[str]) -> Tokenizer:
     captions = [text for language in recipe.languages for text in pictures.texts(language)] + [*words]
     if recipe.tokenizer == LEARNED:
         return bpe.learn(captions, recipe.vocab_size)
@@ -176,7 +174,7 @@ def _tokenizer(recipe: Recipe, pictures: ImageDataset, words: Sequence[str]) -> 
     return tokenizer
 
 
-def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: ImageDataset, limit: int) -> Tokens | None:
+def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: dataset.ImageDataset, limit: int) -> batches.Tokens | None:
     """Encode the captions, padded to one length: [language, picture, length]. Return None if there are no pictures."""
     if not len(pictures):
         return None
@@ -216,13 +214,13 @@ def learn(recipe: Recipe, task: ClipTask, out: Path, resume: bool) -> Summary:
     sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
     return train_run(
         out, resume, task.model, task.objective, task.data, recipe.training, task.tokenizer, title="clip",
-        parameters=parameters(task.model), options=options, unit="pairs", held_out=WHOLE_FAMILIES, sample=sample,
+        parameters=parameters(task.model), options=options, unit="pairs", held_out=splits.WHOLE_FAMILIES, sample=sample,
         facts={"source": recipe.data, "fingerprint": task.parts.train.fingerprint}, languages=list(recipe.languages),
     )  # fmt: skip
 
 
 def two_towers_of(
-    recipe: image_runs.TextToImageOptions, parts: ImageSplit, out: Path, resume: bool
+    recipe: image_runs.TextToImageOptions, parts: splits.ImageSplit, out: Path, resume: bool
 ) -> tuple[clip.Clip, Tokenizer, CaptionTokens]:
     """Load the CLIP that a text-to-image model uses, or train it into a folder of the run. Return it with its tokenizer
     and the encoded captions."""
@@ -264,12 +262,12 @@ def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
 
 
 def caption_tokens(
-    tokenizer: Tokenizer, length: int, parts: ImageSplit, languages: tuple[str, ...], truncate: bool
+    tokenizer: Tokenizer, length: int, parts: splits.ImageSplit, languages: tuple[str, ...], truncate: bool
 ) -> CaptionTokens:
     """Encode the training and validation captions, padded as for drawing: [language, picture, length]; None without
     pictures."""
 
-    def tokens(part: ImageDataset) -> torch.Tensor:
+    def tokens(part: dataset.ImageDataset) -> torch.Tensor:
         return torch.stack([text_tokens(tokenizer, part.texts(language), length, truncate) for language in languages])
 
     return image_runs.of_both(parts, tokens)

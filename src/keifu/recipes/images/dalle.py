@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.io import to_signed
-from keifu.data.images.splits import ImageSplit
+from keifu.data.images import batches, io, splits
 from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.generation.images.autoregressive import AutoregressivePipeline
@@ -117,10 +115,10 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     model.vae.load_state_dict(coder.state_dict())
     model.vae.requires_grad_(False)
     model.to(choose())
-    batches: Any = ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
-    encode = partial(image_runs.encode_pictures, model.vae, lambda pixels: model.vae.encode(to_signed(pixels)))
+    pictures: Any = batches.ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
+    encode = partial(image_runs.encode_pictures, model.vae, lambda pixels: model.vae.encode(io.to_signed(pixels)))
     codes = image_runs.of_both(parts, encode)  # the likeliest entries
-    data = use_image_tokens(batches, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
+    data = use_image_tokens(pictures, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
     return image_runs.TextToImageTask(
         model, AutoregressivePipeline(model, tokenizer), parts, data, TextImageLoss(recipe.text_weight)
     )
@@ -136,7 +134,7 @@ def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: disc
     )  # fmt: skip
 
 
-def discrete_vae_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
+def discrete_vae_of(recipe: Recipe, parts: splits.ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
     """Train the autoencoder into a folder of the run, and freeze it. Its rate decreases to 1/80 (appendix A.2)."""
     return image_runs.train_part(
         recipe, out / image_runs.DISCRETE, resume, partial(discrete_vae.build, recipe.vae(parts.train.shape[0])),

@@ -19,10 +19,8 @@ from typing import Any, Literal
 
 import torch
 
-from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.dataset import read_images
+from keifu.data.images import augmentation, dataset, splits
 from keifu.data.images.grid import grid
-from keifu.data.images.splits import ImageSplit, split
 from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
@@ -163,7 +161,7 @@ class DiffusionTask:
     """Task that is ready to train: the network, the pictures in three parts, their batches and the loss."""
 
     model: Any
-    parts: ImageSplit
+    parts: splits.ImageSplit
     data: Data
     objective: DiffusionLoss
 
@@ -189,10 +187,10 @@ def prepare_task(
     """
     started = load_start(recipe.start_from, config_class)[0] if recipe.start_from else None
     size, channels = (started.config.size, started.colours) if started else (recipe.size, recipe.channels)
-    pictures = read_images(recipe.data, size, channels, recipe.fit)
+    pictures = dataset.read_images(recipe.data, size, channels, recipe.fit)
     if recipe.classes and not pictures.classes:
         raise UserError(f"--classes needs labels, and the pictures of {recipe.data} have none: sort them into folders.")
-    parts = split(pictures.distinct() if recipe.distinct else pictures, recipe.held_out)
+    parts = splits.split(pictures.distinct() if recipe.distinct else pictures, recipe.held_out)
     torch.manual_seed(recipe.seed)
     if started is None:
         started = build(pictures.shape[0], pictures.classes if recipe.classes else ())
@@ -204,7 +202,7 @@ def prepare_task(
     config = started.config
     model = started.to(choose())
     model.check_size(*pictures.shape)
-    data = drawn_batches(parts, recipe.batch_size or 1, recipe.seed, Augmentation(flip=bool(recipe.flip)))
+    data = drawn_batches(parts, recipe.batch_size or 1, recipe.seed, augmentation.Augmentation(flip=bool(recipe.flip)))
     if model.coder is not None:
         coder = model.coder.requires_grad_(False).eval()
         data = use_latents(data, *of_both(parts, partial(encode_dataset, coder, coder.config.scale)))

@@ -16,12 +16,8 @@ from torch import Tensor, nn
 
 from keifu import checkpoints
 from keifu.checkpoints.loading import load_model
-from keifu.data.images.augmentation import Augmentation
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.dataset import ImageDataset, read_images
+from keifu.data.images import augmentation, batches, dataset, io, splits
 from keifu.data.images.grid import grid
-from keifu.data.images.io import to_bytes, to_signed
-from keifu.data.images.splits import WHOLE_FAMILIES, ImageSplit, split
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.files import write_atomic
@@ -102,7 +98,7 @@ class TextToImageTask:
 
     model: Any
     painter: TextToImagePipeline
-    parts: ImageSplit
+    parts: splits.ImageSplit
     data: Data
     objective: Any
 
@@ -142,24 +138,24 @@ class TextToImageTask:
         )  # fmt: skip
 
 
-def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> ImageSplit:
+def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> splits.ImageSplit:
     """Read the pictures at the recipe's size, split them, and print their number."""
-    parts = split(read_images(recipe.data, recipe.size, channels))
+    parts = splits.split(dataset.read_images(recipe.data, recipe.size, channels))
     print(parts.train.sentence(), parts.sentence(), flush=True)
     return parts
 
 
-def drawn_batches(parts: ImageSplit, batch_size: int, seed: int, *given: Any, **more: Any) -> Data:
+def drawn_batches(parts: splits.ImageSplit, batch_size: int, seed: int, *given: Any, **more: Any) -> Data:
     """Return batches of the pictures with the random draws of diffusion. Further arguments are those of
     `ImageBatches`."""
-    batches: Any = ImageBatches(parts.train, parts.validation, batch_size, seed, *given, **more)
-    return add_draws(batches, seed)
+    pictures: Any = batches.ImageBatches(parts.train, parts.validation, batch_size, seed, *given, **more)
+    return add_draws(pictures, seed)
 
 
 Made = TypeVar("Made")
 
 
-def of_both(parts: ImageSplit, make: Callable[[ImageDataset], Made]) -> tuple[Made, Made | None]:
+def of_both(parts: splits.ImageSplit, make: Callable[[dataset.ImageDataset], Made]) -> tuple[Made, Made | None]:
     """Apply `make` to the training pictures, and to the validation pictures if there are any."""
     return make(parts.train), make(parts.validation) if len(parts.validation) else None
 
@@ -177,7 +173,7 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
 
 
 def describe(
-    recipe: Any, pictures: ImageDataset, named: Sequence[str], options: Mapping[str, Any], **held_out: Any
+    recipe: Any, pictures: dataset.ImageDataset, named: Sequence[str], options: Mapping[str, Any], **held_out: Any
 ) -> dict[str, Any]:
     """Return the facts that `train_run` records of a run on pictures.
 
@@ -186,12 +182,12 @@ def describe(
     """
     facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
     chosen = {**options, **{name: vars(recipe)[name] for name in named}}
-    return {"facts": facts, "options": chosen, "unit": "pictures", "held_out": WHOLE_FAMILIES | held_out}
+    return {"facts": facts, "options": chosen, "unit": "pictures", "held_out": splits.WHOLE_FAMILIES | held_out}
 
 
 def train_part(
-    recipe: Any, directory: Path, resume: bool, build: Callable[[], Any], objective: Objective, parts: ImageSplit,
-    budget: Budget, *, title: str, paper: str, options: Mapping[str, Any], batch_size: int,
+    recipe: Any, directory: Path, resume: bool, build: Callable[[], Any], objective: Objective,
+    parts: splits.ImageSplit, budget: Budget, *, title: str, paper: str, options: Mapping[str, Any], batch_size: int,
     of_steps: Callable[[Data, int], Data] = lambda data, steps: data, **different: Any,
 ) -> Any:  # fmt: skip
     """Train a model on pictures alone into a folder of the run, and freeze it.
@@ -204,7 +200,7 @@ def train_part(
     model = build().to(choose())
     model.check_size(*parts.train.shape[1:])
     resume = is_resuming(directory, resume)
-    data = drawn_batches(parts, batch_size, recipe.seed, Augmentation(flip=recipe.flip))
+    data = drawn_batches(parts, batch_size, recipe.seed, augmentation.Augmentation(flip=recipe.flip))
 
     def settings(steps: int) -> Settings:
         every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), max(1, steps // 10))
@@ -222,20 +218,20 @@ def train_part(
 
 
 @torch.no_grad()
-def encode_pictures(model: nn.Module, encode: Callable[[Tensor], Tensor], pictures: ImageDataset) -> Tensor:
+def encode_pictures(model: nn.Module, encode: Callable[[Tensor], Tensor], pictures: dataset.ImageDataset) -> Tensor:
     """Encode pictures by a network, in batches."""
     device = next(model.parameters()).device
     return torch.cat([encode(pixels.to(device)).cpu() for pixels in pictures.batches(BATCH)])
 
 
-def before_and_after(model: nn.Module, parts: ImageSplit) -> Callable[[int], bytes]:
+def before_and_after(model: nn.Module, parts: splits.ImageSplit) -> Callable[[int], bytes]:
     """Return a function that draws held-out pictures, if there are any, above their reconstructions."""
     part = parts.validation if len(parts.validation) else parts.train
     some = part.take(slice(0, SHOWN))
 
     def sample(step: int) -> bytes:
         with torch.inference_mode():
-            again = to_bytes(model(to_signed(some.to(next(model.parameters()).device)))).cpu()
+            again = io.to_bytes(model(io.to_signed(some.to(next(model.parameters()).device)))).cpu()
         return grid(torch.cat([some, again]), columns=len(some), about={"keifu": f"step {step}"})
 
     return sample

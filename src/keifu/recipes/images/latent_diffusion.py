@@ -21,9 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from keifu.data.images.dataset import ImageDataset
-from keifu.data.images.io import to_signed
-from keifu.data.images.splits import ImageSplit
+from keifu.data.images import dataset, io, splits
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
@@ -161,14 +159,14 @@ def start_task(recipe: Recipe, name: str) -> image_runs.TextToImageTask:
 
 
 def task_of(
-    recipe: Recipe, model: Any, tokenizer: Tokenizer, parts: ImageSplit, tokens: clip_recipe.CaptionTokens
+    recipe: Recipe, model: Any, tokenizer: Tokenizer, parts: splits.ImageSplit, tokens: clip_recipe.CaptionTokens
 ) -> image_runs.TextToImageTask:
     """Return the task of training a model on these pictures and their captions, given as ids."""
     config = model.config
     painter = LatentDiffusionPipeline(model, tokenizer)
     empty = painter.tokens([""])[0]
     objective = TextDiffusionLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
-    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed, recipe.evenly)
+    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed, evenly=recipe.evenly)
     return image_runs.TextToImageTask(model, painter, parts, data, objective)
 
 
@@ -196,17 +194,17 @@ def model_config(
 
 
 def caption_batches(
-    parts: ImageSplit, tokens: clip_recipe.CaptionTokens, model: Any, batch_size: int, seed: int, evenly: bool = False
+    parts: splits.ImageSplit, tokens: clip_recipe.CaptionTokens, model: Any, batch_size: int, seed: int, **more: bool
 ) -> Data:
-    """Return batches with captions (see `caption_tokens`). For a model of latents the pictures are encoded here,
-    once."""
-    data = image_runs.drawn_batches(parts, batch_size, seed, None, *tokens, evenly=evenly)
+    """Return batches with captions (see `caption_tokens`). For a model of latents the pictures are encoded here, once.
+    more: options of `ImageBatches`."""
+    data = image_runs.drawn_batches(parts, batch_size, seed, None, *tokens, **more)
     if model.autoencoder is None:
         return data
     return use_latents(data, *image_runs.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))
 
 
-def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
+def autoencoder_of(recipe: Recipe, parts: splits.ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
     """Train the autoencoder into a folder of the run. Set its scale so that its latents have variance 1."""
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
     budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
@@ -221,7 +219,7 @@ def autoencoder_of(recipe: Recipe, parts: ImageSplit, out: Path, resume: bool) -
     return set_scale(trained, parts.train)
 
 
-def set_scale(model: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderKL:
+def set_scale(model: Any, pictures: dataset.ImageDataset) -> autoencoder_kl.AutoencoderKL:
     """Return the autoencoder with its `scale`: 1 / the standard deviation of the latents of these pictures, or of
     evenly spaced ones of them (Rombach et al., 2022, appendix G)."""
     one = replace(model.config, scale=1.0)
@@ -231,11 +229,11 @@ def set_scale(model: Any, pictures: ImageDataset) -> autoencoder_kl.AutoencoderK
     return model
 
 
-def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: ImageDataset) -> EncodedImages:
+def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: dataset.ImageDataset) -> EncodedImages:
     """Encode pictures as latents for diffusion."""
 
     def mean_and_deviation(pixels: Tensor) -> Tensor:
-        latents = model.encode(to_signed(pixels))
+        latents = model.encode(io.to_signed(pixels))
         return torch.stack([latents.mean, torch.exp(0.5 * latents.log_variance)], 1)
 
     both = scale * image_runs.encode_pictures(model, mean_and_deviation, pictures)

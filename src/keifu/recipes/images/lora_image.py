@@ -21,9 +21,8 @@ from torch import nn
 from keifu import checkpoints
 from keifu.checkpoints.lora.diffusion import FILE, save_lora
 from keifu.checkpoints.lora.peft import layers, match_targets
-from keifu.data.images.dataset import ImageDataset, read_images
+from keifu.data.images import dataset, splits
 from keifu.data.images.grid import grid
-from keifu.data.images.splits import ImageSplit, split
 from keifu.errors import UserError, shell
 from keifu.generation.images.latent_diffusion import GUIDANCE, LatentDiffusionPipeline
 from keifu.generation.images.pipeline import image_pipeline
@@ -137,27 +136,27 @@ def open_pipeline(name: str) -> LatentDiffusionPipeline:
     return pipeline
 
 
-def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> ImageSplit:
+def read(recipe: Recipe, painter: LatentDiffusionPipeline) -> splits.ImageSplit:
     """Read the pictures at the model's size, and limit the training part."""
     model = painter.model
     sides = (recipe.size, recipe.size) if recipe.size else model.config.size
     if sides is None or sides[0] != sides[1]:
         raise UserError("The model does not name a square that it was trained with: give the pictures' --size.")
     model.check_size(*sides)
-    pictures = read_images(recipe.data, sides[0], 3 if model.config.colours == 3 else 1)
-    parts = split(pictures)
+    pictures = dataset.read_images(recipe.data, sides[0], 3 if model.config.colours == 3 else 1)
+    parts = splits.split(pictures)
     if not len(parts.train):  # a set that is held out whole, such as openmoji, is split here
-        parts = split(replace(pictures, parts=("",) * len(pictures)))
+        parts = splits.split(replace(pictures, parts=("",) * len(pictures)))
     if recipe.limit is not None:
         parts = replace(parts, train=parts.train.spread(recipe.limit))
     print(f"Learning from {len(parts.train):,} pictures of {recipe.data}; {len(parts.validation):,} are kept apart.")
     return parts
 
 
-def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
+def with_words(recipe: Recipe, parts: splits.ImageSplit) -> splits.ImageSplit:
     """Return the parts with only the captions that are trained on, each after the trigger words."""
 
-    def change(part: ImageDataset) -> ImageDataset:
+    def change(part: dataset.ImageDataset) -> dataset.ImageDataset:
         if not part.captions:
             if not recipe.words:
                 raise UserError(f"The pictures of {recipe.data} have no captions: say what they show (--words).")
@@ -166,7 +165,7 @@ def with_words(recipe: Recipe, parts: ImageSplit) -> ImageSplit:
         texts = {code: tuple(f"{recipe.words} {text}".strip() for text in part.texts(code)) for code in languages}
         return replace(part, captions=texts)
 
-    return ImageSplit(change(parts.train), change(parts.validation), change(parts.test))
+    return splits.ImageSplit(change(parts.train), change(parts.validation), change(parts.test))
 
 
 def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]:

@@ -17,9 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.images.augmentation import uniform
-from keifu.data.images.batches import ImageBatches
-from keifu.data.images.splits import ImageSplit
+from keifu.data.images import augmentation, batches, splits
 from keifu.data.padding import pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation.pairs import read_pairs
@@ -46,7 +44,7 @@ class Lessons:
         return self.training.shape[1]
 
 
-def ask(teacher: str, dictionary: str | None, parts: ImageSplit) -> Lessons:
+def ask(teacher: str, dictionary: str | None, parts: splits.ImageSplit) -> Lessons:
     """Embed the English captions and meanings by the teacher."""
     model, tokenizer = checkpoints.load(teacher, torch.float32)
     encoder(model)
@@ -70,7 +68,7 @@ class Words(NamedTuple):
     points: Float[Tensor, "words embedding"]
 
 
-class TaughtBatches(ImageBatches):
+class TaughtBatches(batches.ImageBatches):
     """Batches of captioned pictures with "points", the teacher's embeddings of the captions [row, embedding].
 
     With a dictionary a batch also has "words" [row, words, length] and "word_points" [row, words, embedding], drawn by
@@ -87,7 +85,7 @@ class TaughtBatches(ImageBatches):
         """Return a slice of the batch of a step (see `ImageBatches.part`)."""
         batch, first, total = super().part(step, bounds)
         if self.words is not None:
-            drawn = uniform(self.seed + 3, step, batch["indices"].numpy(), WORDS)
+            drawn = augmentation.uniform(self.seed + 3, step, batch["indices"].numpy(), WORDS)
             chosen = torch.from_numpy((drawn * len(self.words.tokens)).astype(np.int64))
             batch |= {"words": self.words.tokens[chosen], "word_points": self.words.points[chosen]}
         return batch, first, total

@@ -20,8 +20,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from keifu.data.images.dataset import read_images
-from keifu.data.images.splits import split
+from keifu.data.images import dataset, splits
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
@@ -165,7 +164,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     model.to(choose())
     ready = preprocessing(towers)
     embed = partial(image_runs.encode_pictures, towers, lambda pixels: towers.encode_image(ready.normalised(pixels)))
-    seen = split(read_images(recipe.data, towers.config.pixels.crop, 3))  # the same pictures at CLIP's input size
+    pictures = dataset.read_images(recipe.data, towers.config.pixels.crop, 3)  # the same, at CLIP's input size
+    seen = splits.split(pictures)
     assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
     tables = image_runs.of_both(seen, embed)
     with torch.no_grad():

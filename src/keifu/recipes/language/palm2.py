@@ -25,28 +25,8 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
-from keifu.data.text.mixture import (
-    Check,
-    MixedText,
-    Mixture,
-    WeightedSource,
-    content_hash,
-    prepare_mixture,
-    read_mixture,
-    texts,
-)
-from keifu.data.text.span_corruption import (
-    SENTINELS,
-    SEQUENTIAL,
-    CausalBatches,
-    CorruptionTask,
-    InfillingExamples,
-    Markers,
-    SpanCorruption,
-    SpanCorruptionBatches,
-    special_tokens,
-    ul2,
-)
+from keifu.data.text import mixture as mixtures
+from keifu.data.text import span_corruption as corruption
 from keifu.data.tokenizers.load import learned_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
@@ -87,7 +67,7 @@ class Recipe:
     """The mean share of a text that S hides; UL2's table says 0.25, its code 0.5."""
     vocab_size: Count = 8192
     """Tokens of the tokenizer, which is learned from the mixture: bytes, every digit by itself, modes and sentinels."""
-    sentinels: Count = SENTINELS
+    sentinels: Count = corruption.SENTINELS
     """Marks for hidden spans; a longer context can need more."""
     model: palm.Config = SMALL
     """The vocabulary is the tokenizer's, whatever is given here."""
@@ -103,29 +83,30 @@ class Recipe:
 class PreparedMixture:
     """Mixture that is ready to train on: its tokenized sources, and the tokenizer."""
 
-    mixture: Mixture
+    mixture: mixtures.Mixture
     tokenizer: Tokenizer
-    sources: list[WeightedSource]
+    sources: list[mixtures.WeightedSource]
 
 
-def prepare(mixture: Mixture, vocab_size: int, sentinels: int = SENTINELS, out: Path | None = None) -> PreparedMixture:
+def prepare(
+    mixture: mixtures.Mixture, vocab_size: int, sentinels: int = corruption.SENTINELS, out: Path | None = None
+) -> PreparedMixture:
     """Download the texts, train the tokenizer and tokenize. Results are cached."""
     tokenizer = tokenizer_of(mixture, vocab_size, sentinels, out)
-    pairs = zip(mixture.sources, prepare_mixture(mixture, tokenizer), strict=True)
+    pairs = zip(mixture.sources, mixtures.prepare_mixture(mixture, tokenizer), strict=True)
     total = sum(source.weight for source in mixture.sources)
-    return PreparedMixture(
-        mixture, tokenizer, [WeightedSource(source.name, source.weight / total, shards) for source, shards in pairs]
-    )
+    weighted = [mixtures.WeightedSource(source.name, source.weight / total, shards) for source, shards in pairs]
+    return PreparedMixture(mixture, tokenizer, weighted)
 
 
-def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int, out: Path | None) -> Tokenizer:
+def tokenizer_of(mixture: mixtures.Mixture, vocab_size: int, sentinels: int, out: Path | None) -> Tokenizer:
     """Return a byte-level BPE trained on the mixture by its weights. It can encode every character."""
-    content = hashlib.sha256(content_hash(mixture).encode()).hexdigest()
+    content = hashlib.sha256(mixtures.content_hash(mixture).encode()).hexdigest()
 
     def learn() -> Tokenizer:
         print(f"Learning a tokenizer of {vocab_size} tokens from the mixture {mixture.name} ...", flush=True)
-        special = special_tokens(sentinels)
-        return train_tokenizer("bpe", texts(mixture, CHARACTERS), vocab_size, special, split_digits=True)
+        special = corruption.special_tokens(sentinels)
+        return train_tokenizer("bpe", mixtures.texts(mixture, CHARACTERS), vocab_size, special, split_digits=True)
 
     return learned_tokenizer(f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}", learn, out)
 
@@ -133,29 +114,30 @@ def tokenizer_of(mixture: Mixture, vocab_size: int, sentinels: int, out: Path | 
 def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
     """Return the tokenizer with [S2S] added before each text, since the loaded model continues texts in that mode."""
     backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
-    special = tokenizer.special | {"bos_token": SEQUENTIAL}
+    special = tokenizer.special | {"bos_token": corruption.SEQUENTIAL}
     put_around_text(backend, special, bos=True, eos=False)
     return Tokenizer(backend, special)
 
 
-def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[CorruptionTask, dict[str, Check]]:
+def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[corruption.CorruptionTask, dict[str, mixtures.Check]]:
     """Return the training task (denoising or causal), and the metrics for each source: bits per byte and the loss of
     hidden parts."""
     context = recipe.model.context_length
     if recipe.objective == "causal":
-        return CausalBatches(context), {"bits_per_byte": Check(CausalBatches(context - 1), BITS)}
-    markers = Markers.of(tokenizer, recipe.sentinels)
-    regular = SpanCorruption("[NLU]", 0.15, 3)
+        measured = mixtures.Check(corruption.CausalBatches(context - 1), BITS)
+        return corruption.CausalBatches(context), {"bits_per_byte": measured}
+    markers = corruption.Markers.of(tokenizer, recipe.sentinels)
+    regular = corruption.SpanCorruptionBatches([corruption.SpanCorruption("[NLU]", 0.15, 3)], markers, context)
     checks = {
-        "bits_per_byte": Check(CausalBatches(context, markers.modes[SEQUENTIAL]), BITS),
-        "infilling": Check(InfillingExamples(SpanCorruptionBatches([regular], markers, context))),
+        "bits_per_byte": mixtures.Check(corruption.CausalBatches(context, markers.modes[corruption.SEQUENTIAL]), BITS),
+        "infilling": mixtures.Check(corruption.InfillingExamples(regular)),
     }
-    return SpanCorruptionBatches(ul2(recipe.shares, recipe.prefix), markers, context), checks
+    return corruption.SpanCorruptionBatches(corruption.ul2(recipe.shares, recipe.prefix), markers, context), checks
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Train into `out`, which keifu.load, keifu generate, keifu evaluate and transformers read afterwards."""
-    mixture = read_mixture(recipe.mixture)
+    mixture = mixtures.read_mixture(recipe.mixture)
     if recipe.held_out is not None:
         mixture = replace(mixture, held_out=recipe.held_out)
     return learn(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels, out), out, resume)
@@ -168,7 +150,7 @@ def learn(recipe: Recipe, prepared: PreparedMixture, out: Path, resume: bool = F
     model = palm.build(config).to(choose())
     task, checks = task_of(recipe, prepared.tokenizer)
     training = recipe.training
-    data = MixedText(prepared.sources, task, config.context_length, training.growth, training.seed, checks)
+    data = mixtures.MixedText(prepared.sources, task, config.context_length, training.growth, training.seed, checks)
     objective = partial(masked_share_loss, objective=span_corruption, names=data.figures)
     saved = losses_by_mode(prepared.tokenizer) if recipe.objective == "ul2" else prepared.tokenizer
     epochs = data.epochs(training.steps)
@@ -192,7 +174,7 @@ def learn(recipe: Recipe, prepared: PreparedMixture, out: Path, resume: bool = F
     return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())
 
 
-def _facts(source: Any, made: WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:
+def _facts(source: Any, made: mixtures.WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:
     index = made.shards.index
     tokens = {f"{part} tokens": index[part]["tokens"] for part in ("training", "validation")}
     facts = {"source": source.name, "data": source.data, "weight": round(made.weight, 6), **tokens}

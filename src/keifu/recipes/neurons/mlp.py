@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from keifu.data.classification.batches import LabelledTensors, TensorBatches
-from keifu.data.classification.tables import Table, ToyDataset, toy_dataset
+from keifu.data.classification import batches, tables, toy
 from keifu.data.images.augmentation import Distortion
 from keifu.devices import choose
 from keifu.errors import UserError, require_known
@@ -30,7 +29,7 @@ from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.models import mlp
 from keifu.models.mlp import MLP, Config
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.runs import Logging, Settings, Summary, train_run
+from keifu.recipes.runs import Logging, Settings, train_run
 from keifu.threads import on_threads
 from keifu.training.protocols import Batch, LossOutput, Objective, Sample
 
@@ -104,31 +103,24 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """
     learned, chosen = check_learnable(recipe), settings(recipe)
     model = network(recipe, learned)
-    sample = wrong_digits(learned, model) if recipe.data == "mnist" else None
+    sample: Sample | None = wrong_digits(learned, model) if recipe.data == "mnist" else None
     if len(learned.columns) == 2:
         sample = boundary(learned, model, chosen.steps, out)
         if not resume:
             sample(0)
-    with on_threads(1):  # small matrices gain little from a second thread, and wait for it on a busy machine
-        learn(recipe, learned, model, chosen, out, resume, sample)
-    print(f"{verdict(learned, model)} The network is in {out}.")
-
-
-def learn(
-    recipe: Recipe, learned: ToyDataset, model: MLP, chosen: Settings, out: Path, resume: bool, sample: Sample | None
-) -> Summary:
-    """Train the network into a run folder."""
     full, augment = recipe.resolved(), distort if recipe.augment else None
     validating = 0 if learned.held is learned.training else len(learned.held)
     counts = {"rows": len(learned.training), "held out": validating, "classes": ", ".join(learned.classes)}
-    data = TensorBatches(learned.training, learned.held, chosen.batch_size, chosen.seed, augment)
-    return train_run(
-        out, resume, model, objective(recipe.loss), data, chosen, sample=sample, unit="rows",
-        title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
-        paper="Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)",
-        command=recipe.command(), facts={"source": recipe.data, **counts},
-        options={name: vars(full)[name] for name in ("hidden", "activation", "loss", "dropout", "augment")},
-    )  # fmt: skip
+    data = batches.TensorBatches(learned.training, learned.held, chosen.batch_size, chosen.seed, augment)
+    with on_threads(1):  # small matrices gain little from a second thread, and wait for it on a busy machine
+        train_run(
+            out, resume, model, objective(recipe.loss), data, chosen, sample=sample, unit="rows",
+            title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
+            paper="Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)",
+            command=recipe.command(), facts={"source": recipe.data, **counts},
+            options={name: vars(full)[name] for name in ("hidden", "activation", "loss", "dropout", "augment")},
+        )  # fmt: skip
+    print(f"{verdict(learned, model)} The network is in {out}.")
 
 
 def settings(recipe: Recipe) -> Settings:
@@ -142,7 +134,7 @@ def settings(recipe: Recipe) -> Settings:
     )
 
 
-def check_learnable(recipe: Recipe) -> ToyDataset:
+def check_learnable(recipe: Recipe) -> toy.ToyDataset:
     """Check all options, and return the recipe's data."""
     for option, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
         require_known(option, name, known)
@@ -150,15 +142,15 @@ def check_learnable(recipe: Recipe) -> ToyDataset:
         raise UserError(STEP_HAS_NO_GRADIENT)
     if recipe.augment and recipe.data != "mnist":
         raise UserError(f"--augment distorts pictures, and {recipe.data!r} has none: leave it out, or --data mnist.")
-    return toy_dataset(recipe.data, recipe.label)
+    return toy.toy_dataset(recipe.data, recipe.label)
 
 
-def points(learned: ToyDataset) -> Table:
+def points(learned: toy.ToyDataset) -> tables.Table:
     """Return the training rows for a picture. They must have two columns."""
-    return Table(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
+    return tables.Table(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
 
 
-def network(recipe: Recipe, learned: ToyDataset) -> MLP:
+def network(recipe: Recipe, learned: toy.ToyDataset) -> MLP:
     """Build the network. Squared and absolute error compare sigmoids, as in the paper; the others compare logits."""
     full = recipe.resolved()
     assert full.hidden is not None and full.dropout is not None
@@ -196,7 +188,7 @@ def distort(inputs: Float[Tensor, "rows dim"], generator: Generator) -> Float[Te
     return Distortion()(inputs.view(-1, 28, 28), generator).flatten(1)
 
 
-def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable[[int], bytes]:
+def boundary(learned: toy.ToyDataset, model: MLP, steps: int, out: Path) -> Callable[[int], bytes]:
     """Return a function that draws the decision over two columns after a step. At the end it writes the stages to
     `out`."""
     shown, stages = points(learned), []
@@ -214,19 +206,19 @@ def boundary(learned: ToyDataset, model: MLP, steps: int, out: Path) -> Callable
     return sample
 
 
-def wrong_digits(learned: ToyDataset, model: MLP) -> Callable[[int], bytes]:
+def wrong_digits(learned: toy.ToyDataset, model: MLP) -> Callable[[int], bytes]:
     """Return a function that draws misclassified held-out digits."""
     inputs, targets = learned.held.inputs, learned.held.targets
     return lambda step: metrics.picture(inputs.view(-1, 28, 28), targets, model.predict(inputs), learned.classes)
 
 
-def accuracy(model: MLP, split: LabelledTensors) -> float:
+def accuracy(model: MLP, split: batches.LabelledTensors) -> float:
     """Return the share of rows that the network classifies correctly."""
     with evaluation_mode(model):
         return float((model.predict(split.inputs) == split.targets).float().mean())
 
 
-def verdict(learned: ToyDataset, model: MLP) -> str:
+def verdict(learned: toy.ToyDataset, model: MLP) -> str:
     """Describe the network's result in a sentence."""
     seen, rows = accuracy(model, learned.training), f"{len(learned.training):,}"
     if learned.held is learned.training:
