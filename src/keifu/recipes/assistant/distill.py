@@ -77,4 +77,4 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     task = sft.make_task(recipe, model, tokenizer)
     print(f"The student has {parameters(task.model) / 1e6:.1f} M parameters and {tokenizer.vocab_size:,} tokens.")
     title = f"{recipe.model} learns from {recipe.distill.teacher}"
-    sft.finish(recipe, task, out, resume, title=title, paper="Agarwal et al., GKD (2023)")
+    sft.learn(recipe, task, out, resume, title=title, paper="Agarwal et al., GKD (2023)")

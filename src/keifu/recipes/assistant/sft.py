@@ -110,10 +110,14 @@ def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversatio
 
 
 def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **about: Any) -> Summary:
-    """Fine-tune the task's model into a run folder, as a whole model or as adapters with the name of their base.
+    """Print the number of conversations that are too long. Fine-tune the task's model into a run folder, as a whole
+    model or as adapters with the name of their base.
 
     about: title and paper of the report, if they differ from the defaults.
     """
+    for part in (task.training, task.held):
+        if said := part.sentence(task.data.context_length):
+            print(said)
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
     chosen = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
@@ -122,11 +126,13 @@ def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **abou
         "title": f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
         "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
     }
-    return finetuning.finetune(
+    summary = finetuning.finetune(
         recipe, task, task.objective, chosen, out, resume, lambda step: answers(task), unit="tokens",
         options={"template": task.tokenizer.chat_template, **recipe.distill.options()}, data=kept | gone,
         **usual | about,
     )  # fmt: skip
+    print(f"The model is in {out}: keifu chat {shell(out)}")
+    return summary
 
 
 def answers(task: SFTTask) -> str:
@@ -142,13 +148,4 @@ def answers(task: SFTTask) -> str:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Fine-tune into `out`, which keifu chat reads afterwards."""
-    finish(recipe, prepare(recipe), out, resume)
-
-
-def finish(recipe: Recipe, task: SFTTask, out: Path, resume: bool, **about: Any) -> None:
-    """Print the number of conversations that were too long, and train the task's model (see `learn`)."""
-    for part in (task.training, task.held):
-        if said := part.sentence(task.data.context_length):
-            print(said)
-    learn(recipe, task, out, resume, **about)
-    print(f"The model is in {out}: keifu chat {shell(out)}")
+    learn(recipe, prepare(recipe), out, resume)

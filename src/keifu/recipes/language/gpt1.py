@@ -11,7 +11,6 @@ Cost: printed before it starts; the default model has 5 M parameters.
 Expected: see docs/results.md, "Generative pretraining"; keifu train gpt1-finetune continues.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,10 +71,7 @@ def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
     )  # fmt: skip
 
 
-WAYS: dict[str, tuple[Callable[[Recipe, int, int], Settings], int, float]] = {  # settings, batch size, epochs
-    "keifu": (settings, 16, 2),
-    "paper": (paper_settings, 64, 100),
-}
+WAYS = {"keifu": (settings, 16, 2), "paper": (paper_settings, 64, 100)}  # settings, batch size, epochs
 
 
 def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:

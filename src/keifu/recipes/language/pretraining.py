@@ -221,11 +221,8 @@ class PretrainingOptions(Logging):
         return round(part * self.steps)
 
     def settings(self, **chosen: Any) -> Settings:
-        """Return the training settings. Samples and checkpoints are at least a tenth of the run apart, validations a
-        twentieth."""
-        tenth = self.share(0.1)
-        every = {"evaluate_every": max(50, self.share(0.05)), "sample_every": max(50, tenth)}
-        return Settings(**self.loop(**every, save_every=max(100, tenth), **chosen))
+        """Return the training settings (see `settings_of`)."""
+        return settings_of(self, self.steps, self.batch_size, **chosen)
 
 
 def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:

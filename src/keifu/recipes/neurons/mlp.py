@@ -127,11 +127,10 @@ def settings(recipe: Recipe) -> Settings:
     """Return the training settings: AdamW with warm-up and a cosine to zero, in float32."""
     full = recipe.resolved()
     assert full.steps is not None
-    every = {"evaluate_every": max(1, full.steps // 12)}
-    every["sample_every"] = full.steps if recipe.data == "mnist" else every["evaluate_every"]
-    return Settings(
-        **full.loop(final_ratio=0.0, warmup=full.steps // 20, betas=(0.9, 0.99), precision="float32", **every)
-    )
+    often = max(1, full.steps // 12)
+    every = {"evaluate_every": often, "sample_every": full.steps if recipe.data == "mnist" else often}
+    usual = {"final_ratio": 0.0, "warmup": full.steps // 20, "betas": (0.9, 0.99), "precision": "float32"}
+    return Settings(**full.loop(**usual, **every))
 
 
 def check_learnable(recipe: Recipe) -> toy.ToyDataset:

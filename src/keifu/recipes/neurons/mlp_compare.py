@@ -77,9 +77,8 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
             results.append(learn(pair, subject, directory, is_resuming(directory, resume)))
     table = decision_boundary.table(results)
     print(table)
-    facts = [
-        {"activation": r.activation, "loss": r.loss, "accuracy": r.accuracy, "seconds": r.seconds} for r in results
-    ]
+    shown = ("activation", "loss", "accuracy", "seconds")
+    facts = [{name: vars(result)[name] for name in shown} for result in results]
     write_atomic(out / "comparison.json", json.dumps(facts, indent=1) + "\n")
     pictures = {"curves": decision_boundary.curves(results)}
     if len(subject.columns) == 2:
@@ -103,12 +102,7 @@ def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool =
     summary = train(model, mlp.objective(pair.loss), data, settings, where)
     lines = metrics.read(directory)
     plane = class_shares_on(mlp.points(subject), model.predict_proba, 100) if len(subject.columns) == 2 else None
-    return Result(
-        activation=pair.activation,
-        loss=pair.loss,
-        accuracy=mlp.accuracy(model, subject.held),
-        seconds=summary.seconds,
-        losses=[(line["step"], line["loss"]) for line in lines if "loss" in line],
-        accuracies=[(line["step"], line["validation_accuracy"]) for line in lines if "validation_accuracy" in line],
-        plane=plane,
-    )
+    losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    accuracies = [(line["step"], line["validation_accuracy"]) for line in lines if "validation_accuracy" in line]
+    accuracy = mlp.accuracy(model, subject.held)
+    return Result(pair.activation, pair.loss, accuracy, summary.seconds, losses, accuracies, plane)

@@ -105,9 +105,8 @@ def prepare_pairs(options: TranslationOptions, out: Path | None = None) -> Trans
     _print_sentence(pairs.left_out)
     _print_sentence(parts.sentence())
     for side, name in enumerate(("source", "target")):
-        _print_sentence(
-            coverage(tokenizer.sides[side], (pair[side] for pair in parts.train)).sentence(f"the {name} side")
-        )
+        covered = coverage(tokenizer.sides[side], (pair[side] for pair in parts.train))
+        _print_sentence(covered.sentence(f"the {name} side"))
     return TranslationTask(pairs, parts, tokenizer)
 
 
