@@ -440,8 +440,8 @@ def test_ddpm_reads_pictures_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append((pictures if pictures == "distinct" else "all", share))
         raise InterruptedError
 
-    monkeypatch.setattr(ddpm, "read_images", lambda *given: (asked.append(given), Read())[1])
-    monkeypatch.setattr(ddpm, "split", split)
+    monkeypatch.setattr(ddpm.dataset, "read_images", lambda *given: (asked.append(given), Read())[1])
+    monkeypatch.setattr(ddpm.splits, "split", split)
     for distinct in (True, False):
         with pytest.raises(InterruptedError):
             ddpm.prepare(ddpm.Recipe("x", size=7, channels=1, fit="pad", distinct=distinct, held_out=0.2).resolved())

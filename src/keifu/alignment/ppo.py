@@ -166,9 +166,8 @@ def ppo(model: Any, batch: Batch, rule: PPOSettings) -> LossOutput:
     with evaluation_mode(model):
         logs, entropy, rows, positions = answer_log_probabilities(model.policy, batch, rule.temperature)
         values = take(model.value.scores_along(batch["tokens"][:, None, :-1])[:, 0], positions)
-    old, advantage, old_values, returns = (
-        take(batch[name][:, 1:], positions) for name in ("old", "advantage", "values", "returns")
-    )
+    names = ("old", "advantage", "values", "returns")
+    old, advantage, old_values, returns = (take(batch[name][:, 1:], positions) for name in names)
     losses = terms(logs, old, advantage, values, old_values, returns, rule)
     share = batch["share"][rows]
     means = {"policy_loss": losses.policy, "value_loss": losses.value, "entropy": entropy}

@@ -246,8 +246,8 @@ class Rollouts:
 
     def _log_probabilities(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the log-probability of each token of the answers under a model (row, position); 0 elsewhere."""
-        work = partial(answer_log_probabilities, model, temperature=self.plan.temperature)
-        return self._of_answers(model, batch, lambda part: work(part).logs)
+        temperature = self.plan.temperature
+        return self._of_answers(model, batch, lambda part: answer_log_probabilities(model, part, temperature).logs)
 
     @torch.no_grad()
     def _of_answers(self, model: nn.Module, batch: Batch, work: Callable[[Batch], Tensor]) -> Tensor:

@@ -105,9 +105,8 @@ def prepare(recipe: Recipe) -> finetuning.RankedTask:
 def examples(recipe: Recipe, tokenizer: Tokenizer, length: int) -> tuple[list[list[Pair]], list[Tensor], int]:
     """Return training and held-out pairs, the labels of KTO's answers, and the number of examples that are too long."""
     if recipe.loss != "kto":
-        learned, tested, dropped = finetuning.ranked_examples(
-            recipe, lambda ranked: pairs(tokenizer, ranked), tuple, length, ("pairs are", "has ")
-        )
+        make, message = partial(pairs, tokenizer), ("pairs are", "has ")
+        learned, tested, dropped = finetuning.ranked_examples(recipe, make, tuple, length, message)
         return [learned, tested], [], dropped
     *parts, dropped = finetuning.ranked_examples(
         recipe, lambda ranked: marked(tokenizer, ranked), lambda one: [one.turns], length, ("answers are", "has "), True

@@ -380,10 +380,11 @@ class RolloutTask(FinetuneTask):
     rewarding: RewardOptions
 
 
-def rollout_settings(recipe: RolloutOptions, steps: int, **different: Any) -> Settings:
-    """Return the settings of a recipe that learns from sampled responses. Every update is logged. Ratios of
-    probabilities are close to 1, so they are computed in float32."""
-    return recipe.settings(steps, schedule="constant", precision="float32", log_every=1, keep_best=False, **different)
+def rollout_settings(recipe: RolloutOptions, steps: int, group: int, **different: Any) -> Settings:
+    """Return the settings of a recipe that learns from `group` sampled responses to each prompt. Every update is
+    logged. Ratios of probabilities are close to 1, so they are computed in float32."""
+    usual = {"batch_size": recipe.prompts * group // recipe.minibatches, "log_every": 1, "keep_best": False}
+    return recipe.settings(steps, schedule="constant", precision="float32", **usual, **different)
 
 
 def learn_from_rollouts(

@@ -79,11 +79,8 @@ def prepare(recipe: Recipe) -> finetuning.RolloutTask:
 
 def learn(recipe: Recipe, task: finetuning.RolloutTask, out: Path, resume: bool = False) -> None:
     """Train the task's model into a run folder, and print the last figures."""
-    rows, rate = recipe.prompts * recipe.group // recipe.minibatches, recipe.rate(1e-6, 2e-5)
-    chosen = finetuning.rollout_settings(
-        recipe, recipe.steps, batch_size=rows, learning_rate=rate, warmup=recipe.warmup
-    )
-    clips, beta = recipe.clips, recipe.penalty
+    clips, beta, rate = recipe.clips, recipe.penalty, recipe.rate(1e-6, 2e-5)
+    chosen = finetuning.rollout_settings(recipe, recipe.steps, recipe.group, learning_rate=rate, warmup=recipe.warmup)
     objective = partial(grpo, clip=clips, beta=beta, temperature=recipe.temperature, variant=recipe.variant)
     options = {"clip": list(clips), "beta": beta, "variant": recipe.variant, "rounds": task.data.rounds}
     paper = PAPERS.get(recipe.variant, "Shao et al., DeepSeekMath (2024)")

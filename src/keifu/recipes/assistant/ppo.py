@@ -173,26 +173,17 @@ def settings(recipe: Recipe) -> Settings:
     steps = recipe.steps or recipe.rollouts * updates
     rate = recipe.rate(5e-6, 5e-5)
     value_rate = given(recipe.value_rate, 9e-5 if recipe.lora.rank else 9e-6)
-    return finetuning.rollout_settings(
-        recipe,
-        steps,
-        batch_size=recipe.prompts // recipe.minibatches,
-        learning_rate=rate,
-        rate_shares=(("value.", value_rate / rate),),
-        warmup=min(recipe.warmup, steps),
-        betas=(0.9, 0.95),
-        evaluate_every=max(1, steps // updates // 5) * updates,
-    )
+    shares, often = (("value.", value_rate / rate),), max(1, steps // updates // 5) * updates
+    rates = {"learning_rate": rate, "rate_shares": shares, "warmup": min(recipe.warmup, steps)}
+    return finetuning.rollout_settings(recipe, steps, 1, **rates, betas=(0.9, 0.95), evaluate_every=often)
 
 
 def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> None:
     """Train the task's model into a run folder, which then holds the policy, and print the last figures."""
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
-    paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
-    finetuning.learn_from_rollouts(
-        recipe, task, partial(ppo, rule=task.rule), settings(recipe), out, resume, paper, NORMAL, options
-    )
+    objective, paper = partial(ppo, rule=task.rule), "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
+    finetuning.learn_from_rollouts(recipe, task, objective, settings(recipe), out, resume, paper, NORMAL, options)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -12,6 +12,7 @@ Expected: see docs/results.md, "InstructGPT's pipeline".
 import copy
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,8 @@ def prepare(recipe: Recipe) -> RewardTask:
     require_whole()
     model, tokenizer = finetuning.open_model(recipe.model, recipe.template)
     length = finetuning.row_length(model, recipe.context_length)
-    answers, reason = attrgetter("answers"), ("prompts have an answer", "")
-    learned, tested, dropped = finetuning.ranked_examples(
-        recipe, lambda ranked: [ranking_of(tokenizer, ranked)], answers, length, reason
-    )
+    make, reason = partial(rankings, tokenizer), ("prompts have an answer", "")
+    learned, tested, dropped = finetuning.ranked_examples(recipe, make, attrgetter("answers"), length, reason)
     shown = demonstrations(recipe.demonstrations, tokenizer, length) or [ranking.answers[0].ids for ranking in learned]
     tokenizer = finetuning.padding(tokenizer, shown)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
@@ -93,10 +92,11 @@ def with_score_head(decoder: Any, lora: finetuning.Lora, seed: int) -> task_head
     return model
 
 
-def ranking_of(tokenizer: Tokenizer, ranked: RankedResponses) -> Ranking:
-    """Return the answers with their prompt, not truncated, because the score is read after the last token."""
+def rankings(tokenizer: Tokenizer, ranked: RankedResponses) -> list[Ranking]:
+    """Return the one ranking of the answers with their prompt. None is truncated, because the score is read after the
+    last token."""
     turns = [finetuning.sample_answer(tokenizer, ranked, index) for index in range(len(ranked.answers))]
-    return Ranking([turn._replace(learned=[True] * len(turn.ids)) for turn in turns], list(ranked.levels))
+    return [Ranking([turn._replace(learned=[True] * len(turn.ids)) for turn in turns], list(ranked.levels))]
 
 
 def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> list[list[int]]:

@@ -29,6 +29,7 @@ from keifu.recipes.distilling import DistillAnswers
 from keifu.training.loop import Summary
 from keifu.training.protocols import Objective
 
+PAPER = "Ouyang et al., InstructGPT (2022), section 3.5"
 SAMPLES = 3
 SAMPLE_TOKENS = 80
 
@@ -83,10 +84,8 @@ def make_task(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> SFTTask:
     length = finetuning.row_length(model, recipe.context_length)
     objective, distill = recipe.distill.objective(tokenizer, length, model), recipe.distill
     training, unseen = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
-    learned, tested = (
-        fit_conversations([TurnMasks(*tokenizer.render_turns(chat)) for chat in part], length, recipe.too_long)
-        for part in (training, unseen)
-    )
+    sides = ([TurnMasks(*tokenizer.render_turns(chat)) for chat in part] for part in (training, unseen))
+    learned, tested = (fit_conversations(side, length, recipe.too_long) for side in sides)
     rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
     needed = model, tokenizer, distill.on_policy, distill.max_tokens
@@ -109,11 +108,13 @@ def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversatio
     return finetuning.held_out(chats, asked, share)
 
 
-def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **about: Any) -> Summary:
+def learn(
+    recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, title: str | None = None, paper: str = PAPER
+) -> Summary:
     """Print the number of conversations that are too long. Fine-tune the task's model into a run folder, as a whole
     model or as adapters with the name of their base.
 
-    about: title and paper of the report, if they differ from the defaults.
+    title, paper: for the report.
     """
     for part in (task.training, task.held):
         if said := part.sentence(task.data.context_length):
@@ -122,14 +123,10 @@ def learn(recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, **abou
     chosen = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
     kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
     gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
-    usual: dict[str, Any] = {
-        "title": f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
-        "paper": "Ouyang et al., InstructGPT (2022), section 3.5",
-    }
     summary = finetuning.finetune(
         recipe, task, task.objective, chosen, out, resume, lambda step: answers(task), unit="tokens",
         options={"template": task.tokenizer.chat_template, **recipe.distill.options()}, data=kept | gone,
-        **usual | about,
+        title=title or f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”", paper=paper,
     )  # fmt: skip
     print(f"The model is in {out}: keifu chat {shell(out)}")
     return summary

@@ -135,11 +135,10 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
     heads: dict[str, Any] = {"pooled": True, "words": False, "next_sentence": False, "labels": labels}
     heads["sentence_head"] = False
     if recipe.model == SCRATCH:
-        learned = recipe.tokenizer == "wordpiece"
-        size = recipe.size.vocab_size
-        tokenizer = (
-            train_tokenizer("wordpiece", texts, size, lowercase=True) if learned else load_tokenizer(recipe.tokenizer)
-        )
+        if recipe.tokenizer == "wordpiece":
+            tokenizer = train_tokenizer("wordpiece", texts, recipe.size.vocab_size, lowercase=True)
+        else:
+            tokenizer = load_tokenizer(recipe.tokenizer)
         size = replace(recipe.size, vocab_size=tokenizer.vocab_size, **heads)
         return bert.build(size).to(choose()), tokenizer
     if (recipe.size, recipe.tokenizer) != (SMALL, Recipe.tokenizer):

@@ -160,7 +160,7 @@ def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels, lessons: Les
     text = replace(recipe.text, vocab_size=tokenizer.vocab_size, end_id=tokenizer.eos_id)
     image: Any = recipe.image if recipe.tower == "vit" else recipe.resnet
     if lessons is not None:
-        text, image = replace(text, embedding_dim=lessons.dim), replace(image, embedding_dim=lessons.dim)
+        text, image = (replace(part, embedding_dim=lessons.training.shape[1]) for part in (text, image))
     return clip.build(clip.Config(text, image, pixels))
 
 

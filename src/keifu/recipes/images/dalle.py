@@ -32,7 +32,7 @@ from keifu.models.dalle import dalle, discrete_vae
 from keifu.ranges import Count, NotNegative, Positive, Share
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import image_runs
-from keifu.recipes.runs import Budget, Summary
+from keifu.recipes.runs import Budget
 from keifu.training.objectives import autoencoders as losses
 from keifu.training.objectives.autoencoders import TEXT_WEIGHT, Ramp, TextImageLoss, use_image_tokens
 
@@ -119,9 +119,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     encode = partial(image_runs.encode_pictures, model.vae, lambda pixels: model.vae.encode(io.to_signed(pixels)))
     codes = image_runs.of_both(parts, encode)  # the likeliest entries
     data = use_image_tokens(pictures, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
-    return image_runs.TextToImageTask(
-        model, AutoregressivePipeline(model, tokenizer), parts, data, TextImageLoss(recipe.text_weight)
-    )
+    painter, objective = AutoregressivePipeline(model, tokenizer), TextImageLoss(recipe.text_weight)
+    return image_runs.TextToImageTask(model, painter, parts, data, objective)
 
 
 def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: discrete_vae.Config) -> dalle.Config:
@@ -147,12 +146,12 @@ def discrete_vae_of(recipe: Recipe, parts: splits.ImageSplit, out: Path, resume:
     )  # fmt: skip
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train all parts into `out`, which keifu draw reads afterwards. Weight decay and clipping are those of the
     paper."""
     task = prepare(recipe, out, resume)
     decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
-    summary = task.learn(
+    task.learn(
         recipe, out, resume, ImageRequest(seed=recipe.seed, text=recipe.prompts[0]), title="DALL-E",
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", named=("text_weight",),
         parts={"autoencoder": task.model.vae, "decoder": decoder}, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0,
@@ -160,4 +159,3 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     ranked = recipe.clip or out / image_runs.CLIP
     command = f"keifu draw {shell(out, recipe.prompts[0])} --best-of 16 --clip {shell(ranked)} -o picture.png"
     print(f"The model is in {out}: {command}")
-    return summary

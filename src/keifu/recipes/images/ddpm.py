@@ -270,13 +270,11 @@ def train(
     training = task.model, task.objective, task.data
     chosen = recipe.budget.fit(out, resume, *training, settings)
     reported = ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named)
+    options, held_out = {"model": asdict(task.model.config)}, {"share": recipe.held_out, "distinct": recipe.distinct}
     summary = train_run(
         out, resume, *training, chosen, title=f"{name} learns to draw “{Path(recipe.data).stem}”",
         parameters=parameters(task.model), sample=sampler(task.model, recipe.seed), paper=paper,
-        **describe(
-            recipe, task.parts.train, reported, {"model": asdict(task.model.config)}, share=recipe.held_out,
-            distinct=recipe.distinct,
-        ),
+        **describe(recipe, task.parts.train, reported, options, **held_out),
     )  # fmt: skip
     print(f"The network is in {out}: keifu draw {shell(out)} -o picture.png")
     return summary

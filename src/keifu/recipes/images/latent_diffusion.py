@@ -128,9 +128,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     parts = image_runs.read_captioned(recipe)
     latents, channels = recipe.space == "latents", parts.train.shape[0]
     with on_meta():
-        planned = model_config(
-            recipe, clip_recipe.Recipe().text, recipe.autoencoder(channels) if latents else None, channels
-        )
+        coder = recipe.autoencoder(channels) if latents else None
+        planned = model_config(recipe, clip_recipe.Recipe().text, coder, channels)
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
     towers, tokenizer, tokens = clip_recipe.two_towers_of(recipe, parts, out, resume)
     autoencoder = autoencoder_of(recipe, parts, out, resume) if latents else None

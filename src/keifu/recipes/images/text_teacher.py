@@ -38,11 +38,6 @@ class Lessons:
     words: list[str]
     meanings: Float[Tensor, "words embedding"]
 
-    @property
-    def dim(self) -> int:
-        """Size of an embedding."""
-        return self.training.shape[1]
-
 
 def ask(teacher: str, dictionary: str | None, parts: splits.ImageSplit) -> Lessons:
     """Embed the English captions and meanings by the teacher."""

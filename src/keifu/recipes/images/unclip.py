@@ -40,7 +40,6 @@ from keifu.models.unclip import prior as unclip_prior
 from keifu.ranges import BelowOne, Count, Finite, Natural, Positive
 from keifu.recipes.images import clip as clip_recipe
 from keifu.recipes.images import image_runs
-from keifu.training.loop import Summary
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import DiffusionLoss
 
@@ -208,14 +207,14 @@ def complete_config(model: unclip.Unclip) -> unclip.Unclip:
     return model
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
+def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
     task = prepare(recipe, out, resume)
     request = ImageRequest(
         "ddim", min(STEPS, recipe.noise_steps), recipe.seed, guidance=recipe.guidance,
         prior_guidance=recipe.guidance, text=recipe.prompts[0],
     )  # fmt: skip
-    summary = task.learn(
+    task.learn(
         recipe, out, resume, request, title="unCLIP",
         paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
         named=("crop", "weighting", "prior_dropout", "text_dropout", "image_dropout"),
@@ -223,4 +222,3 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         before=partial(complete_config, task.model),
     )  # fmt: skip
     print(f"The model is in {out}: keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g}")
-    return summary

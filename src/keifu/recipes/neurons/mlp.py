@@ -194,9 +194,8 @@ def boundary(learned: toy.ToyDataset, model: MLP, steps: int, out: Path) -> Call
 
     def sample(step: int) -> bytes:
         correct = accuracy(model, learned.training)
-        stages.append(
-            (f"step {step:,}\n{correct:.0%} right", decision_boundary.class_shares_on(shown, model.predict_proba))
-        )
+        shares = decision_boundary.class_shares_on(shown, model.predict_proba)
+        stages.append((f"step {step:,}\n{correct:.0%} right", shares))
         if step >= steps:  # an extended run ends later
             chosen = [stages[index] for index in decision_boundary.spread(range(len(stages)))]
             write_atomic(out / "boundary.png", decision_boundary.strip(shown, chosen))

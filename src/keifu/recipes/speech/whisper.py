@@ -69,9 +69,8 @@ def learn_tokenizer(texts: Iterable[str], vocab_size: int, special: Sequence[str
     """
     learned = train_tokenizer("bpe", texts, max(vocab_size - len(special), 256) + 1)
     parts = learned.description()["model"]
-    backend = byte_level_backend(
-        {token: n - 1 for token, n in parts["vocab"].items() if n}, map(tuple, parts["merges"])
-    )
+    vocabulary = {token: number - 1 for token, number in parts["vocab"].items() if number}
+    backend = byte_level_backend(vocabulary, map(tuple, parts["merges"]))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     ends = {f"{role}_token": special[0] for role in ("bos", "eos", "pad")}
     settings = {"no_timestamps_token_id": backend.token_to_id(NO_TIMESTAMPS), "return_timestamps": False}

@@ -19,9 +19,8 @@ from keifu.data.epochs import by_rows
 from keifu.data.translation.batches import by_tokens
 from keifu.models import seq2seq
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
-from keifu.recipes.translation.translator_runs import TranslationOptions, learn, settings_of
+from keifu.recipes.translation.translator_runs import TranslationOptions, learn, own_settings, settings_of
 from keifu.training.settings import Settings
 
 CONTEXTS = {"additive": "attention", "none": "fixed"}
@@ -49,16 +48,6 @@ class Recipe(TranslationOptions):
     """Number of last saved states whose mean is the resulting model, 2% of the run apart."""
 
 
-def settings(recipe: Recipe, steps: int) -> Settings:
-    """Return keifu's settings for this number of steps."""
-    return settings_of(
-        recipe, steps, warmup=min(200, -(-steps // 5)),
-        learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)), schedule="linear",
-        final_ratio=0.0, weight_decay=0.01,
-        betas=(0.9, 0.98),
-    )  # fmt: skip
-
-
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Return the paper's settings (appendix B.2)."""
     return settings_of(
@@ -69,7 +58,7 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu translate, keifu evaluate and keifu.load read afterwards."""
-    own_batching = partial(by_tokens, tokens=recipe.tokens_per_batch)
+    own_batching, settings = partial(by_tokens, tokens=recipe.tokens_per_batch), partial(own_settings, warmup=200)
     ways = {"keifu": (settings, own_batching, recipe.label_smoothing), "paper": (paper_settings, by_rows, 0.0)}
     how, batching, smoothing = ways[recipe.recipe_of]
     config = replace(recipe.model, context=CONTEXTS[recipe.attention])

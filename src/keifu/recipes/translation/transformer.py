@@ -19,7 +19,7 @@ from keifu.models import transformer
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
-from keifu.recipes.translation.translator_runs import TranslationOptions, learn, settings_of
+from keifu.recipes.translation.translator_runs import TranslationOptions, learn, own_settings, settings_of
 from keifu.training.settings import Settings
 
 PAPER_WARMUP = 4000
@@ -49,12 +49,8 @@ class Recipe(TranslationOptions):
 
 def settings(recipe: Recipe, steps: int) -> Settings:
     """Return keifu's settings for this number of steps."""
-    return settings_of(
-        recipe, steps, warmup=min(400, -(-steps // 5)), optimizer="muon",
-        learning_rate=given(recipe.learning_rate, scaled(2e-3, recipe.start_from)),
-        matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)),
-        schedule="linear", final_ratio=0.0, weight_decay=0.01, betas=(0.9, 0.98),
-    )  # fmt: skip
+    matrix_rate = given(recipe.matrix_rate, scaled(0.02, recipe.start_from))
+    return own_settings(recipe, steps, 400, optimizer="muon", matrix_rate=matrix_rate)
 
 
 def paper_settings(recipe: Recipe, steps: int) -> Settings:

@@ -25,8 +25,9 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
+from keifu.recipes.options import given
 from keifu.recipes.runs import Budget, Logging, Settings, Summary, attribution_of, parameters, train_run
-from keifu.recipes.starting import check_start, keeps_best
+from keifu.recipes.starting import check_start, keeps_best, scaled
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
 
@@ -97,9 +98,8 @@ def prepare_pairs(options: TranslationOptions, out: Path | None = None) -> Trans
     """Read and split the pairs, and train the tokenizer on the training part; print the number of pairs. out: folder of
     the run, which stores a trained tokenizer."""
     pairs = _read(options, options.data)
-    validation, test = (
-        None if path is None else _read(options, path) for path in (options.validation_data, options.test_data)
-    )
+    others = (options.validation_data, options.test_data)
+    validation, test = (None if path is None else _read(options, path) for path in others)
     parts = split(pairs, validation=validation, test=test)
     tokenizer = _tokenizer(options, parts.train, out)
     _print_sentence(pairs.left_out)
@@ -224,6 +224,14 @@ def settings_of(options: TranslationOptions, steps: int, **chosen: Any) -> Setti
     every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
     best = keeps_best(options.start_from)
     return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | best | chosen)
+
+
+def own_settings(options: Any, steps: int, warmup: int, **chosen: Any) -> Settings:
+    """Return keifu's settings for this number of steps: a warm-up of at most `warmup` steps, then a linear decay to
+    0."""
+    rate = given(options.learning_rate, scaled(2e-3, options.start_from))
+    usual = {"warmup": min(warmup, -(-steps // 5)), "schedule": "linear", "final_ratio": 0.0, "weight_decay": 0.01}
+    return settings_of(options, steps, learning_rate=rate, betas=(0.9, 0.98), **usual, **chosen)
 
 
 def _source(options: TranslationOptions, task: TranslationTask, data: PairData) -> dict[str, Any]:
