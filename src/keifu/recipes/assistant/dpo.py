@@ -29,9 +29,8 @@ from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.options import given
+from keifu.recipes.runs import Objective, Summary
 from keifu.training.loader import on_device
-from keifu.training.loop import Summary
-from keifu.training.protocols import Objective
 from keifu.training.trainer import ObjectiveModule
 
 PAPERS = {"simpo": "Meng et al., SimPO", "orpo": "Hong et al., ORPO", "kto": "Ethayarajh et al., KTO"}  # 2024

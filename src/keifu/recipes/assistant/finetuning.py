@@ -33,8 +33,7 @@ from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
 from keifu.recipes.options import given
-from keifu.recipes.runs import FinetuneOptions, Settings, Summary, train_run
-from keifu.training.protocols import Objective, Sample, Save
+from keifu.recipes.runs import FinetuneOptions, Objective, Sample, Save, Settings, Summary, train_run
 from keifu.training.run import metrics
 
 Template = Literal["own", "plain", "chatml"]

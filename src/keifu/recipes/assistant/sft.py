@@ -26,8 +26,7 @@ from keifu.generation.text.chat import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.distilling import DistillAnswers
-from keifu.training.loop import Summary
-from keifu.training.protocols import Objective
+from keifu.recipes.runs import Objective, Summary
 
 PAPER = "Ouyang et al., InstructGPT (2022), section 3.5"
 SAMPLES = 3

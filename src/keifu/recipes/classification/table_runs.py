@@ -14,8 +14,7 @@ from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.runs import FinetuneOptions, Summary, train_run
-from keifu.training.protocols import Objective
+from keifu.recipes.runs import FinetuneOptions, Objective, Summary, train_run
 
 LEAST_CUT = 3  # tokens of a text: special ones and at least one of text
 

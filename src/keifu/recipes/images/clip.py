@@ -36,10 +36,9 @@ from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import image_runs, text_teacher
 from keifu.recipes.images.text_teacher import Lessons, TaughtBatches
-from keifu.recipes.runs import Budget, Settings, Summary, TrainingOptions, is_resuming, parameters, train_run
+from keifu.recipes.runs import Budget, Objective, Settings, Summary, TrainingOptions, is_resuming, parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
-from keifu.training.protocols import Objective
 
 LEARNED = "learned"
 CaptionTokens = tuple[torch.Tensor, torch.Tensor | None]  # of training and validation captions

@@ -29,10 +29,9 @@ from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
 from keifu.recipes.images.image_runs import describe, drawn_batches, image_settings, of_both
 from keifu.recipes.images.latent_diffusion import encode_dataset
-from keifu.recipes.runs import Budget, Logging, Summary, parameters, train_run
+from keifu.recipes.runs import Budget, Data, Logging, Summary, parameters, train_run
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.objectives.diffusion import DiffusionLoss, dequantise_data, use_latents
-from keifu.training.protocols import Data
 from keifu.training.settings import Precision, Settings
 
 DIGITS = ("mnist", "fashion-mnist")

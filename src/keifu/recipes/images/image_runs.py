@@ -24,9 +24,8 @@ from keifu.files import write_atomic
 from keifu.generation.images.pipeline import TextToImagePipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 from keifu.ranges import BelowOne, Count, NotNegative, Positive, Seed, check
-from keifu.recipes.runs import Budget, Logging, Summary, is_resuming, parameters, train_run
+from keifu.recipes.runs import Budget, Data, Logging, Objective, Summary, is_resuming, parameters, train_run
 from keifu.training.objectives.diffusion import add_draws
-from keifu.training.protocols import Data, Objective
 from keifu.training.run import metrics
 from keifu.training.run.report import CURVES
 from keifu.training.run.run_directory import SAMPLES

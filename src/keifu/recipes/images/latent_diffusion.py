@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from keifu.data.images import dataset, io, splits
-from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
@@ -38,7 +37,6 @@ from keifu.recipes.runs import Budget, Summary
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, use_latents
-from keifu.training.protocols import Data
 
 MEASURED = 500  # maximal pictures for measuring the scale of latents
 STEPS = 20  # DPM-Solver++ steps of a sample
@@ -137,7 +135,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     torch.manual_seed(recipe.seed)
     text, unet = clip_recipe.text_conditioned(towers), conditioned_unet.build(config.unet)
     model: Any = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
-    return task_of(recipe, model, tokenizer, parts, tokens)
+    return task_of(recipe, LatentDiffusionPipeline(model, tokenizer), parts, tokens, recipe.evenly)
 
 
 def start_task(recipe: Recipe, name: str) -> image_runs.TextToImageTask:
@@ -154,18 +152,21 @@ def start_task(recipe: Recipe, name: str) -> image_runs.TextToImageTask:
     parts = image_runs.read_captioned(replace(recipe, size=sides[0]), 3 if model.config.colours == 3 else 1)
     length = model.config.context_length
     tokens = clip_recipe.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
-    return task_of(recipe, model.to(choose()), tokenizer, parts, tokens)
+    painter = LatentDiffusionPipeline(model.to(choose()), tokenizer)
+    return task_of(recipe, painter, parts, tokens, recipe.evenly)
 
 
 def task_of(
-    recipe: Recipe, model: Any, tokenizer: Tokenizer, parts: splits.ImageSplit, tokens: clip_recipe.CaptionTokens
+    recipe: Any, painter: Any, parts: splits.ImageSplit, tokens: clip_recipe.CaptionTokens, evenly: bool = False
 ) -> image_runs.TextToImageTask:
-    """Return the task of training a model on these pictures and their captions, given as ids."""
-    config = model.config
-    painter = LatentDiffusionPipeline(model, tokenizer)
-    empty = painter.tokens([""])[0]
-    objective = TextDiffusionLoss(config.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
-    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed, evenly=recipe.evenly)
+    """Return the task of training the pipeline's model on these pictures and their captions, given as ids (see
+    `caption_tokens`). For a model of latents the pictures are encoded here, once."""
+    model, empty = painter.model, painter.tokens([""])[0]
+    objective = TextDiffusionLoss(model.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
+    data = image_runs.drawn_batches(parts, recipe.batch_size, recipe.seed, None, *tokens, evenly=evenly)
+    if model.autoencoder is not None:
+        encode = partial(encode_dataset, model.autoencoder, model.config.scale)
+        data = use_latents(data, *image_runs.of_both(parts, encode))
     return image_runs.TextToImageTask(model, painter, parts, data, objective)
 
 
@@ -190,17 +191,6 @@ def model_config(
     clip_at = None if autoencoder else 1.0
     noise = Noise(recipe.schedule, target=recipe.target, clip=clip_at, spacing="trailing", steps_offset=1)
     return latent_diffusion.Config(replace(text, projected=False), unet, autoencoder, noise)
-
-
-def caption_batches(
-    parts: splits.ImageSplit, tokens: clip_recipe.CaptionTokens, model: Any, batch_size: int, seed: int, **more: bool
-) -> Data:
-    """Return batches with captions (see `caption_tokens`). For a model of latents the pictures are encoded here, once.
-    more: options of `ImageBatches`."""
-    data = image_runs.drawn_batches(parts, batch_size, seed, None, *tokens, **more)
-    if model.autoencoder is None:
-        return data
-    return use_latents(data, *image_runs.of_both(parts, partial(encode_dataset, model.autoencoder, model.config.scale)))
 
 
 def autoencoder_of(recipe: Recipe, parts: splits.ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:

@@ -33,9 +33,8 @@ from keifu.processes import current
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Seed, check
 from keifu.recipes.images.clip import caption_tokens
 from keifu.recipes.images.image_runs import TextToImageTask, describe
-from keifu.recipes.images.latent_diffusion import caption_batches
+from keifu.recipes.images.latent_diffusion import task_of
 from keifu.recipes.runs import Logging, Summary, train_run
-from keifu.training.objectives.diffusion import TextDiffusionLoss
 from keifu.training.settings import Precision, Settings
 
 STEPS = 20  # DPM-Solver++ steps of a sample
@@ -115,16 +114,14 @@ def prepare(recipe: Recipe) -> LoraImageTask:
     parts = with_words(recipe, read(recipe, painter))
     languages = tuple(parts.train.captions)
     tokens = caption_tokens(painter.tokenizer, model.config.context_length, parts, languages, recipe.truncate)
-    data = caption_batches(parts, tokens, model, recipe.batch_size, recipe.seed)
-    empty = painter.tokens([""])[0]
-    objective = TextDiffusionLoss(model.noise, recipe.weighting, None, recipe.caption_dropout, empty=empty)
+    task = task_of(recipe, painter, parts, tokens)
     wanted = add_adapters(recipe, model)
     torch.manual_seed(recipe.seed)
     attach(model, wanted)
     shown = (parts.validation if len(parts.validation) else parts.train).distinct()
     spread = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(int)
     prompts = recipe.prompts or tuple(shown.chosen(spread).texts())
-    return LoraImageTask(model, painter, parts, data, objective, prompts)
+    return LoraImageTask(**vars(task), prompts=prompts)
 
 
 def open_pipeline(name: str) -> LatentDiffusionPipeline:

@@ -60,22 +60,14 @@ def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
         up_attention=recipe.attention, head_dim=math.gcd(32, *widths), context_dim=recipe.context_dim,
         norm_groups=_groups(widths),
     )  # fmt: skip
+    conditions = conditioning.Config(4, text.embedding_dim, decoder.time_width, recipe.context_dim)
+    sizes = {"n_layers": recipe.prior_layers, "n_heads": recipe.prior_heads, "head_dim": recipe.head_dim}
+    prior = unclip_prior.Config(text.context_length, text.embedding_dim, **sizes)
     upsampler = None if recipe.small == recipe.size else _upsampler(recipe)
-    return unclip.Config(
-        text=text,
-        conditions=conditioning.Config(4, text.embedding_dim, decoder.time_width, recipe.context_dim),
-        decoder=decoder,
-        prior=unclip_prior.Config(
-            text.context_length, text.embedding_dim, n_layers=recipe.prior_layers, n_heads=recipe.prior_heads,
-            head_dim=recipe.head_dim,
-        ),
-        image=image,
-        pixels=towers.pixels,
-        upsampler=upsampler,
-        last_upsampler=upsampler,
-        prior_noise=replace(unclip.PRIOR, steps=recipe.noise_steps),
-        decoder_noise=replace(unclip.DECODER, steps=recipe.noise_steps, target=recipe.target),
-    )  # fmt: skip
+    prior_noise = replace(unclip.PRIOR, steps=recipe.noise_steps)
+    decoder_noise = replace(unclip.DECODER, steps=recipe.noise_steps, target=recipe.target)
+    networks = text, conditions, decoder, prior, image, towers.pixels, upsampler, upsampler
+    return unclip.Config(*networks, prior_noise=prior_noise, decoder_noise=decoder_noise)
 
 
 def _upsampler(recipe: Any) -> ddpm.Config:

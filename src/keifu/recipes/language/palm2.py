@@ -36,10 +36,9 @@ from keifu.generation.text.fill import continuation, infill
 from keifu.generation.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.ranges import BelowOne, Count, Share
-from keifu.recipes.runs import Settings, TrainingOptions, attribution_of, parameters
+from keifu.recipes.runs import Run, Settings, TrainingOptions, attribution_of, parameters
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
-from keifu.training.protocols import Run
 
 CHARACTERS = 12_000_000  # for training the tokenizer
 BITS = methodcaller("bits_per_byte", 1.0)  # of a text, for a loss of one nat per token

@@ -26,10 +26,9 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.runs import Logging, Settings, Summary, TrainingOptions, parameters, train_run
+from keifu.recipes.runs import Data, Logging, Objective, Settings, Summary, TrainingOptions, parameters, train_run
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_diffusion
 from keifu.training.objectives.layer_losses import with_balancing
-from keifu.training.protocols import Data, Objective
 
 VALIDATION_TOKENS = 100_000
 PER_TOKEN = (causal_language_modeling, masked_diffusion)  # their losses are nats per token of the text

@@ -23,10 +23,9 @@ from keifu.evaluation.plots.decision_boundary import Result, class_shares_on
 from keifu.files import write_atomic
 from keifu.ranges import Count, NotNegative, Seed
 from keifu.recipes.neurons import mlp
-from keifu.recipes.runs import is_resuming
+from keifu.recipes.runs import Run, is_resuming
 from keifu.threads import on_threads
 from keifu.training.loop import train
-from keifu.training.protocols import Run
 from keifu.training.run import metrics
 from keifu.training.run.report import write_page
 from keifu.training.run.run_directory import read_recipe
