@@ -20,8 +20,7 @@ from keifu.errors import UserError
 from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.model import evaluation_mode
 from keifu.generation.text.sampling_params import SamplingParams
-from keifu.layers.losses.cross_entropy import linear_cross_entropy
-from keifu.layers.losses.divergence import linear_divergence
+from keifu.layers.losses import cross_entropy, divergence
 from keifu.layers.losses.head import SoftCappedHead
 from keifu.layers.transformer.decoder import SoftCappedLM
 from keifu.native.model import BLOCK_SIZE, NativeLM, Span
@@ -61,11 +60,11 @@ class Distillation:
             raise UserError(CAPPED)
         head = head if len(head) <= teacher else head[:teacher]  # further rows of the head belong to no token
         states, matrix = teacher_states(self.teacher, inputs, documents, len(head))
-        total = linear_divergence(hidden, head, take(states, at), matrix, self.beta, self.temperature)
+        total = divergence.linear_divergence(hidden, head, take(states, at), matrix, self.beta, self.temperature)
         hard = 0.0 if "own" in batch else self.hard
         if model.training and not hard:
             return LossOutput(total, mask.sum())
-        loss, nats = linear_cross_entropy(hidden, head, None, take(targets, at))
+        loss, nats = cross_entropy.linear_cross_entropy(hidden, head, None, take(targets, at))
         total = (1 - hard) * total + hard * loss if hard else total
         return LossOutput(total, mask.sum(), {} if model.training else {"nats": nats})
 

@@ -23,8 +23,7 @@ from keifu.data.chat.packing import TurnMasks
 from keifu.data.chat.preferences import RankedResponses, read_preferences
 from keifu.data.chat.prompts import Prompt, prompt, read_prompts
 from keifu.data.text.synthetic_math import arithmetic, chain_sums, countdowns
-from keifu.data.tokenizers.chat_template import CHATML, PLAIN
-from keifu.data.tokenizers.formats import GENERATION_CONFIG
+from keifu.data.tokenizers import chat_template, formats
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, shell
 from keifu.files import sha256, write_atomic
@@ -43,7 +42,7 @@ MADE: dict[str, Callable[[Any, int], Iterable[dict[str, Any]]]] = {  # built-in 
     "countdown": lambda sums, seed: countdowns(sums.count, sums.terms, sums.digits, seed),
     "arithmetic": lambda sums, seed: arithmetic(sums.count, seed),
 }
-TEMPLATES = {"plain": PLAIN, "chatml": CHATML}
+TEMPLATES = {"plain": chat_template.PLAIN, "chatml": chat_template.CHATML}
 T = TypeVar("T")
 
 
@@ -237,7 +236,7 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
     save_adapter(model, directory, str(Path(base).resolve()) if Path(base).exists() else base)
     if current().is_main:
         tokenizer.save(directory)
-        write_atomic(directory / GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
+        write_atomic(directory / formats.GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
 
 
 def prompt_parts(

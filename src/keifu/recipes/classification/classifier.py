@@ -12,7 +12,7 @@ Cost: printed before it starts, for rows as long as the longest; minilm on 9,000
 Expected: see docs/results.md, "Bidirectional pretraining" (--data wiki-summaries).
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from keifu.training.objectives.language_modeling import classification
 
 SCRATCH = "scratch"
 FEW = 3000  # with fewer labelled rows, frozen embeddings are better (docs/results/sentences.md)
+FINE_TUNING = "size", "tokenizer", "steps", "learning_rate", "epochs", "batch_size", "micro_batch", "weight_decay"
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
 
 
@@ -62,32 +63,25 @@ class Recipe(table_runs.TableOptions):
     """AdamW's highest learning rate; unset: 5e-5, and 5e-4 for a new model."""
 
     def __post_init__(self) -> None:
-        given = [option for option, changed in self.fine_tuning_options().items() if changed]
+        given = self.fine_tuning_options()
         if self.frozen and self.fine_tune:
             raise UserError("--frozen and --fine-tune are two ways to learn: give one of them.")
         if self.frozen and given:
             raise UserError(f"{given[0]} is for fine-tuning, and --frozen trains no encoder: leave it out.")
 
-    def fine_tuning_options(self) -> dict[str, bool]:
-        """Return for each option that only fine-tuning has whether it was given."""
-        return {
-            "--model scratch": self.model == SCRATCH,
-            "--size": self.size != SMALL,
-            "--tokenizer": self.tokenizer != Recipe.tokenizer,
-            "--steps": self.steps is not None,
-            "--learning-rate": self.learning_rate is not None,
-            "--epochs": self.epochs != table_runs.TableOptions.epochs,
-            "--batch-size": self.batch_size != table_runs.TableOptions.batch_size,
-            "--micro-batch": self.micro_batch is not None,
-            "--weight-decay": self.weight_decay != table_runs.TableOptions.weight_decay,
-        }
+    def fine_tuning_options(self) -> list[str]:
+        """Return the given options that only fine-tuning has."""
+        usual = {field.name: field.default for field in fields(self)}
+        changed = [name for name in FINE_TUNING if vars(self)[name] != usual[name]]
+        given = [f"--{name.replace('_', '-')}" for name in changed]
+        return ["--model scratch", *given] if self.model == SCRATCH else given
 
 
 def freezes(recipe: Recipe, rows: int) -> bool:
     """Return whether the encoder stays frozen. If the number of labelled rows decides, print the reason."""
     if recipe.frozen or recipe.fine_tune or rows >= FEW:
         return recipe.frozen
-    if given := [option for option, changed in recipe.fine_tuning_options().items() if changed]:
+    if given := recipe.fine_tuning_options():
         if recipe.model != SCRATCH:
             print(f"With {rows:,} labelled rows --frozen is usually better than fine-tuning ({given[0]}), and faster.")
         return False
@@ -152,7 +146,6 @@ def learn(recipe: Recipe, task: table_runs.TableTask, out: Path, resume: bool = 
     return table_runs.train_classifier(
         recipe, task, classification, out, resume, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
         warmup=lambda steps: steps // 10, who="A classifier", paper="Devlin et al., BERT (2018)", unit="texts",
-        options={}, data={},
     )  # fmt: skip
 
 

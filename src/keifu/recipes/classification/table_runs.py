@@ -82,7 +82,8 @@ def evaluate(task: TableTask) -> Confusion:
 
 def train_classifier(
     recipe: TableOptions, task: TableTask, objective: Objective, out: Path, resume: bool, *, learning_rate: float,
-    warmup: Callable[[int], int], who: str, paper: str, unit: str, options: Mapping[str, Any], data: Mapping[str, Any],
+    warmup: Callable[[int], int], who: str, paper: str, unit: str,
+    options: Mapping[str, Any] = {}, data: Mapping[str, Any] = {},
 ) -> Summary:  # fmt: skip
     """Train the task's model into a run folder, with the confusion matrix of the held-out examples as its sample.
 

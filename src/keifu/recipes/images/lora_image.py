@@ -19,8 +19,7 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
-from keifu.checkpoints.lora.diffusion import FILE, save_lora
-from keifu.checkpoints.lora.peft import layers, match_targets
+from keifu.checkpoints.lora import diffusion, peft
 from keifu.data.images import dataset, splits
 from keifu.data.images.grid import grid
 from keifu.errors import UserError, shell
@@ -170,10 +169,10 @@ def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]
     matched = dict[Target, LoraSettings]()
     sides = {"unet": (recipe.rank, recipe.targets), "text_encoder": (recipe.text_rank, recipe.text_targets)}
     for part, (rank, targets) in sides.items():
-        known = {label: target for label, target in layers(model).items() if label.partition(".")[0] == part}
+        known = {label: target for label, target in peft.layers(model).items() if label.partition(".")[0] == part}
         if rank:
             way = LoraSettings(rank, float(rank) if recipe.alpha is None else recipe.alpha, dora=recipe.dora)
-            matched |= dict.fromkeys(match_targets(known, targets), way)
+            matched |= dict.fromkeys(peft.match_targets(known, targets), way)
     return matched
 
 
@@ -219,7 +218,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
         paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
         sample=sampler(task, recipe) if current().is_replicated else None,  # a split model draws no samples
-        save=lambda directory: save_lora(task.model, directory / FILE, recipe.style),
+        save=lambda directory: diffusion.save_lora(task.model, directory / diffusion.FILE, recipe.style),
         **describe(recipe, pictures, reported, {"size": pictures.shape[1]}),
     )  # fmt: skip
     print(f"The LoRA is in {out}: keifu draw {shell(recipe.model, task.prompts[0])} --lora {shell(out)} -o picture.png")

@@ -11,10 +11,9 @@ import torch
 import tyro
 
 from keifu.data.catalogue import catalogue
+from keifu.data.text import prepared
 from keifu.data.text.documents import TextFileFormat, content_hash, documents
 from keifu.data.text.packed import PackedText
-from keifu.data.text.prepared import is_prepared, open_prepared
-from keifu.data.text.prepared import tokenizer_of as load_prepared_tokenizer
 from keifu.data.text.token_shards import Shards, prepare
 from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -59,8 +58,8 @@ class TextOptions:
 
     def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
         """Return the tokenized training and held-out parts of a text, or of a folder of shards (keifu data prepare)."""
-        if is_prepared(data):
-            return open_prepared(data, self.held_out)
+        if prepared.is_prepared(data):
+            return prepared.open_prepared(data, self.held_out)
         return prepare(data, tokenizer, held_out=self.held_out, form=self.form, validation=self.validation_data)
 
 
@@ -108,8 +107,8 @@ def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokeniz
     Of another model's tokenizer only the vocabulary is kept, because a model at the start of its training is not a chat
     model.
     """
-    if is_prepared(text.data):
-        return load_prepared_tokenizer(text.data)
+    if prepared.is_prepared(text.data):
+        return prepared.tokenizer_of(text.data)
     if text.tokenizer not in KINDS:
         known = text.tokenizer in catalogue.CATALOGUE
         tokenizer = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))

@@ -26,8 +26,7 @@ from keifu.recipes.neurons import mlp
 from keifu.recipes.runs import Run, is_resuming
 from keifu.threads import on_threads
 from keifu.training.loop import train
-from keifu.training.run import metrics
-from keifu.training.run.report import write_page
+from keifu.training.run import metrics, report
 from keifu.training.run.run_directory import read_recipe
 
 
@@ -83,7 +82,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     if len(subject.columns) == 2:
         pictures["boundaries"] = decision_boundary.boundaries(results, mlp.points(subject))
     text = "The same network learns the same rows from the same start, with each activation and each loss."
-    write_page(out, f"Activations and losses on “{Path(recipe.data).stem}”", text, vars(recipe), pictures, table)
+    report.write_page(out, f"Activations and losses on “{Path(recipe.data).stem}”", text, vars(recipe), pictures, table)
     print(f"The pictures are in {out / 'report.html'}.")
 
 

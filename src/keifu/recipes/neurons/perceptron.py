@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.classification.tables import TOYS, Table, standardisation, toy_table
+from keifu.data.classification import tables, toy
 from keifu.errors import UserError, shell
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
@@ -53,7 +53,7 @@ class Lesson:
     toy sets are not scaled.
     """
 
-    table: Table
+    table: tables.Table
     mean: Float[Tensor, "dim"]
     scale: Float[Tensor, "dim"]
 
@@ -100,7 +100,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"{text}\nThe neuron is in {out}; report.html there shows how it learned.")
 
 
-def refuse(recipe: Recipe, table: Table, proof: Separation, out: Path) -> NoReturn:
+def refuse(recipe: Recipe, table: tables.Table, proof: Separation, out: Path) -> NoReturn:
     """Raise an error with the reason why no plane separates the classes; for two columns, draw the reason."""
     text = refusal(recipe, table, proof)
     if proof.exact and len(table.columns) == 2:
@@ -114,16 +114,16 @@ def prepare(recipe: Recipe) -> Lesson:
     """Read the recipe's table, which must have two classes."""
     if not recipe.rate > 0:
         raise UserError(f"The learning rate must be above 0, not {recipe.rate}.")
-    table = toy_table(recipe.data, recipe.label)
+    table = toy.toy_table(recipe.data, recipe.label)
     if len(table.classes) != 2:
         raise UserError(
             f"One neuron parts two classes, and {recipe.data} has {len(table.classes)} ({', '.join(table.classes[:5])}"
             f"{', ...' if len(table.classes) > 5 else ''}): use keifu train mlp --data {shell(recipe.data)}"
         )
-    if recipe.data in TOYS:
+    if recipe.data in toy.TOYS:
         zeros = table.inputs.new_zeros(len(table.columns))
         return Lesson(table, zeros, zeros + 1)
-    return Lesson(table, *standardisation(table.inputs))
+    return Lesson(table, *tables.standardisation(table.inputs))
 
 
 def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
@@ -161,7 +161,7 @@ def formula(plane: Plane, columns: tuple[str, ...]) -> str:
     return f"{terms if len(weights) <= 6 else 'Σ w x'} ≥ {-bias + 0.0:.4g}".replace("+ -", "- ")
 
 
-def refusal(recipe: Recipe, table: Table, proof: Separation) -> str:
+def refusal(recipe: Recipe, table: tables.Table, proof: Separation) -> str:
     """Describe that the data cannot be separated, the proof, and what to use instead."""
     advice = f"Use keifu train mlp --data {shell(recipe.data)}: a hidden layer can part them."
     if not proof.exact:
@@ -178,7 +178,7 @@ def refusal(recipe: Recipe, table: Table, proof: Separation) -> str:
     )
 
 
-def describe(table: Table, mixture: Float[Tensor, "rows"], label: int) -> str:
+def describe(table: tables.Table, mixture: Float[Tensor, "rows"], label: int) -> str:
     """Describe the rows of a class whose combination is the common point."""
     rows = table.inputs[(table.targets == label) & (mixture > 0)].tolist()
     if len(rows) > 4 or len(table.columns) > 6:

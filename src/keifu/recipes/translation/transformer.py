@@ -67,8 +67,6 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu translate, keifu evaluate, keifu.load and transformers read afterwards."""
     how, usual = {"keifu": (settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
-    learn(
-        "transformer", recipe, out, resume, transformer.build, recipe.model, how,
-        partial(by_tokens, tokens=recipe.tokens_per_batch), recipe.label_smoothing,
-        usual if recipe.average is None else recipe.average,
-    )  # fmt: skip
+    batching, average = partial(by_tokens, tokens=recipe.tokens_per_batch), given(recipe.average, usual)
+    model = transformer.build, recipe.model
+    learn("transformer", recipe, out, resume, *model, how, batching, recipe.label_smoothing, average)

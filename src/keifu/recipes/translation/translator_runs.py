@@ -190,10 +190,8 @@ def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn
 def _two_vocabularies(task: TranslationTask, config: Any) -> dict[str, Any]:
     """Return the config fields for a target with a separate vocabulary: its size, and no shared embedding."""
     size = task.tokenizer.target_vocab_size
-    if size is None:
-        return {}
-    shared = {"shared": False} if any(field.name == "shared" for field in fields(config)) else {}
-    return {"target_vocab_size": size, **shared}
+    shared = {"shared": False} if "shared" in vars(config) else {}
+    return {} if size is None else {"target_vocab_size": size, **shared}
 
 
 def _data(
