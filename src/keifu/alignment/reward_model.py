@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keifu.data.chat.prompts import Prompt
+from keifu.data.padding import stack_rows
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.generation.text.model import evaluation_mode
@@ -99,11 +100,8 @@ def scores_of(model: Any, texts: Sequence[Sequence[int]], pad_id: int, batch_siz
     with evaluation_mode(model):
         for at in range(0, len(order), batch_size):
             some = order[at : at + batch_size]
-            longest = len(texts[some[-1]])
-            rows = torch.tensor([[*texts[p], *[pad_id] * (longest - len(texts[p]))] for p in some], device=device)
-            lengths = torch.tensor([len(texts[p]) for p in some], device=device)
-            mask = torch.arange(longest, device=device) < lengths[:, None]
-            scores[some] = model.classify(rows[:, None], mask[:, None])[:, 0].float().cpu()
+            tokens, mask = stack_rows([texts[index] for index in some], pad_id)
+            scores[some] = model.classify(tokens[:, None].to(device), mask[:, None].to(device))[:, 0].float().cpu()
     return scores
 
 

@@ -44,6 +44,9 @@ MADE: dict[str, Callable[[Any, int], Iterable[dict[str, Any]]]] = {  # built-in 
 }
 TEMPLATES = {"plain": chat_template.PLAIN, "chatml": chat_template.CHATML}
 T = TypeVar("T")
+Sides = tuple[list[T], list[T]]  # training and held-out items
+Make = Callable[[RankedResponses], Iterable[T]]
+Answers = Callable[[T], Sequence[TurnMasks]]
 
 
 @dataclass(frozen=True)
@@ -217,12 +220,12 @@ def reference_model(model: nn.Module, lora: Lora) -> nn.Module:
     return model if lora.rank else copy.deepcopy(model).float().requires_grad_(False)
 
 
-def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> tuple[list[T], list[T]]:
+def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> Sides[T]:
     """Split into training and held-out items by a hash of the text. Items with the same text are not separated."""
     check_value("held_out", share, BELOW_ONE)
     keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
     chosen = {*sorted({*keys})[: round(share * len({*keys}))]}
-    sides: tuple[list[T], list[T]] = [], []
+    sides: Sides[T] = [], []
     for key, item in zip(keys, items, strict=True):
         sides[key in chosen].append(item)
     return sides
@@ -239,9 +242,7 @@ def save_result(model: nn.Module, tokenizer: Tokenizer, directory: Path, base: s
         write_atomic(directory / formats.GENERATION_CONFIG, json.dumps(generation_config(tokenizer), indent=2) + "\n")
 
 
-def prompt_parts(
-    source: str, share: float, single: bool = False
-) -> tuple[list[RankedResponses], list[RankedResponses]]:
+def prompt_parts(source: str, share: float, single: bool = False) -> Sides[RankedResponses]:
     """Split the preferences into training and held-out ones without separating equal questions. single: whether single
     answers with a label are allowed."""
     preferences = list(read_preferences(source, single))
@@ -250,8 +251,8 @@ def prompt_parts(
 
 def ranked_examples(
     recipe: RankedOptions,
-    make: Callable[[RankedResponses], Iterable[T]],
-    answers: Callable[[T], Sequence[TurnMasks]],
+    make: Make[T],
+    answers: Answers[T],
     length: int,
     message: tuple[str, str],
     single: bool = False,
@@ -332,7 +333,7 @@ class RolloutOptions(AssistantOptions):
             self.prompts, group, self.max_tokens, self.temperature, self.seed, self.minibatches, self.epochs
         )
 
-    def parts(self) -> tuple[list[Prompt], list[Prompt]]:
+    def parts(self) -> Sides[Prompt]:
         """Return training and held-out prompts. Raises `UserError` if they lack a field that the reward reads."""
         drawn = prompts(self.data, self.sums, self.seed)
         rewards.check_fields(self.reward, drawn)

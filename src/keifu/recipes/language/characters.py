@@ -23,9 +23,7 @@ from keifu.recipes.runs import Logging, Settings
 WAYS: dict[str, tuple[Any, Any, Settings]] = {
     "keifu": (
         llama.build,
-        llama.Config(
-            context_length=64, dim=128, hidden_dim=320, n_layers=4, n_heads=4, norm_eps=1e-5, tied=False
-        ),
+        llama.Config(context_length=64, dim=128, hidden_dim=320, n_layers=4, n_heads=4, norm_eps=1e-5, tied=False),
         Settings(
             steps=400, batch_size=48, optimizer="muon", learning_rate=2e-2, matrix_rate=0.03, warmup=5,
             final_ratio=0.0, weight_decay=0.01, evaluate_every=50,

@@ -83,16 +83,8 @@ class Recipe(TextOptions, runs.Logging):
 def model_config(depth: int, vocab_size: int, context_length: int | None = None) -> llama.Config:
     """Return the model's config for this depth."""
     dim = HEAD_DIM * depth
-    return llama.Config(
-        vocab_size=vocab_size,
-        context_length=context_length or usual_context(depth),
-        dim=dim,
-        hidden_dim=-(-8 * dim // (3 * 64)) * 64,
-        n_layers=depth,
-        n_heads=depth,
-        norm_eps=1e-5,
-        tied=True,
-    )
+    sizes = {"hidden_dim": -(-8 * dim // (3 * 64)) * 64, "n_layers": depth, "n_heads": depth}
+    return llama.Config(vocab_size, context_length or usual_context(depth), dim, **sizes, norm_eps=1e-5, tied=True)
 
 
 def hybrid_config(config: llama.Config) -> qwen3_5.Config:
@@ -150,16 +142,11 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     pretrain("gpt", task, build, size(config), chosen, out, resume, recipe.prompt, options=options, objective=objective)
 
 
-def start_model(name: str) -> tuple[Any, Any]:
-    """Load a language model for further training, in float32, with adapters merged; and its tokenizer."""
-    loaded, tokenizer = checkpoints.load(name, torch.float32)
-    return causal(merge(loaded).requires_grad_(True)), tokenizer
-
-
 def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
-    """Continue the training of a given model, with its weights, sizes and tokenizer. Rows have the depth's context
-    length, at most the model's."""
-    model, tokenizer = start_model(name)
+    """Continue the training of a given model, with its weights, sizes and tokenizer, in float32, with adapters merged.
+    Rows have the depth's context length, at most the model's."""
+    loaded, tokenizer = checkpoints.load(name, torch.float32)
+    model: Any = causal(merge(loaded).requires_grad_(True))
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))
     if row > most:

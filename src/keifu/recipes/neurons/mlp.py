@@ -27,7 +27,6 @@ from keifu.files import write_atomic
 from keifu.generation.text.model import evaluation_mode
 from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.models import mlp
-from keifu.models.mlp import MLP, Config
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
 from keifu.recipes.runs import Logging, Settings, train_run
 from keifu.threads import on_threads
@@ -149,22 +148,14 @@ def points(learned: toy.ToyDataset) -> tables.Table:
     return tables.Table(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
 
 
-def network(recipe: Recipe, learned: toy.ToyDataset) -> MLP:
+def network(recipe: Recipe, learned: toy.ToyDataset) -> mlp.MLP:
     """Build the network. Squared and absolute error compare sigmoids, as in the paper; the others compare logits."""
     full = recipe.resolved()
     assert full.hidden is not None and full.dropout is not None
     torch.manual_seed(recipe.seed)
-    model = mlp.build(
-        Config(
-            dim=len(learned.mean),
-            hidden_dims=full.hidden,
-            n_outputs=len(learned.classes),
-            activation=recipe.activation,
-            output="identity" if "entropy" in recipe.loss else "sigmoid",
-            dropout=full.dropout,
-            classes=learned.classes,
-        )
-    )
+    widths = len(learned.mean), full.hidden, len(learned.classes)
+    output = "identity" if "entropy" in recipe.loss else "sigmoid"
+    model = mlp.build(mlp.Config(*widths, recipe.activation, output, full.dropout, learned.classes))
     model.mean.copy_(learned.mean)
     model.scale.copy_(learned.scale)
     return model.to(choose())
@@ -187,7 +178,7 @@ def distort(inputs: Float[Tensor, "rows dim"], generator: Generator) -> Float[Te
     return Distortion()(inputs.view(-1, 28, 28), generator).flatten(1)
 
 
-def boundary(learned: toy.ToyDataset, model: MLP, steps: int, out: Path) -> Callable[[int], bytes]:
+def boundary(learned: toy.ToyDataset, model: mlp.MLP, steps: int, out: Path) -> Callable[[int], bytes]:
     """Return a function that draws the decision over two columns after a step. At the end it writes the stages to
     `out`."""
     shown, stages = points(learned), []
@@ -204,19 +195,19 @@ def boundary(learned: toy.ToyDataset, model: MLP, steps: int, out: Path) -> Call
     return sample
 
 
-def wrong_digits(learned: toy.ToyDataset, model: MLP) -> Callable[[int], bytes]:
+def wrong_digits(learned: toy.ToyDataset, model: mlp.MLP) -> Callable[[int], bytes]:
     """Return a function that draws misclassified held-out digits."""
     inputs, targets = learned.held.inputs, learned.held.targets
     return lambda step: metrics.picture(inputs.view(-1, 28, 28), targets, model.predict(inputs), learned.classes)
 
 
-def accuracy(model: MLP, split: batches.LabelledTensors) -> float:
+def accuracy(model: mlp.MLP, split: batches.LabelledTensors) -> float:
     """Return the share of rows that the network classifies correctly."""
     with evaluation_mode(model):
         return float((model.predict(split.inputs) == split.targets).float().mean())
 
 
-def verdict(learned: toy.ToyDataset, model: MLP) -> str:
+def verdict(learned: toy.ToyDataset, model: mlp.MLP) -> str:
     """Describe the network's result in a sentence."""
     seen, rows = accuracy(model, learned.training), f"{len(learned.training):,}"
     if learned.held is learned.training:

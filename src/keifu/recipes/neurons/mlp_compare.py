@@ -19,7 +19,6 @@ from keifu.data.classification.tables import ToyDataset
 from keifu.data.progress import counted
 from keifu.errors import UserError
 from keifu.evaluation.plots import decision_boundary
-from keifu.evaluation.plots.decision_boundary import Result, class_shares_on
 from keifu.files import write_atomic
 from keifu.ranges import Count, NotNegative, Seed
 from keifu.recipes.neurons import mlp
@@ -86,7 +85,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"The pictures are in {out / 'report.html'}.")
 
 
-def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool = False) -> Result:
+def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool = False) -> decision_boundary.Result:
     """Train one network of the comparison."""
     steps = mlp.settings(pair).steps
     then = read_recipe(directory).get("options", {}) if resume else {}
@@ -99,8 +98,10 @@ def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool =
     where = Run(directory, resume, not resume, options=vars(begun.resolved()), about=about, unit="rows")
     summary = train(model, mlp.objective(pair.loss), data, settings, where)
     lines = metrics.read(directory)
-    plane = class_shares_on(mlp.points(subject), model.predict_proba, 100) if len(subject.columns) == 2 else None
+    plane = None
+    if len(subject.columns) == 2:
+        plane = decision_boundary.class_shares_on(mlp.points(subject), model.predict_proba, 100)
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     accuracies = [(line["step"], line["validation_accuracy"]) for line in lines if "validation_accuracy" in line]
     accuracy = mlp.accuracy(model, subject.held)
-    return Result(pair.activation, pair.loss, accuracy, summary.seconds, losses, accuracies, plane)
+    return decision_boundary.Result(pair.activation, pair.loss, accuracy, summary.seconds, losses, accuracies, plane)

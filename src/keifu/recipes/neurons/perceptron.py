@@ -24,7 +24,6 @@ from keifu.errors import UserError, shell
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
 from keifu.models import perceptron
-from keifu.models.perceptron import Config, Perceptron, Separation
 from keifu.ranges import Count, Positive
 from keifu.training.run.report import write_page
 
@@ -100,7 +99,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"{text}\nThe neuron is in {out}; report.html there shows how it learned.")
 
 
-def refuse(recipe: Recipe, table: tables.Table, proof: Separation, out: Path) -> NoReturn:
+def refuse(recipe: Recipe, table: tables.Table, proof: perceptron.Separation, out: Path) -> NoReturn:
     """Raise an error with the reason why no plane separates the classes; for two columns, draw the reason."""
     text = refusal(recipe, table, proof)
     if proof.exact and len(table.columns) == 2:
@@ -129,7 +128,7 @@ def prepare(recipe: Recipe) -> Lesson:
 def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
     """Yield (number of corrections, plane in the table's units). For two columns, first and after each correction;
     otherwise only at the end, because nothing is drawn."""
-    neuron = perceptron.build(Config(len(lesson.table.columns)))
+    neuron = perceptron.build(perceptron.Config(len(lesson.table.columns)))
     drawn, updates = len(lesson.table.columns) == 2, 0
     corrections = perceptron.learn(neuron, lesson.seen, lesson.table.targets.double(), recipe.rate)
     if drawn:
@@ -141,14 +140,14 @@ def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
         yield updates, lesson.unscaled(plane_of(neuron))
 
 
-def plane_of(neuron: Perceptron) -> Plane:
+def plane_of(neuron: perceptron.Perceptron) -> Plane:
     """Return the weights, then the bias."""
     return torch.cat([neuron.weight, neuron.bias[None]])
 
 
-def build_neuron(plane: Plane) -> Perceptron:
+def build_neuron(plane: Plane) -> perceptron.Perceptron:
     """Return a perceptron with that plane."""
-    neuron = perceptron.build(Config(len(plane) - 1))
+    neuron = perceptron.build(perceptron.Config(len(plane) - 1))
     neuron.weight.copy_(plane[:-1])
     neuron.bias.copy_(plane[-1])
     return neuron
@@ -161,7 +160,7 @@ def formula(plane: Plane, columns: tuple[str, ...]) -> str:
     return f"{terms if len(weights) <= 6 else 'Σ w x'} ≥ {-bias + 0.0:.4g}".replace("+ -", "- ")
 
 
-def refusal(recipe: Recipe, table: tables.Table, proof: Separation) -> str:
+def refusal(recipe: Recipe, table: tables.Table, proof: perceptron.Separation) -> str:
     """Describe that the data cannot be separated, the proof, and what to use instead."""
     advice = f"Use keifu train mlp --data {shell(recipe.data)}: a hidden layer can part them."
     if not proof.exact:
