@@ -26,7 +26,8 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.classification.tables import ToyDataset
+from keifu.data.classification.toy import ToyDataset
+from keifu.models.mlp import MLP
 from keifu.recipes.neurons import mlp
 
 SECTION, COLUMNS = (
@@ -46,7 +47,7 @@ def ours(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[float
         mlp.run(mlp.Recipe("mnist", hidden=hidden, seed=seed), out, resume=False)
         seconds = time.perf_counter() - start
         model = checkpoints.load_model(out)
-    assert isinstance(model, mlp.MLP)
+    assert isinstance(model, MLP)
     return mlp.accuracy(model, learned.held), seconds
 
 

@@ -192,9 +192,9 @@ def test_resumed_to_the_bit(base: Path, preferences: Path, tmp_path: Path) -> No
 
 
 def test_only_the_last_answer_is_learned(base: Path) -> None:
-    _, tokenizer = recipe.open_model(str(base), "own")
+    _, tokenizer = recipe.finetuning.open_model(str(base), "own")
     ranked = RankedResponses([*TALK, {"role": "user", "content": "two"}], ("one", "bad"), (1.0, 0.0))
-    ids, learned = recipe.sample_answer(tokenizer, ranked, 0)
+    ids, learned = recipe.finetuning.sample_answer(tokenizer, ranked, 0)
     told = [id for id, mine in zip(ids, learned, strict=True) if mine]
     assert tokenizer.decode(told, skip_special=False) == "one" + tokenizer.special["eos_token"]
 

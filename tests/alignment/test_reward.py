@@ -45,7 +45,7 @@ def test_the_loss_is_that_of_every_pair() -> None:
 
 
 def test_parts_of_a_batch_add_up_and_even_answers_do_not_count() -> None:
-    model = recipe.with_score_head(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.Lora(), 0)
+    model = recipe.with_score_head(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.finetuning.Lora(), 0)
     tokens, lengths = torch.randint(0, 31, (3, 4, 9)), torch.randint(2, 9, (3, 4, 1))
     levels = torch.tensor([[3.0, 2.0, 1.0, 0.0], [1.0, 0.0, NAN, NAN], [1.0, 1.0, 0.0, NAN]])
     batch = {"tokens": tokens, "mask": torch.arange(9) < lengths, "levels": levels}
@@ -60,7 +60,9 @@ def test_parts_of_a_batch_add_up_and_even_answers_do_not_count() -> None:
 
 def test_margins_are_of_the_better_over_the_worse() -> None:
     """In every pair of levels that differ, and by the model's own scores."""
-    model = recipe.with_score_head(llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.Lora(), 0).eval()
+    model = recipe.with_score_head(
+        llama.build(llama.Config(vocab_size=31, **SIZES)), recipe.finetuning.Lora(), 0
+    ).eval()
     tokens, levels = torch.randint(0, 31, (2, 3, 9)), torch.tensor([[2.0, 1.0, 0.0], [0.0, 5.0, NAN]])
     batch = {"tokens": tokens, "mask": torch.ones(2, 3, 9, dtype=torch.bool), "levels": levels}
     scores = model.classify(tokens, batch["mask"]).detach()

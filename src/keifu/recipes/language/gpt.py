@@ -142,11 +142,16 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     pretrain("gpt", task, build, size(config), chosen, out, resume, recipe.prompt, options=options, objective=objective)
 
 
-def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
-    """Continue the training of a given model, with its weights, sizes and tokenizer, in float32, with adapters merged.
-    Rows have the depth's context length, at most the model's."""
+def start_model(name: str) -> tuple[Any, Any]:
+    """Load a language model for further training, in float32, with adapters merged; and its tokenizer."""
     loaded, tokenizer = checkpoints.load(name, torch.float32)
-    model: Any = causal(merge(loaded).requires_grad_(True))
+    return causal(merge(loaded).requires_grad_(True)), tokenizer
+
+
+def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
+    """Continue the training of a given model, with its weights, sizes and tokenizer. Rows have the depth's context
+    length, at most the model's."""
+    model, tokenizer = start_model(name)
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))
     if row > most:

@@ -48,6 +48,9 @@ class Recipe(TranslationOptions):
     """Number of last saved states whose mean is the resulting model, 2% of the run apart."""
 
 
+settings = partial(own_settings, warmup=200)  # keifu's, for a number of steps
+
+
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Return the paper's settings (appendix B.2)."""
     return settings_of(
@@ -58,7 +61,7 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu translate, keifu evaluate and keifu.load read afterwards."""
-    own_batching, settings = partial(by_tokens, tokens=recipe.tokens_per_batch), partial(own_settings, warmup=200)
+    own_batching = partial(by_tokens, tokens=recipe.tokens_per_batch)
     ways = {"keifu": (settings, own_batching, recipe.label_smoothing), "paper": (paper_settings, by_rows, 0.0)}
     how, batching, smoothing = ways[recipe.recipe_of]
     config = replace(recipe.model, context=CONTEXTS[recipe.attention])
