@@ -122,8 +122,7 @@ def text_hash(name: str) -> str:
 
 def _module(path: Path) -> Any:
     spec = spec_from_file_location(f"reward {path.resolve()}", path)  # no import statement has this name
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file.")
+    assert spec is not None and spec.loader is not None, "the name ends in .py"
     module = sys.modules[spec.name] = module_from_spec(spec)  # dataclasses look up their module there
     try:
         spec.loader.exec_module(module)

@@ -11,10 +11,9 @@ from keifu import checkpoints
 from keifu.data.epochs import IndexedExamples, OwnBatches
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.training.loop import Summary
+from keifu.recipes.runs import Batch, Data, Objective, Run, Sample, Settings, Summary, parameters
 from keifu.training.loop import train as run_loop
-from keifu.training.protocols import Batch, Data, LossOutput, Objective, Run, Sample
-from keifu.training.settings import Settings
+from keifu.training.protocols import LossOutput
 
 Loss = Callable[[nn.Module, Batch], Tensor | LossOutput]
 
@@ -48,14 +47,9 @@ def train(
         >>> keifu.train(torch.nn.Linear(3, 1), loss, data, keifu.Settings(steps=200), tempfile.mkdtemp()).steps
         200
     """
-    run = Run(
-        directory=Path(out),
-        resume=resume,
-        replace=replace,
-        options={"model": repr(model), **(options or {})},
-        about={"title": title or type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())},
-        unit=unit,
-    )
+    deciding = {"model": repr(model), **(options or {})}
+    about = {"title": title or type(model).__name__, "parameters": parameters(model)}
+    run = Run(Path(out), resume, replace, deciding, about, unit)
     batches = data if isinstance(data, Data) else OwnBatches(data, settings.batch_size, settings.seed)
     save = partial(checkpoints.save, model, tokenizer)
     return run_loop(model, _summed(objective), batches, settings, run, sample, save)
