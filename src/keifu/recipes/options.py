@@ -34,11 +34,6 @@ class Logging:
         return {"minutes": self.minutes, **usual, **chosen}
 
 
-def given(value: float | int | None, usual: float | int) -> float | int:
-    """Return `value`, or `usual` if it is None."""
-    return usual if value is None else value
-
-
 ARGUMENT: Any = type(tyro.conf.arg())  # class of annotations that rename an option; tyro does not export it
 
 

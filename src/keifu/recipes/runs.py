@@ -26,6 +26,11 @@ from keifu.training.setup import steps_within
 TrainingOptions = Annotated[Settings, tyro.conf.arg(name="")]  # options without a prefix
 
 
+def given(value: float | int | None, usual: float | int) -> float | int:
+    """Return the value of an option, or `usual` if it is unset."""
+    return usual if value is None else value
+
+
 def is_resuming(directory: Path, resume: bool) -> bool:
     """Return whether the run is to be resumed and has begun."""
     return resume and bool(checkpoint.steps(directory))

@@ -28,8 +28,7 @@ from keifu.layers.lora import unadapted
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.options import given
-from keifu.recipes.runs import Objective, Summary
+from keifu.recipes.runs import Objective, Summary, given
 from keifu.training.loader import on_device
 from keifu.training.trainer import ObjectiveModule
 

@@ -31,8 +31,7 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
-from keifu.recipes.options import given
-from keifu.recipes.runs import FinetuneOptions, Objective, Sample, Save, Settings, Summary, train_run
+from keifu.recipes.runs import FinetuneOptions, Objective, Sample, Save, Settings, Summary, given, train_run
 from keifu.training.run import metrics
 
 Template = Literal["own", "plain", "chatml"]

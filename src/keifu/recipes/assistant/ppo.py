@@ -26,8 +26,7 @@ from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share, Temperatu
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.reward import with_score_head
 from keifu.recipes.language.pretraining import TextOptions
-from keifu.recipes.options import given
-from keifu.recipes.runs import Settings
+from keifu.recipes.runs import Settings, given
 
 POLICY = "policy"
 

@@ -25,7 +25,6 @@ from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes import runs
 from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretrain, settings_of
-from keifu.recipes.options import given
 from keifu.recipes.starting import keeps_best, scaled
 
 HEAD_DIM = 64
@@ -118,7 +117,7 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> runs.
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
     return settings_of(
         recipe, steps, batch_size, optimizer="muon", learning_rate=scaled(3e-3, recipe.start_from),
-        matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
+        matrix_rate=runs.given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
         final_ratio=0.0, weight_decay=0.01, **keeps_best(recipe.start_from),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ from typing import Literal
 from keifu.errors import UserError
 from keifu.models import gpt1
 from keifu.ranges import Count, NotNegative, Positive, Seed
-from keifu.recipes.language.pretraining import Text, TextArgument, muon_settings, prepare_text, pretrain, settings_of
+from keifu.recipes.language.pretraining import Text, TextArgument, own_settings, prepare_text, pretrain, settings_of
 from keifu.recipes.runs import Logging, Settings, Summary
 
 PAPER_WARMUP = 2000
@@ -57,11 +57,6 @@ class Recipe(Logging):
             raise UserError(f"epochs must be above 0, not {self.epochs}.")
 
 
-def settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
-    """Return keifu's settings for this number of steps."""
-    return settings_of(recipe, steps, batch_size, **muon_settings(recipe, steps))
-
-
 def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
     """Return the settings of section 4.1, with gradient clipping from the released code. A run shorter than the warm-up
     only has the rising part of its schedule."""
@@ -71,7 +66,7 @@ def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
     )  # fmt: skip
 
 
-WAYS = {"keifu": (settings, 16, 2), "paper": (paper_settings, 64, 100)}  # settings, batch size, epochs
+WAYS = {"keifu": (own_settings, 16, 2), "paper": (paper_settings, 64, 100)}  # settings, batch size, epochs
 
 
 def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:

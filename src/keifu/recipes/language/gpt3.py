@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from keifu.models import gpt3
-from keifu.recipes.language.pretraining import PretrainingOptions, own_settings, prepare_text, pretrain
+from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretrain
 from keifu.recipes.runs import Settings, Summary
 
 TOKENS, WARMUP, DECAY, RAMP = 300e9, 0.375e9, 260e9, 4e9  # as in the paper; the ramp is 4 to 12 B tokens, by size
@@ -43,7 +43,7 @@ def paper_settings(recipe: Recipe) -> Settings:
     )  # fmt: skip
 
 
-WAYS = {"keifu": own_settings, "paper": paper_settings}
+WAYS = {"keifu": PretrainingOptions.own_settings, "paper": paper_settings}
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from keifu.models import palm
 from keifu.ranges import NotNegative
-from keifu.recipes.language.pretraining import PretrainingOptions, own_settings, prepare_text, pretrain
+from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretrain
 from keifu.recipes.runs import Settings, Summary
 from keifu.training.optim.loss_spikes import SpikeSettings
 
@@ -50,7 +50,7 @@ def paper_settings(recipe: Recipe) -> Settings:
     )  # fmt: skip
 
 
-WAYS = {"keifu": (own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # with their default z-loss
+WAYS = {"keifu": (PretrainingOptions.own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # with their default z-loss
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:

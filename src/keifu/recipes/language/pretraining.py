@@ -218,17 +218,13 @@ class PretrainingOptions(Logging):
         """Return the number of steps in this fraction of the run."""
         return round(part * self.steps)
 
+    def own_settings(self) -> Settings:
+        """Return keifu's settings (see the function of that name)."""
+        return own_settings(self, self.steps, self.batch_size)
+
     def settings(self, **chosen: Any) -> Settings:
         """Return the training settings (see `settings_of`)."""
         return settings_of(self, self.steps, self.batch_size, **chosen)
-
-
-def muon_settings(recipe: Any, steps: int) -> dict[str, Any]:
-    """Return keifu's settings for this number of steps: Muon, with a linear decay of the rates to 0."""
-    return {
-        "warmup": min(100, -(-steps // 10)), "optimizer": "muon", "schedule": "linear", "learning_rate": 2e-3,
-        "matrix_rate": recipe.matrix_rate, "final_ratio": 0.0, "weight_decay": 0.01,
-    }  # fmt: skip
 
 
 def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> Settings:
@@ -239,6 +235,8 @@ def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> S
     return Settings(**recipe.loop(steps=steps, batch_size=batch_size, **every, **usual))
 
 
-def own_settings(options: PretrainingOptions) -> Settings:
-    """Return keifu's settings for GPT-3 and PaLM."""
-    return options.settings(**muon_settings(options, options.steps))
+def own_settings(recipe: Any, steps: int, batch_size: int) -> Settings:
+    """Return keifu's settings for this number of steps: Muon, with a linear decay of the rates to 0."""
+    usual = {"optimizer": "muon", "schedule": "linear", "learning_rate": 2e-3, "matrix_rate": recipe.matrix_rate}
+    usual |= {"warmup": min(100, -(-steps // 10)), "final_ratio": 0.0, "weight_decay": 0.01}
+    return settings_of(recipe, steps, batch_size, **usual)

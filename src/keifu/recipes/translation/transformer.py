@@ -17,10 +17,9 @@ from typing import Literal
 from keifu.data.translation.batches import by_tokens
 from keifu.models import transformer
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.options import given
+from keifu.recipes.runs import Settings, given
 from keifu.recipes.starting import scaled
 from keifu.recipes.translation.translator_runs import TranslationOptions, learn, own_settings, settings_of
-from keifu.training.settings import Settings
 
 PAPER_WARMUP = 4000
 

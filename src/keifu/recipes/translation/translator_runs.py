@@ -25,8 +25,7 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.generation.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
-from keifu.recipes.options import given
-from keifu.recipes.runs import Budget, Logging, Settings, Summary, attribution_of, parameters, train_run
+from keifu.recipes.runs import Budget, Logging, Settings, Summary, attribution_of, given, parameters, train_run
 from keifu.recipes.starting import check_start, keeps_best, scaled
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
