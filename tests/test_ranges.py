@@ -16,7 +16,8 @@ from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.commands.shared.recipe_options import recipe_module, recipes
 from keifu.errors import UserError
 from keifu.ranges import AT_LEAST_ZERO, COUNT, Count, Range, check, check_value, range_of
-from keifu.recipes.options import given, paths, put
+from keifu.recipes.options import paths, put
+from keifu.recipes.runs import given
 from keifu.training.settings import Settings
 
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_drawn(more, told, trained) -> None:
     [
         ({"size": 22}, "nearest size that does is 24 x 24|nearest size that does is 20 x 20"),
         ({"n_heads": 3}, "dim 16 does not part into 3 heads"),
-        ({"text_weight": 1.5}, "text_weight must be from 0 to 1"),
+        ({"text_weight": 1.5}, "text_weight must be a number from 0 to 1"),
         ({"prompts": ()}, "no prompt for the samples"),
     ],
 )

@@ -147,7 +147,7 @@ def test_alpha_scales_what_every_adapter_says(drawings, model) -> None:
         ({"languages": ("fr",)}, "'fr'.*Known: en, ja"),
         ({"words": "word " * 20}, "tokens with its special tokens, but the model reads 16"),
         ({"dora": True, "style": "diffusers"}, "no word for DoRA's lengths"),
-        ({"rank": 0}, "rank is 0, and the least is 1"),
+        ({"rank": 0}, "rank must be a whole number from 1"),
         ({"limit": 0}, "limit must be a whole number from 1 to"),
         ({"caption_dropout": 1.0}, "caption_dropout must be a number from 0 and below 1, not 1.0"),
     ],

@@ -152,8 +152,6 @@ class RankedOptions(AssistantOptions):
     """Tokens of a prompt with its response; unset: 1024, or the context length of the model if that is less."""
     drop_long: bool = False
     """Leave out what is longer; without it that is an error."""
-    batch_size: int = 8
-    """Examples in a step."""
     warmup: NotNegative = 0.03
     """Share of the steps in which the learning rate rises from 0."""
 

@@ -22,7 +22,7 @@ from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, Pr
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share, Temperature
+from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.reward import with_score_head
 from keifu.recipes.language.pretraining import TextOptions
@@ -69,13 +69,8 @@ class Recipe(finetuning.RolloutOptions):
     """Prompts of a rollout, with one response to each."""
     minibatches: Count = 8
     """Parts of a rollout, each of which makes an update."""
-    temperature: Temperature = PPOSettings.temperature
-    """Sampling temperature of the responses."""
     kl_coef: NotNegative = PPOSettings.kl_coef
     """Weight β of the KL penalty on each token, which keeps the policy near the reference model."""
-    clip: NotNegative = PPOSettings.clip
-    """Range of the ratio of a token's probability to that of the rollout, 1 - clip to 1 + clip; outside it, a token has
-    no gradient."""
     value_clip: NotNegative = PPOSettings.value_clip
     """How far a value may move from that of the rollout; further away, it has no gradient."""
     discount: Share = PPOSettings.discount

@@ -54,15 +54,13 @@ class Recipe(TableOptions):
     """Examples in a step."""
     learning_rate: NotNegative = 6.25e-5
     """AdamW's highest learning rate; models smaller than GPT-1 take a higher one."""
-    warmup: NotNegative = 0.002
+    warmup: BelowOne = 0.002
     """Share of the steps in which the learning rate rises from 0."""
     classifier_dropout: BelowOne = 0.1
     """Dropout of the state that is classified."""
 
     def __post_init__(self) -> None:
         check(self)
-        if self.warmup >= 1:
-            raise UserError(f"warmup must be at least 0 and below 1, not {self.warmup}.")
 
 
 def prepare(recipe: Recipe) -> TableTask:

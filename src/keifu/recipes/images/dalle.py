@@ -77,13 +77,8 @@ class Recipe(image_runs.TextToImageOptions):
     """The side of the local window of the last block's attention."""
     sparse: bool = True
     """Sparse attention by row, column or window; --no-sparse: full causal attention."""
-    text_weight: NotNegative = TEXT_WEIGHT
+    text_weight: Share = TEXT_WEIGHT
     """Weight of the text's loss; the image's has the rest."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.text_weight > 1:
-            raise UserError(f"text_weight must be from 0 to 1, not {self.text_weight}.")
 
     def vae(self, channels: int) -> discrete_vae.Config:
         """Return the autoencoder's Config for pictures with this number of channels."""

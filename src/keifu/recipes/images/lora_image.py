@@ -58,7 +58,7 @@ class Recipe(Logging):
     """Keep the beginning of a caption that is longer than the model takes; without it that is an error."""
     size: Count | None = None
     """The side of the squares in pixels; unset: what the model was trained with."""
-    rank: Natural = 8
+    rank: Count = 8
     """Rank of the adapters of the U-Net."""
     alpha: Finite | None = None
     """The adapters' product is multiplied with alpha / rank; unset: as much as the rank."""
@@ -93,8 +93,6 @@ class Recipe(Logging):
 
     def __post_init__(self) -> None:
         check(self)
-        if self.rank < 1:
-            raise UserError(f"rank is {self.rank}, and the least is 1.")
         if self.dora and self.style == "diffusers":
             raise UserError("The older spelling of diffusers has no word for DoRA's lengths: --style peft or kohya.")
 

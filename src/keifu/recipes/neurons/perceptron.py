@@ -24,7 +24,7 @@ from keifu.errors import UserError, shell
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
 from keifu.models import perceptron
-from keifu.ranges import Count, Positive
+from keifu.ranges import Count, Positive, check
 from keifu.training.run.report import write_page
 
 Plane = Float[Tensor, "dim1"]  # weights, then bias
@@ -111,8 +111,7 @@ def refuse(recipe: Recipe, table: tables.Table, proof: perceptron.Separation, ou
 
 def prepare(recipe: Recipe) -> Lesson:
     """Read the recipe's table, which must have two classes."""
-    if not recipe.rate > 0:
-        raise UserError(f"The learning rate must be above 0, not {recipe.rate}.")
+    check(recipe)
     table = toy.toy_table(recipe.data, recipe.label)
     if len(table.classes) != 2:
         raise UserError(
