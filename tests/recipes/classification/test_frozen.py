@@ -17,7 +17,7 @@ from keifu.cli import main
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.classification.embeddings import embed
 from keifu.models import bert
-from keifu.recipes.classification import logistic_regression
+from keifu.recipes.classification import frozen
 
 WORDS = {"animal": ["cat", "dog", "horse", "cow"], "thing": ["table", "lamp", "chair", "spoon"]}
 ROWS = [(f"{a} and {b} number {n}", label) for label, w in WORDS.items() for n in range(4) for a in w for b in w]
@@ -65,14 +65,14 @@ def test_the_regression_is_scikit_learns() -> None:
     targets = (inputs[:, :3] + torch.randn(90, 3, generator=generator)).argmax(1)
     for strength in (0.3, 30.0):
         theirs = linear_model.LogisticRegression(C=strength, max_iter=5000, tol=1e-10).fit(inputs, targets)
-        weight, bias = logistic_regression.fit(inputs, targets, 3, strength)
+        weight, bias = frozen.fit(inputs, targets, 3, strength)
         np.testing.assert_allclose(weight.numpy(), theirs.coef_, atol=2e-4)
         np.testing.assert_allclose(bias - bias.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=2e-4)
 
 
 def test_cross_validation_tests_each_row_once_and_never_on_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = torch.tensor([0, 1, 2, 0, 1, 2, 0, 0])
-    fold = logistic_regression.folds(targets, 3)
+    fold = frozen.folds(targets, 3)
     assert fold.bincount().tolist() == [3, 3, 2]
     assert [len(set(fold[targets == label].tolist())) for label in range(3)] == [3, 2, 2]
     inputs, seen = torch.arange(8.0)[:, None], []
@@ -81,8 +81,8 @@ def test_cross_validation_tests_each_row_once_and_never_on_itself(monkeypatch: p
         seen.append(sorted(inputs[:, 0].int().tolist()))
         return torch.zeros(labels, 1).double(), torch.tensor([1.0, 0, 0]).double()  # always label 0
 
-    monkeypatch.setattr(logistic_regression, "fit", fit)
-    figures = logistic_regression.cross_validate(inputs, targets, 3, 3)
+    monkeypatch.setattr(frozen, "fit", fit)
+    figures = frozen.cross_validate(inputs, targets, 3, 3)
     loss = math.log(math.e + 2) - 0.5  # by hand: four of eight rows have label 0, whose logit is 1, and the others 0
     assert all(found == pytest.approx((loss, 0.5)) for found in figures.values())
     left_out = [sorted({*range(8)} - {*rows}) for rows in seen]

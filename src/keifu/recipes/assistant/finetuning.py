@@ -397,14 +397,13 @@ def learn_from_rollouts(
     watched = monitor.DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
     learned, validation = task.data.parts
     made = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
-    counts = {"prompts to learn from": len(learned), "prompts held out": len(validation)}
-    about: dict[str, Any] = {"normal ranges": monitor.describe(normal)}
+    counts: dict[str, Any] = {"prompts to learn from": len(learned), "prompts held out": len(validation)}
+    counts |= made if recipe.data in MADE else {}
+    about: dict[str, Any] = {"data": counts, "watch": watched, "normal ranges": monitor.describe(normal)}
     figures = finetune(
         recipe, task, objective, settings, out, resume,
         title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", paper=paper, unit="answers",
-        options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
-        data=(made if recipe.data in MADE else {}) | counts, watch=watched,
-        **about,
+        options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options}, **about,
     ).figures  # fmt: skip
     print(f"The last figures, each with its normal range:\n{watched.table(figures)}")
     if (mean := figures.get("validation_reward")) is not None:

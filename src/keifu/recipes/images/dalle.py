@@ -89,10 +89,8 @@ class Recipe(image_runs.TextToImageOptions):
 
     def ramps(self, steps: int) -> dict[str, Ramp]:
         """Return the schedules of the loss: β rises over a tenth of the steps."""
-        return {
-            losses.TEMPERATURE: Ramp(*TEMPERATURES, round(self.anneal * steps)),
-            losses.KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10),
-        }
+        temperature = Ramp(*TEMPERATURES, round(self.anneal * steps))
+        return {losses.TEMPERATURE: temperature, losses.KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10)}
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:

@@ -232,15 +232,11 @@ def own_settings(options: Any, steps: int, warmup: int, **chosen: Any) -> Settin
 
 
 def _source(options: TranslationOptions, task: TranslationTask, data: PairData) -> dict[str, Any]:
-    return {
-        "source": options.data + (", sides swapped" if options.reverse else ""),
-        "fingerprint": task.pairs.fingerprint,
-        "training pairs": len(data.train),
-        "validation pairs": len(data.held_out),
-        "test pairs": len(task.parts.test),
-        "steps an epoch": data.steps_per_epoch,
-        **attribution_of(pair_names().get(options.data, ("",))[0]),
-    }
+    source = options.data + (", sides swapped" if options.reverse else "")
+    counts = {"training pairs": len(data.train), "validation pairs": len(data.held_out)}
+    counts |= {"test pairs": len(task.parts.test), "steps an epoch": data.steps_per_epoch}
+    licence = attribution_of(pair_names().get(options.data, ("",))[0])
+    return {"source": source, "fingerprint": task.pairs.fingerprint, **counts, **licence}
 
 
 def _sampler(task: TranslationTask, model: nn.Module) -> Callable[[int], str]:
