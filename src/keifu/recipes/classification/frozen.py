@@ -40,10 +40,6 @@ class Regression:
     strength: float
     accuracy: float
 
-    def predict(self, inputs: Float[Tensor, "rows dim"]) -> Int[Tensor, "rows"]:
-        """Return the index of the likeliest label of each row."""
-        return F.linear(inputs.double(), self.weight, self.bias).argmax(-1)
-
 
 def fit(
     inputs: Float[Tensor, "rows dim"], targets: Int[Tensor, "rows"], labels: int, strength: float,
