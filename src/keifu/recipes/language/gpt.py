@@ -81,7 +81,7 @@ class Recipe(TextOptions, runs.Logging):
 def model_config(depth: int, vocab_size: int, context_length: int | None = None) -> llama.Config:
     """Return the model's config for this depth."""
     dim = HEAD_DIM * depth
-    sizes = {"hidden_dim": -(-8 * dim // (3 * 64)) * 64, "n_layers": depth, "n_heads": depth}
+    sizes: dict[str, Any] = {"hidden_dim": -(-8 * dim // (3 * 64)) * 64, "n_layers": depth, "n_heads": depth}
     return llama.Config(vocab_size, context_length or usual_context(depth), dim, **sizes, norm_eps=1e-5, tied=True)
 
 
@@ -156,5 +156,6 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
     chosen = settings(recipe, runs.parameters(model), row, len(task.shards.tokens))
-    teaching = {"options": recipe.distill.options(), "objective": recipe.distill.objective(tokenizer, row, model)}
+    options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row, model)
+    teaching: dict[str, Any] = {"options": options, "objective": objective}
     pretrain("gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, **teaching)
