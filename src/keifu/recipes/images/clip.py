@@ -35,7 +35,6 @@ from keifu.models.clip import image as clip_image
 from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import image_runs, text_teacher
-from keifu.recipes.images.text_teacher import Lessons, TaughtBatches
 from keifu.recipes.runs import Budget, Objective, Settings, Summary, TrainingOptions, is_resuming, parameters, train_run
 from keifu.recipes.starting import adapted
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
@@ -112,7 +111,7 @@ class ClipTask:
     @property
     def objective(self) -> Objective:
         """Loss of the pictures: contrastive, or by the teacher's embeddings if the data have them."""
-        loss = taught_loss if isinstance(self.data, TaughtBatches) else contrastive_loss
+        loss = taught_loss if isinstance(self.data, text_teacher.TaughtBatches) else contrastive_loss
         return loss(retrieval.preprocessing(self.model).normalised)
 
 
@@ -136,7 +135,7 @@ def prepare(recipe: Recipe) -> ClipTask:
     settings = adapted(recipe.training, LEARNING, recipe.start_from)
     make: Any = batches.ImageBatches
     if lessons is not None:
-        make = partial(TaughtBatches, lessons, text_teacher.encode_words(lessons, tokenizer, limit))
+        make = partial(text_teacher.TaughtBatches, lessons, text_teacher.encode_words(lessons, tokenizer, limit))
     data = make(
         parts.train, parts.validation, settings.batch_size, settings.seed, recipe.augmentation, *rows,
         hard_negatives=recipe.hard_negatives, evenly=recipe.evenly,
@@ -155,7 +154,7 @@ def pixels_of(recipe: Recipe) -> clip.Pixels:
     return clip.Pixels(size, size, mean=(0.5,), std=(0.5,)) if grey else clip.Pixels(size, size)
 
 
-def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels, lessons: Lessons | None) -> clip.Clip:
+def _new(recipe: Recipe, tokenizer: Tokenizer, pixels: clip.Pixels, lessons: text_teacher.Lessons | None) -> clip.Clip:
     text = replace(recipe.text, vocab_size=tokenizer.vocab_size, end_id=tokenizer.eos_id)
     image: Any = recipe.image if recipe.tower == "vit" else recipe.resnet
     if lessons is not None:

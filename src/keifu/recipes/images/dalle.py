@@ -30,11 +30,9 @@ from keifu.layers.attention.masks import real_tokens
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.ranges import Count, NotNegative, Positive, Share
-from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import image_runs
+from keifu.recipes.images import clip, image_runs
 from keifu.recipes.runs import Budget
 from keifu.training.objectives import autoencoders as losses
-from keifu.training.objectives.autoencoders import TEXT_WEIGHT, Ramp, TextImageLoss, use_image_tokens
 
 TEMPERATURES = 1.0, 1 / 16
 
@@ -77,7 +75,7 @@ class Recipe(image_runs.TextToImageOptions):
     """The side of the local window of the last block's attention."""
     sparse: bool = True
     """Sparse attention by row, column or window; --no-sparse: full causal attention."""
-    text_weight: Share = TEXT_WEIGHT
+    text_weight: Share = losses.TEXT_WEIGHT
     """Weight of the text's loss; the image's has the rest."""
 
     def vae(self, channels: int) -> discrete_vae.Config:
@@ -87,10 +85,10 @@ class Recipe(image_runs.TextToImageOptions):
             n_residual_blocks=1, code_dim=self.code_dim,
         )  # fmt: skip
 
-    def ramps(self, steps: int) -> dict[str, Ramp]:
+    def ramps(self, steps: int) -> dict[str, losses.Ramp]:
         """Return the schedules of the loss: β rises over a tenth of the steps."""
-        temperature = Ramp(*TEMPERATURES, round(self.anneal * steps))
-        return {losses.TEMPERATURE: temperature, losses.KL_WEIGHT: Ramp(0.0, self.kl_weight, steps // 10)}
+        temperature = losses.Ramp(*TEMPERATURES, round(self.anneal * steps))
+        return {losses.TEMPERATURE: temperature, losses.KL_WEIGHT: losses.Ramp(0.0, self.kl_weight, steps // 10)}
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:
@@ -101,7 +99,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     with on_meta():
         planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, vae))
         planned.vae.check_size(*parts.train.shape[1:])
-    towers, tokenizer, tokens = clip_recipe.two_towers_of(recipe, parts, out, resume)
+    towers, tokenizer, tokens = clip.two_towers_of(recipe, parts, out, resume)
     coder = discrete_vae_of(recipe, parts, out, resume)
     torch.manual_seed(recipe.seed)
     model = dalle.build(model_config(recipe, tokenizer.vocab_size, towers.config.context_length, vae))
@@ -111,8 +109,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     pictures: Any = batches.ImageBatches(parts.train, parts.validation, recipe.batch_size, recipe.seed, None, *tokens)
     encode = partial(image_runs.encode_pictures, model.vae, lambda pixels: model.vae.encode(io.to_signed(pixels)))
     codes = image_runs.of_both(parts, encode)  # the likeliest entries
-    data = use_image_tokens(pictures, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
-    painter, objective = AutoregressivePipeline(model, tokenizer), TextImageLoss(recipe.text_weight)
+    data = losses.use_image_tokens(pictures, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
+    painter, objective = AutoregressivePipeline(model, tokenizer), losses.TextImageLoss(recipe.text_weight)
     return image_runs.TextToImageTask(model, painter, parts, data, objective)
 
 

@@ -31,8 +31,7 @@ from keifu.layers.meta import on_meta
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
-from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import image_runs
+from keifu.recipes.images import clip, image_runs
 from keifu.recipes.runs import Budget, Summary
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
@@ -127,13 +126,13 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     latents, channels = recipe.space == "latents", parts.train.shape[0]
     with on_meta():
         coder = recipe.autoencoder(channels) if latents else None
-        planned = model_config(recipe, clip_recipe.Recipe().text, coder, channels)
+        planned = model_config(recipe, clip.Recipe().text, coder, channels)
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
-    towers, tokenizer, tokens = clip_recipe.two_towers_of(recipe, parts, out, resume)
+    towers, tokenizer, tokens = clip.two_towers_of(recipe, parts, out, resume)
     autoencoder = autoencoder_of(recipe, parts, out, resume) if latents else None
     config = model_config(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
-    text, unet = clip_recipe.text_conditioned(towers), conditioned_unet.build(config.unet)
+    text, unet = clip.text_conditioned(towers), conditioned_unet.build(config.unet)
     model: Any = latent_diffusion.LatentDiffusion(config, text, unet, autoencoder).to(choose())
     return task_of(recipe, LatentDiffusionPipeline(model, tokenizer), parts, tokens, recipe.evenly)
 
@@ -151,13 +150,13 @@ def start_task(recipe: Recipe, name: str) -> image_runs.TextToImageTask:
         raise UserError(f"{name} names no square size that it was trained with: start from another model.")
     parts = image_runs.read_captioned(replace(recipe, size=sides[0]), 3 if model.config.colours == 3 else 1)
     length = model.config.context_length
-    tokens = clip_recipe.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
+    tokens = clip.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     painter = LatentDiffusionPipeline(model.to(choose()), tokenizer)
     return task_of(recipe, painter, parts, tokens, recipe.evenly)
 
 
 def task_of(
-    recipe: Any, painter: Any, parts: splits.ImageSplit, tokens: clip_recipe.CaptionTokens, evenly: bool = False
+    recipe: Any, painter: Any, parts: splits.ImageSplit, tokens: clip.CaptionTokens, evenly: bool = False
 ) -> image_runs.TextToImageTask:
     """Return the task of training the pipeline's model on these pictures and their captions, given as ids (see
     `caption_tokens`). For a model of latents the pictures are encoded here, once."""
