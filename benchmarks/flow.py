@@ -36,7 +36,7 @@ SHOWN = 4  # pictures in a cell
 UNET: dict[str, Any] = {"dim": 16, "multipliers": (1, 2, 4), "weighting": "simple"}
 NOISE = {"schedule": "linear", "target": "noise"}
 DIT = {"n_layers": 4, "n_heads": 4, "head_dim": 24}
-WAYS: dict[str, Callable[..., ddpm.DiffusionTask]] = {
+WAYS: dict[str, Callable[..., ddpm.ImageTask]] = {
     "U-Net, noise": lambda **more: ddpm.prepare(ddpm.Recipe(**UNET, **NOISE, **more).resolved()),
     "U-Net, flow": lambda **more: ddpm.prepare(ddpm.Recipe(**UNET, schedule="flow", **more).resolved()),
     "DiT, flow": lambda **more: dit.prepare(dit.Recipe(**DIT, **more).resolved()),
@@ -47,7 +47,7 @@ WAYS: dict[str, Callable[..., ddpm.DiffusionTask]] = {
 }
 
 
-def learn(task: ddpm.DiffusionTask, seconds: float) -> tuple[nn.Module, int]:
+def learn(task: ddpm.ImageTask, seconds: float) -> tuple[nn.Module, int]:
     """Train for `seconds` of one core. Return the moving average of the weights, and the number of updates."""
     model: Any = task.model.train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.99), weight_decay=0.01)

@@ -132,12 +132,10 @@ def leave(task: RewardTask, directory: Path) -> None:
 def calibration_chart(figures: Calibration) -> dict[str, Any]:
     """Return a chart of the accuracy on held-out pairs at each level of confidence."""
     points = [*zip(figures.sure, figures.right, strict=True)]
-    curves = [
-        {"name": "held-out pairs", "points": points, "marked": True},
-        {"name": "as sure as right", "points": [[0.5, 0.5], [1.0, 1.0]]},
-    ]
+    measured = {"name": "held-out pairs", "points": points, "marked": True}
+    ideal = {"name": "as sure as right", "points": [[0.5, 0.5], [1.0, 1.0]]}
     title = f"Calibration: off by {figures.error:.3f} on average over {sum(figures.count):,} pairs"
-    return {"title": title, "y_label": "share that is right", "x_label": "how sure", "curves": curves}
+    return {"title": title, "y_label": "share that is right", "x_label": "how sure", "curves": [measured, ideal]}
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

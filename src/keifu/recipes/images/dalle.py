@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     codes = image_runs.of_both(parts, encode)  # the likeliest entries
     data = losses.use_image_tokens(pictures, *codes, lambda ids: real_tokens(ids, tokenizer.eos_id))
     painter, objective = AutoregressivePipeline(model, tokenizer), losses.TextImageLoss(recipe.text_weight)
-    return image_runs.TextToImageTask(model, painter, parts, data, objective)
+    return image_runs.TextToImageTask(model, parts, data, objective, painter)
 
 
 def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: discrete_vae.Config) -> dalle.Config:

@@ -27,9 +27,9 @@ from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Sampling, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
-from keifu.recipes.images.image_runs import describe, drawn_batches, image_settings, of_both
+from keifu.recipes.images.image_runs import ImageTask, describe, drawn_batches, image_settings, of_both
 from keifu.recipes.images.latent_diffusion import encode_dataset
-from keifu.recipes.runs import Budget, Data, Logging, Summary, parameters, train_run
+from keifu.recipes.runs import Budget, Logging, Summary, parameters, train_run
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.objectives.diffusion import DiffusionLoss, dequantise_data, use_latents
 from keifu.training.settings import Precision, Settings
@@ -155,17 +155,7 @@ class Recipe(PictureOptions):
         return self.filled(fitting)
 
 
-@dataclass(frozen=True, eq=False)
-class DiffusionTask:
-    """Task that is ready to train: the network, the pictures in three parts, their batches and the loss."""
-
-    model: Any
-    parts: splits.ImageSplit
-    data: Data
-    objective: DiffusionLoss
-
-
-def prepare(recipe: Recipe) -> DiffusionTask:
+def prepare(recipe: Recipe) -> ImageTask:
     """Read the pictures, hold some out, and build the network. Options must be resolved."""
 
     def build(channels: int, classes: tuple[str, ...]) -> ddpm.DDPM:
@@ -177,7 +167,7 @@ def prepare(recipe: Recipe) -> DiffusionTask:
 def prepare_task(
     recipe: PictureOptions, config_class: type, build: Callable[[int, tuple[str, ...]], Any],
     weighting: Weighting = "simple", gamma: float | None = None,
-) -> DiffusionTask:  # fmt: skip
+) -> ImageTask:  # fmt: skip
     """Read the pictures, hold some out, and build the network.
 
     config_class: class of the network's Config. build: function from the number of channels and the classes to the
@@ -207,7 +197,7 @@ def prepare_task(
         data = use_latents(data, *of_both(parts, partial(encode_dataset, coder, coder.config.scale)))
     dropped = recipe.label_dropout if config.null_class else 0.0
     objective = DiffusionLoss(config.noise, weighting, gamma, dropped, sampling=recipe.times)
-    return DiffusionTask(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
+    return ImageTask(model, parts, dequantise_data(data) if recipe.dequantise else data, objective)
 
 
 def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Config:
@@ -258,7 +248,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
 
 
 def train(
-    recipe: PictureOptions, task: DiffusionTask, out: Path, resume: bool, settings: Callable[[int], Settings],
+    recipe: PictureOptions, task: ImageTask, out: Path, resume: bool, settings: Callable[[int], Settings],
     named: Sequence[str], name: str, paper: str,
 ) -> Summary:  # fmt: skip
     """Train the model of a task into `out`. named: options of the recipe, in addition to the common ones, that affect

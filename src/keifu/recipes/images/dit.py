@@ -19,7 +19,7 @@ from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import autoencoder_kl, dit
 from keifu.ranges import Count
 from keifu.recipes.images import ddpm
-from keifu.recipes.images.image_runs import image_settings
+from keifu.recipes.images.image_runs import ImageTask, image_settings
 from keifu.recipes.starting import keeps_best, load_start
 from keifu.training.loop import Summary
 
@@ -53,7 +53,7 @@ class Recipe(ddpm.PictureOptions):
         return self.filled(USUAL | {"target": target} | shape)
 
 
-def prepare(recipe: Recipe) -> ddpm.DiffusionTask:
+def prepare(recipe: Recipe) -> ImageTask:
     """Read the pictures and build the model, in the latents of an autoencoder if there is one."""
     coder: Any = None
     if recipe.autoencoder:

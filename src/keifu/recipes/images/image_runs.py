@@ -92,14 +92,20 @@ class TextToImageOptions(Logging):
 
 
 @dataclass(frozen=True, eq=False)
-class TextToImageTask:
-    """Task that is ready to train: the whole model, its drawing pipeline, the pictures, their batches and the loss."""
+class ImageTask:
+    """Task that is ready to train: the whole model, the pictures in three parts, their batches and the loss."""
 
     model: Any
-    painter: TextToImagePipeline
     parts: splits.ImageSplit
     data: Data
     objective: Any
+
+
+@dataclass(frozen=True, eq=False)
+class TextToImageTask(ImageTask):
+    """Task of a model that draws from texts, with its drawing pipeline."""
+
+    painter: TextToImagePipeline
 
     def learn(
         self, recipe: TextToImageOptions, out: Path, resume: bool, request: ImageRequest, *, title: str, paper: str,

@@ -166,7 +166,7 @@ def task_of(
     if model.autoencoder is not None:
         encode = partial(encode_dataset, model.autoencoder, model.config.scale)
         data = use_latents(data, *image_runs.of_both(parts, encode))
-    return image_runs.TextToImageTask(model, painter, parts, data, objective)
+    return image_runs.TextToImageTask(model, parts, data, objective, painter)
 
 
 def model_config(

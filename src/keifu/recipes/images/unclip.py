@@ -165,7 +165,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
     batches = image_runs.drawn_batches(parts, recipe.batch_size, recipe.seed, None, *tokens)
     data = losses.add_embeddings(batches, _end(tokenizer), *tables)
     painter = UnclipPipeline(model, tokenizer)
-    return image_runs.TextToImageTask(model, painter, parts, data, _objective(recipe, model, tokenizer))
+    return image_runs.TextToImageTask(model, parts, data, _objective(recipe, model, tokenizer), painter)
 
 
 def _check_sizes(recipe: Recipe, model: unclip.Unclip) -> None:

@@ -52,9 +52,8 @@ class Recipe:
 
     def pairs(self) -> list[mlp.Recipe]:
         """Return the recipe of each network, loss by loss."""
-        start = mlp.Recipe(
-            self.data, self.label, self.hidden, steps=self.steps, learning_rate=self.learning_rate, seed=self.seed
-        )
+        shared = ("data", "label", "hidden", "steps", "learning_rate", "seed")
+        start = mlp.Recipe(**{name: vars(self)[name] for name in shared})
         return [replace(start, activation=name, loss=loss) for loss in self.losses for name in self.activations]
 
 

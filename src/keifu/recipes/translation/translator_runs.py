@@ -156,9 +156,8 @@ def learn(
     model = model.to(choose())
     data = _data(options, task, model.config.context_length, batching)
     objective = partial(translation, label_smoothing=smoothing)
-    chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average)}
-    if average > 1:  # the result is a mean of checkpoints, not one of them
-        chosen["keep_best"] = False
+    mean = {"keep_best": False} if average > 1 else {}  # the result is a mean of checkpoints, not one of them
+    chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average), **mean}
 
     def save(directory: Path) -> None:
         with averaged_weights(model, directory, average):
