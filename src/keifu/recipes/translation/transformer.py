@@ -66,6 +66,6 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
     """Train into `out`, which keifu translate, keifu evaluate, keifu.load and transformers read afterwards."""
     how, usual = {"keifu": (settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
-    batching, average = partial(by_tokens, tokens=recipe.tokens_per_batch), given(recipe.average, usual)
+    batching, average = partial(by_tokens, tokens=recipe.tokens_per_batch), recipe.average or usual
     model = transformer.build, recipe.model
     learn("transformer", recipe, out, resume, *model, how, batching, recipe.label_smoothing, average)
