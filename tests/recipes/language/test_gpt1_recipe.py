@@ -31,7 +31,7 @@ def test_the_papers_way_is_the_papers() -> None:
 
 
 def test_no_epochs_are_refused() -> None:
-    with pytest.raises(UserError, match="epochs must be a number above 0 .*, not -1.0"):
+    with pytest.raises(UserError, match="epochs must be above 0, not -1.0"):
         Recipe(epochs=-1.0)
 
 

@@ -21,7 +21,7 @@ from keifu.generation.text.model import causal
 from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.models.hybrid import qwen3_5
-from keifu.ranges import Count, Depth, NotNegative, Seed, check
+from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes import runs
 from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretrain, settings_of
@@ -70,7 +70,8 @@ class Recipe(TextOptions, runs.Logging):
     """Teacher that the model learns from."""
 
     def __post_init__(self) -> None:
-        check(self)
+        if self.depth < 1:
+            raise UserError(f"depth must be at least 1, not {self.depth}.")
         if self.compile and self.distill.teacher:
             raise UserError("A run with a teacher cannot be compiled: leave --compile out.")
         if self.start_from is not None and (self.vocab_size is not None or self.tokenizer != Recipe.tokenizer):

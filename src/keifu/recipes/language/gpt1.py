@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from keifu.errors import UserError
 from keifu.models import gpt1
-from keifu.ranges import Count, NotNegative, Positive, Seed, check
+from keifu.ranges import Count, NotNegative, Positive, Seed
 from keifu.recipes.language.pretraining import Text, TextArgument, own_settings, prepare_text, pretrain, settings_of
 from keifu.recipes.runs import Logging, Settings, Summary
 
@@ -52,7 +53,8 @@ class Recipe(Logging):
     """Beginning of the samples."""
 
     def __post_init__(self) -> None:
-        check(self)
+        if self.epochs is not None and not self.epochs > 0:
+            raise UserError(f"epochs must be above 0, not {self.epochs}.")
 
 
 def paper_settings(recipe: Recipe, steps: int, batch_size: int) -> Settings:
