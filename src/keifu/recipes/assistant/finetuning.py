@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -97,11 +98,6 @@ class FinetuneTask:
     tokenizer: Tokenizer
     data: Any
 
-    @property
-    def result(self) -> nn.Module:
-        """Part of the model that is saved."""
-        return self.model
-
 
 @dataclass(frozen=True, eq=False)
 class RankedTask(FinetuneTask):
@@ -126,14 +122,11 @@ def finetune(
     """Train the task's model into a run folder, and save the result there: a whole model, or its adapters.
 
     options: values that affect the result, in addition to the settings and `recipe.origin()`. data: counts of the
-    examples. report: further facts for `train_run`."""
-
-    def save_task(directory: Path) -> None:
-        save_result(task.result, task.tokenizer, directory, recipe.model)
-
+    examples. save: of the model, if it is not `save_result`. report: further facts for `train_run`."""
+    save = save or partial(save_result, task.model, task.tokenizer, base=recipe.model)
     return train_run(
         out, resume, task.model, objective, task.data, settings, facts={"source": recipe.data, **data},
-        options={**recipe.origin(), **options}, sample=sample, save=save or save_task, largest=task.data.largest(),
+        options={**recipe.origin(), **options}, sample=sample, save=save, largest=task.data.largest(),
         **report,
     )  # fmt: skip
 
@@ -385,7 +378,7 @@ def rollout_settings(recipe: RolloutOptions, steps: int, group: int, **different
 
 def learn_from_rollouts(
     recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
-    normal: Mapping[str, monitor.Healthy], options: Mapping[str, Any],
+    normal: Mapping[str, monitor.Healthy], options: Mapping[str, Any], save: Save | None = None,
 ) -> None:  # fmt: skip
     """Train the task's model into a run folder. Print the last figures with their normal ranges, the answers to
     held-out prompts, and the folder.
@@ -401,7 +394,7 @@ def learn_from_rollouts(
     counts |= made if recipe.data in MADE else {}
     about: dict[str, Any] = {"data": counts, "watch": watched, "normal ranges": monitor.describe(normal)}
     figures = finetune(
-        recipe, task, objective, settings, out, resume,
+        recipe, task, objective, settings, out, resume, save=save,
         title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", paper=paper, unit="answers",
         options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options}, **about,
     ).figures  # fmt: skip

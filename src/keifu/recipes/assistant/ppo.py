@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
 from keifu.data.text.packed import PackedText
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -107,11 +105,6 @@ class PPOTask(finetuning.RolloutTask):
 
     rule: PPOSettings
 
-    @property
-    def result(self) -> nn.Module:
-        """The policy."""
-        return self.model.policy
-
 
 def prepare(recipe: Recipe) -> PPOTask:
     """Load policy and reward, read the prompts and the text, and keep the reference model."""
@@ -177,7 +170,8 @@ def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> Non
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
     objective, paper = partial(ppo, rule=task.rule), "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
-    finetuning.learn_from_rollouts(recipe, task, objective, settings(recipe), out, resume, paper, NORMAL, options)
+    save = partial(finetuning.save_result, task.model.policy, task.tokenizer, base=recipe.model)
+    finetuning.learn_from_rollouts(recipe, task, objective, settings(recipe), out, resume, paper, NORMAL, options, save)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:
