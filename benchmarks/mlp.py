@@ -26,7 +26,7 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.classification.toy import ToyDataset
+from keifu.data.classification.tables import ToyDataset
 from keifu.models.mlp import MLP
 from keifu.recipes.neurons import mlp
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from keifu.data.classification import batches, tables, toy
+from keifu.data.classification import batches, tables
 from keifu.data.images.augmentation import Distortion
 from keifu.devices import choose
 from keifu.errors import UserError, require_known
@@ -132,7 +132,7 @@ def settings(recipe: Recipe) -> Settings:
     return Settings(**full.loop(**usual, **every))
 
 
-def check_learnable(recipe: Recipe) -> toy.ToyDataset:
+def check_learnable(recipe: Recipe) -> tables.ToyDataset:
     """Check all options, and return the recipe's data."""
     for option, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
         require_known(option, name, known)
@@ -140,15 +140,15 @@ def check_learnable(recipe: Recipe) -> toy.ToyDataset:
         raise UserError(STEP_HAS_NO_GRADIENT)
     if recipe.augment and recipe.data != "mnist":
         raise UserError(f"--augment distorts pictures, and {recipe.data!r} has none: leave it out, or --data mnist.")
-    return toy.toy_dataset(recipe.data, recipe.label)
+    return tables.toy_dataset(recipe.data, recipe.label)
 
 
-def points(learned: toy.ToyDataset) -> tables.Table:
+def points(learned: tables.ToyDataset) -> tables.Table:
     """Return the training rows for a picture. They must have two columns."""
     return tables.Table(learned.training.inputs, learned.training.targets, learned.columns, learned.classes)
 
 
-def network(recipe: Recipe, learned: toy.ToyDataset) -> mlp.MLP:
+def network(recipe: Recipe, learned: tables.ToyDataset) -> mlp.MLP:
     """Build the network. Squared and absolute error compare sigmoids, as in the paper; the others compare logits."""
     full = recipe.resolved()
     assert full.hidden is not None and full.dropout is not None
@@ -178,7 +178,7 @@ def distort(inputs: Float[Tensor, "rows dim"], generator: Generator) -> Float[Te
     return Distortion()(inputs.view(-1, 28, 28), generator).flatten(1)
 
 
-def boundary(learned: toy.ToyDataset, model: mlp.MLP, steps: int, out: Path) -> Callable[[int], bytes]:
+def boundary(learned: tables.ToyDataset, model: mlp.MLP, steps: int, out: Path) -> Callable[[int], bytes]:
     """Return a function that draws the decision over two columns after a step. At the end it writes the stages to
     `out`."""
     shown, stages = points(learned), []
@@ -195,7 +195,7 @@ def boundary(learned: toy.ToyDataset, model: mlp.MLP, steps: int, out: Path) -> 
     return sample
 
 
-def wrong_digits(learned: toy.ToyDataset, model: mlp.MLP) -> Callable[[int], bytes]:
+def wrong_digits(learned: tables.ToyDataset, model: mlp.MLP) -> Callable[[int], bytes]:
     """Return a function that draws misclassified held-out digits."""
     inputs, targets = learned.held.inputs, learned.held.targets
     return lambda step: metrics.picture(inputs.view(-1, 28, 28), targets, model.predict(inputs), learned.classes)
@@ -207,7 +207,7 @@ def accuracy(model: mlp.MLP, split: batches.LabelledTensors) -> float:
         return float((model.predict(split.inputs) == split.targets).float().mean())
 
 
-def verdict(learned: toy.ToyDataset, model: mlp.MLP) -> str:
+def verdict(learned: tables.ToyDataset, model: mlp.MLP) -> str:
     """Describe the network's result in a sentence."""
     seen, rows = accuracy(model, learned.training), f"{len(learned.training):,}"
     if learned.held is learned.training:

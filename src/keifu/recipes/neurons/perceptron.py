@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.classification import tables, toy
+from keifu.data.classification import tables
 from keifu.errors import UserError, shell
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
@@ -112,13 +112,13 @@ def refuse(recipe: Recipe, table: tables.Table, proof: perceptron.Separation, ou
 def prepare(recipe: Recipe) -> Lesson:
     """Read the recipe's table, which must have two classes."""
     check(recipe)
-    table = toy.toy_table(recipe.data, recipe.label)
+    table = tables.toy_table(recipe.data, recipe.label)
     if len(table.classes) != 2:
         raise UserError(
             f"One neuron parts two classes, and {recipe.data} has {len(table.classes)} ({', '.join(table.classes[:5])}"
             f"{', ...' if len(table.classes) > 5 else ''}): use keifu train mlp --data {shell(recipe.data)}"
         )
-    if recipe.data in toy.TOYS:
+    if recipe.data in tables.TOYS:
         zeros = table.inputs.new_zeros(len(table.columns))
         return Lesson(table, zeros, zeros + 1)
     return Lesson(table, *tables.standardisation(table.inputs))
