@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 
 
 def tokenizer_of(record: Any) -> Tokenizer:
-    return wiring.look(record, "save.task.tokenizer")
+    """Return the tokenizer that a run saves, an argument of its function or a part of its task."""
+    return wiring.look(record, "save.tokenizer" if isinstance(record.save, partial) else "save.task.tokenizer")
 
 
 def template(record: Any) -> str | None:
