@@ -157,8 +157,7 @@ TABLE = {"whisper": of_whisper}
 def test_every_option_reaches_what_it_names(spoken: Path, tmp_path: Path) -> None:
     base, groups = of_whisper(spoken)
     assert not wiring.uncovered(base, groups, {}), "an option without a row in the table above"
-    for group in groups:
-        wiring.check(group, lambda given: wiring.run("whisper", wiring.assign(base, given), tmp_path / "run"))
+    wiring.check(groups, lambda given: wiring.run("whisper", wiring.assign(base, given), tmp_path / "run"))
 
 
 def test_figures_of_the_paper(spoken: Path, tmp_path: Path) -> None:
