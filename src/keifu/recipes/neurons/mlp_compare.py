@@ -74,7 +74,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     table = decision_boundary.table(results)
     print(table)
     shown = ("activation", "loss", "accuracy", "seconds")
-    facts = [{name: vars(result)[name] for name in shown} for result in results]
+    facts = [{name: result._asdict()[name] for name in shown} for result in results]
     write_atomic(out / "comparison.json", json.dumps(facts, indent=1) + "\n")
     pictures = {"curves": decision_boundary.curves(results)}
     if len(subject.columns) == 2:
