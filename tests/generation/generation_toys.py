@@ -18,7 +18,7 @@ TOYS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: gpt2.build(gpt2.Config(**SIZE, n_heads=5, dropout=0.3)),
     "gpt1": lambda: gpt1.build(gpt1.Config(**SIZE, n_heads=5)),
     "gpt3": lambda: gpt3.build(gpt3.Config(**SIZE, n_heads=5, band=6)),
-    "palm": lambda: palm.build(palm.Config(**LLAMA)),
+    "palm": lambda: palm.build(palm.Config(**LLAMA | {"n_layers": 3})),
     "grouped": lambda: llama.build(llama.Config(**LLAMA, n_kv_heads=2)),
     "norms of queries and keys": lambda: qwen3.build(qwen3.Config(**LLAMA, n_kv_heads=2)),
     "norms after sublayers and of all heads": lambda: olmo2.build(
