@@ -315,8 +315,10 @@ def of_latent_diffusion(toys: Toys) -> tuple[Any, list[Group]]:
     seed = {"seed": Reach(5, own)}
     seed |= {"precision": Reach("bfloat16", "autoencoder:settings.precision")}
     start = {"start_from": Reach(toys.other_latent, "model.config.text.dim", 32)}
+    last = {"keep_best": Reach(False, "settings.keep_best")}
     return base, [
-        Group(start), Group(rows), Group(minutes, {"steps": None, "autoencoder_steps": None}),
+        Group(start), Group(last, {"start_from": toys.other_latent}), Group(rows),
+        Group(minutes, {"steps": None, "autoencoder_steps": None}),
         Group(pixels, of_pixels), Group(space),
         Group(seed), truncated(toys), *clip_groups(),
     ]  # fmt: skip

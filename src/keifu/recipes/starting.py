@@ -40,9 +40,9 @@ def scaled(rate: float, start_from: str | None) -> float:
     return rate if start_from is None else SHARE * rate
 
 
-def keeps_best(start_from: str | None) -> dict[str, Any]:
-    """Return the settings that keep the best weights of a run, if it starts from a trained model."""
-    return {} if start_from is None else {"keep_best": True}
+def keeps_best(start_from: str | None, wanted: bool = True) -> dict[str, Any]:
+    """Return the settings that keep the best weights of a run, if it starts from a trained model and this is wanted."""
+    return {} if start_from is None else {"keep_best": wanted}
 
 
 def adapted(settings: Settings, defaults: Settings, start_from: str | None) -> Settings:

@@ -55,6 +55,12 @@ def test_a_run_starts_from_a_trained_model_and_trains_its_u_net_alone(trained, d
     assert json.loads((tmp_path / "recipe.json").read_text())["settings"]["keep_best"]
 
 
+def test_a_run_may_end_with_its_last_weights(trained, drawings, tmp_path) -> None:
+    started = recipe.Recipe(str(drawings), **TINY | {"start_from": str(trained), "keep_best": False, "steps": 2})
+    recipe.run(started, tmp_path, False)
+    assert not json.loads((tmp_path / "recipe.json").read_text())["settings"]["keep_best"]
+
+
 def test_the_run_is_a_pipeline_of_diffusers_and_draws(trained) -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(trained)

@@ -50,6 +50,9 @@ class Recipe(image_runs.TextToImageOptions):
     start_from: str | None = None
     """Latent diffusion model whose weights, sizes and tokenizer the run starts from: a run, a folder or a catalogue
     name such as emoji. Only its U-Net is trained, at a default learning rate of a tenth."""
+    keep_best: bool = True
+    """Whether a run with --start-from ends with the weights of its lowest validation loss. The held-out pictures are of
+    other names: without it the run goes on learning the names that it has."""
     evenly: bool = False
     """Show each group of near copies, such as an emoji in all skin tones, as often as any other picture."""
     autoencoder_widths: tuple[Count, ...] = (16, 32, 64)
@@ -238,7 +241,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         ImageRequest(task.painter.usual_sampler, STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
         title="Latent diffusion",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-        named=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from),
+        named=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from, recipe.keep_best),
         parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
     command = f"keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g} -o picture.png"
