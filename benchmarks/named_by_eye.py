@@ -27,9 +27,10 @@ from _rounds import machine
 from torch import Tensor
 
 from keifu import checkpoints
+from keifu.checkpoints.hub import locate
 from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import sheet
-from keifu.data.images.splits import split
+from keifu.data.images.splits import recorded, split_of_run
 from keifu.generation.images.pipeline import text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 
@@ -53,8 +54,8 @@ def sheets(options: argparse.Namespace) -> list[Part]:
     """Return what each sheet shows."""
     model, tokenizer = checkpoints.load(options.model)
     pipeline, config = text_to_image_pipeline(model, tokenizer), cast(Any, model.config)
-    parts = split(read_images("emoji", config.size[0], 3))
-    learned, new = parts.train.distinct().spread(2 * ON_A_SHEET), parts.clean_test().distinct().spread(ON_A_SHEET)
+    parts = split_of_run(read_images("emoji", config.size[0], 3), recorded(locate(options.model)))
+    learned, new = parts.train.distinct().spread(2 * ON_A_SHEET), parts.test.distinct().spread(ON_A_SHEET)
     made = []
     for kind, chosen in ((LEARNED, learned), (NEW, new)):
         names = list(chosen.texts("en"))

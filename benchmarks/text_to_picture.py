@@ -19,7 +19,7 @@ held-out pictures, each next to five that unCLIP draws from its embedding. For a
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -34,10 +34,11 @@ from drawing import states
 from torch import Tensor
 
 from keifu import checkpoints
+from keifu.checkpoints.hub import locate
 from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import grid
 from keifu.data.images.io import to_image
-from keifu.data.images.splits import split
+from keifu.data.images.splits import recorded, split_of_run
 from keifu.evaluation.images.distances import kernel_distance, manifold
 from keifu.evaluation.images.features import extractor
 from keifu.evaluation.images.retrieval import embed_pictures
@@ -74,6 +75,7 @@ class Contestant:
     model: Any
     folder: Path
     size: int
+    held_out: Mapping[str, Any]
 
     @property
     def parameters(self) -> int:
@@ -113,9 +115,10 @@ class Ground:
 
 def contestant(given: str, dtype: torch.dtype) -> Contestant:
     name, _, folder = given.partition("=")
+    folder = locate(folder)
     model, tokenizer = checkpoints.load(folder, dtype)
     config: Any = model.config
-    return Contestant(name, text_to_image_pipeline(model, tokenizer), model, Path(folder), config.size[0])
+    return Contestant(name, text_to_image_pipeline(model, tokenizer), model, folder, config.size[0], recorded(folder))
 
 
 def clip_features(towers: Any) -> Callable[[Tensor], Tensor]:
@@ -132,11 +135,15 @@ def distance(real: Tensor, others: Tensor) -> float:
     return 1000 * kernel_distance(real, others).mean
 
 
-def ground(data: str, size: int, count: int, eyes: Eyes, language: str | None) -> Ground:
-    parts = split(read_images(data, size, 3))
+def ground(contestants: Sequence[Contestant], size: int, eyes: Eyes, options: argparse.Namespace) -> Ground:
+    """Return the reference of the runs of a size, which must hold out the same pictures."""
+    held_out, *rest = [each.held_out for each in contestants if each.size == size]
+    if any(other != held_out for other in rest):
+        raise SystemExit(f"The runs of {size} pixels hold out different pictures: compare them one by one.")
+    parts = split_of_run(read_images(options.data, size, 3), held_out)
     held = [part for part in (parts.test,) if len(part) > 1]
-    chosen = [part.spread(min(count // (1 + len(held)), len(part))) for part in (parts.train, *held)]
-    captions = tuple(text for part in chosen for text in part.texts(language))
+    chosen = [part.spread(min(options.count // (1 + len(held)), len(part))) for part in (parts.train, *held)]
+    captions = tuple(text for part in chosen for text in part.texts(options.language))
     real = torch.cat([part.take(slice(None)) for part in chosen])
     features = tuple(see(parts.train.take(slice(None))) for see in eyes)
     others = [see(part.take(slice(None))) for see in eyes for part in held]
@@ -183,7 +190,7 @@ def variations(contestants: Sequence[Contestant], options: argparse.Namespace) -
     """Return held-out pictures, with a row for each, and unCLIP's pictures of their embeddings."""
     rows, captions = [], []
     for each in (one for one in contestants if isinstance(one.model, Unclip)):
-        held = split(read_images(options.data, each.size, 3)).test.spread(VARIED)
+        held = split_of_run(read_images(options.data, each.size, 3), each.held_out).test.spread(VARIED)
         with tempfile.TemporaryDirectory() as folder:
             for picture, caption in zip(held.take(slice(None)), held.texts(options.language), strict=True):
                 place = Path(folder) / "picture.png"
@@ -295,7 +302,7 @@ def main() -> None:
     eyes = own, clip_features(towers)
     contestants = [contestant(given, DTYPES[options.dtype]) for given in options.runs]
     sizes = sorted({each.size for each in contestants})
-    grounds = {size: ground(options.data, size, options.count, eyes, options.language) for size in sizes}
+    grounds = {size: ground(contestants, size, eyes, options) for size in sizes}
     how = f"{options.sampler}, {options.steps} steps, guidance {options.guidance:g}, {options.dtype}"
     print(f"{machine()}; {how}; features: {own.name}, and CLIP's\n")
     heads = "run | size | kernel distance x 1000 | by CLIP | CLIP score | captions shuffled | s a picture | parameters"

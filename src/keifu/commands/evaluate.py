@@ -89,12 +89,12 @@ def run(options: Options) -> None:
 
 def training_facts(run: Path) -> dict[str, Any]:
     """Return facts of a run for its evaluation: a translator's languages, and which pictures were held out."""
+    from keifu.data.images.splits import recorded
+
     recipe = run / "recipe.json"
     record = read_json_object(recipe) if recipe.is_file() else {}
     facts: dict[str, Any] = {"languages": tuple(record["languages"])} if record.get("languages") else {}
-    if record:  # keifu 0.2 split related pictures between training and test, without a record
-        facts["held_out"] = {"whole_families": False, **(record.get("held_out") or {})}
-    return facts
+    return facts | ({"held_out": recorded(run)} if record else {})
 
 
 def tasks() -> list[Any]:

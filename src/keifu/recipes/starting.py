@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from keifu import checkpoints
+from keifu.checkpoints.hub import locate
+from keifu.data.images.splits import recorded
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.training.settings import Settings
@@ -43,6 +45,11 @@ def scaled(rate: float, start_from: str | None) -> float:
 def keeps_best(start_from: str | None, wanted: bool = True) -> dict[str, Any]:
     """Return the settings that keep the best weights of a run, if it starts from a trained model and this is wanted."""
     return {} if start_from is None else {"keep_best": wanted}
+
+
+def holds_families(start_from: str | None) -> bool:
+    """Return whether to hold out whole families of pictures: as the model did that the run starts from, or True."""
+    return start_from is None or recorded(locate(start_from)).get("whole_families", True)
 
 
 def adapted(settings: Settings, defaults: Settings, start_from: str | None) -> Settings:

@@ -1,6 +1,7 @@
 """The recipe for latent diffusion: three parts in one run, a pipeline that diffusers reads, and the same bits again."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,16 @@ def test_a_run_starts_from_a_trained_model_and_trains_its_u_net_alone(trained, d
     changed = {name.partition(".")[0] for name, a in before.state_dict().items() if not a.equal(now[name])}
     assert changed <= {"unet"}
     assert json.loads((tmp_path / "recipe.json").read_text())["settings"]["keep_best"]
+
+
+def test_a_run_holds_out_what_the_model_did_that_it_starts_from(trained, drawings, tmp_path) -> None:
+    record = json.loads((trained / "recipe.json").read_text())
+    assert record["held_out"] == {"whole_families": True}
+    older = shutil.copytree(trained, tmp_path / "older")
+    (older / "recipe.json").write_text(json.dumps({**record, "held_out": {"whole_families": False}}))
+    started = recipe.Recipe(str(drawings), **TINY | {"start_from": str(older), "steps": 2})
+    recipe.run(started, tmp_path / "later", False)
+    assert json.loads((tmp_path / "later" / "recipe.json").read_text())["held_out"] == {"whole_families": False}
 
 
 def test_a_run_may_end_with_its_last_weights(trained, drawings, tmp_path) -> None:

@@ -3,23 +3,26 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from keifu.data.images.dataset import PARTS, ImageDataset
 from keifu.errors import UserError
+from keifu.untrusted import read_json_object
 
 WHOLE_FAMILIES = {"whole_families": True}  # entry in the recipe.json of a run: see `split_of_run`
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """Three parts of a set of pictures. No group is in two of them."""
+    """Three parts of a set of pictures. No group is in two of them, and no family with `whole_families`."""
 
     train: ImageDataset
     validation: ImageDataset
     test: ImageDataset
+    whole_families: bool = True
 
     def sentence(self) -> str:
         """Describe the sizes in a sentence."""
@@ -66,7 +69,18 @@ def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_fami
         of_family = np.zeros(len(firsts), np.int8)
         np.maximum.at(of_family, family, part)
         part = of_family[family]
-    return ImageSplit(*(pictures.chosen(np.flatnonzero(part[group] == number)) for number in range(3)))
+    train, validation, test = (pictures.chosen(np.flatnonzero(part[group] == number)) for number in range(3))
+    return ImageSplit(train, validation, test, whole_families)
+
+
+def recorded(run: Path) -> dict[str, Any]:
+    """Return how a run held pictures out, by its recipe.json: see `split_of_run`. Empty for a model without a run.
+
+    keifu 0.1 kept no record, and split relatives.
+    """
+    recipe = run / "recipe.json"
+    record = read_json_object(recipe) if recipe.is_file() else {}
+    return {"whole_families": False, **(record.get("held_out") or {})} if record else {}
 
 
 def split_of_run(pictures: ImageDataset, held_out: Mapping[str, Any]) -> ImageSplit:

@@ -36,7 +36,7 @@ from keifu.models.clip import text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import image_runs, text_teacher
 from keifu.recipes.runs import Budget, Objective, Settings, Summary, TrainingOptions, is_resuming, parameters, train_run
-from keifu.recipes.starting import adapted
+from keifu.recipes.starting import adapted, holds_families
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 
 LEARNED = "learned"
@@ -126,7 +126,8 @@ def prepare(recipe: Recipe) -> ClipTask:
         raise UserError("--text-teacher decides the size of new towers, and --start-from has towers: give one of them.")
     loaded, given = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
     pixels = retrieval.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
-    parts = splits.split(dataset.read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3))
+    pictures = dataset.read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3)
+    parts = splits.split(pictures, whole_families=holds_families(recipe.start_from))
     lessons = text_teacher.ask(recipe.text_teacher, recipe.dictionary, parts) if recipe.text_teacher else None
     tokenizer = given or _tokenizer(recipe, parts.train, lessons.words if lessons else [])
     model: Any = loaded or _new(recipe, tokenizer, pixels, lessons).to(choose())
@@ -212,7 +213,8 @@ def learn(recipe: Recipe, task: ClipTask, out: Path, resume: bool) -> Summary:
     sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
     return train_run(
         out, resume, task.model, task.objective, task.data, recipe.training, task.tokenizer, title="clip",
-        parameters=parameters(task.model), options=options, unit="pairs", held_out=splits.WHOLE_FAMILIES, sample=sample,
+        parameters=parameters(task.model), options=options, unit="pairs", sample=sample,
+        held_out={"whole_families": task.parts.whole_families},
         facts={"source": recipe.data, "fingerprint": task.parts.train.fingerprint}, languages=list(recipe.languages),
     )  # fmt: skip
 

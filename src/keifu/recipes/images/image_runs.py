@@ -125,7 +125,9 @@ class TextToImageTask(ImageTask):
         wanted = self.painter.resolved(replace(request, truncate=recipe.truncate))
         seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
         named = ("data", "languages", "truncate", *named)
-        run: dict[str, Any] = counts | describe(recipe, self.parts.train, named, {"model": asdict(self.model.config)})
+        options = {"model": asdict(self.model.config)}
+        families = self.parts.whole_families
+        run: dict[str, Any] = counts | describe(recipe, self.parts.train, named, options, whole_families=families)
 
         def sample(step: int) -> bytes:
             before()
@@ -143,9 +145,12 @@ class TextToImageTask(ImageTask):
         )  # fmt: skip
 
 
-def read_captioned(recipe: TextToImageOptions, channels: Literal[1, 3] | None = None) -> splits.ImageSplit:
+def read_captioned(
+    recipe: TextToImageOptions, channels: Literal[1, 3] | None = None, whole_families: bool = True
+) -> splits.ImageSplit:
     """Read the pictures at the recipe's size, split them, and print their number."""
-    parts = splits.split(dataset.read_images(recipe.data, recipe.size, channels))
+    pictures = dataset.read_images(recipe.data, recipe.size, channels)
+    parts = splits.split(pictures, whole_families=whole_families)
     print(parts.train.sentence(), parts.sentence(), flush=True)
     return parts
 

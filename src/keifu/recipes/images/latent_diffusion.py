@@ -33,7 +33,7 @@ from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diff
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
 from keifu.recipes.images import clip, image_runs
 from keifu.recipes.runs import Budget, Summary
-from keifu.recipes.starting import keeps_best, load_start, scaled
+from keifu.recipes.starting import holds_families, keeps_best, load_start, scaled
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, use_latents
 
@@ -151,7 +151,8 @@ def start_task(recipe: Recipe, name: str) -> image_runs.TextToImageTask:
     sides = model.config.size
     if sides is None or sides[0] != sides[1]:
         raise UserError(f"{name} names no square size that it was trained with: start from another model.")
-    parts = image_runs.read_captioned(replace(recipe, size=sides[0]), 3 if model.config.colours == 3 else 1)
+    channels = 3 if model.config.colours == 3 else 1
+    parts = image_runs.read_captioned(replace(recipe, size=sides[0]), channels, holds_families(name))
     length = model.config.context_length
     tokens = clip.caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
     painter = LatentDiffusionPipeline(model.to(choose()), tokenizer)
