@@ -215,11 +215,9 @@ def _jsonl(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple
     for number, line in enumerate(lines(path, problem, encoding), 1):
         if line.strip():
             try:
-                record = _parse_json(line, path, number)
+                yield f"{path}, line {number}", _parse_json(line, path, number)
             except UserError as error:
                 problem(str(error))
-                continue
-            yield f"{path}, line {number}", record
 
 
 def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:

@@ -190,10 +190,8 @@ class ServedModels:
             self._sizes[_whole(name)] = model.size
         if self.memory is not None and model.size + self._draft > self.memory:
             draft = f" and the draft {self._draft / 2**20:,.0f} MiB" if self._draft else ""
-            raise UserError(
-                f"{name} takes {model.size / 2**20:,.0f} MiB{draft}, but --memory allows {self.memory / 2**20:,.0f}: "
-                "raise it, or choose a smaller model."
-            )
+            allowed = f"--memory allows {self.memory / 2**20:,.0f}: raise it, or choose a smaller model"
+            raise UserError(f"{name} takes {model.size / 2**20:,.0f} MiB{draft}, but {allowed}.")
         self.descriptions[name], self._sizes[name] = model, model.size
         sources = {description.source: description.name for description in self.descriptions.values()}
         self._other_names = short_names(list(self.descriptions)) | sources

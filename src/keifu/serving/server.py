@@ -57,9 +57,8 @@ class Address:
         except OSError as error:
             listening.close()
             if error.errno == errno.EADDRINUSE:
-                raise UserError(
-                    f"Port {self.port} is in use{_user_of(self.port)}: choose another with --port, or end that one."
-                ) from error
+                ways = "choose another with --port, or end that one"
+                raise UserError(f"Port {self.port} is in use{_user_of(self.port)}: {ways}.") from error
             raise UserError(f"{self.host}:{self.port} cannot be listened at: {error.strerror or error}.") from error
         return listening
 

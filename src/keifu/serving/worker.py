@@ -170,8 +170,7 @@ class Worker:
             self.pending -= len(requests)
             if going:
                 self._commands.put(lambda: self._abort(job))
-            seconds = time.monotonic() - job.began
-            self._mean_seconds += (seconds - self._mean_seconds) / 8
+            self._mean_seconds += (time.monotonic() - job.began - self._mean_seconds) / 8
 
     def end(self) -> None:
         """End the thread after its pending work, and free the model's memory."""

@@ -137,10 +137,8 @@ class _Loop:
         report, seconds = self.run.directory / REPORT, state.clock.seconds
         planned, least = state.length.first or state.length.steps, 0 if self.on_policy else LEAST
         if self.limit and state.step < max(planned / 10, least):
-            self.note(
-                f"Out of time: {number(state.step, 'step')} of {planned:,} made{busy()}. The model has learned next to "
-                f"nothing; give more --minutes. See {report}."
-            )
+            done = f"Out of time: {number(state.step, 'step')} of {planned:,} made{busy()}."
+            self.note(f"{done} The model has learned next to nothing; give more --minutes. See {report}.")
         else:
             self.note(f"Done: {number(state.step, 'step')} in {format_seconds(seconds)}. See {report}.")
         return Summary(self.run.directory, state.step, seconds, self.recorder.figures)

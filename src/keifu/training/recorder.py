@@ -97,7 +97,7 @@ class Recorder:
         if self.keeps_best and (self.best is None or means["loss"] < self.best.figures[checkpoint.LOSS]):
             self.best = checkpoint.Best(self.state.step, figures)
             if current().is_main:
-                checkpoint.keep_best(self.run.directory, self.trainer.model, self.state.step, figures)
+                checkpoint.keep_best(self.run.directory, self.trainer.model, self.best)
         self.write(figures)
         words = (f"{n.replace('_', ' ')} {value:.4g}" for n, value in figures.items() if "/" not in n)
         self.display.note(f"step {self.state.step:,}  {'  '.join(words)}")

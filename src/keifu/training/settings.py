@@ -180,10 +180,8 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     then, now: results of `describe_settings`, when the state was saved and now.
     """
     if then["data"] != now["data"]:
-        raise UserError(
-            f"The data are not those of the run that is resumed (fingerprint {then['data']} → {now['data']}); "
-            "resume with the same data, or start a new run."
-        )
+        hashes = f"The data are not those of the run that is resumed (fingerprint {then['data']} → {now['data']})"
+        raise UserError(f"{hashes}; resume with the same data, or start a new run.")
     # a run of an older version did not use a setting that it lacks
     before = flat(asdict(Settings())) | then["settings"]
     split = [
@@ -193,15 +191,11 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for chosen, options in ((before, then["options"]), (now["settings"], now["options"]))
     ]
     if (new := sorted(split[1].keys() - split[0].keys())) and len(new) == len(compare(*split)):
-        raise UserError(
-            f"The run was started without {', '.join(new)}, or by an older version that lacks this setting: resume it "
-            "with its first settings, or start a new run."
-        )
+        lacking = f"The run was started without {', '.join(new)}, or by an older version that lacks this setting"
+        raise UserError(f"{lacking}: resume it with its first settings, or start a new run.")
     if changed := compare(*split):
-        raise UserError(
-            f"A resumed run keeps its settings, and these differ: {', '.join(changed)}; "
-            f"put them back, or start a new run. What may change: {', '.join(sorted(ADJUSTABLE))}."
-        )
+        ways = f"put them back, or start a new run. What may change: {', '.join(sorted(ADJUSTABLE))}"
+        raise UserError(f"A resumed run keeps its settings, and these differ: {', '.join(changed)}; {ways}.")
     return compare(before, now["settings"])
 
 

@@ -78,10 +78,8 @@ def check_alike(described: dict[str, Any]) -> None:
     first, *others = map(json.loads, current().gather(json.dumps(here, default=str)))
     for number, other in enumerate(others, 1):
         if changed := compare(first, other):
-            raise UserError(
-                f"Process {number} differs from process 0: {', '.join(changed)}. Start all of them from the same "
-                "files, with the same options and versions."
-            )
+            ways = "Start all of them from the same files, with the same options and versions"
+            raise UserError(f"Process {number} differs from process 0: {', '.join(changed)}. {ways}.")
 
 
 def _limit_validations(settings: Settings, data: Data, batch: Batch, tell: Callable[[str], None]) -> Settings:

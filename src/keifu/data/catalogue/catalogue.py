@@ -138,8 +138,7 @@ def documents(name: str) -> Iterator[str]:
     if record.parts:
         yield from chain.from_iterable(map(documents, record.parts))
     else:
-        records = _read(name, "text")
-        yield from map(AS_TEXT[record.gives], records)
+        yield from map(AS_TEXT[record.gives], _read(name, "text"))
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:

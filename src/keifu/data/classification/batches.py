@@ -77,8 +77,7 @@ class LabelledBatches:
 
     def largest(self) -> dict[str, Tensor]:
         """Return the batch of the longest rows, which needs the most memory, whether or not a step uses it."""
-        longest = np.argsort(self.batching.keys)[-self.batch_size :]
-        return self.training.batch(longest.tolist(), self.pad_id)
+        return self.training.batch(np.argsort(self.batching.keys)[-self.batch_size :].tolist(), self.pad_id)
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """Yield the held-out rows in batches, always the same."""
@@ -139,7 +138,7 @@ class FormBatches(EncodedTexts):
 
 
 Batch = dict[str, Tensor]
-Augment = Callable[[Tensor, Generator], Tensor]
+Augment = Callable[[Tensor, Generator], Tensor] | None
 
 
 class TensorBatches(EpochBatches):
@@ -150,12 +149,7 @@ class TensorBatches(EpochBatches):
     """
 
     def __init__(
-        self,
-        training: LabelledTensors,
-        held: LabelledTensors,
-        batch_size: int,
-        seed: int,
-        augment: Augment | None = None,
+        self, training: LabelledTensors, held: LabelledTensors, batch_size: int, seed: int, augment: Augment = None
     ):
         super().__init__(len(training), len(held), min(batch_size, len(training)), seed, self._order)
         self.training, self.held, self.augment = training, held, augment

@@ -201,8 +201,6 @@ def _numbered(row: Example) -> Example:
     number = int(label) if label.isdecimal() else letter
     if number is None or number >= count:
         last = chr(ord("A") + count - 1)
-        raise UserError(
-            f"{row.where}: the label {label!r} names none of the {count} answers: give its number, from 0 to "
-            f"{count - 1}, or its letter, from A to {last}."
-        )
+        ways = f"give its number, from 0 to {count - 1}, or its letter, from A to {last}"
+        raise UserError(f"{row.where}: the label {label!r} names none of the {count} answers: {ways}.")
     return row._replace(label=str(number))

@@ -25,16 +25,12 @@ Pictures = UInt8[Tensor, "picture channels height width"]
 
 
 def sheet(
-    pictures: Pictures,
-    captions: Sequence[str] = (),
-    columns: int | None = None,
-    scale: int | None = None,
-    margin: int = 4,
+    pictures: Pictures, captions: Sequence[str] = (), columns: int | None = None, scale: int = 0, margin: int = 4
 ) -> Image.Image:
     """Arrange pictures in rows on white; by default with as many columns as rows.
 
     captions: none, or one for each picture, cut to two lines with an ellipsis; "" for a picture without one. scale:
-    integer factor of enlargement; unset: 1, or enough for captions. margin: pixels between two pictures.
+    integer factor of enlargement; 0: 1, or enough for captions. margin: pixels between two pictures.
     """
     count, _, height, width = pictures.shape
     if not count:

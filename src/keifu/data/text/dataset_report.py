@@ -159,10 +159,9 @@ class DatasetReport:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
-        rate = self.tokens / max(self.bytes, 1)
-        yield f"{self.source}: {self.documents:,} documents, {self.characters:,} characters, {self.bytes:,} bytes, " + (
-            f"{self.tokens:,} tokens ({rate:.3f} a byte)"
-        )
+        rate = f"{self.tokens:,} tokens ({self.tokens / max(self.bytes, 1):.3f} a byte)"
+        sizes = f"{self.characters:,} characters, {self.bytes:,} bytes, {rate}"
+        yield f"{self.source}: {self.documents:,} documents, {sizes}"
         yield f"{self.empty:,} documents are empty, and {self.duplicates:,} repeat an earlier one exactly."
         yield "\nDocuments by length in tokens"
         most = max(self.lengths.values(), default=1)

@@ -95,8 +95,7 @@ class RowPlanner:
 
 def _no_longer_than(room: int, sentences: Sentences) -> tuple[list[int], list[int]]:
     """Return the starts of sentences and documents. Sentences of more than `room` tokens are split."""
-    sizes = np.diff(sentences.starts)
-    pieces = -(-sizes // room)
+    pieces = -(-np.diff(sentences.starts) // room)
     before = offsets(pieces)
     inside = np.arange(before[-1]) - np.repeat(before[:-1], pieces)
     starts = np.repeat(sentences.starts[:-1], pieces) + room * inside

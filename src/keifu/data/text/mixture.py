@@ -75,10 +75,8 @@ class MixtureSource:
 
     def __post_init__(self) -> None:
         if len(self.languages) not in (0, 2):
-            raise UserError(
-                f"The source {self.name!r} has {len(self.languages)} languages, and pairs have two: write "
-                "languages: [German, English], in the order of the file's columns."
-            )
+            pair = f"The source {self.name!r} has {len(self.languages)} languages, and pairs have two"
+            raise UserError(f"{pair}: write languages: [German, English], in the order of the file's columns.")
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,8 @@ class Mixture:
             raise UserError(f"The mixture {self.name} has no sources: name at least one.")
         total = sum(source.weight for source in self.sources)
         if abs(total - 1) > 1e-6:
-            raise UserError(
-                f"The weights of the mixture {self.name} sum to {total:.6g}, and must sum to 1: change them, or write "
-                "`normalise: true` into its file, which divides each by the sum."
-            )
+            ways = "change them, or write `normalise: true` into its file, which divides each by the sum"
+            raise UserError(f"The weights of the mixture {self.name} sum to {total:.6g}, and must sum to 1: {ways}.")
 
 
 MIXTURES = {"multilingual": Path(__file__).with_name("multilingual.yaml")}

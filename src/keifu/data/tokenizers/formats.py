@@ -108,10 +108,8 @@ def _word_ends(path: Path, vocabulary: Mapping[str, int], merges: list[tuple[str
     if {bpe.START, bpe.END} <= vocabulary.keys():
         return bpe.clip_backend(vocabulary, merges)
     if UNKNOWN not in vocabulary:
-        raise UserError(
-            f"{path} marks the ends of words by {WORD_END} as GPT-1 does, but has no {UNKNOWN}, so its rules are "
-            "others, which this file does not tell: use the tokenizer.json of the same model."
-        )
+        rules = "so its rules are others, which this file does not tell: use the tokenizer.json of the same model"
+        raise UserError(f"{path} marks the ends of words by {WORD_END} as GPT-1 does, but has no {UNKNOWN}, {rules}.")
     backend = tokenizers.Tokenizer(models.BPE(dict(vocabulary), merges, unk_token=UNKNOWN, end_of_word_suffix=WORD_END))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -164,9 +162,8 @@ def _sentencepiece(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     return backend, model.special
 
 
-READERS: dict[
-    str, Callable[[Path, Mapping[str, Any]], BackendWithRoles]
-] = {  # in the order in which a directory is searched
+Reader = Callable[[Path, Mapping[str, Any]], BackendWithRoles]
+READERS: dict[str, Reader] = {  # in the order in which a directory is searched
     "tokenizer.json": _tokenizer_json,
     "tokenizer.model": _sentencepiece,
     "vocab.json": _vocabulary_and_merges,
@@ -176,7 +173,7 @@ READERS: dict[
 }
 
 
-def reader(path: Path) -> Callable[[Path, Mapping[str, Any]], BackendWithRoles]:
+def reader(path: Path) -> Reader:
     """Return the reader of a single file by its name, or else by its extension."""
     endings = {".model": _sentencepiece, ".txt": _wordpiece_vocabulary, ".json": _tokenizer_json}
     known = READERS.get(path.name) or endings.get(path.suffix)

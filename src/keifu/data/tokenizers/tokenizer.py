@@ -133,10 +133,8 @@ class Tokenizer:
 
     def __call__(self, *_: Any, **__: Any) -> NoReturn:
         """Raise an error with the right method: tokenizers of other libraries can be called, this one cannot."""
-        raise UserError(
-            "A tokenizer of keifu is not called: tokenizer.encode(text) returns the ids of a text, and "
-            "torch.tensor([ids]) makes a batch of them."
-        )
+        how = "tokenizer.encode(text) returns the ids of a text, and torch.tensor([ids]) makes a batch of them"
+        raise UserError(f"A tokenizer of keifu is not called: {how}.")
 
     PARTS = "backend", "special", "stop_ids", "chat_template", "max_length", "generation_config"
 
@@ -355,10 +353,8 @@ class Tokenizer:
                 if "\ud800" <= character <= "\udfff":
                     return UserError(f"{what} is half a surrogate pair, not text: read the text as UTF-8.")
                 if character not in vocabulary and "UNK" in str(error):
-                    size = f"this tokenizer's vocabulary of {self.vocab_size}"
-                    return UserError(
-                        f"{what} is not in {size}: leave it out, or train a tokenizer on text that has it."
-                    )
+                    ways = "leave it out, or train a tokenizer on text that has it"
+                    return UserError(f"{what} is not in this tokenizer's vocabulary of {self.vocab_size}: {ways}.")
         return UserError(f"The text could not be encoded: {error}.")
 
 

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
@@ -16,6 +17,7 @@ from keifu.data.tokenizers.tokenizer import BackendWithRoles, Tokenizer, put_aro
 from keifu.errors import UserError, require_known
 
 END_OF_TEXT = "<|endoftext|>"
+USUAL: Any = {"min_frequency": 2, "show_progress": False}  # options of the trainers of BPE and WordPiece
 
 
 @dataclass
@@ -93,15 +95,11 @@ def train_tokenizer(
 
 
 def _bpe(wanted: _Training) -> BackendWithRoles:
-    specials = [END_OF_TEXT, *wanted.special_tokens]
+    specials = _with_special_tokens([END_OF_TEXT, *wanted.special_tokens])
     wanted.at_least("bpe", 256 + len(specials), f"256 bytes and {len(specials)} special")
     backend = byte_level_backend({}, [], "smollm" if wanted.split_digits else "gpt-2")
     trainer = trainers.BpeTrainer(
-        vocab_size=wanted.vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=_with_special_tokens(specials),
-        initial_alphabet=list(byte_alphabet()),
+        vocab_size=wanted.vocab_size, special_tokens=specials, initial_alphabet=list(byte_alphabet()), **USUAL
     )
     wanted.learn(backend, trainer)
     return backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
@@ -112,14 +110,9 @@ def _wordpiece(wanted: _Training) -> BackendWithRoles:
     backend, _ = wordpiece_backend({}, wanted.lowercase, strip_accents=None)
     limit = max(1000, wanted.vocab_size // 3)  # rarer characters become [UNK], as in BERT
     first, later = _alphabet(backend, wanted, limit)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=wanted.vocab_size,
-        min_frequency=2,
-        show_progress=False,
-        special_tokens=_with_special_tokens([*specials, *wanted.special_tokens, *later]),  # ids are in this order
-        initial_alphabet=first,
-        limit_alphabet=len(first),
-    )
+    numbered = _with_special_tokens([*specials, *wanted.special_tokens, *later])  # ids are in this order
+    alphabet: Any = {"initial_alphabet": first, "limit_alphabet": len(first)}
+    trainer = trainers.WordPieceTrainer(vocab_size=wanted.vocab_size, special_tokens=numbered, **alphabet, **USUAL)
     wanted.learn(backend, trainer)
     learned, roles = wordpiece_backend(backend.get_vocab(), wanted.lowercase, strip_accents=None)
     learned.add_special_tokens(_with_special_tokens(wanted.special_tokens))

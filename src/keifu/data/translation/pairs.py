@@ -193,10 +193,8 @@ def _zip_files(first: Path, second: Path, encoding: str | None) -> Iterator[Pair
         if one is None or other is None:
             longer, shorter = (second, first) if one is None else (first, second)
             more = 1 + sum(1 for _ in rows)
-            raise UserError(
-                f"{shorter} ends after line {number - 1:,}, and {longer} has {more:,} lines more: line {number:,} of "
-                "one must be the translation of that line of the other."
-            )
+            rule = f"line {number:,} of one must be the translation of that line of the other"
+            raise UserError(f"{shorter} ends after line {number - 1:,}, and {longer} has {more:,} lines more: {rule}.")
         yield one.strip(), other.strip()
 
 
@@ -242,10 +240,8 @@ def split(
         chosen = _disjoint(order, sides, seen)
         drawn = [[rows[i] for i in islice(chosen, size)] for _ in ("test", "validation")][::-1]
         if not (all(drawn) and any(map(seen.isdisjoint, sides))):
-            raise UserError(
-                f"{len(rows):,} distinct pairs cannot be split into training, validation and test without a sentence "
-                "in two of them: give more pairs."
-            )
+            few = f"{len(rows):,} distinct pairs cannot be split into training, validation and test"
+            raise UserError(f"{few} without a sentence in two of them: give more pairs.")
     kept_out = [part if given is None else given.rows for given, part in zip((validation, test), drawn, strict=True)]
     hidden = {normalize(side) for part in kept_out for pair in part for side in pair}
     train = [pair for pair, both in zip(rows, sides, strict=True) if hidden.isdisjoint(both)]

@@ -95,8 +95,7 @@ def _check(complaints: list[str], tensor_name: str, *call: object) -> None:
     """Add a phrase to `complaints` if a tensor in a hook's last argument (the output, or the gradients of outputs) is
     not finite.
     """
-    tensors = call[-1] if isinstance(call[-1], tuple | list) else call[-1:]
-    for tensor in tensors:
+    for tensor in call[-1] if isinstance(call[-1], tuple | list) else call[-1:]:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not is_finite(tensor):
             complaints.append(f"the {tensor_name} is the first that holds {_bad(tensor)}")
             return

@@ -248,10 +248,8 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
     fitting = [plan for plan in plans if sum(plan.memory.values()) <= USED * kind.memory]
     if not fitting:
         least = min((sum(plan.memory.values()) for plan in plans), default=math.inf)
-        raise UserError(
-            f"The training does not fit: it takes at least {least / 1e9:,.0f} GB on each device, which has "
-            f"{kind.memory / 1e9:.0f} GB; take more devices."
-        )
+        needed = f"The training does not fit: it takes at least {least / 1e9:,.0f} GB on each device"
+        raise UserError(f"{needed}, which has {kind.memory / 1e9:.0f} GB; take more devices.")
     return min(fitting, key=lambda plan: (plan.step, -plan.layout.rows))
 
 
@@ -329,10 +327,8 @@ def inference(model: Architecture, devices: int, kind: DeviceKind, context: int)
     free = USED * devices * kind.memory - 2 * model.parameters
     batch = int(free // cache)
     if batch < 1:
-        raise UserError(
-            f"{2 * model.parameters / 1e9:,.0f} GB of weights and a cache of {cache / 1e9:.2f} GB do not fit into "
-            f"{devices} x {kind.memory / 1e9:.0f} GB; take more devices."
-        )
+        needed = f"{2 * model.parameters / 1e9:,.0f} GB of weights and a cache of {cache / 1e9:.2f} GB"
+        raise UserError(f"{needed} do not fit into {devices} x {kind.memory / 1e9:.0f} GB; take more devices.")
     # caches are half full on average
     read = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)
     products = 2 * (model.active or model.parameters) * batch / (devices * kind.flops * kind.products)

@@ -154,8 +154,7 @@ class DiffusionLoss:
             return None
         if not model.config.null_class:
             return batch["labels"]
-        labels = batch["labels"].masked_fill(batch["labels"] < 0, none)
-        return labels.masked_fill(self.dropped(batch), none)
+        return batch["labels"].masked_fill((batch["labels"] < 0) | self.dropped(batch), none)
 
 
 def bits_of_step(

@@ -266,15 +266,13 @@ def read_best(directory: Path) -> Best | None:
     return None
 
 
-def keep_best(directory: Path, model: nn.Module, step: int, figures: Mapping[str, float]) -> Best:
+def keep_best(directory: Path, model: nn.Module, best: Best) -> None:
     """Write the model's weights as the best ones of its run."""
     tensors, facts = _best_files(directory)
     with replacing(tensors) as temporary:
         write_tensors(model_tensors(model), temporary)
         digest = sha256(temporary)
-    best = Best(step, dict(figures))
-    write_atomic(facts, json.dumps({"step": step, "figures": best.figures, "sha256": digest}, indent=1))
-    return best
+    write_atomic(facts, json.dumps(best._asdict() | {"sha256": digest}, indent=1))
 
 
 def restore_best(directory: Path, model: nn.Module) -> None:

@@ -62,10 +62,8 @@ def claim_directory(run: Run) -> None:
     if run.resume or not current().is_main:
         return
     if (steps := checkpoint.steps(run.directory)) and not run.replace:
-        raise UserError(
-            f"{run.directory} already holds a run, saved at step {steps[-1]:,}: go on with it "
-            f"({how_to_resume(run)}), or choose another folder."
-        )
+        ways = f"go on with it ({how_to_resume(run)}), or choose another folder"
+        raise UserError(f"{run.directory} already holds a run, saved at step {steps[-1]:,}: {ways}.")
     content = read_recipe(run.directory)
     # a record alone, or of a run killed early, belongs to this run
     if RECORD in content and not (run.replace and len(content) > 1):
@@ -171,10 +169,8 @@ def check_free(directory: Path) -> None:
     step, finished = last_step(directory), read_recipe(directory).get("finished")
     if step is not None or finished:
         where = "a finished run" if step is None else f"a run, saved at step {step:,}"
-        raise UserError(
-            f"{directory} already holds {where}: go on with it ({command(directory)}), start over with --replace, or "
-            "choose another folder with --out."
-        )
+        ways = f"go on with it ({command(directory)}), start over with --replace, or choose another folder with --out"
+        raise UserError(f"{directory} already holds {where}: {ways}.")
 
 
 @contextmanager
