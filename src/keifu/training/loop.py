@@ -247,8 +247,8 @@ class _Loop:
         time limit."""
         length = self.state.length
         ratio = (length.first or length.scheduled) / length.scheduled
-        times = {name: max(1, round(every * ratio)) if every else 0 for name, every in self.chosen.items()}
-        self.state.clock.every = times
+        chosen = self.chosen.items()
+        self.state.clock.every = {name: max(1, round(every * ratio)) if every else 0 for name, every in chosen}
 
     def _estimate(self) -> None:
         """Show an estimate of the remaining time, with validations and samples."""

@@ -58,9 +58,8 @@ class Recorder:
 
     def log(self, gradient_norm: float) -> None:
         """Write a line of metrics from the sums since the last line. This waits for the device."""
-        state = self.state
-        units, means = float(state.sums["weight"]), state.sums.means()
-        rate = units / state.clock.lap()
+        state, means = self.state, self.state.sums.means()
+        rate = float(state.sums["weight"]) / state.clock.lap()
         share = self._share_of_peak(rate)
         state.sums = Sums()
         figures = {

@@ -60,8 +60,7 @@ class Examples:
         groups: dict[str, list[int]] = defaultdict(list)
         for index, text_key in enumerate(keys):
             groups[text_key].append(index)
-        validation: list[int] = []
-        training: list[int] = []
+        validation, training = list[int](), list[int]()
         for _, indices in sorted(groups.items()):
             (validation if len(validation) + len(indices) <= held_out else training).extend(indices)
         known = {self.rows[index].label for index in training}
@@ -72,6 +71,5 @@ class Examples:
 
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return every label once, sorted; numbers by value."""
-    return tuple(
-        sorted(set(labels), key=lambda text: (not text.isdecimal(), int(text) if text.isdecimal() else 0, text))
-    )
+    numbers = {text: int(text) if text.isdecimal() else 0 for text in labels}
+    return tuple(sorted(numbers, key=lambda text: (not text.isdecimal(), numbers[text], text)))

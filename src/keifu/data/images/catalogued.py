@@ -203,8 +203,7 @@ def _words(entry: str | dict[str, str]) -> str:
 
 def _read_groups(file: Path) -> dict[str, str]:
     """Read the group of each emoji from Unicode's emoji-test.txt, in the file's order."""
-    groups = {}
-    group = ""
+    groups, group = dict[str, str](), ""
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# group:"):
             group = line.partition(":")[2].strip()

@@ -93,8 +93,7 @@ def groups(alike: list[tuple[str, ...]]) -> list[int]:
 
 def _make(source: str | Path, form: ImageFormat, leave_out: bool, folder: Path) -> dict[str, Any]:
     """Write the pixels into a new folder. Return the facts about the pictures."""
-    items = list[ImageItem]()
-    faults = list[str]()
+    items, faults = list[ImageItem](), list[str]()
     shape = None
     digest = hashlib.sha256()
     remarked: dict[str, list[str]] = defaultdict(list)

@@ -240,7 +240,6 @@ class _Spelling:
 
     def scripts(self) -> dict[str, Script]:
         """Return the counts by script, the scripts with most bytes first."""
-        counts = {
-            name: Script(int(self.bytes[n]), int(self.tokens[n])) for n, name in enumerate(SCRIPTS) if self.tokens[n]
-        }
+        used = ((n, name) for n, name in enumerate(SCRIPTS) if self.tokens[n])
+        counts = {name: Script(int(self.bytes[n]), int(self.tokens[n])) for n, name in used}
         return dict(sorted(counts.items(), key=lambda item: -item[1].bytes))

@@ -78,8 +78,7 @@ def documents(source: str | Path, form: TextFileFormat = PLAIN) -> Iterator[str]
 
 def chunks(pieces: Iterable[TextChunk], characters: int) -> Iterator[list[TextChunk]]:
     """Group consecutive pieces into lists of about `characters` characters."""
-    group: list[TextChunk] = []
-    size = 0
+    group, size = list[TextChunk](), 0
     for piece in pieces:
         group.append(piece)
         size += len(piece.text)
@@ -150,8 +149,7 @@ def _gather(lines: Iterable[str], mark: str | None = None) -> Iterator[TextChunk
 
     A chunk begins with a line that is not blank, because tokenizers join blank lines to the text before them.
     """
-    gathered: list[str] = []
-    size = 0
+    gathered, size = list[str](), 0
     for line in lines:
         ended = mark is not None and line.strip() == mark
         if ended or (size >= LIMIT and not line[0].isspace()):

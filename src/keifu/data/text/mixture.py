@@ -143,10 +143,9 @@ def _source(name: str, given: Any, path: Path) -> MixtureSource:
         raise UserError(f"{path}: languages of the source {name!r} is {languages!r}: write [German, English].")
     beside = not Path(data).expanduser().is_absolute() and glob(data, root_dir=path.parent, recursive=True)
     data = str(path.parent / data) if beside else data
-    field, encoding = given.get("field"), given.get("encoding", sources.UTF8)
-    return MixtureSource(
-        name, data, weight, tuple(map(str, languages)), None if field is None else str(field), str(encoding)
-    )
+    field = None if given.get("field") is None else str(given["field"])
+    encoding = str(given.get("encoding", sources.UTF8))
+    return MixtureSource(name, data, weight, tuple(map(str, languages)), field, encoding)
 
 
 def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:

@@ -37,8 +37,7 @@ class _Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.left_out = left_out
         self.parts: list[HtmlPart] = []
-        self.hidden = 0
-        self.verbatim = 0
+        self.hidden = self.verbatim = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.hidden += tag in self.left_out

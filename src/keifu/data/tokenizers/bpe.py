@@ -175,11 +175,8 @@ def ids_of_cut(tokenizer: Tokenizer, cut: Tokenizer) -> list[int] | None:
 
 def _byte_level(tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the description of a tokenizer's merges. Raises `UserError` if it is not a byte-level BPE."""
-    backend = tokenizer.backend
-    model = backend.model
-    if not (isinstance(model, models.BPE) and isinstance(backend.decoder, decoders.ByteLevel)) or (
-        model.end_of_word_suffix
-    ):
+    model, decoder = tokenizer.backend.model, tokenizer.backend.decoder
+    if not isinstance(model, models.BPE) or not isinstance(decoder, decoders.ByteLevel) or model.end_of_word_suffix:
         raise UserError("Only a byte-level BPE can be cut to its first merges, and this tokenizer is none.")
     return tokenizer.description()["model"]
 

@@ -149,9 +149,8 @@ def wordpiece_backend(
     backend.add_special_tokens([AddedToken(token, special=True) for token in roles.values()])
     if {"cls_token", "sep_token"} <= roles.keys():
         ends = [(roles[role], vocabulary[roles[role]]) for role in ("cls_token", "sep_token")]
-        backend.post_processor = processors.TemplateProcessing(
-            single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ends
-        )
+        single, pair = "[CLS]:0 $A:0 [SEP]:0", "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+        backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ends)
     return backend, roles
 
 

@@ -122,9 +122,8 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
         escape_spaces=bool(normalizer.get(5, True)),
         character_map=bytes(normalizer.get(2, b"")),
     )
-    return SentencePieceModel(
-        pieces, settings, {role: pieces[position].text for role, position in roles.items() if position < len(pieces)}
-    )
+    special = {role: pieces[position].text for role, position in roles.items() if position < len(pieces)}
+    return SentencePieceModel(pieces, settings, special)
 
 
 def check_character_map(table: bytes, name: str) -> None:
@@ -228,9 +227,8 @@ def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePiece
     if cuts:
         backend.pre_tokenizer = pre_tokenizers.Sequence(cuts) if len(cuts) > 1 else cuts[0]
     backend.decoder = decoder(settings.byte_fallback, settings.dummy_prefix)
-    backend.add_special_tokens(
-        [AddedToken(p.text, normalized=False, special=True) for p in pieces if p.kind in (CONTROL, UNKNOWN)]
-    )
+    special = (piece.text for piece in pieces if piece.kind in (CONTROL, UNKNOWN))
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special])
     return backend
 
 

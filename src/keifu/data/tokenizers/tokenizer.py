@@ -149,10 +149,8 @@ class Tokenizer:
     ):
         backend.no_truncation()
         backend.no_padding()
-        self.backend = backend
+        self.backend, self.chat_template, self.max_length = backend, chat_template, max_length
         self.special = {role: token for role, token in (special or {}).items() if token is not None}
-        self.chat_template = chat_template
-        self.max_length = max_length
         self.generation_config = dict(generation_config or {})
         self.vocab_size = _checked_size(backend.get_vocab(with_added_tokens=True))
         tokens = (self.special.get(f"{role}_token") for role in ("bos", "eos", "pad"))

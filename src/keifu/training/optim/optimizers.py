@@ -104,9 +104,8 @@ class Optimizers:
                 alone.state[whole] = {key: processes.full_tensor(name, part) for key, part in state}
                 alone.step()
                 local(p).copy_(pod.take(name, whole.detach()))
-                optimizer.state[p] = {
-                    key: pod.take(name, part) if part.dim() else part for key, part in alone.state[whole].items()
-                }
+                state = alone.state[whole].items()
+                optimizer.state[p] = {key: pod.take(name, part) if part.dim() else part for key, part in state}
 
     def averaged(self) -> AbstractContextManager[None]:
         """Run a block in which the model has the moving average of its weights, if there is one."""
