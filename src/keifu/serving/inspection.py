@@ -71,8 +71,7 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
         ids = tokenizer.encode(body.input, special=True)
     else:
         ids = prompt_tokens(tokenizer, body.input)
-    room = min(MOST_TOKENS, about.context_length or MOST_TOKENS)
-    if len(ids) > room:
+    if len(ids) > (room := min(MOST_TOKENS, about.context_length or MOST_TOKENS)):
         raise UserError(f"input has {len(ids)} tokens, and {room} can be looked at: shorten it.")
     seen = inspect_translation(model, ids) if "translation" in about.uses else inspect_text(model, ids, body.top)
     maps = seen.attention.items()

@@ -137,10 +137,9 @@ def _length(saved: checkpoint.SavedState, settings: Settings, directory: Path) -
         return length
     changed = length.changed(saved.step, steps, settings.warmup)
     if steps > length.scheduled and changed.mean_share(settings, saved.step) < USEFUL:
-        raise UserError(
-            f"An extension from {length.scheduled:,} to {steps:,} steps would learn next to nothing: the schedule ends "
-            f"at a rate of 0. Give --steps {length.useful_steps(settings, saved.step):,} or more."
-        )
+        useless = f"An extension from {length.scheduled:,} to {steps:,} steps would learn next to nothing"
+        least = length.useful_steps(settings, saved.step)
+        raise UserError(f"{useless}: the schedule ends at a rate of 0. Give --steps {least:,} or more.")
     return changed
 
 

@@ -79,19 +79,16 @@ def _check(archive: Archive, file: Path) -> None:
         if shutil.disk_usage(file.parent).free < archive.size - size:
             raise UserError(f"The disk is full: {got}; free some space, or set KEIFU_CACHE to a folder elsewhere.")
         raise UserError(f"The file is not whole: {got}; fetch it again.")
-    actual = files.sha256(file)
-    if actual != archive.sha256:
+    if (actual := files.sha256(file)) != archive.sha256:
         raise _wrong_hash(archive, actual)
 
 
 def _download(archive: Archive, folder: Path, given: Path) -> Path:
     """Download the archive's file. Raises `UserError` before the download if the disk is too full for it."""
-    free = shutil.disk_usage(folder).free
-    if free < archive.size:
-        raise UserError(
-            f"{archive.file} has {archive.size / 1e6:,.0f} MB, and the disk of {folders.cache()} has "
-            f"{free / 1e6:,.0f} MB free: run keifu data clear, or set KEIFU_CACHE to another folder."
-        )
+    if (free := shutil.disk_usage(folder).free) < archive.size:
+        left = f"the disk of {folders.cache()} has {free / 1e6:,.0f} MB free"
+        ways = "run keifu data clear, or set KEIFU_CACHE to another folder"
+        raise UserError(f"{archive.file} has {archive.size / 1e6:,.0f} MB, and {left}: {ways}.")
     if archive.file.endswith(".deb"):
         return apt_download(archive.package, archive.version, archive.file, folder, given)
     return pip_download(archive, folder)
@@ -204,10 +201,9 @@ def failure(archive: Archive, log: str) -> UserError:
 
 def _wrong_hash(archive: Archive, actual: str) -> UserError:
     """Return the error for a file whose SHA-256 differs from the pinned one."""
-    return UserError(
-        f"{archive.file} has the SHA-256 {actual}, but {archive.sha256} was expected: nothing was kept. "
-        f"Fetch again; if it stays so, the package index gives another file than the one keifu was made with."
-    )
+    wrong = f"{archive.file} has the SHA-256 {actual}, but {archive.sha256} was expected: nothing was kept."
+    ways = "Fetch again; if it stays so, the package index gives another file than the one keifu was made with."
+    return UserError(f"{wrong} {ways}")
 
 
 def apt_download(package: str, version: str, file: str, folder: Path, given: Path) -> Path:

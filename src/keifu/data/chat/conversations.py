@@ -135,10 +135,8 @@ def parse_transcript(text: str, where: str) -> Conversation:
     """
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if before.strip() or not parts:
-        raise UserError(
-            f"{where}: a conversation is a list of messages, or a text of turns that begin with 'Human:' and "
-            f"'Assistant:', and this is {text[:40]!r}."
-        )
+        forms = "a conversation is a list of messages, or a text of turns that begin with 'Human:' and 'Assistant:'"
+        raise UserError(f"{where}: {forms}, and this is {text[:40]!r}.")
     messages: Conversation = []
     for speaker, words in zip(parts[::2], parts[1::2], strict=True):
         role = SPEAKERS.get(speaker.lower(), "assistant")

@@ -166,10 +166,9 @@ def _check_columns(first: Row, form: Form, names: Sequence[str], source: str) ->
     missing = [name for name in names if name not in cells]
     fits = [other.name for other in FORMS.values() if {*other.columns, names[-1]} <= cells.keys()]
     if missing and fits and form.name not in fits:
-        raise UserError(
-            f"{where}: the form {form.name} needs the columns {', '.join(map(repr, names))}, and {source} has no "
-            f"{' and no '.join(map(repr, missing))}: its columns are those of the form {' or '.join(fits)}."
-        )
+        needed = f"the form {form.name} needs the columns {', '.join(map(repr, names))}"
+        lacking = f"{source} has no {' and no '.join(map(repr, missing))}"
+        raise UserError(f"{where}: {needed}, and {lacking}: its columns are those of the form {' or '.join(fits)}.")
 
 
 def _texts(where: str, cells: dict[str, Any], form: Form, names: Sequence[str]) -> tuple[str, ...]:

@@ -105,7 +105,6 @@ def _check_lengths(shards: Shards, context_length: int) -> None:
         ways.append(f"lower the context length to {longest} or less")
     elif longest_with_half > 0:
         ways.append(f"lower the context length to {longest_with_half} or less and hold out a share of 0.5")
-    raise UserError(
-        f"{shards.index['source']} has {training:,} tokens to train on and {validation:,} held out, but a context of "
-        f"{context_length} needs at least {needed} of each: {', or '.join(ways)}."
-    )
+    lengths = f"{shards.index['source']} has {training:,} tokens to train on and {validation:,} held out"
+    least = f"a context of {context_length} needs at least {needed} of each"
+    raise UserError(f"{lengths}, but {least}: {', or '.join(ways)}.")

@@ -63,10 +63,8 @@ def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int =
     and a uniform start (U-PaLM) give 0.5.
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(
-            f"The shares of R, X and S are {', '.join(f'{share:g}' for share in shares)}, whose sum is "
-            f"{sum(shares):g}: give three numbers, none below 0, whose sum is 1."
-        )
+        shown, rule = ", ".join(f"{share:g}" for share in shares), "give three numbers, none below 0, whose sum is 1"
+        raise UserError(f"The shares of R, X and S are {shown}, whose sum is {sum(shares):g}: {rule}.")
     regular = [(REGULAR, 0.15, span, shares[0] / 2) for span in (3, 8)]
     extreme = [(EXTREME, rate, span, shares[1] / 4) for rate, span in ((0.5, 3), (0.5, 8), (0.15, 64), (0.5, 64))]
     wanted = [*regular, *extreme, (SEQUENTIAL, prefix, None, shares[2])]
@@ -177,12 +175,9 @@ class SpanCorruptionBatches:
             raise UserError(f"The context is {given} tokens, and a mixture of denoisers needs {LEAST} or more.")
         self._lengths = [self._length(denoiser) for denoiser in denoisers]
         for denoiser, length in zip(self.denoisers, self._lengths, strict=True):
-            spans = denoiser.counts(length)[1]
-            if spans > len(markers.sentinels):
-                raise UserError(
-                    f"A row of {self.row_length} tokens has {spans} hidden spans, and the tokenizer has "
-                    f"{len(markers.sentinels)} sentinels: shorten the context, or learn more sentinels."
-                )
+            if (spans := denoiser.counts(length)[1]) > (known := len(markers.sentinels)):
+                ways = f"the tokenizer has {known} sentinels: shorten the context, or learn more sentinels"
+                raise UserError(f"A row of {self.row_length} tokens has {spans} hidden spans, and {ways}.")
         self.width = max(self._lengths)
         self.name = f"DecoderRows of {self.row_length} places: {self.denoisers}"  # spelled as in existing runs
 

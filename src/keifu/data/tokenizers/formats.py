@@ -87,8 +87,7 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> BackendWith
     lines = read_text(merges_path).split("\n")
     halves = (line.strip("\r").partition(" ") for line in lines[lines[0].startswith("#version") :])
     merges = [(left, right) for left, _, right in halves if right]
-    unspelled = next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None)
-    if unspelled:
+    if unspelled := next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None):
         raise UserError(f"{merges_path} merges {' and '.join(map(repr, unspelled))}, which {path.name} does not have.")
     if any(token.endswith(WORD_END) for token in vocabulary):
         return _word_ends(path, vocabulary, merges)

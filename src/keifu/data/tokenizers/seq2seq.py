@@ -167,8 +167,7 @@ def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
     """Load the tokenizer of a directory with a source.spm. Raises `UserError` for a missing file."""
     separate = bool(config.get("separate_vocabs"))
     needed = [SOURCE, TARGET, VOCABULARY, *([TARGET_VOCABULARY] if separate else [])]
-    missing = [name for name in needed if not (directory / name).exists()]
-    if missing:
+    if missing := [name for name in needed if not (directory / name).exists()]:
         raise UserError(f"{directory} has a Marian tokenizer without {' and '.join(missing)}.")
     roles, length = formats.roles_beside(config)
     special = ROLES | {role: token for role, token in roles.items() if role in ROLES}

@@ -88,8 +88,7 @@ def train_tokenizer(
             raise UserError(f"{what} belongs to the kind {owner}, not to {kind}: leave it out.")
     texts = list(texts) if kind == "wordpiece" and isinstance(texts, Iterator) else texts
     backend, special = KINDS[kind](_Training(texts, vocab_size, list(special_tokens), split_digits, lowercase))
-    needed = backend.get_vocab_size()
-    if needed > vocab_size:
+    if (needed := backend.get_vocab_size()) > vocab_size:
         raise UserError(f"vocab_size={vocab_size} is too small: {kind} needs at least {needed} tokens for these texts.")
     return Tokenizer(backend, special)
 

@@ -86,10 +86,9 @@ class EncodedPairs:
         sizes = np.maximum(self.source.lengths + 1, self.target.lengths + 1)
         rows = np.flatnonzero(sizes <= context_length)
         if not len(rows):
-            raise UserError(
-                f"All {len(self):,} pairs have a side longer than {context_length} tokens, which is all that the model "
-                f"takes; the shortest needs {sizes.min() if len(sizes) else 0}: raise the context length."
-            )
+            longer = f"All {len(self):,} pairs have a side longer than {context_length} tokens"
+            least = f"the shortest needs {sizes.min() if len(sizes) else 0}: raise the context length"
+            raise UserError(f"{longer}, which is all that the model takes; {least}.")
         return EncodedPairs(self.source.keep(rows), self.target.keep(rows), rows.tolist())
 
     def sizes(self) -> np.ndarray:

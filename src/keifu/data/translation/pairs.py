@@ -152,10 +152,9 @@ def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -
     for name in filter(None, fields):
         content(where, record, name)
     if first is None or second is None or first == second:
-        raise UserError(
-            f"{where}: which fields are the source and its translation? There are {listed(record)}; call two of them "
-            "source and target, or name them with --source-field and --target-field."
-        )
+        unclear = f"which fields are the source and its translation? There are {listed(record)}"
+        ways = "call two of them source and target, or name them with --source-field and --target-field"
+        raise UserError(f"{where}: {unclear}; {ways}.")
     return first, second
 
 
@@ -213,10 +212,9 @@ class PairSplit:
 
     def sentence(self) -> str:
         """Describe the sizes in a sentence."""
-        return (
-            f"{len(self.train):,} pairs for training, {len(self.validation):,} for validation, {len(self.test):,} for "
-            f"testing; {self.dropped:,} left out that repeat another pair or share a sentence with one held out."
-        )
+        parts = f"{len(self.train):,} pairs for training, {len(self.validation):,} for validation"
+        left_out = f"{self.dropped:,} left out that repeat another pair or share a sentence with one held out"
+        return f"{parts}, {len(self.test):,} for testing; {left_out}."
 
 
 def split(

@@ -111,8 +111,7 @@ def checked(schema: Any, field: str) -> Any:
         field: the field of the request that contains it, for errors.
     """
     try:
-        size = len(json.dumps(schema))
-        if size > MOST_BYTES:
+        if (size := len(json.dumps(schema))) > MOST_BYTES:
             raise ApiError(400, f"The schema has {size:,} bytes, of at most {MOST_BYTES:,}.", field, "invalid_schema")
         _check_values(schema, field)
         return narrowed(schema, open_parts=_has_mixed_parts(schema))

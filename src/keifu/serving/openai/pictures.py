@@ -23,8 +23,7 @@ def open_images(messages: Sequence[Mapping[str, Any]], folder: Path | None) -> l
     All together may need at most the memory of one large picture. folder: folder of permitted files, if any. Nothing is
     downloaded. Raises `UserError` for anything that is not a picture or not permitted.
     """
-    count = sum(len(message.get("images", ())) for message in messages)
-    if count > MOST_IMAGES:
+    if (count := sum(len(message.get("images", ())) for message in messages)) > MOST_IMAGES:
         raise UserError(f"The messages have {count} pictures, and at most {MOST_IMAGES} are read: send fewer.")
     left, number, opened = PICTURE_BYTES, 0, []
     for message in messages:
@@ -53,7 +52,6 @@ def _file(url: str, folder: Path | None) -> Path | bytes:
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 return path
         raise UserError(f"image_url is {url[:SHOWN]!r}, which is not a file in the folder that this server permits.")
-    raise UserError(
-        f"image_url is {url[:SHOWN]!r}, and this server reads data URLs (data:image/png;base64,...) alone: it fetches "
-        "nothing from the network, and reads files only from the folder of --pictures."
-    )
+    known = "this server reads data URLs (data:image/png;base64,...) alone"
+    others = "it fetches nothing from the network, and reads files only from the folder of --pictures"
+    raise UserError(f"image_url is {url[:SHOWN]!r}, and {known}: {others}.")

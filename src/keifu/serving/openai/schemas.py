@@ -70,8 +70,7 @@ class Sampling(Body):
     @field_validator("logit_bias")
     @classmethod
     def _ids(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
-        wrong = [token[:20] for token in bias or () if not (token.isdecimal() and len(token) < 20)]
-        if wrong:
+        if wrong := [token[:20] for token in bias or () if not (token.isdecimal() and len(token) < 20)]:
             raise ValueError(f"its names must be ids of tokens, and {wrong[0]!r} is none")
         return bias
 

@@ -199,10 +199,9 @@ def _checked_ids(inputs: Sequence[list[int]], vocab_size: int, limit: int, cut: 
     """Return the ids, truncated to `limit` if `cut`. Raises `UserError` for ids that the model does not have."""
     for number, ids in enumerate(inputs, 1):
         if max(ids) >= vocab_size:
-            raise UserError(
-                f"input {number} has the token {max(ids)}, and this model has tokens from 0 to {vocab_size - 1}: send "
-                "text, or ids of the model's own tokenizer (in LangChain, check_embedding_ctx_length=False)."
-            )
+            wrong = f"input {number} has the token {max(ids)}, and this model has tokens from 0 to {vocab_size - 1}"
+            ways = "send text, or ids of the model's own tokenizer (in LangChain, check_embedding_ctx_length=False)"
+            raise UserError(f"{wrong}: {ways}.")
         if len(ids) > limit and not cut:
             raise UserError(f"input {number} has {len(ids)} tokens; this model takes {limit}: shorten it, or set cut.")
     return [ids[:limit] for ids in inputs]

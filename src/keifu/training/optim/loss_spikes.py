@@ -35,10 +35,8 @@ class SpikeSettings:
     def __post_init__(self) -> None:
         check(self, "spikes.{}".format)
         if self.rise and self.skip < self.reach:
-            raise UserError(
-                f"spikes.skip must be at least {self.reach} with a rewind of {self.rewind} steps, so that no batch of "
-                f"a spike comes again, and it is {self.skip}."
-            )
+            reason = f"with a rewind of {self.rewind} steps, so that no batch of a spike comes again"
+            raise UserError(f"spikes.skip must be at least {self.reach} {reason}, and it is {self.skip}.")
 
     @property
     def every(self) -> int:
@@ -88,10 +86,8 @@ class SpikeState(Running):
     def sentence(self, target: int, loss: float) -> str:
         """Return the sentence about a rewind to the step `target`."""
         batches = f"{self.rules.skip:,} batches that came next are left out, {self.skipped:,} in all"
-        return (
-            f"the loss is {loss:.4g}, far above its running mean for {self.rules.steps} steps; going on from step "
-            f"{target:,}, where it was {self.mean:.4g}. The {batches}."
-        )
+        spike = f"the loss is {loss:.4g}, far above its running mean for {self.rules.steps} steps"
+        return f"{spike}; going on from step {target:,}, where it was {self.mean:.4g}. The {batches}."
 
     def after(self, target: int, then: "SpikeState") -> "SpikeState":
         """Return the state after a rewind to `target`, with the batches to skip from there. then: the state saved at

@@ -146,8 +146,7 @@ def load_into_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     saved, built = ({name: tuple(tensor.shape) for name, tensor in side.items()} for side in (theirs, ours))
     pairs = {name.removeprefix("model."): (saved.get(name), built.get(name)) for name in {**ours, **theirs}}
     texts = {name: ["none" if side is None else str(side) for side in pair] for name, pair in pairs.items()}
-    wrong = [f"{name}: {a} saved, {b} in the model" for name, (a, b) in texts.items() if a != b]
-    if wrong:
+    if wrong := [f"{name}: {a} saved, {b} in the model" for name, (a, b) in texts.items() if a != b]:
         raise UserError(f"The state does not fit the model: {'; '.join(wrong)}. Resume with the model of that run.")
     for name, tensor in ours.items():
         tensor.copy_(theirs[name])

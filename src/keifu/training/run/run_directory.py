@@ -225,8 +225,7 @@ def forget(directory: Path) -> None:
 
 def close(directory: Path) -> None:
     """Mark a run that did not use the training loop as finished."""
-    content = read_recipe(directory)
-    if content.keys() == {RECORD}:
+    if (content := read_recipe(directory)).keys() == {RECORD}:
         write(directory, content | {"finished": True})
 
 
