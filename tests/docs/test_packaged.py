@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from keifu.checkpoints.hub import locate
+from keifu.data.images.dataset import read_images
+from keifu.data.images.splits import recorded, split_of_run
 from keifu.data.text.normalization import near_training
 from keifu.data.translation.pairs import read_pairs, split
 from keifu.evaluation.intervals import as_text, bootstrap, wilson
@@ -121,6 +124,16 @@ def test_emoji_that_are_recognised_follow_from_the_drawings() -> None:
         for part, where in (("in training", ""), ("held-out captions", " of held-out captions")):
             some = [item[column] for item in items if item["captions"] == part]
             assert is_part(share(f"own caption first of {len(some)}{whose}{where}", sum(some), len(some)), figures)
+
+
+def test_names_that_a_judge_saw_as_new_were_not_learned() -> None:
+    shown: dict[str, set[str]] = {}
+    for item in read("named-by-eye")["items"]:
+        shown.setdefault(item["kind"], set()).add(item["name"])
+    parts = split_of_run(read_images("emoji", 16, 3), recorded(locate("emoji")))
+    learned, new = ({*part.texts("en")} for part in (parts.train, parts.test))
+    assert shown["drawings of learned names"] <= learned
+    assert shown["drawings of new names"] == shown["real pictures of the new names"] <= new - learned
 
 
 def test_intervals_of_masked_words_follow_from_the_counts() -> None:
