@@ -146,7 +146,7 @@ JUDGED = "keifu.commands.classify:_probabilities"
 EXAMPLES = "keifu.data.classification.input_formats:read_examples"
 LABELS, PAIRS = "keifu.evaluation.images.retrieval:label_points", "keifu.evaluation.images.retrieval:split_pairs"
 TWO = ((), ())
-CONFUSION = SimpleNamespace(picture=lambda: b"", to_json=dict, verdict=str, by_label=lambda: TWO, matrix=lambda: TWO)
+CONFUSION = SimpleNamespace(picture=lambda: b"", to_json=dict, verdict=str, result=lambda what: TWO, matrix=lambda: TWO)
 FORM = SimpleNamespace(answers=False, columns=("text",))
 JUDGE = SimpleNamespace(form=FORM, labels=("a", "b"), choices=lambda row: ("a", "b"), confusion=lambda *_: CONFUSION)
 TOWERS = "keifu.evaluation.images.retrieval"

@@ -106,7 +106,7 @@ def _show_confusion(confusion: "Confusion", pictures: bool, options: Options) ->
     if options.json:
         print(json.dumps(confusion.to_json(), ensure_ascii=False))
         return
-    columns, rows = confusion.by_label()
+    columns, rows = confusion.result("texts")
     if len(rows) <= MANY:
         tables.show(columns, rows)
         print()

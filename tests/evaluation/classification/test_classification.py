@@ -22,7 +22,7 @@ def test_the_figures_are_those_of_scikit_learn() -> None:
     precision, recall, f1, texts = metrics.precision_recall_fscore_support(right, given, zero_division=0)
     for found, expected in zip(confusion.scores[:5].T, (precision, recall, f1), strict=True):
         torch.testing.assert_close(found, torch.tensor(expected).float())
-    assert [row[-1] for row in confusion.by_label()[1]] == [*map(str, texts), "0"]
+    assert [row[-1] for row in confusion.result("texts").rows] == [*map(str, texts), "0"]
 
 
 def test_a_label_that_is_given_and_never_right_counts_in_macro_f1() -> None:

@@ -69,22 +69,17 @@ class Confusion:
             f"macro F1 {self.macro_f1:.3f}."
         )
 
-    def by_label(self) -> tuple[list[str], list[list[str]]]:
-        """Return precision, recall and F1 of each label as a table (columns, rows)."""
-        each = zip(self.labels, self.scores.tolist(), self.counts.sum(1).tolist(), strict=True)
-        rows = [[label, *(f"{score:.3f}" for score in scores), f"{count:,}"] for label, scores, count in each]
-        return ["label", "precision", "recall", "F1", "texts"], rows
-
     def page(self) -> str:
         """Return the verdict, and a text table of precision, recall and F1 of each label."""
-        columns, rows = self.by_label()
+        columns, rows = self.result("texts")
         return f"{self.verdict()}\n\n{aligned([columns, *rows])}"
 
     def result(self, what: str) -> ResultTable:
-        """Return precision, recall and F1 of each label as a table of an evaluation. what: name of the data, for the
-        title."""
-        columns, rows = self.by_label()
-        return ResultTable(tuple(name.replace("texts", what) for name in columns), [tuple(row) for row in rows])
+        """Return precision, recall and F1 of each label as a table of an evaluation. what: name of the data, the
+        title of the counts."""
+        each = zip(self.labels, self.scores.tolist(), self.counts.sum(1).tolist(), strict=True)
+        rows = [(label, *(f"{score:.3f}" for score in scores), f"{count:,}") for label, scores, count in each]
+        return ResultTable(("label", "precision", "recall", "F1", what), rows)
 
     def matrix(self) -> tuple[list[str], list[list[str]]]:
         """Return the counts as a table (columns, rows)."""
