@@ -27,8 +27,10 @@ from keifu.generation.text.paged import graphs  # noqa: E402
 from keifu.generation.text.sampler import History, RowSettings  # noqa: E402
 from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.generation.text.translation import TranslationParams, search  # noqa: E402
-from keifu.layers.losses import cross_entropy as ce  # noqa: E402
-from keifu.layers.losses import head  # noqa: E402
+from keifu.layers.losses import (
+    cross_entropy as ce,  # noqa: E402
+    head,  # noqa: E402
+)
 from keifu.layers.losses.log_probabilities import token_log_probabilities  # noqa: E402
 from keifu.models import gpt2, llama  # noqa: E402
 from keifu.models.mixture import mixtral  # noqa: E402

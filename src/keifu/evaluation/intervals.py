@@ -42,8 +42,7 @@ def bootstrap(values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None
 
 def share_figures(name: str, successes: int, total: int) -> Figures:
     """Return a proportion and its Wilson interval, as figures of an evaluation."""
-    interval = as_text(wilson(successes, total))
-    return {name: round(successes / max(1, total), 4), f"{name}, 95% interval": interval}
+    return {name: round(successes / max(1, total), 4), f"{name}, 95% interval": as_text(wilson(successes, total))}
 
 
 def mean_figures(name: str, values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None) -> Figures:

@@ -54,8 +54,7 @@ def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]
     Four positions share 64 bits, which are mixed less than in `bits`, in place and without unsigned shifts: speed
     matters, since a training step needs billions.
     """
-    counters = torch.arange((count + 3) // 4, device=seeds.device) * STEP
-    mixed = seeds[:, None] + counters
+    mixed = seeds[:, None] + torch.arange((count + 3) // 4, device=seeds.device) * STEP
     mixed ^= mixed >> 32
     mixed *= FIRST
     mixed ^= mixed >> 29
@@ -90,8 +89,7 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 def _first_bits(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
     """Return `bits` of the first `count` positions, on a device with 64-bit numbers."""
     seeds = wide(seeds)
-    counters = torch.arange(count, device=seeds.device)
-    return bits(seeds[:, None].expand(-1, count), counters[None])
+    return bits(seeds[:, None].expand(-1, count), torch.arange(count, device=seeds.device)[None])
 
 
 def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:

@@ -30,5 +30,4 @@ class SentenceHead(nn.Module):
         self.project = Linear(dim, labels)
 
     def forward(self, hidden: Hidden, mask: Mask | None = None) -> Float[Tensor, "batch labels"]:
-        embedding = F.normalize(mean_pool(hidden, mask), dim=-1)
-        return self.project(embedding.to(self.project.weight.dtype))
+        return self.project(F.normalize(mean_pool(hidden, mask), dim=-1).to(self.project.weight.dtype))

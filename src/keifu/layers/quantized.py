@@ -89,8 +89,7 @@ FORMATS = {
 def pack(weight: Float[Tensor, "out in"]) -> Stored:
     """Quantise a matrix to blocks of Q4_0. In each block, the number farthest from 0 becomes -8 times the scale."""
     blocks = weight.detach().float().view(-1, SIZE)
-    farthest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
-    scale = farthest / -8
+    scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True)) / -8
     steps = (blocks / torch.where(scale == 0, 1.0, scale) + 8.5).floor().clamp(0, 15).to(torch.uint8)
     return torch.cat([scale.half().view(torch.uint8), steps[:, :16] | steps[:, 16:] << 4], 1)
 

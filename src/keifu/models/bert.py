@@ -244,8 +244,7 @@ def from_published(json: dict[str, Any]) -> Config:
 
 
 def _labels(json: dict[str, Any]) -> tuple[str, ...]:
-    count = json.get("num_labels", 2)
-    names = json.get("id2label") or {str(n): f"LABEL_{n}" for n in range(count)}
+    names = json.get("id2label") or {str(n): f"LABEL_{n}" for n in range(json.get("num_labels", 2))}
     if len(names) == 1:
         raise ValueError("it has a single label, so it gives a score (regression), and keifu classifies.")
     return tuple(names[key] for key in sorted(names, key=int))

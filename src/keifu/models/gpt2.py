@@ -50,14 +50,9 @@ def build(config: Config) -> DecoderLM:
 def assemble(config: Any, attention: Callable[[int], Attention], bias: bool = True) -> DecoderLM:
     """Build GPT-2 with the given attention of each layer, counted from 0."""
     norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=bias)
+    feedforward = partial(FeedForward, config.dim, config.hidden_dim, activation(config.activation), bias=bias)
     blocks = [
-        PreNorm(
-            attention(layer),
-            FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=bias),
-            (norm(), norm()),
-            config.dropout,
-        )
-        for layer in range(config.n_layers)
+        PreNorm(attention(layer), feedforward(), (norm(), norm()), config.dropout) for layer in range(config.n_layers)
     ]
     positions = LearnedPositions(config.context_length, config.dim)
     model = DecoderLM.of(config, blocks, norm(), positions)

@@ -183,10 +183,7 @@ DECODER_FIELDS: hf.Fields = hf.SIZE_FIELDS | {  # of LLaMA and later models
 }
 BIAS_FIELDS = DECODER_FIELDS | {"attention_bias": hf.Field("attention_bias", False)}
 ALL_HEADS = hf.Field("num_key_value_heads", None, if_none=lambda config: config.n_heads)
-FIELDS: hf.Fields = DECODER_FIELDS | {
-    "n_kv_heads": ALL_HEADS,
-    "head_dim": hf.Field("head_dim", None),
-}
+FIELDS: hf.Fields = DECODER_FIELDS | {"n_kv_heads": ALL_HEADS, "head_dim": hf.Field("head_dim", None)}
 
 
 def from_published(json: dict[str, Any]) -> Config:

@@ -12,7 +12,7 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.normalisation import AllHeadsRMSNorm, FullPrecisionRMSNorm
 from keifu.layers.transformer.blocks import ReorderedNorm
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.models import llama
+from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
 from keifu.ranges import Count, Positive
 
@@ -54,9 +54,7 @@ def attention(config: Any, layer: int) -> Attention:
     return llama.attention(config, config.attention_bias, qk_norm=norms)
 
 
-WEIGHT_NAMES = llama.WEIGHT_NAMES | {
-    "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
-    "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
+WEIGHT_NAMES = qwen3.WEIGHT_NAMES | {
     "blocks.*.attention_norm": "model.layers.*.post_attention_layernorm",
     "blocks.*.feedforward_norm": "model.layers.*.post_feedforward_layernorm",
 }

@@ -204,5 +204,4 @@ def exact_mixture(points: list[list[float]]) -> list[Fraction] | None:
             if i != column and (factor := row[column]):
                 rows[i] = [value - factor * unit for value, unit in zip(row, rows[column], strict=True)]
     shares = [row[size] for row in rows[:size]]
-    solved = all(row[size] == 0 for row in rows[size:])
-    return shares if solved and min(shares) >= 0 else None
+    return shares if all(row[size] == 0 for row in rows[size:]) and min(shares) >= 0 else None

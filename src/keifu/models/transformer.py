@@ -69,9 +69,8 @@ def build(config: Config) -> EncoderDecoder:
     sizes = config.vocab_size, config.target_vocab_size or config.vocab_size
     if config.shared and sizes[0] != sizes[1]:
         raise UserError(f"A shared embedding needs one vocabulary, not {sizes[0]} and {sizes[1]} tokens.")
-    embeddings = [nn.Embedding(size, config.dim) for size in (sizes[:1] if config.shared else sizes)]
     model = EncoderDecoder(
-        embeddings,
+        [nn.Embedding(size, config.dim) for size in (sizes[:1] if config.shared else sizes)],
         [_encoder_block(config) for _ in range(config.n_layers)],
         [_decoder_block(config) for _ in range(config.n_decoder_layers or config.n_layers)],
         SinusoidalPositions(config.context_length, config.dim, config.interleaved),

@@ -42,8 +42,7 @@ def frechet(real: Real, drawn: Drawn) -> float:
     covariance, other = real.T.cov(), drawn.T.cov()
     root = _root(covariance)
     cross = torch.linalg.eigvalsh(root @ other @ root).clamp_min(0).sqrt().sum()
-    apart = (real.mean(0) - drawn.mean(0)).square().sum()
-    return float(apart + covariance.trace() + other.trace() - 2 * cross)
+    return float((real.mean(0) - drawn.mean(0)).square().sum() + covariance.trace() + other.trace() - 2 * cross)
 
 
 def _root(symmetric: Tensor) -> Tensor:

@@ -63,8 +63,7 @@ def bound(
     denoise, exact, rows = Denoiser(network, noise), posterior(noise), []
     for step in range(noise.steps):
         timestep = torch.full((len(pictures),), step, device=pictures.device)
-        added = normal(seeds + step, pictures.shape[1:]).to(pictures)
-        x = add_noise(pictures, added, noise.alpha_bar, timestep)
+        x = add_noise(pictures, normal(seeds + step, pictures.shape[1:]).to(pictures), noise.alpha_bar, timestep)
         left = float(noise.alpha_bar[step])
         seen = denoise(x, Level(float(step), math.sqrt(left), math.sqrt(1 - left)))
         rows.append(bits_of_step(noise, exact, pictures, seen.picture, x, timestep, seen.variance_fraction))

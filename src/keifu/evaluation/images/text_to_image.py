@@ -26,17 +26,17 @@ from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTa
 from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
 from keifu.generation.images.pixel_diffusion import ImageRequest
 
+Cosines = Float[Tensor, "picture texts"]
 
-def cosines(
-    towers: nn.Module, tokenizer: Tokenizer, pictures: Bytes, texts: Sequence[str]
-) -> Float[Tensor, "picture texts"]:
+
+def cosines(towers: nn.Module, tokenizer: Tokenizer, pictures: Bytes, texts: Sequence[str]) -> Cosines:
     """Return the cosine between the CLIP embeddings of each picture and each text."""
     if len(pictures) != len(texts):
         raise UserError(f"{len(pictures)} pictures need as many texts, and {len(texts)} were given.")
     return embed_pictures(towers, map(to_image, pictures)) @ embed_texts(towers, tokenizer, texts, cut=True).T
 
 
-def clip_scores(cosines: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
+def clip_scores(cosines: Cosines) -> tuple[Float[Tensor, " picture"], Float[Tensor, " picture"]]:
     """Return CLIP scores of each picture with its text, and the mean of its scores with all other texts, as if captions
     were shuffled.
 
@@ -48,7 +48,7 @@ def clip_scores(cosines: Float[Tensor, "picture texts"]) -> tuple[Float[Tensor, 
     return matching, (scores.sum(1) - matching) / max(1, count - 1)
 
 
-def best(cosines: Float[Tensor, "picture texts"], count: int) -> list[int]:
+def best(cosines: Cosines, count: int) -> list[int]:
     """Return the indices of the pictures that fit the first text best, the best one first (DALL-E's reranking; Ramesh
     et al., 2021)."""
     return cosines[:, 0].argsort(descending=True, stable=True)[:count].tolist()

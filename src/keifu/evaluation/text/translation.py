@@ -90,8 +90,7 @@ class Scorer:
         for group, members in sorted(groups.items()):
             scores = self([translations[i] for i in members], [references[i] for i in members])
             end = f"-{(group + 1) * step}" if group < 9 else " and more"
-            row = f"{group * step + 1}{end}", len(members), round(scores.bleu, 2), round(scores.chrf, 2)
-            rows.append(row)
+            rows.append((f"{group * step + 1}{end}", len(members), round(scores.bleu, 2), round(scores.chrf, 2)))
         return ResultTable(("source words" if spaced else "source characters", "pairs", "BLEU", "chrF"), rows)
 
 

@@ -18,6 +18,7 @@ from keifu.layers.dropout import Dropout
 from keifu.layers.linear import JoinedLinear, Linear
 
 Hidden = Float[Tensor, "batch length dim"]
+Heads = Float[Tensor, "batch length heads head_dim"]
 
 
 class Scoring(NamedTuple):
@@ -202,9 +203,7 @@ class Attention(nn.Module):
         visible = None if mask is None else mask.visible(k.shape[2], self.window)
         return attend(q, k, v, visible, self.scoring)
 
-    def _rotate(
-        self, qk: Float[Tensor, "batch length heads head_dim"], rotation: Rotation, positions: Positions
-    ) -> Float[Tensor, "batch length heads head_dim"]:
+    def _rotate(self, qk: Heads, rotation: Rotation, positions: Positions) -> Heads:
         """Rotate queries and keys by their positions."""
         return rotation.apply(qk)
 
@@ -240,9 +239,7 @@ class TemperedAttention(Attention):
         super().__init__(*sizes, **settings)
         self.growth, self.trained = growth, trained
 
-    def _rotate(
-        self, qk: Float[Tensor, "batch length heads head_dim"], rotation: Rotation, positions: Positions
-    ) -> Float[Tensor, "batch length heads head_dim"]:
+    def _rotate(self, qk: Heads, rotation: Rotation, positions: Positions) -> Heads:
         q, k = rotation.apply(qk).split([self.n_heads, self.n_kv_heads], 2)
         size = 1 + self.growth * (1 + positions.ids // self.trained).float().log()
         return torch.cat([q * size[..., None, None].to(q.dtype), k], 2)
@@ -263,8 +260,7 @@ class GatedAttention(Attention):
     def forward(
         self, x: Hidden, mask: Mask | None = None, positions: Positions | None = None, cache: Cache | None = None
     ) -> Hidden:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))
-        queries, keys_values = heads.tensor_split([2 * self.n_heads], 2)
+        queries, keys_values = self.qkv(x).unflatten(-1, (-1, self.head_dim)).tensor_split([2 * self.n_heads], 2)
         q, gate = queries.unflatten(2, (-1, 2)).unbind(3)
         return self.out(self._mix(torch.cat([q, keys_values], 2), mask, positions, cache) * gate.flatten(2).sigmoid())
 

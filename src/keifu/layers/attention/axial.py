@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from keifu.layers.attention.attention import Attention, attend
+from keifu.layers.attention.attention import Attention, Hidden, attend
 from keifu.layers.attention.kv_cache import LayerCache
 
 Pattern = Literal["row", "column", "convolution", "full"]
@@ -99,9 +99,7 @@ class GridAttention(Attention):
         self.grid = grid
         self.pattern: Pattern = pattern
 
-    def forward(
-        self, x: Float[Tensor, "batch length dim"], cache: LayerCache | None = None
-    ) -> Float[Tensor, "batch length dim"]:
+    def forward(self, x: Hidden, cache: LayerCache | None = None) -> Hidden:
         """Attend from all tokens. With a cache: from the text and the grid's first positions, or from one new
         position."""
         heads = self.qkv(x).unflatten(-1, (3, self.n_heads, self.head_dim))
@@ -122,7 +120,7 @@ def _table(make: Callable[..., Tensor], device: torch.device, *given: Any) -> Te
         return make(*given).to(device)
 
 
-def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> Float[Tensor, "batch length dim"]:
+def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> Hidden:
     """Attend over a text and a whole grid; return the result of each token with the heads joined."""
     if pattern == "full":
         return attend(q, k, v, "causal")

@@ -189,12 +189,9 @@ class PaddingMask:
         return self.mask
 
 
-class CausalPaddingMask:
+class CausalPaddingMask(PaddingMask):
     """Each token sees itself and earlier real tokens. `real` is True on real tokens."""
 
     def __init__(self, real: Bool[Tensor, "batch length"]):
         causal = torch.ones(2 * real.shape[1:], dtype=torch.bool, device=real.device).tril()
         self.mask = ((real[:, None] & causal) | torch.eye(real.shape[1], dtype=torch.bool, device=real.device))[:, None]
-
-    def visible(self, seen: int, window: int | None) -> Visible:
-        return self.mask

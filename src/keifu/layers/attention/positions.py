@@ -224,8 +224,7 @@ class Rotary(nn.Module):
         return self.head_dim, self.theta, self.scaling, self.interleaved
 
     def forward(self, positions: Int[Tensor, "*batch length"], lengths: Lengths = None) -> Rotation:
-        frequencies = self.frequencies(positions, lengths)
-        angles = positions[..., None].float() * frequencies
+        angles = positions[..., None].float() * self.frequencies(positions, lengths)
         size = self.scaling.magnitude() if self.scaling else 1.0
         return Rotation(angles.cos() * size, angles.sin() * size, self.interleaved)
 

@@ -128,13 +128,9 @@ class Noise:
             raise UserError(f"A threshold is a share of a picture's numbers, between 0 and 1, not {self.threshold}.")
         if not 0 < self.shift < math.inf:
             raise UserError(f"The shift of a flow is a positive number, not {self.shift}.")
-        if self.flows:
-            self._check_flow()
-
-    def _check_flow(self) -> None:
-        if self.target == "noise":
+        if self.flows and self.target == "noise":
             raise UserError("A flow begins at noise, where a predicted noise gives no picture: use the target flow.")
-        if self.variance == "learned_range" or self.betas or self.zero_terminal_snr:
+        if self.flows and (self.variance == "learned_range" or self.betas or self.zero_terminal_snr):
             raise UserError("A flow has no β: leave out learned_range, betas and zero_terminal_snr.")
 
     @property
@@ -227,8 +223,7 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
 def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor:
     """Return the table's value at the timestep of each row, in at least float32, in a shape that broadcasts with x
     (batch, *shape)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    picked = moved(table, x.device, dtype)[timestep]
+    picked = moved(table, x.device, torch.promote_types(x.dtype, torch.float32))[timestep]
     return picked.reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -47,8 +47,7 @@ def cross_entropy(
         targets = targets.masked_fill(~mask.flatten(), IGNORED)
     total = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED, label_smoothing=label_smoothing)
     if z_loss:
-        log_z = logits.logsumexp(-1)
-        total = total + z_loss * (log_z.square() * (targets != IGNORED)).sum()
+        total = total + z_loss * (logits.logsumexp(-1).square() * (targets != IGNORED)).sum()
     return total
 
 

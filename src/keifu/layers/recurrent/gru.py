@@ -68,8 +68,7 @@ class _Recurrence(torch.autograd.Function):
         low, low_bias, tape = weight.to(dtype), bias.to(dtype)[:, None], RecurrentTape.empty(len(x), state)
         with torch.autocast(x.device.type, enabled=False):
             for step in range(len(x)):
-                before = tape.states[step].to(dtype)
-                tape.advance(step, x[step], torch.baddbmm(low_bias, before, low.mT))
+                tape.advance(step, x[step], torch.baddbmm(low_bias, tape.states[step].to(dtype), low.mT))
         ctx.save_for_backward(low, *tape)
         return tape.states[1:]
 
@@ -147,7 +146,8 @@ class ForwardEncoder(nn.Module):
         start = products.new_zeros(len(ways), len(x), self.forwards.dim)
         states = recur(products, [gru.recurrent for gru, _ in ways], start)
         onwards, *back = states.permute(1, 2, 0, 3)
-        ends = [_at(states, lengths - 1) for states in (onwards, *back)]
+        rows = torch.arange(len(x), device=x.device)
+        ends = [states[rows, lengths - 1] for states in (onwards, *back)]
         joined = torch.cat([onwards, *(_reverse(states, lengths) for states in back)], -1)
         return EncoderOutput(joined, torch.cat(ends, -1), mask)
 
@@ -186,10 +186,6 @@ def _lengths(mask: Bool[Tensor, "batch length"]) -> Int[Tensor, " batch"]:
     else:
         torch.ops.aten._assert_async.msg(lengths.all(), EMPTY)
     return lengths
-
-
-def _at(states: Float[Tensor, "batch length dim"], positions: Int[Tensor, " batch"]) -> Float[Tensor, "batch dim"]:
-    return states[torch.arange(len(states), device=states.device), positions]
 
 
 def _reverse(x: Float[Tensor, "batch length dim"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, "batch length dim"]:

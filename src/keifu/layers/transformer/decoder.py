@@ -32,8 +32,7 @@ class Inserted(NamedTuple):
 
     def into(self, x: Hidden) -> Hidden:
         """Return the embeddings x of tokens with these inserted."""
-        new = self.embeddings.to(x.dtype)
-        return x.flatten(0, 1).index_copy(0, self.indices, new).view_as(x)
+        return x.flatten(0, 1).index_copy(0, self.indices, self.embeddings.to(x.dtype)).view_as(x)
 
 
 class NormedEmbedding(nn.Embedding):

@@ -57,7 +57,8 @@ class ResidualBlock(nn.Module):
         hidden = self.activation(self.norm1(x))
         if self.resample is not None:
             x, hidden = self.resample(x), self.resample(hidden)
-        hidden = self.activation(self.conditioned(self.conv1(hidden), self._time(time)))
+        embedded = None if self.time is None else self.time(time)[:, :, None, None]
+        hidden = self.activation(self.conditioned(self.conv1(hidden), embedded))
         x = x if self.shortcut is None else self.shortcut(x)
         hidden = self.dropout(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # channels are last in memory
         x = x + self.conv2(hidden)
@@ -66,9 +67,6 @@ class ResidualBlock(nn.Module):
     def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:
         """Return the second norm of the sum of `hidden` and the noise level's embedding."""
         return self.norm2(hidden if time is None else hidden + time)
-
-    def _time(self, time: Tensor | None) -> Float[Tensor, "batch time_channels 1 1"] | None:
-        return None if self.time is None else self.time(time)[:, :, None, None]
 
 
 class AdaptiveResidualBlock(ResidualBlock):
@@ -160,8 +158,7 @@ def fold_upsampling(kernel: Float[Tensor, "out channels 3 3"]) -> Float[Tensor, 
     lower right output pixel of each input pixel."""
     halves = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=kernel.dtype, device=kernel.device)
     which = torch.einsum("prk,qsl->klpqrs", halves, halves).reshape(9, 16)
-    four = (kernel.flatten(2) @ which).unflatten(2, (2, 2, 2, 2))
-    return four.permute(2, 3, 0, 1, 4, 5).flatten(0, 2)
+    return (kernel.flatten(2) @ which).unflatten(2, (2, 2, 2, 2)).permute(2, 3, 0, 1, 4, 5).flatten(0, 2)
 
 
 def interleave(four: Float[Tensor, "batch four_out padded_height padded_width"]) -> Resampled:
@@ -193,6 +190,5 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Pixels) -> Pixels:
         pixels = self.norm(x).permute(0, 2, 3, 1).flatten(1, 2)
-        seen = self.attention(pixels, EVERYWHERE).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-        x = x + seen
+        x = x + self.attention(pixels, EVERYWHERE).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return x if self.scale == 1 else x / self.scale

@@ -24,7 +24,6 @@ class PackedConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
-        self.padding = _pair(conv.padding)
         self.conv = _prepack(conv, conv.weight.detach(), conv.bias)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Resampled:

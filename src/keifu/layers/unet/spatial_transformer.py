@@ -70,8 +70,7 @@ class JointAttention(nn.Module):
         visible = memory_mask.visible(k.shape[2] - q.shape[2], None)
         if isinstance(visible, Tensor):
             visible = F.pad(visible, (0, q.shape[2]), value=True)
-        seen = self.out(attend(q, k, v, visible))
-        return x + seen.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return x + self.out(attend(q, k, v, visible)).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _heads(self, joined: Float[Tensor, "batch length rows"], parts: int) -> tuple[Tensor, ...]:
         split = joined.chunk(parts, -1)

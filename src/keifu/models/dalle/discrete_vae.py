@@ -68,8 +68,7 @@ class Laplace(NamedTuple):
 
     def log_likelihood(self, values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return the log-density at values strictly between 0 and 1 (appendix A.3)."""
-        logit = torch.logit(values)
-        spread = (logit - self.location).abs() * torch.exp(-self.log_scale)
+        spread = (torch.logit(values) - self.location).abs() * torch.exp(-self.log_scale)
         return -spread - self.log_scale - math.log(2) - torch.log(values * (1 - values))
 
 
@@ -180,8 +179,7 @@ class DiscreteVAE(nn.Module):
         Raises UserError, with the nearest size, for sides that are not multiples of the factor.
         """
         self.check_size(*pictures.shape[2:])
-        weight = self.encoder.last.weight
-        return self.encoder(self.values(pictures).to(weight.dtype)).to(pictures.dtype)
+        return self.encoder(self.values(pictures).to(self.encoder.last.weight.dtype)).to(pictures.dtype)
 
     def encode(self, pictures: Pixels) -> Codes:
         """Return the most likely code of each grid position."""

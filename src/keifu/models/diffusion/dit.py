@@ -195,8 +195,7 @@ class DiffusionTransformer(nn.Module):
         hidden = self.patches(x.to(dtype))
         rows, columns = hidden.shape[2:]
         hidden = hidden.flatten(2).mT
-        trained = self.config.size // patch
-        hidden = hidden + patch_positions(rows, columns, trained, self.config.dim, x.device).to(dtype)
+        hidden = hidden + patch_positions(rows, columns, self.config.size // patch, self.config.dim, x.device).to(dtype)
         conditions = [condition(timestep, label) for condition in self.conditions]
         for block, condition in zip(self.blocks, conditions, strict=True):
             hidden = block(hidden, condition=condition)

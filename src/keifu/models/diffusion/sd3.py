@@ -136,8 +136,7 @@ class JointTransformer(nn.Module):
         self.blocks = nn.ModuleList(JointBlock(config, layer) for layer in range(config.n_layers))
         self.norm = nn.LayerNorm(dim, EPS, elementwise_affine=False)
         self.modulation, self.last = Linear(dim, 2 * dim), Linear(dim, patch * patch * config.predicted_channels)
-        sides = config.positions, config.positions, config.size // patch
-        table = patch_positions(*sides, dim, torch.device("cpu"))
+        table = patch_positions(config.positions, config.positions, config.size // patch, dim, torch.device("cpu"))
         self.register_buffer("positions", table[None].to(self.last.weight.device))
 
     def forward(

@@ -230,8 +230,7 @@ def read_rope(json: Mapping[str, Any], default_theta: float = 10_000.0, partial:
         return {"rope_theta": theta, "rope_scaling": None}
     context = json["max_position_embeddings"]
     fields = {ours: _number(ours, rope[theirs]) for ours, theirs in _FIELDS.items() if rope.get(theirs) is not None}
-    original = json.get("original_max_position_embeddings", context)
-    fields = {"original_context_length": original} | fields
+    fields = {"original_context_length": json.get("original_max_position_embeddings", context)} | fields
     if rope_type == "dynamic":  # published code scales from the configured length and ignores other fields
         fields["original_context_length"] = context
     factor = rope["factor"] if rope.get("factor") is not None else context / fields["original_context_length"]

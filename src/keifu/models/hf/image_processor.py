@@ -108,12 +108,11 @@ def _side(size: Any) -> int:
 
 def write_pixels(pixels: Pixels) -> dict[str, Any]:
     """Return the preprocessor_config.json that transformers reads."""
-    square = {"height": pixels.size, "width": pixels.size}
     return {
         "image_processor_type": "CLIPImageProcessor",
         **FIXED,
         "do_convert_rgb": True,
-        "size": square if pixels.squash else {"shortest_edge": pixels.size},
+        "size": {"height": pixels.size, "width": pixels.size} if pixels.squash else {"shortest_edge": pixels.size},
         "crop_size": {"height": pixels.crop, "width": pixels.crop},
         "resample": FILTERS.index(pixels.resample),
         "image_mean": list(pixels.mean),

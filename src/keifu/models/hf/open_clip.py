@@ -5,9 +5,7 @@ Settings that change the results and are not implemented are refused by name.
 
 from typing import Any
 
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.hf.image_processor import MEAN, STD, Pixels
 
 _BLOCK = {
@@ -79,13 +77,12 @@ def from_open_clip(json: dict[str, Any]) -> clip.Config:
 
 
 def _text(json: dict[str, Any], embedding: int, quick: bool) -> clip_text.Config:
-    dim = json.get("width", 512)
     return clip_text.Config(
         vocab_size=json.get("vocab_size", 49_408),
         context_length=json.get("context_length", 77),
         n_heads=json.get("heads", 8),
         end_id=json.get("eos_id", 2) if json.get("pool_type", "argmax") == "eos" else None,
-        **_transformer(json, dim, embedding, quick),
+        **_transformer(json, json.get("width", 512), embedding, quick),
     )
 
 

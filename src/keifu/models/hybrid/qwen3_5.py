@@ -25,10 +25,7 @@ class Config(qwen3_next.Config):
     n_experts_per_token: int = 8
 
 
-SIZES = {
-    "qwen3.5-9b": Config(),
-    "qwen3.5-35b-a3b": Config(dim=2048, n_layers=40, n_kv_heads=2, n_experts=256),
-}
+SIZES = {"qwen3.5-9b": Config(), "qwen3.5-35b-a3b": Config(dim=2048, n_layers=40, n_kv_heads=2, n_experts=256)}
 
 
 def build(config: Config) -> DecoderLM:

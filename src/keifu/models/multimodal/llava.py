@@ -70,10 +70,7 @@ def tie(config: Config, tied: bool) -> Config:
 
 
 # The paper's numbers of parameters in sizes.json were counted in the released weights.
-SIZES = {
-    "llava-1.5-7b": Config(),
-    "llava-1.5-13b": Config(replace(llama.SIZES["llama2-13b"], vocab_size=32_064)),
-}
+SIZES = {"llava-1.5-7b": Config(), "llava-1.5-13b": Config(replace(llama.SIZES["llama2-13b"], vocab_size=32_064))}
 
 
 class Projector(nn.Module):

@@ -100,10 +100,9 @@ class SmolVLM(Llava):
 
 def build(config: Config) -> SmolVLM:
     """Build a model with LLaMA's and SigLIP's initialisation, and PyTorch's for the projection."""
-    side = config.image.image_size // config.image.patch_size
-    if side % config.shuffle:
-        square = f"{config.shuffle} x {config.shuffle}"
-        raise UserError(f"A tile has {side} x {side} patches, and {square} cannot be joined.")
+    side, square = config.image.image_size // config.image.patch_size, config.shuffle
+    if side % square:
+        raise UserError(f"A tile has {side} x {side} patches, and {square} x {square} cannot be joined.")
     projector: Any = PixelShuffle(config.image.dim, config.text.dim, config.shuffle)
     return SmolVLM(config, llama.build(config.text), siglip.build(config.image), projector)
 
@@ -114,10 +113,7 @@ WEIGHT_NAMES = {
     "projector.projection": "model.connector.modality_projection.proj",
 }
 MODEL_TYPES = {"idefics3": "Idefics3ForConditionalGeneration", "smolvlm": "SmolVLMForConditionalGeneration"}
-FIELDS: hf.Fields = {
-    "image_token": hf.Field("image_token_id", 128_257),
-    "shuffle": hf.Field("scale_factor", 2),
-}  # fmt: skip
+FIELDS: hf.Fields = {"image_token": hf.Field("image_token_id", 128_257), "shuffle": hf.Field("scale_factor", 2)}
 TEXT_DEFAULTS = {**llava.TEXT_DEFAULTS, "rms_norm_eps": 1e-5}
 VISION_DEFAULTS: Mapping[str, Any] = {  # the image encoder's defaults, which transformers leaves out
     "hidden_size": 1152, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 16,

@@ -44,10 +44,7 @@ _ministral3 = partial(
     rope_scaling=RopeScaling("yarn", 16.0, 16_384, mscale=1.0, mscale_all_dim=1.0),
 )  # fmt: skip
 
-SIZES = {
-    "ministral-8b": Config(),
-    "ministral3-8b": _ministral3(hidden_dim=14_336, n_layers=34),
-}
+SIZES = {"ministral-8b": Config(), "ministral3-8b": _ministral3(hidden_dim=14_336, n_layers=34)}
 
 
 def build(config: Config) -> DecoderLM:
