@@ -24,8 +24,7 @@ import keifu
 from keifu.data.translation.batches import by_tokens
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text.translation import RESAMPLES, Scorer, evaluate
-from keifu.models import seq2seq as rnn
-from keifu.models import transformer as attending
+from keifu.models import seq2seq as rnn, transformer as attending
 from keifu.recipes.translation import seq2seq, transformer
 from keifu.recipes.translation.translator_runs import TranslationOptions, learn
 from keifu.training.settings import Settings

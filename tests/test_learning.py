@@ -29,17 +29,13 @@ from keifu.models import (
     seq2seq,
     transformer,
 )
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada
 from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.speech import whisper
-from keifu.models.unclip import conditioning, unclip
-from keifu.models.unclip import decoder as unclip_decoder
-from keifu.models.unclip import prior as unclip_prior
+from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 from keifu.models.variants import gemma2, granite, ministral, nanochat, phi3, smollm3
 from keifu.recipes.neurons.mlp import LOSSES
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss

@@ -20,8 +20,7 @@ from keifu.data.text.synthetic_math import arithmetic, chain_sums, countdowns
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models import llama
-from keifu.recipes.assistant import finetuning, ppo
-from keifu.recipes.assistant import grpo as recipe
+from keifu.recipes.assistant import finetuning, grpo as recipe, ppo
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.training.run import metrics
 

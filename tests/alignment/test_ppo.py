@@ -16,8 +16,7 @@ from keifu.commands.train import parse
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.models import gpt2, llama, task_head
-from keifu.recipes.assistant import finetuning
-from keifu.recipes.assistant import ppo as recipe
+from keifu.recipes.assistant import finetuning, ppo as recipe
 from keifu.training.run import metrics
 
 CONFIG: dict[str, Any] = {"context_length": 48, "dim": 32, "hidden_dim": 64, "n_layers": 1, "n_heads": 4}

@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from keifu.data.epochs import BatchSizeSchedule, Epochs, batch_size_stages
 from keifu.errors import UserError

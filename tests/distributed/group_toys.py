@@ -42,16 +42,13 @@ from keifu.layers.lazy import build_lazily
 from keifu.layers.lora import adapters
 from keifu.layers.losses.log_probabilities import token_log_probabilities
 from keifu.models import gpt2, llama, palm, transformer
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.diffusion import ddpm, dit
 from keifu.processes import Processes, current, local, use
 from keifu.recipes.assistant import dpo
 from keifu.recipes.assistant.finetuning import Lora, to_train
 from keifu.recipes.classification import classifier
-from keifu.recipes.language import bert as bert_recipe
-from keifu.recipes.language import gpt as gpt_recipe
+from keifu.recipes.language import bert as bert_recipe, gpt as gpt_recipe
 from keifu.recipes.translation import translator_runs as translations
 from keifu.training.hardware import cost
 from keifu.training.loop import train

@@ -18,9 +18,7 @@ from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, seq2seq, transformer
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.training.hardware.recompute import blocks_of
 

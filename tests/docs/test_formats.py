@@ -15,8 +15,7 @@ from keifu.checkpoints import hub, loading
 from keifu.checkpoints.diffusers import pipeline
 from keifu.checkpoints.gguf import read as gguf
 from keifu.checkpoints.gguf.config import ARCHITECTURES
-from keifu.checkpoints.hf import read as hf
-from keifu.checkpoints.hf import write as hf_write
+from keifu.checkpoints.hf import read as hf, write as hf_write
 from keifu.checkpoints.lora import diffusion, peft
 from keifu.checkpoints.registry import FAMILIES
 from keifu.cli import main

@@ -11,15 +11,11 @@ from keifu.checkpoints.lora.diffusion import attach_lora, save_lora
 from keifu.checkpoints.lora.peft import layers
 from keifu.data.tokenizers import bpe
 from keifu.layers.lora import LoraSettings, adapters, attach
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, latent_diffusion
 from keifu.models.hf.image_processor import Pixels
-from keifu.models.unclip import conditioning, unclip
-from keifu.models.unclip import decoder as unclip_decoder
-from keifu.models.unclip import prior as unclip_prior
+from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 
 UPSAMPLER = ddpm.Config(
     16, channels=6, out_channels=3, dim=8, multipliers=(1, 1), n_residual_blocks=1, attention=(), up_attention=(),

@@ -19,8 +19,7 @@ from keifu.data.chat import conversations
 from keifu.data.chat.preferences import read_preferences
 from keifu.data.chat.prompts import read_prompts
 from keifu.data.classification.input_formats import FORMS, read_examples
-from keifu.data.classification.tables import read as read_labels
-from keifu.data.classification.tables import read_table
+from keifu.data.classification.tables import read as read_labels, read_table
 from keifu.data.images.catalogued import read_idx
 from keifu.data.images.dataset import read_images
 from keifu.data.images.io import read_image

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from keifu.layers.losses import cross_entropy as ce
-from keifu.layers.losses import head
+from keifu.layers.losses import cross_entropy as ce, head
 from keifu.layers.losses.cross_entropy import Vocabulary
 from keifu.layers.losses.divergence import linear_divergence
 from keifu.layers.losses.head import SoftCappedHead

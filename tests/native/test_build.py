@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from keifu import files
-from keifu.native import compiler
-from keifu.native import library as build
+from keifu.native import compiler, library as build
 
 SMALL = 'extern "C" int answer() { return 42; }'
 

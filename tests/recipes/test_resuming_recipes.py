@@ -15,8 +15,7 @@ from keifu import cli
 from keifu.commands.shared.recipe_options import recipes
 from keifu.models.clip import text as clip_text
 from keifu.recipes import demo
-from keifu.recipes.images import clip, lora_image, unclip
-from keifu.recipes.images import latent_diffusion as latents
+from keifu.recipes.images import clip, latent_diffusion as latents, lora_image, unclip
 from keifu.training import loop
 from keifu.training.run import checkpoint
 from keifu.training.signals import Interrupted, StopRequest

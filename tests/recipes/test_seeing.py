@@ -21,9 +21,7 @@ from keifu.errors import UserError
 from keifu.evaluation.images import questions as evaluation
 from keifu.evaluation.registry import EvalRequest
 from keifu.models import gpt2, llama
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.hf.image_processor import Pixels, Tiles
 from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.recipes.assistant import see

@@ -23,9 +23,7 @@ from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.layers.quantized import QuantizedLinear
 from keifu.models import bert, llama, task_head
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.recipes.assistant import distill, dpo, grpo, instruct, ppo, reward, see, sft
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.recipes.classification import classifier, gpt1_finetune

@@ -13,8 +13,7 @@ from wiring import DIFFERENT, MINUTES, Group, Reach
 from keifu.data.images.augmentation import Augmentation
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.recipes.images import clip, dalle, ddpm, dit, latent_diffusion, lora_image, unclip
 from keifu.training.settings import Settings
 

@@ -19,19 +19,22 @@ from keifu.errors import UserError
 from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, olmo2, palm, seq2seq, transformer
 from keifu.models.diffusion import llada
-from keifu.recipes.language import bert as bert_recipe
-from keifu.recipes.language import characters, gpt, palm2
-from keifu.recipes.language import gpt1 as gpt1_recipe
-from keifu.recipes.language import gpt2 as gpt2_recipe
-from keifu.recipes.language import gpt3 as gpt3_recipe
-from keifu.recipes.language import llada as llada_recipe
-from keifu.recipes.language import llama as llama_recipe
-from keifu.recipes.language import olmo2 as olmo2_recipe
-from keifu.recipes.language import palm as palm_recipe
+from keifu.recipes.language import (
+    bert as bert_recipe,
+    characters,
+    gpt,
+    gpt1 as gpt1_recipe,
+    gpt2 as gpt2_recipe,
+    gpt3 as gpt3_recipe,
+    llada as llada_recipe,
+    llama as llama_recipe,
+    olmo2 as olmo2_recipe,
+    palm as palm_recipe,
+    palm2,
+)
 from keifu.recipes.language.pretraining import Text
 from keifu.recipes.options import from_json, to_json
-from keifu.recipes.translation import seq2seq as seq2seq_recipe
-from keifu.recipes.translation import transformer as transformer_recipe
+from keifu.recipes.translation import seq2seq as seq2seq_recipe, transformer as transformer_recipe
 from keifu.training.objectives.mapped_data import MappedData
 from keifu.training.settings import Settings
 

@@ -15,8 +15,7 @@ from wiring import DIFFERENT, Group, Reach
 from keifu.commands.shared.recipe_options import recipes
 from keifu.errors import UserError
 from keifu.recipes import demo
-from keifu.recipes.neurons import mlp, mlp_compare
-from keifu.recipes.neurons import perceptron as perceptron_recipe
+from keifu.recipes.neurons import mlp, mlp_compare, perceptron as perceptron_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,8 +9,7 @@ from PIL import Image, ImageDraw
 
 from keifu import checkpoints
 from keifu.layers.diffusion.noise_schedule import Noise
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.recipes.images import clip
 from keifu.training.settings import Settings

@@ -23,9 +23,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import bert, gpt2, llama, transformer
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits

@@ -13,9 +13,7 @@ from keifu import processes as ranks
 from keifu.errors import UserError
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import bert, llama
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.processes import Processes
 from keifu.training.objectives.contrastive import contrastive_loss

@@ -9,8 +9,7 @@ import torch
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.models.unclip import decoder as unclip_decoder
-from keifu.models.unclip import prior as unclip_prior
+from keifu.models.unclip import decoder as unclip_decoder, prior as unclip_prior
 
 diffusers = pytest.importorskip("diffusers")
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel  # noqa: E402

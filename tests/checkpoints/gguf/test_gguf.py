@@ -6,8 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 
 from keifu import checkpoints
 from keifu.checkpoints.gguf.config import FREQS, divisors, read_scaling

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from keifu.checkpoints.hf.weight_names import Link, halves, links, matches, pairs
 from keifu.checkpoints.registry import FAMILIES, describe
 from keifu.layers.linear import JoinedLinear
 from keifu.layers.meta import on_meta
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
+from keifu.models.clip import clip, image as clip_image
 
 
 class Toy(nn.Module):

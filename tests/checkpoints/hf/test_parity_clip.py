@@ -13,9 +13,7 @@ from safetensors.torch import load_file, save_file
 from keifu import checkpoints
 from keifu.checkpoints.registry import describe, read_config
 from keifu.errors import UserError
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 
 TEXT = {
     "vocab_size": 97, "hidden_size": 30, "intermediate_size": 42, "num_hidden_layers": 3, "num_attention_heads": 5,

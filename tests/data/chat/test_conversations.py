@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from keifu.data.chat.conversations import names, read
 from keifu.data.chat.packing import PackedConversations, TurnMasks, fit_conversations, pack

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from keifu.data.interleaving import interleave, source_of_row
 from keifu.data.text import mixture, synthetic_math

@@ -5,8 +5,7 @@ from datetime import datetime
 from itertools import groupby, product
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from quick import quick
 from transformers import AutoTokenizer
 

@@ -8,8 +8,7 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import pre_tokenizers
 from transformers import AutoTokenizer
 

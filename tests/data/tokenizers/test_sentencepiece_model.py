@@ -5,8 +5,7 @@ import random
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from keifu.data.catalogue.catalogue import fetch
 from keifu.data.tokenizers.load import load_tokenizer

@@ -4,8 +4,7 @@ import random
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import decoders, models
 
 from keifu.data.tokenizers.load import load_tokenizer

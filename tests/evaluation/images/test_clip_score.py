@@ -12,9 +12,7 @@ from keifu import checkpoints, cli
 from keifu.data.tokenizers import bpe
 from keifu.errors import UserError
 from keifu.evaluation.images.text_to_image import best, clip_scores, cosines
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 
 TEXTS = ["a red heart", "a blue cat", "赤いハート", "a green book on a table"]

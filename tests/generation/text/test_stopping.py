@@ -1,8 +1,7 @@
 """Stop strings: where the text ends, and that it does not matter how the text was cut into pieces."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from keifu.generation.text.request import StopText
 

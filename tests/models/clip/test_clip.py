@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.clip.image import AntialiasedBottleneck
 from keifu.models.sizes import count
 

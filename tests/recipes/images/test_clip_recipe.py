@@ -15,8 +15,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.images.retrieval import embed_texts
 from keifu.models import bert
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.recipes.images import clip as recipe
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -10,8 +10,7 @@ import pytest
 from serving_toys import WAIT, running
 
 from keifu import cli
-from keifu.evaluation.classification import embeddings
-from keifu.evaluation.classification import search as searched
+from keifu.evaluation.classification import embeddings, search as searched
 from keifu.serving.app import Access
 from keifu.serving.openai import vectors as service
 from keifu.serving.worker import Limits

@@ -6,9 +6,7 @@ import pytest
 import torch
 import transformers
 
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer

@@ -9,8 +9,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from keifu.checkpoints.hf.read import WEIGHTS as TRANSFORMERS_WEIGHTS
-from keifu.checkpoints.hf.read import source_of, weight_files
+from keifu.checkpoints.hf.read import WEIGHTS as TRANSFORMERS_WEIGHTS, source_of, weight_files
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import Source
 from keifu.checkpoints.registry import FAMILIES, Family, read_config

@@ -13,9 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from keifu.checkpoints.hf.native_config import check_types
-from keifu.checkpoints.registry import Family, check_settings
-from keifu.checkpoints.registry import describe as describe_plain
-from keifu.checkpoints.registry import read_config as read_plain
+from keifu.checkpoints.registry import Family, check_settings, describe as describe_plain, read_config as read_plain
 from keifu.errors import UserError
 from keifu.models import task_head
 

@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from keifu.checkpoints.hf.native_config import check_kinds
-from keifu.checkpoints.loading import DTYPES, planned
-from keifu.checkpoints.loading import load as load_model
+from keifu.checkpoints.loading import DTYPES, load as load_model, planned
 from keifu.checkpoints.lora.diffusion import FILE, apply_lora
 from keifu.checkpoints.plan import LoadPlan, check_tokenizer
 from keifu.commands.draw import Options

@@ -38,8 +38,7 @@ from torch import Tensor
 from keifu.data.catalogue import catalogue
 from keifu.data.epochs import BatchSizeSchedule, batch_size_stages
 from keifu.data.interleaving import interleave, source_of_row
-from keifu.data.text import documents as sources
-from keifu.data.text import synthetic_math
+from keifu.data.text import documents as sources, synthetic_math
 from keifu.data.text.packed import PackedText
 from keifu.data.text.span_corruption import CorruptionTask, Rows
 from keifu.data.text.token_shards import Parts, Shards, prepare, prepare_parts

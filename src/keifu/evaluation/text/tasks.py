@@ -27,8 +27,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.catalogue.readers import HELD_OUT_ARTICLES
 from keifu.data.classification.examples import Examples
 from keifu.data.classification.tables import read
-from keifu.data.records import SUFFIXES as TABLES
-from keifu.data.records import Row, listed, read_records
+from keifu.data.records import SUFFIXES as TABLES, Row, listed, read_records
 from keifu.errors import UserError, require_known, unknown
 from keifu.untrusted import parse_json, parse_yaml, read_text, reading
 

@@ -7,8 +7,7 @@ requests. (A GPU chooses kernels by the number of tokens in a step, which change
 
 import time
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence as Tokens
+from collections.abc import Iterator, Sequence as Tokens
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, count

@@ -15,8 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.models.hf.image_processor import Pixels, read_pixels, write_pixels
 
 Images = Float[Tensor, "images channels rows columns"]

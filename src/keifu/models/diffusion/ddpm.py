@@ -23,8 +23,7 @@ from keifu.layers.unet.conv import SpatialAttention
 from keifu.layers.unet.timestep_embedding import TimeEmbedding
 from keifu.layers.unet.unet import UNet, check_sides
 from keifu.models.diffusion.unet_builder import assemble_unet, group_norm, time_embedding
-from keifu.models.hf import config as hf
-from keifu.models.hf import unet as published
+from keifu.models.hf import config as hf, unet as published
 from keifu.models.hf.schedulers import read_scheduler, write_scheduler
 
 LARGE = Noise(variance="fixed_large")  # the paper's σ² = β for CIFAR-10

@@ -17,8 +17,7 @@ from keifu.layers.diffusion.image_model import Predicted, Sample, Time
 from keifu.layers.initialisation import zero_
 from keifu.layers.linear import Linear
 from keifu.layers.unet.spatial_transformer import JointAttention, Memories
-from keifu.models.diffusion.conditioned_unet import UNSUPPORTED as OF_CONDITIONED
-from keifu.models.diffusion.conditioned_unet import ConditionedUNet, Context, UNetConfig
+from keifu.models.diffusion.conditioned_unet import UNSUPPORTED as OF_CONDITIONED, ConditionedUNet, Context, UNetConfig
 from keifu.models.diffusion.unet_builder import assemble_unet, time_embedding
 from keifu.models.hf import config as hf
 from keifu.models.hf.unet import CONDITIONED_FIELDS, SHIFTS, Way, stages, unet_names

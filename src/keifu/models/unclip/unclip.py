@@ -18,15 +18,12 @@ from keifu.layers.attention.masks import PaddingMask
 from keifu.layers.diffusion.image_model import ImageModel, Predicted, Sample, Time
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.unet.spatial_transformer import Memories
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.models.diffusion import ddpm
 from keifu.models.diffusion.latent_diffusion import Parts, build_parts, names_of, write_parts
 from keifu.models.hf.image_processor import Pixels, read_pixels, write_pixels
 from keifu.models.hf.schedulers import read_scheduler, write_unclip_scheduler
-from keifu.models.unclip import conditioning
-from keifu.models.unclip import decoder as unclip_decoder
-from keifu.models.unclip import prior as unclip_prior
+from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior
 
 Embedding = Float[Tensor, "batch embedding"]
 PRIOR = Noise(schedule="cosine", target="picture", clip=5.0, spacing="linspace")

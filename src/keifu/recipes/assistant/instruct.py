@@ -18,9 +18,7 @@ from keifu.data.chat import conversations
 from keifu.data.text.documents import documents
 from keifu.errors import UserError, shell
 from keifu.files import write_atomic
-from keifu.recipes.assistant import ppo as third
-from keifu.recipes.assistant import reward as second
-from keifu.recipes.assistant import sft as first
+from keifu.recipes.assistant import ppo as third, reward as second, sft as first
 from keifu.recipes.assistant.finetuning import make_rewards, prompt_parts
 from keifu.recipes.options import to_json
 from keifu.training.run import checkpoint

@@ -30,9 +30,7 @@ from keifu.errors import UserError
 from keifu.evaluation.classification.embeddings import encode_texts
 from keifu.evaluation.images import retrieval
 from keifu.generation.images.latent_diffusion import text_tokens
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
-from keifu.models.clip import text as clip_text
+from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import image_runs, text_teacher
 from keifu.recipes.runs import Budget, Objective, Settings, Summary, TrainingOptions, is_resuming, parameters, train_run

@@ -31,15 +31,11 @@ from keifu.generation.images.unclip import UnclipPipeline
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise, Weighting
 from keifu.layers.meta import on_meta
-from keifu.models.clip import clip
-from keifu.models.clip import image as clip_image
+from keifu.models.clip import clip, image as clip_image
 from keifu.models.diffusion import ddpm
-from keifu.models.unclip import conditioning, unclip
-from keifu.models.unclip import decoder as unclip_decoder
-from keifu.models.unclip import prior as unclip_prior
+from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 from keifu.ranges import BelowOne, Count, Finite, Natural, Positive
-from keifu.recipes.images import clip as clip_recipe
-from keifu.recipes.images import image_runs
+from keifu.recipes.images import clip as clip_recipe, image_runs
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import DiffusionLoss
 

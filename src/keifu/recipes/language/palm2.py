@@ -25,8 +25,7 @@ import torch
 from torch import nn
 
 from keifu import checkpoints
-from keifu.data.text import mixture as mixtures
-from keifu.data.text import span_corruption as corruption
+from keifu.data.text import mixture as mixtures, span_corruption as corruption
 from keifu.data.tokenizers.load import learned_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
