@@ -29,7 +29,6 @@ def test_the_output_is_one_where_the_sum_reaches_the_threshold():
     neuron = build(Config(2))
     neuron.weight.copy_(torch.tensor([1.0, 1.0]))
     neuron.bias.fill_(-2.0)
-    assert neuron.threshold == 2.0
     assert neuron(TABLE).tolist() == [0, 0, 0, 1]  # a sum equal to the threshold counts
 
 

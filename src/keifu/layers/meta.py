@@ -1,6 +1,6 @@
 """Building a model on the meta device: without memory and without initialisation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,7 @@ class _NoInitialisation(TorchFunctionMode):
     takes longer than loading a small model.
     """
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func in _INIT or func in _FILL:
             return args[0] if args else kwargs["tensor"]

@@ -30,18 +30,14 @@ class Config:
 
 
 class Perceptron(nn.Module):
-    """Neuron with output 1 if Σ w x + b ≥ 0 (a tie is a 1), else 0, in float64. Weights and bias start at zero."""
+    """Neuron with output 1 if Σ w x reaches the threshold -b (a tie is a 1), else 0, in float64. Weights and bias start
+    at zero."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.zeros(config.dim, dtype=torch.float64), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros((), dtype=torch.float64), requires_grad=False)
-
-    @property
-    def threshold(self) -> float:
-        """The threshold that Σ w x must reach for an output of 1: -b."""
-        return -float(self.bias)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch"]:
         return step(x @ self.weight + self.bias)

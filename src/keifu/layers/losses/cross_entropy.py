@@ -82,8 +82,7 @@ def linear_cross_entropy(
         if torch.compiler.is_compiling() and vocabulary is None:
             total, plain, *gradients = _operator(*inputs, targets, counts, *rates, dtype, wanted, soft_cap)
         else:
-            settings = targets, counts, *rates, dtype, wanted, soft_cap, vocabulary
-            total, plain, *gradients = _gradients(*inputs, *settings)
+            total, plain, *gradients = _gradients(*inputs, targets, counts, *rates, dtype, wanted, soft_cap, vocabulary)
     return WithGradients.apply(total, tuple(gradients), *inputs), plain
 
 

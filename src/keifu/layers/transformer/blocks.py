@@ -124,8 +124,7 @@ class SandwichNorm(nn.Module):
         self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
 
     def forward(self, x: Stream, **context: Any) -> Stream:
-        attended = self.post_attention_norm(self.attention(self.attention_norm(x), **context))
-        x = x + self.attention_dropout(attended)
+        x = x + self.attention_dropout(self.post_attention_norm(self.attention(self.attention_norm(x), **context)))
         return x + self.feedforward_dropout(self.post_feedforward_norm(self.feedforward(self.feedforward_norm(x))))
 
 

@@ -44,8 +44,7 @@ class DecodingBlock(nn.Module):
         heads = attention.qkv(self.block.attention_norm(x)).unflatten(-1, (-1, attention.head_dim))
         if attention.rotary is not None:
             self._rotate(heads, heads.shape[2] - attention.n_kv_heads, positions.rotation(attention.rotary))
-        mixed = cache.attend_joined(heads, attention.n_heads, attention.window, attention.scoring)
-        x = _add(x, mixed, attention.out)
+        x = _add(x, cache.attend_joined(heads, attention.n_heads, attention.window, attention.scoring), attention.out)
         return _add(x, self._inner(self.block.feedforward_norm(x)), feedforward.down)
 
     def _rotate(self, heads: Float[Tensor, "1 length all_heads head_dim"], count: int, rotation: Rotation) -> None:
