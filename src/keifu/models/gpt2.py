@@ -49,17 +49,20 @@ def build(config: Config) -> DecoderLM:
 
 def assemble(config: Any, attention: Callable[[int], Attention], bias: bool = True) -> DecoderLM:
     """Build GPT-2 with the given attention of each layer, counted from 0."""
-    norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=bias)
-    feedforward = partial(FeedForward, config.dim, config.hidden_dim, activation(config.activation), bias=bias)
-    blocks = [
-        PreNorm(attention(layer), feedforward(), (norm(), norm()), config.dropout) for layer in range(config.n_layers)
-    ]
+    blocks = [block(config, attention(layer), bias, config.dropout) for layer in range(config.n_layers)]
     positions = LearnedPositions(config.context_length, config.dim)
-    model = DecoderLM.of(config, blocks, norm(), positions)
+    model = DecoderLM.of(config, blocks, nn.LayerNorm(config.dim, config.norm_eps, bias=bias), positions)
     normal_(model, std=0.02)
     nn.init.normal_(positions.weight, std=0.01)
     scale_residual_(blocks)
     return model
+
+
+def block(config: Any, attention: Attention, bias: bool = True, dropout: float = 0.0) -> PreNorm:
+    """Build a block around an attention. CLIP's encoders have the same ones."""
+    norm = partial(nn.LayerNorm, config.dim, config.norm_eps, bias=bias)
+    feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation), bias=bias)
+    return PreNorm(attention, feedforward, (norm(), norm()), dropout)
 
 
 WEIGHT_NAMES = gpt1.WEIGHT_NAMES | {

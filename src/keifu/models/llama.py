@@ -125,7 +125,12 @@ def assemble(
 
 def gated(config: Any, layer: int, bias: bool = False) -> GatedFeedForward:
     """Build the gated feed-forward network of a Config, the same in every layer."""
-    return GatedFeedForward(config.dim, config.hidden_dim, activation(config.activation), bias)
+    return gated_network(config, config.hidden_dim, bias)
+
+
+def gated_network(config: Any, hidden_dim: int, bias: bool = False) -> GatedFeedForward:
+    """Build a gated feed-forward network of another inner width, such as an expert."""
+    return GatedFeedForward(config.dim, hidden_dim, activation(config.activation), bias)
 
 
 def global_layers(config: Any, every: int) -> tuple[int, ...]:

@@ -14,13 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.layers.activations import activation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.masks import CausalMask, CausalPaddingMask
 from keifu.layers.attention.positions import LearnedPositions
-from keifu.layers.feedforward import FeedForward
 from keifu.layers.linear import Linear
 from keifu.layers.transformer.blocks import PreNorm
+from keifu.models import gpt2
 from keifu.models.hf import config as hf
 from keifu.ranges import BelowOne, Count, Natural, NotNegative
 
@@ -108,10 +107,7 @@ class TextTower(nn.Module):
 
 def block(config: Any) -> PreNorm:
     """Build a block of the text or the image encoder."""
-    attention = Attention(config.dim, config.n_heads, dropout=config.attention_dropout)
-    feedforward = FeedForward(config.dim, config.hidden_dim, activation(config.activation))
-    norms = (nn.LayerNorm(config.dim, config.norm_eps), nn.LayerNorm(config.dim, config.norm_eps))
-    return PreNorm(attention, feedforward, norms)
+    return gpt2.block(config, Attention(config.dim, config.n_heads, dropout=config.attention_dropout))
 
 
 def build(config: Config) -> TextTower:

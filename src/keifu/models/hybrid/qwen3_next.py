@@ -13,10 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from keifu.layers.activations import activation
 from keifu.layers.attention.attention import GatedAttention
 from keifu.layers.attention.positions import Rotary
-from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.mixture import GatedNetwork
 from keifu.layers.normalisation import UnitOffsetRMSNorm
 from keifu.layers.recurrent.gated_delta import GatedDeltaNet, GroupedInputs, Heads
@@ -88,8 +86,7 @@ def _feedforward(config: Any, layer: int) -> nn.Module:
     if layer in config.dense_layers or not config.n_experts:
         return llama.gated(config, layer)
     mixture = mixtral.mixture(config, config.expert_dim, config.normalised)
-    shared = GatedFeedForward(config.dim, config.shared_dim, activation(config.activation))
-    mixture.shared = GatedNetwork(config.dim, shared)
+    mixture.shared = GatedNetwork(config.dim, llama.gated_network(config, config.shared_dim))
     return mixture
 
 

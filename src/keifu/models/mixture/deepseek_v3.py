@@ -11,10 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from keifu.layers.activations import activation
 from keifu.layers.attention.latent import LatentAttention, LowRankLinear
 from keifu.layers.attention.positions import RopeScaling, Rotary
-from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.linear import Linear
 from keifu.layers.mixture import GroupedSigmoidRouter, MixtureOfExperts
 from keifu.layers.transformer.decoder import DecoderLM
@@ -95,9 +93,8 @@ def _feedforward(config: Config, layer: int) -> nn.Module:
         config.dim, config.n_experts, config.n_experts_per_token, config.n_groups, config.n_groups_per_token,
         config.normalised, config.expert_scale,
     )  # fmt: skip
-    network = partial(GatedFeedForward, config.dim, activation=activation(config.activation))
-    experts = [network(config.expert_dim) for _ in range(config.n_experts)]
-    return MixtureOfExperts(router, experts, network(config.expert_dim * config.n_shared_experts))
+    experts = [llama.gated_network(config, config.expert_dim) for _ in range(config.n_experts)]
+    return MixtureOfExperts(router, experts, llama.gated_network(config, config.expert_dim * config.n_shared_experts))
 
 
 _ATTENTION = {

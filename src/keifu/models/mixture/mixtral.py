@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from keifu.layers.activations import activation
-from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
@@ -53,8 +51,7 @@ def build(config: Config) -> DecoderLM:
 def mixture(config: Any, expert_dim: int, normalised: bool = True) -> MixtureOfExperts:
     """Build a mixture of gated networks with a softmax router."""
     router = SoftmaxRouter(config.dim, config.n_experts, config.n_experts_per_token, normalised)
-    expert = partial(GatedFeedForward, config.dim, expert_dim, activation(config.activation))
-    return MixtureOfExperts(router, [expert() for _ in range(config.n_experts)])
+    return MixtureOfExperts(router, [llama.gated_network(config, expert_dim) for _ in range(config.n_experts)])
 
 
 DENSE_NAMES = {ours: theirs for ours, theirs in llama.WEIGHT_NAMES.items() if ".feedforward." not in ours}
