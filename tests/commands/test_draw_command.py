@@ -162,10 +162,10 @@ def test_a_picture_that_was_changed_is_said_to_differ(model: str, capsys: pytest
     Path("text.png").write_text("no picture")
     told = json.loads(Image.open("a.png").text["keifu"])
     for change, expected in (
-        ({"count": "3"}, "cannot be"),
+        ({"count": "3"}, "gives '3' for count, which must be int"),
         ({"number": 5}, "is wrong: picture 5 of 1, 1 at a time"),
         ({"batch_size": 0}, "0 at a time"),
-        ({"threads": "a"}, "cannot be"),
+        ({"threads": "a"}, "gives 'a' for threads, which must be int"),
         ({"threads": 0}, "the threads as 0, which must be from 1 to 1,024"),
         ({"threads": 10**6}, "the threads as 1,000,000, which"),
         ({"count": 10**9}, "the count as 1,000,000,000, which must be from 1 to 10,000"),

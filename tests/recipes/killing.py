@@ -57,7 +57,7 @@ def hold_clocks() -> None:
     loop.as_chosen = lambda settings: replace(as_chosen(settings), **every)
     latent_diffusion.STEPS = 2
     estimate = cost.estimate
-    cost.estimate = lambda *given: replace(estimate(*given), available=2**30, step_seconds=1.0)
+    cost.estimate = lambda *given: estimate(*given)._replace(available=2**30, step_seconds=1.0)
 
 
 def work(words: list[str], folder: str, at: int | None, output: Path) -> None:

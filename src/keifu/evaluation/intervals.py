@@ -1,15 +1,16 @@
 """95% confidence intervals: Wilson's for a proportion, and the bootstrap's for a mean."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from keifu.evaluation.registry import Figures
 
 Z = 1.959963984540054  # 95% of a normal distribution is within this many standard deviations of its mean
 RESAMPLES = 1000
-Numbers = ArrayLike | None
+Values = Sequence[float | int] | np.ndarray
+Numbers = Values | None
 Interval = tuple[float, float]
 
 
@@ -25,7 +26,7 @@ def wilson(successes: int, total: int) -> Interval:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def bootstrap(values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None) -> Interval:
+def bootstrap(values: Values, clusters: Numbers = None, sizes: Numbers = None) -> Interval:
     """Return the percentile interval (Efron, 1979) of a mean, by resampling with replacement with a fixed seed.
 
     clusters: cluster number of each value; values of one cluster, such as relatives, are resampled together.
@@ -45,7 +46,7 @@ def share_figures(name: str, successes: int, total: int) -> Figures:
     return {name: round(successes / max(1, total), 4), f"{name}, 95% interval": as_text(wilson(successes, total))}
 
 
-def mean_figures(name: str, values: ArrayLike, clusters: Numbers = None, sizes: Numbers = None) -> Figures:
+def mean_figures(name: str, values: Values, clusters: Numbers = None, sizes: Numbers = None) -> Figures:
     """Return a mean and its bootstrap interval, as figures of an evaluation. clusters, sizes: see `bootstrap`."""
     total = np.sum(values) / (np.size(values) if sizes is None else np.sum(sizes))
     return {name: round(float(total), 4), f"{name}, 95% interval": as_text(bootstrap(values, clusters, sizes))}
