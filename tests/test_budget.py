@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from test_architecture import File, imports, source
 
-BASE_LINES = 38_549  # code lines of the package without the landmarks below, reviewed at each release
+BASE_LINES = 37_000  # code lines of the package without the landmarks below, reviewed at each release
 LANDMARKS = {  # code lines that each added, at most 450 (600 for a model that sees): layers, model, recipe, commands
     "Gemma 2, Granite, Ministral, nanochat, Phi's long context": 450,
     "files of mixtures: stacked experts, wide routers, text parts": 72,
