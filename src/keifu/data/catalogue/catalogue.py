@@ -138,7 +138,8 @@ def documents(name: str) -> Iterator[str]:
     if record.parts:
         yield from chain.from_iterable(map(documents, record.parts))
     else:
-        yield from map(AS_TEXT[record.gives], _read(name, "text"))
+        records = _read(name, "text")  # refuses an entry without a text
+        yield from map(AS_TEXT[record.gives], records)
 
 
 def pairs(name: str) -> Iterator[tuple[str, str]]:
