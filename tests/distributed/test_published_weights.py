@@ -77,4 +77,4 @@ def test_a_new_model_is_never_whole_on_a_process(mesh: str, found: dict[str, Any
 @pytest.mark.parametrize(("mesh", "lora"), [("shard", 0), ("tensor", 0), ("shard", 2)])
 def test_no_process_holds_the_whole_model(mesh: str, lora: int, found: dict[str, Any]) -> None:
     """At any moment, of its memory that is no part of the file."""
-    assert found[f"large-{mesh}-{lora}"]["grown"] < 0.7
+    assert found[f"large-{mesh}-{lora}"]["grown"] < 0.8  # about 0.6, and more if the allocator keeps what was freed
