@@ -68,8 +68,8 @@ def outcomes(words: list[str], folder: Path, kills: int, first: int = 0) -> tupl
     """Kill runs, at least `kills` of them, and return the number of kills and how often each outcome came."""
     whole = folder / "whole" / "run"
     whole.parent.mkdir()
-    for _ in range(2):  # the first process waits for the imports of the one that it is forked from
-        seconds = killing.timed([*words, "--out", str(whole)], whole)
+    killing.run(["--version"], whole)  # the first process waits for the imports of the one that it is forked from
+    seconds = killing.timed([*words, "--out", str(whole)], whole)
     operations, made, found = killing.operations(whole), 0, Counter[str]()
     for number in itertools.count(first):
         died, outcome = kill(words, whole, operations, seconds, number, folder)
