@@ -71,7 +71,9 @@ def test_its_language_is_known() -> None:
         in_language(page, "jp")
 
 
-@pytest.mark.parametrize(("language", "word"), [("ja", "会話"), ("en", "Chat"), ("", "Chat")])
+@pytest.mark.parametrize(
+    ("language", "word"), [("ja", "会話"), ("en", "Chat"), pytest.param("", "Chat", marks=pytest.mark.slow)]
+)
 def test_it_begins_in_the_language_that_is_asked_for(served: Any, browser: Any, language: str, word: str) -> None:
     page = browser.new_page()
     body = in_language((FOLDER / "index.html").read_bytes(), language)
@@ -87,7 +89,7 @@ def test_it_is_small() -> None:
     assert sum(len(path.read_text("utf-8").splitlines()) for path in FOLDER.rglob("*.*")) < 2350
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), pytest.param(1280, "light", marks=pytest.mark.slow)])
 def test_a_conversation(served: Any, chat: str, browser: Any, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 700}, color_scheme=scheme, locale="en-GB")
     page = context.new_page()

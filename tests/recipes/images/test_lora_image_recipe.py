@@ -44,6 +44,14 @@ def wanted(drawings: Path, model: Path, **changes: object) -> recipe.Recipe:
     return recipe.Recipe(**{"model": str(model), "data": str(drawings), **QUICK, **changes})
 
 
+@pytest.fixture(scope="module")
+def learned(drawings, model, tmp_path_factory) -> Path:
+    """Return a run whose large rate changes what the model draws."""
+    run = tmp_path_factory.mktemp("learned")
+    recipe.run(wanted(drawings, model, learning_rate=0.3), run, False)
+    return run
+
+
 def test_diffusers_draws_with_what_was_learned(drawings, model, tmp_path, capsys) -> None:
     diffusers = pytest.importorskip("diffusers")
     before = {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}
@@ -77,13 +85,11 @@ def test_diffusers_draws_with_what_was_learned(drawings, model, tmp_path, capsys
     assert (drawn / 255 - plain).abs().max() > 0.02
 
 
-def test_a_run_is_a_lora_for_keifu_draw(drawings, model, tmp_path) -> None:
+def test_a_run_is_a_lora_for_keifu_draw(learned, model, tmp_path) -> None:
     def draw(name: str, *more: str) -> None:
         cli.main(["draw", str(model), "a disc", "--steps", "1", "--seed", "1", "-o", str(tmp_path / name), *more])
 
-    run = tmp_path / "run"
-    recipe.run(wanted(drawings, model, learning_rate=0.3), run, False)
-    for name, lora in {"run": str(run), "file": f"{run / FILE}:1"}.items():
+    for name, lora in {"run": str(learned), "file": f"{learned / FILE}:1"}.items():
         draw(f"{name}.png", "--lora", lora)
     draw("without.png")
     folder, file, without = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("run", "file", "without"))
@@ -91,17 +97,15 @@ def test_a_run_is_a_lora_for_keifu_draw(drawings, model, tmp_path) -> None:
     assert read_record(tmp_path / "without.png").drawing.sampler == "dpm++-2m"  # the usual one for a text
 
 
-def test_evaluate_measures_a_model_with_its_lora(drawings, model, tmp_path, capsys) -> None:
-    recipe.run(wanted(drawings, model, learning_rate=0.3), tmp_path, False)
-
+def test_evaluate_measures_a_model_with_its_lora(drawings, learned, model, tmp_path, capsys) -> None:
     def told(*more: str) -> dict[str, float]:
         capsys.readouterr()
         cli.main(["evaluate", str(model), "--on", str(drawings), "--limit", "4", "--steps", "2", "--json", *more])
         return json.loads(capsys.readouterr().out)
 
     plain = told()
-    assert told("--lora", f"{tmp_path}:0") == plain
-    assert told("--lora", str(tmp_path)) != plain
+    assert told("--lora", f"{learned}:0") == plain
+    assert told("--lora", str(learned)) != plain
     with pytest.raises(SystemExit):
         told("--lora", str(tmp_path / "nowhere"))
     assert "There is no LoRA" in capsys.readouterr().err

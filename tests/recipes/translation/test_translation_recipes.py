@@ -92,14 +92,14 @@ def test_a_recipe_trains_and_its_run_loads_and_translates(name: str, table: Path
 
 
 def test_minutes_become_steps_and_a_finished_run_resumed_makes_no_more(table: Path, capsys) -> None:
-    out = go("transformer", table, "timed", "--minutes", "0.02")
+    out = go("transformer", table, "timed", "--minutes", "0.01")
     recipe = json.loads((out / "recipe.json").read_text())
     steps, first = checkpoint.steps(out)[-1], recipe["settings"]["steps"]
-    assert recipe["settings"]["minutes"] == 0.02 and recipe["settings"]["warmup"] == min(400, -(-first // 5))
+    assert recipe["settings"]["minutes"] == 0.01 and recipe["settings"]["warmup"] == min(400, -(-first // 5))
     assert recipe["steps"] == steps, "which may be other than the first estimate"
-    go("transformer", table, "timed", "--minutes", "0.02", "--resume")
+    go("transformer", table, "timed", "--minutes", "0.01", "--resume")
     assert checkpoint.steps(out)[-1] == steps
-    go("transformer", table, "timed", "--minutes", "0.06", "--resume")  # at the pace so far
+    go("transformer", table, "timed", "--minutes", "0.03", "--resume")  # at the pace so far
     assert (
         checkpoint.steps(out)[-1] > steps
         and json.loads((out / "recipe.json").read_text())["settings"]["steps"] == first
