@@ -167,7 +167,7 @@ def learn(
         build, objective, _ = KINDS[kind]
         model = build().train()
         standard = {"learning_rate": 1e-3, "batch_size": rows, "micro_batch": rows, "precision": "float32"}
-        often = {"log_every": 1, "evaluate_every": 25, "save_every": 10, "warmup": 5}
+        often = {"log_every": 1, "evaluate_every": 25, "save_every": 10, "warmup": 2 if steps < 8 else 5}
         settings = Settings(**{**standard, **often, "steps": end, "schedule": "constant", **changed})
         write = partial(save, model, None, max_shard_bytes=shard_bytes) if shard_bytes else None
         if kind.endswith("-lora"):
@@ -301,8 +301,8 @@ def peak(folder: Path) -> dict[str, Any]:
     """Return loss, gradient norm and memory of a step of a model whose activations are larger than its weights."""
     torch.manual_seed(0)
     model = llama.build(llama.Config(64, 128, 128, 512, 8, 4)).train()
-    trainer = Trainer(model, causal_language_modeling, Settings(batch_size=16, micro_batch=8, precision="float32"))
-    batch = {"tokens": torch.randint(64, (16, 129))}
+    trainer = Trainer(model, causal_language_modeling, Settings(batch_size=8, micro_batch=8, precision="float32"))
+    batch = {"tokens": torch.randint(64, (8, 129))}
     with HighWater() as memory:
         gradient = trainer.gradient(0, batch)
     assert gradient

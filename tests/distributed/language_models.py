@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from test_learning import LANGUAGE_MODELS  # noqa: E402
 
-STEPS, ROWS = 3, 8
+STEPS, ROWS = 2, 8
 
 
 def build(name: str, dropout: float = 0.1) -> nn.Module:

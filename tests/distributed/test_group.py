@@ -62,23 +62,23 @@ def every_model(fast: bool) -> list[dict[str, Any]]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Found]]:
     """Return the folder of the runs of two processes, and their results."""
     folder = tmp_path_factory.mktemp("two")
-    wanted = cases([{}], ["gpt2"], steps=8)
-    wanted += cases([{}, {"shard": 2}], ["clip"], steps=8, evaluate_every=3, evaluate_share=1.0)
-    wanted += cases([{"activation_checkpointing": True}], ["ddpm"], steps=8)
-    wanted += cases([{"shard": 2}], ["dit"], steps=8)
-    wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=12, optimizer="muon", ema=0.9,
+    wanted = cases([{}], ["gpt2"], steps=4)
+    wanted += cases([{}, {"shard": 2}], ["clip"], steps=5, evaluate_every=3, evaluate_share=1.0)
+    wanted += cases([{"activation_checkpointing": True}], ["ddpm"], steps=4)
+    wanted += cases([{"shard": 2}], ["dit"], steps=4)
+    wanted += cases([{"shard": 2}, {"tensor": 2}], ["llama"], steps=5, optimizer="muon", ema=0.9,
                     shard_bytes=20_000)  # fmt: skip
-    wanted += [{"name": f"joined-{axis}", "kind": "gpt2", "mesh": {axis: 2}, "steps": 6, "shard_bytes": 10**9}
+    wanted += [{"name": f"joined-{axis}", "kind": "gpt2", "mesh": {axis: 2}, "steps": 3, "shard_bytes": 10**9}
                for axis in ("shard", "tensor")]  # fmt: skip
-    wanted.append({"name": "palm", "kind": "palm", "steps": 12, "stop": 5})
+    wanted.append({"name": "palm", "kind": "palm", "steps": 6, "stop": 3})
     wanted.append({"name": "joined", "kind": "palm", "mesh": {"tensor": 2, "activation_checkpointing": True},
-                   "steps": 8, "optimizer": "adafactor"})  # fmt: skip
-    wanted += cases([{"tensor": 2}], ["scores", "translation"], steps=6)
-    wanted += cases([{"tensor": 2}], ADAPTED, steps=8, stop=5)
+                   "steps": 4, "optimizer": "adafactor"})  # fmt: skip
+    wanted += cases([{"tensor": 2}], ["scores", "translation"], steps=3)
+    wanted += cases([{"tensor": 2}], ADAPTED, steps=5, stop=3)
     wanted += [{"name": f"peak{again}", "work": "peak", "mesh": {"shard": 2, "activation_checkpointing": again}}
                for again in (False, True)]  # fmt: skip
     wanted += every_model(fast=True)
-    wanted += cases([OVERLAPPED], ["ddpm-overlapped", "clip-overlapped"], steps=8)
+    wanted += cases([OVERLAPPED], ["ddpm-overlapped", "clip-overlapped"], steps=4)
     wanted.append({"name": "saved", "work": "saved", "mesh": {"shard": 2}})
     wanted += counted([{}, {"shard": 2}, {"shard": 2, "sync_each": True}, OVERLAPPED])
     return folder, group_toys.start(folder, wanted, 2)
@@ -108,7 +108,7 @@ def counted(meshes: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["gpt2", "ddpm"])
 def test_two_pods_have_the_bits_of_one_process_with_two_micro_batches(kind: str, two: Any, tmp_path: Path) -> None:
-    alone = learn(kind, tmp_path, 8, micro_batch=3)
+    alone = learn(kind, tmp_path, 4, micro_batch=3)
     assert two[1][f"{kind}0"]["losses"] == alone["losses"]
     assert two[1][f"{kind}0"]["weights"] == alone["weights"]
 
@@ -116,32 +116,32 @@ def test_two_pods_have_the_bits_of_one_process_with_two_micro_batches(kind: str,
 @pytest.mark.parametrize("place", [0, 1], ids=["whole", "shard"])
 def test_contrastive_losses_are_those_of_the_large_batch(place: int, two: Any, alone: Any) -> None:
     """Also in the steps behind a validation, which gathers weights and has no backward pass."""
-    close(two[1][f"clip{place}"], alone("clip", 8, evaluate_every=3, evaluate_share=1.0)[1])
+    close(two[1][f"clip{place}"], alone("clip", 5, evaluate_every=3, evaluate_share=1.0)[1])
 
 
 def test_a_diffusion_transformer_is_split_by_its_blocks(two: Any, tmp_path: Path) -> None:
-    close(two[1]["dit0"], learn("dit", tmp_path, 8))
+    close(two[1]["dit0"], learn("dit", tmp_path, 4))
 
 
 def test_two_pods_resume_to_the_bits_of_one_process(two: Any, tmp_path: Path) -> None:
-    alone = learn("palm", tmp_path, 12, micro_batch=3)
+    alone = learn("palm", tmp_path, 6, micro_batch=3)
     assert two[1]["palm"]["weights"] == alone["weights"]
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
 def test_a_split_model_has_the_losses_of_the_whole(place: int, two: Any, alone: Any) -> None:
     """Grouped heads and dropout; Muon, whose update depends on whole matrices; a moving average for validation."""
-    close(two[1][f"llama{place}"], alone("llama", 12, **MUON)[1], 1e-5)
+    close(two[1][f"llama{place}"], alone("llama", 5, **MUON)[1], 1e-5)
 
 
 def test_one_head_of_keys_is_on_both_processes(two: Any, tmp_path: Path) -> None:
-    close(two[1]["joined"], learn("palm", tmp_path, 8, optimizer="adafactor"))
+    close(two[1]["joined"], learn("palm", tmp_path, 4, optimizer="adafactor"))
 
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
 def test_a_split_model_is_written_in_parts_of_which_none_is_the_whole(place: int, two: Any, alone: Any) -> None:
     """As Hugging Face's shards, whose numbers are those of one process's model."""
-    whole = load_file(alone("llama", 12, **MUON)[0] / "model.safetensors")
+    whole = load_file(alone("llama", 5, **MUON)[0] / "model.safetensors")
     files = sorted((two[0] / f"llama{place}").glob("model-*.safetensors"))
     assert len(files) > 3 and max(file.stat().st_size for file in files) < 22_000
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
@@ -151,7 +151,7 @@ def test_a_split_model_is_written_in_parts_of_which_none_is_the_whole(place: int
 @pytest.mark.parametrize("axis", ["shard", "tensor"])
 def test_what_is_one_matrix_in_the_file_is_written_as_one(axis: str, two: Any, alone: Any) -> None:
     """GPT-2's queries, keys and values, which are three here and split one by one."""
-    folders = two[0] / f"joined-{axis}", alone("gpt2", 6, shard_bytes=10**9)[0]
+    folders = two[0] / f"joined-{axis}", alone("gpt2", 3, shard_bytes=10**9)[0]
     found, whole = (load_file(folder / "model.safetensors") for folder in folders)
     torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-5)
 
@@ -246,7 +246,7 @@ def test_two_sharded_pods_exchange_gradients_once_a_step(tmp_path: Path) -> None
 def test_gradients_that_are_summed_in_the_backward_pass_have_the_losses_of_one_process(
     kind: str, two: Any, tmp_path: Path
 ) -> None:
-    close(two[1][f"{kind}-overlapped0"], learn(kind, tmp_path, 8))
+    close(two[1][f"{kind}-overlapped0"], learn(kind, tmp_path, 4))
 
 
 @pytest.mark.slow
@@ -273,7 +273,7 @@ def test_a_head_that_is_split_over_its_classes_gives_the_losses_of_the_whole(
     kind: str, two: Any, tmp_path: Path
 ) -> None:
     """With label smoothing; and where the whole matrix is asked for, as log-probabilities and logits do."""
-    found, alone = two[1][f"{kind}0"], learn(kind, tmp_path, 6)
+    found, alone = two[1][f"{kind}0"], learn(kind, tmp_path, 3)
     close(found, alone)
     figures = [{name: value for name, value in each["figures"].items() if name.startswith("validation_")}
                for each in (found, alone)]  # fmt: skip
@@ -290,7 +290,7 @@ def test_each_process_holds_its_own_classes(two: Any, tmp_path: Path) -> None:
 def test_adapters_of_split_matrices_learn_what_those_of_whole_ones_learn(kind: str, two: Any, tmp_path: Path) -> None:
     """With dropout and without, of joined matrices and of a head of keys that both processes have; resumed, and written
     as one process writes them."""
-    close(two[1][f"{kind}0"], learn(kind, tmp_path, 8, stop=5))
+    close(two[1][f"{kind}0"], learn(kind, tmp_path, 5, stop=3))
     found, alone = (load_file(folder / "adapter_model.safetensors") for folder in (two[0] / f"{kind}0", tmp_path))
     torch.testing.assert_close(found, alone, rtol=1e-3, atol=1e-5)
 
@@ -313,8 +313,8 @@ def test_what_tensor_parallelism_cannot_split_of_an_adapter_is_refused(lora: Lor
 
 @pytest.mark.parametrize("place", [0, 1], ids=["shard", "tensor"])
 def test_one_process_goes_on_with_a_split_model(place: int, two: Any, alone: Any) -> None:
-    found = learn("llama", two[0] / f"llama{place}", 16, optimizer="muon", ema=0.9)
-    assert found["losses"] == pytest.approx(alone("llama", 16, **MUON)[1]["losses"], rel=1e-5)
+    found = learn("llama", two[0] / f"llama{place}", 7, optimizer="muon", ema=0.9)
+    assert found["losses"] == pytest.approx(alone("llama", 7, **MUON)[1]["losses"], rel=1e-5)
 
 
 MESHES = {
