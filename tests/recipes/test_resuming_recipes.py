@@ -104,7 +104,7 @@ TABLE: dict[str, tuple[str, int]] = {
     ),
 }  # fmt: skip
 STARTS_OVER = {"perceptron"}  # it draws no random number, and takes less time than loading a state
-QUICK = {"clip", "gpt", "mlp", "sft"}  # the others are marked slow; LEARNED resumes some of them
+QUICK = {"clip", "mlp", "sft"}  # the others are marked slow; LEARNED resumes some of them
 CLIP = (
     "--image.image-size 24 --image.patch-size 6 --image.dim 24 --image.hidden-dim 48 --image.n-layers 1 "
     "--image.n-heads 2 --image.embedding-dim 16 --text.dim 24 --text.hidden-dim 48 --text.n-layers 1 --text.n-heads 2 "
