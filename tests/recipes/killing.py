@@ -22,7 +22,10 @@ from keifu.training.hardware import cost
 from keifu.training.settings import as_chosen
 
 PROCESSES = get_context("forkserver")  # forks from a process that has imported all this and computed nothing
-PROCESSES.set_forkserver_preload(["killing", "keifu.recipes.assistant.ppo", "keifu.recipes.images.clip"])
+PROCESSES.set_forkserver_preload([
+    "killing", "keifu.commands.train", "keifu.recipes.assistant.ppo", "keifu.recipes.images.clip",
+    "keifu.recipes.language.gpt", "keifu.models.qwen3", "matplotlib.figure", "matplotlib.backends.backend_svg", "tyro",
+])  # fmt: skip
 WRITING = os.O_WRONLY | os.O_RDWR
 EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.truncate", "shutil.rmtree"}
 
