@@ -164,18 +164,18 @@ def tell(case: Case) -> Case:
     return case
 
 
-def fuzz(count: int, seed: int = 0, kinds: tuple[str, ...] = (), style: str = "bytes") -> list[Case]:
-    """Make so many mutants of a style over all kinds, or over these, in turns; of the style "values" every one."""
+def fuzz(count: int, seed: int, kinds: tuple[str, ...], *styles: str) -> list[Case]:
+    """Make so many mutants of each style over all kinds, or over these, in turns; of the style "values" every one."""
     folder = tempfile.mkdtemp(prefix="keifu-fuzz-")
     variables = {"PYTHONPATH": os.pathsep.join([str(PLACE), *sys.path]), "KEIFU_CACHE": f"{folder}/cache"}
     try:
         with patch.dict(os.environ, variables):  # no longer: the folder goes, and other tests have caches of their own
-            return _fuzz(folder, count, seed, kinds, style)
+            return _fuzz(folder, count, seed, kinds, styles)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fuzz(folder: str, count: int, seed: int, kinds: tuple[str, ...], style: str) -> list[Case]:
+def _fuzz(folder: str, count: int, seed: int, kinds: tuple[str, ...], styles: tuple[str, ...]) -> list[Case]:
     """Fuzz in a folder, as `fuzz` does."""
     from targets import TARGETS
 
@@ -186,10 +186,11 @@ def _fuzz(folder: str, count: int, seed: int, kinds: tuple[str, ...], style: str
             target.make(Path(folder) / kind)
             whole = outcome_of(target.read, Path(folder) / kind)
         assert whole == ("loaded", ""), f"{kind}, before anything is changed: {whole}"
-    turns = _every_value(Path(folder), chosen) if style == "values" else _in_turns(chosen, count, seed)
+    turns = {style: _in_turns(chosen, count, seed) for style in styles}
+    turns |= {style: _every_value(Path(folder), chosen) for style in styles if style == "values"}
     fuzzer = Fuzzer(folder)
     try:
-        return [tell(fuzzer.read(kind, file, style, number)) for kind, file, number in turns]
+        return [tell(fuzzer.read(kind, file, style, number)) for style in styles for kind, file, number in turns[style]]
     finally:
         fuzzer.end()
 
