@@ -114,14 +114,14 @@ def ends(connection: socket.socket) -> bytes:
 
 
 def test_unfinished_heads_and_bodies_end(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.1)
     for sent in (b"", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"):
         with connect(served) as connection:
             connection.sendall(sent)
             assert ends(connection) == b""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
     monkeypatch.setattr(server, "HEAD_SECONDS", WAIT)
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.1)
     with connect(served) as connection:
         connection.sendall(head + b"{")
         answer = ends(connection)
@@ -129,7 +129,7 @@ def test_unfinished_heads_and_bodies_end(served: Any, monkeypatch: pytest.Monkey
     with connect(served) as connection:  # a second head on one connection
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 200 " in connection.recv(4096)
-        monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+        monkeypatch.setattr(server, "HEAD_SECONDS", 0.1)
         connection.sendall(b"GET /hea")
         ends(connection)
 

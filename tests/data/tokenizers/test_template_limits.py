@@ -29,7 +29,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("template", REFUSED, ids=[str(number) for number in range(len(REFUSED))])
 def test_a_hostile_template_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keifu.data.tokenizers.chat_template.SECONDS", 1.0)
+    monkeypatch.setattr("keifu.data.tokenizers.chat_template.SECONDS", 0.5)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError):
         render(template, TALK, True, {})

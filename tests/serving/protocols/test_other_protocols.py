@@ -147,18 +147,18 @@ def test_models_are_unloaded_when_nothing_asks_for_them_and_load_again(
     clock, looks = [0.0], list[int]()
     clocks = {"monotonic": lambda: looks.append(1) or clock[0], "time": time.time}
     monkeypatch.setattr(models, "time", SimpleNamespace(**clocks))
-    with running([str(folder / "base")], Limits(keep_alive=1.0), Access()) as served:
+    with running([str(folder / "base")], Limits(keep_alive=0.1), Access()) as served:
         served.post("/v1/models/load", {"model": "base"})
-        clock[0], before = 0.9, len(looks)
+        clock[0], before = 0.09, len(looks)
         until(lambda: len(looks) > before + 2)
         assert loaded(served) == {"base": True}
         worker = served.models.workers["base"]
-        worker.pending, clock[0], before = 1, 5.0, len(looks)  # an answer is being written
+        worker.pending, clock[0], before = 1, 0.5, len(looks)  # an answer is being written
         until(lambda: len(looks) > before + 2)
-        worker.pending, clock[0], before = 0, 5.9, len(looks)
+        worker.pending, clock[0], before = 0, 0.59, len(looks)
         until(lambda: len(looks) > before + 2)
         assert loaded(served) == {"base": True}, "the time counts from the end of the last answer"
-        clock[0] = 7.0
+        clock[0] = 0.7
         until(lambda: not any(loaded(served).values()))
         again = served.post("/v1/completions", {"model": "base", "prompt": "abc", "max_tokens": 1})
         assert again.status_code == 200
