@@ -94,7 +94,7 @@ def test_the_law_follows_from_the_losses(monkeypatch: pytest.MonkeyPatch) -> Non
     known = sizes[:fitted], seen[:fitted], np.log(losses[:fitted])
     law = scaling.fitted(*known, [start, *scaling.STARTS[:2]])
     asked = [scaling.Point("", *each, 0.0) for each in points[fitted:]]
-    monkeypatch.setattr(scaling, "DRAWS", 40)
+    monkeypatch.setattr(scaling, "DRAWS", 16)
     drawn = scaling.predictions(law, *known, asked)
     computed = np.exp(law.log_loss(sizes[fitted:], seen[fitted:]))
     assert [row[2] for row in predicted["rows"]] == [f"{loss:.3f}" for loss in losses[fitted:]]
