@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from quick import others_slow
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -340,7 +341,11 @@ def gradients(model: nn.Module, objective, batch: dict[str, Tensor], place: torc
     return found.sums.means() | {"after": trainer.validation([batch])["loss"]}, named
 
 
-@pytest.mark.parametrize("name", CASES)
+# Of blocks that other cases have on a device; they learn in tests/test_learning.py.
+LIKE_LLAMA = {"qwen3", "granite", "ministral", "olmo2"}
+
+
+@pytest.mark.parametrize("name", others_slow(CASES, *(name for name in CASES if name not in LIKE_LLAMA)))
 def test_a_step_there_is_a_step_on_the_cpu(name: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -451,7 +456,7 @@ def test_beams_there_are_those_of_the_cpu(name: str) -> None:
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 def test_pictures_drawn_there_are_those_of_the_cpu(sampler: str) -> None:
     torch.manual_seed(0)
-    model = ddpm.build(ddpm.Config(**NETWORK, noise=Noise(steps=30))).eval()
+    model = ddpm.build(ddpm.Config(**NETWORK, noise=Noise(steps=12))).eval()
     wanted = ImageRequest(steps=None if sampler == "ddpm" else 4, sampler=sampler)
     expected = PixelPipeline(model).draw(wanted, [1, 2])
     with simulated():
@@ -474,19 +479,19 @@ def results(writer: nn.Module, translator: nn.Module, drawer: nn.Module) -> list
     return [*found, strip.pictures.tolist()]
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.device("meta")])
-def test_torchs_default_type_and_device_change_no_result(default: torch.dtype | torch.device) -> None:
+def test_torchs_default_type_and_device_change_no_result() -> None:
     """Native code wrote float32 into memory of the default type, over its end."""
     torch.manual_seed(0)
     models = WRITERS["llama"](), TRANSLATORS["transformer"](), DRAWERS["ddpm"]()
     expected = results(*models)
-    try:
-        if isinstance(default, torch.dtype):
-            torch.set_default_dtype(default)
-        with default if isinstance(default, torch.device) else nullcontext():
-            assert results(*models) == expected
-    finally:
-        torch.set_default_dtype(torch.float32)
+    for default in (torch.float64, torch.bfloat16, torch.device("meta")):
+        try:
+            if isinstance(default, torch.dtype):
+                torch.set_default_dtype(default)
+            with default if isinstance(default, torch.device) else nullcontext():
+                assert results(*models) == expected, default
+        finally:
+            torch.set_default_dtype(torch.float32)
 
 
 def test_a_model_is_loaded_straight_to_the_device_that_is_chosen(tmp_path: Path) -> None:
