@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from native_toys import GROUPED, TOYS, everywhere, toy, unpacked
+from native_toys import GROUPED, OF_THIS_MACHINE, TOYS, everywhere, toy, unpacked
 from torch import Tensor, nn
 
 from keifu.errors import UserError
@@ -157,6 +157,7 @@ def test_the_widest_window_is_that_of_all_layers(kind: str, window: int | None) 
     assert pack(toy(kind), "int4").runner(1).window == window
 
 
+@pytest.mark.parametrize("instructions", OF_THIS_MACHINE[:1] + [*map(slow, OF_THIS_MACHINE[1:])], indirect=True)
 @pytest.mark.parametrize("weights", ["int8", *map(slow, ("f32", "bf16", "int4"))])
 def test_blocks_before_the_window_are_given_to_others(weights: str, instructions: str) -> None:
     """Long texts beside each other in a pool that holds only their windows: the tokens that each writes alone."""

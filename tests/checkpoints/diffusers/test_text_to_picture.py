@@ -83,7 +83,7 @@ def test_each_step_and_the_pictures_are_diffusers(painter, reference, sampler: s
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++-2m"])
+@pytest.mark.parametrize("sampler", ["ddim", pytest.param("dpm++-2m", marks=pytest.mark.slow)])
 def test_rescaled_guidance_is_that_of_diffusers_and_of_each_picture_alone(painter, reference, sampler: str) -> None:
     steps, expected = reference(
         sampler, TEXTS, guidance_scale=7.5, guidance_rescale=0.7, num_inference_steps=5, height=32, width=32

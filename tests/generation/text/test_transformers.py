@@ -1,11 +1,13 @@
 """Greedy texts beside transformers' generate() on the same random weights, alone and left padded."""
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as hf
+from quick import quick
 
 from keifu import checkpoints
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -28,8 +30,7 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(("kind", "penalty"), quick(product(CONFIGS, [1.0, 1.3])))
 def test_greedy_tokens_equal(kind: str, penalty: float, tokenizer: Tokenizer, tmp_path: Path) -> None:
     theirs = hf.AutoModelForCausalLM.from_config(CONFIGS[kind], attn_implementation="eager").eval()
     with torch.no_grad():
