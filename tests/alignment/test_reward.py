@@ -112,7 +112,7 @@ def go(base: Path, data: Path, out: Path, *arguments: str) -> Path:
     return out
 
 
-FAST = ["--steps", "20", "--learning-rate", "0.003", "--held-out", "0.2"]
+FAST = ["--steps", "30", "--learning-rate", "0.003", "--held-out", "0.2"]
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [("gpt2", []), ("llama", ["--lora.rank", "4"])])

@@ -105,6 +105,8 @@ def test_every_family_names_all_of_its_weights_once(kind) -> None:
         config = replace(config, n_experts=min(config.n_experts, 16))
     if vars(config).get("n_layers", 0) > 6 and not any(isinstance(each, tuple) for each in vars(config).values()):
         config = replace(config, n_layers=6)  # layers that are all alike differ by a number too
+    if isinstance(vars(config).get("positions"), int):  # one buffer, which takes a second to compute
+        config = replace(config, positions=min(config.positions, 96))
     with on_meta():
         model = family.module.build(config)
     found = links(model, family.names)
