@@ -224,7 +224,8 @@ def test_prompts_alone_and_among_others(model: nn.Module) -> None:
 def test_one_beam_is_greedy_choice(model: nn.Module) -> None:
     prompts = torch.randint(0, 261, (1, 6)).tolist()
     greedy = generate_batch(model, None, prompts, SamplingParams(max_tokens=20, temperature=0))[0].tokens
-    ends = (greedy[11], 260)
+    other = next(token for token in range(261) if token not in greedy)
+    ends = (greedy[11], other)
     [found] = continuations(model, prompts, Search(ends, beams=1), 20)
     assert found.tokens == greedy[: greedy.index(ends[0])] and found.ended
 
