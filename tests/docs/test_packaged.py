@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,11 @@ def test_emoji_that_are_recognised_follow_from_the_drawings() -> None:
 
 def test_names_that_a_judge_saw_as_new_were_not_learned() -> None:
     shown: dict[str, set[str]] = {}
-    for item in read("named-by-eye")["items"]:
+    now, before = (read(file)["items"] for file in ("named-by-eye", "named-by-eye-before"))
+    assert [(item["kind"], item["name"]) for item in before] == [(item["kind"], item["name"]) for item in now]
+    right = Counter(item["kind"] for item in before if item["name"] == item["chosen"])
+    assert (right["drawings of learned names"], right["drawings of new names"]) == (34, 6)
+    for item in now:
         shown.setdefault(item["kind"], set()).add(item["name"])
     parts = split_of_run(read_images("emoji", 16, 3), recorded(locate("emoji")))
     learned, new = ({*part.texts("en")} for part in (parts.train, parts.test))
