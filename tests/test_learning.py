@@ -124,7 +124,7 @@ LANGUAGE_MODELS = {
 
 
 WITH_MUON = ("gpt2", "deepseek-v3")  # biases and experts; Muon knows no model
-# Built of LLaMA's blocks, which learn here; their own gradients are compared in tests/test_on_another_device.py.
+# Models of LLaMA's blocks, which learn here; their own gradients are compared in tests/test_on_another_device.py.
 LIKE_LLAMA = ("mistral", "qwen2", "smollm3", "phi3")
 OPTIMIZERS = [
     pytest.param("adamw", name, marks=[pytest.mark.slow] if name in LIKE_LLAMA else []) for name in LANGUAGE_MODELS

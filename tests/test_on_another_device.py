@@ -341,7 +341,7 @@ def gradients(model: nn.Module, objective, batch: dict[str, Tensor], place: torc
     return found.sums.means() | {"after": trainer.validation([batch])["loss"]}, named
 
 
-# Of blocks that other cases have on a device; they learn in tests/test_learning.py.
+# Models of blocks that other cases have on a device; they learn in tests/test_learning.py.
 LIKE_LLAMA = {"qwen3", "granite", "ministral", "olmo2"}
 
 

@@ -12,7 +12,6 @@ import tyro
 from keifu.commands.shared import flags, tables
 from keifu.errors import UserError, unknown
 from keifu.evaluation.registry import EvalOptions, EvalRequest, ResultTable
-from keifu.untrusted import read_json_object
 
 # Each is a file in keifu/evaluation (see its task.py).
 TASKS = (
@@ -89,12 +88,11 @@ def run(options: Options) -> None:
 
 def training_facts(run: Path) -> dict[str, Any]:
     """Return facts of a run for its evaluation: a translator's languages, and which pictures were held out."""
-    from keifu.data.images.splits import recorded
+    from keifu.data.images.splits import held_out_of, read_recipe
 
-    recipe = run / "recipe.json"
-    record = read_json_object(recipe) if recipe.is_file() else {}
+    record = read_recipe(run)
     facts: dict[str, Any] = {"languages": tuple(record["languages"])} if record.get("languages") else {}
-    return facts | ({"held_out": recorded(run)} if record else {})
+    return facts | ({"held_out": held_out_of(record)} if record else {})
 
 
 def tasks() -> list[Any]:

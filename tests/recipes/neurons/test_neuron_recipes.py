@@ -131,8 +131,7 @@ def test_every_loss_learns_the_moons(loss, tmp_path):
 
 @pytest.mark.usefixtures("drawn_boundaries")
 def test_a_run_is_a_model_a_report_and_pictures(tmp_path, capsys, monkeypatch):
-    """Of the thirteen pictures of one stage the first is drawn, which takes a sixth of a second, and the others are
-    copies."""
+    """Draw the first of the thirteen pictures of one stage, which takes a sixth of a second; the others are copies."""
     draw, drawn = decision_boundary.strip, list[bytes]()
 
     def strip(points, stages):

@@ -74,12 +74,18 @@ def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_fami
 
 
 def recorded(run: Path) -> dict[str, Any]:
-    """Return how a run held pictures out, by its recipe.json: see `split_of_run`. Empty for a model without a run.
+    """Return how a run held pictures out: see `split_of_run`. Empty for a model without a run."""
+    return held_out_of(read_recipe(run))
 
-    keifu 0.1 kept no record, and split relatives.
-    """
+
+def read_recipe(run: Path) -> dict[str, Any]:
+    """Return the content of a run's recipe.json. Empty for a model without a run."""
     recipe = run / "recipe.json"
-    record = read_json_object(recipe) if recipe.is_file() else {}
+    return read_json_object(recipe) if recipe.is_file() else {}
+
+
+def held_out_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a run held pictures out, by its recipe. keifu 0.1 kept no record, and split relatives."""
     return {"whole_families": False, **(record.get("held_out") or {})} if record else {}
 
 

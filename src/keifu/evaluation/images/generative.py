@@ -219,9 +219,9 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     if request.judge is not None or request.guidance is not None:
         raise UserError("--judge and --guidance are for the metric classes alone: give --metric classes, or neither.")
     parts = _real_images(drawer, request)
-    beside = _generate_beside(drawer, parts, request) if request.metric in (None, "distances") else EvalResult({})
+    drawn = _compare_drawings(drawer, parts, request) if request.metric in (None, "distances") else EvalResult({})
     held = EvalResult({}) if request.metric == "distances" else _held_out(drawer, parts.test, request)
-    return replace(beside, figures=beside.figures | held.figures, notes=beside.notes + held.notes, tables=held.tables)
+    return replace(drawn, figures=drawn.figures | held.figures, notes=drawn.notes + held.notes, tables=held.tables)
 
 
 def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
@@ -249,7 +249,7 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
     return EvalResult(figures, (f"{count:,} pictures by {how}.",), tables, items)
 
 
-def _generate_beside(drawer: ImageModel, parts: ImageSplit, request: EvalRequest) -> EvalResult:
+def _compare_drawings(drawer: ImageModel, parts: ImageSplit, request: EvalRequest) -> EvalResult:
     """Generate images and compare them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
     pipeline = pixel_diffusion.PixelPipeline(drawer)

@@ -27,16 +27,16 @@ Latents = Float[Tensor, "batch channels height width"]
 
 
 def text_denoiser(
-    model: Any, given: Tokens, without: Tokens, guidance: float, rescale: float, beside: Latents | None = None
+    model: Any, given: Tokens, without: Tokens, guidance: float, rescale: float, extra: Latents | None = None
 ) -> Network:
     """Return the denoising network of a model for these texts. Texts are encoded and projected here, once.
 
     given: the text of each row. without: the negative prompts for guidance; both predictions are computed in one batch.
-    beside: further input channels of each row, after those of x.
+    extra: further input channels of each row, after those of x.
     """
     alone = guidance == 1
     texts = _project(model, given if alone else torch.cat([given, without]))
-    more = beside if beside is None or alone else torch.cat([beside, beside])
+    more = extra if extra is None or alone else torch.cat([extra, extra])
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
         return model(x if more is None else torch.cat([x, more], 1), timestep, texts)
@@ -139,9 +139,9 @@ class LatentDiffusionPipeline(TextPipeline):
         schedule, random = wanted.schedule(chosen.schedule), SeededNoise(seeds)
         given = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
         without = self.tokens([wanted.negative] * len(seeds), wanted.truncate)
-        x, kept, beside = self._initial_latents(wanted, schedule, len(seeds), random)
+        x, kept, extra = self._initial_latents(wanted, schedule, len(seeds), random)
         tokens = given.to(x.device), without.to(x.device)
-        network = text_denoiser(prepack(self.model), *tokens, wanted.guidance, wanted.guidance_rescale, beside)
+        network = text_denoiser(prepack(self.model), *tokens, wanted.guidance, wanted.guidance_rescale, extra)
         yield from run_inpainting(chosen, network, x, schedule, random, kept)
 
     def _initial_latents(

@@ -126,8 +126,8 @@ class TextToImageTask(ImageTask):
         seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
         named = ("data", "languages", "truncate", *named)
         options = {"model": asdict(self.model.config)}
-        families = self.parts.whole_families
-        run: dict[str, Any] = counts | describe(recipe, self.parts.train, named, options, whole_families=families)
+        whole = self.parts.whole_families
+        run: dict[str, Any] = counts | describe(recipe, self.parts.train, named, options, whole_families=whole)
 
         def sample(step: int) -> bytes:
             before()
