@@ -111,11 +111,11 @@ class Writer:
         self.options, self.tokens, self.seconds = options, 0, 0.0
 
     def write(
-        self, prompts: list[list[int]], items: list[int], turn: int, most: int, temperature: float
+        self, prompts: list[list[int]], items: list[int], turn: int, most: int, temperature: float, **other: Any
     ) -> list[Completion]:
         """Return the completion of each prompt. Its seed depends on the item and the turn."""
         seeds = [random.Random(f"{self.options.seed} {item} {turn}").getrandbits(31) for item in items]
-        drawn: dict[str, Any] = {"temperature": temperature, "top_p": 0.95, "max_tokens": most}
+        drawn: dict[str, Any] = {"temperature": temperature, "top_p": 0.95, "max_tokens": most} | other
         how = [SamplingParams(seed=seed, **drawn) for seed in seeds]
         start = time.perf_counter()
         written = generate_batch(self.model, self.tokenizer, prompts, how, self.options.streams)
