@@ -1,8 +1,11 @@
 """The benchmarks of chat models: a blind sheet and its count, and bits a byte of held-out conversations."""
 
+import argparse
 import json
 import math
+import random
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +18,7 @@ from keifu import checkpoints
 from keifu.data.tokenizers.chat_template import PLAIN
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.intervals import wilson
+from keifu.generation.text.generate import Completion
 from keifu.models import llama
 
 ROOT = Path(__file__).parents[3]
@@ -87,6 +91,56 @@ def test_no_prompt_is_in_the_lists_of_the_training_data(monkeypatch: pytest.Monk
     subjects = (*lists.BEINGS, *lists.EVENTS, *lists.PLACES, *lists.TOPICS, *lists.TASKS)
     words = [f" {prompt.lower().rstrip('?.!')} " for prompt in prompts]
     assert [(text, word) for text in subjects for word in words if f" {text.lower()} " in word] == []
+
+
+def completion(text: str, reason: str = "stop") -> Completion:
+    return Completion(text, [1], reason, 0, 1)
+
+
+def test_bad_answers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = benchmark("simple_chats", monkeypatch).kept
+    story = " ".join(f"Then the cat saw mouse {number} in the old barn." for number in "abcdefg")
+    assert kept("talk", "I like tea.", completion(" It\u2019s good with milk. ")) == "It's good with milk."
+    assert kept("story", "A story?", completion(f"{story} And then", "length")) == ""  # "in the old" occurs 7 times
+    for text in ("I like tea.", "i like milk.", "I like milk", "Yes.", "I am an AI with milk.", "Ich mag süße Milch."):
+        assert kept("talk", "I like tea.", completion(text)) == ""
+    assert kept("talk", "I like tea.", completion("That is good. You should", "length")) == ""
+    assert kept("story", "A story?", completion("A cat sat. The end.")) == "", "too short for a story"
+    parts = "One day a cat met a dog by the river. They ate bread, drank cold water and slept under some tall trees."
+    told = f"{parts} Both were glad."
+    assert kept("story", "A story?", completion(f"{told} And so they", "length")) == told
+    assert kept("fact", "What is tea?", completion("Grass is green.")) == "", "an example's answer"
+    assert kept("fact", "What color is grass?", completion("Grass is green.")) == "Grass is green."
+
+
+def test_simple_chats_have_no_examples_and_no_compared_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    simple = benchmark("simple_chats", monkeypatch)
+    near = ["My old phone is broken.", "Do fish live?", "I want to get a pet!", "She has a red pet."]
+    monkeypatch.setattr(simple, "everyday", lambda: (near, ["Where do fish live?", "What is it?"]))
+    asked = {simple.prompt_of("talk", random.Random(seed)) for seed in range(60)}
+    assert asked == {"She has a red pet."}
+    assert {"Where do fish live?"}.isdisjoint(simple.prompt_of("fact", random.Random(seed)) for seed in range(200))
+    writer = object.__new__(simple.SimpleWriter)
+    writer.options, writer.tokenizer = argparse.Namespace(seed=0), train_tokenizer("bpe", [TEXT], 270)
+    writer.tokenizer = writer.tokenizer.with_chat_template(PLAIN)
+    read = []
+
+    def write(prompts: list[list[int]], items: list[int], turn: int, *rest: object, **more: object) -> list[Completion]:
+        read.extend(writer.tokenizer.decode(prompt) for prompt in prompts)
+        return [completion(f"Well, number {item} of turn {turn} has seven words." * (item != 4)) for item in items]
+
+    writer.write = write
+    monkeypatch.setattr(writer, "opened", lambda talk, opening: writer.tokenizer.render_chat(talk))
+    options = argparse.Namespace(seed=0, model="m", weights="int8")
+    lines = simple.write_items(writer, range(60), options)
+    kinds = Counter(line["kind"] for line in lines)
+    assert kinds == {"talk": 23, "fact": 12, "greeting": 6}, "stories are too short, and item 4 is empty"
+    assert all("I found a coin" in text for text in read if "red pet" in text)
+    for line in lines:
+        roles = [message["role"] for message in line["messages"]]
+        assert roles in (["user", "assistant"], ["user", "assistant"] * 2) and "synthetic" in line["source"]
+        assert "coin" not in str(line["messages"])
+    assert 3 < sum(len(line["messages"]) == 4 for line in lines) < 20
 
 
 def test_bits_are_those_of_the_answers(
