@@ -5,11 +5,11 @@ python benchmarks/blind_comparison.py FOLDER --models FIRST OTHER [OTHER ...] [-
 python benchmarks/blind_comparison.py FOLDER --choices FILE --judge WORDS [--write JSON]
 
 The first command asks 40 prompts: 20 conversations, 8 of them with a second question, 10 stories and 10 questions with
-a known answer. None of them is in the lists of `teacher_texts.py`. FIRST is compared with each OTHER, and answers anew
-for each, so that no answer is on the sheet twice. A base model reads "A: ...", line break, "B:", the format of keifu's
-conversation texts, and stops where the next turn begins. FOLDER/sheet.md shows the items in random order with random
-sides; FOLDER/key.json has the models. The judge reads only the sheet, and writes FILE: a line for each item, such as
-`12 A`, `13 B` or `14 tie`.
+a known answer. `simple_chats.py` begins with none of them, nor with one within a word of them. FIRST is compared with
+each OTHER, and answers anew for each, so that no answer is on the sheet twice. A base model reads "A: ...", line break,
+"B:", the format of keifu's conversation texts, and stops where the next turn begins. FOLDER/sheet.md shows the items in
+random order with random sides; FOLDER/key.json has the models. The judge reads only the sheet, and writes FILE: a line
+for each item, such as `12 A`, `13 B` or `14 tie`.
 
 The second command counts. A share is of all items, so a tie is not a success; its interval is Wilson's. --write puts
 the table into a data file of docs/results/data, and all answers and choices next to it, into blind-comparison.json.

@@ -34,11 +34,7 @@ DATA = Path(__file__).parents[1] / "docs" / "results" / "data"
 HELD_CHATS = DATA / "held-out-chats.jsonl"  # never learned
 DTYPES = ("bf16", "f32")
 KEIFU = (sys.executable, "-m", "keifu")
-WRITE = (
-    "python benchmarks/teacher_texts.py --streams 96 --wave 384 --max-tokens 200 "
-    "--kinds story greeting story answer greeting conversation"
-)
-TAUGHT = "keifu train sft --context-length 512 --too-long drop --batch-size 8"
+SIMPLE = "python benchmarks/simple_chats.py"
 SHAPE = "--model.dim 288 --model.hidden-dim 1152 --model.n-layers 4 --model.n-decoder-layers 3 --model.n-heads 6"
 COUNTS = ("pairs", "pictures", "tokens", "masked words", "rows", "conversations")  # units of the evaluated data
 METRICS = {"BLEU": "bleu", "chrF": "chrf", "perplexity of masked words": "perplexity"}  # names of figures on the hub
@@ -258,22 +254,15 @@ MODELS = {
         terms="its layers began as gpt-en, which read CC BY-SA 4.0 (Wikipedia, Wikibooks) and CC BY 2.0 FR (Tatoeba): "
         "name them and their contributors where you pass this on, under the same licence; its teacher and the author "
         "of its data, SmolLM2-135M-Instruct, is Apache-2.0 (Hugging Face TB)",
-        data="smollm2-chats: 4,020 conversations that SmolLM2-135M-Instruct wrote, from the prompts of "
-        "benchmarks/teacher_texts.py, and the first sentences of their answers; all are synthetic, and nobody has "
-        "checked them",
-        command=f"{WRITE} --seed 0 --count 2688 --out runs/chats-0.jsonl && "
-        f"{WRITE} --seed 1 --count 1152 --out runs/chats-1.jsonl && "
-        "join runs/first-chats.jsonl runs/chats-0.jsonl runs/chats-1.jsonl && "
-        "python benchmarks/student.py --data runs/first-chats.jsonl --vocabulary 12000 --out runs/chat-student && "
-        f"{WRITE} --seed 1 --count 2304 --out runs/chats-1.jsonl && "
-        "join runs/chats.jsonl runs/chats-0.jsonl runs/chats-1.jsonl && "
-        f"{TAUGHT} --data runs/chats.jsonl --model runs/chat-student --steps 100000 --minutes 36 "
-        "--learning-rate 1.5e-3 && "
-        f"{TAUGHT} --data runs/chats.jsonl --model {{last}} --steps 100000 --minutes 8 --learning-rate 5e-4 --seed 1 "
-        "--distill.teacher smollm2 --distill.weights int8 --distill.hard 0.5 && "
-        "python benchmarks/shortened.py --data runs/chats.jsonl --out runs/short-chats.jsonl && "
-        f"{TAUGHT} --data runs/short-chats.jsonl --model runs/pretrained-chat-en-8 --learning-rate 3e-4 --seed 2 "
-        "--steps 80",
+        data="smollm2-chats: 24,243 conversations whose answers SmolLM2-135M-Instruct wrote, after a few examples of "
+        "short answers, to sentences of Tatoeba's contributors (tatoeba.org) and to prompts from the lists of "
+        "benchmarks/simple_chats.py; the answers are synthetic, and nobody has checked them",
+        command=f"{SIMPLE} --seed 0 --count 22199 --out runs/simple-0.jsonl && "
+        f"{SIMPLE} --seed 1 --count 9000 --out runs/simple-1.jsonl && "
+        "join runs/simple.jsonl runs/simple-0.jsonl runs/simple-1.jsonl && "
+        "python benchmarks/student.py --data runs/simple.jsonl --vocabulary 6000 --out runs/chat-student && "
+        "keifu train sft --data runs/simple.jsonl --model runs/chat-student --template chatml --context-length 512 "
+        "--too-long drop --learning-rate 2e-3 --steps 1762 --processes 2",
         evaluation="python benchmarks/held_out_chats.py chat-en smollm2 gpt-en --data "
         "docs/results/data/held-out-chats.jsonl --json",
         held_out="conversations of its teacher whose first questions it did not learn from",
@@ -284,10 +273,10 @@ MODELS = {
             "bits per byte of gpt-en",
             "conversations",
         ),
-        limits="It writes a sentence or two to greetings and requests, and a story of about five sentences. It often "
-        "offers help and does not take up what you said, loses the thread, knows few facts, and says what is false as "
-        "easily as what is true. Its template calls it SmolLM. The held-out questions come from the same lists "
-        "of words as those it learned from; keifu's page docs/results/packaged.md compares answers to other ones.",
+        limits="It writes a sentence to what you say, and a story of a few simple sentences that do not always follow "
+        "from one another. It knows few facts, and says what is false as easily as what is true. It often repeats your "
+        "words, and forgets what was said before. The held-out questions come from the same lists and kinds of "
+        "sentences as those it learned from; keifu's page docs/results/packaged.md compares answers to other ones.",
         languages=("en",),
         sampling={"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1},
     ),

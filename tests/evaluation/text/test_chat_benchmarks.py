@@ -214,18 +214,6 @@ def test_figures_of_the_page_are_of_their_items(monkeypatch: pytest.MonkeyPatch)
     assert card["figures"].items() <= held.figures(measured, sizes).items()
 
 
-def test_answers_are_shortened_to_whole_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    shorten = benchmark("shortened", monkeypatch).shorten
-    texts = ["Hi.", "Hello. How are you? I am well.", "Tell me a story!", "One. Two.\n\nThree. Four"]
-    talk = [{"role": ["user", "assistant"][number % 2], "content": text} for number, text in enumerate(texts)]
-    assert [turn["content"] for turn in shorten(talk, 2, 3)] == [
-        "Hi.", "Hello. How are you?", "Tell me a story!", "One. Two.\n\nThree.",
-    ]  # fmt: skip
-    endless = [talk[0], {"role": "assistant", "content": "a" * 701 + "."}]
-    assert shorten(talk[:2] + endless, 1, 1) == shorten(talk[:2], 1, 1) == [talk[0], {**talk[1], "content": "Hello."}]
-    assert shorten([talk[0], {"role": "assistant", "content": "1. no end"}], 2, 2) == []
-
-
 def test_recorded_commands_have_the_options_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     typed, usual = benchmark("_results", monkeypatch).typed, {"seeds": [0], "rate": 0.1, "mixed": False, "tower": None}
     given = usual | {"rate": 0.2, "mixed": True, "folder": "x"}
