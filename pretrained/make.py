@@ -275,7 +275,8 @@ MODELS = {
         ),
         limits="It writes a sentence to what you say, and a story of a few simple sentences that do not always follow "
         "from one another. It knows few facts, and says what is false as easily as what is true. It often repeats your "
-        "words, and forgets what was said before. The held-out questions come from the same lists and kinds of "
+        'words or has an empty phrase, forgets what was said before, and takes "How are you?", which it did not read, '
+        'for "How old are you?". The held-out questions come from the same lists and kinds of '
         "sentences as those it learned from; keifu's page docs/results/packaged.md compares answers to other ones.",
         languages=("en",),
         sampling={"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1},
