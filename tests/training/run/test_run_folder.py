@@ -265,6 +265,13 @@ def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch) -> None:
     assert precision.resolve_dtype("bfloat16", CPU) == torch.bfloat16
 
 
+@pytest.mark.parametrize(("flags", "expected"), [("avx512_bf16", torch.bfloat16), ("avx2 fma", torch.float32)])
+def test_muon_multiplies_in_bfloat16_only_where_the_processor_does(flags: str, expected: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr(devices, "processor", lambda field: flags)
+    muon = build_optimizer(toy(), settings(optimizer="muon"))
+    assert [part.dtype for part in muon.parts if isinstance(part, StackedMuon)] == [expected]
+
+
 def test_bfloat16_steps_keep_the_weights_in_float32(tmp_path: Path) -> None:
     model = toy()
     seen = []

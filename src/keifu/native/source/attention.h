@@ -126,13 +126,12 @@ constexpr float NO_SINK = -3e38f;
 // `n`: a multiple of 32.
 template <bool FLOAT32>
 INLINE float soften(float *scores, Number<FLOAT32> *weights, int n, int seen_from, int seen_to, float scale, float sink) {
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     const int from = seen_from / TILE * TILE;
     v16 most = splat(sink);
     for (int i = from; i <= seen_to; i += TILE) {
-        const i16 place = lane + i;
+        const i16 place = lanes() + i;
         v16 x = load(scores + i) * scale;
-        x = (place >= seen_from) & (place <= seen_to) ? x : splat(-3e38f);
+        x = select((place >= seen_from) & (place <= seen_to), x, splat(-3e38f));
         store(scores + i, x);
         most = max(most, x);
     }

@@ -50,18 +50,18 @@ typedef v16 Group[GROUP];
 INLINE v16 nearest(v16 x) { return (x + 12582912.f) - 12582912.f; }  // whole numbers, ties to even
 
 INLINE v16 clamp(v16 x, float low, float high) {
-    x = x < low ? splat(low) : x;
-    return x > high ? splat(high) : x;
+    x = select(x < low, splat(low), x);
+    return select(x > high, splat(high), x);
 }
 
-INLINE v16 inverse_of(v16 x) { return x != 0.f ? 1.f / x : v16{}; }
+INLINE v16 inverse_of(v16 x) { return select(x != 0.f, 1.f / x, v16{}); }
 
 INLINE v16 code_of(v16 x, v16 inverse, v16 min, float low, float high) { return nearest(clamp((x - min) * inverse, low, high)); }
 
 INLINE void extremes(const v16 *x, int n, v16 &low, v16 &high) {
     low = high = x[0];
     for (int i = 1; i < n; i++) {
-        low = x[i] < low ? x[i] : low;
+        low = select(x[i] < low, x[i], low);
         high = max(x[i], high);
     }
 }
@@ -78,7 +78,7 @@ struct Affine {
 INLINE Affine affine_scale(const Group &x) {
     v16 low, high;
     extremes(x, GROUP, low, high);
-    low = low > 0.f ? v16{} : low;
+    low = select(low > 0.f, v16{}, low);
     Affine best{v16{}, low};
     v16 least = splat(3e38f);
     v16 sum_x{};
@@ -97,13 +97,13 @@ INLINE Affine affine_scale(const Group &x) {
         const v16 determinant = inverse_of((float)GROUP * qq - sum_q * sum_q);
         v16 scale = ((float)GROUP * xq - sum_x * sum_q) * determinant;
         v16 min = (qq * sum_x - sum_q * xq) * determinant;
-        scale = min > 0.f ? xq * inverse_of(qq) : scale;
-        min = min > 0.f ? v16{} : min;
+        scale = select(min > 0.f, xq * inverse_of(qq), scale);
+        min = select(min > 0.f, v16{}, min);
         v16 error = scale * (scale * qq + 2.f * (min * sum_q - xq)) + min * ((float)GROUP * min - 2.f * sum_x);
-        error = (determinant > 0.f) & (scale > 0.f) ? error : splat(3e38f);
-        best.scale = error < least ? scale : best.scale;
-        best.min = error < least ? min : best.min;
-        least = error < least ? error : least;
+        error = select((determinant > 0.f) & (scale > 0.f), error, splat(3e38f));
+        best.scale = select(error < least, scale, best.scale);
+        best.min = select(error < least, min, best.min);
+        least = select(error < least, error, least);
     }
     return best;
 }
@@ -195,12 +195,12 @@ INLINE PairCodes choose_codes(const Group *x, const Affine *wanted, v16 d, v16 d
             fits[g] = fit_min(x[g], d * scale * multipliers[g], wanted[g].min, dmin);
         }
         const v16 error = fits[0].error + fits[1].error;
-        best.scale = error < least ? scale : best.scale;
+        best.scale = select(error < least, scale, best.scale);
         for (int g = 0; g < 2; g++) {
-            best.multipliers[g] = error < least ? multipliers[g] : best.multipliers[g];
-            best.mins[g] = error < least ? fits[g].min : best.mins[g];
+            best.multipliers[g] = select(error < least, multipliers[g], best.multipliers[g]);
+            best.mins[g] = select(error < least, fits[g].min, best.mins[g]);
         }
-        least = error < least ? error : least;
+        least = select(error < least, error, least);
     }
     return best;
 }

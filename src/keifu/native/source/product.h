@@ -31,6 +31,13 @@ template <bool FLOAT32> INLINE void put(Number<FLOAT32> *p, v16 x) {
 
 constexpr int OUT = CHUNK * TILE;  // floats from one row of a product's output to the next
 
+// Whether an instruction multiplies two columns of bf16 with two numbers of a row. Otherwise rows are stored as float32.
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool BFLOAT16_PAIRS = true;
+#else
+constexpr bool BFLOAT16_PAIRS = false;
+#endif
+
 // ---- rows ----
 
 INLINE void encode_codes(const Rows &rows, int64_t row, int64_t pair, const float *x) {
@@ -60,7 +67,8 @@ INLINE void encode(const Rows &rows, Input kind, int64_t row, int64_t pair, cons
     if (kind == Input::CODES) return encode_codes(rows, row, pair, x);
     for (int i = 0; i < PAIR; i += TILE)
         if (kind == Input::FLOAT32) store(rows.numbers + place + i, load(x + i));
-        else store_bfloat16(rows.dense + place + i, load(x + i));
+        else if (BFLOAT16_PAIRS) store_bfloat16(rows.dense + place + i, load(x + i));
+        else store(rows.numbers + place + i, round_to_bfloat16(load(x + i)));
 }
 
 // ---- blocks of a product ----
@@ -76,9 +84,14 @@ struct Prefetch {
     int bits_4, bits_8, cache;
 };
 #if defined(__AVX512F__)
-constexpr Blocking BFLOAT16 = {2, 8, CHUNK};
-#else
+constexpr Blocking FLOAT32 = {2, 8, CHUNK};
+constexpr Blocking BFLOAT16 = FLOAT32;
+#elif defined(__AVX2__)
+constexpr Blocking FLOAT32 = {1, 6, CHUNK};
 constexpr Blocking BFLOAT16 = {1, 4, CHUNK};
+#else
+constexpr Blocking FLOAT32 = {1, 4, CHUNK};
+constexpr Blocking BFLOAT16 = FLOAT32;
 #endif
 #if defined(__AMX_TILE__)
 constexpr Blocking QUANTISED = {2, 4, CHUNK};
@@ -97,7 +110,7 @@ template <int TILES, int ALONE, int B, class Block> INLINE void cut(int b, int r
     const int end = b + (rows - b) / B * B;
     for (int r = b; r < end; r += B)
         for (int s = 0; s < CHUNK; s += S) block(Constant<S>(), Constant<B>(), s, r);
-    if constexpr (B > 1) cut<TILES, ALONE, B / 2>(end, rows, block);
+    if constexpr (B > 1) cut<TILES, ALONE, (B > 4 ? 4 : B / 2)>(end, rows, block);
 }
 
 // Which part of the tiles that come next a block fetches: every (mask + 1)th step, from `turn` on.
@@ -182,8 +195,7 @@ struct TwoRows {
             .template join<Vector>();
     }
     template <class Get> ALWAYS_INLINE auto of_input(Get get) const {
-        const i16 second = {0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1, 0, -1};
-        return second ? splat(get(row[1])) : splat(get(row[0]));
+        return select((lanes() & 1) == 1, splat(get(row[1])), splat(get(row[0])));
     }
 };
 
@@ -293,21 +305,20 @@ INLINE void dense_product(At at, int tiles, int columns, const Dense *x, int64_t
 // ---- bf16 and float32 ----
 
 // Two columns of 16 rows times two numbers of x.
-INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
 #if defined(__AVX512BF16__)
-    return (v16)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x);
+INLINE v16 dot_pair(v16 total, i16 w, i16 x) { return (v16)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x); }
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)  // BFDOT and BFMMLA would round to odd
+INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
     const auto both = Quarters<bfloat16x8_t>::of(w);
     const auto two = Quarters<bfloat16x8_t>::of(x);
     auto sums = Quarters<float32x4_t>::of(total);
     UNROLL for (int i = 0; i < 4; i++)
         sums.q[i] = vbfmlalbq_f32(vbfmlaltq_f32(sums.q[i], both.q[i], two.q[i]), both.q[i], two.q[i]);
     return sums.join<v16>();
-#else
-    total = fma(as_float(x & (int32_t)0xffff0000), as_float(w & (int32_t)0xffff0000), total);
-    return fma(as_float(x << 16), as_float(w << 16), total);
-#endif
 }
+#else
+INLINE v16 dot_pair(v16 total, i16, i16) { return total; }  // not used
+#endif
 
 typedef int32_t Four __attribute__((aligned(1), may_alias));
 INLINE int32_t four_bytes(const void *p) { return *(const Four *)p; }
@@ -323,11 +334,17 @@ INLINE void plain_block(const uint8_t *const *tiles, const Rows &rows, int64_t r
         UNROLL for (int i = 0; i < 4; i++)
             UNROLL for (int s = 0; s < S; s++) {
                 const i16 w = load_ints(tiles[s] + (line + i) * 64);
+                const int64_t at = row * rows.columns + COLUMNS * (line + i);
+                const float *x = rows.numbers + at;
                 UNROLL for (int b = 0; b < B; b++) {
-                    const int64_t at = (row + b) * rows.columns + COLUMNS * (line + i);
-                    if constexpr (FLOAT32) total[s][b] = fma(splat(rows.numbers[at]), as_float(w), total[s][b]);
-                    else total[s][b] = dot_pair(total[s][b], w, splat(four_bytes(rows.dense + at)));
+                    const int64_t down = b * rows.columns;
+                    v16 &sum = total[s][b];
+                    if constexpr (FLOAT32) sum = fma(splat(x[down]), as_float(w), sum);
+                    else if constexpr (BFLOAT16_PAIRS) sum = dot_pair(sum, w, splat(four_bytes(rows.dense + at + down)));
+                    else sum = fma(splat(x[down + 1]), as_float(w & (int32_t)0xffff0000), sum);
                 }
+                if constexpr (!FLOAT32 && !BFLOAT16_PAIRS)
+                    UNROLL for (int b = 0; b < B; b++) total[s][b] = fma(splat(x[b * rows.columns]), as_float(w << 16), total[s][b]);
             }
     }
     UNROLL for (int i = 0; i < S * B; i++) store(out + i % B * OUT + i / B * TILE, total[i / B][i % B]);
@@ -346,12 +363,7 @@ INLINE Quad quad_of(const int8_t *x) { return four_bytes(x); }
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
 template <class Half> INLINE i16 by_halves(i16 total, i16 w, Half half) {
-    __m256i parts[4];
-    memcpy(parts, &w, 64);
-    memcpy(parts + 2, &total, 64);
-    for (int i = 0; i < 2; i++) parts[2 + i] = half(parts[2 + i], parts[i]);
-    memcpy(&total, parts + 2, 64);
-    return total;
+    return parts<int32_t>(PART { return half((__m256i)total.part[i], (__m256i)w.part[i]); });
 }
 #endif
 
@@ -383,9 +395,13 @@ INLINE i16 dot_codes(i16 total, i16 w, Quad x) {
     const __m256i four = _mm256_set1_epi32(x);
     return by_halves(total, w, [&](__m256i t, __m256i h) { return add_products(t, _mm256_abs_epi8(h), _mm256_sign_epi8(four, h)); });
 }
+// Sums of 16 bits, each of two columns: those of a group are below 8 · 2 · 15 · 127 < 2^15.
 INLINE i16 dot_low(i16 total, i16 w, Quad x) {
     const __m256i four = _mm256_set1_epi32(x);
-    return by_halves(total, w & 0x0f0f0f0f, [&](__m256i t, __m256i h) { return add_products(t, h, four); });
+    return by_halves(total, w & 0x0f0f0f0f, [&](__m256i t, __m256i h) { return _mm256_add_epi16(t, _mm256_maddubs_epi16(h, four)); });
+}
+INLINE i16 add_short_sums(i16 total, i16 sums) {
+    return by_halves(total, sums, [](__m256i t, __m256i h) { return _mm256_add_epi32(t, _mm256_madd_epi16(h, _mm256_set1_epi16(1))); });
 }
 #elif defined(__ARM_NEON)
 INLINE i16 dot_codes(i16 total, i16 w, Quad x) {
@@ -413,12 +429,21 @@ INLINE i16 dot_low(i16 total, i16 w, Quad x) { return dot_codes(total, w & 0x0f0
 INLINE i16 dot_high(i16 total, i16 w, Quad x) { return dot_low(total, w >> 4, x); }
 #endif
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
+constexpr bool SHORT_SUMS = true;  // dot_low adds in 16 bits; an addition takes one cycle
+#define EACH_QUAD _Pragma("GCC unroll 1")  // unrolled, GCC would keep all products and add them up in another order
+#else
+constexpr bool SHORT_SUMS = false;
+INLINE i16 add_short_sums(i16 total, i16) { return total; }  // not used
+#define EACH_QUAD UNROLL
+#endif
+
 // Sums of the codes of a group: `low` and `high` of two halves of the columns, or `low` of all where neither the format
-// nor the latency of few sums asks for two.
+// nor the latency of few sums asks for two. With short sums of nibbles `high` has those until the end.
 template <int FORMAT, int S, int B> struct Sums {
     static constexpr Layout L = LAYOUTS[FORMAT];
     static constexpr bool NIBBLES = L.codes == 256;
-    static constexpr bool APART = L.halves || (S * B < 8 && !PAIRED<B>);
+    static constexpr bool APART = L.halves || (!SHORT_SUMS && S * B < 8 && !PAIRED<B>);
     i16 low[S][B];
     i16 high[S][B];
 
@@ -475,13 +500,17 @@ template <int FORMAT, int S, int B> struct Sums {
             return;
         }
 #endif
-        UNROLL for (int quad = 0; quad < 4; quad++)
+        EACH_QUAD for (int quad = 0; quad < 4; quad++)
             UNROLL for (int s = 0; s < S; s++) {
                 const i16 w = load_ints(codes[s] + quad * 64);
                 const i16 v = !NIBBLES ? load_ints(codes[s] + (quad + 4) * 64) : APART ? w : w >> 4;
                 UNROLL for (int b = 0; b < B; b++) {
                     const Quad first = quad_of(x + b * stride + quad * 4);
                     const Quad second = quad_of(x + b * stride + quad * 4 + TILE);
+                    if constexpr (NIBBLES && SHORT_SUMS) {
+                        high[s][b] = dot_low(dot_low(high[s][b], w, first), v, second);
+                        continue;
+                    }
                     low[s][b] = NIBBLES ? dot_low(low[s][b], w, first) : dot_codes(low[s][b], w, first);
                     if (!APART) low[s][b] = NIBBLES ? dot_low(low[s][b], v, second) : dot_codes(low[s][b], v, second);
                     else high[s][b] = NIBBLES ? dot_high(high[s][b], v, second) : dot_codes(high[s][b], v, second);
@@ -491,6 +520,7 @@ template <int FORMAT, int S, int B> struct Sums {
 
     ALWAYS_INLINE void end() {
         UNROLL for (int i = 0; i < S * B; i++) {
+            if (NIBBLES && SHORT_SUMS) low[i / B][i % B] = add_short_sums(low[i / B][i % B], high[i / B][i % B]);
             if (NIBBLES && APART && HIGH_SHIFT) high[i / B][i % B] >>= HIGH_SHIFT;
             if (!L.halves && APART) low[i / B][i % B] += high[i / B][i % B];
         }
@@ -565,7 +595,7 @@ __attribute__((noinline)) void product_of(const uint8_t *const *tiles, const Row
     }
 #endif
     constexpr bool PLAIN = input_of(FORMAT) != Input::CODES;
-    constexpr Blocking K = PLAIN ? BFLOAT16 : QUANTISED;
+    constexpr Blocking K = FORMAT == KEIFU_F32 ? FLOAT32 : PLAIN ? BFLOAT16 : QUANTISED;
     const int64_t mask = n_rows < 2 * K.rows ? 0 : n_rows < 4 * K.rows ? 1 : 3;
     cut<K.tiles, K.alone, K.rows>(0, n_rows, [&](auto S, auto B, int s, int b) {
         const Turn turn{mask, b / B.value};

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -14,23 +15,104 @@
 
 namespace KEIFU_NAMESPACE {
 
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")  // so that the arrays of sums are registers
+
+#if defined(__AVX512F__)
 typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef float v16_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i16_unaligned __attribute__((vector_size(64), aligned(1), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")  // so that the arrays of sums are registers
 
 INLINE v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }  // x + 0 would cost an addition
 INLINE i16 splat(int32_t x) { return i16{} + x; }
 INLINE v16 load(const float *p) { return *(const v16_unaligned *)p; }
 INLINE i16 load_ints(const void *p) { return *(const i16_unaligned *)p; }
 INLINE void store(float *p, v16 x) { *(v16_unaligned *)p = x; }
-INLINE v16 first(v16 x, int n) {  // zeros from number n on
-    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return lane < n ? x : v16{};
+INLINE i16 lanes() { return i16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
+INLINE v16 as_float(i16 x) { return (v16)x; }
+INLINE i16 as_int(v16 x) { return (i16)x; }
+INLINE v16 to_float(i16 x) { return __builtin_convertvector(x, v16); }
+template <class T> INLINE T select(i16 which, T a, T b) { return which ? a : b; }
+#else
+// A vector type of 64 bytes would compute the same. But GCC keeps it in memory from one operation to the next.
+#if defined(__AVX2__)
+constexpr int REGISTER = 32;  // bytes
+#else
+constexpr int REGISTER = 16;
+#endif
+constexpr int PARTS = 64 / REGISTER;
+constexpr int WIDTH = REGISTER / 4;  // numbers of a register
+
+template <class T> struct Sixteen {
+    typedef T Register __attribute__((vector_size(REGISTER)));
+    typedef T Unaligned __attribute__((vector_size(REGISTER), aligned(1), may_alias));
+    Register part[PARTS];
+
+    ALWAYS_INLINE T operator[](int i) const { return part[i / WIDTH][i % WIDTH]; }
+};
+typedef Sixteen<float> v16;
+typedef Sixteen<int32_t> i16;
+
+template <class T, class Make, int... I> INLINE Sixteen<T> join_parts(Make make, std::integer_sequence<int, I...>) {
+    return {{(typename Sixteen<T>::Register)make(I)...}};
 }
+template <class T, class Make> INLINE Sixteen<T> parts(Make make) {
+    return join_parts<T>(make, std::make_integer_sequence<int, PARTS>());
+}
+#define PART [&](int i) __attribute__((always_inline))  // what part i of a result is: parts<T>(PART { return ...; })
+
+template <class T> struct Is {
+    typedef T Type;
+};
+template <class T> INLINE typename Sixteen<T>::Register splat_part(T x) {
+#if defined(__AVX2__)
+    return typename Sixteen<T>::Register{x, x, x, x, x, x, x, x};
+#else
+    return typename Sixteen<T>::Register{x, x, x, x};
+#endif
+}
+INLINE v16 splat(float x) { return parts<float>(PART { return splat_part(x); }); }
+INLINE i16 splat(int32_t x) { return parts<int32_t>(PART { return splat_part(x); }); }
+template <class T> INLINE Sixteen<T> load_parts(const void *p) {
+    return parts<T>(PART { return (typename Sixteen<T>::Register)((const typename Sixteen<T>::Unaligned *)p)[i]; });
+}
+INLINE v16 load(const float *p) { return load_parts<float>(p); }
+INLINE i16 load_ints(const void *p) { return load_parts<int32_t>(p); }
+INLINE void store(float *p, v16 x) {
+    UNROLL for (int i = 0; i < PARTS; i++) ((v16::Unaligned *)p)[i] = x.part[i];
+}
+INLINE i16 lanes() {
+    const int32_t all[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return load_ints(all);
+}
+INLINE v16 as_float(i16 x) { return parts<float>(PART { return x.part[i]; }); }
+INLINE i16 as_int(v16 x) { return parts<int32_t>(PART { return x.part[i]; }); }
+INLINE v16 to_float(i16 x) { return parts<float>(PART { return __builtin_convertvector(x.part[i], v16::Register); }); }
+template <class T> INLINE Sixteen<T> select(i16 which, Sixteen<T> a, Sixteen<T> b) {
+    return parts<T>(PART { return which.part[i] ? a.part[i] : b.part[i]; });
+}
+
+#define OPERATOR(RESULT, OP)                                                                                                    \
+    template <class T> INLINE Sixteen<RESULT> operator OP(Sixteen<T> a, Sixteen<T> b) {                                         \
+        return parts<RESULT>(PART { return a.part[i] OP b.part[i]; });                                                          \
+    }                                                                                                                           \
+    template <class T> INLINE Sixteen<RESULT> operator OP(Sixteen<T> a, typename Is<T>::Type b) { return a OP splat(b); }       \
+    template <class T> INLINE Sixteen<RESULT> operator OP(typename Is<T>::Type a, Sixteen<T> b) { return splat(a) OP b; }
+#define ASSIGNING(OP)                                                                                                           \
+    OPERATOR(T, OP)                                                                                                             \
+    template <class T, class Other> INLINE Sixteen<T> &operator OP##=(Sixteen<T> &a, Other b) { return a = a OP b; }
+ASSIGNING(+) ASSIGNING(-) ASSIGNING(*) ASSIGNING(/) ASSIGNING(&) ASSIGNING(|) ASSIGNING(^)
+OPERATOR(int32_t, <) OPERATOR(int32_t, >) OPERATOR(int32_t, >=) OPERATOR(int32_t, <=) OPERATOR(int32_t, ==) OPERATOR(int32_t, !=)
+#undef ASSIGNING
+#undef OPERATOR
+INLINE i16 operator>>(i16 x, int n) { return parts<int32_t>(PART { return x.part[i] >> n; }); }
+INLINE i16 operator<<(i16 x, int n) { return parts<int32_t>(PART { return x.part[i] << n; }); }
+INLINE i16 &operator>>=(i16 &x, int n) { return x = x >> n; }
+template <class T> INLINE Sixteen<T> operator-(Sixteen<T> x) { return parts<T>(PART { return -x.part[i]; }); }
+#endif
+
+INLINE v16 first(v16 x, int n) { return select(lanes() < n, x, v16{}); }  // zeros from number n on
 INLINE v16 load_first(const float *p, int n) {  // reads no more than n numbers; zeros after them
     if (n >= 16) return load(p);
     float t[16] = {};
@@ -42,14 +124,11 @@ INLINE v16 load_first(const float *p, int n) {  // reads no more than n numbers;
 template <class Quarter> struct Quarters {
     Quarter q[4];
     template <class Vector> __attribute__((always_inline)) static Quarters of(const Vector &x) {
-        Quarters parts;
-        memcpy(parts.q, &x, 64);
-        return parts;
+        return {{(Quarter)x.part[0], (Quarter)x.part[1], (Quarter)x.part[2], (Quarter)x.part[3]}};
     }
     template <class Vector> __attribute__((always_inline)) Vector join() const {
-        Vector x;
-        memcpy(&x, q, 64);
-        return x;
+        typedef typename Vector::Register Register;
+        return {{(Register)q[0], (Register)q[1], (Register)q[2], (Register)q[3]}};
     }
 };
 #endif
@@ -62,12 +141,7 @@ INLINE void narrow(int8_t *p, i16 x) { _mm_storeu_si128((__m128i *)p, _mm512_cvt
 INLINE void narrow(uint16_t *p, i16 x) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)x)); }
 #else
 #if defined(__AVX2__)
-INLINE i16 join(__m256i low, __m256i high) {
-    i16 x;
-    _mm256_storeu_si256((__m256i *)&x, low);
-    _mm256_storeu_si256((__m256i *)&x + 1, high);
-    return x;
-}
+INLINE i16 join(__m256i low, __m256i high) { return {{(i16::Register)low, (i16::Register)high}}; }
 INLINE __m128i half_of(const void *p) { return _mm_loadl_epi64((const __m128i *)p); }
 INLINE __m128i load_16(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
 INLINE i16 widen(const uint8_t *p) { return join(_mm256_cvtepu8_epi32(half_of(p)), _mm256_cvtepu8_epi32(half_of(p + 8))); }
@@ -90,12 +164,21 @@ INLINE i16 widen(const int8_t *p) {
 }
 #else
 template <class T> INLINE i16 widen(const T *p) {
-    i16 x;
+    int32_t x[16];
     for (int i = 0; i < 16; i++) x[i] = p[i];
-    return x;
+    return load_ints(x);
 }
 #endif
-#if defined(__ARM_NEON)
+#if defined(__AVX2__)  // the numbers fit
+INLINE void narrow(uint16_t *p, i16 x) {
+    const __m256i mixed = _mm256_packus_epi32((__m256i)x.part[0], (__m256i)x.part[1]);
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(mixed, 0xd8));
+}
+INLINE void narrow(int8_t *p, i16 x) {
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32((__m256i)x.part[0], (__m256i)x.part[1]), 0xd8);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+}
+#elif defined(__ARM_NEON)
 INLINE int16x8_t narrow(int32x4_t low, int32x4_t high) { return vmovn_high_s32(vmovn_s32(low), high); }
 INLINE void narrow(uint16_t *p, i16 x) {
     const auto parts = Quarters<int32x4_t>::of(x);
@@ -113,44 +196,23 @@ template <class T> INLINE void narrow(T *p, i16 x) {
 #endif
 #endif
 
-INLINE v16 to_float(i16 x) { return __builtin_convertvector(x, v16); }
-INLINE v16 as_float(i16 x) { return (v16)x; }
-INLINE v16 max(v16 a, v16 b) { return a > b ? a : b; }
-INLINE v16 abs(v16 x) { return as_float((i16)x & 0x7fffffff); }
+INLINE v16 max(v16 a, v16 b) { return select(a > b, a, b); }
+INLINE v16 abs(v16 x) { return as_float(as_int(x) & 0x7fffffff); }
 
 INLINE v16 fma(v16 a, v16 b, v16 c) {  // a · b + c, rounded once where the CPU can
 #if defined(__AVX512F__)
     return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__ARM_NEON)
-    const auto x = Quarters<float32x4_t>::of(a);
-    const auto y = Quarters<float32x4_t>::of(b);
-    auto z = Quarters<float32x4_t>::of(c);
-    UNROLL for (int i = 0; i < 4; i++) z.q[i] = vfmaq_f32(z.q[i], x.q[i], y.q[i]);
-    return z.join<v16>();
-#elif defined(__FP_FAST_FMAF) || defined(__FMA__)
-    v16 r;
-    for (int i = 0; i < 16; i++) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
-    return r;
+    return parts<float>(PART { return vfmaq_f32((float32x4_t)c.part[i], (float32x4_t)a.part[i], (float32x4_t)b.part[i]); });
+#elif defined(__AVX2__)
+    return parts<float>(PART { return _mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]); });
 #else
     return a * b + c;
 #endif
 }
 
-#if defined(__ARM_NEON)
-// In one order, that of the other sets: halves onto halves.
-template <class Join> INLINE float fold(v16 x, Join join) {
-    const auto parts = Quarters<float32x4_t>::of(x);
-    float32x4_t y = join(join(parts.q[0], parts.q[2]), join(parts.q[1], parts.q[3]));
-    y = join(y, vextq_f32(y, y, 2));
-    return join(y, vrev64q_f32(y))[0];
-}
-INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of y
-    const auto a = Quarters<int32x4_t>::of(x);
-    const auto b = Quarters<int32x4_t>::of(y);
-    sums[0] = vaddvq_s32((a.q[0] + a.q[1]) + (a.q[2] + a.q[3]));
-    sums[1] = vaddvq_s32((b.q[0] + b.q[1]) + (b.q[2] + b.q[3]));
-}
-#else
+// In one order: halves onto halves.
+#if defined(__AVX512F__)
 #if defined(__clang__)
 #define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
@@ -161,7 +223,7 @@ INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of 
 #define SWAP_2(x) SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)
 #define SWAP_1(x) SHUFFLE(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)
 
-template <class Join> INLINE float fold(v16 x, Join join) {  // in one order: halves onto halves
+template <class Join> INLINE float fold(v16 x, Join join) {
     x = join(x, ROTATE_8(x));
     x = join(x, SWAP_4(x));
     x = join(x, SWAP_2(x));
@@ -177,6 +239,22 @@ INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of 
     sums[0] = both[0];
     sums[1] = both[8];
 }
+#else
+template <class T, class Join> INLINE T fold(Sixteen<T> x, Join join) {
+#if defined(__AVX2__)
+    const auto eight = join(x.part[0], x.part[1]);
+    typedef T Four __attribute__((vector_size(16)));
+    const Four four = join((Four)_mm256_castsi256_si128((__m256i)eight), (Four)_mm256_extracti128_si256((__m256i)eight, 1));
+#else
+    const auto four = join(join(x.part[0], x.part[2]), join(x.part[1], x.part[3]));
+#endif
+    return join(join(four[0], four[2]), join(four[1], four[3]));
+}
+INLINE void sum_two(i16 x, i16 y, int32_t *sums) {  // sums[0] of x, sums[1] of y
+    const auto add = [](auto a, auto b) { return a + b; };
+    sums[0] = fold(x, add);
+    sums[1] = fold(y, add);
+}
 #endif
 INLINE float sum(v16 x) {
     return fold(x, [](auto a, auto b) { return a + b; });
@@ -187,7 +265,7 @@ INLINE float maximum(v16 x) {
 
 INLINE i16 round_to_int(v16 x) {  // to the nearest, ties to even; |x| < 2^22
     const float magic = 12582912.f;
-    return (i16)(x + magic) - (i16)splat(magic);
+    return as_int(x + magic) - as_int(splat(magic));
 }
 
 // A polynomial by Horner's rule; the coefficient of the highest power comes first.
@@ -198,13 +276,13 @@ template <class... Floats> INLINE v16 polynomial(v16 x, float highest, Floats...
 }
 
 INLINE v16 exp(v16 x) {  // 2^n · e^r; 0 below -87
-    x = x > -87.f ? x : splat(-87.f);
-    x = x < 88.f ? x : splat(88.f);
+    x = select(x > -87.f, x, splat(-87.f));
+    x = select(x < 88.f, x, splat(88.f));
     i16 n = round_to_int(x * 1.44269504f);
     v16 r = fma(to_float(n), splat(-0.693145752f), x);
     r = fma(to_float(n), splat(-1.42860677e-6f), r);
     v16 y = polynomial(r, 1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, .5f, 1.f, 1.f) * as_float((n + 127) << 23);
-    return x > -87.f ? y : v16{};
+    return select(x > -87.f, y, v16{});
 }
 
 INLINE v16 sigmoid(v16 x) { return 1.f / (1.f + exp(-x)); }
@@ -213,13 +291,13 @@ INLINE v16 erf(v16 x) {  // Abramowitz and Stegun, 7.1.26: absolute error below 
     v16 t = 1.f / fma(abs(x), splat(0.3275911f), splat(1.f));
     v16 p = polynomial(t, 1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f);
     v16 y = 1.f - p * t * exp(-x * x);
-    return x < 0.f ? -y : y;
+    return select(x < 0.f, -y, y);
 }
 
 INLINE i16 bfloat16_bits(v16 x) {  // rounded to the nearest, ties to even; NaN stays NaN
-    i16 u = (i16)x;
+    i16 u = as_int(x);
     i16 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-    return (x == x ? rounded : (u >> 16) | 0x40) & 0xffff;
+    return select(x == x, rounded, (u >> 16) | 0x40) & 0xffff;
 }
 INLINE v16 round_to_bfloat16(v16 x) { return as_float(bfloat16_bits(x) << 16); }
 INLINE void store_bfloat16(uint16_t *p, v16 x) {
@@ -244,7 +322,7 @@ INLINE v16 load_half(const void *p) {  // float16
     return x.join<v16>();
 #elif defined(__F16C__)
     const uint16_t *halves = (const uint16_t *)p;
-    return (v16)join((__m256i)_mm256_cvtph_ps(load_16(halves)), (__m256i)_mm256_cvtph_ps(load_16(halves + 8)));
+    return {{(v16::Register)_mm256_cvtph_ps(load_16(halves)), (v16::Register)_mm256_cvtph_ps(load_16(halves + 8))}};
 #else
     i16 h = widen((const uint16_t *)p);
     i16 exponent = h & 0x7c00;
@@ -252,8 +330,8 @@ INLINE v16 load_half(const void *p) {  // float16
     v16 normal = as_float(((h & 0x7fff) << 13) + (112 << 23));
     v16 infinite = as_float((mantissa << 13) | 0x7f800000);
     v16 tiny = to_float(mantissa) * 5.9604644775390625e-8f;
-    v16 size = exponent == 0 ? tiny : exponent == 0x7c00 ? infinite : normal;
-    return as_float((i16)size | ((h & 0x8000) << 16));
+    v16 size = select(exponent == 0, tiny, select(exponent == 0x7c00, infinite, normal));
+    return as_float(as_int(size) | ((h & 0x8000) << 16));
 #endif
 }
 template <class T> INLINE v16 load_bytes(const T *p) { return to_float(widen(p)); }

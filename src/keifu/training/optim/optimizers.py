@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adadelta, AdamW, Optimizer
 
+from keifu.devices import has_bfloat16
 from keifu.errors import UserError, unknown
 from keifu.layers.linear import JoinedLinear
 from keifu.processes import current, local
@@ -200,7 +201,8 @@ def _adafactor(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adafactor
 
 
 def _muon(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> StackedMuon:
-    dtype = torch.float32 if s.precision == "float32" else torch.bfloat16
+    emulated = any(p.device.type == "cpu" and not has_bfloat16(p.device) for _, p in named)  # a hundred times as slow
+    dtype = torch.float32 if s.precision == "float32" or emulated else torch.bfloat16
     return StackedMuon(named, rows, dtype, lr=s.matrix_rate, weight_decay=s.weight_decay, momentum=s.momentum)
 
 
