@@ -12,7 +12,8 @@ import pytest
 import torch
 from quick import quick
 
-from keifu import checkpoints
+from keifu import checkpoints, devices
+from keifu.checkpoints.loading import planned
 from keifu.devices import Choice, choosing
 from keifu.errors import UserError
 from keifu.models import bert
@@ -154,6 +155,26 @@ def test_own_weights_of_bfloat16_and_of_what_writes_no_text_stay(tmp_path: Path,
     checkpoints.save(bert.build(bert.Config(vocab_size=20, dim=8, hidden_dim=8, n_layers=1, n_heads=2)), None, tmp_path)
     assert isinstance(checkpoints.load_model(tmp_path, weights="own"), bert.Bert)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("flags", ["avx512f avx512_bf16", "avx2 fma"])
+def test_pytorch_computes_bfloat16_only_where_the_processor_does(flags: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(devices, "processor", lambda field: flags)
+    small = bert.Config(vocab_size=20, dim=8, hidden_dim=8, n_layers=1, n_heads=2)
+    checkpoints.save(bert.build(small).to(torch.bfloat16), None, tmp_path / "bert")
+    for kind in ("llama", "yarn"):
+        checkpoints.save(toy(kind).to(torch.bfloat16), None, tmp_path / kind)
+    by_pytorch = torch.bfloat16 if "bf16" in flags else torch.float32
+
+    def dtype(name: str, wanted: torch.dtype | None = None) -> torch.dtype:
+        [dtype] = {weight.dtype for weight in checkpoints.load_model(tmp_path / name, wanted).parameters()}
+        return dtype
+
+    assert [dtype("bert"), dtype("yarn"), dtype("llama")] == [by_pytorch, torch.bfloat16, torch.bfloat16]
+    assert dtype("bert", torch.bfloat16) == torch.bfloat16
+    monkeypatch.setenv("KEIFU_NATIVE", "off")
+    assert dtype("llama") == by_pytorch
+    assert planned(tmp_path / "bert").exact == torch.bfloat16  # which a conversion keeps
 
 
 def test_own_weights_that_are_not_finite_stay_where_they_are_allowed(tmp_path: Path) -> None:

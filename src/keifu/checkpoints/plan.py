@@ -20,6 +20,10 @@ from keifu.checkpoints.registry import Family, build
 from keifu.devices import chosen, has_bfloat16
 from keifu.errors import UserError
 from keifu.layers.lazy import Index, LazyTensor, TensorReader
+from keifu.layers.transformer.decoder import DecoderLM
+from keifu.native.compiler import Unavailable
+from keifu.native.describe import describe
+from keifu.native.library import switched_off
 from keifu.native.pack import Blocks
 from keifu.processes import current
 from keifu.untrusted import reading
@@ -152,7 +156,8 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     misshapen.
 
     dtype: None uses the type of the command line (`Choice.weights`), or the one that represents every stored number
-    exactly, except float32 for float16 on a CPU, whose matrix multiplications in float16 are very slow.
+    exactly, except float32 for a type that a CPU multiplies very slowly: float16, and bfloat16 on a CPU without
+    instructions for it, unless native code computes the model.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
@@ -185,7 +190,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     _check(source, all_links, set(source.stored) - used - set(skipped))
     usual = {name for link in all_links if not matches(link.ours, source.family.full_precision) for name in link.theirs}
     exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
-    target_dtype = dtype or _usual_dtype(source, usual, exact, torch.device(device))
+    target_dtype = dtype or _usual_dtype(source, usual, exact, torch.device(device), model)
     return LoadPlan(source, model, all_links, exact, target_dtype, skipped, [*source.notes, *notes])
 
 
@@ -195,7 +200,9 @@ def is_stack(shape: Sequence[int]) -> bool:
     return math.prod(shape) >= LEAST * shape[0] > 0
 
 
-def _usual_dtype(source: Source, usual: set[str], exact: torch.dtype, device: torch.device) -> torch.dtype:
+def _usual_dtype(
+    source: Source, usual: set[str], exact: torch.dtype, device: torch.device, model: nn.Module
+) -> torch.dtype:
     """Return the dtype that was chosen for running models, or the usual one for the stored dtype. usual: names of the
     tensors in the file whose dtypes count."""
     wanted, matrices = chosen().weights, {x: source.stored[x] for x in usual if len(source.stored[x].shape) > 1}
@@ -204,8 +211,20 @@ def _usual_dtype(source: Source, usual: set[str], exact: torch.dtype, device: to
     if wanted not in (None, "auto"):
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
     if device.type == "cpu":
-        return torch.float32 if exact == torch.float16 else exact
+        slow = exact == torch.bfloat16 and not has_bfloat16(device) and not _runs_natively(model)
+        return torch.float32 if slow or exact == torch.float16 else exact
     return torch.bfloat16 if wanted and exact == torch.float32 and has_bfloat16(device) else exact
+
+
+def _runs_natively(model: nn.Module) -> bool:
+    """Return whether native code computes all of a bfloat16 model."""
+    if switched_off() or not isinstance(model, DecoderLM):
+        return False
+    try:
+        describe(model)
+    except Unavailable:
+        return False
+    return True
 
 
 def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:
