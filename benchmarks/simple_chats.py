@@ -1,7 +1,7 @@
 """Simple conversations and stories of a teacher, for a small student: short answers in the style of a few examples.
 
 python benchmarks/simple_chats.py --out FILE.jsonl [--count 1000] [--seed 0] [--model smollm2] [--weights int8]
-    [--streams 96] [--most 10]
+    [--streams 96] [--most 10] [--threads 1]
 
 Each item has a kind. `talk`: the user says an everyday sentence of Tatoeba. `fact`: the user asks a question, of
 Tatoeba or from the lists below. `greeting`: a greeting. `story`: the user asks for a story. The teacher reads a few
@@ -16,30 +16,38 @@ FILE.
 """
 # ruff: noqa: SIM905
 
-import argparse
-import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import torch
-from _rounds import machine
 from blind_comparison import PROMPTS
-from teacher_texts import BEINGS, EVENTS, GREETINGS, PLACES, TASKS, TOPICS, Writer, begun, repeats, whole_sentences
+from teacher_texts import (
+    BEINGS,
+    EVENTS,
+    GREETINGS,
+    PLACES,
+    TASKS,
+    TOPICS,
+    Writer,
+    repeats,
+    whole_sentences,
+    write_file,
+    writing_options,
+)
 
 from keifu.data.text.normalization import normalize, units, within_one_edit
 from keifu.data.translation import tatoeba
 from keifu.generation.text.generate import Completion
 
 KINDS = ("talk", "story", "talk", "fact", "talk", "story", "greeting", "fact", "talk", "story")
+FRIENDLY = "You are a friendly chat program. You answer in one short sentence, in simple words."
 MANNERS = {
-    "talk": "You are a friendly chat program. You answer in one short sentence, in simple words.",
+    "talk": FRIENDLY,
     "fact": "You answer questions in one short sentence, in simple words.",
-    "greeting": "You are a friendly chat program. You answer in one short sentence, in simple words.",
+    "greeting": FRIENDLY,
     "story": "You tell short stories in simple words.",
 }
 EXAMPLES = {
@@ -144,9 +152,10 @@ MORE_GREETINGS = (
     "My name is {name}.;I am {name}.;Hello, my name is {name}.;Hi, this is {name}.;Can you say my name? I am {name}."
 ).split(";")
 NAMES = "Tom;Mary;Ken;Emma;Paul;Lucy;Max;Sara;Ben;Julia;Peter;Nina;Sam;Laura;David;Yuki;Leo;Eva;Jack;Mia".split(";")
-FOLLOWING = ("Do you;I think;Why;Really;I do not;Yes, ;No, ;What;Thank you;How;I want;But;Can you;And you;Where").split(
-    ";"
-)
+FOLLOWING = [
+    "Do you", "I think", "Why", "Really", "I do not", "Yes, ", "No, ", "What", "Thank you", "How", "I want", "But",
+    "Can you", "And you", "Where",
+]  # fmt: skip
 MOST_TOKENS = {"story": 150, "talk": 40, "fact": 40, "greeting": 40}
 TEMPERATURES = {"story": 0.7, "talk": 0.5, "fact": 0.2, "greeting": 0.5}
 PLAIN = re.compile(r"[A-Za-z0-9 ,.!?;:'\"()\-]+")
@@ -190,7 +199,8 @@ def prompt_of(kind: str, drawn: random.Random) -> str:
         "fact": questions if drawn.random() < 0.4 else QUESTIONS,
     }[kind]  # fmt: skip
     text = re.sub(r"\ba(?= [aeiou])", "an", drawn.choice(source).format(**words))
-    return prompt_of(kind, drawn) if any(within_one_edit(units(text), turn) for turn in compared()) else text
+    asked = units(text)
+    return prompt_of(kind, drawn) if any(within_one_edit(asked, turn) for turn in compared()) else text
 
 
 def examples(kind: str) -> list[dict[str, str]]:
@@ -255,10 +265,10 @@ class SimpleWriter(Writer):
         return {item: talk for item, talk in talks.items() if len(talk) == 3}
 
 
-def write_items(writer: SimpleWriter, items: Iterable[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+def write_items(writer: SimpleWriter, items: Iterable[int]) -> list[dict[str, Any]]:
     """Return the lines of these items. Some are left out."""
     kinds = {item: KINDS[item % len(KINDS)] for item in items}
-    drawn = {item: random.Random(f"{options.seed} {item}") for item in kinds}
+    drawn = {item: random.Random(f"{writer.options.seed} {item}") for item in kinds}
     talks = {item: [{"role": "user", "content": prompt_of(kind, drawn[item])}] for item, kind in kinds.items()}
     writer.reply(talks, kinds, 1)
     talks = {item: talk for item, talk in talks.items() if talk}
@@ -269,39 +279,22 @@ def write_items(writer: SimpleWriter, items: Iterable[int], options: argparse.Na
     }
     longer = writer.ask_on({item: talks[item] for item in openings}, openings)
     writer.reply(longer, dict.fromkeys(longer, "talk"), 3)
-    source = f"synthetic answers, written by {options.model} ({options.weights})"
-    return [
-        {"messages": talk, "source": source, "kind": kinds[item], "seed": options.seed, "item": item}
-        for item, talk in talks.items()
-    ]
+    return writer.lines(talks, kinds, "synthetic answers")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="a chat model")
-    parser.add_argument("--weights", default="int8", help="format of the weights on the CPU")
-    parser.add_argument("--count", type=int, default=1000, help="items, some of which are left out")
-    parser.add_argument("--streams", type=int, default=96, help="sequences that are written at a time")
-    parser.add_argument("--wave", type=int, default=600, help="items between two times that the file grows")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = writing_options(__doc__, streams=96, wave=600)
     parser.add_argument("--most", type=int, default=10, help="times that the same answer is kept")
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    print(machine(), flush=True)
-    made = begun(options.out, options.seed)
-    writer, total, answers = SimpleWriter(options), len(made), Counter[str]()
-    for first in range(max(made, default=-1) + 1, options.count, options.wave):
-        items = range(first, min(first + options.wave, options.count))
+    options, answers = parser.parse_args(), Counter[str]()
+
+    def write(writer: SimpleWriter, items: list[int]) -> list[dict[str, Any]]:
         lines = []
-        for line in write_items(writer, items, options):
+        for line in write_items(writer, items):
             answers[answer := line["messages"][1]["content"]] += 1
             lines += [line] if answers[answer] <= options.most else []
-        with options.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        total += len(lines)
-        speed = writer.tokens / writer.seconds
-        print(f"{items[-1] + 1:,} of {options.count:,} items, {total:,} kept, {speed:,.0f} tokens/s", flush=True)
+        return lines
+
+    write_file(SimpleWriter, options, write)
 
 
 if __name__ == "__main__":

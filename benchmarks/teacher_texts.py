@@ -20,8 +20,9 @@ import random
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from _rounds import machine
@@ -150,6 +151,14 @@ class Writer:
             if not text or repeats(text):
                 del talks[item]
 
+    def lines(self, talks: dict[int, list[dict[str, str]]], kinds: dict[int, str], mark: str) -> list[dict[str, Any]]:
+        """Return the line of each conversation for the file. mark: what is synthetic."""
+        source = f"{mark}, written by {self.options.model} ({self.options.weights})"
+        return [
+            {"messages": talk, "source": source, "kind": kinds[item], "seed": self.options.seed, "item": item}
+            for item, talk in talks.items()
+        ]
+
 
 def whole_sentences(text: str) -> str:
     """Return a truncated text up to the end of its last whole sentence."""
@@ -166,9 +175,9 @@ def repeats(text: str) -> bool:
     return often or len(set(runs)) < 2 * len(runs) / 3
 
 
-def write_items(writer: Writer, items: list[int], options: argparse.Namespace) -> list[dict[str, Any]]:
+def write_items(writer: Writer, items: list[int]) -> list[dict[str, Any]]:
     """Return the lines of these items. Some are left out."""
-    words = {item: first_words(item, options.seed, options.kinds) for item in items}
+    words = {item: first_words(item, writer.options.seed, writer.options.kinds) for item in items}
     talks: dict[int, list[dict[str, str]]] = {item: [] for item in items}
     for item, (kind, text, _) in words.items():
         if kind in WITH_PROMPT:
@@ -179,11 +188,7 @@ def write_items(writer: Writer, items: list[int], options: argparse.Namespace) -
     further = {item: more for item, (kind, _, more) in words.items() if kind in twice}
     writer.ask(talks, further, 2)
     writer.answer(talks, [*further], 3)
-    source = f"synthetic, written by {options.model} ({options.weights})"
-    return [
-        {"messages": talk, "source": source, "kind": words[item][0], "seed": options.seed, "item": item}
-        for item, talk in talks.items()
-    ]
+    return writer.lines(talks, {item: kind for item, (kind, *_) in words.items()}, "synthetic")
 
 
 def begun(path: Path, seed: int) -> list[int]:
@@ -199,34 +204,49 @@ def begun(path: Path, seed: int) -> list[int]:
     return [line["item"] for line in lines]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def writing_options(description: str | None, streams: int, wave: int) -> argparse.ArgumentParser:
+    """Return a parser with the options of every file of conversations, and these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a chat model")
     parser.add_argument("--weights", default="int8", help="format of the weights on the CPU")
     parser.add_argument("--count", type=int, default=1000, help="items, some of which are left out")
-    parser.add_argument("--streams", type=int, default=32, help="sequences that are written at a time")
-    parser.add_argument("--wave", type=int, default=128, help="items between two times that the file grows")
+    parser.add_argument("--streams", type=int, default=streams, help="sequences that are written at a time")
+    parser.add_argument("--wave", type=int, default=wave, help="items between two times that the file grows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--temperature", type=float, default=0.6)
-    parser.add_argument("--question-temperature", type=float, help="of the user's turns; unset: as the answers")
-    parser.add_argument("--max-tokens", type=int, default=448, help="of an answer")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    options = parser.parse_args()
+    return parser
+
+
+AnyWriter = TypeVar("AnyWriter", bound=Writer)
+
+
+def write_file(
+    kind: type[AnyWriter], options: argparse.Namespace, write: Callable[[AnyWriter, list[int]], list[dict[str, Any]]]
+) -> None:
+    """Write the lines of all items to a file, a wave at a time, with a writer of this kind. Continue a file."""
     torch.set_num_threads(options.threads)
     print(machine(), flush=True)
     made = begun(options.out, options.seed)
-    writer, kept = Writer(options), len(made)
+    writer, kept = kind(options), len(made)
     for first in range(max(made, default=-1) + 1, options.count, options.wave):
         items = [*range(first, min(first + options.wave, options.count))]
-        lines = write_items(writer, items, options)
+        lines = write(writer, items)
         with options.out.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         kept += len(lines)
         speed = writer.tokens / writer.seconds
         print(f"{items[-1] + 1:,} of {options.count:,} items, {kept:,} kept, {speed:,.0f} tokens/s", flush=True)
     print(f"{options.out} has {kept:,} conversations: keifu train distill --data {options.out}")
+
+
+def main() -> None:
+    parser = writing_options(__doc__, streams=32, wave=128)
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--question-temperature", type=float, help="of the user's turns; unset: as the answers")
+    parser.add_argument("--max-tokens", type=int, default=448, help="of an answer")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS])
+    write_file(Writer, parser.parse_args(), write_items)
 
 
 if __name__ == "__main__":

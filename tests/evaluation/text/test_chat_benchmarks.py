@@ -121,7 +121,8 @@ def test_simple_chats_have_no_examples_and_no_compared_prompts(monkeypatch: pyte
     assert asked == {"She has a red pet."}
     assert {"Where do fish live?"}.isdisjoint(simple.prompt_of("fact", random.Random(seed)) for seed in range(200))
     writer = object.__new__(simple.SimpleWriter)
-    writer.options, writer.tokenizer = argparse.Namespace(seed=0), train_tokenizer("bpe", [TEXT], 270)
+    writer.options = argparse.Namespace(seed=0, model="m", weights="int8")
+    writer.tokenizer = train_tokenizer("bpe", [TEXT], 270)
     writer.tokenizer = writer.tokenizer.with_chat_template(PLAIN)
     read = []
 
@@ -131,8 +132,7 @@ def test_simple_chats_have_no_examples_and_no_compared_prompts(monkeypatch: pyte
 
     writer.write = write
     monkeypatch.setattr(writer, "opened", lambda talk, opening: writer.tokenizer.render_chat(talk))
-    options = argparse.Namespace(seed=0, model="m", weights="int8")
-    lines = simple.write_items(writer, range(60), options)
+    lines = simple.write_items(writer, range(60))
     kinds = Counter(line["kind"] for line in lines)
     assert kinds == {"talk": 23, "fact": 12, "greeting": 6}, "stories are too short, and item 4 is empty"
     assert all("I found a coin" in text for text in read if "red pet" in text)
