@@ -43,7 +43,7 @@ def test_recipes_name_sections_that_there_are() -> None:
 def option_parser(file: Path) -> argparse.ArgumentParser:
     """Return a benchmark's option parser, read from its source. A run would import the compared libraries."""
     parser = argparse.ArgumentParser(exit_on_error=False, conflict_handler="resolve")
-    nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    nodes = nodes_of(file)
     keys = {key.value for node in nodes if isinstance(node, ast.Dict) for key in node.keys if is_text(key)}
     for call in (node for node in nodes if isinstance(node, ast.Call)):
         if ast.unparse(call.func) != "parser.add_argument":
@@ -55,6 +55,18 @@ def option_parser(file: Path) -> argparse.ArgumentParser:
         for names in several:
             parser.add_argument(*names, **literal_keywords(call))
     return parser
+
+
+def nodes_of(file: Path) -> list[ast.AST]:
+    """Return the nodes of a benchmark, and of the functions `..._options` that it imports from another one."""
+    nodes = [*ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    for imported in [node for node in nodes if isinstance(node, ast.ImportFrom)]:
+        wanted = {alias.name for alias in imported.names if alias.name.endswith("_options")}
+        if wanted:
+            there = nodes_of(file.with_name(f"{imported.module}.py"))
+            functions = [node for node in there if isinstance(node, ast.FunctionDef) and node.name in wanted]
+            nodes += [node for function in functions for node in ast.walk(function)]
+    return nodes
 
 
 def is_text(node: ast.expr | None) -> bool:
