@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shlex
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], 
     words = [f"python benchmarks/{script}"]
     for name, usual in defaults.items():
         if (value := options[name]) != usual or name in always:
-            text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+            text = shlex.join(map(str, value if isinstance(value, list) else [value]))
             words.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {text}"))
     return " ".join(words)
 

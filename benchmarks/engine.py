@@ -1,7 +1,7 @@
 """Tokens per second of decoding and of reading a prompt, compared with llama.cpp and transformers on the same weights.
 
 python benchmarks/engine.py [--shape 110m|1.1b|smollm2] [--weights bf16 int8 int4] [--streams 1 8 32] [--rounds 3]
-    [--json FILE]
+    [--section TEXT] [--json FILE]
 
 The contenders alternate in one process. llama.cpp's bf16 is compared with bf16, q8_0 with int8, q4_0 and q4_k with
 int4, and q4_0 with a head of 4 bits also with int4_pure.
@@ -97,6 +97,7 @@ def decoding(contender: Native | Peer | Transformers, prompts: list[list[int]], 
 def main() -> None:
     defaults: dict[str, Any] = {
         "shape": "110m", "weights": list(PEERS), "streams": [1, 8, 32], "rounds": 3, "tokens": 32, "prefill": 512,
+        "section": SECTION,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default=defaults["shape"])
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=defaults["tokens"])
     parser.add_argument("--prefill", type=int, default=defaults["prefill"])
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--section", default=SECTION, help="The section of the results that has the table.")
     parser.add_argument("--json", type=Path, help="The data file of the results whose table is replaced.")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -135,7 +137,7 @@ def main() -> None:
                 against[own] = others
     values = {"tasks": tasks, "against": against}
     columns = ["tokens/s; keifu: ratios to the rows below it", *tasks]
-    write_timing(options.json, SECTION, typed("engine.py", vars(options), defaults), columns, values)
+    write_timing(options.json, options.section, typed("engine.py", vars(options), defaults), columns, values)
 
 
 def _contenders(packed, paths, streams, length, with_transformers, model, folder) -> dict:

@@ -23,7 +23,7 @@ struct CodeGroup {
 // The rows of a product's input as the kernels want them: see Input.
 struct Rows {
     int64_t columns;   // padded to PAIR; also the distance between rows
-    float *numbers;    // float32
+    float *numbers;    // float32; of bf16 too, where no instruction multiplies its pairs
     uint16_t *dense;   // bfloat16
     int8_t *codes;
     CodeGroup *groups;  // [rows / TILE][groups][TILE]

@@ -1,4 +1,4 @@
-// Sixteen floats at once, on any CPU: the compiler splits them into the registers that the instruction set has.
+// Sixteen numbers at once, on any CPU: in one register of AVX-512, or in as many as the instruction set needs.
 //
 // This file is compiled once per instruction set, inside its namespace (see kernels.h); it defines no symbol that
 // another could take for its own. Multiplications and additions are joined only where fma() says so, so that a row has
@@ -60,7 +60,8 @@ template <class T, class Make, int... I> INLINE Sixteen<T> join_parts(Make make,
 template <class T, class Make> INLINE Sixteen<T> parts(Make make) {
     return join_parts<T>(make, std::make_integer_sequence<int, PARTS>());
 }
-#define PART [&](int i) __attribute__((always_inline))  // what part i of a result is: parts<T>(PART { return ...; })
+// Part i of a result: parts<T>(PART { return ...; }). Not in a loop, so that no array is left for GCC to keep in memory.
+#define PART [&](int i) __attribute__((always_inline))
 
 template <class T> struct Is {
     typedef T Type;
