@@ -74,7 +74,7 @@ def test_every_sampler_draws_and_draws_again(model: str, sampler: str, capsys: p
 
 
 def test_a_large_model_is_computed_in_bfloat16_where_the_processor_has_it(model, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(devices, "processor", lambda field: "avx512_bf16")
     told = {}
     for size, path in {10**9: "small.png", 1: "large.png"}.items():
         monkeypatch.setattr(drawn, "LARGE", size)
@@ -96,7 +96,7 @@ def test_an_unknown_sampler_is_said_before_the_model_is_opened(capsys: pytest.Ca
 
 
 def test_a_model_is_opened_and_planned_once(model: str, capsys: pytest.CaptureFixture, monkeypatch) -> None:
-    monkeypatch.setattr(devices, "has_bfloat16", lambda device: True)
+    monkeypatch.setattr(devices, "processor", lambda field: "avx512_bf16")
     opened, made = [], []
     for calls, module, name in ((opened, loading, "open_source"), (made, loading, "plan")):
         real = getattr(module, name)

@@ -156,8 +156,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     misshapen.
 
     dtype: None uses the type of the command line (`Choice.weights`), or the one that represents every stored number
-    exactly, except float32 for a type that a CPU multiplies very slowly: float16, and bfloat16 on a CPU without
-    instructions for it, unless native code computes the model.
+    exactly, but float32 for one that a CPU multiplies very slowly (see `_usual_dtype`).
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
@@ -204,7 +203,10 @@ def _usual_dtype(
     source: Source, usual: set[str], exact: torch.dtype, device: torch.device, model: nn.Module
 ) -> torch.dtype:
     """Return the dtype that was chosen for running models, or the usual one for the stored dtype. usual: names of the
-    tensors in the file whose dtypes count."""
+    tensors in the file whose dtypes count.
+
+    A CPU multiplies float16 very slowly, and bfloat16 too if it has no instructions for it and PyTorch computes.
+    """
     wanted, matrices = chosen().weights, {x: source.stored[x] for x in usual if len(source.stored[x].shape) > 1}
     if device.type != "cpu" and source.format == "GGUF" and matrices:
         exact = _exact_dtype(matrices, source.path)  # in every GGUF file vectors are in F32

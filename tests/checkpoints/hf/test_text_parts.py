@@ -118,7 +118,7 @@ def test_a_router_in_full_precision_stays_so(published, weights, tmp_path) -> No
     mixed.save_pretrained(tmp_path / "theirs")
     stored = weights(tmp_path / "theirs")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16, torch.float32}
-    model = checkpoints.load_model(tmp_path / "theirs")
+    model = checkpoints.load_model(tmp_path / "theirs", torch.bfloat16)
     assert model.embedding.weight.dtype == torch.bfloat16
     assert model.blocks[1].feedforward.router.gate.weight.dtype == torch.float32
     assert model(torch.randint(0, 97, (1, 12))).isfinite().all()
