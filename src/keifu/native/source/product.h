@@ -84,14 +84,14 @@ struct Prefetch {
     int bits_4, bits_8, cache;
 };
 #if defined(__AVX512F__)
-constexpr Blocking FLOAT32 = {2, 8, CHUNK};
-constexpr Blocking BFLOAT16 = FLOAT32;
+constexpr Blocking FLOATS = {2, 8, CHUNK};
+constexpr Blocking BFLOAT16 = FLOATS;
 #elif defined(__AVX2__)
-constexpr Blocking FLOAT32 = {1, 6, CHUNK};
+constexpr Blocking FLOATS = {1, 6, CHUNK};
 constexpr Blocking BFLOAT16 = {1, 4, CHUNK};
 #else
-constexpr Blocking FLOAT32 = {1, 4, CHUNK};
-constexpr Blocking BFLOAT16 = FLOAT32;
+constexpr Blocking FLOATS = {1, 4, CHUNK};
+constexpr Blocking BFLOAT16 = FLOATS;
 #endif
 #if defined(__AMX_TILE__)
 constexpr Blocking QUANTISED = {2, 4, CHUNK};
@@ -595,7 +595,7 @@ __attribute__((noinline)) void product_of(const uint8_t *const *tiles, const Row
     }
 #endif
     constexpr bool PLAIN = input_of(FORMAT) != Input::CODES;
-    constexpr Blocking K = FORMAT == KEIFU_F32 ? FLOAT32 : PLAIN ? BFLOAT16 : QUANTISED;
+    constexpr Blocking K = FORMAT == KEIFU_F32 ? FLOATS : PLAIN ? BFLOAT16 : QUANTISED;
     const int64_t mask = n_rows < 2 * K.rows ? 0 : n_rows < 4 * K.rows ? 1 : 3;
     cut<K.tiles, K.alone, K.rows>(0, n_rows, [&](auto S, auto B, int s, int b) {
         const Turn turn{mask, b / B.value};
