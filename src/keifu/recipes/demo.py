@@ -59,7 +59,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         _ask("chat-en", "My umbrella is broken. What should I do?")
     print(f"\nDone in {time.monotonic() - began:.0f} s. Next:")
     print(f'   keifu generate {shell(out)} "The President of the United States"')
-    print('   keifu chat smollm2 "What is the capital of Italy?"')
+    print('   keifu chat smollm2 "What is the capital of Germany?"')
     print(f"   keifu serve {shell(out)} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
     print("   keifu lineage    # the landmarks in order of years, what each brought, and how to repeat it")
