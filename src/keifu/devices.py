@@ -30,7 +30,7 @@ class Choice:
     """Device options of the command line. None leaves a setting to the environment, the machine or the recipe.
 
     allow_nonfinite: load weights that are not finite. weights: dtype of a model that is run, not trained: float32,
-    bfloat16, float16, or auto: bfloat16 on a GPU for a file in float32, else the stored dtype.
+    bfloat16, float16, or auto: bfloat16 on a GPU for a file in float32, else as None (see `checkpoints.load`).
     """
 
     device: str | None = None

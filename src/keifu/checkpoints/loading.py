@@ -41,7 +41,8 @@ def load(
     Args:
         name: A keifu run or another Hugging Face directory, a folder of PEFT adapters (which are attached to their
             base), a .gguf file, a catalogue name such as "smollm2", or a hub id "owner/name".
-        dtype: Type of the weights. None keeps the stored type, but a CPU computes float16 weights in float32.
+        dtype: Type of the weights. None keeps the stored type, but a CPU computes float16 weights in float32, and
+            bfloat16 weights too if it has no instructions for them and native code does not compute the model.
         device: "cpu", "cuda", "cuda:1" or "mps". None chooses a GPU if there is one (`devices.choose`).
         weights: "f32", "bf16", "int8", "int4" or "int4_pure" packs a language model for native code on a CPU
             (`keifu.native`): it returns logits and computes the steps of an engine, but cannot be trained. "own" packs

@@ -47,7 +47,7 @@ class OnDevice:
     device: Device = field(default=None, kw_only=True)
     precision: Literal["float32", "bfloat16", "float16"] | None = field(default=None, kw_only=True)
     """Type that the model computes in; float16 needs a GPU. Unset: as it is stored, but bfloat16 on a GPU that has it
-    for a file in float32."""
+    for a file in float32, and float32 on a CPU that would emulate the stored type."""
     allow_nonfinite: bool = field(default=False, kw_only=True)
     """Load weights that hold infinities or what is not a number."""
 
