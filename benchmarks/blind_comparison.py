@@ -1,7 +1,7 @@
 """Blind comparison of chat models: a sheet of answers that hides their models, and the count of a judge's choices.
 
 python benchmarks/blind_comparison.py FOLDER --models FIRST OTHER [OTHER ...] [--seed 0] [--temperature 0.6]
-    [--max-tokens 200] [--weights own]
+    [--max-tokens 200] [--weights own] [--prompts FILE.json]
 python benchmarks/blind_comparison.py FOLDER --choices FILE --judge WORDS [--write JSON]
 
 The first command asks 40 prompts: 20 conversations, 8 of them with a second question, 10 stories and 10 questions with
@@ -11,8 +11,11 @@ each OTHER, and answers anew for each, so that no answer is on the sheet twice. 
 random order with random sides; FOLDER/key.json has the models. The judge reads only the sheet, and writes FILE: a line
 for each item, such as `12 A`, `13 B` or `14 tie`.
 
+--prompts asks others, such as docs/results/data/fresh-prompts.json: whoever wrote them had not read the first 40, nor
+any training data. The training data were chosen without reading them.
+
 The second command counts. A share is of all items, so a tie is not a success; its interval is Wilson's. --write puts
-the table into a data file of docs/results/data, and all answers and choices next to it, into blind-comparison.json.
+the table into a data file of docs/results/data, and all answers and choices next to it.
 """
 
 import argparse
@@ -33,6 +36,7 @@ from keifu.generation.text.generate import generate_batch
 from keifu.generation.text.sampling_params import SamplingParams
 
 SECTION, ANSWERS = "Blind comparison", "blind-comparison.json"
+FRESH, FRESH_ANSWERS = "Blind comparison on fresh prompts", "fresh-comparison.json"
 COLUMNS = ("compared with", "items", "better", "worse", "equal", "better of all, 95% interval")
 NEXT_TURN = "\nA:"
 BASE = """{{ bos_token }}{% for message in messages %}
@@ -93,12 +97,11 @@ def asked(turns: Sequence[str]) -> list[dict[str, str]]:
     return [{"role": "user", "content": text} for text in turns]
 
 
-def answers(name: str, against: str, options: argparse.Namespace) -> list[list[str]]:
+def answers(name: str, against: str, prompts: Sequence[Sequence[str]], options: argparse.Namespace) -> list[list[str]]:
     """Return a model's answers to the turns of each prompt. "[...]" marks answers cut by --max-tokens."""
     model, tokenizer = checkpoints.load(name, weights=options.weights)
     stop = () if tokenizer.chat_template else (NEXT_TURN,)
     tokenizer = tokenizer.with_chat_template(tokenizer.chat_template or BASE)
-    prompts = [turns for several in PROMPTS.values() for turns in several]
     talks: list[list[dict[str, str]]] = [[] for _ in prompts]
     for turn in range(max(map(len, prompts))):
         open_talks = [(turns, talk) for turns, talk in zip(prompts, talks, strict=True) if turn < len(turns)]
@@ -114,9 +117,12 @@ def answers(name: str, against: str, options: argparse.Namespace) -> list[list[s
     return [[message["content"] for message in talk[1::2]] for talk in talks]
 
 
-def pair_up(other: str, ours: list[list[str]], theirs: list[list[str]], options: argparse.Namespace) -> list[dict]:
+def pair_up(other: str, options: argparse.Namespace) -> list[dict]:
     """Return an item for each prompt: its kind and turns, the models of A and B, and their answers."""
-    kinds = [(kind, turns) for kind, several in PROMPTS.items() for turns in several]
+    asks = json.loads(options.prompts.read_text(encoding="utf-8")) if options.prompts else PROMPTS
+    kinds = [(kind, turns) for kind, several in asks.items() for turns in several]
+    first, prompts = options.models[0], [turns for _, turns in kinds]
+    ours, theirs = answers(first, other, prompts, options), answers(other, first, prompts, options)
     items = []
     for (kind, turns), mine, its in zip(kinds, ours, theirs, strict=True):
         sides = [(options.models[0], mine), (other, its)]
@@ -144,11 +150,13 @@ def write_sheet(options: argparse.Namespace) -> None:
     first, *others = options.models
     items: list[dict] = []
     for other in others:
-        items += pair_up(other, answers(first, other, options), answers(other, first, options), options)
+        items += pair_up(other, options)
         print(f"{first} and {other} have answered {len(items)} prompts.", flush=True)
     random.Random(options.seed).shuffle(items)
     items = [{"item": number, **item} for number, item in enumerate(items, 1)]
     given = {name: vars(options)[name] for name in ("models", "seed", "temperature", "max_tokens", "weights")}
+    if options.prompts:
+        given["prompts"] = options.prompts.name
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "sheet.md").write_text(sheet(items), encoding="utf-8")
     write_items(options.folder / "key.json", given, items)
@@ -194,12 +202,14 @@ def count(options: argparse.Namespace) -> None:
     print_rows([COLUMNS, *table])
     if options.write:
         about = {name: value for name, value in key.items() if name != "items"} | {"judge": options.judge}
-        write_items(options.write.with_name(ANSWERS), about, items)
+        section, file = (FRESH, FRESH_ANSWERS) if "prompts" in key else (SECTION, ANSWERS)
+        write_items(options.write.with_name(file), about, items)
         command = (
             f"python benchmarks/blind_comparison.py FOLDER --models {' '.join(key['models'])} --seed {key['seed']} "
             f"--temperature {key['temperature']:g} --max-tokens {key['max_tokens']} --weights {key['weights']}"
         )
-        write_table(options.write, SECTION, command, COLUMNS, table, {"file": ANSWERS})
+        command += f" --prompts docs/results/data/{key['prompts']}" if "prompts" in key else ""
+        write_table(options.write, section, command, COLUMNS, table, {"file": file})
 
 
 def main() -> None:
@@ -210,6 +220,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--max-tokens", type=int, default=200, help="of an answer")
     parser.add_argument("--weights", default="own", help="format of the packed weights")
+    parser.add_argument("--prompts", type=Path, help="others than the 40: a JSON file of kinds and their prompts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--choices", type=Path, help="the judge's choices, which are counted")
     parser.add_argument("--judge", help="who chose, in words")

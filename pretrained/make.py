@@ -27,11 +27,13 @@ from safetensors.torch import load_file, save_file
 from keifu import load as keifu_load
 from keifu.data.classification.batches import TensorBatches
 from keifu.data.classification.tables import toy_dataset
+from keifu.data.text.normalization import units, within_one_edit
 from keifu.data.translation.pairs import read_pairs, split
 
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
 DATA = Path(__file__).parents[1] / "docs" / "results" / "data"
 HELD_CHATS = DATA / "held-out-chats.jsonl"  # never learned
+FRESH_PROMPTS = DATA / "fresh-prompts.json"  # neither
 DTYPES = ("bf16", "f32")
 KEIFU = (sys.executable, "-m", "keifu")
 SIMPLE = "python benchmarks/simple_chats.py"
@@ -525,9 +527,16 @@ def trained(name: str, model: Model) -> Path:
 
 
 def join(file: Path, parts: Iterable[Path]) -> None:
-    """Write the conversations of several files to one, except those whose first question is held out for evaluation."""
+    """Write the conversations of several files to one, except those whose first question is held out for evaluation, or
+    with a question within one word of a prompt of the comparison on fresh prompts."""
     held_out = {first_question(line) for line in lines_of(HELD_CHATS)}
+    kinds = json.loads(FRESH_PROMPTS.read_text("utf-8")).values()
+    asked = [units(turn) for several in kinds for turns in several for turn in turns]
     lines = [line for part in parts for line in lines_of(part) if first_question(line) not in held_out]
+    near = {
+        text for line in lines for text in questions(line) if any(within_one_edit(units(text), one) for one in asked)
+    }
+    lines = [line for line in lines if near.isdisjoint(questions(line))]
     file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 
@@ -535,8 +544,12 @@ def lines_of(file: Path) -> list[str]:
     return [line for line in file.read_text("utf-8").split("\n") if line]
 
 
+def questions(line: str) -> list[str]:
+    return [message["content"].strip().lower() for message in json.loads(line)["messages"][::2]]
+
+
 def first_question(line: str) -> str:
-    return json.loads(line)["messages"][0]["content"].strip().lower()
+    return questions(line)[0]
 
 
 def prune(run: Path, folder: Path, data: str, encoder: int, decoder: int) -> None:

@@ -111,6 +111,9 @@ def test_bad_answers_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept("story", "A story?", completion(f"{told} And so they", "length")) == told
     assert kept("fact", "What is tea?", completion("Grass is green.")) == "", "an example's answer"
     assert kept("fact", "What color is grass?", completion("Grass is green.")) == "Grass is green."
+    assert kept("talk", "I am ill.", completion("I hope that your leg is well.")) == "", "a word of an example"
+    assert kept("talk", "My leg hurts.", completion("I hope that your leg is well.")) == "I hope that your leg is well."
+    assert kept("talk", "I am ill.", completion("No, no, you are well.")) == ""
 
 
 def test_simple_chats_have_no_examples_and_no_compared_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +121,7 @@ def test_simple_chats_have_no_examples_and_no_compared_prompts(monkeypatch: pyte
     near = ["My old phone is broken.", "Do fish live?", "I want to get a pet!", "She has a red pet."]
     monkeypatch.setattr(simple, "everyday", lambda: (near, ["Where do fish live?", "What is it?"]))
     asked = {simple.prompt_of("talk", random.Random(seed)) for seed in range(60)}
-    assert asked == {"She has a red pet."}
+    assert asked - {*simple.MOODS} > {"She has a red pet."} and asked.isdisjoint(near[:3])
     assert {"Where do fish live?"}.isdisjoint(simple.prompt_of("fact", random.Random(seed)) for seed in range(200))
     writer = object.__new__(simple.SimpleWriter)
     writer.options = argparse.Namespace(seed=0, model="m", weights="int8")
@@ -128,19 +131,34 @@ def test_simple_chats_have_no_examples_and_no_compared_prompts(monkeypatch: pyte
 
     def write(prompts: list[list[int]], items: list[int], turn: int, *rest: object, **more: object) -> list[Completion]:
         read.extend(writer.tokenizer.decode(prompt) for prompt in prompts)
-        return [completion(f"Well, number {item} of turn {turn} has seven words." * (item != 4)) for item in items]
+        return [completion(f"Well, item {item} of turn {turn} has seven words." * (item != 4)) for item in items]
 
     writer.write = write
+    monkeypatch.setattr(writer, "on_topic", lambda asked, answers: ["item 5 " not in text for text in answers])
     monkeypatch.setattr(writer, "opened", lambda talk, opening: writer.tokenizer.render_chat(talk))
     lines = simple.write_items(writer, range(60))
     kinds = Counter(line["kind"] for line in lines)
-    assert kinds == {"talk": 23, "fact": 12, "greeting": 6}, "stories are too short, and item 4 is empty"
+    assert kinds == {"talk": 34, "fact": 12, "greeting": 6}, "short stories, empty item 4, off-topic item 5"
     assert all("I found a coin" in text for text in read if "red pet" in text)
     for line in lines:
         roles = [message["role"] for message in line["messages"]]
         assert roles in (["user", "assistant"], ["user", "assistant"] * 2) and "synthetic" in line["source"]
         assert "coin" not in str(line["messages"])
     assert 3 < sum(len(line["messages"]) == 4 for line in lines) < 20
+
+
+def test_answers_that_fit_everything_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    simple = benchmark("simple_chats", monkeypatch)
+    writer = object.__new__(simple.SimpleWriter)
+    monkeypatch.setattr(writer, "vectors", lambda texts: torch.tensor([[*map(float, text.split())] for text in texts]))
+    writer.others = torch.tensor([[0.6, 0.8]] * 5 + [[0.8, 0.6], [0.0, -1.0]])
+    assert writer.on_topic(["1 0", "1 0", "0 1"], ["1 0", "0 1", "0.8 0.6"]) == [True, False, False]
+    writer.others = writer.others[1:]
+    assert writer.on_topic(["1 0", "1 0"], ["0 1", "0.6 0.8"]) == [True, True], "five others are nearer"
+    assert writer.on_topic([], []) == []
+    talk = {"kind": "talk", "messages": [{"content": text} for text in ("Hi.", "Hm! Yes, 2.5.", "Why?", "No. Hm!")]}
+    assert simple.phrases(talk) == ["Hm!", "Yes, 2.5.", "No.", "Hm!"]
+    assert simple.phrases({**talk, "kind": "greeting"}) == ["Hm! Yes, 2.5."]
 
 
 def test_bits_are_those_of_the_answers(
