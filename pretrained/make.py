@@ -256,15 +256,22 @@ MODELS = {
         terms="its layers began as gpt-en, which read CC BY-SA 4.0 (Wikipedia, Wikibooks) and CC BY 2.0 FR (Tatoeba): "
         "name them and their contributors where you pass this on, under the same licence; its teacher and the author "
         "of its data, SmolLM2-135M-Instruct, is Apache-2.0 (Hugging Face TB)",
-        data="smollm2-chats: 24,243 conversations whose answers SmolLM2-135M-Instruct wrote, after a few examples of "
-        "short answers, to sentences of Tatoeba's contributors (tatoeba.org) and to prompts from the lists of "
-        "benchmarks/simple_chats.py; the answers are synthetic, and nobody has checked them",
+        data="smollm2-chats: conversations whose answers SmolLM2-135M-Instruct wrote, after a few examples of short "
+        "answers, to sentences of Tatoeba's contributors (tatoeba.org) and to prompts from the lists of "
+        "benchmarks/simple_chats.py: first 24,243, written by an earlier version of that program, without a judge of "
+        "whether an answer belongs to the question, then 12,140 with it; the answers are synthetic, and nobody has "
+        "checked them",
         command=f"{SIMPLE} --seed 0 --count 22199 --out runs/simple-0.jsonl && "
         f"{SIMPLE} --seed 1 --count 9000 --out runs/simple-1.jsonl && "
         "join runs/simple.jsonl runs/simple-0.jsonl runs/simple-1.jsonl && "
         "python benchmarks/student.py --data runs/simple.jsonl --vocabulary 6000 --out runs/chat-student && "
         "keifu train sft --data runs/simple.jsonl --model runs/chat-student --template chatml --context-length 512 "
-        "--too-long drop --learning-rate 2e-3 --steps 1762 --processes 2",
+        "--too-long drop --learning-rate 2e-3 --steps 1762 --processes 2 && "
+        f"{SIMPLE} --seed 2 --count 11400 --out runs/simple-2.jsonl && "
+        f"{SIMPLE} --seed 3 --count 10800 --out runs/simple-3.jsonl && "
+        "join runs/simple-on-topic.jsonl runs/simple-2.jsonl runs/simple-3.jsonl && "
+        "keifu train sft --data runs/simple-on-topic.jsonl --model runs/pretrained-chat-en-5 --context-length 512 "
+        "--too-long drop --learning-rate 1.5e-3 --steps 260 --processes 2",
         evaluation="python benchmarks/held_out_chats.py chat-en smollm2 gpt-en --data "
         "docs/results/data/held-out-chats.jsonl --json",
         held_out="conversations of its teacher whose first questions it did not learn from",
@@ -277,8 +284,7 @@ MODELS = {
         ),
         limits="It writes a sentence to what you say, and a story of a few simple sentences that do not always follow "
         "from one another. It knows few facts, and says what is false as easily as what is true. It often repeats your "
-        'words or has an empty phrase, forgets what was said before, and takes "How are you?", which it did not read, '
-        'for "How old are you?". The held-out questions come from the same lists and kinds of '
+        "words, and forgets what was said before. The held-out questions come from the same lists and kinds of "
         "sentences as those it learned from; keifu's page docs/results/packaged.md compares answers to other ones.",
         languages=("en",),
         sampling={"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1},

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from importlib import import_module
@@ -47,6 +48,14 @@ def is_part(some: dict[str, Any], of: dict[str, Any]) -> bool:
 
 def test_all_models_but_the_conversational_one_have_a_file_of_values() -> None:
     assert set(CARDS) - set(MEASURED) <= {"chat-en"}  # whose values are in packaged.json
+
+
+def test_the_demonstration_tells_how_large_its_chat_model_is() -> None:
+    card = CARDS["chat-en"].with_name("README.md").read_text(encoding="utf-8")
+    (count,) = re.findall(r"\| parameters \| ([\d,]+),", card)
+    for page in ("demonstration.md", "demonstration.ja.md"):
+        told = (ROOT / "docs/start" / page).read_text(encoding="utf-8")
+        assert f"{int(count.replace(',', '')) / 1e6:.1f} M" in told[told.index("SmolLM2-135M") :][:250]
 
 
 @pytest.mark.parametrize("name", MEASURED)

@@ -83,6 +83,24 @@ def test_choices_are_counted_for_the_models_that_the_sheet_hides(
     assert "75.0%" in capsys.readouterr().out
 
 
+def test_other_prompts_are_asked_and_counted_in_their_own_table(
+    models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blind, folder = benchmark("blind_comparison", monkeypatch), tmp_path / "blind"
+    asked = {"conversation": [["Hi.", "And you?"]], "story": [["Tell one."]], "question": [["Why?"]]}
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    given = ("--models", *models, "--max-tokens", 3, "--prompts", tmp_path / "asked.json")
+    run(blind, monkeypatch, folder, *given)
+    (tmp_path / "choices").write_text("1 tie\n2 tie\n3 tie\n")
+    counted = ("--choices", tmp_path / "choices", "--judge", "a test", "--write", tmp_path / "page.json")
+    run(blind, monkeypatch, folder, *counted)
+    (table,) = json.loads((tmp_path / "page.json").read_text())
+    assert table["section"] == blind.FRESH and table["command"].endswith("--prompts docs/results/data/asked.json")
+    assert [row[1] for row in table["rows"]] == ["3", "1", "1", "1"]
+    told = json.loads((tmp_path / blind.FRESH_ANSWERS).read_text())
+    assert sorted(item["turns"] for item in told["items"]) == [["Hi.", "And you?"], ["Tell one."], ["Why?"]]
+
+
 def test_no_prompt_is_in_the_lists_of_the_training_data(monkeypatch: pytest.MonkeyPatch) -> None:
     lists, blind = benchmark("teacher_texts", monkeypatch), benchmark("blind_comparison", monkeypatch)
     prompts = [turn for several in blind.PROMPTS.values() for turns in several for turn in turns]
@@ -216,7 +234,7 @@ def test_a_file_of_texts_with_odd_line_breaks_is_continued(tmp_path: Path, monke
 
 
 def test_figures_of_the_page_are_of_their_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, blind = benchmark("held_out_chats", monkeypatch), benchmark("blind_comparison", monkeypatch)
+    held = benchmark("held_out_chats", monkeypatch)
     page = {table["section"]: table for table in json.loads((DATA / "packaged.json").read_text(encoding="utf-8"))}
     measured = dict(page[held.SECTION]["values"])
     sizes = measured.pop("bytes")
@@ -224,12 +242,53 @@ def test_figures_of_the_page_are_of_their_items(monkeypatch: pytest.MonkeyPatch)
     chats = (DATA / "held-out-chats.jsonl").read_text(encoding="utf-8").splitlines()
     read = iter([held.size(json.loads(line)["messages"]) for line in chats])
     assert all(size in read for size in sizes), "in their order, without those that are too long"
-    told = json.loads((DATA / blind.ANSWERS).read_text(encoding="utf-8"))
-    assert blind.rows("chat-en", told["items"]) == page[blind.SECTION]["rows"]
-    prompts = sorted(turns for several in blind.PROMPTS.values() for turns in several)
-    assert sorted(item["turns"] for item in told["items"]) == sorted(2 * prompts)
     card = json.loads((ROOT / "pretrained/src/keifu_pretrained/chat-en/card.json").read_text(encoding="utf-8"))
     assert card["figures"].items() <= held.figures(measured, sizes).items()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_comparisons_of_the_page_are_of_their_choices(monkeypatch: pytest.MonkeyPatch, fresh: bool) -> None:
+    blind = benchmark("blind_comparison", monkeypatch)
+    section, file = (blind.FRESH, blind.FRESH_ANSWERS) if fresh else (blind.SECTION, blind.ANSWERS)
+    page = {table["section"]: table for table in json.loads((DATA / "packaged.json").read_text(encoding="utf-8"))}
+    told, before = (
+        json.loads((DATA / file.replace(".json", ending)).read_text(encoding="utf-8"))["items"]
+        for ending in (".json", "-before.json")
+    )
+    assert blind.rows("chat-en", told) == page[section]["rows"]
+    asked = json.loads((DATA / "fresh-prompts.json").read_text(encoding="utf-8")) if fresh else blind.PROMPTS
+    prompts = sorted(2 * [turns for several in asked.values() for turns in several])
+    assert sorted(item["turns"] for item in told) == sorted(item["turns"] for item in before) == prompts
+    text = (DATA.parent / "packaged.md").read_text(encoding="utf-8")
+    text = text[text.index(f"## {section}\n") :].partition("\n<!--")[0]
+    _, _, better, worse, equal, _ = blind.rows("chat-en", before)[0]
+    assert f"better than gpt-en's in {better} of these items, worse in {worse} and equal in {equal}" in " ".join(
+        text.split()
+    )
+
+
+def test_new_weights_are_compared_with_the_earlier_ones_item_by_item() -> None:
+    files = ("blind-comparison.json", "blind-comparison-before.json", "fresh-comparison.json")
+    asked = [json.loads((DATA / file).read_text(encoding="utf-8"))["items"] for file in files]
+    asked.append(json.loads((DATA / "fresh-comparison-before.json").read_text(encoding="utf-8"))["items"])
+    new, earlier = (
+        {str(item["turns"]): own for item in items for own in [own_answers(item)] if own}
+        for items in (asked[0] + asked[2], asked[1] + asked[3])
+    )
+    items = json.loads((DATA / "chat-en-weights.json").read_text(encoding="utf-8"))["items"]
+    for item in items:
+        given = {item[side]: item["answers"][side] for side in "AB"}
+        assert given == {"new": new[str(item["turns"])], "earlier": earlier[str(item["turns"])]}
+    counts = Counter(item["better"] for item in items)
+    assert len(items) == len(new) == 100
+    told = f"better in {counts['new']}, worse in {counts['earlier']} and equal in {counts['tie']}"
+    assert told in " ".join((DATA.parent / "packaged.md").read_text(encoding="utf-8").split())
+
+
+def own_answers(item: dict[str, Any]) -> list[str] | None:
+    """Return chat-en's answers in an item in which it is compared with gpt-en."""
+    sides = {item[side]: side for side in "AB"}
+    return item["answers"][sides["chat-en"]] if "gpt-en" in sides else None
 
 
 def test_recorded_commands_have_the_options_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
