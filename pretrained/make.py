@@ -259,7 +259,7 @@ MODELS = {
         data="smollm2-chats: conversations whose answers SmolLM2-135M-Instruct wrote, after a few examples of short "
         "answers, to sentences of Tatoeba's contributors (tatoeba.org) and to prompts from the lists of "
         "benchmarks/simple_chats.py: first 24,243, written by an earlier version of that program, without a judge of "
-        "whether an answer belongs to the question, then 12,140 with it; the answers are synthetic, and nobody has "
+        "whether an answer belongs to the question, then 15,794 with it; the answers are synthetic, and nobody has "
         "checked them",
         command=f"{SIMPLE} --seed 0 --count 22199 --out runs/simple-0.jsonl && "
         f"{SIMPLE} --seed 1 --count 9000 --out runs/simple-1.jsonl && "
@@ -267,11 +267,11 @@ MODELS = {
         "python benchmarks/student.py --data runs/simple.jsonl --vocabulary 6000 --out runs/chat-student && "
         "keifu train sft --data runs/simple.jsonl --model runs/chat-student --template chatml --context-length 512 "
         "--too-long drop --learning-rate 2e-3 --steps 1762 --processes 2 && "
-        f"{SIMPLE} --seed 2 --count 11400 --out runs/simple-2.jsonl && "
-        f"{SIMPLE} --seed 3 --count 10800 --out runs/simple-3.jsonl && "
+        f"{SIMPLE} --seed 2 --count 15000 --out runs/simple-2.jsonl && "
+        f"{SIMPLE} --seed 3 --count 14400 --out runs/simple-3.jsonl && "
         "join runs/simple-on-topic.jsonl runs/simple-2.jsonl runs/simple-3.jsonl && "
         "keifu train sft --data runs/simple-on-topic.jsonl --model runs/pretrained-chat-en-5 --context-length 512 "
-        "--too-long drop --learning-rate 1.5e-3 --steps 260 --processes 2",
+        "--too-long drop --learning-rate 1.5e-3 --steps 360 --processes 2",
         evaluation="python benchmarks/held_out_chats.py chat-en smollm2 gpt-en --data "
         "docs/results/data/held-out-chats.jsonl --json",
         held_out="conversations of its teacher whose first questions it did not learn from",
@@ -283,9 +283,10 @@ MODELS = {
             "conversations",
         ),
         limits="It writes a sentence to what you say, and a story of a few simple sentences that do not always follow "
-        "from one another. It knows few facts, and says what is false as easily as what is true. It often repeats your "
-        "words, and forgets what was said before. The held-out questions come from the same lists and kinds of "
-        "sentences as those it learned from; keifu's page docs/results/packaged.md compares answers to other ones.",
+        "from one another. It knows few facts, and says what is false as easily as what is true. It often repeats "
+        "your words, says something odd about them, and forgets what was said before. The held-out questions come "
+        "from the same lists and kinds of sentences as those it learned from; keifu's page docs/results/packaged.md "
+        "compares answers to other ones.",
         languages=("en",),
         sampling={"do_sample": True, "temperature": 0.6, "top_p": 0.95, "repetition_penalty": 1.1},
     ),
