@@ -179,6 +179,22 @@ def test_answers_that_fit_everything_are_left_out(monkeypatch: pytest.MonkeyPatc
     assert simple.phrases({**talk, "kind": "greeting"}) == ["Hm! Yes, 2.5."]
 
 
+def test_sentences_are_counted_in_the_file_that_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simple, path = benchmark("simple_chats", monkeypatch), tmp_path / "chats.jsonl"
+
+    def line(kind: str, answer: str) -> dict[str, Any]:
+        return {"kind": kind, "messages": [{"content": "Hi."}, {"content": answer}]}
+
+    path.write_text("".join(f"{json.dumps(line('talk', f'Good. Number {n}.'))}\n" for n in range(3)), encoding="utf-8")
+    written = [line("talk", "Good. Fine."), line("talk", "Good. Last."), line("talk", "Fine.")]
+    written += [line("greeting", "Hello! Good.")] * 12
+    monkeypatch.setattr(simple, "write_items", lambda writer, items: written)
+    kept: list[dict[str, Any]] = []
+    monkeypatch.setattr(simple, "write_file", lambda kind, options, write: kept.extend(write(None, [0])))
+    run(simple, monkeypatch, "--out", path)
+    assert kept == [written[0], written[2]] + written[3:13], "four talks with 'Good.', ten equal greetings"
+
+
 def test_bits_are_those_of_the_answers(
     models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
