@@ -2,6 +2,7 @@
 
 python benchmarks/blind_comparison.py FOLDER --models FIRST OTHER [OTHER ...] [--seed 0] [--temperature 0.6]
     [--max-tokens 200] [--weights own] [--prompts FILE.json]
+python benchmarks/blind_comparison.py FOLDER --earlier [--seed 0]
 python benchmarks/blind_comparison.py FOLDER --choices FILE --judge WORDS [--write JSON]
 
 The first command asks 40 prompts: 20 conversations, 8 of them with a second question, 10 stories and 10 questions with
@@ -11,10 +12,14 @@ each OTHER, and answers anew for each, so that no answer is on the sheet twice. 
 random order with random sides; FOLDER/key.json has the models. The judge reads only the sheet, and writes FILE: a line
 for each item, such as `12 A`, `13 B` or `14 tie`.
 
---prompts asks others, such as docs/results/data/fresh-prompts.json: whoever wrote them had not read the first 40, nor
-any training data. The training data were chosen without reading them.
+--prompts asks others, such as docs/results/data/fresh-prompts.json. A language model wrote them that had read neither
+the first 40 nor any training data; it knew the subjects of the 40, to choose others. Whoever chose the training data
+had not read them.
 
-The second command counts. A share is of all items, so a tie is not a success; its interval is Wilson's. --write puts
+--earlier asks nothing: the sheet has chat-en's answers of docs/results/data, next to those of the weights before, to
+all prompts that gpt-en answered too.
+
+The last command counts. A share is of all items, so a tie is not a success; its interval is Wilson's. --write puts
 the table into a data file of docs/results/data, and all answers and choices next to it.
 """
 
@@ -37,6 +42,9 @@ from keifu.generation.text.sampling_params import SamplingParams
 
 SECTION, ANSWERS = "Blind comparison", "blind-comparison.json"
 FRESH, FRESH_ANSWERS = "Blind comparison on fresh prompts", "fresh-comparison.json"
+EARLIER, EARLIER_ANSWERS = "Blind comparison with earlier weights", "chat-en-weights.json"
+NEW_AND_EARLIER = ["new", "earlier"]
+DATA = Path(__file__).parents[1] / "docs/results/data"
 COLUMNS = ("compared with", "items", "better", "worse", "equal", "better of all, 95% interval")
 NEXT_TURN = "\nA:"
 BASE = """{{ bos_token }}{% for message in messages %}
@@ -133,6 +141,30 @@ def pair_up(other: str, options: argparse.Namespace) -> list[dict]:
     return items
 
 
+def answers_of(file: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Return by turns the kind and chat-en's answers of each item of a data file in which gpt-en is the other."""
+    found = {}
+    for item in json.loads((DATA / file).read_text(encoding="utf-8"))["items"]:
+        sides = {item[side]: side for side in "AB"}
+        if "gpt-en" in sides:
+            found[tuple(item["turns"])] = {"kind": item["kind"], "answers": item["answers"][sides["chat-en"]]}
+    return found
+
+
+def with_earlier(drawn: random.Random) -> list[dict]:
+    """Return an item for each prompt: chat-en's answers of the data files, and those of the weights before."""
+    items = []
+    for file in (FRESH_ANSWERS, ANSWERS):
+        new = answers_of(file)
+        for turns, earlier in answers_of(file.replace(".json", "-before.json")).items():
+            sides = [("earlier", earlier["answers"]), ("new", new[turns]["answers"])]
+            drawn.shuffle(sides)
+            (a, first), (b, second) = sides
+            answers = {"A": first, "B": second}
+            items.append({"kind": earlier["kind"], "turns": [*turns], "A": a, "B": b, "answers": answers})
+    return items
+
+
 def sheet(items: Iterable[Mapping[str, Any]]) -> str:
     """Return the items as Markdown, without their models."""
     lines = ["# Which answer is better: A, B or tie?"]
@@ -146,13 +178,16 @@ def sheet(items: Iterable[Mapping[str, Any]]) -> str:
 
 
 def write_sheet(options: argparse.Namespace) -> None:
-    """Let all models answer. Write the sheet and its key."""
-    first, *others = options.models
-    items: list[dict] = []
-    for other in others:
-        items += pair_up(other, options)
-        print(f"{first} and {other} have answered {len(items)} prompts.", flush=True)
-    random.Random(options.seed).shuffle(items)
+    """Let all models answer, or read their answers. Write the sheet and its key."""
+    drawn, items = random.Random(options.seed), list[dict]()
+    if options.earlier:
+        options.models, items = NEW_AND_EARLIER, with_earlier(drawn)
+    else:
+        first, *others = options.models
+        for other in others:
+            items += pair_up(other, options)
+            print(f"{first} and {other} have answered {len(items)} prompts.", flush=True)
+    drawn.shuffle(items)
     items = [{"item": number, **item} for number, item in enumerate(items, 1)]
     given = {name: vars(options)[name] for name in ("models", "seed", "temperature", "max_tokens", "weights")}
     if options.prompts:
@@ -194,6 +229,20 @@ def rows(first: str, items: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return found
 
 
+def origin(key: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the section of a sheet's table, the file of its answers, and the command that wrote the sheet."""
+    command = "python benchmarks/blind_comparison.py FOLDER"
+    if key["models"] == NEW_AND_EARLIER:
+        return EARLIER, EARLIER_ANSWERS, f"{command} --earlier --seed {key['seed']}"
+    command += (
+        f" --models {' '.join(key['models'])} --seed {key['seed']} --temperature {key['temperature']:g} "
+        f"--max-tokens {key['max_tokens']} --weights {key['weights']}"
+    )
+    if "prompts" in key:
+        return FRESH, FRESH_ANSWERS, f"{command} --prompts docs/results/data/{key['prompts']}"
+    return SECTION, ANSWERS, command
+
+
 def count(options: argparse.Namespace) -> None:
     """Count the choices, and print and write the table."""
     key = json.loads((options.folder / "key.json").read_text(encoding="utf-8"))
@@ -202,13 +251,8 @@ def count(options: argparse.Namespace) -> None:
     print_rows([COLUMNS, *table])
     if options.write:
         about = {name: value for name, value in key.items() if name != "items"} | {"judge": options.judge}
-        section, file = (FRESH, FRESH_ANSWERS) if "prompts" in key else (SECTION, ANSWERS)
+        section, file, command = origin(key)
         write_items(options.write.with_name(file), about, items)
-        command = (
-            f"python benchmarks/blind_comparison.py FOLDER --models {' '.join(key['models'])} --seed {key['seed']} "
-            f"--temperature {key['temperature']:g} --max-tokens {key['max_tokens']} --weights {key['weights']}"
-        )
-        command += f" --prompts docs/results/data/{key['prompts']}" if "prompts" in key else ""
         write_table(options.write, section, command, COLUMNS, table, {"file": file})
 
 
@@ -221,6 +265,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=200, help="of an answer")
     parser.add_argument("--weights", default="own", help="format of the packed weights")
     parser.add_argument("--prompts", type=Path, help="others than the 40: a JSON file of kinds and their prompts")
+    parser.add_argument("--earlier", action="store_true", help="compare chat-en's answers with its earlier weights'")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--choices", type=Path, help="the judge's choices, which are counted")
     parser.add_argument("--judge", help="who chose, in words")

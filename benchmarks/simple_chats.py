@@ -45,7 +45,7 @@ from teacher_texts import (
 from torch import Tensor
 
 from keifu import checkpoints
-from keifu.data.text.normalization import units, within_one_edit
+from keifu.data.text.normalization import HeldOut, units
 from keifu.data.translation import tatoeba
 from keifu.evaluation.classification.embeddings import embed
 from keifu.generation.text.generate import Completion
@@ -172,6 +172,7 @@ MORE_GREETINGS = (
     "My name is {name}.;I am {name}.;Hello, my name is {name}.;Hi, this is {name}.;Can you say my name? I am {name}."
 ).split(";")
 MOODS = [text for text in (*GREETINGS, *MORE_GREETINGS) if re.match(r"I (am (?!\{)|feel|had|like|do not)|It is", text)]
+OTHER_GREETINGS = [text for text in (*GREETINGS, *MORE_GREETINGS) if text not in MOODS]
 NAMES = "Tom;Mary;Ken;Emma;Paul;Lucy;Max;Sara;Ben;Julia;Peter;Nina;Sam;Laura;David;Yuki;Leo;Eva;Jack;Mia".split(";")
 FOLLOWING = [
     "Do you", "I think", "Why", "Really", "I do not", "Yes, ", "No, ", "What", "Thank you", "How", "I want", "But",
@@ -203,9 +204,9 @@ def everyday() -> tuple[list[str], list[str]]:
 
 
 @cache
-def compared() -> list[tuple[str, ...]]:
+def compared() -> HeldOut:
     """Return the turns of the blind comparison, which are not asked here."""
-    return [units(turn) for several in PROMPTS.values() for turns in several for turn in turns]
+    return HeldOut(turn for several in PROMPTS.values() for turns in several for turn in turns)
 
 
 def prompt_of(kind: str, drawn: random.Random) -> str:
@@ -223,12 +224,11 @@ def prompt_of(kind: str, drawn: random.Random) -> str:
     source: Sequence[str] = {
         "talk": MOODS if of_lists < 0.08 else REMARKS if of_lists < 0.25 else said,
         "fact": questions if of_lists < 0.3 else QUESTIONS,
-        "greeting": [text for text in (*GREETINGS, *MORE_GREETINGS) if text not in MOODS],
+        "greeting": OTHER_GREETINGS,
         "story": REQUESTS,
     }[kind]  # fmt: skip
     text = re.sub(r"\ba(?= [aeiou])", "an", drawn.choice(source).format(**words))
-    asked = units(text)
-    return prompt_of(kind, drawn) if any(within_one_edit(asked, turn) for turn in compared()) else text
+    return prompt_of(kind, drawn) if compared().near(text) else text
 
 
 def examples(kind: str, drawn: random.Random) -> list[dict[str, str]]:
@@ -297,13 +297,12 @@ class SimpleWriter(Writer):
     def reply(self, talks: Talks, kinds: dict[int, str], turn: int) -> None:
         """Add the assistant's turn to each conversation. One with a bad answer loses the turn before it too."""
         asked = {item: talk[-1]["content"] for item, talk in talks.items()}
-        written = self.in_style(talks, kinds, turn, {})
-        answers = {item: kept(kinds[item], asked[item], said) for item, said in written.items()}
-        answers = {item: text for item, text in answers.items() if text}
+        written = self.in_style(talks, kinds, turn, {}).items()
+        answers = {item: text for item, said in written if (text := kept(kinds[item], asked[item], said))}
         fit = self.on_topic([asked[item] for item in answers], [*answers.values()])
-        answers = {item: text for (item, text), good in zip(answers.items(), fit, strict=True) if good}
+        good = {item for item, fits in zip(answers, fit, strict=True) if fits}
         for item, talk in talks.items():
-            if item in answers:
+            if item in good:
                 talk.append({"role": "assistant", "content": answers[item]})
             else:
                 talk.pop()

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from keifu import load as keifu_load
 from keifu.data.classification.batches import TensorBatches
 from keifu.data.classification.tables import toy_dataset
-from keifu.data.text.normalization import units, within_one_edit
+from keifu.data.text.normalization import HeldOut
 from keifu.data.translation.pairs import read_pairs, split
 
 PACKAGE = Path(__file__).parent / "src" / "keifu_pretrained"
@@ -538,12 +538,9 @@ def join(file: Path, parts: Iterable[Path]) -> None:
     with a question within one word of a prompt of the comparison on fresh prompts."""
     held_out = {first_question(line) for line in lines_of(HELD_CHATS)}
     kinds = json.loads(FRESH_PROMPTS.read_text("utf-8")).values()
-    asked = [units(turn) for several in kinds for turns in several for turn in turns]
+    asked = HeldOut(turn for several in kinds for turns in several for turn in turns)
     lines = [line for part in parts for line in lines_of(part) if first_question(line) not in held_out]
-    near = {
-        text for line in lines for text in questions(line) if any(within_one_edit(units(text), one) for one in asked)
-    }
-    lines = [line for line in lines if near.isdisjoint(questions(line))]
+    lines = [line for line in lines if not any(map(asked.near, questions(line)))]
     file.write_text("".join(f"{line}\n" for line in lines), "utf-8")
 
 

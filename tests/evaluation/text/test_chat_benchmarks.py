@@ -283,7 +283,8 @@ def test_comparisons_of_the_page_are_of_their_choices(monkeypatch: pytest.Monkey
     )
 
 
-def test_new_weights_are_compared_with_the_earlier_ones_item_by_item() -> None:
+def test_new_weights_are_compared_with_the_earlier_ones_item_by_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = benchmark("blind_comparison", monkeypatch)
     files = ("blind-comparison.json", "blind-comparison-before.json", "fresh-comparison.json")
     asked = [json.loads((DATA / file).read_text(encoding="utf-8"))["items"] for file in files]
     asked.append(json.loads((DATA / "fresh-comparison-before.json").read_text(encoding="utf-8"))["items"])
@@ -291,14 +292,26 @@ def test_new_weights_are_compared_with_the_earlier_ones_item_by_item() -> None:
         {str(item["turns"]): own for item in items for own in [own_answers(item)] if own}
         for items in (asked[0] + asked[2], asked[1] + asked[3])
     )
-    items = json.loads((DATA / "chat-en-weights.json").read_text(encoding="utf-8"))["items"]
+    told = json.loads((DATA / blind.EARLIER_ANSWERS).read_text(encoding="utf-8"))
+    items = told["items"]
     for item in items:
         given = {item[side]: item["answers"][side] for side in "AB"}
         assert given == {"new": new[str(item["turns"])], "earlier": earlier[str(item["turns"])]}
-    counts = Counter(item["better"] for item in items)
     assert len(items) == len(new) == 100
-    told = f"better in {counts['new']}, worse in {counts['earlier']} and equal in {counts['tie']}"
-    assert told in " ".join((DATA.parent / "packaged.md").read_text(encoding="utf-8").split())
+    page = {table["section"]: table for table in json.loads((DATA / "packaged.json").read_text(encoding="utf-8"))}
+    assert blind.rows("new", items) == page[blind.EARLIER]["rows"]
+    counts = Counter(item["better"] for item in items)
+    assert page[blind.EARLIER]["rows"][0][2:5] == [str(counts[name]) for name in ("new", "earlier", "tie")]
+
+
+def test_the_sheet_with_earlier_weights_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = benchmark("blind_comparison", monkeypatch)
+    told = json.loads((DATA / blind.EARLIER_ANSWERS).read_text(encoding="utf-8"))
+    run(blind, monkeypatch, tmp_path, "--earlier", "--seed", told["seed"])
+    key = json.loads((tmp_path / "key.json").read_text(encoding="utf-8"))
+    assert key["items"] == [{name: item[name] for name in item if name != "better"} for item in told["items"]]
+    page = {table["section"]: table for table in json.loads((DATA / "packaged.json").read_text(encoding="utf-8"))}
+    assert blind.origin(key) == (blind.EARLIER, blind.EARLIER_ANSWERS, page[blind.EARLIER]["command"])
 
 
 def own_answers(item: dict[str, Any]) -> list[str] | None:

@@ -57,7 +57,7 @@ def units(sentence: str) -> tuple[str, ...]:
     return tuple(joined) if WITHOUT_SPACES.search(joined) else tuple(words)
 
 
-class _Side:
+class HeldOut:
     """Held-out sentences of one language, indexed by their first and their second halves."""
 
     def __init__(self, sentences: Iterable[str]):
@@ -90,7 +90,7 @@ def within_one_edit(one: Sequence[str], other: Sequence[str]) -> bool:
 
 def near_training(held_out: Sequence[Pair], training: Iterable[Pair]) -> list[bool]:
     """Return for each held-out pair whether one of its sides is within one edit of the same side of a training pair."""
-    sides = [_Side(pair[side] for pair in held_out) for side in range(2)]
+    sides = [HeldOut(pair[side] for pair in held_out) for side in range(2)]
     distinct = [dict.fromkeys(sentences) for sentences in zip(*training, strict=True)]
     near = [False] * len(held_out)
     for side, sentences in zip(sides, distinct, strict=False):
