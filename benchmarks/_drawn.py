@@ -11,7 +11,7 @@ from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
 from keifu.evaluation.images.distances import kernel_distance
 from keifu.evaluation.images.features import Extractor, extractor
-from keifu.generation.images.pixel_diffusion import require_diffusion_model
+from keifu.inference.images.pixel_diffusion import require_diffusion_model
 
 
 class Beside(NamedTuple):

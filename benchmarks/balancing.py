@@ -32,8 +32,8 @@ from _training import learned, ours, validation
 from torch import nn
 
 from keifu.data.text.packed import PackedText
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.mixture import (
     GroupedSigmoidRouter,

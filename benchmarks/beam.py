@@ -28,7 +28,7 @@ from _rounds import interleaved, machine
 from keifu import checkpoints
 from keifu.data.padding import pad
 from keifu.data.translation.pairs import read_pairs, split
-from keifu.generation.text.translation import TranslationParams, search
+from keifu.inference.text.translation import TranslationParams, search
 
 Sources = list[list[int]]
 SECTION, BASE = "Beam search", "transformers"

@@ -37,8 +37,8 @@ from _rounds import machine
 
 from keifu import checkpoints
 from keifu.evaluation.pairwise import a_is_left, seed_of
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 
 SECTION, ANSWERS = "Blind comparison", "blind-comparison.json"
 FRESH, FRESH_ANSWERS = "Blind comparison on fresh prompts", "fresh-comparison.json"

@@ -42,8 +42,8 @@ from keifu.data.chat.prompts import gym_problems
 from keifu.data.text.synthetic_math import chain_sums
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.recipes.assistant import grpo, sft
 from keifu.training.run import metrics

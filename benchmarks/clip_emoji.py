@@ -35,15 +35,9 @@ from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.splits import split
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.images.counting import counted_points
-from keifu.evaluation.images.retrieval import (
-    both_ranks,
-    embed_bytes,
-    embed_texts,
-    label_points,
-    label_shares,
-    preprocessing,
-)
+from keifu.evaluation.images.retrieval import both_ranks
 from keifu.evaluation.intervals import bootstrap
+from keifu.inference.embeddings.clip import embed_bytes, embed_texts, label_points, label_shares, preprocessing
 from keifu.recipes.images import clip as recipe
 
 LANGUAGES = ("en", "ja")

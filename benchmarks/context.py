@@ -24,9 +24,9 @@ from _results import write_table
 from _rounds import machine
 from torch import Tensor
 
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.runner import TorchRunner
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.runner import TorchRunner
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.models.hybrid import qwen3_next
 from keifu.models.mixture import deepseek_v3

@@ -14,8 +14,8 @@ from _results import typed, write_timing
 from _rounds import interleaved, machine
 
 from keifu import checkpoints
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.memory import read_bandwidth
 
 SECTION, THEIRS = "Decoding speed", "transformers"

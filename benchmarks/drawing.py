@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from keifu.data.images.grid import grid
 from keifu.evaluation.images.distances import kernel_distance
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.training.optim.weight_averaging import MovingAverage
 from keifu.training.run import checkpoint
 

@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from keifu import checkpoints
 from keifu.data.catalogue import catalogue
-from keifu.evaluation.classification.embeddings import embed
+from keifu.inference.embeddings.encoders import embed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Contenders = dict[str, Callable[[], Tensor]]

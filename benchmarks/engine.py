@@ -21,7 +21,7 @@ from _results import typed, write_timing
 from _rounds import interleaved, machine
 
 from keifu import checkpoints
-from keifu.generation.text.runner import Span
+from keifu.inference.text.runner import Span
 from keifu.models import llama
 from keifu.native.model import BLOCK_SIZE, NativeLM, pack
 

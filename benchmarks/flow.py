@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from keifu.data.images.grid import grid
 from keifu.evaluation.images.distances import kernel_distance
 from keifu.evaluation.images.features import extractor
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.recipes.images import ddpm, dit
 
 RATE, WARMUP, DECAY = 1e-3, 0.05, 0.995  # maximal rate, share of the time for warm-up, decay of the moving average

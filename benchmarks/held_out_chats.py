@@ -27,7 +27,7 @@ from _rounds import machine
 from keifu import checkpoints
 from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation
-from keifu.generation.text.likelihood import score
+from keifu.inference.text.likelihood import score
 from keifu.recipes.assistant.finetuning import with_template
 from keifu.recipes.assistant.sft import select_conversations, split
 

@@ -25,7 +25,7 @@ from _training import learned
 
 from keifu import checkpoints
 from keifu.evaluation.intervals import wilson
-from keifu.generation.text.likelihood import likelihoods
+from keifu.inference.text.likelihood import likelihoods
 from keifu.models import llama
 from keifu.training.protocols import Batch
 from keifu.training.settings import Settings

@@ -41,8 +41,8 @@ from keifu.data.chat import conversations
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import prepare
 from keifu.evaluation.intervals import bootstrap
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.recipes.assistant import dpo, ppo, reward, sft
 from keifu.recipes.language import gpt
 from keifu.training.objectives.language_modeling import causal_language_modeling

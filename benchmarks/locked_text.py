@@ -23,10 +23,10 @@ from torch import Tensor
 from keifu import checkpoints
 from keifu.data.images.dataset import ImageDataset, read_images
 from keifu.data.images.splits import split
-from keifu.evaluation.classification.embeddings import embed
 from keifu.evaluation.images.counting import WordCounter, color_histograms, counted_points
 from keifu.evaluation.images.retrieval import both_ranks, equal
 from keifu.evaluation.intervals import bootstrap
+from keifu.inference.embeddings.encoders import embed
 
 SIZE, ANGLES, RIDGE = 72, 9, 0.03
 WAYS = {

@@ -38,9 +38,9 @@ from torch import Tensor, nn
 from keifu.data.text.packed import PackedText
 from keifu.evaluation.intervals import bootstrap, wilson
 from keifu.evaluation.text.diffusion_bound import bound
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
-from keifu.generation.unmasking import Unmasking, unmask
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
+from keifu.inference.text.unmasking import Unmasking, unmask
 from keifu.models import llama
 from keifu.models.diffusion import llada
 from keifu.recipes.language.pretraining import Text, prepare_text

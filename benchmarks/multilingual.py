@@ -34,7 +34,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation import tatoeba
 from keifu.evaluation.intervals import wilson
 from keifu.evaluation.text.mixture import losses
-from keifu.generation.text.likelihood import ScoredPair, likelihoods
+from keifu.inference.text.likelihood import ScoredPair, likelihoods
 from keifu.models import palm
 from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare
 from keifu.training.run import checkpoint

@@ -31,8 +31,8 @@ from keifu.checkpoints.hub import locate
 from keifu.data.images.dataset import read_images
 from keifu.data.images.grid import sheet
 from keifu.data.images.splits import recorded, split_of_run
-from keifu.generation.images.pipeline import text_to_image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.pipeline import text_to_image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 
 SECTION, CHOICES = "Emoji named by eye", "named-by-eye.json"
 COLUMNS = ("pictures", "count", "own name chosen", "share, 95% interval")

@@ -32,9 +32,9 @@ from keifu.data.catalogue.readers import Dialogue
 from keifu.data.chat import conversations
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text.perplexity import evaluate
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
-from keifu.generation.text.translation import sentences
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
+from keifu.inference.text.translation import sentences
 from keifu.layers.lora import merge
 from keifu.recipes.assistant import sft
 from keifu.recipes.assistant.finetuning import Lora

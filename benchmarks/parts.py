@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from torch import Tensor
 
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.generation.images import samplers
-from keifu.generation.text import logits_processors
+from keifu.inference.images import samplers
+from keifu.inference.text import logits_processors
 from keifu.layers.activations import activation
 from keifu.layers.attention.axial import Grid
 from keifu.layers.attention.masks import DocumentMask

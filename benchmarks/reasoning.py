@@ -43,8 +43,8 @@ from _rounds import machine, spread
 from keifu import checkpoints
 from keifu.alignment.rewards import NUMBER, last_number
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.generation.text.generate import Completion, generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import Completion, generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.recipes.assistant import grpo, sft
 from keifu.training.run import metrics

@@ -23,8 +23,8 @@ from torch import Tensor
 from keifu.data.progress import counting
 from keifu.evaluation.images.distances import kernel_distance
 from keifu.evaluation.images.features import Extractor
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
-from keifu.generation.images.samplers import SAMPLERS
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.inference.images.samplers import SAMPLERS
 
 Found = dict[str, dict[int, list[float]]]
 ETAS = {"ddim, η = 1": ("ddim", 1.0)}  # additional rows

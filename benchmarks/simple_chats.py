@@ -47,8 +47,8 @@ from torch import Tensor
 from keifu import checkpoints
 from keifu.data.text.normalization import HeldOut, units
 from keifu.data.translation import tatoeba
-from keifu.evaluation.classification.embeddings import embed
-from keifu.generation.text.generate import Completion
+from keifu.inference.embeddings.encoders import embed
+from keifu.inference.text.generate import Completion
 
 KINDS = ("talk", "fact", "talk", "story", "talk", "talk", "greeting", "talk", "fact", "talk")
 FRIENDLY = "You are a friendly chat program. You answer in one short sentence, in simple words."

@@ -28,9 +28,9 @@ from _rounds import PAUSE, machine
 from keifu import checkpoints
 from keifu.data.text.documents import documents
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.generation.draft import Draft
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.draft import Draft
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.native.library import use_threads
 
 SECTION = "Speculative decoding"

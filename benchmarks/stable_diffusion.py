@@ -35,8 +35,8 @@ from keifu.checkpoints.hf.weight_names import links
 from keifu.checkpoints.hf.write import published_tensors
 from keifu.data.tokenizers.bpe import learn
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.layers.unet.prepacked_conv import prepack
 from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion

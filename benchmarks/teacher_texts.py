@@ -28,8 +28,8 @@ import torch
 from _rounds import machine
 
 from keifu import checkpoints
-from keifu.generation.text.generate import Completion, generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import Completion, generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 
 BEINGS = (
     "a dog;a cat;a fox;an owl;a mouse;a bear;a rabbit;a bird;a girl;a boy;a farmer;a baker;a teacher;a sailor;"

@@ -41,11 +41,11 @@ from keifu.data.images.io import to_image
 from keifu.data.images.splits import recorded, split_of_run
 from keifu.evaluation.images.distances import kernel_distance, manifold
 from keifu.evaluation.images.features import extractor
-from keifu.evaluation.images.retrieval import embed_pictures
 from keifu.evaluation.images.text_to_image import clip_scores, cosines
-from keifu.generation.images.image_to_image import read_input_image
-from keifu.generation.images.pipeline import TextToImagePipeline, text_to_image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.embeddings.clip import embed_pictures
+from keifu.inference.images.image_to_image import read_input_image
+from keifu.inference.images.pipeline import TextToImagePipeline, text_to_image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.models.unclip.unclip import Unclip
 from keifu.recipes.images.unclip import complete_config
 from keifu.training.run import checkpoint, metrics

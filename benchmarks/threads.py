@@ -20,8 +20,8 @@ import torch
 from _rounds import machine
 from _training import ours
 
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt2, llama, transformer
 from keifu.models.diffusion import ddpm

@@ -36,9 +36,9 @@ from keifu import checkpoints
 from keifu.data.catalogue.readers import HELD_OUT_ARTICLES
 from keifu.data.classification.examples import Examples
 from keifu.data.classification.tables import read
-from keifu.evaluation.classification.classifiers import probabilities
-from keifu.evaluation.classification.embeddings import embed, encode_texts
 from keifu.evaluation.classification.metrics import Confusion
+from keifu.inference.embeddings.classifiers import probabilities
+from keifu.inference.embeddings.encoders import embed, encode_texts
 from keifu.models import bert
 from keifu.recipes.classification import classifier, gpt1_finetune
 from keifu.recipes.classification.classifier import SCRATCH, Recipe

@@ -28,7 +28,7 @@ from keifu.data.audio.recordings import read_sound
 from keifu.data.catalogue.archives import apt_download, read_debian
 from keifu.data.catalogue.catalogue import fetch
 from keifu.evaluation.text.transcription import word_errors
-from keifu.generation.speech.transcription import TranscriptionParams, transcribe
+from keifu.inference.speech.transcription import TranscriptionParams, transcribe
 
 PACKAGE, VERSION = "pocketsphinx-testdata", "0.8+5prealpha+1-15"
 PROGRAMS = {"keifu": "keifu", "transformers": "transformers", "faster-whisper": "faster_whisper"}

@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 
 import keifu
 from keifu.data.translation.pairs import read_pairs, split
+from keifu.evaluation.plots.attention_maps import draw_maps
 from keifu.evaluation.registry import EvalRequest
-from keifu.evaluation.text.inspection import draw_maps, inspect_translation
 from keifu.evaluation.text.translation import Scorer, evaluate, language_of
-from keifu.generation.text.translation import translate
+from keifu.inference.embeddings.attention_maps import inspect_translation
+from keifu.inference.text.translation import translate
 from keifu.training.run.checkpoint import load_into_model
 
 Runs = list[tuple[str, Path]]

@@ -276,13 +276,13 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 EXPECTED = {  # seconds of files whose number of tests says too little or too much, if no run was yet
     "distributed/test_group.py": 60, "test_learning.py": 15, "test_on_another_device.py": 10,
-    "generation/text/test_decoding.py": 9, "generation/text/test_engine.py": 9,
+    "inference/text/test_decoding.py": 9, "inference/text/test_engine.py": 9,
     "distributed/test_published_weights.py": 9, "recipes/neurons/test_neuron_recipes.py": 9,
-    "generation/speech/test_transcription.py": 8, "generation/text/test_overlap.py": 8,
+    "inference/speech/test_transcription.py": 8, "inference/text/test_overlap.py": 8,
     "data/tokenizers/test_chat.py": 8, "test_python.py": 7, "native/test_speech.py": 7, "distributed/test_states.py": 7,
     "serving/openai/test_tools.py": 7, "recipes/images/test_lora_image_recipe.py": 6,
     "serving/openai/test_transcriptions.py": 6, "test_launch_budgets.py": 6, "recipes/test_wiring_assistant.py": 6,
-    "generation/text/test_prefix.py": 6, "training/test_devices_in_training.py": 6, "recipes/test_wiring_images.py": 6,
+    "inference/text/test_prefix.py": 6, "training/test_devices_in_training.py": 6, "recipes/test_wiring_images.py": 6,
     "docs/test_single_files.py": 6, "checkpoints/hf/test_names.py": 5, "data/tokenizers/test_gguf_tokenizer.py": 5,
     "native/test_model.py": 5, "recipes/translation/test_translation_recipes.py": 5,
     "recipes/classification/test_gpt1_finetune.py": 5, "checkpoints/diffusers/test_parity_ddpm.py": 5,
@@ -294,7 +294,7 @@ EXPECTED = {  # seconds of files whose number of tests says too little or too mu
     "recipes/test_resuming_recipes.py": 4, "layers/test_counted_random.py": 4, "data/catalogue/test_archives.py": 4,
     "data/tokenizers/test_tokenizers.py": 4, "fuzz/test_fuzz.py": 4, "training/test_minutes.py": 4,
     "recipes/test_demo.py": 4, "test_readme.py": 2, "docs/test_translations.py": 2, "docs/test_lineage.py": 2,
-    "generation/images/test_samplers.py": 3, "commands/test_wiring_commands.py": 2, "test_option_names.py": 3,
+    "inference/images/test_samplers.py": 3, "commands/test_wiring_commands.py": 2, "test_option_names.py": 3,
     "test_ranges.py": 3, "docs/test_figures.py": 1, "docs/test_english.py": 1, "docs/test_results.py": 1,
     "docs/test_diagrams.py": 1, "checkpoints/hf/test_published_configs.py": 1,
 }  # fmt: skip

@@ -227,7 +227,7 @@ class Graph:
 
     @classmethod
     def capture(cls, compute, memory):
-        """Return `keifu.generation.text.paged.graphs.capture` on this device: the host must not read or send
+        """Return `keifu.inference.text.paged.graphs.capture` on this device: the host must not read or send
         anything."""
         MEMORIES.append(memory)
         graph, before = cls(), (READ.total(), SENT.total())

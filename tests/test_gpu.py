@@ -19,15 +19,15 @@ from keifu import (
 )
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
-from keifu.generation.images.pixel_diffusion import (
+from keifu.inference.images.pixel_diffusion import (
     ImageRequest,
     PixelPipeline,  # noqa: E402
 )
-from keifu.generation.text.engine import Engine  # noqa: E402
-from keifu.generation.text.generate import generate_batch  # noqa: E402
-from keifu.generation.text.request import Piece  # noqa: E402
-from keifu.generation.text.runner import Span, TorchRunner  # noqa: E402
-from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.inference.text.engine import Engine  # noqa: E402
+from keifu.inference.text.generate import generate_batch  # noqa: E402
+from keifu.inference.text.request import Piece  # noqa: E402
+from keifu.inference.text.runner import Span, TorchRunner  # noqa: E402
+from keifu.inference.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.layers.counter_rng import (
     normal,
     uniform,  # noqa: E402

@@ -21,12 +21,12 @@ import simulated_device  # noqa: E402
 from simulated_device import LAUNCHED, MEMORIES, READ, RECORD, SENT, Graph, _one_kernel, _Stream, device, simulated  # noqa: E402
 from test_on_another_device import CASES, TRANSLATORS  # noqa: E402
 
-from keifu.generation.text import runner, sampler  # noqa: E402
-from keifu.generation.text.engine import Engine  # noqa: E402
-from keifu.generation.text.paged import graphs  # noqa: E402
-from keifu.generation.text.sampler import History, RowSettings  # noqa: E402
-from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
-from keifu.generation.text.translation import TranslationParams, search  # noqa: E402
+from keifu.inference.text import runner, sampler  # noqa: E402
+from keifu.inference.text.engine import Engine  # noqa: E402
+from keifu.inference.text.paged import graphs  # noqa: E402
+from keifu.inference.text.sampler import History, RowSettings  # noqa: E402
+from keifu.inference.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.inference.text.translation import TranslationParams, search  # noqa: E402
 from keifu.layers.losses import (
     cross_entropy as ce,  # noqa: E402
     head,  # noqa: E402

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from keifu.data.images.io import to_signed
-from keifu.generation.images.autoregressive import sample_image_tokens
-from keifu.generation.images.latent_diffusion import text_denoiser
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
-from keifu.generation.images.samplers import configure_sampler
-from keifu.generation.unmasking import Unmasking, unmask
+from keifu.inference.images.autoregressive import sample_image_tokens
+from keifu.inference.images.latent_diffusion import text_denoiser
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
+from keifu.inference.images.samplers import configure_sampler
+from keifu.inference.text.unmasking import Unmasking, unmask
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import (

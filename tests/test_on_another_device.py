@@ -35,16 +35,16 @@ from keifu.alignment.ppo import (
 from keifu.alignment.reward_model import ranking_loss  # noqa: E402
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
-from keifu.generation.images.pixel_diffusion import (
+from keifu.inference.images.pixel_diffusion import (
     ImageRequest,
     PixelPipeline,  # noqa: E402
     denoising_strip,
 )
-from keifu.generation.images.samplers import SAMPLERS  # noqa: E402
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.generate import generate_batch  # noqa: E402
-from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
-from keifu.generation.text.translation import (
+from keifu.inference.images.samplers import SAMPLERS  # noqa: E402
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.generate import generate_batch  # noqa: E402
+from keifu.inference.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.inference.text.translation import (
     TranslationParams,
     search,  # noqa: E402
 )

@@ -98,7 +98,7 @@ def test_the_list_has_the_figures_of_the_cards() -> None:
 
 @pytest.mark.parametrize("name", SENTENCES)
 def test_it_translates_a_simple_sentence(name: str) -> None:
-    from keifu.generation.text.translation import TranslationParams, translate_texts
+    from keifu.inference.text.translation import TranslationParams, translate_texts
 
     source, target = SENTENCES[name]
     model, tokenizer = keifu.load(name)
@@ -150,7 +150,7 @@ def test_a_network_is_as_right_as_its_card_says(name: str) -> None:
 
 
 def test_it_draws_the_digit_that_is_asked_for() -> None:
-    from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+    from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 
     model, _ = keifu.load("digits")
     network, _ = keifu.load("network")

@@ -21,14 +21,14 @@ from keifu import interface
 from keifu.data.epochs import OwnBatches
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text import model as interfaces
+from keifu.inference.text import model as interfaces
 from keifu.models import llama
 from keifu.training.signals import Interrupted
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 EXAMPLES = ["keifu", "keifu.interface",
             "keifu.recipes.own", "keifu.checkpoints.own_module", "keifu.checkpoints.loading",
-            "keifu.checkpoints.hf.write", "keifu.generation.text.generate", "keifu.data.epochs"]  # fmt: skip
+            "keifu.checkpoints.hf.write", "keifu.inference.text.generate", "keifu.data.epochs"]  # fmt: skip
 X = torch.linspace(-1, 1, 60).unsqueeze(-1)
 DATA = {"x": X, "y": X**2}
 

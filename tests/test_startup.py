@@ -48,7 +48,7 @@ def test_the_list_of_models_imports_no_torch() -> None:
 def test_loading_and_writing_import_one_model_and_no_compiler(tmp_path: Path) -> None:
     save(llama.build(TINY), None, tmp_path)
     load = f"from keifu import checkpoints\ncheckpoints.load_model({str(tmp_path)!r})"
-    found = imported(f"{load}\nimport keifu.generation.text.generate")
+    found = imported(f"{load}\nimport keifu.inference.text.generate")
     assert models_of(found) == {"llama"}
     assert not {"torch._dynamo", "sympy", "gguf", "keifu.checkpoints.diffusers.single_file"} & found
 

@@ -20,7 +20,7 @@ WORDS = re.compile(r"\b(beside|bought|buys|in place of|told|so many|all else|ver
 ODD_COMMENT = re.compile(f"#[# ]*{OPENINGS.pattern}|#.*(?i:{WORDS.pattern})")  # perhaps: it may be within a string
 EXCEPTIONS: dict[str, str] = {}  # a phrase, and the reason why it stays
 LEFT: dict[str, int] = {
-    "commands": 6, "data": 8, "generation": 4, "native": 1, "serving": 3, "training": 1,
+    "commands": 6, "data": 8, "inference": 4, "native": 1, "serving": 3, "training": 1,
 }  # fmt: skip
 
 # First words of a function's docstring that are no imperative, though ruff's D401 takes them for one.
@@ -28,7 +28,7 @@ NO_VERBS = re.compile(
     "(A|An|The|All|Every|Each|One|Both|Its|Their|Whether|How|Why|Where|When|As|For|From|With|Without|Within|Of|In|At|By|To|"
     "No|Nothing|Never|Everything|There|Several|Two|Three|Other|Our|Ours|Theirs|Those|These|Which|What|More|Only)"
 )
-NO_VERBS_LEFT: dict[str, int] = {"generation": 1}
+NO_VERBS_LEFT: dict[str, int] = {"inference": 1}
 
 # Variables and parameters that a precise word should replace (index, position, path, ...). A number may only fall.
 VAGUE_NAMES = {"found": 5, "each": 43, "own": 6, "place": 15, "held": 17, "places": 7, "told": 3, "kind": 18}

@@ -20,7 +20,7 @@ from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import Shards, prepare_parts
 from keifu.data.tokenizers.load import learned_tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.memory import keep_freed
 from keifu.models import llama
 from keifu.models.diffusion import ddpm as network

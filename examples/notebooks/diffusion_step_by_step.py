@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from keifu.generation.images import samplers
+from keifu.inference.images import samplers
 from keifu.layers.diffusion.noise_schedule import Noise, add_noise
 
 torch.manual_seed(0)

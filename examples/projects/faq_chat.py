@@ -8,8 +8,8 @@ import argparse
 import torch
 
 import keifu
-from keifu.evaluation.classification.embeddings import embed
-from keifu.generation.text.chat import Conversation
+from keifu.inference.chat.conversation import Conversation
+from keifu.inference.embeddings.encoders import embed
 
 FAQ = {
     "When is the shop open?": "We are open from 9 to 18 o'clock from Monday to Saturday, and closed on Sundays.",

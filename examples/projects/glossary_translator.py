@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keifu
 from keifu.cli import main as run
-from keifu.generation.text.translation import translate
+from keifu.inference.text.translation import translate
 
 GLOSSARY = {
     "モーター": "motor", "歯車": "gear", "軸受": "bearing", "弁": "valve", "配管": "piping",

@@ -11,8 +11,8 @@ from keifu.checkpoints import load
 from keifu.data.epochs import IndexedExamples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
-from keifu.generation.text import generate as text
-from keifu.generation.text.generate import GenerateOptions
+from keifu.inference.text import generate as text
+from keifu.inference.text.generate import GenerateOptions
 from keifu.recipes import own
 from keifu.training.loop import Summary
 from keifu.training.protocols import Data
@@ -49,7 +49,7 @@ def generate(
         prompt: The text to answer or to continue, or a list of texts.
         raw: Whether the prompt is continued as plain text, without the chat template.
         **sampling: Settings such as max_tokens, temperature and seed, and images for a model that sees
-            (`keifu.generation.text.generate.generate`).
+            (`keifu.inference.text.generate.generate`).
 
     Returns:
         The text, or a list of texts for a list of prompts.

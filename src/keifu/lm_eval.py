@@ -16,8 +16,8 @@ from keifu.checkpoints import load
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.text.prompt_runner import PromptRunner
-from keifu.generation.text import likelihood
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text import likelihood
+from keifu.inference.text.sampling_params import SamplingParams
 
 try:
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]

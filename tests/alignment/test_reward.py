@@ -14,7 +14,7 @@ from keifu.alignment.reward_model import calibration, margins, ranking_loss, ran
 from keifu.commands.train import parse
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.models import gpt2, llama, task_head
 from keifu.recipes.assistant import reward as recipe
 from keifu.training.run import metrics

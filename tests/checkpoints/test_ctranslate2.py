@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from keifu import checkpoints
 from keifu.checkpoints.ctranslate2 import PARTS
 from keifu.errors import UserError
-from keifu.generation.speech.rules import SPECIAL
+from keifu.inference.speech.rules import SPECIAL
 from keifu.models.speech import whisper
 from keifu.recipes.speech.whisper import learn_tokenizer
 

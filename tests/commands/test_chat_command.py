@@ -24,7 +24,7 @@ from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 
 FEW = ("--max-tokens", "6")
@@ -268,7 +268,7 @@ def test_one_question_and_a_conversation_get_the_same_answer(
 def test_a_retry_in_which_nothing_is_written_keeps_the_conversation(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keifu.generation.text.chat import Conversation
+    from keifu.inference.chat.conversation import Conversation
 
     talk = Conversation(*checkpoints.load(model))
     chat = Chat(talk, SamplingParams(max_tokens=3, temperature=1.0, seed=1))
@@ -380,7 +380,7 @@ def test_thoughts_are_dimmed_or_counted_in_a_terminal_alone(
 
 
 def test_thoughts_can_be_hidden(model: str, capsys: pytest.CaptureFixture) -> None:
-    from keifu.generation.text.chat import Conversation
+    from keifu.inference.chat.conversation import Conversation
 
     chat = Chat(Conversation(*checkpoints.load(model)), SamplingParams(seed=1))
     for word in ("hidden", "shown"):

@@ -16,7 +16,7 @@ from keifu.commands import bench
 from keifu.commands.shared.inputs import decode_utf8, join_texts, text_from
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.engine import Engine
+from keifu.inference.text.engine import Engine
 from keifu.models import llama, perceptron
 from keifu.native import library
 from keifu.native.compiler import Unavailable

@@ -15,8 +15,8 @@ from keifu import checkpoints, cli, devices
 from keifu.checkpoints import loading
 from keifu.commands import draw
 from keifu.commands.shared import drawing as drawn
-from keifu.generation.images.png_metadata import read_record
-from keifu.generation.images.samplers import SAMPLERS
+from keifu.inference.images.png_metadata import read_record
+from keifu.inference.images.samplers import SAMPLERS
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
 

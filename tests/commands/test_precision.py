@@ -24,8 +24,8 @@ from keifu.checkpoints import plan  # noqa: E402
 from keifu.data.tokenizers.tokenizer import Tokenizer  # noqa: E402
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 from keifu.devices import Choice, choosing  # noqa: E402
-from keifu.generation.text.generate import generate_batch  # noqa: E402
-from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.inference.text.generate import generate_batch  # noqa: E402
+from keifu.inference.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
 from keifu.models import bert, llama, transformer  # noqa: E402
 from keifu.models.diffusion import ddpm  # noqa: E402

@@ -107,7 +107,7 @@ def test_each_precision_has_an_index_of_its_own(notes: Path, model: str, capsys:
 def test_only_new_passages_are_embedded_again(
     notes: Path, model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from keifu.evaluation.classification import search as searched
+    from keifu.inference.embeddings import search as searched
 
     counts = []
 

@@ -17,7 +17,7 @@ from keifu.commands import evaluate, translate
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text import generate
+from keifu.inference.text import generate
 from keifu.models import llama, perceptron, transformer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCI.,?!"
@@ -89,7 +89,7 @@ def test_the_argument_a_file_and_a_pipe_give_the_same(
     texts.append(out(capsys, "translate", model))
     assert len(set(texts)) == 1 and texts[0].endswith("\n") and texts[0].count("\n") == 1
     loaded, letters = checkpoints.load(model)
-    from keifu.generation.text.translation import translate as function
+    from keifu.inference.text.translation import translate as function
 
     assert function(loaded, letters, ["a pen"]) == [texts[0].removesuffix("\n")]
 

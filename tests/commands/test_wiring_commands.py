@@ -22,9 +22,9 @@ from keifu.commands.shared.flags import OnDevice
 from keifu.commands.shared.help_text import arguments_of
 from keifu.data.text.passages import Passage
 from keifu.evaluation.registry import EvalOptions
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
-from keifu.generation.images.png_metadata import ImageRecord
-from keifu.generation.speech.transcription import Segment, Transcript
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.inference.images.png_metadata import ImageRecord
+from keifu.inference.speech.transcription import Segment, Transcript
 
 WITHOUT = ("train", "demo")  # their options are those of recipes, which have tables of their own
 SAMPLING = {"max-tokens": 7, "temperature": 0.5, "top-k": 7, "top-p": 0.5, "min-p": 0.25, "repetition-penalty": 1.5,
@@ -53,7 +53,7 @@ def on_device() -> dict[str, Row]:
 REWARDS = "keifu.recipes.assistant.finetuning:make_rewards"
 GENERATE = "keifu.commands.generate:print_text"
 CHOSEN, LOAD = "keifu.commands.generate:print_chosen", "keifu.commands.generate:load_writer"
-UNMASKING = "keifu.generation.unmasking"
+UNMASKING = "keifu.inference.text.unmasking"
 
 
 class Masker(torch.nn.Module):
@@ -70,13 +70,13 @@ generate = Table("generate M Hi", {
     "MODEL": Row("", LOAD, "name", "other", base="generate other Hi"),
     "PROMPT": Row("", GENERATE, "prompt", "Ho", base="generate M Ho"),
     "file": Row("--file text.txt", GENERATE, "prompt", "Hi\n\none"),
-    "raw": Row("--raw", "keifu.generation.text.generate:as_prompt", "raw"),
+    "raw": Row("--raw", "keifu.inference.text.generate:as_prompt", "raw"),
     "image": Row("--image a.png --image b.png", "keifu.commands.generate:read_pictures", "0", PICTURES),
     "json": Row("--json", GENERATE, "as_json"),
     "stream": Row("--stream", GENERATE, "streamed"),
     "guesses": Row("--guesses 7", GENERATE, "guesses", 7),
     "draft": Row("--draft D", "keifu.commands.generate:proposer", "draft", "D"),
-    "thinking": Row("--thinking off", "keifu.generation.text.generate:as_prompt", "enable_thinking", False),
+    "thinking": Row("--thinking off", "keifu.inference.text.generate:as_prompt", "enable_thinking", False),
     "steps": Row("--steps 7", f"{UNMASKING}:write", "how.steps", 7, returns=MASKED),
     "block": Row("--block 7", f"{UNMASKING}:write", "how.block", 7, returns=MASKED),
     "gap": Row("--gap 7", f"{UNMASKING}:fill_gaps", "tokens", 7, returns=MASKED),
@@ -86,10 +86,10 @@ generate = Table("generate M Hi", {
     "weights": Row("--weights int8", LOAD, "weights", "int8"),
     **sampling(GENERATE, "sampling"),
 }, {LOAD: WRITER, REWARDS: SimpleNamespace(scorer=None),
-    "keifu.generation.text.generate:as_prompt": lambda _, text, *more, **options: text})  # fmt: skip
+    "keifu.inference.text.generate:as_prompt": lambda _, text, *more, **options: text})  # fmt: skip
 
 ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.shared.inputs:load_writer"
-TALK = "keifu.generation.text.chat:Conversation"
+TALK = "keifu.inference.chat.conversation:Conversation"
 chat = Table("chat M Hi", {
     "MODEL": Row("", LOADED, "name", "other", base="chat other Hi"),
     "QUESTION": Row("", ANSWER, "message", "Ho", base="chat M Ho"),
@@ -104,8 +104,8 @@ chat = Table("chat M Hi", {
     **sampling(ANSWER, "sampling"),
 }, {LOADED: CHATTER, TALK: SimpleNamespace(complete=lambda *_: None, config=CONFIG)})  # fmt: skip
 
-ENCODER, EMBEDDED = "keifu.commands.embed:load_encoder", "keifu.evaluation.classification.embeddings:embed_rows"
-IDS, NEAREST = "keifu.commands.embed:ids", "keifu.evaluation.classification.embeddings:nearest"
+ENCODER, EMBEDDED = "keifu.commands.embed:load_encoder", "keifu.inference.embeddings.encoders:embed_rows"
+IDS, NEAREST = "keifu.commands.embed:ids", "keifu.inference.embeddings.encoders:nearest"
 embed = Table("embed M one two", {
     "MODEL": Row("", ENCODER, "name", "other", base="embed other one"),
     "TEXT ...": Row("three", IDS, "texts", ["one", "two", "three"]),
@@ -118,7 +118,7 @@ embed = Table("embed M one two", {
     "batch-size": Row("--batch-size 7", EMBEDDED, "batch_size", 7),
 }, {ENCODER: (WRITER[0], SimpleNamespace(pad_id=0)), EMBEDDED: torch.zeros(2, 3), IDS: [[1], [2]]})  # fmt: skip
 
-SEARCH = "keifu.evaluation.classification.search"
+SEARCH = "keifu.inference.embeddings.search"
 ENCODED = (WRITER[0], SimpleNamespace(pad_id=0))
 
 
@@ -144,7 +144,7 @@ search = Table("search text.txt Hi", {
 
 JUDGED = "keifu.commands.classify:_probabilities"
 EXAMPLES = "keifu.data.classification.input_formats:read_examples"
-LABELS, PAIRS = "keifu.evaluation.images.retrieval:label_points", "keifu.evaluation.images.retrieval:split_pairs"
+LABELS, PAIRS = "keifu.inference.embeddings.clip:label_points", "keifu.evaluation.images.retrieval:split_pairs"
 TWO = ((), ())
 CONFUSION = SimpleNamespace(picture=lambda: b"", to_json=dict, verdict=str, result=lambda what: TWO, matrix=lambda: TWO)
 FORM = SimpleNamespace(answers=False, columns=("text",))
@@ -153,7 +153,7 @@ TOWERS = "keifu.evaluation.images.retrieval"
 PICTURES = {f"{TOWERS}:{name}": None for name in ("two_towers", "embed_pictures", "images")} | {
     "keifu.checkpoints:load": (None, None), PAIRS: SimpleNamespace(test=SimpleNamespace(classes=["a", "b"])),
     "keifu.checkpoints.hub:locate": Path("m"), "keifu.commands.evaluate:training_facts": {},
-    "keifu.evaluation.images.retrieval:preprocessing": SimpleNamespace(crop=8),
+    "keifu.inference.embeddings.clip:preprocessing": SimpleNamespace(crop=8),
 }  # fmt: skip
 classify = Table("classify M one", {
     "MODEL": Row("", "keifu.commands.classify:_load", "name", "other", base="classify other one"),
@@ -175,7 +175,7 @@ classify = Table("classify M one", {
     "keifu.data.classification.input_formats:examples_of": SimpleNamespace(rows=[])})  # fmt: skip
 
 TRANSCRIPT = Transcript("Hi", "en", 1.0, [Segment(0.0, 1.0, " Hi", [1], -0.1, 0.0)])
-TRANSLATED, TRANSLATOR = "keifu.generation.text.translation:translate_texts", "keifu.commands.translate:load_translator"
+TRANSLATED, TRANSLATOR = "keifu.inference.text.translation:translate_texts", "keifu.commands.translate:load_translator"
 translate = Table("translate M Hi", {
     "MODEL": Row("", TRANSLATOR, "name", "other", base="translate other Hi"),
     "TEXT": Row("", TRANSLATED, "texts", ["Ho"], base="translate M Ho"),
@@ -188,7 +188,7 @@ translate = Table("translate M Hi", {
     "weights": Row("--weights int8", TRANSLATOR, "weights", "int8"),
 }, {TRANSLATOR: (None, None), TRANSLATED: [[]]})  # fmt: skip
 
-HEARD, SOUND = "keifu.generation.speech.transcription:transcribe", "keifu.data.audio.recordings:read_sound"
+HEARD, SOUND = "keifu.inference.speech.transcription:transcribe", "keifu.data.audio.recordings:read_sound"
 transcribe = Table("transcribe M a.wav", {
     "MODEL": Row("", "keifu.checkpoints:load", "0", "other", base="transcribe other a.wav"),
     "FILE...": Row("", SOUND, "source", Path("b.wav"), base="transcribe M b.wav"),
@@ -201,11 +201,11 @@ transcribe = Table("transcribe M a.wav", {
     "fallback": Row("--no-fallback", HEARD, "settings.fallback", False),
     "weights": Row("--weights int8", "keifu.checkpoints:load", "weights", "int8"),
 }, {"keifu.checkpoints:load": (None, None), SOUND: torch.zeros(9), HEARD: TRANSCRIPT,
-    "keifu.generation.speech.transcription:speech_model": None})  # fmt: skip
+    "keifu.inference.speech.transcription:speech_model": None})  # fmt: skip
 
 JUDGEMENTS = "keifu.evaluation.pairwise:Judgements"
 MODELS = "keifu.recipes.assistant.finetuning:open_model"
-WRITTEN = "keifu.generation.text.generate:generate_batch"
+WRITTEN = "keifu.inference.text.generate:generate_batch"
 compare = Table("compare A B --prompts prompts.jsonl", {
     "A": Row("", JUDGEMENTS, "about.A", "other", base="compare other B --prompts one.jsonl"),
     "B": Row("", MODELS, "name", "other", base="compare A other --prompts prompts.jsonl"),
@@ -254,7 +254,7 @@ evaluate = Table("evaluate M --on x", {
     "keifu.checkpoints:load": lambda name, **_: ("model", name), "keifu.checkpoints.hub:locate": Path(),
     "keifu.commands.shared.drawing:select_lora": SimpleNamespace(place="L", scale=1.0)})  # fmt: skip
 
-ENGINE = "keifu.generation.text.engine:Engine"
+ENGINE = "keifu.inference.text.engine:Engine"
 bench = Table("bench M", {
     "MODEL": Row("", "keifu.checkpoints:load_model", "0", "other", base="bench other"),
     "weights": Row("--weights int8", "keifu.checkpoints:load_model", "weights", "int8"),
@@ -267,8 +267,8 @@ bench = Table("bench M", {
     "json": Row("--json", STDOUT, lambda text: text.startswith("{")),
 }, {"keifu.checkpoints:load_model": SimpleNamespace(config=SimpleNamespace(context_length=999)),
     "keifu.commands.shared.inputs:load_writer": (SimpleNamespace(config=SimpleNamespace(context_length=999)), None),
-    ENGINE: SimpleNamespace(), "keifu.generation.text.model:text_model": lambda model: model,
-    "keifu.generation.text.model:device_of": "cpu",
+    ENGINE: SimpleNamespace(), "keifu.inference.text.model:text_model": lambda model: model,
+    "keifu.inference.text.model:device_of": "cpu",
     "keifu.commands.bench:_check_room": None, "keifu.commands.bench:_speeds": {"decode": 1},
     "keifu.commands.bench:_memory": {}, "keifu.commands.bench:_report": "told"})  # fmt: skip
 

@@ -29,7 +29,7 @@ from keifu.data.tokenizers import formats, seq2seq
 from keifu.data.translation.pairs import read_pairs
 from keifu.errors import UserError
 from keifu.evaluation.text import tasks
-from keifu.generation.images.png_metadata import CHUNK
+from keifu.inference.images.png_metadata import CHUNK
 from keifu.models.hf import open_clip
 from keifu.native.library import Library
 from keifu.untrusted import read_json_object

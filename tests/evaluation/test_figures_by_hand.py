@@ -22,7 +22,7 @@ from keifu.evaluation.intervals import bootstrap
 from keifu.evaluation.registry import EvalRequest, ResultTable
 from keifu.evaluation.text import few_shot, perplexity
 from keifu.evaluation.text.tasks import TaskItem
-from keifu.generation.text.likelihood import Likelihood
+from keifu.inference.text.likelihood import Likelihood
 
 
 def test_of_equally_likely_choices_the_first_one_is_given() -> None:

@@ -22,7 +22,7 @@ from keifu.data.text.mixture import read_mixture
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.files import write_tensors
-from keifu.generation.images.png_metadata import read_record
+from keifu.inference.images.png_metadata import read_record
 from keifu.layers.lora import LoraSettings
 from keifu.models import (
     bert,

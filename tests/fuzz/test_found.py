@@ -21,7 +21,7 @@ from keifu.data.images.catalogued import read_idx
 from keifu.data.images.dataset import read_images
 from keifu.devices import Choice, choosing
 from keifu.errors import UserError
-from keifu.generation.images.png_metadata import read_record
+from keifu.inference.images.png_metadata import read_record
 from keifu.training.run.run_directory import read_recipe
 from keifu.untrusted import parse_json, plain_file
 

@@ -205,8 +205,8 @@ def read_captions(folder: Path) -> None:
 def drawn(folder: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
-    from keifu.generation.images.pixel_diffusion import ImageRequest
-    from keifu.generation.images.png_metadata import ImageRecord
+    from keifu.inference.images.pixel_diffusion import ImageRequest
+    from keifu.inference.images.png_metadata import ImageRecord
 
     chunks = PngInfo()
     for name, text in ImageRecord("model", "ab" * 32, ImageRequest(size=(8, 8), seed=1)).texts().items():

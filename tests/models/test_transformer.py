@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from keifu.checkpoints import load_model, save, save_gguf
-from keifu.generation.text.model import causal
+from keifu.inference.text.model import causal
 from keifu.layers.linear import JoinedLinear
 from keifu.models import transformer
 from keifu.models.sizes import count, published_sizes

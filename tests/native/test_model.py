@@ -15,9 +15,9 @@ from native_toys import GROUPED, OF_THIS_MACHINE, TOYS, everywhere, toy, unpacke
 from torch import Tensor, nn
 
 from keifu.errors import UserError
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.runner import Span
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.runner import Span
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.models.mixture import mixtral
 from keifu.native.model import NativeLM, NativeRunner, native_form, pack

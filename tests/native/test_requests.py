@@ -10,9 +10,9 @@ import torch
 from native_toys import toy
 from quick import quick
 
-from keifu.generation.draft import Draft
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.draft import Draft
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.native.model import BLOCK_SIZE, NativeLM, pack
 
 pytestmark = pytest.mark.usefixtures("opened")

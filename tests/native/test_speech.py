@@ -13,7 +13,7 @@ from native_toys import everywhere, unpacked
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.speech.transcription import TranscriptionParams, transcribe
+from keifu.inference.speech.transcription import TranscriptionParams, transcribe
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.models.speech import whisper

@@ -15,8 +15,8 @@ from torch import Tensor
 from keifu import checkpoints
 from keifu.data.padding import pad
 from keifu.errors import UserError
-from keifu.generation.text import translation
-from keifu.generation.text.translation import TranslationParams, search
+from keifu.inference.text import translation
+from keifu.inference.text.translation import TranslationParams, search
 from keifu.layers.transformer.encoder_decoder import EncoderDecoder
 from keifu.models import transformer
 from keifu.native.model import native_form

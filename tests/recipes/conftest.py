@@ -22,7 +22,7 @@ from toy_recordings import tones  # noqa: E402
 from keifu import checkpoints  # noqa: E402
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 from keifu.evaluation.classification.metrics import Confusion  # noqa: E402
-from keifu.generation.text.translation import TranslationParams  # noqa: E402
+from keifu.inference.text.translation import TranslationParams  # noqa: E402
 from keifu.models import bert, gpt1, llama  # noqa: E402
 from keifu.recipes.assistant import sft  # noqa: E402
 from keifu.recipes.images import clip  # noqa: E402

@@ -15,8 +15,8 @@ import openai
 import pytest
 from serving_toys import WAIT, running, until
 
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.request import Piece
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.request import Piece
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
@@ -215,8 +215,8 @@ def asking(served: Any, path: str, body: dict[str, Any]) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("kind", "path", "part", "texts"),
     [
-        ("translator", "translations", "keifu.generation.text.translation.beam_search", ["abc"] * 300),
-        ("encoder", "embeddings", "keifu.evaluation.classification.embeddings.mean_pool", ["the cat"] * 1200),
+        ("translator", "translations", "keifu.inference.text.translation.beam_search", ["abc"] * 300),
+        ("encoder", "embeddings", "keifu.inference.embeddings.encoders.mean_pool", ["the cat"] * 1200),
     ],
 )
 def test_what_a_client_has_left_ends_after_a_batch(

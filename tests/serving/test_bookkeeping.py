@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from simulated_device import simulated
 
 import keifu
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.request import Request
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.request import Request
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.serving import worker
 from keifu.serving.app import Access
 from keifu.serving.errors import ApiError

@@ -10,8 +10,8 @@ from serving_toys import running, sharp
 
 import keifu
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.evaluation.classification.classifiers import probabilities
-from keifu.evaluation.classification.embeddings import encode_texts
+from keifu.inference.embeddings.classifiers import probabilities
+from keifu.inference.embeddings.encoders import encode_texts
 from keifu.models import bert
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits

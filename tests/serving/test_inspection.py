@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import keifu
-from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
-from keifu.evaluation.text.inspection import inspect_text
-from keifu.generation.text.fill import fill
-from keifu.generation.text.translation import translate
+from keifu.inference.embeddings.attention_maps import inspect_text
+from keifu.inference.embeddings.clip import embed_pictures, embed_texts
+from keifu.inference.text.fill import fill
+from keifu.inference.text.translation import translate
 
 
 def weights(layer: dict[str, Any], rows: int, columns: int) -> torch.Tensor:

@@ -16,8 +16,8 @@ import keifu
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.generation.text.likelihood import score_likeliest
-from keifu.generation.text.request import prompt_tokens
+from keifu.inference.text.likelihood import score_likeliest
+from keifu.inference.text.request import prompt_tokens
 from keifu.models import gemma3, llama, qwen3
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits

@@ -10,7 +10,7 @@ from serving_toys import WAIT, running
 
 from keifu import checkpoints
 from keifu.data.audio.recordings import read_sound
-from keifu.generation.speech.transcription import transcribe
+from keifu.inference.speech.transcription import transcribe
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 

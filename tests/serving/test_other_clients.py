@@ -14,8 +14,8 @@ import pytest
 from serving_toys import WAIT
 
 import keifu
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import sampling_for
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import sampling_for
 
 
 def test_llm_at_the_command_line(served: Any, chat: str, tmp_path: Path) -> None:

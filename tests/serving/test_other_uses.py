@@ -20,9 +20,9 @@ import keifu
 from keifu import cli
 from keifu.commands import serve
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import embed
-from keifu.generation.draft import Draft
-from keifu.generation.text.translation import translate
+from keifu.inference.embeddings.encoders import embed
+from keifu.inference.text.draft import Draft
+from keifu.inference.text.translation import translate
 from keifu.models.hybrid import qwen3_next
 from keifu.serving.app import Access
 from keifu.serving.metrics import Metrics

@@ -18,7 +18,7 @@ from keifu.data.tokenizers.chat_template import CHATML, PICTURES
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.images.prompts import ImagePrompt
+from keifu.inference.chat.prompts import ImagePrompt
 from keifu.models import llama
 from keifu.models.clip import image as clip_image
 from keifu.models.hf.image_processor import Pixels, Tiles

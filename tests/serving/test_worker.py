@@ -13,9 +13,9 @@ pytest.importorskip("fastapi")
 from serving_toys import WAIT, running, until
 
 from keifu.checkpoints.loading import load_model
-from keifu.generation.text.request import Piece, Request
-from keifu.generation.text.runner import TorchRunner
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.request import Piece, Request
+from keifu.inference.text.runner import TorchRunner
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.native import library
 from keifu.serving import worker
 from keifu.serving.app import Access

@@ -17,9 +17,9 @@ from keifu.alignment.rollouts import positions_of, stack_responses, take
 from keifu.data.chat.packing import PackedConversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.model import evaluation_mode
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.model import evaluation_mode
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.layers.losses import cross_entropy, divergence
 from keifu.layers.losses.head import SoftCappedHead
 from keifu.layers.transformer.decoder import SoftCappedLM

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from keifu.alignment.rollouts import positions_of, take
 from keifu.data.chat.preferences import PreferencePairs
-from keifu.generation.text.model import device_of, evaluation_mode
+from keifu.inference.text.model import device_of, evaluation_mode
 from keifu.layers.losses.log_probabilities import token_log_probabilities
 from keifu.training.loader import on_device
 from keifu.training.protocols import Batch, LossOutput, StatelessBatches

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from keifu.alignment.monitor import Healthy
 from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics, take
-from keifu.generation.text.model import evaluation_mode
+from keifu.inference.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput
 
 Variant = Literal["grpo", "dr-grpo", "dapo", "gspo"]

@@ -22,7 +22,7 @@ from keifu.alignment.monitor import Healthy
 from keifu.alignment.rollouts import Rollouts, Tokens, answer_log_probabilities, response_statistics, take
 from keifu.data.text.packed import PackedText
 from keifu.errors import UserError
-from keifu.generation.text.model import evaluation_mode
+from keifu.inference.text.model import evaluation_mode
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Batch, LossOutput
 

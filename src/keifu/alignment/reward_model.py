@@ -17,7 +17,7 @@ from keifu.data.chat.prompts import Prompt
 from keifu.data.padding import stack_rows
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.model import evaluation_mode
+from keifu.inference.text.model import evaluation_mode
 from keifu.training.protocols import Batch, LossOutput
 
 Scores = Float[Tensor, "batch K"]

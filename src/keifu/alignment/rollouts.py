@@ -26,9 +26,9 @@ from keifu.data.chat.thoughts import with_opening
 from keifu.data.epochs import Epochs
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.generate import Completion, generate_batch
-from keifu.generation.text.model import causal, evaluation_mode
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import Completion, generate_batch
+from keifu.inference.text.model import causal, evaluation_mode
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.layers.lora import unadapted
 from keifu.layers.losses.log_probabilities import token_log_probabilities
 from keifu.processes import Processes, current

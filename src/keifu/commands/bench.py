@@ -11,7 +11,7 @@ from keifu.errors import UserError
 from keifu.ranges import Count
 
 if TYPE_CHECKING:
-    from keifu.generation.text.engine import Engine
+    from keifu.inference.text.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def run(options: Options) -> None:
     notice(f"Loading {options.model} ...")
     from keifu.checkpoints import load_model
     from keifu.commands.shared.inputs import load_writer, proposer
-    from keifu.generation.text.engine import Engine
-    from keifu.generation.text.model import device_of, text_model
+    from keifu.inference.text.engine import Engine
+    from keifu.inference.text.model import device_of, text_model
     from keifu.native.library import use_threads
 
     if options.threads is not None:
@@ -108,7 +108,7 @@ def _speeds(engine: "Engine", options: Options) -> dict[str, Any]:
 
 
 def _add(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
-    from keifu.generation.text.sampling_params import SamplingParams
+    from keifu.inference.text.sampling_params import SamplingParams
 
     for prompt in prompts:
         engine.add(engine.request(prompt, SamplingParams(temperature=0, max_tokens=tokens, seed=0)))
@@ -122,7 +122,7 @@ def _write(engine: "Engine", prompts: list[list[int]], tokens: int) -> None:
 
 def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> dict[str, Any]:
     """Return the bytes of weights and of keys and values, and the bandwidth of decoding next to the machine's peak."""
-    from keifu.generation.text.model import device_of
+    from keifu.inference.text.model import device_of
     from keifu.memory import read_bandwidth
 
     cached = options.streams * (options.prompt + options.tokens) * engine.runner.token_bytes

@@ -14,11 +14,11 @@ from keifu.commands.shared import flags, inputs
 from keifu.commands.shared.errors import explain
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
 from keifu.errors import UserError, shell, unknown
-from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingParams
+from keifu.inference.text.sampling_params import ANSWER_TOKENS, SamplingParams
 
 DIM = "\033[2m{}\033[22m"
 if TYPE_CHECKING:
-    from keifu.generation.text.chat import Conversation
+    from keifu.inference.chat.conversation import Conversation
 
 EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
@@ -63,8 +63,8 @@ def run(options: Options) -> None:
             f"keifu train sft --model {name}."
         )
     sampling, line = choose_sampling(tokenizer, options.sampling, ANSWER_TOKENS)
-    from keifu.generation.images.prompts import sees
-    from keifu.generation.text.chat import Conversation
+    from keifu.inference.chat.conversation import Conversation
+    from keifu.inference.chat.prompts import sees
 
     guesses = inputs.proposer(options.draft, options.guesses, options.weights)
     conversation = Conversation(model, tokenizer, options.system, guesses, flags.template_variables(options.thinking))

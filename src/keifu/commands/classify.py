@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from keifu.data.classification.examples import Examples
-    from keifu.evaluation.classification.classifiers import TextClassifier
     from keifu.evaluation.classification.metrics import Confusion
+    from keifu.inference.embeddings.classifiers import TextClassifier
 
 PLAIN = ("{}",)
 Choices = tuple[Sequence[str], Sequence[float], str, str]  # labels, probabilities, name in JSON, name in tables
@@ -128,8 +128,8 @@ def _show_worst(confusion: "Confusion", columns: Sequence[str], rows: Sequence[S
 
 def _of_pictures(options: Options) -> Iterable[Choices]:
     """Return the label probabilities of each picture, by a network's fixed labels or by labels given to a CLIP."""
-    from keifu.evaluation.classification.neurons import RowClassifier, row_of
-    from keifu.evaluation.images.retrieval import embed_pictures, label_points, label_shares, two_towers
+    from keifu.inference.embeddings.clip import embed_pictures, label_points, label_shares, two_towers
+    from keifu.inference.embeddings.row_classifiers import RowClassifier, row_of
 
     files = options.texts
     if wrong := [file for file in files if not is_picture(file)]:
@@ -159,19 +159,20 @@ def _compare_pictures(options: Options) -> "Confusion":
     from keifu.commands.evaluate import training_facts
     from keifu.evaluation.classification.metrics import Confusion
     from keifu.evaluation.images import retrieval
+    from keifu.inference.embeddings import clip
 
     model, tokenizer = checkpoints.load(options.model)
-    retrieval.two_towers(model)
-    on, size = str(options.on), retrieval.preprocessing(model).crop
+    clip.two_towers(model)
+    on, size = str(options.on), clip.preprocessing(model).crop
     pictures = retrieval.split_pairs(on, size, training_facts(locate(options.model)).get("held_out", {})).test
     if not pictures.classes:
         raise UserError(f"The pictures of {on} have no classes: give each class a folder, or name pictures.")
     labels = _labels(options.labels) if options.labels else pictures.classes
     if len(labels) != len(pictures.classes):
         raise UserError(f"{len(labels)} labels were given for the classes {', '.join(pictures.classes)}: one for each.")
-    points = retrieval.embed_pictures(model, retrieval.images(on, pictures, size))
-    texts = retrieval.label_points(model, tokenizer, labels, options.template or PLAIN)
-    chosen = retrieval.label_shares(model, points, texts).argmax(-1).cpu()
+    points = clip.embed_pictures(model, retrieval.images(on, pictures, size))
+    texts = clip.label_points(model, tokenizer, labels, options.template or PLAIN)
+    chosen = clip.label_shares(model, points, texts).argmax(-1).cpu()
     return Confusion.of(torch.from_numpy(pictures.labels), chosen, pictures.classes)
 
 
@@ -210,7 +211,9 @@ def _compare_texts(options: Options) -> "Confusion":
             f"{options.on} has labels that {options.model} never saw: {_some(unseen)}. It knows {_some(judge.labels)}: "
             "take those rows out, or train with them."
         )
-    return judge.confusion(examples, _probabilities(judge, examples, options.cut))
+    from keifu.evaluation.classification.labelled_texts import confusion_of
+
+    return confusion_of(judge, examples, _probabilities(judge, examples, options.cut))
 
 
 def _some(labels: Sequence[str]) -> str:
@@ -220,8 +223,8 @@ def _some(labels: Sequence[str]) -> str:
 
 def _load(name: str) -> "TextClassifier":
     """Load a text classifier. Raises `UserError` for any other model."""
-    from keifu.evaluation.classification.classifiers import text_classifier
-    from keifu.generation.text.model import TwoTowers
+    from keifu.inference.embeddings.classifiers import text_classifier
+    from keifu.inference.text.model import TwoTowers
 
     model, tokenizer = checkpoints.load(name)
     if isinstance(model, TwoTowers):

@@ -86,7 +86,7 @@ def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator
 def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
     """Return one model's answers. They depend on the seed and the prompt, not on the other prompts."""
     from keifu.evaluation.pairwise import seed_of
-    from keifu.generation.text.generate import generate_batch
+    from keifu.inference.text.generate import generate_batch
 
     ids = [tokenizer.render_chat(prompt.messages) for prompt in prompts]
     seeds = [seed_of(options.start, prompt.messages, side) for prompt in prompts]

@@ -74,8 +74,8 @@ def run(options: Options) -> None:
 
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
     from keifu.data.progress import counting
-    from keifu.evaluation.classification.embeddings import embed_rows
-    from keifu.generation.text.model import TwoTowers
+    from keifu.inference.embeddings.encoders import embed_rows
+    from keifu.inference.text.model import TwoTowers
 
     if isinstance(model, TwoTowers):
         return embed_inputs(model, tokenizer, texts, options.cut, options.batch_size)
@@ -105,7 +105,7 @@ def _numbers(vectors: "Tensor") -> list[list[float]]:
 
 
 def _show_nearest(count: int, queries: tuple[list[str], Any], among: tuple[list[str], Any] | None) -> None:
-    from keifu.evaluation.classification.embeddings import nearest
+    from keifu.inference.embeddings.encoders import nearest
 
     texts, vectors = queries
     candidates, points = among or queries

@@ -18,7 +18,7 @@ TASKS = (
     "images.questions", "text.transcription", "text.translation", "images.retrieval", "images.generative",
     "images.text_to_image", "text.few_shot", "text.mixture", "text.perplexity", "text.masked_words",
     "text.diffusion_bound",
-    "classification.neurons", "classification.classifiers",
+    "classification.neurons", "classification.labelled_texts",
 )  # fmt: skip
 
 

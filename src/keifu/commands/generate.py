@@ -11,7 +11,7 @@ from keifu.commands.shared import flags
 from keifu.commands.shared.inputs import ask, at_terminal, join_texts, load_writer, notice, proposer, read_pictures
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion, print_text
 from keifu.errors import UserError
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.ranges import Count
 
 EXAMPLE = 'keifu generate MODEL "Once upon a time"'
@@ -63,8 +63,8 @@ def run(options: Options) -> None:
     """Print the text that the model writes, without the prompt."""
     rewards = check_drawing(options)
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
-    from keifu.generation.text.generate import as_prompt
-    from keifu.generation.text.model import MaskPredictor, continues_text
+    from keifu.inference.text.generate import as_prompt
+    from keifu.inference.text.model import MaskPredictor, continues_text
 
     model, tokenizer = load_writer(options.model, options.weights, continues_text)
     if isinstance(model, MaskPredictor):
@@ -109,8 +109,8 @@ CAUSAL = ("image", "json", "stream", "guesses", "draft", "thinking", "vote", "be
 
 def print_unmasked(options: Options, model: Any, tokenizer: Any, text: str) -> None:
     """Print a masked-diffusion model's continuation of a text, or the text with its gaps filled."""
-    from keifu.generation import unmasking
-    from keifu.generation.text.generate import as_prompt
+    from keifu.inference.text import unmasking
+    from keifu.inference.text.generate import as_prompt
 
     if idle := [f"--{name.replace('_', '-')}" for name in CAUSAL if vars(options)[name] not in (None, False, ())]:
         raise UserError(f"{', '.join(idle)} is of models that write from left to right, and this is masked diffusion.")
@@ -131,8 +131,8 @@ def print_chosen(
     """Draw several texts and print one: the most frequent, or the one with the highest reward."""
     from keifu.data.chat.thoughts import with_opening
     from keifu.evaluation.text.few_shot import majority
-    from keifu.generation.images.prompts import ImagePrompt
-    from keifu.generation.text.generate import generate_batch
+    from keifu.inference.chat.prompts import ImagePrompt
+    from keifu.inference.text.generate import generate_batch
 
     check_temperature(sampling.temperature)  # it may be the model's default
     seeds = [(sampling.seed or 0) + number for number in range(options.vote or options.best_of or 1)]

@@ -51,8 +51,8 @@ def run(options: Options) -> None:
     warn_of_language(options.model, [question], [passage.text for passage in passages])
     from keifu.checkpoints.hub import weights_identity
     from keifu.data.progress import counting
-    from keifu.evaluation.classification.embeddings import embed_rows
-    from keifu.evaluation.classification.search import build_index, count_new, index_path
+    from keifu.inference.embeddings.encoders import embed_rows
+    from keifu.inference.embeddings.search import build_index, count_new, index_path
 
     notice(f"Loading {options.model} ...")
     model, tokenizer = load_encoder(options.model)

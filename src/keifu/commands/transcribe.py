@@ -41,8 +41,8 @@ def run(options: Options) -> None:
         raise UserError("keifu transcribe needs FILE...: see keifu transcribe --help.")
     from keifu.checkpoints import load
     from keifu.data.audio.recordings import read_sound
-    from keifu.generation.speech.subtitles import FORMATS
-    from keifu.generation.speech.transcription import TranscriptionParams, speech_model, transcribe
+    from keifu.inference.speech.subtitles import FORMATS
+    from keifu.inference.speech.transcription import TranscriptionParams, speech_model, transcribe
 
     settings = TranscriptionParams(
         options.language, options.task, options.beams, options.previous, options.prompt, options.fallback

@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     lines = lines_from(options.text, options.file)
     model, tokenizer = load_translator(options.model, options.weights)
     from keifu.data.progress import counting
-    from keifu.generation.text.translation import TranslationParams, join_sentences, translate_texts
+    from keifu.inference.text.translation import TranslationParams, join_sentences, translate_texts
 
     settings = TranslationParams(options.beam, options.alpha, options.max_tokens, options.batch_size)
     shown = options.file is not None and sys.stderr.isatty()
@@ -74,7 +74,7 @@ def lines_from(text: str | None, file: Path | None) -> list[str]:
 def load_translator(name: str, weights: str | None = None) -> tuple[Any, Any]:
     """Load a translation model and its tokenizer. Raises `UserError`, with the right command, for any other model."""
     from keifu.checkpoints import load
-    from keifu.generation.text.translation import explain_not_translator, is_translator
+    from keifu.inference.text.translation import explain_not_translator, is_translator
 
     model, tokenizer = load(name, weights=weights or "own")
     if is_translator(model) and tokenizer is not None:

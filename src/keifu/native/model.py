@@ -117,7 +117,7 @@ class NativeLM(nn.Module):
 
 
 class NativeRunner:
-    """Native runner of an engine's steps for one packed model, with the interface of keifu.generation.text.runner."""
+    """Native runner of an engine's steps for one packed model, with the interface of keifu.inference.text.runner."""
 
     def __init__(self, model: NativeLM, n_blocks: int, block_size: int = BLOCK_SIZE):
         self.model, self.n_blocks, self.block_size = model, n_blocks, block_size

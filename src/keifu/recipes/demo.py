@@ -15,7 +15,7 @@ from keifu.data.catalogue import catalogue
 from keifu.errors import shell
 from keifu.evaluation.text.perplexity import bigram_loss
 from keifu.files import write_atomic
-from keifu.generation.text.chat import Conversation
+from keifu.inference.chat.conversation import Conversation
 from keifu.models import llama
 from keifu.ranges import Count
 from keifu.recipes import landmarks

@@ -18,7 +18,7 @@ from keifu.data.tokenizers.bpe import first_merges, ids_of_cut, keep_tokens
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose, chosen
 from keifu.errors import UserError
-from keifu.generation.text.model import causal, text_model
+from keifu.inference.text.model import causal, text_model
 from keifu.layers.lora import merge
 from keifu.layers.transformer.decoder import SoftCappedLM
 from keifu.models import llama

@@ -12,12 +12,13 @@ from keifu.data.catalogue import catalogue
 from keifu.data.classification.tables import logic, toy_dataset
 from keifu.data.images.grid import grid
 from keifu.evaluation.images.text_to_image import cosines
+from keifu.evaluation.plots.attention_maps import draw_maps
 from keifu.evaluation.plots.decision_boundary import canvas, png
-from keifu.evaluation.text.inspection import draw_maps, inspect_translation
-from keifu.generation.images.pipeline import text_to_image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, to_pixels
-from keifu.generation.text.fill import Guess, fill
-from keifu.generation.text.translation import TranslationParams, translate_texts
+from keifu.inference.embeddings.attention_maps import inspect_translation
+from keifu.inference.images.pipeline import text_to_image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline, to_pixels
+from keifu.inference.text.fill import Guess, fill
+from keifu.inference.text.translation import TranslationParams, translate_texts
 from keifu.recipes.neurons import perceptron
 
 WIDE = 14  # characters across a drawn digit

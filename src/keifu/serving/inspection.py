@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from keifu.data.images.io import read_image
 from keifu.errors import UserError
-from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, label_shares
-from keifu.evaluation.text.inspection import inspect_text, inspect_translation
-from keifu.generation.text.fill import fill
-from keifu.generation.text.request import prompt_tokens
-from keifu.generation.text.translation import source_ids, translator
+from keifu.inference.embeddings.attention_maps import inspect_text, inspect_translation
+from keifu.inference.embeddings.clip import embed_pictures, embed_texts, label_shares
+from keifu.inference.text.fill import fill
+from keifu.inference.text.request import prompt_tokens
+from keifu.inference.text.translation import source_ids, translator
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import likeliest, token_text
 from keifu.serving.openai.images import PICTURE_BYTES

@@ -20,11 +20,11 @@ from keifu.checkpoints.lora.peft import is_adapter
 from keifu.checkpoints.packing import bytes_in_blocks
 from keifu.devices import choose
 from keifu.errors import UserError, unknown
-from keifu.evaluation.classification.classifiers import text_classifier
-from keifu.generation.draft import Draft, check_guesses
-from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.text.model import Encoder, TwoTowers, explain_not_causal, has_fixed_states, is_writer
-from keifu.generation.text.translation import is_translator
+from keifu.inference.embeddings.classifiers import text_classifier
+from keifu.inference.images.pipeline import image_pipeline
+from keifu.inference.text.draft import Draft, check_guesses
+from keifu.inference.text.model import Encoder, TwoTowers, explain_not_causal, has_fixed_states, is_writer
+from keifu.inference.text.translation import is_translator
 from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.native.model import NativeLM, attach_native
 from keifu.native.pack import OWN

@@ -11,8 +11,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse
 
 from keifu.errors import UserError, unknown
-from keifu.generation.images.prompts import sees
-from keifu.generation.text.sampling_params import ANSWER_TOKENS, sampling_for
+from keifu.inference.chat.prompts import sees
+from keifu.inference.text.sampling_params import ANSWER_TOKENS, sampling_for
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.schemas import Body

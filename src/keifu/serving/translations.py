@@ -6,9 +6,9 @@ from typing import Annotated
 from fastapi import FastAPI, Response
 from pydantic import Field, model_validator
 
-from keifu.generation.images.prompts import ImagePrompt, InsertedImages, render
-from keifu.generation.text.request import prompt_tokens
-from keifu.generation.text.translation import TranslationParams, join_sentences, translate_texts
+from keifu.inference.chat.prompts import ImagePrompt, InsertedImages, render
+from keifu.inference.text.request import prompt_tokens
+from keifu.inference.text.translation import TranslationParams, join_sentences, translate_texts
 from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import token_bytes, token_text

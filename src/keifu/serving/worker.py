@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from keifu.errors import UserError
-from keifu.generation.draft import Draft
-from keifu.generation.text.engine import Engine
-from keifu.generation.text.request import Piece, Request
-from keifu.generation.text.runner import runner_of
+from keifu.inference.text.draft import Draft
+from keifu.inference.text.engine import Engine
+from keifu.inference.text.request import Piece, Request
+from keifu.inference.text.runner import runner_of
 from keifu.native.compiler import Unavailable
 from keifu.native.library import is_open, open_library
 from keifu.serving.errors import ApiError, of_exception

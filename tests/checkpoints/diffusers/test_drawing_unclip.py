@@ -13,10 +13,10 @@ from PIL import Image
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.generation.images.image_to_image import read_input_image
-from keifu.generation.images.pipeline import is_text_to_image, text_to_image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise, require_diffusion_model
-from keifu.generation.images.unclip import UnclipPipeline, slerp
+from keifu.inference.images.image_to_image import read_input_image
+from keifu.inference.images.pipeline import is_text_to_image, text_to_image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, SeededNoise, require_diffusion_model
+from keifu.inference.images.unclip import UnclipPipeline, slerp
 from keifu.models.clip import image as clip_image
 from keifu.models.hf.image_processor import Pixels
 from keifu.models.unclip import unclip

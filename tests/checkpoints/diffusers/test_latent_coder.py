@@ -7,7 +7,7 @@ from PIL import Image
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.generation.images.tiled_vae import LatentCodec, decode_tiled, tile_of, tile_starts
+from keifu.inference.images.tiled_vae import LatentCodec, decode_tiled, tile_of, tile_starts
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models.diffusion import ddpm
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from keifu import checkpoints
 from keifu.cli import main
 from keifu.errors import UserError
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.diffusion.sampling_schedule import flow_schedule
 from keifu.models.diffusion import autoencoder_kl, ddpm, dit

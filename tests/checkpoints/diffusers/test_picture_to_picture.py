@@ -13,9 +13,9 @@ from quick import quick
 
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.generation.images.image_to_image import read_input_image
-from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.image_to_image import read_input_image
+from keifu.inference.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 
 diffusers = pytest.importorskip("diffusers")
 LEADING = {"timestep_spacing": "leading"}

@@ -8,7 +8,7 @@ import torch
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.images.pixel_diffusion import require_diffusion_model
+from keifu.inference.images.pixel_diffusion import require_diffusion_model
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import keifu
 from keifu import checkpoints, cli
 from keifu.errors import UserError
-from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.models.diffusion import latent_diffusion
 
 diffusers, transformers = (pytest.importorskip(name) for name in ("diffusers", "transformers"))

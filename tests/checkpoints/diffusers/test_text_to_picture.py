@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from keifu import checkpoints, cli
 from keifu.data.tokenizers import bpe
 from keifu.errors import UserError
-from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 
 diffusers = pytest.importorskip("diffusers")
 SCHEDULERS = {
@@ -184,7 +184,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(pipeline,
 
 
 def test_a_picture_of_an_older_keifu_is_still_drawn_again(tmp_path: Path) -> None:
-    from keifu.generation.images.png_metadata import ImageRecord, read_record
+    from keifu.inference.images.png_metadata import ImageRecord, read_record
 
     record = ImageRecord("runs/ddpm", "0", ImageRequest("ddim", 4, 5, size=(8, 8), spacing="leading"))
     told = json.loads(record.texts()["keifu"])

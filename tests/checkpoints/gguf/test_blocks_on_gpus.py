@@ -23,9 +23,9 @@ from keifu.checkpoints.registry import describe  # noqa: E402
 from keifu.commands.bench import _weight_bytes  # noqa: E402
 from keifu.devices import Choice, choosing  # noqa: E402
 from keifu.errors import UserError  # noqa: E402
-from keifu.generation.draft import Draft  # noqa: E402
-from keifu.generation.text.generate import generate_batch  # noqa: E402
-from keifu.generation.text.sampling_params import SamplingParams  # noqa: E402
+from keifu.inference.text.draft import Draft  # noqa: E402
+from keifu.inference.text.generate import generate_batch  # noqa: E402
+from keifu.inference.text.sampling_params import SamplingParams  # noqa: E402
 from keifu.layers.quantized import FORMATS, QuantizedLinear  # noqa: E402
 from keifu.models import llama  # noqa: E402
 from keifu.models.mixture import mixtral  # noqa: E402

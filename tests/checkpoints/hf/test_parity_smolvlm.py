@@ -16,7 +16,7 @@ from keifu.data.images.preprocessing import TiledPreprocessing
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.images.prompts import ImagePrompt, InsertedImages, render
+from keifu.inference.chat.prompts import ImagePrompt, InsertedImages, render
 from keifu.models.hf.image_processor import Tiles
 from keifu.models.multimodal import smolvlm
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from keifu.errors import UserError
-from keifu.evaluation.classification.classifiers import probabilities
 from keifu.evaluation.classification.metrics import Confusion
+from keifu.inference.embeddings.classifiers import probabilities
 from keifu.models import bert
 
 PNG = b"\x89PNG\r\n\x1a\n"

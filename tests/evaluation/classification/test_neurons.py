@@ -11,6 +11,7 @@ from keifu.errors import UserError
 from keifu.evaluation.classification import neurons
 from keifu.evaluation.intervals import wilson
 from keifu.evaluation.registry import EvalRequest
+from keifu.inference.embeddings import row_classifiers
 from keifu.models import mlp, perceptron
 
 
@@ -50,12 +51,12 @@ def test_ink_on_paper_and_light_on_dark_are_the_same_row() -> None:
     model = brightness(100)
     picture = Image.new("L", (20, 20), 0)
     picture.paste(255, (3, 3, 17, 17))
-    row = neurons.row_of(model, picture)
+    row = row_classifiers.row_of(model, picture)
     assert row.shape == (1, 100) and row[0, 0] == 0 and row[0, 55] == 1
     inverted = picture.point(lambda value: 255 - value).convert("RGB")
-    torch.testing.assert_close(neurons.row_of(model, inverted), row)
+    torch.testing.assert_close(row_classifiers.row_of(model, inverted), row)
     with pytest.raises(UserError, match="reads 99 numbers, which are no square picture"):
-        neurons.row_of(brightness(99), picture)
+        row_classifiers.row_of(brightness(99), picture)
 
 
 def test_the_verbs_take_such_a_network(tmp_path, capsys) -> None:

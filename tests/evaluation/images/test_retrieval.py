@@ -20,19 +20,8 @@ from keifu.data.images.splits import split
 from keifu.data.tokenizers.bpe import learn
 from keifu.errors import UserError
 from keifu.evaluation.images.counting import WordCounter, color_histograms, nearest_mean
-from keifu.evaluation.images.retrieval import (
-    both_ranks,
-    embed_pictures,
-    embed_texts,
-    equal,
-    figures_of,
-    label_points,
-    label_shares,
-    preprocessing,
-    ranks,
-    recall,
-    split_pairs,
-)
+from keifu.evaluation.images.retrieval import both_ranks, equal, figures_of, ranks, recall, split_pairs
+from keifu.inference.embeddings.clip import embed_pictures, embed_texts, label_points, label_shares, preprocessing
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}

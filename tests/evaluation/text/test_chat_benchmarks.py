@@ -18,7 +18,7 @@ from keifu import checkpoints
 from keifu.data.tokenizers.chat_template import PLAIN
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.intervals import wilson
-from keifu.generation.text.generate import Completion
+from keifu.inference.text.generate import Completion
 from keifu.models import llama
 
 ROOT = Path(__file__).parents[3]

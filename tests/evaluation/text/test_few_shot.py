@@ -18,8 +18,8 @@ from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text import few_shot, perplexity, prompt_runner, tasks
 from keifu.evaluation.text.few_shot import baselines, majority, normalize_answer
 from keifu.evaluation.text.tasks import FewShotTask, TaskItem, is_task, read_task
-from keifu.generation.text.generate import Completion, generate
-from keifu.generation.text.likelihood import score
+from keifu.inference.text.generate import Completion, generate
+from keifu.inference.text.likelihood import score
 from keifu.models import gpt2
 
 PAGE = Path(__file__).parents[3] / "docs/tasks.md"

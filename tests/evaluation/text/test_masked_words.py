@@ -13,7 +13,7 @@ from keifu.data.text.masked_lm import MaskedText, MaskingScheme, MaskingVocabula
 from keifu.data.text.sentence_shards import prepare_sentences
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.evaluation.text.masked_words import CLASSES, NeighbourLookup, _fill_in, token_classes
-from keifu.generation.text.translation import sentences
+from keifu.inference.text.translation import sentences
 from keifu.models import bert
 
 WORDS = ["red", "blue", "cat", "dog", "sees", "runs", "the", "a", "house", "tree"]

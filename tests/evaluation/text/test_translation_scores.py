@@ -16,8 +16,8 @@ from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text import perplexity, translation
 from keifu.evaluation.text.translation import Scorer, language_of
-from keifu.generation.text.likelihood import score
-from keifu.generation.text.translation import Translation
+from keifu.inference.text.likelihood import score
+from keifu.inference.text.translation import Translation
 from keifu.models import llama, transformer
 
 JAPANESE = ["これはペンです。", "私は東京に住んでいます。", "彼女は毎日本を読む。", "猫が好きです。"]

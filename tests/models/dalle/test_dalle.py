@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from keifu.errors import UserError
-from keifu.generation.images.autoregressive import real_tokens, sample_image_tokens
+from keifu.inference.images.autoregressive import real_tokens, sample_image_tokens
 from keifu.layers.counter_rng import gumbel
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.sizes import count

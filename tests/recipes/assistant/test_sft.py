@@ -13,7 +13,7 @@ from keifu.commands.train import parse
 from keifu.data.chat import conversations
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.generation.text.chat import Conversation
+from keifu.inference.chat.conversation import Conversation
 from keifu.models import llama
 from keifu.recipes.assistant import sft
 from keifu.training.objectives.language_modeling import causal_language_modeling

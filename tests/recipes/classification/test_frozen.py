@@ -15,7 +15,7 @@ import keifu
 from keifu import checkpoints
 from keifu.cli import main
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.evaluation.classification.embeddings import embed
+from keifu.inference.embeddings.encoders import embed
 from keifu.models import bert
 from keifu.recipes.classification import frozen
 

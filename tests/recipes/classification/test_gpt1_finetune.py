@@ -14,7 +14,7 @@ from keifu.cli import main
 from keifu.data.classification.input_formats import examples_of
 from keifu.data.padding import stack_sequences
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, palm, task_head
 from keifu.recipes.classification import gpt1_finetune
 from keifu.recipes.classification.gpt1_finetune import Recipe

@@ -13,7 +13,7 @@ from keifu import checkpoints
 from keifu.data.images.augmentation import Augmentation
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.images.retrieval import embed_texts
+from keifu.inference.embeddings.clip import embed_texts
 from keifu.models import bert
 from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.recipes.images import clip as recipe

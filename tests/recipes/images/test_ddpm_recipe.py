@@ -10,7 +10,7 @@ from PIL import Image
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.images.pixel_diffusion import PixelPipeline
+from keifu.inference.images.pixel_diffusion import PixelPipeline
 from keifu.recipes.images import ddpm
 from keifu.training.objectives.diffusion import dequantize, draw_noise
 from keifu.training.run import metrics

@@ -14,8 +14,8 @@ from keifu.checkpoints.loading import load_model
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
 from keifu.errors import UserError
-from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.pipeline import image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.recipes.images import latent_diffusion as recipe
 from keifu.training.objectives.diffusion import draw_noise
 

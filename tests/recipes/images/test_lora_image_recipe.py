@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from keifu import checkpoints, cli
 from keifu.checkpoints.lora.diffusion import FILE, apply_lora
 from keifu.errors import UserError
-from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
-from keifu.generation.images.png_metadata import read_record
+from keifu.inference.images.pipeline import image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.png_metadata import read_record
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.lora import adapters
 from keifu.models.diffusion import latent_diffusion

@@ -9,7 +9,7 @@ import transformers
 
 import keifu
 from keifu import cli
-from keifu.generation.text.fill import fill
+from keifu.inference.text.fill import fill
 
 SMALL = {
     "model.dim": 32, "model.hidden-dim": 48, "model.n-layers": 2, "model.n-heads": 2, "model.context-length": 32,

@@ -14,7 +14,7 @@ import keifu
 from keifu import cli
 from keifu.data.text.span_corruption import MODES
 from keifu.errors import UserError
-from keifu.generation.text.fill import infill, split_spans
+from keifu.inference.text.fill import infill, split_spans
 
 SMALL = {
     "model.dim": 32, "model.hidden-dim": 48, "model.n-layers": 2, "model.n-heads": 2, "model.head-dim": 16,

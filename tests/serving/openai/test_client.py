@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import keifu
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.likelihood import score
-from keifu.generation.text.sampling_params import SamplingParams, sampling_for
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.likelihood import score
+from keifu.inference.text.sampling_params import SamplingParams, sampling_for
 
 HELLO = [{"role": "user", "content": "Hello, 世界"}]
 

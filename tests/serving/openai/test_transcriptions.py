@@ -12,8 +12,8 @@ import pytest
 from serving_toys import WAIT, openai, running, until
 
 from keifu import checkpoints
-from keifu.generation.speech.subtitles import FORMATS
-from keifu.generation.speech.transcription import TranscriptionParams, transcribe
+from keifu.inference.speech.subtitles import FORMATS
+from keifu.inference.speech.transcription import TranscriptionParams, transcribe
 from keifu.serving.app import Access
 from keifu.serving.errors import ApiError
 from keifu.serving.worker import Limits

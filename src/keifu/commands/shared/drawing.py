@@ -28,14 +28,14 @@ from keifu.data.images.io import to_image
 from keifu.data.progress import counting
 from keifu.devices import choose, chosen, has_bfloat16
 from keifu.errors import UserError, unknown
-from keifu.evaluation.images.retrieval import two_towers
 from keifu.evaluation.images.text_to_image import best, cosines
 from keifu.files import sha256, write_atomic
-from keifu.generation.images.image_to_image import InputImage, read_input_image
-from keifu.generation.images.pipeline import ImagePipeline, image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest, denoising_strip, noising_strip
-from keifu.generation.images.png_metadata import ImageRecord, LoraRecord, check_limits, read_record, versions
-from keifu.generation.images.samplers import SAMPLERS, SamplerStep
+from keifu.inference.embeddings.clip import two_towers
+from keifu.inference.images.image_to_image import InputImage, read_input_image
+from keifu.inference.images.pipeline import ImagePipeline, image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, denoising_strip, noising_strip
+from keifu.inference.images.png_metadata import ImageRecord, LoraRecord, check_limits, read_record, versions
+from keifu.inference.images.samplers import SAMPLERS, SamplerStep
 from keifu.threads import on_threads
 
 # options that --again accepts: paths and the device

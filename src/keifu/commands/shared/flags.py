@@ -17,7 +17,7 @@ from keifu.commands.shared.help_text import Argument, arguments_of, help_text
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, unknown
 from keifu.files import check_output
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.sampling_params import SamplingParams
 from keifu.ranges import Bias, Likeliest, Natural, check_value, range_of
 from keifu.recipes.options import by_option, to_json
 

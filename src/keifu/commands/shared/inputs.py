@@ -24,7 +24,7 @@ def load_writer(name: str, weights: str | None = None, takes: Callable[[Any], bo
     """
     notice(f"Loading {name} ...")
     from keifu.checkpoints import load
-    from keifu.generation.text.model import explain_not_causal, is_writer
+    from keifu.inference.text.model import explain_not_causal, is_writer
 
     model, tokenizer = load(name, weights=weights or "own")
     if tokenizer is None or not (takes or is_writer)(model):
@@ -38,7 +38,7 @@ def proposer(draft: str | None, guesses: int | None, weights: str | None) -> Any
         return guesses
     if guesses == 0:
         raise UserError("--draft guesses tokens, and --guesses 0 asks for none: leave out one of them.")
-    from keifu.generation.draft import Draft
+    from keifu.inference.text.draft import Draft
 
     return Draft(*load_writer(draft, weights), guesses)
 
@@ -157,7 +157,7 @@ def read_pictures(files: Sequence[Path]) -> list[Any]:
 def load_encoder(name: str) -> tuple[Any, Any]:
     """Load a bidirectional encoder or a CLIP, and its tokenizer. Raises `UserError` for any other model."""
     from keifu.checkpoints import load
-    from keifu.generation.text.model import Encoder, TwoTowers
+    from keifu.inference.text.model import Encoder, TwoTowers
 
     model, tokenizer = load(name)
     if tokenizer is None or not isinstance(model, Encoder | TwoTowers):
@@ -174,7 +174,7 @@ def warn_of_language(model: str, *groups: Sequence[str]) -> None:
 
 def ids(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> Any:
     """Return the token ids of texts. Print on stderr how many were cut."""
-    from keifu.evaluation.classification.embeddings import encode_texts
+    from keifu.inference.embeddings.encoders import encode_texts
 
     limit = model.config.context_length
     rows, shortened = encode_texts(tokenizer, texts, limit, cut)
@@ -209,7 +209,7 @@ def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, b
     """Return the embedding of each input, in order. An input is a text or the name of a picture file."""
     import torch
 
-    from keifu.evaluation.images.retrieval import embed_pictures, embed_texts
+    from keifu.inference.embeddings.clip import embed_pictures, embed_texts
 
     seen = [is_picture(path) for path in inputs]
     pictures, texts = (list(compress(inputs, (is_one is wanted for is_one in seen))) for wanted in (True, False))

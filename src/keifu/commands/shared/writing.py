@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from keifu.generation.text.sampling_params import SamplingParams, defaults, in_words
+from keifu.inference.text.sampling_params import SamplingParams, defaults, in_words
 from keifu.ranges import Count, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP
 
 if TYPE_CHECKING:
-    from keifu.generation.draft import Draft
-    from keifu.generation.images.prompts import ImagePrompt
-    from keifu.generation.text.generate import Completion
+    from keifu.inference.chat.prompts import ImagePrompt
+    from keifu.inference.text.draft import Draft
+    from keifu.inference.text.generate import Completion
 
 OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
 FILTERS = ("top_k", "top_p", "min_p")
@@ -77,7 +77,7 @@ def print_text(
 ) -> str | None:  # fmt: skip
     """Print the model's continuation of a prompt: piece by piece if `streamed`, or with all details as JSON. Return the
     reason for its end, as in `Piece`."""
-    from keifu.generation.text.generate import generate_batch, stream
+    from keifu.inference.text.generate import generate_batch, stream
 
     if as_json:
         [done] = generate_batch(model, tokenizer, [prompt], replace(sampling, log_probabilities=True), guesses=guesses)

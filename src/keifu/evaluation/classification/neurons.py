@@ -1,37 +1,17 @@
-"""Evaluation of networks of neurons on numeric rows: accuracy on digits, a toy set or a CSV file.
+"""Evaluation of networks of neurons on numeric rows: accuracy on digits, a toy set or a CSV file."""
 
-Axes: rows, dim = inputs, classes; of a picture: row, column.
-"""
-
-import math
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
 import torch
-from jaxtyping import Float
-from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from keifu.data.classification import tables
 from keifu.errors import UserError
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
+from keifu.inference.embeddings.row_classifiers import RowClassifier
 
 ABOUT = "a network of neurons on rows of numbers with classes: accuracy"
 NAMES = tables.NAMES
 OPTIONS = {"output"}
-
-
-@runtime_checkable
-class RowClassifier(Protocol):
-    """Network that assigns a class to each row of `config.dim` numbers. `classes` are the names."""
-
-    config: Any
-    classes: Any
-
-    def predict_proba(self, x: Float[Tensor, "rows dim"], /) -> Float[Tensor, "rows classes"]:
-        """Return the probability of each class."""
-        ...
 
 
 def takes(model: nn.Module) -> bool:
@@ -60,17 +40,3 @@ def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalRes
     figures = confusion.accuracy_figures() | {"rows": len(targets)}
     rows = [(data.classes[right], data.classes[given]) for right, given in torch.stack([targets, given_classes], 1)]
     return EvalResult(figures, (), {"by class": confusion.result("rows")}, ResultTable(("right", "given"), rows))
-
-
-def row_of(model: RowClassifier, picture: Image.Image) -> Float[Tensor, "1 dim"]:
-    """Convert a picture to an input row: a grey square with 0 for paper and 1 for ink, as in MNIST.
-
-    A picture with a bright edge is dark ink on bright paper, so it is inverted. Raises `UserError` if the number of
-    inputs is not a square.
-    """
-    side = math.isqrt(model.config.dim)
-    if side * side != model.config.dim or side < 8:
-        raise UserError(f"The network reads {model.config.dim} numbers, which are no square picture: give it a table.")
-    grey = torch.from_numpy(np.asarray(picture.convert("L").resize((side, side)), dtype=np.float32) / 255)
-    edge = torch.cat([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return (1 - grey if edge.mean() > 0.5 else grey).reshape(1, -1)

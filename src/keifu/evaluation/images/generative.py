@@ -24,14 +24,14 @@ from keifu.data.images.splits import ImageSplit, split_of_run
 from keifu.data.progress import counting
 from keifu.errors import UserError, require_known
 from keifu.evaluation.classification.metrics import Confusion
-from keifu.evaluation.classification.neurons import RowClassifier
 from keifu.evaluation.images.distances import WINDOW, Bytes, frechet, kernel_distance, manifold, nearest, psnr, ssim
 from keifu.evaluation.images.features import PAPERS, Extractor, extractor, place
 from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
-from keifu.generation.images import pixel_diffusion
-from keifu.generation.images.denoiser import Denoiser, Network, label_denoiser
-from keifu.generation.images.pixel_diffusion import ImageRequest, SeededNoise
-from keifu.generation.images.samplers import ConfiguredSampler, configure_sampler, last_x
+from keifu.inference.embeddings.row_classifiers import RowClassifier
+from keifu.inference.images import pixel_diffusion
+from keifu.inference.images.denoiser import Denoiser, Network, label_denoiser
+from keifu.inference.images.pixel_diffusion import ImageRequest, SeededNoise
+from keifu.inference.images.samplers import ConfiguredSampler, configure_sampler, last_x
 from keifu.layers.counter_rng import normal
 from keifu.layers.diffusion.image_model import ImageModel
 from keifu.layers.diffusion.noise_schedule import Noise, add_noise, at, normal_kl, posterior

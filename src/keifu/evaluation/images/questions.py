@@ -15,9 +15,9 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.intervals import share_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
-from keifu.generation.images.prompts import SeeingModel, render
-from keifu.generation.text.generate import generate_batch
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.chat.prompts import SeeingModel, render
+from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.sampling_params import SamplingParams
 
 ABOUT = "a model that sees on questions about pictures: accuracy, next to the same model without the picture"
 NAMES = data.NAMES

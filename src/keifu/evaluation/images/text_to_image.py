@@ -20,11 +20,11 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.evaluation.images import generative as drawn_pictures
 from keifu.evaluation.images.distances import Bytes
-from keifu.evaluation.images.retrieval import embed_pictures, embed_texts, two_towers
 from keifu.evaluation.intervals import share_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
-from keifu.generation.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.embeddings.clip import embed_pictures, embed_texts, two_towers
+from keifu.inference.images.pipeline import TextToImagePipeline, is_text_to_image, text_to_image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 
 Cosines = Float[Tensor, "picture texts"]
 

@@ -18,7 +18,7 @@ from keifu.errors import UserError
 from keifu.evaluation.intervals import mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult
 from keifu.evaluation.text.perplexity import NAMES, accepts, tokens_of
-from keifu.generation.text.model import MaskPredictor, device_of, evaluation_mode
+from keifu.inference.text.model import MaskPredictor, device_of, evaluation_mode
 
 __all__ = ["ABOUT", "NAMES", "OPTIONS", "accepts", "evaluate", "takes"]
 ABOUT = "a model of masked diffusion on a text: a bound on its bits per byte"

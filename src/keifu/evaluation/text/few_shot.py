@@ -25,9 +25,9 @@ from keifu.evaluation.intervals import bootstrap, wilson
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.prompt_runner import PromptRunner
 from keifu.evaluation.text.tasks import SCORES, TASKS, SampledItem, TaskItem, is_task, read_task
-from keifu.generation.text.likelihood import Likelihood, ScoredPair, join_tokens
-from keifu.generation.text.model import is_writer
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.likelihood import Likelihood, ScoredPair, join_tokens
+from keifu.inference.text.model import is_writer
+from keifu.inference.text.sampling_params import SamplingParams
 
 ABOUT = "a language model on a task given by examples in the prompt: accuracy with its 95% interval"
 takes, NAMES = is_writer, TASKS  # language models; tasks without a file

@@ -25,8 +25,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.evaluation.intervals import as_text, bootstrap, mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.evaluation.text.perplexity import NAMES, accepts
-from keifu.generation.text.model import Encoder, device_of, evaluation_mode
-from keifu.generation.text.translation import sentences
+from keifu.inference.text.model import Encoder, device_of, evaluation_mode
+from keifu.inference.text.translation import sentences
 
 __all__ = ["ABOUT", "NAMES", "OPTIONS", "accepts", "evaluate", "takes"]
 ABOUT = "a masked language model on a text: words and sentence pairs that it tells"

@@ -13,7 +13,7 @@ from keifu.data.text.token_shards import Shards
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
-from keifu.generation.text.model import Model, causal, device_of, evaluation_mode
+from keifu.inference.text.model import Model, causal, device_of, evaluation_mode
 from keifu.training.loader import on_device
 from keifu.training.objectives.language_modeling import span_corruption as span_corruption_loss
 

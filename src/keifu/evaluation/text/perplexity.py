@@ -20,8 +20,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.intervals import mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, Figures, ResultTable
-from keifu.generation.text.likelihood import score
-from keifu.generation.text.model import device_of, is_writer, text_model
+from keifu.inference.text.likelihood import score
+from keifu.inference.text.model import device_of, is_writer, text_model
 
 ABOUT = "a language model on a text: perplexity and bits per byte"
 takes, NAMES = is_writer, catalogue.names()  # language models; the catalogue's texts

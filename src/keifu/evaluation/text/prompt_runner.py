@@ -7,10 +7,10 @@ from torch import nn
 
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.generation.text.generate import Completion, generate_batch
-from keifu.generation.text.likelihood import Likelihood, ScoredPair, likelihoods
-from keifu.generation.text.model import text_model
-from keifu.generation.text.sampling_params import SamplingParams
+from keifu.inference.text.generate import Completion, generate_batch
+from keifu.inference.text.likelihood import Likelihood, ScoredPair, likelihoods
+from keifu.inference.text.model import text_model
+from keifu.inference.text.sampling_params import SamplingParams
 
 
 class PromptRunner(NamedTuple):

@@ -12,7 +12,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.intervals import mean_figures
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
-from keifu.generation.speech.transcription import TranscriptionParams, transcribe
+from keifu.inference.speech.transcription import TranscriptionParams, transcribe
 from keifu.layers.transformer.speech import SpeechRecognizer
 
 ABOUT = "a model that hears on recordings with transcripts (spoken-digits or a folder): the word error rate"

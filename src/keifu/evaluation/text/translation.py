@@ -25,7 +25,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation.pairs import Pair, Pairs, pair_names, read_pairs, split
 from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
-from keifu.generation.text.translation import Translation, TranslationParams, is_translator, translate_texts
+from keifu.inference.text.translation import Translation, TranslationParams, is_translator, translate_texts
 
 WITHOUT_SPACES = {"ja", "zh"}
 RESAMPLES = 1000  # of the bootstrap

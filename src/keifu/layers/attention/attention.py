@@ -137,7 +137,7 @@ class Cache(Protocol):
     `recur` calls `rule` with the new tokens and the state, returns its output, and stores its new state.
 
     `LayerCache` (kv_cache.py) has a row for each sequence; it serves beam search, image tokens, and models called with
-    a `KVState`. `PagedCache` (generation/text/paged) has blocks of a pool; it serves the engine.
+    a `KVState`. `PagedCache` (inference/text/paged) has blocks of a pool; it serves the engine.
     """
 
     def attend(

@@ -64,7 +64,7 @@ class State(Protocol):
     """Interface of the state of earlier tokens: `positions` begins a pass, each layer uses its `layer`, `advance` ends
     the pass.
 
-    `KVState` (attention/kv_cache.py) and `PagedState` (generation/text/paged) implement it; see `Cache`.
+    `KVState` (attention/kv_cache.py) and `PagedState` (inference/text/paged) implement it; see `Cache`.
 
     longest: the largest number of tokens in a row. sequence_lengths: length of each token's sequence; None: the last
     position of the row + 1.

@@ -31,7 +31,7 @@ class DecodingBlock(nn.Module):
     """A `PreNorm` block with plain attention that changes the residual stream in place.
 
     Its cache has the method `attend_joined`, which takes queries, keys and values of all heads in one tensor
-    (generation/text/paged).
+    (inference/text/paged).
     """
 
     def __init__(self, block: PreNorm, kernels: Any = None):

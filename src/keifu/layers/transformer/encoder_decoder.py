@@ -118,7 +118,7 @@ class EncoderDecoder(nn.Module):
 
     def generate(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse a method of other libraries' models, with the name of keifu's function."""
-        raise UserError("A model of keifu has no generate: call keifu.generation.text.translation.translate_texts.")
+        raise UserError("A model of keifu has no generate: call keifu.inference.text.translation.translate_texts.")
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -28,7 +28,7 @@ from keifu.data.tokenizers import chat_template, formats
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, shell
 from keifu.files import sha256, write_atomic
-from keifu.generation.text.model import causal
+from keifu.inference.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value

@@ -24,7 +24,7 @@ from keifu.data.tokenizers.chat_template import PICTURES
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.generation.images.prompts import in_parts, preprocessing, sees
+from keifu.inference.chat.prompts import in_parts, preprocessing, sees
 from keifu.layers.lora import merge
 from keifu.models import llama, task_head
 from keifu.models.clip import image as clip_image

@@ -22,7 +22,7 @@ from keifu.data.chat.conversations import Conversation
 from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, shell
-from keifu.generation.text.chat import Conversation as Talk
+from keifu.inference.chat.conversation import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.distilling import DistillAnswers

@@ -27,7 +27,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.evaluation.classification.embeddings import encoder
+from keifu.inference.embeddings.encoders import encoder
 from keifu.models import bert
 from keifu.ranges import BELOW_ONE, Count, NotNegative, check_value
 from keifu.recipes.classification import frozen, table_runs

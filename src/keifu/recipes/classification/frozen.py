@@ -21,7 +21,9 @@ from torch import Tensor
 
 from keifu import checkpoints
 from keifu.data.classification.tables import Examples
-from keifu.evaluation.classification import classifiers, embeddings, metrics
+from keifu.evaluation.classification import metrics
+from keifu.evaluation.classification.labelled_texts import confusion_of
+from keifu.inference.embeddings import classifiers, encoders
 from keifu.models import bert
 from keifu.recipes.classification.table_runs import LEAST_CUT, TableOptions, check_cut
 from keifu.training.run.report import write_page
@@ -101,12 +103,12 @@ def learn(recipe: TableOptions, training: Examples, unseen: Examples, out: Path)
     """Fit the regression, save the model into `out` with a report, and print the figures. Return the confusion matrix
     of held-out rows, if there are any."""
     model, tokenizer = checkpoints.load(recipe.model, torch.float32)
-    config = embeddings.encoder(model).config
+    config = encoders.encoder(model).config
     check_cut(recipe.cut, LEAST_CUT, config.context_length)
     limit = recipe.cut or config.context_length
-    rows, shortened = embeddings.encode_texts(tokenizer, training.texts, limit, recipe.cut is not None)
+    rows, shortened = encoders.encode_texts(tokenizer, training.texts, limit, recipe.cut is not None)
     print(f"Computing the embeddings of {len(training):,} texts ...", flush=True)
-    inputs = embeddings.embed_rows(model, rows, tokenizer.pad_id or 0).cpu()
+    inputs = encoders.embed_rows(model, rows, tokenizer.pad_id or 0).cpu()
     labels = training.classes
     numbers = {label: number for number, label in enumerate(labels)}
     targets = torch.tensor([numbers[label] for label in training.labels])
@@ -142,7 +144,7 @@ def confusion(model: bert.Bert, tokenizer: Any, validation: Examples, recipe: Ta
     """Return the confusion matrix of held-out rows, computed like `keifu classify --on`."""
     judge = classifiers.text_classifier(model, tokenizer)
     rows, _ = judge.read(validation, recipe.cut or judge.limit, recipe.cut is not None)
-    return judge.confusion(validation, judge.predict_proba(rows))
+    return confusion_of(judge, validation, judge.predict_proba(rows))
 
 
 def sentence(rows: int, regression: Regression, tested: metrics.Confusion | None) -> str:

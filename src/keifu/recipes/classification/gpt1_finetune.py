@@ -23,7 +23,7 @@ from keifu.data.classification.examples import Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.generation.text.model import TaskHeadModel, causal
+from keifu.inference.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import BelowOne, Count, NotNegative, check
 from keifu.recipes.classification.table_runs import TableOptions, TableTask, check_cut, encode, train_classifier

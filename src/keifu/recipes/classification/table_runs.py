@@ -9,9 +9,10 @@ from keifu.data.classification.batches import EncodedTexts, LabelledBatches
 from keifu.data.classification.examples import Examples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.evaluation.classification.classifiers import text_classifier
+from keifu.evaluation.classification.labelled_texts import confusion_of
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.files import write_atomic
+from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.runs import FinetuneOptions, Objective, Summary, train_run
@@ -77,7 +78,7 @@ def encode(
 def evaluate(task: TableTask) -> Confusion:
     """Return the confusion matrix of the held-out examples."""
     judge = text_classifier(task.model, task.tokenizer)
-    return judge.confusion(task.tested, judge.predict_proba(task.held.rows))
+    return confusion_of(judge, task.tested, judge.predict_proba(task.held.rows))
 
 
 def train_classifier(

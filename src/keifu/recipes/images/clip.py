@@ -27,9 +27,10 @@ from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import encode_texts
 from keifu.evaluation.images import retrieval
-from keifu.generation.images.latent_diffusion import text_tokens
+from keifu.inference.embeddings import clip as clip_embeddings
+from keifu.inference.embeddings.encoders import encode_texts
+from keifu.inference.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import image_runs, text_teacher
@@ -110,7 +111,7 @@ class ClipTask:
     def objective(self) -> Objective:
         """Loss of the pictures: contrastive, or by the teacher's embeddings if the data have them."""
         loss = taught_loss if isinstance(self.data, text_teacher.TaughtBatches) else contrastive_loss
-        return loss(retrieval.preprocessing(self.model).normalised)
+        return loss(clip_embeddings.preprocessing(self.model).normalised)
 
 
 def prepare(recipe: Recipe) -> ClipTask:
@@ -123,7 +124,7 @@ def prepare(recipe: Recipe) -> ClipTask:
     if recipe.text_teacher and recipe.start_from:
         raise UserError("--text-teacher decides the size of new towers, and --start-from has towers: give one of them.")
     loaded, given = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
-    pixels = retrieval.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
+    pixels = clip_embeddings.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
     pictures = dataset.read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3)
     parts = splits.split(pictures, whole_families=holds_families(recipe.start_from))
     lessons = text_teacher.ask(recipe.text_teacher, recipe.dictionary, parts) if recipe.text_teacher else None
@@ -179,16 +180,16 @@ def tokens(recipe: Recipe, tokenizer: Tokenizer, pictures: dataset.ImageDataset,
     rows, cut = encode_texts(tokenizer, texts, limit, recipe.truncate)
     if cut:
         print(f"{cut:,} of {len(texts):,} captions were cut to {limit} tokens.", flush=True)
-    ids, _ = pad(rows, retrieval.padding(tokenizer))
+    ids, _ = pad(rows, clip_embeddings.padding(tokenizer))
     return ids.unflatten(0, (len(recipe.languages), len(pictures)))
 
 
 def describe(task: ClipTask, languages: Sequence[str]) -> str:
     """Return recall on the held-out pictures, a line for each language and direction."""
     validation, lines = task.parts.validation, list[str]()
-    points = retrieval.embed_bytes(task.model, validation.batches(64))
+    points = clip_embeddings.embed_bytes(task.model, validation.batches(64))
     for code in languages:
-        texts = retrieval.embed_texts(task.model, task.tokenizer, validation.texts(code), cut=True)
+        texts = clip_embeddings.embed_texts(task.model, task.tokenizer, validation.texts(code), cut=True)
         alike = retrieval.equal(validation.texts(code)).to(points.device)
         ranks = retrieval.both_ranks((points, texts), (points, texts), alike)
         for what, name in (("captions", "captions by picture"), ("pictures", "pictures by caption")):
@@ -227,7 +228,7 @@ def two_towers_of(
         _train_for(recipe, directory, is_resuming(directory, resume))
     model: Any
     model, tokenizer = checkpoints.load(recipe.clip or directory, torch.float32)
-    retrieval.two_towers(model)
+    clip_embeddings.two_towers(model)
     if tokenizer is None:
         raise UserError(f"{directory} has no tokenizer, and captions must be read: give a CLIP that has one.")
     length = model.config.context_length
@@ -239,7 +240,7 @@ def _train_for(recipe: image_runs.TextToImageOptions, directory: Path, resume: b
     made = Recipe(recipe.data, recipe.languages, truncate=recipe.truncate)
     chosen = replace(made.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
     task = prepare(replace(made, training=chosen))
-    length = retrieval.two_towers(task.model).config.context_length
+    length = clip_embeddings.two_towers(task.model).config.context_length
     text_tokens(task.tokenizer, recipe.prompts, length, recipe.truncate)  # reports long prompts before the training
     budget = Budget(recipe.clip_steps, recipe.clip_minutes)
 

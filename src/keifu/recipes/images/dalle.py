@@ -24,8 +24,8 @@ from torch import nn
 from keifu.data.images import batches, io, splits
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.generation.images.autoregressive import AutoregressivePipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.autoregressive import AutoregressivePipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae

@@ -23,7 +23,7 @@ from keifu.data.images import augmentation, dataset, splits
 from keifu.data.images.grid import grid
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.generation.images.pixel_diffusion import ImageRequest, PixelPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Sampling, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check

@@ -21,8 +21,8 @@ from keifu.data.images.grid import grid
 from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.files import write_atomic
-from keifu.generation.images.pipeline import TextToImagePipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.pipeline import TextToImagePipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.ranges import BelowOne, Count, NotNegative, Positive, Seed, check
 from keifu.recipes.runs import Budget, Data, Logging, Objective, Summary, is_resuming, parameters, train_run
 from keifu.training.objectives.diffusion import add_draws

@@ -24,8 +24,8 @@ from torch import Tensor
 from keifu.data.images import dataset, io, splits
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.generation.images.latent_diffusion import LatentDiffusionPipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.latent_diffusion import LatentDiffusionPipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Noise, Schedule, Target, Weighting
 from keifu.layers.meta import on_meta
 from keifu.models.clip import text as clip_text

@@ -23,9 +23,9 @@ from keifu.checkpoints.lora import diffusion, peft
 from keifu.data.images import dataset, splits
 from keifu.data.images.grid import grid
 from keifu.errors import UserError, shell
-from keifu.generation.images.latent_diffusion import GUIDANCE, LatentDiffusionPipeline
-from keifu.generation.images.pipeline import image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.latent_diffusion import GUIDANCE, LatentDiffusionPipeline
+from keifu.inference.images.pipeline import image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.layers.diffusion.noise_schedule import Weighting
 from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.processes import current

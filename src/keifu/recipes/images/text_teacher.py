@@ -21,9 +21,9 @@ from keifu.data.images import augmentation, batches, splits
 from keifu.data.padding import pad
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation.pairs import read_pairs
-from keifu.evaluation.classification.embeddings import embed, encode_texts, encoder
-from keifu.evaluation.images.retrieval import padding
 from keifu.files import hash_of
+from keifu.inference.embeddings.clip import padding
+from keifu.inference.embeddings.encoders import embed, encode_texts, encoder
 
 WORDS = 2  # dictionary words for each picture of a batch
 ENGLISH = "en"

@@ -24,10 +24,10 @@ from keifu.data.images import dataset, splits
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
-from keifu.evaluation.images.retrieval import preprocessing
-from keifu.generation.images.latent_diffusion import text_tokens
-from keifu.generation.images.pixel_diffusion import ImageRequest
-from keifu.generation.images.unclip import UnclipPipeline
+from keifu.inference.embeddings.clip import preprocessing
+from keifu.inference.images.latent_diffusion import text_tokens
+from keifu.inference.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.unclip import UnclipPipeline
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise, Weighting
 from keifu.layers.meta import on_meta

@@ -26,9 +26,9 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.evaluation.classification.embeddings import encoder
-from keifu.generation.text.fill import fill
-from keifu.generation.text.translation import sentences
+from keifu.inference.embeddings.encoders import encoder
+from keifu.inference.text.fill import fill
+from keifu.inference.text.translation import sentences
 from keifu.models import bert
 from keifu.recipes.language.pretraining import Text, TextArgument, tokenizer_of
 from keifu.recipes.runs import Settings, Summary, TrainingOptions, parameters, train_run

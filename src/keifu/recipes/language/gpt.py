@@ -17,7 +17,7 @@ import torch
 
 from keifu import checkpoints
 from keifu.errors import UserError
-from keifu.generation.text.model import causal
+from keifu.inference.text.model import causal
 from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.models.hybrid import qwen3_5

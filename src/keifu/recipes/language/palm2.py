@@ -31,8 +31,8 @@ from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
 from keifu.files import write_atomic
-from keifu.generation.text.fill import continuation, infill
-from keifu.generation.text.sampling_params import sampling_for
+from keifu.inference.text.fill import continuation, infill
+from keifu.inference.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.ranges import BelowOne, Count, Share
 from keifu.recipes.runs import Run, Settings, TrainingOptions, attribution_of, parameters

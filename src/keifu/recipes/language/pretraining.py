@@ -19,7 +19,7 @@ from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import KINDS, train_tokenizer
 from keifu.devices import choose
-from keifu.generation.text.generate import generate
+from keifu.inference.text.generate import generate
 from keifu.layers.lazy import build_lazily
 from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM

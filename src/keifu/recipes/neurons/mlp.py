@@ -24,7 +24,7 @@ from keifu.errors import UserError, require_known
 from keifu.evaluation.classification import metrics
 from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
-from keifu.generation.text.model import evaluation_mode
+from keifu.inference.text.model import evaluation_mode
 from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.models import mlp
 from keifu.ranges import BelowOne, Count, NotNegative, Seed

@@ -27,7 +27,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.evaluation.text.transcription import word_errors, words
-from keifu.generation.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
+from keifu.inference.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
 from keifu.models.speech import whisper
 from keifu.ranges import BelowOne, Count
 from keifu.recipes.assistant.finetuning import held_out

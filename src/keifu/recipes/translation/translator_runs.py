@@ -23,7 +23,7 @@ from keifu.data.translation.batches import EncodedPairs, PairData, SpecialIds, e
 from keifu.data.translation.pairs import Pair, Pairs, PairSplit, pair_names, read_pairs, split
 from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.generation.text.translation import TranslationParams, translate_texts
+from keifu.inference.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
 from keifu.recipes.runs import Budget, Logging, Settings, Summary, attribution_of, given, parameters, train_run
 from keifu.recipes.starting import check_start, keeps_best, scaled

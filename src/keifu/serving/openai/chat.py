@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from keifu.generation.text.request import Piece
+from keifu.inference.text.request import Piece
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import Answer, prepare_chat, token_bytes, token_text
 from keifu.serving.openai.schemas import ChatRequest

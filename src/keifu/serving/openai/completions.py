@@ -9,9 +9,9 @@ import torch
 from fastapi import FastAPI, Response
 from torch import nn
 
-from keifu.generation.text.likelihood import LikeliestTokens, score_likeliest
-from keifu.generation.text.model import device_of
-from keifu.generation.text.request import prompt_tokens
+from keifu.inference.text.likelihood import LikeliestTokens, score_likeliest
+from keifu.inference.text.model import device_of
+from keifu.inference.text.request import prompt_tokens
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import REASONS, Answer, likeliest, prepare, token_text
 from keifu.serving.openai.schemas import CompletionRequest

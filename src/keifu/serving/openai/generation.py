@@ -13,9 +13,9 @@ from typing import Any
 from keifu.data.chat.thoughts import ThoughtSplitter, opens_thoughts
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.images.prompts import ImagePrompt, InsertedImages
-from keifu.generation.text.request import Piece, Request
-from keifu.generation.text.sampling_params import ANSWER_TOKENS, SamplingParams, sampling_for
+from keifu.inference.chat.prompts import ImagePrompt, InsertedImages
+from keifu.inference.text.request import Piece, Request
+from keifu.inference.text.sampling_params import ANSWER_TOKENS, SamplingParams, sampling_for
 from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.facts import Facts, current
 from keifu.serving.models import Description, ServedModels

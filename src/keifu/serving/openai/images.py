@@ -24,11 +24,11 @@ from keifu.data.images.grid import png
 from keifu.data.images.io import read_image, to_bytes, to_image
 from keifu.errors import UserError, unknown
 from keifu.files import sha256
-from keifu.generation.images.image_to_image import InputImage
-from keifu.generation.images.pipeline import ImagePipeline, image_pipeline
-from keifu.generation.images.pixel_diffusion import ImageRequest
-from keifu.generation.images.png_metadata import ImageRecord
-from keifu.generation.images.samplers import SAMPLERS, SamplerStep
+from keifu.inference.images.image_to_image import InputImage
+from keifu.inference.images.pipeline import ImagePipeline, image_pipeline
+from keifu.inference.images.pixel_diffusion import ImageRequest
+from keifu.inference.images.png_metadata import ImageRecord
+from keifu.inference.images.samplers import SAMPLERS, SamplerStep
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.body import Body, Neutral, form_schema, read_form

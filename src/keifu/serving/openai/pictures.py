@@ -11,7 +11,7 @@ from PIL import Image
 
 from keifu.data.images.io import read_image
 from keifu.errors import UserError
-from keifu.generation.images.prompts import MOST_IMAGES
+from keifu.inference.chat.prompts import MOST_IMAGES
 from keifu.serving.openai.images import PICTURE_BYTES
 
 SHOWN = 40  # characters of a URL in an error

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from keifu.errors import unknown
-from keifu.generation.text.sampling_params import SamplingOptions
+from keifu.inference.text.sampling_params import SamplingOptions
 from keifu.serving.openai.body import Body, ItemPart, Neutral, Part, content_of
 from keifu.serving.openai.constraints import ANY_OBJECT
 from keifu.serving.openai.tools import ToolUse

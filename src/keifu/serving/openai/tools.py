@@ -18,8 +18,8 @@ from llguidance import LLMatcher
 from keifu.data.chat.thoughts import ThoughtSplitter, template_options
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.generation.images import prompts
-from keifu.generation.images.prompts import ImagePrompt
+from keifu.inference.chat import prompts
+from keifu.inference.chat.prompts import ImagePrompt
 from keifu.serving.openai.constraints import COMBINED, LAYOUT, Grammar, checked
 
 Messages = Sequence[Mapping[str, Any]]

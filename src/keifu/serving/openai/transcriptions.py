@@ -8,8 +8,8 @@ from starlette.responses import PlainTextResponse
 from torch import nn
 
 from keifu.data.audio.recordings import read_sound
-from keifu.generation.speech.subtitles import FORMATS
-from keifu.generation.speech.transcription import Transcript, TranscriptionParams, compression_ratio, transcribe
+from keifu.inference.speech.subtitles import FORMATS
+from keifu.inference.speech.transcription import Transcript, TranscriptionParams, compression_ratio, transcribe
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.body import Body, Neutral, form_schema, read_form

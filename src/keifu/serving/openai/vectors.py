@@ -22,11 +22,11 @@ from keifu.checkpoints.hub import weights_identity
 from keifu.data.classification.input_formats import examples_of
 from keifu.data.text.passages import Passage, document_files, read_documents
 from keifu.errors import UserError
-from keifu.evaluation.classification.classifiers import text_classifier
-from keifu.evaluation.classification.embeddings import BATCH, embed_rows, encode_texts
-from keifu.evaluation.classification.search import SearchIndex, build_index, index_path
-from keifu.evaluation.images import retrieval
-from keifu.generation.text.model import TwoTowers
+from keifu.inference.embeddings import clip
+from keifu.inference.embeddings.classifiers import text_classifier
+from keifu.inference.embeddings.encoders import BATCH, embed_rows, encode_texts
+from keifu.inference.embeddings.search import SearchIndex, build_index, index_path
+from keifu.inference.text.model import TwoTowers
 from keifu.serving.errors import LOG, ApiError
 from keifu.serving.facts import current
 from keifu.serving.models import Description, ServedModels
@@ -191,7 +191,7 @@ def embed_inputs(
         rows = encode_texts(tokenizer, inputs, limit, cut).rows
     else:
         rows = _checked_ids(inputs, about.config.vocab_size, limit, cut)
-    padding = retrieval.padding(tokenizer) if isinstance(model, TwoTowers) else tokenizer.pad_id or 0
+    padding = clip.padding(tokenizer) if isinstance(model, TwoTowers) else tokenizer.pad_id or 0
     return embed_rows(model, rows, padding, advance=go_on).cpu(), sum(map(len, rows))
 
 

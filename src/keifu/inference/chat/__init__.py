@@ -1,0 +1,1 @@
+"""Prompts of conversations, with and without pictures, and the conversation with a model."""

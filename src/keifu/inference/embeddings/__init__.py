@@ -1,0 +1,1 @@
+"""Encoders at work: embeddings of texts and pictures, classifiers, search, and attention maps."""
