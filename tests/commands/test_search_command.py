@@ -12,7 +12,7 @@ from keifu import checkpoints, cli
 from keifu.commands.shared.inputs import warn_of_language
 from keifu.data.text.passages import LONGEST, read_passages
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.evaluation.classification import embeddings
+from keifu.inference.embeddings import encoders
 from keifu.models import bert
 
 MARKDOWN = """# Notes
@@ -113,7 +113,7 @@ def test_only_new_passages_are_embedded_again(
 
     def counted(model, rows, *rest):
         counts.append(len(rows))
-        return embeddings.embed_rows(model, rows, *rest)
+        return encoders.embed_rows(model, rows, *rest)
 
     monkeypatch.setattr(searched, "embed_rows", counted)
     whole = search(capsys, model, "the cat")

@@ -148,12 +148,13 @@ LABELS, PAIRS = "keifu.inference.embeddings.clip:label_points", "keifu.evaluatio
 TWO = ((), ())
 CONFUSION = SimpleNamespace(picture=lambda: b"", to_json=dict, verdict=str, result=lambda what: TWO, matrix=lambda: TWO)
 FORM = SimpleNamespace(answers=False, columns=("text",))
-JUDGE = SimpleNamespace(form=FORM, labels=("a", "b"), choices=lambda row: ("a", "b"), confusion=lambda *_: CONFUSION)
-TOWERS = "keifu.evaluation.images.retrieval"
-PICTURES = {f"{TOWERS}:{name}": None for name in ("two_towers", "embed_pictures", "images")} | {
+JUDGE = SimpleNamespace(form=FORM, labels=("a", "b"), choices=lambda row: ("a", "b"))
+TOWERS = "keifu.inference.embeddings.clip"
+PICTURES = {f"{TOWERS}:{name}": None for name in ("two_towers", "embed_pictures")} | {
+    "keifu.evaluation.images.retrieval:images": None,
     "keifu.checkpoints:load": (None, None), PAIRS: SimpleNamespace(test=SimpleNamespace(classes=["a", "b"])),
     "keifu.checkpoints.hub:locate": Path("m"), "keifu.commands.evaluate:training_facts": {},
-    "keifu.inference.embeddings.clip:preprocessing": SimpleNamespace(crop=8),
+    f"{TOWERS}:preprocessing": SimpleNamespace(crop=8),
 }  # fmt: skip
 classify = Table("classify M one", {
     "MODEL": Row("", "keifu.commands.classify:_load", "name", "other", base="classify other one"),
@@ -171,7 +172,8 @@ classify = Table("classify M one", {
                    base="classify M --on table.csv"),
     "cut": Row("--cut", JUDGED, "cut"),
     "json": Row("--json", STDOUT, lambda text: text.startswith("{}"), base="classify M --on table.csv"),
-}, {"keifu.commands.classify:_load": JUDGE, JUDGED: torch.ones(1, 2), EXAMPLES: SimpleNamespace(classes=["a"], rows=[]),
+}, {"keifu.commands.classify:_load": JUDGE, JUDGED: torch.ones(1, 2), "keifu.evaluation.classification.labelled_texts:confusion_of": CONFUSION,
+    EXAMPLES: SimpleNamespace(classes=["a"], rows=[]),
     "keifu.data.classification.input_formats:examples_of": SimpleNamespace(rows=[])})  # fmt: skip
 
 TRANSCRIPT = Transcript("Hi", "en", 1.0, [Segment(0.0, 1.0, " Hi", [1], -0.1, 0.0)])

@@ -21,7 +21,7 @@ from keifu.native.compiler import Unavailable
 from keifu.native.model import native_form
 from keifu.native.targets import NativeHearer, NativeSpeech, Targets
 
-sys.path.append(str(Path(__file__).parents[1] / "generation"))
+sys.path.append(str(Path(__file__).parents[1] / "inference"))
 from speech_toys import published, tokenizer  # pyright: ignore[reportMissingImports]
 
 pytestmark = pytest.mark.usefixtures("opened")

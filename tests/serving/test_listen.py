@@ -14,7 +14,7 @@ from keifu.inference.speech.transcription import transcribe
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
-sys.path.append(str(Path(__file__).parents[1] / "generation"))
+sys.path.append(str(Path(__file__).parents[1] / "inference"))
 from speech_toys import published, tokenizer
 
 pytestmark = pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from serving_toys import WAIT, running
 
 from keifu import cli
-from keifu.evaluation.classification import embeddings, search as searched
+from keifu.inference.embeddings import encoders, search as searched
 from keifu.serving.app import Access
 from keifu.serving.openai import vectors as service
 from keifu.serving.worker import Limits
@@ -67,7 +67,7 @@ def test_the_index_follows_the_files_and_is_that_of_the_command(
 
     def counted(model: Any, rows: Any, *rest: Any) -> Any:
         counts.append(len(rows))
-        return embeddings.embed_rows(model, rows, *rest)
+        return encoders.embed_rows(model, rows, *rest)
 
     monkeypatch.setattr(searched, "embed_rows", counted)
     (notes / "link.txt").unlink()

@@ -18,7 +18,7 @@ from keifu.serving.app import Access
 from keifu.serving.errors import ApiError
 from keifu.serving.worker import Limits
 
-sys.path.append(str(Path(__file__).parents[2] / "generation"))
+sys.path.append(str(Path(__file__).parents[2] / "inference"))
 from speech_toys import published, tokenizer
 
 soundfile = pytest.importorskip("soundfile")
