@@ -172,7 +172,8 @@ classify = Table("classify M one", {
                    base="classify M --on table.csv"),
     "cut": Row("--cut", JUDGED, "cut"),
     "json": Row("--json", STDOUT, lambda text: text.startswith("{}"), base="classify M --on table.csv"),
-}, {"keifu.commands.classify:_load": JUDGE, JUDGED: torch.ones(1, 2), "keifu.evaluation.classification.labelled_texts:confusion_of": CONFUSION,
+}, {"keifu.commands.classify:_load": JUDGE, JUDGED: torch.ones(1, 2),
+    "keifu.evaluation.classification.labelled_texts:confusion_of": CONFUSION,
     EXAMPLES: SimpleNamespace(classes=["a"], rows=[]),
     "keifu.data.classification.input_formats:examples_of": SimpleNamespace(rows=[])})  # fmt: skip
 
