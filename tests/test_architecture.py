@@ -125,6 +125,13 @@ def cycles(files: list[File]) -> list[str]:
     return [module for module, targets in reached.items() if module in targets]
 
 
+def pairs_of_files(files: list[File]) -> list[str]:
+    """Return pairs of files that import each other, by imports inside functions too. A folder's __init__.py is free."""
+    modules = {file.module for file in files if not file.package}
+    imported = {file.module: set(imports(iter(file.nodes))) & modules for file in files if not file.package}
+    return [f"{a} and {b}" for a, names in imported.items() for b in sorted(names) if a < b and a in imported[b]]
+
+
 def functions(files: list[File]) -> dict[str, int]:
     """Return lines of every function from its `def` to its end, by module and name."""
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -259,6 +266,10 @@ def class_names_used_twice(files: list[File]) -> list[str]:
 BAD = {  # for each rule the smallest tree that breaks it
     wrong_directions: [File("keifu.layers.a", "def f():\n    from keifu.models import gpt2")],
     cycles: [File("keifu.data.a", "import keifu.data.b"), File("keifu.data.b", "from keifu.data import a")],
+    pairs_of_files: [
+        File("keifu.data.a", "def f():\n    import keifu.data.b"),
+        File("keifu.data.b", "from keifu.data import a"),
+    ],
     long_files: [File("keifu.a", "\n" * 501)],
     long_functions: [File("keifu.a", function(61))],
     crowded_folders: [File(f"keifu.data.a{number}", "") for number in range(MOST_FILES + 1)],

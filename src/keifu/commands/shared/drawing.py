@@ -22,7 +22,7 @@ from keifu.checkpoints.hf.native_config import check_kinds
 from keifu.checkpoints.loading import DTYPES, load as load_model, planned
 from keifu.checkpoints.lora.diffusion import FILE, apply_lora
 from keifu.checkpoints.plan import LoadPlan, check_tokenizer
-from keifu.commands.draw import Options
+from keifu.commands.shared.drawing_options import Options
 from keifu.data.images import grid
 from keifu.data.images.io import to_image
 from keifu.data.progress import counting

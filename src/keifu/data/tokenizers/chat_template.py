@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache, wraps
@@ -33,9 +33,9 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import _PassArg
 
-from keifu.data.tokenizers.tokenizer import Messages
 from keifu.errors import UserError
 
+Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...} each
 SECONDS = 5.0  # computing time of one rendering
 LARGEST = 10_000_000  # characters of a text, entries of a list, and bits of a number
 WIDE = re.compile(r"\d{7}")  # a width of at least 7 digits in a format
