@@ -4,6 +4,9 @@
 #pragma once
 namespace KEIFU_NAMESPACE {
 
+static_assert(std::is_same_v<RowNumber, uint16_t> && std::is_same_v<Dense, uint16_t>,
+              "TDPBF16PS multiplies bfloat16: rows, queries and attention weights must be stored as bfloat16");
+
 constexpr int AMX_ROWS = 6;  // from so many rows on, tiles are faster than vectors for quantised weights
 
 // Registers 0-3 are C, 4 and 5 are A, 6 and 7 are B.

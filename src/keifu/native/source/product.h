@@ -15,28 +15,35 @@ namespace KEIFU_NAMESPACE {
 
 using namespace keifu;
 
+// How this instruction set stores rows that are rounded to bfloat16: as its 16 bits, or as the float32 of the same value.
+// This is the only place that decides it. `put_rounded` writes what the type of its pointer says, and the functions that
+// read such rows take a pointer of the type that their instructions multiply.
+//   RowNumber: a row that is multiplied with bf16 weights. Dense: queries and attention weights.
 #if defined(__AMX_TILE__)
+typedef uint16_t RowNumber;
 typedef uint16_t Dense;
-INLINE void store_dense(Dense *p, v16 x) { store_bfloat16(p, x); }
-#else
+#elif defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+typedef uint16_t RowNumber;
 typedef float Dense;
-INLINE void store_dense(Dense *p, v16 x) { store(p, round_to_bfloat16(x)); }
+#else
+typedef float RowNumber;
+typedef float Dense;
 #endif
+INLINE void put_rounded(uint16_t *p, v16 x) { store_bfloat16(p, x); }
+INLINE void put_rounded(float *p, v16 x) { store(p, round_to_bfloat16(x)); }
+
+template <class T = RowNumber> INLINE T *rounded_rows(const Rows &rows) {
+    if constexpr (std::is_same_v<T, float>) return rows.numbers;
+    else return rows.dense;
+}
 
 template <bool FLOAT32> using Number = std::conditional_t<FLOAT32, float, Dense>;
 template <bool FLOAT32> INLINE void put(Number<FLOAT32> *p, v16 x) {
     if constexpr (FLOAT32) store(p, x);
-    else store_dense(p, x);
+    else put_rounded(p, x);
 }
 
 constexpr int OUT = CHUNK * TILE;  // floats from one row of a product's output to the next
-
-// Whether an instruction multiplies two columns of bf16 with two numbers of a row. Otherwise rows are stored as float32.
-#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-constexpr bool BFLOAT16_PAIRS = true;
-#else
-constexpr bool BFLOAT16_PAIRS = false;
-#endif
 
 // ---- rows ----
 
@@ -67,8 +74,7 @@ INLINE void encode(const Rows &rows, Input kind, int64_t row, int64_t pair, cons
     if (kind == Input::CODES) return encode_codes(rows, row, pair, x);
     for (int i = 0; i < PAIR; i += TILE)
         if (kind == Input::FLOAT32) store(rows.numbers + place + i, load(x + i));
-        else if (BFLOAT16_PAIRS) store_bfloat16(rows.dense + place + i, load(x + i));
-        else store(rows.numbers + place + i, round_to_bfloat16(load(x + i)));
+        else put_rounded(rounded_rows(rows) + place + i, load(x + i));
 }
 
 // ---- blocks of a product ----
@@ -304,29 +310,35 @@ INLINE void dense_product(At at, int tiles, int columns, const Dense *x, int64_t
 
 // ---- bf16 and float32 ----
 
-// Two columns of 16 rows times two numbers of x.
+typedef int32_t Four __attribute__((aligned(1), may_alias));
+INLINE int32_t four_bytes(const void *p) { return *(const Four *)p; }
+
+// The total plus two columns of 16 rows of bf16 weights, which are `w`, times the numbers x[0] and x[1] of a row. It exists
+// where such an instruction does, so that rows of bfloat16 without it do not compile.
 #if defined(__AVX512BF16__)
-INLINE v16 dot_pair(v16 total, i16 w, i16 x) { return (v16)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)x); }
+INLINE v16 dot_pair(v16 total, i16 w, const uint16_t *x) {
+    return (v16)_mm512_dpbf16_ps((__m512)total, (__m512bh)w, (__m512bh)splat(four_bytes(x)));
+}
 #elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)  // BFDOT and BFMMLA would round to odd
-INLINE v16 dot_pair(v16 total, i16 w, i16 x) {
+INLINE v16 dot_pair(v16 total, i16 w, const uint16_t *x) {
     const auto both = Quarters<bfloat16x8_t>::of(w);
-    const auto two = Quarters<bfloat16x8_t>::of(x);
+    const auto two = Quarters<bfloat16x8_t>::of(splat(four_bytes(x)));
     auto sums = Quarters<float32x4_t>::of(total);
     UNROLL for (int i = 0; i < 4; i++)
         sums.q[i] = vbfmlalbq_f32(vbfmlaltq_f32(sums.q[i], both.q[i], two.q[i]), both.q[i], two.q[i]);
     return sums.join<v16>();
 }
-#else
-INLINE v16 dot_pair(v16 total, i16, i16) { return total; }  // not used
 #endif
-
-typedef int32_t Four __attribute__((aligned(1), may_alias));
-INLINE int32_t four_bytes(const void *p) { return *(const Four *)p; }
 
 template <int FORMAT, int S, int B>
 INLINE void plain_block(const uint8_t *const *tiles, const Rows &rows, int64_t row, Turn turn, float *out) {
     constexpr bool FLOAT32 = FORMAT == KEIFU_F32;
     constexpr int COLUMNS = FLOAT32 ? 1 : 2;  // of a line, which is a vector of each tile
+    typedef std::conditional_t<FLOAT32, float, RowNumber> Element;
+    constexpr bool PAIRS = std::is_same_v<Element, uint16_t>;  // an instruction multiplies two columns at once
+    const Element *input;
+    if constexpr (FLOAT32) input = rows.numbers;
+    else input = rounded_rows(rows);
     v16 total[S][B] = {};
     for (int64_t line = 0; line < rows.columns / COLUMNS; line += 4) {
         if (B > 1 && (line / 4 & turn.mask) == turn.turn)
@@ -335,15 +347,15 @@ INLINE void plain_block(const uint8_t *const *tiles, const Rows &rows, int64_t r
             UNROLL for (int s = 0; s < S; s++) {
                 const i16 w = load_ints(tiles[s] + (line + i) * 64);
                 const int64_t at = row * rows.columns + COLUMNS * (line + i);
-                const float *x = rows.numbers + at;
+                const auto *x = input + at;
                 UNROLL for (int b = 0; b < B; b++) {
                     const int64_t down = b * rows.columns;
                     v16 &sum = total[s][b];
                     if constexpr (FLOAT32) sum = fma(splat(x[down]), as_float(w), sum);
-                    else if constexpr (BFLOAT16_PAIRS) sum = dot_pair(sum, w, splat(four_bytes(rows.dense + at + down)));
+                    else if constexpr (PAIRS) sum = dot_pair(sum, w, x + down);
                     else sum = fma(splat(x[down + 1]), as_float(w & (int32_t)0xffff0000), sum);
                 }
-                if constexpr (!FLOAT32 && !BFLOAT16_PAIRS)
+                if constexpr (!FLOAT32 && !PAIRS)
                     UNROLL for (int b = 0; b < B; b++) total[s][b] = fma(splat(x[b * rows.columns]), as_float(w << 16), total[s][b]);
             }
     }
@@ -582,6 +594,7 @@ INLINE void quantised_block(const uint8_t *const *tiles, const Rows &rows, int64
 template <int FORMAT>
 __attribute__((noinline)) void product_of(const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows,
                 [[maybe_unused]] Scratch &scratch, float *out) {
+    constexpr bool PLAIN = input_of(FORMAT) != Input::CODES;
 #if defined(__AMX_TILE__)
     if constexpr (FORMAT == KEIFU_BF16) {
         const int64_t bytes = tile_bytes(FORMAT, rows.columns);
@@ -589,20 +602,23 @@ __attribute__((noinline)) void product_of(const uint8_t *const *tiles, const Row
             if (n_rows <= 2 * TILE) fetch_ahead(tiles[s], tiles[CHUNK + s], bytes, g * 1024 + 4096, 1024);
             return tiles[s] + g * 1024;
         };
-        return dense_product(at, CHUNK, (int)rows.columns, rows.dense + row * rows.columns, rows.columns, n_rows, out, OUT);
-    } else if (FORMAT != KEIFU_F32 && n_rows >= AMX_ROWS) {
-        return amx_quantised<FORMAT>(tiles, CHUNK, rows, row, n_rows, scratch, out);
-    }
+        const RowNumber *x = rounded_rows(rows) + row * rows.columns;
+        dense_product(at, CHUNK, (int)rows.columns, x, rows.columns, n_rows, out, OUT);
+    } else {
+        if constexpr (!PLAIN)
+            if (n_rows >= AMX_ROWS) return amx_quantised<FORMAT>(tiles, CHUNK, rows, row, n_rows, scratch, out);
+#else
+    {
 #endif
-    constexpr bool PLAIN = input_of(FORMAT) != Input::CODES;
-    constexpr Blocking K = FORMAT == KEIFU_F32 ? FLOATS : PLAIN ? BFLOAT16 : QUANTISED;
-    const int64_t mask = n_rows < 2 * K.rows ? 0 : n_rows < 4 * K.rows ? 1 : 3;
-    cut<K.tiles, K.alone, K.rows>(0, n_rows, [&](auto S, auto B, int s, int b) {
-        const Turn turn{mask, b / B.value};
-        float *y = out + b * OUT + s * TILE;
-        if constexpr (PLAIN) plain_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, turn, y);
-        else quantised_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, turn, y);
-    });
+        constexpr Blocking K = FORMAT == KEIFU_F32 ? FLOATS : PLAIN ? BFLOAT16 : QUANTISED;
+        const int64_t mask = n_rows < 2 * K.rows ? 0 : n_rows < 4 * K.rows ? 1 : 3;
+        cut<K.tiles, K.alone, K.rows>(0, n_rows, [&](auto S, auto B, int s, int b) {
+            const Turn turn{mask, b / B.value};
+            float *y = out + b * OUT + s * TILE;
+            if constexpr (PLAIN) plain_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, turn, y);
+            else quantised_block<FORMAT, S.value, B.value>(tiles + s, rows, row + b, turn, y);
+        });
+    }
 }
 
 // out[r][16 s + i] = row i of tile s times row `row` + r, for CHUNK tiles and up to BLOCK_ROWS rows. Behind the tiles
