@@ -1,7 +1,8 @@
 """Make the notebooks (.ipynb, without outputs) from the percent scripts of examples/notebooks: run this file.
 
-Each begins with a badge that opens Colab, and a cell that installs keifu if it is missing. With the repository's
-address (`tool.keifu.repository` of pyproject.toml) the badge opens the notebook itself.
+The second cell installs keifu if it is missing: from the repository's address (`tool.keifu.repository` of
+pyproject.toml), or from the checkout that the notebook is in as long as there is no address. It never installs a name
+from a package index, because anybody could register that name. With an address a badge opens the notebook in Colab.
 """
 
 import json
@@ -15,13 +16,24 @@ FOLDER = ROOT / "examples/notebooks"
 CELL = re.compile(r"(?m)^# %%( \[markdown\])?$")
 COLAB = "https://colab.research.google.com/"
 BADGE = f"[![Open in Colab]({COLAB}assets/colab-badge.svg)]"
-UPLOAD = "\n\nChoose *Upload* there, and this file."
-INSTALL = """\
+LOCAL = "Run this notebook in Jupyter or VS Code, from a checkout of keifu."
+FROM_ADDRESS = """\
 # keifu, if it is not there yet; a GPU is not needed
 import importlib.util
 
 if importlib.util.find_spec("keifu") is None:
-    %pip install --quiet SOURCE"""
+    %pip install --quiet git+ADDRESS"""
+FROM_CHECKOUT = """\
+# keifu, if it is not there yet, from the checkout that this notebook is in; a GPU is not needed
+import importlib.util
+from pathlib import Path
+
+if importlib.util.find_spec("keifu") is None:
+    checkouts = [folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "src/keifu").is_dir()]
+    if not checkouts:
+        raise ImportError("keifu is not installed. Open this notebook inside a checkout of keifu.")
+    %pip install --quiet "{checkouts[0]}"
+"""
 
 
 def notebook(script: str, name: str, address: str) -> str:
@@ -29,10 +41,9 @@ def notebook(script: str, name: str, address: str) -> str:
     parts = CELL.split(script)
     cells = [cell(mark is not None, text) for mark, text in zip(parts[1::2], parts[2::2], strict=True)]
     github = re.fullmatch(r"https://github\.com/([^/]+/[^/]+)", address)
-    opens = f"{COLAB}github/{github[1]}/blob/main/examples/notebooks/{name}.ipynb" if github else COLAB
-    badge = f"{BADGE}({opens})" + ("" if github else UPLOAD)
-    install = INSTALL.replace("SOURCE", f"git+{address}" if address else "keifu")
-    first = {"cell_type": "markdown", "metadata": {}, "source": lines(badge)}
+    colab = f"{BADGE}({COLAB}github/{github[1]}/blob/main/examples/notebooks/{name}.ipynb)" if github else LOCAL
+    install = FROM_ADDRESS.replace("ADDRESS", address) if address else FROM_CHECKOUT.rstrip()
+    first = {"cell_type": "markdown", "metadata": {}, "source": lines(colab)}
     cells = [first, cells[0], code(install), *cells[1:]]
     for number, each in enumerate(cells):
         each["id"] = f"cell-{number}"

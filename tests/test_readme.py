@@ -187,7 +187,20 @@ def test_tree_is_the_real_one() -> None:
 def test_readme_is_short_and_says_where_it_was_measured(name: str) -> None:
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     assert len(lines) < 150
-    one_line = re.search("`uvx (keifu [^`]+)`", lines[2])
-    assert one_line and lines[4:8] == ["```", "make demo", "make test", "```"]
-    check(one_line[1])
+    assert lines[4:8] == ["```", "make demo", "make test", "```"]
     assert any("CPU" in line and "GPU" in line and "**" in line for line in lines)
+
+
+FROM_AN_INDEX = re.compile(r"(?:uvx|pipx run|uv tool install|pip install(?: -\S+)*) ['\"]?keifu\b")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_page_runs_or_installs_keifu_by_its_name_from_an_index(page: Path) -> None:
+    assert FROM_AN_INDEX.findall(page.read_text(encoding="utf-8")) == []
+
+
+def test_an_installation_by_name_would_be_seen() -> None:
+    assert all(
+        FROM_AN_INDEX.search(line) for line in ("uvx keifu chat", "pip install -U keifu", "pip install 'keifu[a]'")
+    )
+    assert not FROM_AN_INDEX.search("uvx --find-links dist keifu chat; pip install -e '.[serve]'")

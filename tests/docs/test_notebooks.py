@@ -41,6 +41,11 @@ def test_a_notebook_is_text_and_code_in_cells(path: Path) -> None:
     assert any("assert" in content for is_text, content in found if not is_text)
 
 
+def code(text: str) -> dict:
+    """Return a cell of code."""
+    return {"cell_type": "code", "source": [text]}
+
+
 def maker() -> ModuleType:
     """Return the program that makes the .ipynb files."""
     spec = importlib.util.spec_from_file_location("packaging_notebooks", ROOT / "packaging/notebooks.py")
@@ -50,12 +55,20 @@ def maker() -> ModuleType:
     return module
 
 
+def installed_names(found: list[dict]) -> list[str]:
+    """Return what the cells install that is neither the repository's address nor a folder: names of an index."""
+    code = "\n".join("".join(each["source"]) for each in found if each["cell_type"] == "code")
+    sources = [words[-1] for words in map(str.split, re.findall(r"pip install (.*)", code))]
+    return [source for source in sources if not source.startswith(("git+https://", '"{checkouts'))]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_ipynb_is_current(path: Path) -> None:
     text = path.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert text == maker().made(path), "run `python packaging/notebooks.py`"
     found = json.loads(text)["cells"]
-    assert "Open in Colab" in found[0]["source"][0] and "pip install" in found[2]["source"][-1]
+    assert "from a checkout of keifu" in found[0]["source"][0] and "pip install" in found[2]["source"][-1]
+    assert installed_names(found) == []
     assert all(cell["outputs"] == [] for cell in found if cell["cell_type"] == "code")
     assert len({cell["id"] for cell in found}) == len(found)
 
@@ -66,7 +79,8 @@ def test_the_badge_opens_the_notebook_once_there_is_an_address() -> None:
     assert "/github/some-owner/keifu/blob/main/examples/notebooks/a.ipynb)" in named[0]["source"][0]
     assert f"git+{address}" in named[2]["source"][-1]
     bare = json.loads(maker().notebook(script, "a", ""))["cells"]
-    assert "/github/" not in bare[0]["source"][0] and bare[2]["source"][-1].endswith("--quiet keifu")
+    assert "/github/" not in bare[0]["source"][0] and bare[2]["source"][-1].endswith('--quiet "{checkouts[0]}"')
+    assert installed_names([code("%pip install --quiet keifu")]) == ["keifu"]
     assert [cell["source"] for cell in bare[1::2]] == [["# A"], ["x = 1"]]
 
 
