@@ -292,7 +292,6 @@ def test_an_error_of_the_server_itself_has_the_id_too(
         ("chat/completions", {"metadata": {"a": "b"}, "reasoning_effort": "low", "store": True}),
         ("completions", {"service_tier": "flex"}),
         ("responses", {"reasoning": {"effort": "low"}, "truncation": "auto"}),
-        ("embeddings", {"dimensions": 8}),
         ("images/generations", {"quality": "hd", "style": "vivid"}),
     ],
 )
@@ -302,7 +301,6 @@ def test_hints_are_ignored_and_named_unless_strict(served: Any, strict: Any, pat
         "chat/completions": {"model": "chat", "messages": [{"role": "user", "content": "x"}], **text},
         "completions": {"model": "base", "prompt": "x", **text},
         "responses": {"model": "chat", "input": "x", "max_output_tokens": 1},
-        "embeddings": {"model": "encoder", "input": "the cat"},
         "images/generations": {"model": "ddpm", "label": "cat", "steps": 1},
     }
     found = served.post(f"/v1/{path}", {**bodies[path], **field})

@@ -48,7 +48,9 @@ def test_embeddings_are_the_librarys(served: Any, folder: Path, form: str) -> No
         rows = [torch.frombuffer(bytearray(base64.b64decode(row)), dtype=torch.float32).tolist() for row in rows]
     torch.testing.assert_close(torch.tensor(rows), embed(model, tokenizer, TEXTS))
     assert found.usage.prompt_tokens == sum(map(len, tokenizer.encode_batch(TEXTS, special=True)))
-    alone = served.openai.embeddings.create(model=name, input=TEXTS[0]).data[0].embedding
+    with pytest.raises(openai.BadRequestError, match="dimensions is 8, and the embeddings of this model have 24"):
+        served.openai.embeddings.create(model=name, input=TEXTS, dimensions=8)
+    alone = served.openai.embeddings.create(model=name, input=TEXTS[0], dimensions=24).data[0].embedding
     assert alone == pytest.approx(rows[0], abs=1e-6)
 
 

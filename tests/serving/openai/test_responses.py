@@ -66,6 +66,7 @@ def test_its_text_can_follow_a_schema(served: Any, chat: str) -> None:
         ({"max_output_tokens": 0}, "max_output_tokens is 0"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"background": True}, "background is not supported"),
+        ({"include": ["message.output_text.logprobs"]}, "which this path has not"),
         ({"n": 2}, "n is not supported"),
         ({"lora": [{"id": 0}]}, "lora is not supported by this server: choose an adapter by its name as model"),
         ({"max_output_token": 1}, "Did you mean 'max_output_tokens'?"),

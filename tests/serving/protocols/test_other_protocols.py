@@ -63,6 +63,14 @@ def test_anthropic_calls_and_their_results(served: Any) -> None:
     assert again.json()["usage"]["output_tokens"] <= 4
 
 
+def test_an_anthropic_answer_follows_a_schema(served: Any) -> None:
+    form = {"format": {"type": "json_schema", "schema": TOOL}, "effort": "low"}
+    ask = {"model": "chat", "max_tokens": 200, "temperature": 0, "messages": [CALL], "output_config": form}
+    found = served.post("/v1/messages", ask)
+    assert json.loads(found.json()["content"][0]["text"])["city"] in ("Tokyo", "京都"), found.text
+    assert found.headers["x-keifu-ignored"] == "effort"
+
+
 SHOWN = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image", "source": {}}]}
 
 
@@ -77,6 +85,9 @@ SHOWN = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"
         ({"max_tokens": 4, "messages": [{"role": "user", "content": [SHOWN]}]}, "of no tool_result"),
         ({"max_tokens": 4, "messages": [{"role": "wizard", "content": "x"}]}, "wizard"),
         ({"max_tokens": 4, "tools": [{"nme": "x"}]}, "name"),
+        ({"max_tokens": 4, "tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'web_search_20250305'"),
+        ({"max_tokens": 4, "output_config": {"format": {"type": "json"}}}, "output_config.format.type"),
+        ({"max_tokens": 4, "mcp_servers": [{"url": "x"}]}, "mcp_servers is not supported"),
         ({"max_tokens": 4, "thinking": {"type": "enabled", "budget_tokens": 9}}, "this model has no thoughts"),
         ({"max_tokens": 4, "thinking": {"type": "on"}}, "thinking"),
         ({"max_tokens": 4, "tools": [{"name": "x"}], "tool_choice": {"type": "some"}}, "tool_choice"),
@@ -119,6 +130,9 @@ def test_ollama_formats_calls_and_lists(served: Any) -> None:
     tags = httpx.get(f"{served.url}/api/tags").json()["models"]
     assert [each["name"] for each in tags] == ["chat"] and tags[0]["size"] > 0
     assert httpx.get(f"{served.url}/api/version").json()["version"] == keifu.__version__
+    turns[1] = {"role": "assistant", "tool_calls": [{"function": "x"}]}
+    wrong = served.post("/api/chat", {**asked, "messages": turns})
+    assert wrong.status_code == 400 and "messages.1.tool_calls.0.function" in wrong.text
     wrong = served.post("/api/chat", {"model": "chat", "messages": [{"role": "user", "content": "x", "images": ["y"]}]})
     assert wrong.status_code == 400 and "data URL that cannot be read" in wrong.text
 

@@ -8,13 +8,13 @@ unless the schema says otherwise, as in llama.cpp, and numbers and strings get l
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from torch import Tensor
 
 from keifu.data.tokenizers.tokenizer import Tokenizer
@@ -23,7 +23,10 @@ from keifu.serving.errors import ApiError
 # Otherwise a small model might write endless white space.
 LAYOUT: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 BITS = torch.arange(8, dtype=torch.uint8)
-MOST_BYTES = 2**18
+MOST_BYTES = 2**18  # of all schemas of a request
+MOST_PARTS = 5000  # schemas of a request, with those inside them
+MOST_PROPERTIES = 1000  # of one object: the time of compiling grows with the square of their number
+LIMITS = LLParserLimits(max_grammar_size=200_000, verbose_errors=False)
 MOST_CHARACTERS = 2000  # maximum of a string without maxLength, pattern, format, enum or const
 MOST_INTEGER = 10**16 - 1
 SMALLEST_STEP = 1e-10  # smallest difference between numbers
@@ -31,6 +34,7 @@ LARGEST_LITERAL = 2**63
 SURROGATE = re.compile("[\ud800-\udfff]")
 BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # keys whose values are schemas by name
 COMBINED = ("allOf", "anyOf", "oneOf")
+INSIDE = ("items", "additionalProperties", "prefixItems", *COMBINED)  # keys whose values are a schema or a list of them
 ALONE = {"$defs", "definitions", "title", "description", "default", "examples", "$schema", "$id"}  # no limits
 LIMITED = {"enum", "const"}
 VALUE = {"$ref": "#/$defs/value"}
@@ -83,40 +87,83 @@ class Grammar(NamedTuple):
 
 def schema_grammar(schema: Any) -> Grammar:
     """Return the grammar of JSON that follows a schema. See `checked` for unsupported schemas."""
-    grammar_schema = checked(schema, "response_format")
+    (grammar_schema,) = checked([schema], "response_format")
     return Grammar(LLMatcher.grammar_from_json_schema(grammar_schema, overrides=LAYOUT), "response_format")
 
 
 def constraints(grammar: Grammar, tokenizer: Tokenizer, vocab_size: int) -> Callable[[], GrammarConstraint]:
-    """Return a function that creates a constraint for each text.
+    """Compile a grammar once, and return a function that creates a constraint for each text.
 
     Raises `ApiError`, with the reason, for a schema that cannot be satisfied or has unsupported keywords.
     """
     if not tokenizer.stop_ids:
         text = "This model has no token that ends a text, so none can be held to a schema: choose another model."
         raise ApiError(400, text, grammar.field, "no_end_token")
-    vocabulary = _vocabulary(tokenizer)
-    wrong, reasons = LLMatcher.validate_grammar_with_warnings(grammar.source, vocabulary)
-    if wrong:
-        reason = " ".join(" ".join(reasons).split()).rstrip(".")
-        raise ApiError(400, f"The schema cannot be followed: {reason}.", grammar.field, "invalid_schema")
-    return lambda: GrammarConstraint(LLMatcher(vocabulary, grammar.source), vocab_size)
+    compiled = LLMatcher(_vocabulary(tokenizer), grammar.source, log_level=0, limits=LIMITS)
+    if compiled.is_error():
+        reason = " ".join(compiled.get_error().split()).rstrip(".")
+        raise invalid(f"The schema cannot be followed: {reason}.", grammar.field)
+    return lambda: GrammarConstraint(compiled.deep_copy(), vocab_size)
 
 
-def checked(schema: Any, field: str) -> Any:
-    """Return the schema with additional limits. Raises `ApiError` for one that is too large or has invalid values.
+def invalid(message: str, field: str) -> ApiError:
+    """Return the error for a schema in this field of the request."""
+    return ApiError(400, message, field, "invalid_schema")
+
+
+def checked(schemas: Sequence[Any], field: str) -> list[Any]:
+    """Return schemas with additional limits. Raises `ApiError` if they are too large or have invalid values.
 
     Args:
-        schema: the schema of the request.
-        field: the field of the request that contains it, for errors.
+        schemas: all schemas of the request's field.
+        field: the field of the request that contains them, for errors.
     """
     try:
-        if (size := len(json.dumps(schema))) > MOST_BYTES:
-            raise ApiError(400, f"The schema has {size:,} bytes, of at most {MOST_BYTES:,}.", field, "invalid_schema")
-        _check_values(schema, field)
-        return narrowed(schema, open_parts=_has_mixed_parts(schema))
+        if (size := sum(len(json.dumps(schema)) for schema in schemas)) > MOST_BYTES:
+            raise invalid(f"The schema has {size:,} bytes, of at most {MOST_BYTES:,}.", field)
+        for schema in schemas:
+            _check_values(schema, field)
+        if (count := sum(_check_keywords(schema, field) for schema in schemas)) > MOST_PARTS:
+            raise invalid(f"The schema has {count:,} parts, of at most {MOST_PARTS:,}: make it smaller.", field)
+        return [narrowed(schema, open_parts=_has_mixed_parts(schema)) for schema in schemas]
     except RecursionError:
-        raise ApiError(400, "The schema is nested too deeply.", field, "invalid_schema") from None
+        raise invalid("The schema is nested too deeply.", field) from None
+
+
+def _inside(schema: Any) -> Iterator[Any]:
+    """Yield the schemas that are directly inside a schema whose keywords are checked."""
+    if isinstance(schema, Mapping):
+        for key in BY_NAME:
+            yield from schema.get(key, {}).values()
+        for key in INSIDE:
+            part = schema.get(key, [])
+            yield from part if isinstance(part, list) else [part]
+
+
+def _check_keywords(schema: Any, field: str) -> int:
+    """Return the number of schemas in a schema. Raises `ApiError` for a keyword whose value has the wrong type."""
+    if isinstance(schema, Mapping):
+        for key in BY_NAME:
+            if not isinstance(named := schema.get(key, {}), Mapping):
+                raise invalid(f"The schema's {key} is {_shown(named)}: it must be an object of schemas.", field)
+            if len(named) > MOST_PROPERTIES:
+                text = f"An object of the schema has {len(named):,} {key}, of at most {MOST_PROPERTIES:,}."
+                raise invalid(text, field)
+        for key in COMBINED:
+            if not isinstance(schema.get(key, []), list):
+                raise invalid(f"The schema's {key} is {_shown(schema[key])}: it must be a list of schemas.", field)
+        for key in ("type", "required"):
+            names = [schema[key]] if key == "type" and isinstance(schema.get(key), str) else schema.get(key, [])
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise invalid(f"The schema's {key} is {_shown(schema[key])}: it must be a list of names.", field)
+    elif not isinstance(schema, bool):
+        raise invalid(f"The schema has {_shown(schema)}, which must be a schema: an object, true or false.", field)
+    return 1 + sum(_check_keywords(part, field) for part in _inside(schema))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_values(part: Any, field: str) -> None:
@@ -129,23 +176,21 @@ def _check_values(part: Any, field: str) -> None:
         for value in part:
             _check_values(value, field)
     elif isinstance(part, str) and SURROGATE.search(part):
-        raise ApiError(400, "The schema has half a surrogate pair in a string.", field, "invalid_schema")
+        raise invalid("The schema has half a surrogate pair in a string.", field)
     elif isinstance(part, float) and not math.isfinite(part):
-        raise ApiError(400, f"The schema has the number {part}, which is not finite.", field, "invalid_schema")
+        raise invalid(f"The schema has the number {part}, which is not finite.", field)
     elif isinstance(part, int) and not -LARGEST_LITERAL <= part < LARGEST_LITERAL:
         shown = f"{part:.6g}" if abs(part) < 10**300 else "beyond 1e300"
-        raise ApiError(400, f"The schema has the number {shown}, of more than 64 bits.", field, "invalid_schema")
+        raise invalid(f"The schema has the number {shown}, of more than 64 bits.", field)
 
 
-def _has_mixed_parts(part: Any) -> bool:
+def _has_mixed_parts(schema: Any) -> bool:
     """Return whether any object must follow several schemas at once. Then none of them may be closed."""
-    if isinstance(part, list):
-        return any(map(_has_mixed_parts, part))
-    if not isinstance(part, Mapping):
+    if not isinstance(schema, Mapping):
         return False
-    combined = [key for key in (*COMBINED, "$ref") if key in part]
-    mixed = combined and (len(part.keys() - ALONE) > 1 or len(part.get("allOf", ())) > 1)
-    return bool(mixed) or any(map(_has_mixed_parts, part.values()))
+    combined = [key for key in (*COMBINED, "$ref") if key in schema]
+    mixed = combined and (len(schema.keys() - ALONE) > 1 or len(schema.get("allOf", ())) > 1)
+    return bool(mixed) or any(map(_has_mixed_parts, _inside(schema)))
 
 
 def narrowed(schema: Any, open_parts: bool) -> Any:
@@ -161,7 +206,7 @@ def narrowed(schema: Any, open_parts: bool) -> Any:
     for key in BY_NAME:
         if isinstance(result.get(key), Mapping):
             result[key] = {name: narrowed(part, open_parts) for name, part in result[key].items()}
-    for key in ("items", "additionalProperties", "prefixItems", *COMBINED):
+    for key in INSIDE:
         if isinstance(result.get(key), list):
             result[key] = [narrowed(part, open_parts) for part in result[key]]
         elif key in result:

@@ -1,6 +1,7 @@
 """Conversion of request bodies to engine requests, and of pieces to tokens, probabilities and usage."""
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
@@ -136,10 +137,10 @@ async def prepare(
         tools: the functions that the answer may call, if any.
     """
     description = models.find(body.model, use)
-    pool = LARGE_POOL if schema or tools or current().size > LARGE else SMALL_POOL
+    pool, left = LARGE_POOL if schema or tools or current().size > LARGE else SMALL_POOL, threading.Event()
     try:
         sampling = sampling_for(description.tokenizer, body.options(), ANSWER_TOKENS).seeded()
-        work = partial(_requests, description, body, sampling, prompts, schema, tools)
+        work = partial(_requests, description, body, sampling, prompts, schema, tools, left)
         async with asyncio.timeout(PREPARE_SECONDS):
             requests = await asyncio.get_running_loop().run_in_executor(pool, work)
         return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools)
@@ -148,6 +149,8 @@ async def prepare(
         raise ApiError(503, text.format(PREPARE_SECONDS), code="preparation_timeout", retry=30) from None
     except UserError as error:
         raise of_exception(error, tuple(type(body).model_fields)) from error
+    finally:
+        left.set()
 
 
 async def prepare_chat(
@@ -171,11 +174,18 @@ async def prepare_chat(
 
 
 def _requests(
-    description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any, tools: ToolUse | None
-) -> list[Request]:
-    """Return the requests of all prompts and choices, each with a different seed."""
+    description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any,
+    tools: ToolUse | None, left: threading.Event,
+) -> list[Request]:  # fmt: skip
+    """Return the requests of all prompts and choices, each with a different seed. left: set if nobody waits for it."""
+
+    def go_on() -> None:
+        if left.is_set():
+            raise ApiError(499, "The client has left.")
+
     tokenizer, config = description.tokenizer, description.config
     ids = prompts(description)
+    go_on()
     grammar = tools.grammar(tokenizer, schema) if tools else None if schema is None else schema_grammar(schema)
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
     shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()
@@ -183,11 +193,12 @@ def _requests(
     given = [InsertedImages(prompt, config) if isinstance(prompt, ImagePrompt) else prompt for prompt in ids]
     pairs = [(prompt.tokens, prompt) if isinstance(prompt, InsertedImages) else (prompt, None) for prompt in given]
     limits, settings = (config.vocab_size, config.context_length), [replace(sampling, seed=seed) for seed in seeds]
-    return [
-        Request(tokens, setting, tokenizer, *limits, constraint(), shown, images)
-        for tokens, images in pairs
-        for setting in settings
-    ]
+    requests = []
+    for tokens, images in pairs:
+        for setting in settings:
+            go_on()
+            requests.append(Request(tokens, setting, tokenizer, *limits, constraint(), shown, images))
+    return requests
 
 
 def token_bytes(tokenizer: Tokenizer, token: int) -> bytes:

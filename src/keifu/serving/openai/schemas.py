@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from keifu.errors import unknown
 from keifu.inference.text.sampling_params import SamplingOptions
-from keifu.serving.openai.body import Body, ItemPart, Neutral, Part, content_of
+from keifu.serving.openai.body import Body, ItemPart, Neutral, Part, about, content_of
 from keifu.serving.openai.constraints import ANY_OBJECT
 from keifu.serving.openai.tools import ToolUse
 
@@ -386,6 +386,16 @@ class ResponseRequest(Sampling):
     ignored: ClassVar[Neutral] = {name: values for name, values in HINTS.items() if name != "metadata"} | {
         "include": ([],), "max_tool_calls": (), "reasoning": (), "truncation": ("disabled",),
     }  # fmt: skip
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_logprobs(cls, data: Any) -> Any:
+        """Refuse log-probabilities. The other additions are those of tools that only OpenAI's servers run."""
+        include = data.get("include") if isinstance(data, dict) else None
+        if isinstance(include, list) and "message.output_text.logprobs" in include:
+            text = "include asks for logprobs, which this path has not: ask /v1/chat/completions, or leave it out."
+            raise about("refused_field", "include", text)
+        return data
 
     def options(self) -> SamplingOptions:
         """Return the options of `Sampling`, and those of this body."""

@@ -187,17 +187,19 @@ class ToolUse:
         more = f"({literal(form.between)} call)*" if self.parallel and form.between else ""
         start = self._start(form, tokenizer, literal, schema)
         rules = [f"call: {' | '.join(calls)}", f"calls: call {more} {literal(form.closing)}"]
-        for index, tool in enumerate(able):
-            given = tool.get("parameters") or {}
-            parameters = given if {"$ref", *COMBINED} & given.keys() else {"type": "object", "properties": {}, **given}
-            rules.append(f"a{index}: %json {json.dumps(checked(parameters, 'tools') | {'x-guidance': LAYOUT})}")
+        given = [tool.get("parameters") or {} for tool in able]
+        empty = {"type": "object", "properties": {}}
+        schemas = [part if {"$ref", *COMBINED} & part.keys() else {**empty, **part} for part in given]
+        for index, parameters in enumerate(checked(schemas, "tools")):
+            rules.append(f"a{index}: %json {json.dumps(parameters | {'x-guidance': LAYOUT})}")
         return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *rules])), "tools")
 
     def _start(self, form: ToolFormat, tokenizer: Tokenizer, literal: Any, schema: Any) -> list[str]:
         if self.choice != "auto":
             return [f"start: {literal(form.opening)} calls"]
         if schema is not None:
-            text = f"text: %json {json.dumps(checked(schema, 'response_format') | {'x-guidance': LAYOUT})}"
+            (narrow,) = checked([schema], "response_format")
+            text = f"text: %json {json.dumps(narrow | {'x-guidance': LAYOUT})}"
             return [f"start: text | {literal(form.opening)} calls", text]
         trigger = form.trigger(tokenizer)
         rest = literal(form.opening[len(trigger) :])

@@ -41,17 +41,17 @@ Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class EmbeddingRequest(Body):
     """POST /v1/embeddings.
 
-    input: one text or several, or ids of the model's tokens; a CLIP accepts texts too. cut: whether to keep the
-    beginning of a text that is longer than the context.
+    input: one text or several, or ids of the model's tokens; a CLIP accepts texts too. dimensions: size of the
+    embeddings, which must be the model's. cut: whether to keep the beginning of a text that is longer than the context.
     """
 
     model: str = ""
     input: str | Annotated[list[str] | Ids | list[Ids], Field(min_length=1, max_length=2048)]
+    dimensions: int | None = None
 
     encoding_format: Literal["float", "base64"] | None = None
     cut: bool = False
     user: str | None = None
-    ignored: ClassVar[Neutral] = {"dimensions": ()}
 
     @property
     def inputs(self) -> list[str] | list[list[int]]:
@@ -132,6 +132,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     async def create_embeddings(body: EmbeddingRequest) -> Response:
         about = models.find(body.model, "embedding")
         embeddings, tokens = await compute(about, body.inputs, body.cut)
+        check_dimensions(body.dimensions, embeddings)
         encoded = _base64(embeddings) if body.encoding_format == "base64" else embeddings.tolist()
         data = [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(encoded)]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -180,6 +181,13 @@ def search_route(app: FastAPI, models: ServedModels, folder: Path | None) -> Non
         data = [{**asdict(passage), "score": score} for score, passage in hits]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": about.name, "usage": usage})
+
+
+def check_dimensions(dimensions: int | None, embeddings: Tensor) -> None:
+    """Raise an error if a client asks for embeddings of another size than the model's."""
+    if dimensions not in (None, size := embeddings.shape[1]):
+        text = f"dimensions is {dimensions}, and the embeddings of this model have {size} numbers: leave it out."
+        raise ApiError(400, text, "dimensions")
 
 
 def embed_inputs(

@@ -37,6 +37,20 @@ class Thinking(Body):
     ignored: ClassVar[Neutral] = {"budget_tokens": (), "display": ()}
 
 
+class OutputFormat(Body):
+    """Schema that the text of the answer must follow."""
+
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    """Format of the answer's text."""
+
+    format: OutputFormat | None = None
+    ignored: ClassVar[Neutral] = {"effort": ()}
+
+
 class MessagesRequest(Body):
     """POST /v1/messages."""
 
@@ -52,8 +66,11 @@ class MessagesRequest(Body):
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    refused: ClassVar[Neutral] = {"container": (), "mcp_servers": ([],)}
     ignored: ClassVar[Neutral] = {
-        "metadata": ({},), "service_tier": ("auto",), "context_management": (), "output_config": (),
+        "metadata": ({},), "service_tier": ("auto",), "context_management": (), "cache_control": (),
+        "inference_geo": (), "speed": ("standard",),
     }  # fmt: skip
 
 
@@ -85,10 +102,8 @@ def _fields(body: MessagesRequest) -> dict[str, Any]:
     turns = [{"role": "system", "content": _text(body.system)}] if body.system else []
     turns += [turn for message in body.messages for turn in _turns(message)]
     kept = {name: getattr(body, name) for name in ("model", "max_tokens", "temperature", "top_k", "top_p")}
-    tools = [
-        {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
-        for tool in body.tools or ()
-    ]
+    tools = [_function(tool) for tool in body.tools or ()]
+    form = body.output_config and body.output_config.format
     given = body.tool_choice or {}
     choice: Any = CHOICES.get(given.get("type", ""), given.get("type"))
     if choice == "tool":
@@ -99,7 +114,17 @@ def _fields(body: MessagesRequest) -> dict[str, Any]:
         "tools": [{"type": "function", "function": tool} for tool in tools] or None,
         "tool_choice": choice if tools else None,
         "parallel_tool_calls": False if given.get("disable_parallel_tool_use") else None,
+        "response_format": form
+        and {"type": "json_schema", "json_schema": {"name": "output_config", "schema": form.schema_}},
     }
+
+
+def _function(tool: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool as a function in OpenAI's form. Raises an error for a tool that Anthropic's servers would run."""
+    if (tool_type := tool.get("type", "custom")) not in ("custom", None):
+        text = f"tools has one of the type {tool_type!r}, which this server does not run: give tools that you run."
+        raise ApiError(400, text, "tools", "refused_field")
+    return {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool.get("input_schema")}
 
 
 def _text(blocks: Any) -> str:

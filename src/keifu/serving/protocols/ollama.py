@@ -25,12 +25,29 @@ OPTIONS = {  # ollama's names, and OpenAI's
 }  # fmt: skip
 
 
+class OllamaFunction(Body):
+    """Function that the model called, with its arguments."""
+
+    name: str
+    arguments: dict[str, Any] = {}
+    index: int | None = None
+    ignored: ClassVar[Neutral] = {"description": ()}
+
+
+class OllamaCall(Body):
+    """Call of a function, written by the model earlier."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: OllamaFunction
+
+
 class OllamaMessage(Body):
     """Message of a conversation."""
 
     role: str
     content: str = ""
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[OllamaCall] | None = None
     tool_name: str | None = None
     images: list[str] | None = None  # in base64
     ignored: ClassVar[Neutral] = {"thinking": ("",)}
@@ -84,8 +101,7 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
     for turn in body.messages:
         calls = []
         for call in turn.tool_calls or ():
-            function = call.get("function") or {}
-            named = {"name": function.get("name"), "arguments": json.dumps(function.get("arguments"))}
+            named = {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}
             calls.append({"id": f"call{len(turns)}x{len(calls)}", "type": "function", "function": named})
         more: dict[str, Any] = {"tool_calls": calls} if calls else {}
         if turn.role == "tool":
