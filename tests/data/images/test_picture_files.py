@@ -1,16 +1,19 @@
 """Pictures of every mode and condition become upright RGB or grey of 8 bits on white, or a sentence."""
 
 import io
+import os
 import resource
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from keifu.commands.shared.inputs import read_pictures
 from keifu.data.images.io import composite_on_white, fit_image, read_image
 from keifu.errors import UserError
+from keifu.inference.images.png_metadata import read_record
 
 RED, CLEAR = (255, 0, 0, 255), (0, 0, 255, 0)
 
@@ -143,10 +146,47 @@ def test_too_many_pixels_are_refused_by_the_header_before_memory_is_taken() -> N
 
 
 def test_a_form_of_a_format_that_is_not_implemented_is_a_sentence() -> None:
-    data = bytearray(saved(Image.new("RGB", (4, 4)), "DDS"))
-    data[80] = 0x1A  # flags of its pixels that no program writes
-    with pytest.raises(UserError, match="^a.dds is damaged or cut off: Unknown pixel format"):
-        read_image(bytes(data), "a.dds")
+    data = bytearray(saved(Image.new("RGB", (4, 4)), "BMP"))
+    data[30] = 9  # a compression that no program writes
+    with pytest.raises(UserError, match="^a.bmp is damaged or cut off: Unsupported BMP compression"):
+        read_image(bytes(data), "a.bmp")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_the_formats_that_are_read(kind: str) -> None:
+    assert read_image(saved(Image.new("RGB", (8, 8), (255, 0, 0)), kind)).image.size == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["DDS", "EPS", "ICNS", "TGA"])
+def test_other_formats_are_refused_by_what_the_file_holds(kind: str) -> None:
+    with pytest.raises(UserError, match="^a.png is not a picture of a format that keifu reads, which are PNG, JPEG"):
+        read_image(saved(Image.new("RGB", (16, 16)), kind), "a.png")
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Install a program `gs` that only leaves a file behind, and return the path of that file."""
+    mark = tmp_path / "executed"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {mark}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return mark
+
+
+def test_postscript_under_the_name_of_a_picture_reaches_no_ghostscript(ghostscript: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cat.png"
+    file.write_bytes(saved(Image.new("RGB", (4, 4)), "EPS"))
+    with pytest.raises(UserError, match="is not a picture of a format"):
+        read_image(file)
+    with pytest.raises(UserError, match="is no picture"):
+        read_record(file)
+    assert not ghostscript.exists()
+    with pytest.raises(subprocess.CalledProcessError):  # Pillow alone would have started it
+        Image.open(file).load()
+    assert ghostscript.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n", b"GIF89a"])

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from keifu.checkpoints.hf.native_config import check_kinds
@@ -24,7 +23,7 @@ from keifu.checkpoints.lora.diffusion import FILE, apply_lora
 from keifu.checkpoints.plan import LoadPlan, check_tokenizer
 from keifu.commands.shared.drawing_options import Options
 from keifu.data.images import grid
-from keifu.data.images.io import to_image
+from keifu.data.images.io import open_image, to_image
 from keifu.data.progress import counting
 from keifu.devices import choose, chosen, has_bfloat16
 from keifu.errors import UserError, unknown
@@ -288,7 +287,7 @@ def _same_model(name: str, record: ImageRecord, path: Path) -> ImagePipeline:
 
 def _difference(before: Path, after: Path) -> str:
     """Describe how many pixel values differ between two pictures, and by how much. Empty if none does."""
-    old, new = (np.asarray(Image.open(path)) for path in (before, after))
+    old, new = (np.asarray(open_image(path)) for path in (before, after))
     if old.shape != new.shape:
         return f"it has {new.shape} numbers and not {old.shape}."
     apart = np.abs(old.astype(int) - new)

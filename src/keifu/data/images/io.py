@@ -26,6 +26,9 @@ WHITE = (255, 255, 255)
 FIRST = "animated or of several pages: the first one counts"
 DEEP = "of 16 bits or more a channel: scaled to 8"
 PRINT = "in CMYK: turned into RGB"
+# Pillow's names of the formats that are read. It would hand others to programs: PostScript to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+READABLE = "PNG, JPEG, WebP, GIF, BMP, TIFF and PPM"
 LARGEST = 300_000_000  # maximal bytes of a decoded picture: 75 million pixels in colour
 
 
@@ -34,6 +37,14 @@ class DecodedImage(NamedTuple):
 
     image: Image.Image
     remarks: tuple[str, ...] = ()
+
+
+def open_image(file: Path | io.BytesIO) -> Image.Image:
+    """Open a picture of one of `FORMATS` with Pillow; its pixels are read later.
+
+    Raises `UnidentifiedImageError` for any other content, whatever the file's name is.
+    """
+    return Image.open(file, formats=FORMATS)  # noqa: TID251
 
 
 def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> DecodedImage:
@@ -51,7 +62,7 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
         content = plain_file(file, "picture") if isinstance(file, Path) else io.BytesIO(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(content) as image:
+            with open_image(content) as image:
                 check_size(image, where, largest)
                 several = _is_animated(image)
                 image.load()
@@ -59,7 +70,7 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
     except (UserError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise UserError(f"{where} is not a picture, or of a format that cannot be read.") from error
+        raise UserError(f"{where} is not a picture of a format that keifu reads, which are {READABLE}.") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{where} has too many pixels to be read safely: make it smaller.") from error
     except Exception as error:  # Pillow raises many types of error for a truncated file

@@ -146,10 +146,12 @@ def png(figure: "Figure") -> bytes:
     """Return a figure as a PNG file of 256 colours, which is a third of the size of a full-colour file."""
     from PIL import Image
 
+    from keifu.data.images.io import open_image
+
     use_far_east(figure)
     drawn, reduced = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png")
-    colours = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    colours = open_image(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     colours.save(reduced, format="png", optimize=True)
     return reduced.getvalue()
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from keifu import __version__
-from keifu.data.images.io import check_size
+from keifu.data.images.io import check_size, open_image
 from keifu.errors import UserError
 from keifu.inference.images.image_to_image import InputImage
 from keifu.inference.images.pixel_diffusion import ImageRequest
@@ -83,7 +83,7 @@ def read_record(path: Path) -> ImageRecord:
     """Return the record in a PNG file. Raises `UserError` if there is none or it is damaged."""
     plain_file(path, "picture")
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             check_size(image, str(path))
             image.load()
             chunk = image.info.get(CHUNK)
@@ -101,7 +101,7 @@ def read_record(path: Path) -> ImageRecord:
 
 def check_limits(record: ImageRecord, path: Path) -> None:
     """Raise `UserError` for a record with more pictures or pixels than the file has, or than a computer can draw."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         pixels = math.prod(image.size)
     shown = 1 if record.number is not None else len(record.kept) or record.count
     for name, value, most in (

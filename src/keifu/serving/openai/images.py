@@ -16,12 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request, Response
-from PIL import Image
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from keifu.data.images.grid import png
-from keifu.data.images.io import read_image, to_bytes, to_image
+from keifu.data.images.io import open_image, read_image, to_bytes, to_image
 from keifu.errors import UserError, unknown
 from keifu.files import sha256
 from keifu.inference.images.image_to_image import InputImage
@@ -181,7 +180,7 @@ def _written(path: Path, name: str, data: bytes) -> InputImage:
     read_image(data, name, PICTURE_BYTES)
     path.write_bytes(data)
     if path.name == "mask":
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if "A" in image.getbands() and any(image.getchannel("A").histogram()[:-1]):
                 image.getchannel("A").point(lambda alpha: 255 - alpha).save(path, "PNG")
     return InputImage(str(path), sha256(path))
