@@ -1,7 +1,9 @@
 """A run's folder executes no code and chooses no path: both count only if the command line names them."""
 
 import json
+import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,51 @@ def test_a_strangers_folder_reads_no_file_that_the_user_does_not_name(tmp_path: 
     assert checkpoint.steps(out) == [4]
     go("--resume", str(out), "--steps", "12")  # it is this user's run from now on
     assert checkpoint.steps(out)[-1] == 12
+
+
+@pytest.mark.parametrize("data", ["~/mine.csv", "{folder}/*.csv", "{folder}/**/min?.csv", " mine.csv", "x, ~/mine.csv"])
+def test_a_strangers_path_is_seen_as_the_readers_understand_it(tmp_path: Path, monkeypatch, data: str) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    strangers_table(tmp_path)
+    options = to_json(mlp.Recipe()) | {"steps": 4, "hidden": [3], "data": data.format(folder=tmp_path)}
+    out = folder("mlp", options, place=str(tmp_path))
+    with pytest.raises(UserError, match="was not begun by you on this machine"):
+        go("--resume", str(out))
+    assert not checkpoint.steps(out) and not (out / "samples").exists()
+
+
+EVIL = "x; touch PWNED #"
+
+
+@pytest.mark.parametrize("words", [["mlp", "--out", "evil"], ["ddpm", "--resume", "evil"]])
+def test_an_advised_command_is_quoted(tmp_path: Path, words: list[str]) -> None:
+    folder("mlp", to_json(mlp.Recipe()), named={"reward": EVIL})
+    content = json.loads(Path("evil/recipe.json").read_text())
+    Path("evil/recipe.json").write_text(json.dumps(content | {"finished": True}))
+    with pytest.raises(UserError) as refused:
+        go(*words)
+    command = re.search(r"keifu train --resume.*?(?=\), | or choose|, or)", str(refused.value))
+    assert command
+    assert shlex.split(command[0]) == ["keifu", "train", "--resume", "evil", "--reward", "x;", "touch", "PWNED", "#"]
+    subprocess.run(command[0].replace("keifu", "true", 1), shell=True, check=True)
+    assert not Path("PWNED").exists()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"name": "mlp\ntouch PWNED"},
+        {"name": "mlp\x1b[2J"},
+        {"named": {"a b; touch PWNED": "x"}},
+        {"named": {"reward": "'\x1b]0;x\x07'"}},
+        {"named": {"reward": "'not closed"}},
+        {"named": {"reward": ["x"]}},
+    ],
+)
+def test_names_that_no_command_may_hold_are_refused(record: dict[str, Any]) -> None:
+    folder(**({"name": "mlp", "options": to_json(mlp.Recipe())} | record))
+    with pytest.raises(UserError, match="recipe.json is damaged"):
+        go("mlp", "--resume", "evil")
 
 
 def test_a_strangers_folder_does_not_choose_where_names_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from keifu.checkpoints.hf.native_config import check_kinds
 from keifu.checkpoints.hub import may_be_model
 from keifu.commands.shared import trust
-from keifu.errors import UserError
+from keifu.errors import UserError, shell
 from keifu.files import sha256
 from keifu.recipes.options import by_option, from_json, paths, put, to_json
 from keifu.training.run import checkpoint, run_directory
@@ -69,7 +69,7 @@ def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
     files = name.endswith(".py") and record["name"].endswith(".py")  # one may be the other under another path
     if record["name"] != name and not (files and sha256(Path(name)) == trust.hashes(record).get("")):
         raise UserError(
-            f"{out} holds a run of keifu train {record['name']}, not of {name}: go on with it by "
+            f"{out} holds a run of keifu train {shell(record['name'])}, not of {name}: go on with it by "
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
     check_kinds(then := from_json(usual, record["options"]), str(out / run_directory.RECIPE))

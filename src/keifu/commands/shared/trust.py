@@ -5,6 +5,7 @@ Code (a recipe file, a reward function) must be on the command line each time. P
 started the run (see `keifu.training.run.signature`).
 """
 
+import glob
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -109,9 +110,12 @@ def _code(value: Any) -> Path | None:
 
 
 def _path(value: Any) -> str | None:
-    """Return the first existing path in a value, which may be a comma-separated list."""
-    for part in (part for text in _strings(value) for part in (text, *text.split(",")) if part):
-        with suppress(OSError, ValueError):  # too long for a path, or with a zero byte
-            if Path(part).exists():
-                return part
+    """Return the first part of a value that names an existing file or folder, as the readers of data would understand
+    it: in a comma-separated list, after `~`, as a pattern such as "notes/*.txt", or before a colon and a number."""
+    for text in _strings(value):
+        for part in filter(None, (text, *map(str.strip, text.split(",")), text.rpartition(":")[0])):
+            with suppress(OSError, ValueError, RuntimeError):  # too long, with a zero byte, or without a home folder
+                path = Path(part).expanduser()
+                if path.exists() or next(glob.iglob(str(path), recursive=True), None):
+                    return part
     return None

@@ -6,6 +6,7 @@ alone is enough to resume. A run of several parts has a subdirectory for each pa
 
 import json
 import platform
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 from keifu.data.catalogue.catalogue import HUB
 from keifu.data.tokenizers.load import KEPT, LEARNED
 from keifu.devices import processor_name
-from keifu.errors import UserError
+from keifu.errors import UserError, printable, shell
 from keifu.files import remove_left, sha256, write_atomic
 from keifu.locks import hold
 from keifu.processes import current
@@ -110,9 +111,24 @@ def read_recipe(directory: Path) -> dict[str, Any]:
     kinds = {"name": str, "options": dict, "steps": int | None, "place": str | None, "named": dict | None}
     record = content.get(RECORD)
     fine = isinstance(record, dict) and all(isinstance(record.get(name), expected) for name, expected in kinds.items())
+    fine = fine and _is_shell_safe(record)
     if RECORD in content and not fine:
         raise UserError(f"{path} is damaged (its {RECORD} lacks a name, or options). Start again with --replace.")
     return content
+
+
+def _is_shell_safe(record: Mapping[str, Any]) -> bool:
+    """Return whether the recipe's name and the named options are words without control characters. They are part of
+    the commands that errors advise, and the folder may be another person's."""
+    words = [record["name"]]
+    for option, value in (record.get("named") or {}).items():
+        if not (re.fullmatch(r"[\w.-]+", option) and isinstance(value, str)):
+            return False
+        try:
+            words += shlex.split(value)
+        except ValueError:  # a quotation without its end
+            return False
+    return all(word == printable(word) and "\n" not in word for word in words)
 
 
 def recorded(directory: Path) -> dict[str, Any]:
@@ -147,10 +163,11 @@ def how_to_resume(run: Run) -> str:
 def command(directory: Path) -> str:
     """Return the command that resumes the run in a directory, including options that name the user's code."""
     record = recorded(directory)
-    words = [shlex.quote(record["name"])] if record.get("name", "").endswith(".py") else []
-    words += ["--resume", shlex.quote(str(directory))]
-    words += [f"--{option} {value}" for option, value in (record.get("named") or {}).items()]
-    return f"keifu train {' '.join(words)}"
+    words = [record["name"]] if record.get("name", "").endswith(".py") else []
+    words += ["--resume", str(directory)]
+    for option, value in (record.get("named") or {}).items():
+        words += [f"--{option}", *shlex.split(value)]
+    return f"keifu train {shell(*words)}"
 
 
 def last_step(directory: Path) -> int | None:
