@@ -396,7 +396,7 @@ def test_unclip_learns_what_two_captions_mean_by_heart():
     with torch.no_grad():
         caption = model.encode_text(tokens, real)
         *_, last = way.run(
-            way.denoiser(lambda x, t: model.imagine(x, t, caption)), random(points), way.schedule, random
+            way.denoiser(lambda x, t: model.predict_embedding(x, t, caption)), random(points), way.schedule, random
         )
         assert (last.x - points).abs().mean() < 0.25
         conditions, x = model.embed(model.prior.restored(last.x), caption), random(torch.empty(2, 1, 8, 8))

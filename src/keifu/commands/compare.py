@@ -58,17 +58,18 @@ def run(options: Options) -> None:
     from keifu.evaluation.pairwise import Judgement, Judgements
 
     about = {"A": options.a, "B": options.b, "by": options.by or "a person", "seed": options.start}
-    apart = ("seed", "stop", "logit_bias")  # passed separately, or not an option
-    drawn = {name: value for name, value in asdict(options.sampling).items() if name not in apart}
-    kept = Judgements(options.out, about | drawn)
-    left = [prompt for prompt in [*read_prompts(options.prompts)][: options.limit] if not kept.holds(prompt.messages)]
-    chooser = by_reward(options.by) if options.by else by_hand(options.start, len(left))
-    for prompt, pair in generate_answers(options, left):
+    unrecorded = ("seed", "stop", "logit_bias")  # passed separately, or not an option
+    sampling_options = {name: value for name, value in asdict(options.sampling).items() if name not in unrecorded}
+    judgements = Judgements(options.out, about | sampling_options)
+    prompts = [*read_prompts(options.prompts)][: options.limit]
+    remaining_prompts = [prompt for prompt in prompts if not judgements.holds(prompt.messages)]
+    chooser = by_reward(options.by) if options.by else by_hand(options.start, len(remaining_prompts))
+    for prompt, pair in generate_answers(options, remaining_prompts):
         choice: Choice | None = "even" if pair[0] == pair[1] else chooser(prompt, pair)
         if choice is None:
             break
-        kept.add(Judgement(prompt.messages, pair, choice))
-    tally = kept.tally()
+        judgements.add(Judgement(prompt.messages, pair, choice))
+    tally = judgements.tally()
     print(json.dumps(tally.figures()) if options.json else tally.sentence(options.a, options.b))
 
 
@@ -77,21 +78,21 @@ def generate_answers(options: Options, prompts: "Sequence[Prompt]") -> "Iterator
     from keifu.recipes.assistant.finetuning import open_model
 
     models = [open_model(name, "own") for name in (options.a, options.b)] if prompts else []
-    for at in range(0, len(prompts), AHEAD):
-        some = prompts[at : at + AHEAD]
-        first, second = (answers_table(*model, some, options, side) for model, side in zip(models, "AB", strict=True))
-        yield from zip(some, zip(first, second, strict=True), strict=True)
+    for start in range(0, len(prompts), AHEAD):
+        part = prompts[start : start + AHEAD]
+        of_a, of_b = (answers_of(*model, part, options, side) for model, side in zip(models, "AB", strict=True))
+        yield from zip(part, zip(of_a, of_b, strict=True), strict=True)
 
 
-def answers_table(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
+def answers_of(model: Any, tokenizer: Any, prompts: "Sequence[Prompt]", options: Options, side: str) -> list[str]:
     """Return one model's answers. They depend on the seed and the prompt, not on the other prompts."""
     from keifu.evaluation.pairwise import seed_of
     from keifu.inference.text.generate import generate_batch
 
     ids = [tokenizer.render_chat(prompt.messages) for prompt in prompts]
     seeds = [seed_of(options.start, prompt.messages, side) for prompt in prompts]
-    done = generate_batch(model, tokenizer, ids, [replace(options.sampling, seed=seed) for seed in seeds])
-    return [answer.text.strip() for answer in done]
+    completions = generate_batch(model, tokenizer, ids, [replace(options.sampling, seed=seed) for seed in seeds])
+    return [answer.text.strip() for answer in completions]
 
 
 def by_reward(name: str) -> "Callable[[Prompt, tuple[str, str]], Choice | None]":
@@ -112,13 +113,13 @@ def by_hand(seed: int, total: int) -> "Callable[[Prompt, tuple[str, str]], Choic
     if the user stops."""
     from keifu.evaluation.pairwise import a_is_left
 
-    seen = iter(range(1, total + 1))
+    numbers = iter(range(1, total + 1))
 
     def choose(prompt: "Prompt", pair: tuple[str, str]) -> "Choice | None":
-        a_left = a_is_left(seed, prompt.messages)
-        show(f"{next(seen)} of {total}", prompt.messages, pair if a_left else (pair[1], pair[0]))
-        sides: dict[str, Choice] = {"1": "A" if a_left else "B", "2": "B" if a_left else "A", "0": "even"}
-        sides["s"] = "skipped"
+        a_on_left_side = a_is_left(seed, prompt.messages)
+        show(f"{next(numbers)} of {total}", prompt.messages, pair if a_on_left_side else (pair[1], pair[0]))
+        left, right = ("A", "B") if a_on_left_side else ("B", "A")
+        sides: dict[str, Choice] = {"1": left, "2": right, "0": "even", "s": "skipped"}
         while True:
             try:
                 key = input("> " if sys.stdin.isatty() else "").strip().lower()

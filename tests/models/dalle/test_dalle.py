@@ -124,9 +124,9 @@ def test_entry_by_entry_is_the_whole(sparse) -> None:
     tokens, codes = torch.randint(0, 31, (2, 5)), torch.randint(0, 9, (2, 6, 6))
     real = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     whole = model(tokens, real, codes).picture
-    logits, state = model.begin(tokens, real)
+    logits, state = model.prefill(tokens, real)
     found = [logits]
-    found += [model.go_on(codes.flatten(1)[:, place], place, state) for place in range(35)]
+    found += [model.decode(codes.flatten(1)[:, place], place, state) for place in range(35)]
     assert (torch.stack(found, 1) - whole).abs().max() < 1e-5
 
 
@@ -175,7 +175,7 @@ def test_drawn_entries_have_the_probabilities_they_are_said_to_have(model) -> No
     tiny = dalle.build(dalle.Config(31, 5, 24, 40, 1, 3, kernel=3, vae=discrete_vae.Config(4, 3, 9, (8, 12), 1, 5)))
     torch.nn.init.normal_(tiny.picture_head.weight, std=0.3)
     with torch.no_grad():
-        said = tiny.begin(tokens[:1], real[:1])[0].softmax(-1)[0]
+        said = tiny.prefill(tokens[:1], real[:1])[0].softmax(-1)[0]
     first = sample_image_tokens(tiny, tokens, real, range(4000))[:, 0, 0]
     shares = torch.bincount(first, minlength=9) / 4000
     assert (shares - said).abs().max() < 4 * (said * (1 - said) / 4000).sqrt().max()

@@ -48,7 +48,7 @@ class Recording(nn.Module):
     def project(self, hidden: Tensor) -> Tensor:
         return 10 * hidden
 
-    def nothing(self, rows: int) -> Tensor:
+    def null_embedding(self, rows: int) -> Tensor:
         return torch.full((rows, 4), -9.0)
 
     def embed(self, image: Tensor, caption: Read) -> tuple[Tensor, Read]:
@@ -57,11 +57,11 @@ class Recording(nn.Module):
     def forward(self, x: Tensor, timestep: Tensor, told: Any) -> Tensor:
         return self._keep("draw", x, timestep, told)
 
-    def imagine(self, x: Tensor, timestep: Tensor, caption: Any) -> Tensor:
-        return self._keep("imagine", x, timestep, caption)
+    def predict_embedding(self, x: Tensor, timestep: Tensor, caption: Any) -> Tensor:
+        return self._keep("predict_embedding", x, timestep, caption)
 
-    def enlarge(self, x: Tensor, timestep: Tensor, small: Tensor) -> Tensor:
-        return self._keep("enlarge", x, timestep, small)
+    def upsample(self, x: Tensor, timestep: Tensor, small: Tensor) -> Tensor:
+        return self._keep("upsample", x, timestep, small)
 
     def _keep(self, name: str, x: Tensor, timestep: Tensor, told: Any) -> Tensor:
         self.given[name] = SimpleNamespace(x=x, timestep=timestep, told=told)
@@ -100,7 +100,7 @@ def dropped_of(read: Read, given: dict[str, Tensor]) -> Tensor:
 def test_what_unclip_is_told_and_how_often_not(likely: Likely) -> None:
     model, given = Recording(), batch()
     outcome = loss()(model, given)
-    heard, (image, told) = model.given["imagine"].told, model.given["draw"].told
+    heard, (image, told) = model.given["predict_embedding"].told, model.given["draw"].told
     prior, text = dropped_of(heard, given), dropped_of(told, given)
     embedding = (image == -9).all(1)
     assert torch.equal(image[~embedding], given["embeddings"][~embedding])
@@ -113,20 +113,20 @@ def test_what_unclip_is_told_and_how_often_not(likely: Likely) -> None:
     assert outcome.weight == ROWS
     nothing = loss(prior_dropout=0.0, text_dropout=0.0, image_dropout=0.0)
     nothing(model, given)
-    heard, (image, told) = model.given["imagine"].told, model.given["draw"].told
+    heard, (image, told) = model.given["predict_embedding"].told, model.given["draw"].told
     assert not dropped_of(heard, given).any() and not dropped_of(told, given).any() and not (image == -9).any()
 
 
 def test_each_part_of_unclip_has_noise_of_its_own_and_sees_its_own_size(likely: Likely) -> None:
     model = Recording()
     loss()(model, batch())
-    times = [model.given[name].timestep for name in ("imagine", "draw", "enlarge")]
+    times = [model.given[name].timestep for name in ("predict_embedding", "draw", "upsample")]
     for one, other in ((0, 1), (1, 2), (0, 2)):
         assert likely(int((times[one] == times[other]).sum()), ROWS, 1 / 50)
-    assert model.given["imagine"].x.shape == (ROWS, 4) and model.given["draw"].x.shape == (ROWS, 3, 4, 4)
-    assert model.given["enlarge"].x.shape == (ROWS, 3, CROP, CROP)
-    quiet = model.given["imagine"].timestep == 0  # hardly any noise: what is seen is the normalised embedding
-    seen = model.given["imagine"].x[quiet] / NOISE.alpha_bar[0].sqrt()
+    assert model.given["predict_embedding"].x.shape == (ROWS, 4) and model.given["draw"].x.shape == (ROWS, 3, 4, 4)
+    assert model.given["upsample"].x.shape == (ROWS, 3, CROP, CROP)
+    quiet = model.given["predict_embedding"].timestep == 0  # hardly any noise: what is seen is the normalised embedding
+    seen = model.given["predict_embedding"].x[quiet] / NOISE.alpha_bar[0].sqrt()
     wanted = batch()["embeddings"][quiet] / 100
     assert (seen - wanted).abs().mean() < 1.5 * (1 - NOISE.alpha_bar[0]).sqrt() < 0.2
 
@@ -151,7 +151,7 @@ def test_squares_of_the_upsampler_are_everywhere_and_beside_the_same_place(likel
     away = (squares - beside)[:, :2].flatten(1).abs().mean(1)
     assert away.max() < 0.2  # a slope is nearly the same, small and large: another place is further off
     objective(model, given)
-    assert torch.equal(model.given["enlarge"].told, beside)
+    assert torch.equal(model.given["upsample"].told, beside)
 
 
 def test_what_latent_diffusion_is_told_and_how_often_not(likely: Likely) -> None:

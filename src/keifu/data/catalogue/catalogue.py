@@ -164,17 +164,17 @@ def identity(name: str) -> str:
 
 def rows() -> list[dict[str, str]]:
     """Return the catalogue as a table: description, download size, licence of each entry, and whether it is in the
-    cache."""
-    return [_row(name, among) for among in (MODELS, DATA) for name in CATALOGUE if name in among]
+    cache. A name that is both a model and a data set has two rows."""
+    return [_row(name, table) for table in (MODELS, DATA) for name in table]
 
 
-def _row(name: str, among: Mapping[str, Entry]) -> dict[str, str]:
-    record = among[name]
+def _row(name: str, table: Mapping[str, Entry]) -> dict[str, str]:
+    record = table[name]
     needed = {part.archive for part in (record, *map(entry, record.parts)) if part.archive}
     size = f"{sum(archive.size for archive in needed) / 1e6:.1f} MB" if needed else "0"
     return {
         "name": name, "kind": record.kind, "download": size, "about": record.about, "licence": record.licence,
-        "attribution": record.attribution, "fetched": "yes" if is_cached(name, among) else "no",
+        "attribution": record.attribution, "fetched": "yes" if is_cached(name, table) else "no",
     }  # fmt: skip
 
 

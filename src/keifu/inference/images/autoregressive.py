@@ -38,12 +38,12 @@ def sample_image_tokens(
     height, width = model.config.grid.height, model.config.grid.width
     codes = torch.zeros(len(tokens), height * width, dtype=torch.long, device=tokens.device)
     signed = torch.tensor([(seed + 2**63) % 2**64 - 2**63 for seed in seeds], device=tokens.device)  # as int64
-    logits, state = model.begin(tokens, real)
+    logits, state = model.prefill(tokens, real)
     for position in range(height * width):
         codes[:, position] = sample(logits.float(), uniform(signed, torch.full_like(signed, position)))
         watch(codes.unflatten(1, (height, width)))
         if position + 1 < height * width:
-            logits = model.go_on(codes[:, position], position, state)
+            logits = model.decode(codes[:, position], position, state)
     return codes.unflatten(1, (height, width))
 
 

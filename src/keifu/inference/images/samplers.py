@@ -294,14 +294,14 @@ def _unipc_weights(ratios: Sequence[float], h: float, growth: float) -> list[flo
     return torch.linalg.solve(powers, torch.tensor(right, dtype=torch.float64, device="cpu")).tolist()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageSampler:
     """Function, schedule and defaults of a sampler.
 
     schedule: makes the steps from a noise, their number and a spacing. steps: the default number; None: all timesteps
     of the noise. karras: whether the schedule supports the levels of Karras et al. (2022). eta: whether η is a setting.
     clip, threshold: which bounds of the noise are applied to predicted images. flow: whether it can begin at alpha = 0,
-    as a flow does.
+    as a flow does. looks_back: whether it divides by the distance between the levels of two steps, which must differ.
     """
 
     run: Callable[..., Iterator[SamplerStep]]
@@ -313,27 +313,46 @@ class ImageSampler:
     clip: bool = False
     threshold: bool = False
     flow: bool = False
+    looks_back: bool = False
 
 
 SAMPLERS = {
     "ddpm": ImageSampler(
-        ddpm, ddpm_schedule, "the chain of the paper, random", None, False, False, True, True, flow=True
+        run=ddpm, schedule=ddpm_schedule, about="the chain of the paper, random", steps=None, karras=False, clip=True,
+        threshold=True, flow=True,
     ),
     "ddim": ImageSampler(
-        ddim, ddim_schedule, "few steps, without chance unless --eta", 50, False, True, True, True, flow=True
+        run=ddim, schedule=ddim_schedule, about="few steps, without chance unless --eta", karras=False, eta=True,
+        clip=True, threshold=True, flow=True,
     ),
-    "euler": ImageSampler(euler, continuous_schedule, "the plainest solver", 30, flow=True),
-    "euler-ancestral": ImageSampler(euler_ancestral, continuous_schedule, "Euler with fresh noise", 30),
-    "heun": ImageSampler(heun, continuous_schedule, "second order, two evaluations a step", 20, clip=True),
-    "lms": ImageSampler(lms, continuous_schedule, "of the last four slopes", 30),
-    "plms": ImageSampler(plms, ddim_schedule, "the first default of Stable Diffusion", 50, False),
-    "dpm++-2m": ImageSampler(dpm_2m, dpm_solver_schedule, "good pictures in 10 to 25 steps", 20, threshold=True),
+    "euler": ImageSampler(
+        run=euler, schedule=continuous_schedule, about="the plainest solver", steps=30, flow=True
+    ),
+    "euler-ancestral": ImageSampler(
+        run=euler_ancestral, schedule=continuous_schedule, about="Euler with fresh noise", steps=30
+    ),
+    "heun": ImageSampler(
+        run=heun, schedule=continuous_schedule, about="second order, two evaluations per step", steps=20, clip=True
+    ),
+    "lms": ImageSampler(
+        run=lms, schedule=continuous_schedule, about="of the last four slopes", steps=30, looks_back=True
+    ),
+    "plms": ImageSampler(
+        run=plms, schedule=ddim_schedule, about="the first default of Stable Diffusion", karras=False
+    ),
+    "dpm++-2m": ImageSampler(
+        run=dpm_2m, schedule=dpm_solver_schedule, about="good pictures in 10 to 25 steps", steps=20, threshold=True,
+        looks_back=True,
+    ),
     "dpm++-2m-sde": ImageSampler(
-        partial(dpm_2m, stochastic=True), dpm_solver_schedule, "the same with fresh noise", 25, threshold=True
+        run=partial(dpm_2m, stochastic=True), schedule=dpm_solver_schedule, about="the same with fresh noise", steps=25,
+        threshold=True, looks_back=True,
     ),
-    "unipc": ImageSampler(unipc, dpm_solver_schedule, "good pictures in 8 to 20 steps", 20, threshold=True),
-}
-LOOK_BACK = ("lms", "dpm++-2m", "dpm++-2m-sde", "unipc")  # they divide by the distance between the levels of steps
+    "unipc": ImageSampler(
+        run=unipc, schedule=dpm_solver_schedule, about="good pictures in 8 to 20 steps", steps=20, threshold=True,
+        looks_back=True,
+    ),
+}  # fmt: skip
 
 
 def sampler(name: str) -> ImageSampler:
@@ -365,22 +384,23 @@ def configure_sampler(
     eta: float = 0.0,
 ) -> ConfiguredSampler:
     """Return a sampler with its settings. Raises `UserError` for a setting that it does not support."""
-    chosen = sampler(name)
-    if noise.flows and not chosen.flow:
-        able = ", ".join(sampler for sampler, known in SAMPLERS.items() if known.flow)
+    image_sampler = sampler(name)
+    if noise.flows and not image_sampler.flow:
+        able = ", ".join(sampler for sampler, row in SAMPLERS.items() if row.flow)
         raise UserError(f"The sampler {name} divides by alpha, which is 0 where a flow begins: take one of {able}.")
-    if karras and not chosen.karras:
+    if karras and not image_sampler.karras:
         raise UserError(f"The sampler {name} uses the training timesteps: choose another one for Karras levels.")
-    if eta and not chosen.eta:
+    if eta and not image_sampler.eta:
         raise UserError(f"eta is ddim's share of fresh noise; the sampler {name} has none.")
-    run = partial(chosen.run, eta=eta) if chosen.eta else chosen.run
+    run = partial(image_sampler.run, eta=eta) if image_sampler.eta else image_sampler.run
     more = {"karras": True} if karras else {}
-    most = max(1, noise.steps - (chosen.schedule is dpm_solver_schedule))  # this schedule omits the lowest timestep
-    count = steps or min(chosen.steps or noise.steps, most)
-    schedule = (flow_schedule if noise.flows else chosen.schedule)(noise, count, spacing, **more)
-    if name in LOOK_BACK and any(level == next_level for level, next_level in schedule.steps):
+    lowest_is_omitted = image_sampler.schedule is dpm_solver_schedule
+    most = max(1, noise.steps - lowest_is_omitted)
+    count = steps or min(image_sampler.steps or noise.steps, most)
+    schedule = (flow_schedule if noise.flows else image_sampler.schedule)(noise, count, spacing, **more)
+    if image_sampler.looks_back and any(level == next_level for level, next_level in schedule.steps):
         raise UserError(
             f"With {spacing or noise.spacing} spacing {count} steps visit some timesteps twice, and the sampler {name} "
             "needs different ones: take fewer steps, or another spacing."
         )
-    return ConfiguredSampler(run, schedule, chosen, noise)
+    return ConfiguredSampler(run, schedule, image_sampler, noise)

@@ -127,7 +127,7 @@ class UnclipPipeline(TextPipeline):
         guided, count = wanted.prior_guidance != 1, len(texts)
         caption = self._both(texts, wanted) if guided else self._caption(texts, wanted.truncate)
         noise, chosen = self.model.config.prior_noise, self._prior_sampler(wanted)
-        network: Network = lambda x, timestep: self.model.imagine(x, timestep, caption)  # noqa: E731
+        network: Network = lambda x, timestep: self.model.predict_embedding(x, timestep, caption)  # noqa: E731
         if guided:
             guidance = 1.0 if wanted.prior_guidance is None else wanted.prior_guidance
             network = guided_denoiser(network, noise, guidance)
@@ -183,7 +183,8 @@ class UnclipPipeline(TextPipeline):
         if wanted.guidance == 1:
             alone = self.model.embed(image, self._caption(texts, wanted.truncate))
             return lambda x, timestep: self.model(x, timestep, alone)
-        both = self.model.embed(torch.cat([image, self.model.nothing(len(image)).to(image)]), self._both(texts, wanted))
+        null = self.model.null_embedding(len(image)).to(image)
+        both = self.model.embed(torch.cat([image, null]), self._both(texts, wanted))
         guided = wanted.guidance, wanted.guidance_rescale
         return guided_denoiser(lambda x, timestep: self.model(x, timestep, both), self.noise, *guided)
 
@@ -199,7 +200,7 @@ class UnclipPipeline(TextPipeline):
         final = chosen.schedule.steps[-1].level.timestep
 
         def network(x: Tensor, timestep: Tensor) -> Tensor:
-            return self.model.enlarge(x, timestep, beside, last=float(timestep[0]) == final)
+            return self.model.upsample(x, timestep, beside, last=float(timestep[0]) == final)
 
         x = random(beside) * chosen.schedule.initial_sigma
         return last_x(chosen.run(chosen.denoiser(network), x, chosen.schedule, random))

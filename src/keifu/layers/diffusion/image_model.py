@@ -31,12 +31,12 @@ class ImageModel(nn.Module):
       once for all steps. Without an autoencoder, `coder`, the latents are the pictures. config: size, channels (of
       latents), factor (pixels per latent, along a side), colours, masked (whether a mask and the masked image are
       additional input channels), context_length.
-    - embeddings: `imagine(x, timestep, caption)` is the prior, `prior.restored` reverses its normalisation,
+    - embeddings: `predict_embedding(x, timestep, caption)` is the prior, `prior.restored` reverses its normalisation,
       `encode_image` embeds pictures, `model(x, timestep, embed(image, caption))` is the decoder, and `enlarge` is
       super-resolution. config: size, small_size (before super-resolution), pixels (preprocessing; None without an image
       encoder), prior_noise, decoder_noise, upsampling_noise (None without), colours, embedding_dim, context_length,
       prior (None without).
-    - tokens: `begin(tokens, real)` returns the logits of a picture's first token and the state, `go_on(codes, place,
+    - tokens: `prefill(tokens, real)` returns the logits of a picture's first token and the state, `decode(codes, place,
       state)` the logits after a grid position, and `to_pictures(codes)` the pictures. config: grid, size, colours,
       context_length.
     """

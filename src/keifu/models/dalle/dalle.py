@@ -134,14 +134,14 @@ class Dalle(ImageModel):
         positions, width = torch.arange(first, first + codes.shape[1], device=codes.device), self.config.grid.width
         return self.entries(codes) + self.rows(positions // width) + self.columns(positions % width)
 
-    def begin(self, tokens: Tokens, real: RealTokens) -> tuple[Float[Tensor, "batch codebook"], KVState]:
+    def prefill(self, tokens: Tokens, real: RealTokens) -> tuple[Float[Tensor, "batch codebook"], KVState]:
         """Return the logits of the first image token, and the key-value cache of the text with space for the image."""
         x, config = self.embed_text(tokens, real), self.config
         layers = [(config.n_heads, config.dim // config.n_heads)] * config.n_layers
         state = KVState(layers, len(tokens), config.grid.prefix + config.grid.cells, x)
         return self._after(x, state), state
 
-    def go_on(self, codes: Int[Tensor, " batch"], position: int, state: KVState) -> Float[Tensor, "batch codebook"]:
+    def decode(self, codes: Int[Tensor, " batch"], position: int, state: KVState) -> Float[Tensor, "batch codebook"]:
         """Return the logits of the image token after the one at this grid position."""
         return self._after(self.embed_codes(codes[:, None], position), state)
 

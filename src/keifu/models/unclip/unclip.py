@@ -155,11 +155,11 @@ class Unclip(ImageModel):
             raise UserError("This unCLIP has no image_encoder, so it cannot see a picture: give a text.")
         return self.image(pixels)
 
-    def imagine(self, x: Embedding, timestep: Time, caption: Caption) -> Embedding:
+    def predict_embedding(self, x: Embedding, timestep: Time, caption: Caption) -> Embedding:
         """Return the prior's prediction of the normalised image embedding from noisy ones."""
         return self.prior(x, timestep, *caption)
 
-    def nothing(self, batch: int) -> Embedding:
+    def null_embedding(self, batch: int) -> Embedding:
         """Return the null image embedding."""
         return self.conditions.none.expand(batch, -1)
 
@@ -174,7 +174,7 @@ class Unclip(ImageModel):
         """Return the decoder's prediction for noisy images."""
         return self.decoder.predict(x, timestep, *conditioning)
 
-    def enlarge(self, x: Sample, timestep: Time, small: Sample, last: bool = False) -> Predicted:
+    def upsample(self, x: Sample, timestep: Time, small: Sample, last: bool = False) -> Predicted:
         """Return the upsampler's prediction for noisy images, given the small ones resized to the same size. last: for
         the step that ends at the clean image."""
         return (self.last_upsampler if last else self.upsampler)(torch.cat([x, small], 1), timestep)

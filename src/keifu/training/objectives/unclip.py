@@ -64,18 +64,18 @@ class UnclipLoss:
         of_prior = _drop_captions(caption, null, self._chance(draws, 0) < self.prior_dropout)
         of_decoder = _drop_captions(caption, null, self._chance(draws, 1) < self.text_dropout)
         dropped = (self._chance(draws, 2) < self.image_dropout)[:, None]
-        image = torch.where(dropped, model.nothing(len(draws)), embeddings)
+        image = torch.where(dropped, model.null_embedding(len(draws)), embeddings)
         small = F.interpolate(whole, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
-        imagine: Network = lambda x, timestep: model.imagine(x, timestep, of_prior)  # noqa: E731
+        predict_embedding: Network = lambda x, timestep: model.predict_embedding(x, timestep, of_prior)  # noqa: E731
         draw: Network = lambda x, timestep: model(x, timestep, model.embed(image, of_decoder))  # noqa: E731
         outputs = {
-            "prior": self.prior.of(imagine, model.prior.normalised(embeddings), self._seed(draws, 3)),
+            "prior": self.prior.of(predict_embedding, model.prior.normalised(embeddings), self._seed(draws, 3)),
             "decoder": self.decoder.of(draw, small, self._seed(draws, 4)),
         }
         if self.upsampler is not None:
             large, enlarged = self._cut(whole, small, draws)
-            enlarge: Network = lambda x, timestep: model.enlarge(x, timestep, enlarged)  # noqa: E731
-            outputs["upsampler"] = self.upsampler.of(enlarge, large, self._seed(draws, 5))
+            upsample: Network = lambda x, timestep: model.upsample(x, timestep, enlarged)  # noqa: E731
+            outputs["upsampler"] = self.upsampler.of(upsample, large, self._seed(draws, 5))
         total = torch.stack([outcome.total for outcome in outputs.values()]).sum()
         return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in outputs.items()})
 
