@@ -1,0 +1,152 @@
+// The Transformer (Vaswani et al., 2017): an encoder reads the source, a decoder writes the target and looks at it.
+// The names of the weights are Marian's. Translations are found by beam search.
+
+import { ModelError, add, attend, layerNorm, relu } from "./tensors.js";
+
+export class Transformer {
+  constructor(tensors, config) {
+    if (config.activation_function !== "relu") throw new ModelError(`The engine's Transformer has the activation relu, and this model ${config.activation_function}.`);
+    if (!config.share_encoder_decoder_embeddings) throw new ModelError("The engine's Transformer has one vocabulary for both languages, and this model two.");
+    Object.assign(this, { tensors, config });
+    this.dim = config.d_model;
+    this.nLayers = config.encoder_layers;
+    this.nDecoderLayers = config.decoder_layers;
+    this.nHeads = config.encoder_attention_heads;
+    this.nDecoderHeads = config.decoder_attention_heads;
+    this.contextLength = config.max_position_embeddings;
+    this.embedding = "model.shared.weight";
+    tensors.entry(this.embedding);
+  }
+
+  linear(x, name) {
+    return this.tensors.linear(x, `${name}.weight`, `${name}.bias`);
+  }
+
+  norm(x, name) {
+    return layerNorm(x, this.tensors.get(`${name}.weight`), this.tensors.get(`${name}.bias`), 1e-5);
+  }
+
+  feedForward(x, name) {
+    return this.norm(add(x, this.linear(this.linear(x, `${name}.fc1`).map(relu), `${name}.fc2`)), `${name}.final_layer_norm`);
+  }
+
+  // Embeddings plus sinusoids: all sines, then all cosines.
+  embed(ids, start) {
+    const x = this.tensors.rows(this.embedding, ids);
+    const [half, scale] = [this.dim / 2, this.config.scale_embedding ? Math.sqrt(this.dim) : 1];
+    for (let i = 0; i < x.length; i++) {
+      const [position, feature] = [start + Math.floor(i / this.dim), i % this.dim];
+      const angle = position / 10000 ** ((2 * (feature % half)) / this.dim);
+      x[i] = x[i] * scale + (feature < half ? Math.sin(angle) : Math.cos(angle));
+    }
+    return x;
+  }
+
+  // The encoder's states of the source: [n, dim].
+  encode(ids, { watch = {}, off = () => null } = {}) {
+    const n = ids.length;
+    if (n > this.contextLength) throw new ModelError(`The sentence has ${n} tokens, and the model reads ${this.contextLength}: split it.`);
+    let x = this.embed(ids, 0);
+    for (let layer = 0; layer < this.nLayers; layer++) {
+      const name = `model.encoder.layers.${layer}`;
+      const [q, k, v] = ["q", "k", "v"].map((part) => this.linear(x, `${name}.self_attn.${part}_proj`));
+      const look = watch.encoder && ((head, t, row) => watch.encoder(layer, head, t, row));
+      const mixed = attend(q, k, v, { n, seen: n, nHeads: this.nHeads, off: off("encoder", layer), watch: look });
+      x = this.norm(add(x, this.linear(mixed, `${name}.self_attn.out_proj`)), `${name}.self_attn_layer_norm`);
+      x = this.feedForward(x, name);
+      watch.hidden?.(layer, x);
+    }
+    return x;
+  }
+
+  // The state of a decoder that has written nothing: keys and values of the source, once for all steps.
+  start(source, options = {}) {
+    const states = this.encode(source, options);
+    const layers = Array.from({ length: this.nDecoderLayers }, (_, layer) => `model.decoder.layers.${layer}.encoder_attn`);
+    const memory = layers.map((name) => ["k", "v"].map((part) => this.linear(states, `${name}.${part}_proj`)));
+    return { length: 0, source: source.length, memory, keys: layers.map(() => new Float32Array(0)), values: layers.map(() => new Float32Array(0)) };
+  }
+
+  // The logits of the token after these; returns them with the new state, and leaves the old one as it is.
+  next(ids, state, { watch = {}, off = () => null } = {}) {
+    const [n, start, nHeads] = [ids.length, state.length, this.nDecoderHeads];
+    const grown = { ...state, length: start + n, keys: [], values: [] };
+    let x = this.embed(ids, start);
+    for (let layer = 0; layer < this.nDecoderLayers; layer++) {
+      const name = `model.decoder.layers.${layer}`;
+      const [q, k, v] = ["q", "k", "v"].map((part) => this.linear(x, `${name}.self_attn.${part}_proj`));
+      const [keys, values] = [append(state.keys[layer], k), append(state.values[layer], v)];
+      grown.keys.push(keys);
+      grown.values.push(values);
+      const self = attend(q, keys, values, { n, seen: start + n, nHeads, causal: start, off: off("decoder", layer) });
+      x = this.norm(add(x, this.linear(self, `${name}.self_attn.out_proj`)), `${name}.self_attn_layer_norm`);
+      const look = watch.cross && ((head, t, row) => watch.cross(layer, head, start + t, row));
+      const cross = { n, seen: state.source, nHeads, off: off("cross", layer), watch: look };
+      const mixed = attend(this.linear(x, `${name}.encoder_attn.q_proj`), ...state.memory[layer], cross);
+      x = this.norm(add(x, this.linear(mixed, `${name}.encoder_attn.out_proj`)), `${name}.encoder_attn_layer_norm`);
+      x = this.feedForward(x, name);
+    }
+    const logits = this.tensors.linear(x.slice(-this.dim), this.embedding);
+    return [this.tensors.has("final_logits_bias") ? add(logits, this.tensors.get("final_logits_bias")) : logits, grown];
+  }
+
+  // Beam search (Wu et al., 2016): the best target of a source, by ln P / ((5 + length) / 6)^alpha.
+  // watch(beams) sees the open texts after each step.
+  translate(source, { beams = 4, alpha = 0.6, maxTokens = source.length + 50, watch = null, ...options } = {}) {
+    const { decoder_start_token_id: first, eos_token_id: end, pad_token_id: pad } = this.config;
+    const never = [first, pad].filter((id) => id !== end);
+    const limit = Math.min(this.contextLength, maxTokens);
+    const penalty = (length) => ((5 + length) / 6) ** alpha;
+    let best = { score: -Infinity, tokens: [] };
+    let open = [{ tokens: [], score: 0, state: this.start(source, options) }];
+    for (let length = 1; open.length; length++) {
+      const candidates = open.flatMap((beam) => {
+        const [logits, state] = this.next(beam.tokens.length ? beam.tokens.slice(-1) : [first], beam.state, options);
+        return likeliest(logits, 2 * beams + never.length).filter(({ id }) => !never.includes(id))
+          .map(({ id, logP }) => ({ tokens: [...beam.tokens, id], score: beam.score + logP, state }));
+      }).sort((a, b) => b.score - a.score).slice(0, 2 * beams);
+      const ended = ({ tokens }) => tokens.at(-1) === end || length >= limit;
+      for (const candidate of candidates.slice(0, beams).filter(ended)) {
+        const score = candidate.score / penalty(length);
+        if (score > best.score) best = { score, tokens: candidate.tokens };
+      }
+      open = candidates.filter((candidate) => !ended(candidate)).slice(0, beams);
+      watch?.(open);
+      if (!open.length || (beams === 1 ? best.score > -Infinity : open[0].score / Math.max(penalty(length), penalty(limit)) <= best.score)) break;
+    }
+    const tokens = best.tokens.at(-1) === end ? best.tokens.slice(0, -1) : best.tokens;
+    return { tokens, score: best.score, ended: tokens.length < best.tokens.length };
+  }
+
+  // The decoder's attention to the source, for each written token and the end: rows [layer][head][token].
+  align(source, tokens, options = {}) {
+    const rows = Array.from({ length: this.nDecoderLayers }, () => Array.from({ length: this.nDecoderHeads }, () => []));
+    const watch = { cross: (layer, head, position, row) => { rows[layer][head][position] = row; } };
+    this.next([this.config.decoder_start_token_id, ...tokens], this.start(source, options), { ...options, watch });
+    return rows;
+  }
+}
+
+function append(a, b) {
+  const joined = new Float32Array(a.length + b.length);
+  joined.set(a);
+  joined.set(b, a.length);
+  return joined;
+}
+
+// The tokens with the largest logits, and ln of their probabilities.
+export function likeliest(logits, count) {
+  const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
+  let total = 0;
+  for (const logit of logits) total += Math.exp(logit - largest);
+  const logTotal = Math.log(total) + largest;
+  const ids = [];
+  for (let id = 0; id < logits.length; id++) { // kept in order, the largest first
+    if (ids.length === count && logits[id] <= logits[ids[count - 1]]) continue;
+    let at = ids.length;
+    while (at > 0 && logits[ids[at - 1]] < logits[id]) at--;
+    ids.splice(at, 0, id);
+    if (ids.length > count) ids.pop();
+  }
+  return ids.map((id) => ({ id, logP: logits[id] - logTotal }));
+}
