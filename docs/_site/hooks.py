@@ -15,7 +15,8 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import reference  # noqa: E402 (a file of this folder)
+import live  # noqa: E402 (a file of this folder)
+import reference  # noqa: E402
 import search  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
@@ -96,14 +97,16 @@ def mathml(latex: str, display: str) -> str:
 
 
 def on_post_page(output: str, page: Page, **_: object) -> str:
-    """Return a page that searches the pages of its language."""
+    """Return a page with its live elements, which searches the pages of its language."""
+    output = live.fill(output, page.file.dest_uri)
     return search.own_base(output) if page.file.dest_uri.startswith("ja/") else output
 
 
 @event_priority(-200)  # after the plugins that write the index
 def on_post_build(config: MkDocsConfig) -> None:
-    """Put copies of the files that pages link to into the site, and split the search index by language."""
+    """Copy what pages link to and what live elements need into the site, and split the search index by language."""
     search.split(Path(config.site_dir))
+    live.copy(Path(config.site_dir))
     for file in copied:
         target = Path(config.site_dir) / SOURCES / f"{file.relative_to(ROOT).as_posix()}.txt"
         target.parent.mkdir(parents=True, exist_ok=True)

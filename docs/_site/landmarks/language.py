@@ -197,7 +197,9 @@ def gated_delta(drawing: Drawing) -> None:
     )
     drawing.line(token.bottom, signals.top)
     fade = drawing.box(92, 138, ("fade", "減衰"), ("S ← α S", "S ← α S"), "norm", 130)
-    correct = drawing.box(268, 138, ("correct", "修正"), ("S ← S + k β (v - Sᵀk)ᵀ", "S ← S + k β (v - Sᵀk)ᵀ"), "attention", 160)
+    correct = drawing.box(
+        268, 138, ("correct", "修正"), ("S ← S + k β (v - Sᵀk)ᵀ", "S ← S + k β (v - Sᵀk)ᵀ"), "attention", 160
+    )
     drawing.line(signals.bottom, (MIDDLE, 120), (268, 120), correct.top)
     drawing.line(fade.right, correct.left)
     state = drawing.box(92, 212, ("state S", "状態 S"), ("of fixed size", "大きさは一定"), "frozen", 130)
@@ -211,7 +213,9 @@ def gated_delta(drawing: Drawing) -> None:
 def deepseek_v3(drawing: Drawing) -> None:
     token = drawing.box(MIDDLE, 12, ("a token's hidden state", "トークンの隠れ状態"), tone="data", width=170)
     queries = drawing.box(82, 74, ("queries", "クエリ"), ("of 128 heads", "128 ヘッド分"), "layer", 120)
-    latent = drawing.box(256, 74, ("latent c", "潜在ベクトル c"), ("512 + 64 numbers, kept", "512 + 64 個の数、保持"), "frozen", 170)
+    latent = drawing.box(
+        256, 74, ("latent c", "潜在ベクトル c"), ("512 + 64 numbers, kept", "512 + 64 個の数、保持"), "frozen", 170
+    )
     for first in (queries, latent):
         drawing.line(token.bottom, (MIDDLE, 58), (first.x, 58), first.top)
     made = drawing.box(256, 138, ("keys and values", "キーと値"), ("of 128 heads", "128 ヘッド分"), "layer", 150)
@@ -245,20 +249,36 @@ def gpt_oss(drawing: Drawing) -> None:
 
 
 def long_context(drawing: Drawing) -> None:
-    token = drawing.box(MIDDLE, 12, ("position m, up to s · L", "位置 m、s · L まで"), ("trained up to L", "学習は L まで"), "data", 210)
+    token = drawing.box(
+        MIDDLE, 12, ("position m, up to s · L", "位置 m、s · L まで"), ("trained up to L", "学習は L まで"), "data", 210
+    )
     ways = (
         (64, ("interpolation", "位置補間"), ("all pairs: / s", "全ペアを 1/s")),
         (180, "NTK", ("larger base b", "底 b を大きく")),
         (296, "YaRN", ("slow pairs: / s", "遅いペアを 1/s")),
     )
-    angles = drawing.box(MIDDLE, 168, ("angles of the pairs", "ペアの角度"), ("within those of training", "学習した範囲の中"), "layer", 210)
+    angles = drawing.box(
+        MIDDLE,
+        168,
+        ("angles of the pairs", "ペアの角度"),
+        ("within those of training", "学習した範囲の中"),
+        "layer",
+        210,
+    )
     for x, name, remark in ways:
         way = drawing.box(x, 90, name, remark, "norm", 110)
         drawing.line(token.bottom, (MIDDLE, 72), (x, 72), way.top)
         drawing.line(way.bottom, (x, 150), (MIDDLE, 150), angles.top)
     turned = drawing.box(MIDDLE, 230, ("queries and keys turn", "クエリとキーが回転"), tone="layer", width=210)
     drawing.line(angles.bottom, turned.top)
-    attention = drawing.box(MIDDLE, 280, ("attention", "注意"), ("YaRN: scores × (0.1 ln s + 1)²", "YaRN：得点 × (0.1 ln s + 1)²"), "attention", 210)
+    attention = drawing.box(
+        MIDDLE,
+        280,
+        ("attention", "注意"),
+        ("YaRN: scores × (0.1 ln s + 1)²", "YaRN：得点 × (0.1 ln s + 1)²"),
+        "attention",
+        210,
+    )
     drawing.line(turned.bottom, attention.top)
     drawing.note(MIDDLE, 338, ("then a short training on long sequences", "その後、長い系列で短く学習"))
 
@@ -273,12 +293,25 @@ def llada(drawing: Drawing) -> None:
     for y, label, cells in rows:
         drawing.grid(30, y, [cells], 18)
         drawing.note(92, y + 34, label)
-    block = drawing.box(262, 12, ("LLaMA's blocks", "LLaMA のブロック"), ("no causal mask", "因果マスクなし"), "attention", 170)
-    guess = drawing.box(262, 84, ("a token for each mask", "各マスクのトークン"), ("all at once", "一度に予測"), "layer", 170)
-    keep = drawing.box(262, 156, ("keep the surest", "最も確かなものを残す"), ("the others: masks again", "ほかは再びマスク"), "goal", 170)
+    block = drawing.box(
+        262, 12, ("LLaMA's blocks", "LLaMA のブロック"), ("no causal mask", "因果マスクなし"), "attention", 170
+    )
+    guess = drawing.box(
+        262, 84, ("a token for each mask", "各マスクのトークン"), ("all at once", "一度に予測"), "layer", 170
+    )
+    keep = drawing.box(
+        262,
+        156,
+        ("keep the surest", "最も確かなものを残す"),
+        ("the others: masks again", "ほかは再びマスク"),
+        "goal",
+        170,
+    )
     drawing.line(block.bottom, guess.top)
     drawing.line(guess.bottom, keep.top)
-    drawing.note(MIDDLE, 224, ("training: any share t is masked, loss / t", "学習：任意の割合 t を隠し、損失を t で割る"))
+    drawing.note(
+        MIDDLE, 224, ("training: any share t is masked, loss / t", "学習：任意の割合 t を隠し、損失を t で割る")
+    )
 
 
 def whisper(drawing: Drawing) -> None:

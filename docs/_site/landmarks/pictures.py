@@ -196,7 +196,14 @@ def llava(drawing: Drawing) -> None:
     drawing.grid(30, 16, ["#+o", "+o#", "o#+"], 24)
     drawing.note(66, 106, ("picture", "画像"))
     drawing.line((112, 52), (140, 52))
-    tower = drawing.box(245, 31, ("image tower (CLIP)", "画像の塔（CLIP）"), ("a state for each patch", "パッチごとの状態"), "frozen", 200)
+    tower = drawing.box(
+        245,
+        31,
+        ("image tower (CLIP)", "画像の塔（CLIP）"),
+        ("a state for each patch", "パッチごとの状態"),
+        "frozen",
+        200,
+    )
     parts = [
         Part(("projector: 2 matrices", "射影：2 つの行列"), ("a patch becomes a token", "パッチがトークンになる"), "goal"),
         Part(("patches, then the question", "パッチ、続いて質問"), ("one sequence", "1 つの系列"), "data"),
@@ -208,7 +215,7 @@ def llava(drawing: Drawing) -> None:
 
 
 def dit(drawing: Drawing) -> None:
-    norm = (("× (1 + scale) + shift",) * 2)
+    norm = ("× (1 + scale) + shift",) * 2
     parts = [
         Part(("noisy patches + positions", "ノイズ画像のパッチ + 位置"), "", "data"), Begin("× 28"), Fork(), Part("LayerNorm", norm, "norm"),
         Part(("self-attention", "自己注意"), "", "attention"), Part(("× gate", "× ゲート"), "", "norm"), Join(), Fork(), Part("LayerNorm", norm, "norm"),

@@ -1,0 +1,33 @@
+// Writes src/keifu/page/live/first.js: what the live elements show before a click. Run it after a packaged model changed:
+// node docs/_site/first_frames.mjs
+
+import { readFileSync, writeFileSync } from "node:fs";
+import { ACTIONS } from "../../src/keifu/page/engine/actions.js";
+import { readModel } from "../../src/keifu/page/engine/models.js";
+import { centred } from "../../src/keifu/page/live/elements/network.js";
+
+const root = new URL("../../", import.meta.url);
+const TEXT = ["config.json", "model.safetensors", "tokenizer.json"];
+const DDPM = ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"];
+const STROKES = [[[9, 6], [14, 5], [18, 8], [17, 12], [13, 14], [18, 16], [19, 20], [15, 23], [9, 22]]];
+
+function load(name, files) {
+  const read = (file) => Uint8Array.from(readFileSync(new URL(`pretrained/src/keifu_pretrained/${name}/${file}`, root))).buffer;
+  return readModel(Object.fromEntries(files.map((file) => [file, read(file)])));
+}
+
+const rounded = (value) => JSON.parse(JSON.stringify(value, (_, each) => (typeof each === "number" ? Math.round(1e6 * each) / 1e6 : each)));
+const grey = ({ x }) => Buffer.from(Uint8Array.from(x, (value) => Math.max(0, Math.min(255, Math.round(127.5 * (1 + value)))))).toString("base64");
+const go = async () => true;
+
+const FIRST = {
+  network: rounded(ACTIONS.classify(load("network", TEXT.slice(0, 2)), { pixels: centred(STROKES) })),
+  decoder: rounded(ACTIONS.next(load("gpt-en", TEXT), { text: "The city was founded in the" })),
+  masked: rounded(ACTIONS.fill(load("bert-en", TEXT), { text: "The book was [MASK] by an American author." })),
+  translator: rounded(ACTIONS.translate(load("ja-en", TEXT), { text: "猫はテーブルの下で寝ています。" })),
+  digits: grey(await ACTIONS.digit(load("digits", DDPM), { label: 3, steps: 20, guidance: 2, seed: 1 }, go)),
+};
+FIRST.network.hidden = FIRST.network.hidden.map((states) => states.map((state) => Math.ceil(100 * state) / 100));
+const lines = Object.entries(FIRST).map(([name, frame]) => `  ${JSON.stringify(name)}: ${JSON.stringify(frame)},\n`);
+const head = "// What the live elements show before a click; written by `node docs/_site/first_frames.mjs`.\n\n";
+writeFileSync(new URL("src/keifu/page/live/first.js", root), `${head}export const FIRST = {\n${lines.join("")}};\n`);

@@ -1,0 +1,70 @@
+"""The live elements of the site: `<div data-live="NAME"></div>` of a page becomes one that runs in the browser.
+
+The engine, its kernel and the packaged models are copied into the site. A page with elements loads their scripts and one
+style sheet; the models come after a click.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from keifu.page import kernel
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "src/keifu/page"
+MODELS = ROOT / "pretrained/src/keifu_pretrained"
+ELEMENT = re.compile(r'<div data-live="([^"]*)"></div>')
+TEXT = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+UNET = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+)
+FILES = {  # of each element's model; an element without a model has none
+    "perceptron": (),
+    "network": ("config.json", "model.safetensors"),
+    "gpt-en": TEXT,
+    "bert-en": TEXT,
+    "ja-en": TEXT,
+    "digits": UNET,
+}
+WITHOUT_SCRIPT = {
+    "en": "This element runs in your browser. It needs JavaScript and a web server: python -m http.server -d site",
+    "ja": "この要素はブラウザーの中で動きます。JavaScript とウェブサーバーが要ります：python -m http.server -d site",
+}
+used: set[str] = set()
+
+
+def fill(page: str, address: str) -> str:
+    """Return a page of the site with what its live elements need. address: that of the page inside the site."""
+    if not ELEMENT.search(page):
+        return page
+    live = Path(os.path.relpath("live", Path(address).parent)).as_posix()
+    language = "ja" if address.startswith("ja/") else "en"
+    head = f'<link rel="stylesheet" href="{live}/live.css"><script type="module" src="{live}/live.js"></script>'
+    return ELEMENT.sub(lambda found: element(found[1], language), page).replace("</head>", f"{head}</head>", 1)
+
+
+def element(name: str, language: str) -> str:
+    """Return the element with its model's files and their size. Raises `KeyError` for an unknown name."""
+    files = FILES[name]
+    used.add(name)
+    size = sum((MODELS / name / file).stat().st_size for file in files)
+    data = f' data-files="{" ".join(files)}" data-bytes="{size}"' if files else ""
+    return f'<div data-live="{name}"{data}><p>{WITHOUT_SCRIPT[language]}</p></div>'
+
+
+def copy(site: Path) -> None:
+    """Copy the scripts, the kernel and the models of the elements that pages have into the site."""
+    live = site / "live"
+    shutil.copytree(PAGE / "live", live, dirs_exist_ok=True)
+    shutil.copytree(PAGE / "engine", site / "engine", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.c"))
+    if kernel.can_compile():
+        kernel.compile_kernel(site / "engine/kernel.wasm")
+    for name in used:
+        for file in FILES[name]:
+            target = live / "models" / name / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(MODELS / name / file, target)

@@ -1,0 +1,119 @@
+// The live elements of the documentation: <div data-live="NAME" data-files="..." data-bytes="..."></div>. Each shows a
+// first frame at once, and loads its model after a click. data-state: idle, loading, running, done or error.
+
+import { Client } from "./client.js";
+import { make } from "./ui.js";
+
+const MODULES = {
+  perceptron: "perceptron", network: "network", "gpt-en": "decoder", "bert-en": "masked", "ja-en": "translator", digits: "digits",
+};
+const WORDS = {
+  en: { try: "Try it here", again: "Run", load: (share) => `Loading, ${share}%`, run: "Computing", stop: "Stop", ask: "Three things to try" },
+  ja: { try: "ここで試す", again: "実行", load: (share) => `読み込み中、${share}%`, run: "計算中", stop: "停止", ask: "試してみること三つ" },
+};
+
+export class Live {
+  constructor(root) {
+    this.root = root;
+    this.language = document.documentElement.lang.startsWith("ja") ? "ja" : "en";
+    this.words = WORDS[this.language];
+    this.name = root.dataset.live;
+    this.files = (root.dataset.files ?? "").split(" ").filter(Boolean);
+    this.bytes = Number(root.dataset.bytes ?? 0);
+    this.client = null;
+    this.pending = null;
+  }
+
+  async mount() {
+    const { Element, WORDS: words } = await import(`./elements/${MODULES[this.name]}.js`);
+    this.text = words[this.language];
+    this.body = make("div", { class: "live-body" });
+    this.button = make("button", { type: "button", class: "live-run", "data-live-run": true, onclick: () => this.click() }, this.runLabel());
+    this.message = make("p", { class: "live-message", role: "status" });
+    const questions = this.text.questions.map(([question, answer]) => make("details", {}, make("summary", {}, question), make("p", {}, answer)));
+    this.root.replaceChildren(
+      this.body, make("div", { class: "live-line" }, this.button, this.message), make("p", { class: "live-about" }, this.text.about),
+      make("p", { class: "live-ask" }, this.words.ask), ...questions,
+    );
+    this.root.classList.add("live");
+    this.element = new Element(this, this.body);
+    this.set("idle");
+  }
+
+  runLabel() {
+    if (!this.bytes) return this.words.try;
+    const size = `${(this.bytes / 1e6).toFixed(1)} MB`;
+    return this.language === "ja" ? `${this.words.try}（${size}）` : `${this.words.try} (${size})`;
+  }
+
+  set(state, message = "") {
+    this.root.dataset.state = state;
+    this.root.dataset.message = message;
+    this.message.textContent = message;
+    this.root.setAttribute("aria-busy", String(state === "loading" || state === "running"));
+  }
+
+  get ready() { return !this.bytes || this.client !== null; }
+  get busy() { return ["loading", "running"].includes(this.root.dataset.state); }
+
+  // A click on the button: load the model, run, or stop what runs.
+  async click() {
+    if (this.root.dataset.state === "loading") return;
+    if (this.root.dataset.state === "running") {
+      this.pending = null;
+      this.client?.stop();
+      return;
+    }
+    if (!this.ready && !(await this.load())) return;
+    await this.element.run();
+  }
+
+  async load() {
+    const client = new Client(new URL("./", import.meta.url));
+    this.set("loading", this.words.load(0));
+    try {
+      const loaded = await client.load(this.name, this.files, (bytes) => {
+        const share = this.words.load(Math.min(100, Math.round((100 * bytes) / this.bytes)));
+        if (share !== this.message.textContent) this.set("loading", share);
+      });
+      this.root.dataset.kernel = String(loaded.kernel);
+      this.client = client;
+      this.set("idle");
+      return true;
+    } catch (error) {
+      client.end();
+      this.set("error", error.message);
+      return false;
+    }
+  }
+
+  // Ask the model. While it computes, the newest question waits, and older ones are dropped.
+  async ask(action, options, show, progress = null) {
+    if (!this.client) return;
+    if (this.busy) {
+      this.pending = [action, options, show, progress];
+      return;
+    }
+    this.set("running", this.words.run);
+    this.button.textContent = this.words.stop;
+    try {
+      const started = performance.now();
+      show(await this.client.ask(action, options, progress));
+      this.set("done", this.element.done?.(performance.now() - started) ?? "");
+    } catch (error) {
+      this.set("error", error.message);
+    }
+    this.button.textContent = this.text.run ?? this.words.again;
+    const waiting = this.pending;
+    this.pending = null;
+    if (waiting) await this.ask(...waiting);
+  }
+}
+
+for (const root of document.querySelectorAll("[data-live]")) {
+  const live = new Live(root);
+  live.mount().catch((error) => {
+    root.dataset.state = "error";
+    root.dataset.message = root.textContent = error.message;
+  });
+}

@@ -1,0 +1,203 @@
+"""The live elements of the documentation, in Chromium: a first frame, a click, what it shows, and what goes wrong."""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mkdocs")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs/_site"))
+
+import live as builder  # noqa: E402 (a file of docs/_site)
+from local_server import WAIT, serve  # noqa: E402
+
+WIDTHS = {"en": 1280, "ja": 390}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with one page for each element and language, as the hooks of the documentation make them."""
+    place = tmp_path_factory.mktemp("site")
+    for language, folder in (("en", place), ("ja", place / "ja")):
+        folder.mkdir(exist_ok=True)
+        for name in builder.FILES:
+            page = f'<!doctype html><html lang="{language}"><head><meta name="viewport" content="width=device-width">'
+            page += f'<link rel="icon" href="data:,"></head><body><div data-live="{name}"></div></body></html>'
+            address = f"{name}.html" if language == "en" else f"ja/{name}.html"
+            (place / address).write_text(builder.fill(page, address), encoding="utf-8")
+    builder.copy(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def root(site: Path) -> Iterator[str]:
+    yield from serve(site)
+
+
+class Element:
+    """A live element in a page of its own, and the addresses that the page asked for."""
+
+    def __init__(self, chromium: Any, root: str, name: str, language: str = "en"):
+        self.context = chromium.new_context(viewport={"width": WIDTHS[language], "height": 800})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(WAIT)
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(f"{root}/{'' if language == 'en' else 'ja/'}{name}.html")
+        self.wait("idle", "error")
+
+    def wait(self, *states: str) -> str:
+        """Wait for one of the states and return it."""
+        self.page.wait_for_selector(",".join(f"[data-live][data-state={state}]" for state in states))
+        return self.state
+
+    @property
+    def state(self) -> str:
+        return str(self.page.get_attribute("[data-live]", "data-state"))
+
+    @property
+    def message(self) -> str:
+        return str(self.page.get_attribute("[data-live]", "data-message"))
+
+    def text(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+    def run(self) -> str:
+        """Click the button and wait for the end."""
+        self.page.click("[data-live-run]")
+        return self.wait("done", "error")
+
+
+@pytest.fixture
+def element(chromium: Any, root: str) -> Iterator[Any]:
+    """Yield a function that opens an element."""
+    opened: list[Element] = []
+
+    def make(name: str, language: str = "en") -> Element:
+        opened.append(Element(chromium, root, name, language))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.context.close()
+        assert each.errors == []
+
+
+@pytest.mark.parametrize("language", ["en", pytest.param("ja", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", builder.FILES)
+def test_each_element_runs(element, root: str, name: str, language: str) -> None:
+    found = element(name, language)
+    assert not any("/models/" in address or "kernel.wasm" in address for address in found.requests)
+    button, body = found.text("[data-live-run]"), found.text(".live-body")
+    size = sum((builder.MODELS / name / file).stat().st_size for file in builder.FILES[name])
+    assert (f"{size / 1e6:.1f} MB" in button) == bool(size)
+    assert found.page.locator(".live details").count() == 3 and found.page.locator(".live-about").inner_text()
+    assert found.run() == "done", found.message
+    assert found.text(".live-body") != "" and body != ""
+    assert found.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert all(address.startswith((root, "data:", "blob:")) for address in found.requests)
+    controls = found.page.locator(".live :is(input, textarea, select, canvas[tabindex])")
+    assert all(
+        controls.nth(i).evaluate("node => node.ariaLabel || node.labels?.length") for i in range(controls.count())
+    )
+
+
+FIRST = {"network": ".live-side", "gpt-en": ".live-bars", "bert-en": ".live-columns", "ja-en": ".live-output"}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_frame_is_what_the_model_computes(element, name: str) -> None:
+    found = element(name)
+    first = found.text(FIRST[name])
+    assert found.run() == "done" and found.text(FIRST[name]) == first != ""
+
+
+def test_the_digit_of_the_first_frame_is_what_the_model_draws(element) -> None:
+    found = element("digits")
+    pixels = "[...document.querySelector('canvas').getContext('2d').getImageData(0, 0, 28, 28).data]"
+    first = found.page.evaluate(pixels)
+    assert found.run() == "done"
+    drawn = found.page.evaluate(pixels)
+    assert max(abs(a - b) for a, b in zip(first, drawn, strict=True)) <= 2 and max(first) > 200
+
+
+def test_perceptron_learns_and_refuses_xor(element) -> None:
+    found = element("perceptron")
+    assert found.run() == "done" and "11 corrections" in found.message
+    found.page.select_option("select", "xor")
+    assert found.run() == "done" and "no line separates" in found.message
+
+
+def test_a_point_is_moved_and_changed_by_keys(element) -> None:
+    found = element("perceptron")
+    point = found.page.locator(".live-dot").nth(0)
+    left = point.evaluate("node => node.style.left")
+    point.focus()
+    found.page.keyboard.press("ArrowRight")
+    assert found.page.locator(".live-dot").nth(0).evaluate("node => node.style.left") != left
+    found.page.keyboard.press("Enter")
+    assert found.page.locator(".live-dot").nth(0).inner_text() == "1"
+
+
+def test_settings_change_what_may_be_drawn(element) -> None:
+    found = element("gpt-en")
+    assert found.run() == "done"
+    assert sum(share != "0.0%" for share in found.page.locator(".live-bar .live-share").all_inner_texts()) == 12
+    found.page.locator("input[aria-label^=Top-k]").fill("2")
+    few = "[...document.querySelectorAll('.live-share')].filter(node => node.innerText != '0.0%').length == 2"
+    found.page.wait_for_function(few)
+
+
+@pytest.mark.parametrize("text", ["", "🙂" * 40, "word " * 300], ids=["empty", "emoji", "long"])
+def test_any_text_is_answered(element, text: str) -> None:
+    found = element("gpt-en")
+    found.page.fill("textarea", text)
+    assert found.run() == "done" and found.page.locator(".live-bar").count() == 12
+    found = element("bert-en")
+    found.page.fill("textarea", text)
+    assert found.run() == "error" and found.message.endswith(".")
+
+
+@pytest.mark.slow
+def test_clicks_while_it_computes_do_no_harm(element) -> None:
+    found = element("digits")
+    assert found.run() == "done"
+    for _ in range(5):
+        found.page.click("[data-live-run]")
+    found.wait("done")
+    assert found.run() == "done"
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_weights_give_a_sentence(element, site: Path, damage: str) -> None:
+    file = site / "live/models/network/model.safetensors"
+    whole = file.read_bytes()
+    file.unlink() if damage == "missing" else file.write_bytes(whole[:300_000])
+    found = element("network")
+    assert found.run() == "error" and found.message.endswith(".")
+    file.write_bytes(whole)
+    assert found.run() == "done"
+
+
+def test_without_its_kernel_the_engine_computes_in_javascript(element, site: Path, tmp_path: Path) -> None:
+    kernel = site / "engine/kernel.wasm"
+    if kernel.exists():
+        shutil.move(kernel, tmp_path / "kernel.wasm")
+    found = element("bert-en")
+    first = found.text(".live-columns")
+    assert found.run() == "done" and found.text(".live-columns") == first
+    assert found.page.get_attribute("[data-live]", "data-kernel") == "false"
+    if (tmp_path / "kernel.wasm").exists():
+        shutil.move(tmp_path / "kernel.wasm", kernel)
+
+
+def test_an_unknown_element_fails_the_build() -> None:
+    with pytest.raises(KeyError):
+        builder.fill('<head></head><div data-live="nothing"></div>', "index.html")
+    assert builder.fill("<head></head>", "index.html") == "<head></head>"
