@@ -76,7 +76,16 @@ def test_only_known_hosts_are_answered(folder: Path) -> None:
     with running([str(folder / "base")], Limits(), Access(hosts=hosts)) as served:
         for host in ("chat.example", "CHAT.example:8443", "a.lan", "[::1]:8000"):
             assert httpx.get(f"{served.url}/health", headers={"host": host}).status_code == 200
-        for host in ("evil.example", "chat.example.evil", "lan", "xlan", "", "[::2]"):
+        for host in (
+            "evil.example",
+            "chat.example.evil",
+            "lan",
+            "xlan",
+            "",
+            "[::2]",
+            "[::1]evil",
+            "chat.example:1@evil.example",
+        ):
             found = httpx.get(f"{served.url}/health", headers={"host": host})
             assert found.status_code == 400 and "--allowed-host" in found.json()["error"]["message"], host
             assert found.headers["x-request-id"] == found.json()["error"]["request_id"]
@@ -260,9 +269,9 @@ def test_the_log_says_why_and_every_answer_has_an_id(served: Any, base: str, rec
 
     good = line(served.post("/v1/completions", ask))
     assert good["model"] == "base" and good["prompt_tokens"] == 12 and 0 < good["completion_tokens"] <= 3
-    lost = served.post("/api/nothing/here", ask)
+    lost = served.post("/v1/secret-key", ask)
     assert lost.json()["error"]["request_id"] == lost.headers["x-request-id"]
-    assert line(lost)["path"] == "/api/nothing/here" and "There is nothing at" in line(lost)["reason"]
+    assert line(lost)["path"] == "(none)" and "There is nothing at" in line(lost)["reason"]
     wrong = line(served.post("/v1/completions", {**ask, "temperature": "secret"}))
     assert wrong["status"] == 400 and wrong["reason"] == "temperature: input should be a valid number."
     own = served.post("/v1/completions", {**ask, "nonsense": 1}, headers={"x-request-id": "mine-7"})

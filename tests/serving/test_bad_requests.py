@@ -44,6 +44,8 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"logit_bias": {"x": 1}}, "ids of tokens, and 'x' is none", "logit_bias"),
     ({"logit_bias": {"9" * 5000: 1}}, "ids of tokens, and '99999999999999999999' is none", "logit_bias"),
     ({"logit_bias": {"9999": 1}}, "logit_bias names the token 9999, but the model knows only 0 to 260", "logit_bias"),
+    ({"logit_bias": {str(n): 1 for n in range(1025)}}, "should have at most 1024 items", "logit_bias"),
+    ({"user": "x" * 513}, "at most 512 characters", "user"),
     ({"stop": ["a"] * 17}, "list should have at most 16 items", "stop"),
     ({"stop": ["a", ""]}, "strings of at least one character", "stop"),
     ({"seed": -1}, "not -1", "seed"),
@@ -84,6 +86,21 @@ def test_each_wrong_field_is_named(
 def test_what_asks_for_nothing_else_is_let_pass(served: Any, chat: str, neutral: dict[str, Any]) -> None:
     body = {"model": chat, "messages": MESSAGES, "max_tokens": 1, **neutral}
     assert served.post("/v1/chat/completions", body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "x" * 600}]}, "messages"),
+        ("responses", {"input": "x" * 600}, "input"),
+        ("completions", {"prompt": "x" * 600}, "prompt"),
+    ],
+)
+def test_a_prompt_that_is_too_long_has_a_code(
+    served: Any, chat: str, path: str, body: dict[str, Any], param: str
+) -> None:
+    error = served.post(f"/v1/{path}", {"model": chat, **body}).json()["error"]
+    assert error["code"] == "context_length_exceeded" and error["param"] == param and "512" in error["message"], error
 
 
 @pytest.mark.parametrize(("body", "words"), BODIES, ids=[str(body[:12]) for body, _ in BODIES])

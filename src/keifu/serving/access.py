@@ -5,6 +5,7 @@ These are plain ASGI middleware, so that streams pass through without delay.
 
 import hashlib
 import hmac
+import re
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
@@ -15,6 +16,7 @@ from keifu.serving.errors import ApiError
 
 GUARDED = ("/v1/", "/api/", "/metrics")
 LOCAL = ("localhost", "127.0.0.1", "[::1]")  # on these, other programs of this machine may serve pages too
+NETLOC = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:@/?#\[\]]+)(?::\d*)?")
 READING = ("GET", "HEAD", "OPTIONS")
 
 
@@ -97,5 +99,7 @@ class ApiKeys(Gate):
 
 
 def host_name(netloc: str) -> str:
-    """Return the host name without the port, in lower case: "[::1]:8000" gives "[::1]"."""
-    return (netloc[: netloc.find("]") + 1] if netloc.startswith("[") else netloc.partition(":")[0]).lower()
+    """Return the host name without the port, in lower case: "[::1]:8000" gives "[::1]". It is "" if there is more than
+    a name and a port."""
+    found = NETLOC.fullmatch(netloc)
+    return found[1].lower() if found else ""

@@ -58,6 +58,7 @@ def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # 
     state.run_routes(app, limits.runs)
     vectors.search_route(app, models, limits.documents)
     app.include_router(page.routes())
+    app.add_middleware(middleware.JsonBodies)
     app.add_middleware(middleware.BodyLimit, limit=limits.body)
     app.add_middleware(access.ApiKeys, keys=limits.keys)
     app.add_middleware(access.Origins, origins=limits.origins, hosts=limits.hosts)

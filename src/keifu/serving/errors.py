@@ -1,4 +1,7 @@
-"""Errors of the service in OpenAI's format: {"error": {"message", "type", "param", "code", "request_id"}}."""
+"""Errors of the service in OpenAI's format: {"error": {"message", "type", "param", "code", "request_id"}}.
+
+Paths of other protocols have their format: Anthropic's {"type": "error", "error": {...}}, ollama's {"error": "text"}.
+"""
 
 import json
 import logging
@@ -15,6 +18,10 @@ from keifu.errors import UserError
 from keifu.serving.facts import current
 
 LOG = logging.getLogger("keifu.serving")
+ANTHROPIC = {  # types of errors by status
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error",
+}  # fmt: skip
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # in a path: types, not fields
 FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message"]}}}
@@ -47,6 +54,12 @@ class ApiError(Exception):
         facts.reason = self.reason
         error_type = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         about = {"param": self.param, "code": self.code, "request_id": facts.id}
+        if facts.protocol == "ollama":
+            return {"error": str(self)}
+        if facts.protocol == "anthropic":
+            error_type = ANTHROPIC.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+            error = {"type": error_type, "message": str(self), **about}
+            return {"type": "error", "error": error, "request_id": facts.id}
         return {"error": {"message": str(self), "type": error_type, **about}}
 
     def response(self) -> Response:
@@ -106,12 +119,13 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:
     """Return the error for a request that the framework refuses before it reaches a route."""
-    message = BODY.get(type(error.__cause__), str(error.detail))  # type: ignore[arg-type]
+    message = reason = BODY.get(type(error.__cause__), str(error.detail))  # type: ignore[arg-type]
     if error.status_code == 404:
         message = f"There is nothing at {request.url.path}: /openapi.json lists what there is."
+        reason = "There is nothing at this path."
     elif error.status_code == 405:
         message = f"{request.method} is not for {request.url.path}: /openapi.json says what is."
-    return ApiError(error.status_code, message)
+    return ApiError(error.status_code, message, reason=reason)
 
 
 def install(app: FastAPI) -> None:

@@ -20,9 +20,9 @@ from keifu.serving.facts import Facts, begin, current
 from keifu.serving.metrics import Metrics
 
 ACCESS = logging.getLogger("keifu.serving.access")
-BODY_SECONDS, BODY_RATE = 20.0, 1000  # time limit for a body in seconds, plus one second for each so many bytes
+BODY_SECONDS, BODY_RATE = 10.0, 1000  # time limit for a body in seconds, plus one second for each so many bytes
 LEFT = 499  # status of nginx: the client has left
-MOST_LOGGED = 200  # maximal characters of a path or a reason
+MOST_LOGGED = 200  # maximal characters of a reason
 
 
 class Refused(Exception):
@@ -113,6 +113,21 @@ class BodyReader:
             await self._send(message)
 
 
+class JsonBodies:
+    """Middleware that reads the bodies at ollama's paths as JSON, as ollama does: its clients declare them as a form,
+    or not at all."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request (ASGI)."""
+        if scope["type"] == "http" and scope["path"].startswith("/api/"):
+            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+        await self.app(scope, receive, send)
+
+
 class Requests:
     """Middleware that assigns an id to every request, counts its answer, and writes a line of JSON to the access log.
 
@@ -128,7 +143,7 @@ class Requests:
             await self.app(scope, receive, send)
             return
         start, status, size, begun = time.monotonic(), 500, 0, False
-        facts = begin(Headers(scope=scope).get("x-request-id", ""), self.strict)
+        facts = begin(Headers(scope=scope).get("x-request-id", ""), self.strict, scope["path"])
 
         async def watched(message: Message) -> None:
             nonlocal status, size, begun
@@ -161,8 +176,8 @@ def _add_headers(message: Message, facts: Facts) -> None:
 
 
 def _line(scope: Scope, facts: Facts) -> dict[str, Any]:
-    """Return the log fields for client and path. Unknown paths are truncated."""
-    path = scope["route"].path if "route" in scope else scope["path"][:MOST_LOGGED]
+    """Return the log fields for client and path. An unknown path is left out: it may be a key sent by mistake."""
+    path = scope["route"].path if "route" in scope else "(none)"
     client = (scope.get("client") or ("",))[0]
     line = {"time": round(time.time(), 3), "id": facts.id, "client": client, "method": scope["method"], "path": path}
     counts = {"prompt_tokens": facts.prompt_tokens, "completion_tokens": facts.completion_tokens}

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from keifu.errors import UserError
 
 BACKLOG = 128  # asyncio accepts so many at once
-HEAD_SECONDS = 20.0  # time limit for the head of a request, from its first byte or from the connection
+HEAD_SECONDS = 10.0  # time limit for the head of a request, from its first byte or from the connection
 FEWEST, MOST = 64, 4096  # connections
 
 

@@ -2,12 +2,13 @@
 
 import asyncio
 import re
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 import torch
+from pydantic import BaseModel
 
 import keifu
 from keifu.inference.text.generate import generate_batch
@@ -235,3 +236,28 @@ def test_the_answer_continues_a_last_message_of_the_assistant(served: Any, chat:
     told = [*HELLO, {"role": "assistant", "content": "The colours are" + alone.text}, {"role": "user", "content": "x"}]
     second = served.openai.responses.create(model=chat, input="x", previous_response_id=first.id, max_output_tokens=1)
     assert second.usage.input_tokens == len(tokenizer.render_chat(told))
+
+
+def test_a_message_that_the_client_parsed_or_streamed_can_be_sent_back(served: Any, chat: str) -> None:
+    class Colour(BaseModel):
+        name: Literal["red", "blue"]
+
+    turns: list[Any] = [{"role": "user", "content": "Which colour?"}]
+    ask: dict[str, Any] = {"model": chat, "messages": turns, "temperature": 0, "max_tokens": 250}
+    parsed = served.openai.chat.completions.parse(**ask, response_format=Colour).choices[0].message
+    tool = openai.pydantic_function_tool(Colour)
+    called = served.openai.chat.completions.parse(**ask, tools=[tool], tool_choice="required").choices[0].message
+    with served.openai.chat.completions.stream(**ask, response_format=Colour) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    assert parsed.parsed == streamed.parsed and len(called.tool_calls) == 1, "one call unless more are asked for"
+    for message in (parsed, called, streamed):
+        calls = message.tool_calls or []
+        results = [{"role": "tool", "tool_call_id": call.id, "content": "good"} for call in calls]
+        more = [*turns, message, *results, {"role": "user", "content": "Why?"}]
+        assert served.openai.chat.completions.create(**ask | {"messages": more, "max_tokens": 2}).choices
+    noted = {"role": "assistant", "content": "b", "reasoning": "why", "nothing": None}
+    found = served.post("/v1/chat/completions", ask | {"messages": [*turns, noted, *turns]})
+    assert found.status_code == 200 and found.headers["x-keifu-ignored"] == "reasoning"
+    noted["nothing"] = 1
+    found = served.post("/v1/chat/completions", ask | {"messages": [*turns, noted, *turns]})
+    assert found.json()["error"]["param"] == "messages.1.nothing"

@@ -112,3 +112,29 @@ def test_instructions_belong_to_one_response(served: Any, chat: str) -> None:
 def test_metadata_is_limited(served: Any, chat: str, metadata: Any) -> None:
     found = served.post("/v1/responses", {"model": chat, "input": "x", "metadata": metadata})
     assert found.status_code == 400 and "metadata" in found.json()["error"]["param"]
+
+
+def test_items_of_a_stored_response_are_named_by_their_ids(served: Any, chat: str) -> None:
+    """The Vercel AI SDK sends them, and langchain-openai goes on from a response only if its id begins with resp_."""
+    create = served.openai.responses.create
+    first = create(model=chat, input="One", **ASK)
+    assert first.id.startswith("resp_") and first.output[0].id.startswith("msg_")
+    named = {"type": "item_reference", "id": first.output[0].id}
+    turns = [{"role": "user", "content": "One"}, named, {"role": "user", "content": "Two"}]
+    followed = create(model=chat, input="Two", previous_response_id=first.id, **ASK)
+    assert create(model=chat, input=turns, **ASK).output_text == followed.output_text
+    served.openai.responses.delete(first.id)
+    with pytest.raises(openai.NotFoundError, match="There is no item 'msg_.*store: false"):
+        create(model=chat, input=turns, **ASK)
+
+
+def test_a_result_may_be_a_list_of_texts(served: Any, chat: str) -> None:
+    call = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
+    parts = [{"type": "input_text", "text": "sun"}, {"type": "input_text", "text": "wind"}]
+    results = [{"type": "function_call_output", "call_id": "c1", "output": output} for output in (parts, "sun\nwind")]
+    ask: Any = {"model": chat, "stream": False, **ASK}
+    texts = [served.openai.responses.create(input=[call, result], **ask).output_text for result in results]
+    assert texts[0] == texts[1]
+    picture = {"type": "input_image", "image_url": "data:image/png;base64,AA=="}
+    with pytest.raises(openai.BadRequestError, match="of no result"):
+        served.openai.responses.create(input=[call, {**results[0], "output": [picture]}], **ask)

@@ -71,6 +71,46 @@ def test_an_anthropic_answer_follows_a_schema(served: Any) -> None:
     assert found.headers["x-keifu-ignored"] == "effort"
 
 
+def test_an_anthropic_answer_names_the_stop_sequence_that_ended_it(served: Any) -> None:
+    ask = {"model": "chat", "max_tokens": 24, "temperature": 0, "messages": [CALL]}
+    text = served.post("/v1/messages", ask).json()["content"][0]["text"]
+    stop = text[5:7]
+    found = served.post("/v1/messages", {**ask, "stop_sequences": ["never", stop]}).json()
+    assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", stop)
+    assert "".join(block["text"] for block in found["content"]) == text[: text.index(stop)]
+
+
+def test_tokens_are_counted_without_an_answer(served: Any) -> None:
+    ask = {"model": "chat", "system": "Be brief.", "messages": [CALL]}
+    tools = {"tools": [{"name": "weather", "input_schema": TOOL, "cache_control": {"type": "ephemeral"}}]}
+    for more in ({}, tools):
+        counted = served.post("/v1/messages/count_tokens", {**ask, **more}).json()
+        usage = served.post("/v1/messages", {**ask, **more, "max_tokens": 1}).json()["usage"]
+        assert counted == {"input_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"]}
+    assert served.post("/v1/messages/count_tokens", {"model": "chat"}).status_code == 400
+
+
+def test_errors_have_the_form_of_their_protocol(served: Any) -> None:
+    for path, status, error_type in (("messages", 404, "not_found_error"), ("messages/x", 404, "not_found_error")):
+        found = served.post(f"/v1/{path}", {"model": "none", "max_tokens": 1, "messages": [CALL]})
+        assert found.status_code == status and found.json()["type"] == "error"
+        assert found.json()["error"]["type"] == error_type and "There is no" in found.json()["error"]["message"]
+        assert found.json()["request_id"] == found.headers["x-request-id"]
+    found = served.post("/api/chat", {"model": "none", "messages": [CALL]})
+    assert found.status_code == 404 and found.json()["error"].startswith("There is no model 'none'")
+    found = served.post("/v1/messages", {"model": "chat", "max_tokens": 0, "messages": [CALL]})
+    assert found.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "application/x-www-form-urlencoded"}])
+def test_ollamas_paths_take_json_without_its_header(served: Any, headers: dict[str, str]) -> None:
+    body = json.dumps({"model": "chat", "messages": [CALL], "stream": False, "options": {"num_predict": 2}}).encode()
+    found = httpx.post(f"{served.url}/api/chat", content=body, headers=headers)
+    assert found.status_code == 200 and found.json()["done"], found.text
+    page = httpx.post(f"{served.url}/api/chat", content=body, headers={**headers, "origin": "https://evil.example"})
+    assert page.status_code == 403 and "may not ask this server" in page.json()["error"]
+
+
 SHOWN = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image", "source": {}}]}
 
 

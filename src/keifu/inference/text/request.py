@@ -18,22 +18,22 @@ from keifu.inference.text.sampling_params import SamplingParams
 class StopText:
     """Filter that passes text on, but withholds an end that may become a stop string.
 
-    found: whether a stop string has occurred. The text ends before the stop string that is first complete. If several
-    are complete at the same character, the one that begins first counts. So the result does not depend on how the text
-    is split into pieces.
+    found: whether a stop string has occurred. stop: that string. The text ends before the stop string that is first
+    complete. If several are complete at the same character, the one that begins first counts. So the result does not
+    depend on how the text is split into pieces.
     """
 
     def __init__(self, stops: Sequence[str]):
         self.stops = tuple(stops)
-        self.found = False
+        self.found, self.stop = False, ""
         self._held = ""
 
     def push(self, text: str) -> str:
         """Return the text that cannot belong to a stop string any more."""
         text = self._held + text
-        matches = [(start + len(stop), start) for stop in self.stops if (start := text.find(stop)) >= 0]
+        matches = [(start + len(stop), start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
         self.found = bool(matches)
-        end = min(matches)[1] if matches else len(text) - self._beginning(text)
+        _, end, self.stop = min(matches, default=(0, len(text) - self._beginning(text), ""))
         self._held = "" if self.found else text[end:]
         return text[:end]
 
@@ -120,6 +120,11 @@ class Request:
         self._stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
         self._decoder = None if tokenizer is None else tokenizer.stream(shown=shown)
         self._text = StopText(sampling.stop)
+
+    @property
+    def stop_string(self) -> str:
+        """Stop string that ended the text; "" for none."""
+        return self._text.stop
 
     def take(self, token: float, largest: float, *log_probabilities: float) -> Piece:
         """Add a token and return its piece. The arguments are a row of `SampledTokens.figures`.

@@ -28,12 +28,14 @@ class Body(BaseModel):
     """JSON object of known fields.
 
     refused: fields of OpenAI's API that this server does not support. ignored: fields that are only hints. Both are by
-    field the values, in addition to null, that have no effect.
+    field the values, in addition to null, that have no effect. allows_null: whether an unknown field may be null, as in
+    messages that a client sends back.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     refused: ClassVar[Neutral] = {}
     ignored: ClassVar[Neutral] = {}
+    allows_null: ClassVar[bool] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -53,9 +55,10 @@ class Body(BaseModel):
             if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
                 raise about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
             known = [field.alias or name for name, field in cls.model_fields.items()]
-            if name not in absent and name not in known:
+            if name not in absent and name not in known and not (cls.allows_null and value is None):
                 raise about("unknown_field", name, str(unknown("field", name, known)))
-        return {name: value for name, value in data.items() if name not in absent}
+        dropped = {name for name, value in data.items() if cls.allows_null and value is None}
+        return {name: value for name, value in data.items() if name not in absent.keys() | dropped}
 
 
 async def read_form(request: Request, max_files: int) -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:
@@ -88,6 +91,8 @@ class Part(Body):
     text: str | None = None
     image_url: ImageUrl | None = None
     refused: ClassVar[Neutral] = {"input_audio": (), "file": ()}
+    ignored: ClassVar[Neutral] = {"cache_control": ()}
+    allows_null: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _has_one(self) -> "Part":
@@ -121,7 +126,8 @@ class ItemPart(Body):
     text: str | None = None
     image_url: str | None = None
     refused: ClassVar[Neutral] = {"annotations": ([],), "logprobs": ([],), "file_id": ()}
-    ignored: ClassVar[Neutral] = {"detail": ("auto",)}
+    ignored: ClassVar[Neutral] = {"detail": ("auto",), "parsed": ()}
+    allows_null: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _has_one(self) -> "ItemPart":

@@ -19,7 +19,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.post("/v1/chat/completions", summary="Answer a conversation", tags=["text"], responses=STREAM)
     async def chat_completions(body: ChatRequest) -> Response:
-        answer = await begin(models, body, "chatcmpl")
+        answer = await begin(models, body, "chatcmpl-")
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return json_response(await _completion(answer, body))

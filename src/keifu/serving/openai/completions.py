@@ -26,7 +26,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         def prompts(about: Description) -> list[list[int]]:
             return [prompt_tokens(about.tokenizer, prompt) for prompt in body.prompts()]
 
-        answer = await prepare(models, body, "completion", prompts, "cmpl")
+        answer = await prepare(models, body, "completion", prompts, "cmpl-")
         if body.stream:
             return EventStream(_events(answer, body), models.limits.timeout)
         return json_response(await _completion(answer, body))

@@ -50,7 +50,7 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.id = f"{self.prefix}{uuid.uuid4().hex}"
         self.worker.check_room(len(self.requests))
         self.replies = [self._reply(request.prompt) for request in self.requests]
         self.facts.prompt_tokens = self.prompt_tokens
@@ -161,6 +161,21 @@ async def prepare_chat(
 
     A conversation with more messages than the context has tokens is refused before it is rendered.
     """
+    return await prepare(models, body, "chat", chat_prompts(models, body, messages), prefix, schema, body.tool_use())
+
+
+async def count_tokens(models: ServedModels, body: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of tokens of a conversation in the model's chat template."""
+    about, prompts = models.find(body.model, "chat"), chat_prompts(models, body, messages)
+    async with asyncio.timeout(PREPARE_SECONDS):
+        (prompt,) = await asyncio.get_running_loop().run_in_executor(LARGE_POOL, prompts, about)
+    return len(InsertedImages(prompt, about.config).tokens if isinstance(prompt, ImagePrompt) else prompt)
+
+
+def chat_prompts(
+    models: ServedModels, body: ChatRequest | ResponseRequest, messages: Sequence[Mapping[str, Any]]
+) -> Callable[[Description], list[list[int] | ImagePrompt]]:
+    """Return a function that encodes a conversation for a model."""
     tools, options = body.tool_use(), body.chat_template_kwargs or {}
 
     def prompts(about: Description) -> list[list[int] | ImagePrompt]:
@@ -170,7 +185,7 @@ async def prepare_chat(
         opened = open_images(messages, models.limits.pictures)
         return [render(about.tokenizer, opened, tools.functions if tools else (), about.config, **options)]
 
-    return await prepare(models, body, "chat", prompts, prefix, schema, tools)
+    return prompts
 
 
 def _requests(
@@ -197,7 +212,13 @@ def _requests(
     for tokens, images in pairs:
         for setting in settings:
             go_on()
-            requests.append(Request(tokens, setting, tokenizer, *limits, constraint(), shown, images))
+            try:
+                requests.append(Request(tokens, setting, tokenizer, *limits, constraint(), shown, images))
+            except UserError as error:
+                if len(tokens) < config.context_length:
+                    raise
+                name = next(name for name in ("messages", "input", "prompt") if name in type(body).model_fields)
+                raise ApiError(400, str(error), name, "context_length_exceeded") from error
     return requests
 
 

@@ -1,8 +1,9 @@
 """/v1/responses: OpenAI's newer API for conversations, whose earlier turns the server stores in memory."""
 
 import json
+import re
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -11,12 +12,15 @@ from fastapi import FastAPI, Response
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import Answer, prepare_chat
+from keifu.serving.openai.items import CallItem, Item, ReasoningItem, ReferenceItem
 from keifu.serving.openai.schemas import ResponseRequest
 from keifu.serving.openai.tools import THOUGHTS, Delta
 from keifu.serving.streaming import STREAM, EventStream, json_response
 
 Messages = list[dict[str, Any]]
 KEPT_RESPONSES, KEPT_BYTES = 1000, 2**26
+ITEMS = {"message": Item, "reasoning": ReasoningItem, "function_call": CallItem}
+ITEM_ID = re.compile(r"(?:msg|rs|fc)_([0-9a-f]{32})_\d+")  # it contains the id of its response
 
 
 class StoredResponses:
@@ -42,6 +46,20 @@ class StoredResponses:
         response, messages = json.loads(self.entries[name])
         return response, messages
 
+    def resolve(self, items: Sequence[Any]) -> list[Any]:
+        """Return the items of an input; stored items replace references. Raises `ApiError` for an unknown
+        id."""
+        return [self._item(item.id) if isinstance(item, ReferenceItem) else item for item in items]
+
+    def _item(self, name: str) -> Any:
+        found = ITEM_ID.fullmatch(name)
+        output = self.find(f"resp_{found[1]}")[0]["output"] if found and f"resp_{found[1]}" in self.entries else []
+        for item in output:
+            if item["id"] == name:
+                return ITEMS[item["type"]].model_validate(item)
+        text = f"There is no item {name[:100]!r}: it was not stored, or has been forgotten; send whole items, as with "
+        raise ApiError(404, f"{text}store: false.", "input", "item_not_found")
+
     def remove(self, name: str) -> None:
         """Remove a response."""
         if name not in self.entries:
@@ -56,9 +74,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     @app.post("/v1/responses", summary="Answer a conversation that is kept", tags=["text"], responses=STREAM)
     async def create(body: ResponseRequest) -> Response:
         earlier = stored.find(body.previous_response_id)[1] if body.previous_response_id else []
+        if not isinstance(body.input, str):
+            body.input = stored.resolve(body.input)
         messages = [*earlier, *body.messages]
         first: Messages = [{"role": "system", "content": body.instructions}] if body.instructions else []
-        answer = await prepare_chat(models, body, [*first, *messages], "resp", body.schema)
+        answer = await prepare_chat(models, body, [*first, *messages], "resp_", body.schema)
         turn = Turn(answer, body, messages, None if body.store is False else stored)
         if body.stream:
             return EventStream(turn.events(), models.limits.timeout, named=True)
@@ -158,7 +178,7 @@ class Turn:
 
     def _call(self, index: int, part: Delta) -> dict[str, Any]:
         call = {"call_id": self.reply.calls[part.call]["id"], "name": part.name, "arguments": ""}
-        return {"type": "function_call", "id": f"fc_{self.answer.id}_{index}", "status": "in_progress", **call}
+        return {"type": "function_call", "id": _item_id("fc", self.answer.id, index), "status": "in_progress", **call}
 
     def _finish(self, status: str) -> dict[str, Any]:
         """Return the finished response, and store it if requested."""
@@ -177,10 +197,11 @@ class Turn:
     def _object(self, status: str) -> dict[str, Any]:
         answer, body, going = self.answer, self.body, status == "in_progress"
         sampling = answer.requests[0].sampling
+        parallel = answer.tools.parallel if answer.tools else body.parallel_tool_calls is not False
         tools = [{"strict": True, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()]
         asked = {
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "user": body.user,
-            "metadata": body.metadata or {}, "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "metadata": body.metadata or {}, "parallel_tool_calls": parallel,
             "previous_response_id": body.previous_response_id, "text": {"format": body.form}, "tools": tools,
             "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto", "truncation": "disabled",
         }  # fmt: skip
@@ -193,13 +214,17 @@ class Turn:
         }  # fmt: skip
 
 
+def _item_id(prefix: str, response: str, index: int) -> str:
+    return f"{prefix}_{response.removeprefix('resp_')}_{index}"
+
+
 def _message(index: int, name: str) -> dict[str, Any]:
-    item = {"type": "message", "id": f"msg_{name}_{index}", "status": "in_progress", "role": "assistant"}
+    item = {"type": "message", "id": _item_id("msg", name, index), "status": "in_progress", "role": "assistant"}
     return {**item, "content": [{"type": "output_text", "text": "", "annotations": [], "logprobs": []}]}
 
 
 def _thoughts(index: int, name: str) -> dict[str, Any]:
-    item = {"type": "reasoning", "id": f"rs_{name}_{index}", "status": "in_progress", "summary": []}
+    item = {"type": "reasoning", "id": _item_id("rs", name, index), "status": "in_progress", "summary": []}
     return {**item, "content": [{"type": "reasoning_text", "text": ""}]}
 
 

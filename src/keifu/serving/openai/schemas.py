@@ -5,7 +5,6 @@ field of OpenAI's API that asks for a different answer is refused. A field that 
 header of the answer; the option --strict refuses it, unless its value has no effect.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -13,15 +12,18 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from keifu.errors import unknown
 from keifu.inference.text.sampling_params import SamplingOptions
-from keifu.serving.openai.body import Body, ItemPart, Neutral, Part, about, content_of
+from keifu.serving.openai.body import Body, Neutral, Part, about, content_of
 from keifu.serving.openai.constraints import ANY_OBJECT
+from keifu.serving.openai.items import AnyItem, json_object
 from keifu.serving.openai.tools import ToolUse
 
-MAX_CHOICES, MAX_MESSAGES = 128, 10_000
-STATUS = ("completed", "incomplete")  # of an item of a conversation
+MAX_CHOICES, MAX_MESSAGES, MAX_BIASES = 128, 10_000, 1024
 HINTS: Neutral = {  # fields of OpenAI's API for its servers
     "metadata": ({},), "prompt_cache_key": (), "prompt_cache_retention": (), "safety_identifier": (),
     "service_tier": ("auto", "default"),
+}  # fmt: skip
+ADDED: Neutral = {  # fields that clients add to the messages and calls of an answer
+    "parsed": (), "parsed_arguments": (), "provider_specific_fields": (), "cache_control": (),
 }  # fmt: skip
 
 
@@ -59,13 +61,13 @@ class Sampling(Body):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: int | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -88,21 +90,13 @@ class Sampling(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def _json_object(text: str) -> str:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError("it must be a JSON object, as text")
-    return text or "{}"
-
-
 class FunctionCall(Body):
     """Call of a function, written by the model. `arguments` is JSON."""
 
     name: str
-    arguments: Annotated[str, AfterValidator(_json_object)]
+    arguments: Annotated[str, AfterValidator(json_object)]
+    ignored: ClassVar[Neutral] = ADDED
+    allows_null: ClassVar[bool] = True
 
 
 class ToolCall(Body):
@@ -112,6 +106,8 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: FunctionCall
     index: int | None = None
+    ignored: ClassVar[Neutral] = ADDED
+    allows_null: ClassVar[bool] = True
 
 
 class Message(Body):
@@ -123,7 +119,9 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refused: ClassVar[Neutral] = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
+    refused: ClassVar[Neutral] = {"annotations": ([],), "audio": (), "function_call": ()}
+    ignored: ClassVar[Neutral] = ADDED | {"reasoning": (), "refusal": ()}
+    allows_null: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _has_content(self) -> "Message":
@@ -198,7 +196,7 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
         functions: all functions of the request.
         choice: the field tool_choice.
         name: the name of the function that must be called, if any.
-        parallel: the field parallel_tool_calls.
+        parallel: the field parallel_tool_calls. Unset, an answer that must call has one call.
     """
     known = [function.name for function in functions]
     if len(set(known)) < len(known):
@@ -210,7 +208,9 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
     if not known or choice == "none":
         return None
     described = [function.model_dump(exclude_none=True, exclude={"strict", "type"}) for function in functions]
-    return ToolUse(described, name or choice or "auto", parallel is not False and name is None)
+    if parallel is None:  # a small model repeats a call that it may repeat
+        parallel = choice != "required"
+    return ToolUse(described, name or choice or "auto", parallel and name is None)
 
 
 class JsonSchema(Body):
@@ -284,64 +284,6 @@ class ChatRequest(Sampling):
         return {**super().options(), **({} if limit is None else {"max_tokens": limit}), **top}  # type: ignore[return-value]
 
 
-class Item(Body):
-    """Message in the input of a response."""
-
-    type: Literal["message"] = "message"
-    id: str | None = None
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ItemPart]
-    refused: ClassVar[Neutral] = {"status": STATUS, "phase": ()}
-
-    def plain(self) -> dict[str, Any]:
-        """Return the message for chat templates."""
-        return {"role": "system" if self.role == "developer" else self.role, **content_of(self.content)}
-
-
-class ReasoningItem(Body):
-    """Thoughts in the input of a response, written by the model earlier."""
-
-    type: Literal["reasoning"]
-    id: str | None = None
-    content: list[dict[str, Any]] | None = None
-    refused: ClassVar[Neutral] = {"status": STATUS, "summary": ([],), "encrypted_content": ()}
-
-    def plain(self) -> dict[str, Any]:
-        """Return the thoughts as a message without text."""
-        text = "".join(str(part.get("text", "")) for part in self.content or ())
-        return {"role": "assistant", "content": "", "reasoning_content": text}
-
-
-class CallItem(Body):
-    """Call in the input of a response, written by the model earlier."""
-
-    type: Literal["function_call"]
-    id: str | None = None
-    call_id: str
-    name: str
-    arguments: Annotated[str, AfterValidator(_json_object)]
-    refused: ClassVar[Neutral] = {"status": STATUS}
-
-    def plain(self) -> dict[str, Any]:
-        """Return the call as a message."""
-        call = {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
-        return {"role": "assistant", "content": "", "tool_calls": [call]}
-
-
-class ResultItem(Body):
-    """Result of a call."""
-
-    type: Literal["function_call_output"]
-    id: str | None = None
-    call_id: str
-    output: str
-    refused: ClassVar[Neutral] = {"status": STATUS}
-
-    def plain(self) -> dict[str, Any]:
-        """Return the result as a message."""
-        return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
-
-
 class TextFormat(JsonSchema):
     """`ResponseFormat` whose schema is in the same object."""
 
@@ -368,7 +310,7 @@ Value = Annotated[str, Field(max_length=512)]
 class ResponseRequest(Sampling):
     """POST /v1/responses. store: whether to keep the response in memory, for `previous_response_id` and GET."""
 
-    input: str | Annotated[list[Item | ReasoningItem | CallItem | ResultItem], Field(min_length=1)]
+    input: str | Annotated[list[AnyItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     metadata: Annotated[dict[Key, Value], Field(max_length=16)] | None = None
@@ -381,7 +323,7 @@ class ResponseRequest(Sampling):
     chat_template_kwargs: TemplateOptions | None = None
     refused: ClassVar[Neutral] = {
         "background": (False,), "conversation": (), "lora": ([],), "max_tokens": (), "n": (1,), "prompt": (),
-        "stream_options": (), "top_logprobs": (0,),
+        "stream_options": ({}, {"include_obfuscation": False}), "top_logprobs": (0,),
     }  # fmt: skip
     ignored: ClassVar[Neutral] = {name: values for name, values in HINTS.items() if name != "metadata"} | {
         "include": ([],), "max_tool_calls": (), "reasoning": (), "truncation": ("disabled",),

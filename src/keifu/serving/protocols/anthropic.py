@@ -1,4 +1,4 @@
-"""POST /v1/messages: Anthropic's API for conversations."""
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API for conversations."""
 
 import json
 from collections.abc import AsyncGenerator, Iterator
@@ -13,8 +13,8 @@ from keifu.data.tokenizers.chat_template import template_variables
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.chat import begin_from
-from keifu.serving.openai.generation import Answer
-from keifu.serving.openai.schemas import Body, Neutral
+from keifu.serving.openai.generation import Answer, count_tokens
+from keifu.serving.openai.schemas import Body, ChatRequest, Neutral
 from keifu.serving.openai.tools import THOUGHTS, Delta
 from keifu.serving.streaming import STREAM, EventStream, json_response
 
@@ -51,18 +51,12 @@ class OutputConfig(Body):
     ignored: ClassVar[Neutral] = {"effort": ()}
 
 
-class MessagesRequest(Body):
-    """POST /v1/messages."""
+class CountRequest(Body):
+    """POST /v1/messages/count_tokens."""
 
     model: str = ""
-    max_tokens: Annotated[int, Field(ge=1)]
     messages: Annotated[list[AnthropicMessage], Field(min_length=1)]
     system: Blocks | None = None
-    stop_sequences: list[str] | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
@@ -74,18 +68,36 @@ class MessagesRequest(Body):
     }  # fmt: skip
 
 
+class MessagesRequest(CountRequest):
+    """POST /v1/messages."""
+
+    max_tokens: Annotated[int, Field(ge=1)]
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the route for these models."""
 
     @app.post("/v1/messages", summary="Answer a conversation (Anthropic)", tags=["other clients"], responses=STREAM)
     async def messages(body: MessagesRequest) -> Response:
-        answer = await begin_from(models, _fields(body) | {"chat_template_kwargs": _options(body, models)}, "msg")
+        answer = await begin_from(models, _fields(body) | {"chat_template_kwargs": _options(body, models)}, "msg_")
         if body.stream:
             return EventStream(_events(answer), models.limits.timeout, named=True)
         return json_response(await _message(answer))
 
+    @app.post("/v1/messages/count_tokens", summary="Tokens of a conversation (Anthropic)", tags=["other clients"])
+    async def count(body: CountRequest) -> Response:
+        given = {name: value for name, value in _fields(body).items() if value is not None}
+        request = ChatRequest.model_validate(given | {"chat_template_kwargs": _options(body, models)})
+        messages = [message.plain() for message in request.messages]
+        return json_response({"input_tokens": await count_tokens(models, request, messages)})
 
-def _options(body: MessagesRequest, models: ServedModels) -> dict[str, Any] | None:
+
+def _options(body: CountRequest, models: ServedModels) -> dict[str, Any] | None:
     """Return chat template variables that turn thoughts on or off. Raises an error for a model that never thinks."""
     if body.thinking is None or body.thinking.type == "adaptive":
         return None
@@ -97,11 +109,12 @@ def _options(body: MessagesRequest, models: ServedModels) -> dict[str, Any] | No
     return None
 
 
-def _fields(body: MessagesRequest) -> dict[str, Any]:
+def _fields(body: CountRequest) -> dict[str, Any]:
     """Return the request in OpenAI's fields."""
     turns = [{"role": "system", "content": _text(body.system)}] if body.system else []
     turns += [turn for message in body.messages for turn in _turns(message)]
-    kept = {name: getattr(body, name) for name in ("model", "max_tokens", "temperature", "top_k", "top_p")}
+    same = ("model", "max_tokens", "temperature", "top_k", "top_p")
+    kept = {name: value for name, value in vars(body).items() if name in same}
     tools = [_function(tool) for tool in body.tools or ()]
     form = body.output_config and body.output_config.format
     given = body.tool_choice or {}
@@ -110,7 +123,7 @@ def _fields(body: MessagesRequest) -> dict[str, Any]:
         choice = {"type": "function", "function": {"name": given.get("name")}}
     return kept | {
         "messages": turns,
-        "stop": body.stop_sequences or None,
+        "stop": vars(body).get("stop_sequences") or None,
         "tools": [{"type": "function", "function": tool} for tool in tools] or None,
         "tool_choice": choice if tools else None,
         "parallel_tool_calls": False if given.get("disable_parallel_tool_use") else None,
@@ -217,7 +230,8 @@ async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
                     yield {"type": "content_block_delta", "index": open_block, "delta": _delta(part)}
     if open_block >= 0:
         yield {"type": "content_block_stop", "index": open_block}
-    ended = {"stop_reason": REASONS[reply.finish_reason], "stop_sequence": None}
+    stop = answer.requests[0].stop_string
+    ended = {"stop_reason": "stop_sequence" if stop else REASONS[reply.finish_reason], "stop_sequence": stop or None}
     yield {"type": "message_delta", "delta": ended, "usage": _usage(answer)}
     yield {"type": "message_stop"}
 

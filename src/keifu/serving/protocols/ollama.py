@@ -70,7 +70,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.post("/api/chat", summary="Answer a conversation (ollama)", tags=["other clients"], responses=STREAM)
     async def chat(body: OllamaChat) -> Response:
-        answer = await begin_from(models, _fields(body), "ollama")
+        answer = await begin_from(models, _fields(body), "ollama-")
         if body.stream:
             return LineStream(_lines(answer), models.limits.timeout, named=True)
         return json_response(await _all(answer))
