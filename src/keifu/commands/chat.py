@@ -12,8 +12,9 @@ import tyro
 
 from keifu.commands.shared import flags, inputs
 from keifu.commands.shared.errors import explain
+from keifu.commands.shared.terminal import say
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
-from keifu.errors import UserError, shell, unknown
+from keifu.errors import UserError, printable, shell, unknown
 from keifu.inference.text.sampling_params import ANSWER_TOKENS, SamplingParams
 
 DIM = "\033[2m{}\033[22m"
@@ -98,12 +99,12 @@ def print_answer(
             thought, text = splitter.end() if piece is None else splitter(piece)
             length += len(thought)
             if thought and thoughts and terminal:
-                print(DIM.format(thought), end="", flush=True)
+                print(DIM.format(printable(thought)), end="", flush=True)
             if length and terminal and (text or piece is None):
                 hidden = DIM.format(f"({length:,} characters of thoughts; /thoughts shows them)")
                 print("\n" if thoughts else hidden)
                 length = 0
-            print(text, end="", flush=True)
+            say(text, end="")
     finally:
         print(flush=True)
 
@@ -251,7 +252,7 @@ class Chat:
         messages = validate_messages(record.get("messages"), place)
         self.conversation.restore(messages)
         self.files.add(path)
-        print(f"Read {name}: {len(messages)} messages. The last answer was:\n{messages[-1]['content']}")
+        say(f"Read {name}: {len(messages)} messages. The last answer was:\n{messages[-1]['content']}")
 
     def _retry(self, _: str) -> None:
         if not self.sampling.temperature:

@@ -15,6 +15,7 @@ import tyro
 from keifu import checkpoints
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.inputs import decode_utf8, is_picture, open_image, texts_from
+from keifu.commands.shared.terminal import say
 from keifu.errors import UserError, shell
 from keifu.files import write_atomic
 
@@ -95,7 +96,7 @@ def _show_choices(classified: Iterable[Choices], pictures: bool, as_json: bool) 
         rows.append([labels[order[0]], f"{shares[order[0]]:.3f}", others, shown])
         if as_json:
             named = {label: round(share, 8) for label, share in zip(labels, shares, strict=False)}
-            print(json.dumps({column: name, "label": rows[-1][0], "probabilities": named}, ensure_ascii=False))
+            say(json.dumps({column: name, "label": rows[-1][0], "probabilities": named}, ensure_ascii=False))
     if not as_json:
         tables.show(["label", "probability", "next", column], rows)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
+from keifu.commands.shared.terminal import for_terminal
 from keifu.ranges import Count
 
 if TYPE_CHECKING:
@@ -140,8 +141,9 @@ def show(title: str, messages: Sequence[dict[str, str]], pair: tuple[str, str]) 
     from rich.text import Text
 
     console = Console(highlight=False)
+    pair = for_terminal(pair[0]), for_terminal(pair[1])
     said = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    console.print(Text(f"\n[{title}]\n{said}\n", style="bold"))
+    console.print(Text(for_terminal(f"\n[{title}]\n{said}\n"), style="bold"))
     if sys.stdout.isatty() and shutil.get_terminal_size().columns >= NARROW:
         table = Table(box=box.SQUARE, expand=True)
         for name in ("1 (left)", "2 (right)"):

@@ -11,6 +11,7 @@ import tyro
 
 from keifu.commands.shared import tables
 from keifu.commands.shared.inputs import at_terminal
+from keifu.commands.shared.terminal import for_terminal, say
 from keifu.errors import UserError
 from keifu.folders import cache
 from keifu.ranges import Count, Natural, SmallCount
@@ -50,7 +51,7 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
             continue
         text = Text()
         for answer, run in groupby(zip(ids, mask, strict=True), lambda pair: pair[1]):
-            piece = tokenizer.decode([token for token, _ in run], skip_special=False)
+            piece = for_terminal(tokenizer.decode([token for token, _ in run], skip_special=False))
             marked = piece if console.is_terminal or not answer else f"{ENDS[0]}{piece}{ENDS[1]}"
             text.append(marked, LEARNED if answer else "dim")
         console.print(text, end="\n\n")
@@ -177,7 +178,7 @@ def _check(source: str, options: Options) -> None:
     if source not in CATALOGUE:
         paths(source, form)  # refuses a source without files before a tokenizer is loaded
     report = check_dataset(source, load_tokenizer(options.tokenizer or "gpt2-bpe"), form)
-    print(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
+    say(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
     if not report.documents:
         why = f": {report.problems[0]}" if report.problems else "."
         raise UserError(f"{source} holds no text to train on{why}")
@@ -208,7 +209,7 @@ def _show(source: str, options: Options) -> None:
         return
     pictures = read_images(source, options.size, options.channels, options.fit, options.leave_out)
     parted = split(pictures)
-    print(pictures.sentence(), parted.sentence(), *pictures.notes, *pictures.faults, sep="\n")
+    say("\n".join([pictures.sentence(), parted.sentence(), *pictures.notes, *pictures.faults]))
     if pictures.classes:
         rows = [(name, f"{(pictures.labels == index).sum():,}") for index, name in enumerate(pictures.classes)]
         tables.show(("class", "pictures"), rows)

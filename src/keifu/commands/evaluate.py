@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags, tables
+from keifu.commands.shared.terminal import say
 from keifu.errors import UserError, unknown
 from keifu.evaluation.registry import EvalOptions, EvalRequest, ResultTable
 
@@ -146,7 +147,7 @@ def _print_outcome(result: Any, as_json: bool) -> None:
         print()
         tables.show(table.columns, [tuple(map(str, row)) for row in table.rows], name)
     for note in result.notes:
-        print(note)
+        say(note)
 
 
 def _columns(items: ResultTable) -> Iterator[str]:

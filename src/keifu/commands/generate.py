@@ -9,6 +9,7 @@ import tyro
 
 from keifu.commands.shared import flags
 from keifu.commands.shared.inputs import ask, at_terminal, join_texts, load_writer, notice, proposer, read_pictures
+from keifu.commands.shared.terminal import say
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion, print_text
 from keifu.errors import UserError
 from keifu.inference.text.sampling_params import SamplingParams
@@ -119,9 +120,9 @@ def print_unmasked(options: Options, model: Any, tokenizer: Any, text: str) -> N
     given = {name: vars(options)[name] for name in ("steps", "block") if vars(options)[name]}
     how = unmasking.Unmasking.of({**options.sampling.given(), **given})
     if options.gap:
-        return print(unmasking.fill_gaps(model, tokenizer, text, options.gap, how))
+        return say(unmasking.fill_gaps(model, tokenizer, text, options.gap, how))
     prompt: Any = as_prompt(tokenizer, text, options.raw)
-    print(unmasking.write(model, tokenizer, prompt, how))
+    say(unmasking.write(model, tokenizer, prompt, how))
 
 
 def print_chosen(
@@ -153,4 +154,4 @@ def print_chosen(
     if options.json:
         print_completion(done[chosen], sampling)
     else:
-        print(done[chosen].text)
+        say(done[chosen].text)

@@ -47,7 +47,7 @@ def run(options: Options) -> None:
     if not question.strip():
         raise UserError(f"There is no question: write it after the folder ({EXAMPLE}), or pipe it in.")
     names = {path: str(path) for path in document_files(options.folder)}
-    passages = read_documents(names, lambda error: print(f"Left out: {error}", file=sys.stderr))
+    passages = read_documents(names, lambda error: print(printable(f"Left out: {error}"), file=sys.stderr))
     warn_of_language(options.model, [question], [passage.text for passage in passages])
     from keifu.checkpoints.hub import weights_identity
     from keifu.data.progress import counting
@@ -70,5 +70,5 @@ def _show(hits: list[tuple[float, Passage]], as_json: bool) -> None:
             content: dict[str, Any] = {"similarity": round(value, 6), **asdict(passage)}
             print(json.dumps(content, ensure_ascii=False))
         else:
-            print(f"{value:.3f}  {passage.file}:{passage.line}  {printable(passage.heading)}".rstrip())
+            print(f"{value:.3f}  {printable(str(passage.file))}:{passage.line}  {printable(passage.heading)}".rstrip())
             print(f"       {printable(passage.text)}\n")

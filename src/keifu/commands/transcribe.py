@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from keifu.commands.shared import flags
+from keifu.commands.shared.terminal import say
 from keifu.errors import UserError
 from keifu.ranges import Count
 
@@ -53,4 +54,4 @@ def run(options: Options) -> None:
     for file, samples in zip(options.files, sounds, strict=True):
         transcript = transcribe(model, tokenizer, samples, settings)
         line = json.dumps({"file": str(file), **asdict(transcript)}, ensure_ascii=False) + "\n"
-        print(line if options.format == "json" else FORMATS[options.format](transcript), end="")
+        say(line if options.format == "json" else FORMATS[options.format](transcript), end="")

@@ -12,6 +12,7 @@ import tyro
 
 from keifu.commands.shared import flags
 from keifu.commands.shared.inputs import at_terminal, decode_utf8, no_text
+from keifu.commands.shared.terminal import say
 from keifu.errors import UserError
 from keifu.ranges import Count, Finite
 
@@ -53,7 +54,7 @@ def run(options: Options) -> None:
     for line, parts in zip(lines, translations, strict=True):
         text = join_sentences(part.text for part in parts)
         whole = {"source": line, "translation": text, "sentences": [asdict(part) for part in parts]}
-        print(json.dumps(whole, ensure_ascii=False) if options.json else text)
+        say(json.dumps(whole, ensure_ascii=False) if options.json else text)
     _warn(translations)
 
 

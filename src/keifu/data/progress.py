@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from keifu.errors import printable
+
 Item = TypeVar("Item")
 Advance = Callable[[int], None]
 
@@ -39,9 +41,9 @@ class ProgressBar:
         self.live.update(self.task, completed=done, text=escape(text))
 
     def note(self, text: str) -> None:
-        """Print a line above the bar."""
+        """Print a line above the bar. It may contain text of data or of a model: see `printable`."""
         with suppress(OSError):  # a closed terminal or pipe must not stop the work
-            self.console.print(text, markup=False)
+            self.console.print(printable(text), markup=False)
 
 
 def counted(label: str, items: Sequence[Item], unit: str) -> Iterator[Item]:

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Iterable, Sequence
 
+from keifu.errors import printable
+
 
 def show(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
     """Print rows under column names. Cells that look like numbers are right-aligned."""
@@ -19,5 +21,5 @@ def show(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "")
         figures = all(row[number][:1] in "0123456789+-~." for row in rows)
         table.add_column(column, justify="right" if figures else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)

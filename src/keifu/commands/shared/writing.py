@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from keifu.commands.shared.terminal import say
 from keifu.inference.text.sampling_params import SamplingParams, defaults, in_words
 from keifu.ranges import Count, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP
 
@@ -68,7 +69,7 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> tu
 def print_completion(done: "Completion", sampling: SamplingParams) -> None:
     """Print a finished text with its tokens, probabilities and settings, as JSON."""
     settings = {key: value for key, value in asdict(sampling).items() if key not in REPORTED}
-    print(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
+    say(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
 
 
 def print_text(
@@ -87,8 +88,8 @@ def print_text(
     for piece in stream(model, tokenizer, [prompt], sampling, guesses):
         reason = piece.finish_reason
         if streamed:
-            print(piece.text, end="", flush=True)
+            say(piece.text, end="")
         else:
             text.append(piece.text)
-    print("".join(text))
+    say("".join(text))
     return reason
