@@ -33,7 +33,7 @@ def pictures(page: str) -> list[str]:
 def links(page: str) -> list[str]:
     """List where the page's links lead, sorted; to pages in Japanese as to those in English."""
     found = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#\s]+)", FENCE.sub("", page))
-    return sorted({link.replace(".ja.md", ".md") for link in found})
+    return sorted({link.replace(".ja.md", ".md").replace(".ja.svg", ".svg") for link in found})
 
 
 def numbers(page: str) -> set[str]:
