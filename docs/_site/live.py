@@ -1,7 +1,7 @@
 """The live elements of the site: `<div data-live="NAME"></div>` of a page becomes one that runs in the browser.
 
-The engine, its kernel and the packaged models are copied into the site. A page with elements loads their scripts and one
-style sheet; the models come after a click.
+The engine, its kernel and the packaged models are copied into the site. A page with elements loads scripts and a style
+sheet; the models come after a click.
 """
 
 import os
@@ -22,6 +22,14 @@ UNET = (
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
 )
+LATENT = (
+    *UNET,
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "tokenizer/tokenizer.json",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+)
 FILES = {  # of each element's model; an element without a model has none
     "perceptron": (),
     "network": ("config.json", "model.safetensors"),
@@ -29,6 +37,9 @@ FILES = {  # of each element's model; an element without a model has none
     "bert-en": TEXT,
     "ja-en": TEXT,
     "digits": UNET,
+    "chat-en": TEXT,
+    "emoji": LATENT,
+    "see": ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
 }
 WITHOUT_SCRIPT = {
     "en": "This element runs in your browser. It needs JavaScript and a web server: python -m http.server -d site",
