@@ -65,7 +65,7 @@ Curve = list[tuple[float, float]]  # seconds, loss
 
 def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
     """Train with one setting. Return its line (steps and seconds to the target, final loss) and its curve."""
-    task = prepare_text(Text(source, "characters", 65_536, held_out=0.1))
+    task = prepare_text(Text(source, "characters", 65_536, held_out=0.1, split="end"))
     config = replace(way.config, vocab_size=task.tokenizer.vocab_size)
     torch.manual_seed(0)
     model = way.build(config).train()

@@ -4,14 +4,17 @@ removes, and what a stop and an error leave."""
 import json
 import os
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from keifu import cli
 from keifu.commands.shared import resuming
+from keifu.data.text.held_out import passages
 from keifu.errors import UserError
-from keifu.recipes.language import characters
+from keifu.recipes.language import characters, gpt
+from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text
 from keifu.recipes.neurons import mlp, perceptron
 from keifu.training.run import checkpoint, metrics, run_directory
 
@@ -178,6 +181,55 @@ def test_data_that_were_moved_are_told_by_their_new_place_and_no_others_are_take
     with pytest.raises(UserError, match="The data are not those of the run that is resumed"):
         go("--resume", str(out), "--steps", "48", "--data", "other.csv")
     go("--resume", str(out), "--steps", "48")
+
+
+GPT = "gpt --data mine --depth 1 --vocab-size 270 --context-length 16 --batch-size 4 --out run".split()  # noqa: SIM905
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write a folder of English files with a Japanese diary, last by its name."""
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"log{number}.txt").write_text(f"entry {number} of the log\n" * 700)
+    (folder / "nikki.txt").write_text("8月の日記、散歩をした。\n" * 900, "utf-8")
+    return folder
+
+
+def test_the_held_out_part_of_every_file_is_named_before_the_first_step(mine: Path, capsys) -> None:
+    go(*GPT, "--steps", "1")
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("Held out"))
+    assert "from 6 of 6 files" in line
+    assert run_directory.read_recipe(Path("run"))["data"][0]["held out"] == line
+    assert line in Path("run/report.html").read_text("utf-8")
+    cli.parse(["data", "show", "mine", "--part", "validation"])()
+    shown = capsys.readouterr().out
+    assert shown.count("--- ") == 6 and "nikki.txt" in shown and "散歩" in shown and "of the log" in shown
+
+
+def test_a_tokenizer_is_not_learned_from_what_is_held_out(mine: Path) -> None:
+    words = ["".join(letters) for letters in product("abcdefgh", repeat=4)]
+    (mine / "words.txt").write_text("\n".join(word for word in words for _ in range(2)))
+    task = prepare_text(Text("mine", vocab_size=30_000))
+    parts = [set(task.tokenizer.decode(ids.tolist()).split()) for ids in (task.shards.tokens, task.shards.validation)]
+    unseen, known = set(words) & (parts[1] - parts[0]), task.tokenizer.backend.get_vocab()
+    assert len(unseen) > 50 and not unseen & known.keys()
+    assert len(set(words) - unseen - known.keys()) <= 2 * len(passages([5 * 2 * len(words)], 0.05))  # at its edges
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_own_split(mine: Path) -> None:
+    """Earlier versions held out the end of a short text, and did not write a rule."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpt.Recipe, "reading", lambda self: {**TextOptions.reading(self), "split": "end"})
+        go(*GPT, "--steps", "2")
+    record = {name: value for name, value in run_directory.recorded(Path("run")).items() if name != "signature"}
+    assert record["options"].pop("split") == "spread"
+    run_directory.record(Path("run"), **record)
+    go("--resume", "run", "--steps", "8")
+    assert "its end" in run_directory.read_recipe(Path("run"))["data"][0]["held out"]
 
 
 def test_a_run_without_a_loop_is_found_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

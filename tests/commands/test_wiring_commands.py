@@ -292,6 +292,7 @@ inspect = Table("inspect M", {
 READ, SHARDS = "keifu.data.images.dataset:read_images", "keifu.data.text.prepared:prepare_files"
 TOKENIZER, SHEET = "keifu.data.tokenizers.load:load_tokenizer", "keifu.data.images.grid:grid"
 PREPARE = "data prepare text.txt -o made"
+SPLIT = "keifu.data.text.held_out:split_documents"
 CLEARED = "keifu.data.catalogue.catalogue:remove"
 
 
@@ -333,6 +334,7 @@ data = Table("data show pictures -o sheet.png", {
     "rank": Row("--rank 1", SHARDS, "rank", 1, base=f"{PREPARE} --of 2"),
     "of": Row("--of 7", SHARDS, "of", 7, base=PREPARE),
     "count": Row("--count 7", SHEET, "0", "all 7"),
+    "held-out": Row("--held-out 0.3", SPLIT, "share", 0.3, base="data show text.txt"),
     "part": Row("--part test", SHEET, "0", "test 64"),
     "language": Row("--language ja", SHEET, "1", ["ja"]),
     "size": Row("--size 7", READ, "size", 7),

@@ -14,7 +14,7 @@ from keifu.commands.shared.inputs import at_terminal
 from keifu.commands.shared.terminal import for_terminal, say
 from keifu.errors import UserError
 from keifu.folders import cache
-from keifu.ranges import Count, Natural, SmallCount
+from keifu.ranges import BelowOne, Count, Natural, SmallCount
 
 if TYPE_CHECKING:
     from keifu.data.images.dataset import ImageDataset
@@ -92,8 +92,10 @@ class Options:
     """The number of parts."""
     count: SmallCount = 64
     """Pictures on the sheet, spread evenly over the set; or conversations, the first."""
+    held_out: BelowOne = 0.05
+    """Share of a text that show takes as held out, as in keifu train."""
     part: Literal["all", "train", "validation", "test"] = "all"
-    """Show only what is learned from, or what keifu holds out from it."""
+    """Show only what is learned from, or what keifu holds out from it. Of a text, the passages are printed."""
     language: str | None = None
     """The language of the captions on the sheet, such as ja; unset, the first that there is."""
     size: Count | None = None
@@ -204,6 +206,9 @@ def _show(source: str, options: Options) -> None:
     from keifu.data.images.dataset import read_images
     from keifu.data.images.splits import split
 
+    if _is_text(source, options):
+        _show_text(source, options)
+        return
     if source in conversations.names() or Path(source).suffix.lower() in (".json", ".jsonl"):
         show(source, options.tokenizer or "smollm2", options.count, options.json)
         return
@@ -216,6 +221,42 @@ def _show(source: str, options: Options) -> None:
     if options.output:
         shown = {"all": pictures, "train": parted.train, "validation": parted.validation, "test": parted.test}
         _write_sheet(shown[options.part], options.output, options)
+
+
+def _is_text(source: str, options: Options) -> bool:
+    """Return whether a source is text, and not pictures or conversations."""
+    from keifu.data import records
+    from keifu.data.catalogue.catalogue import names
+    from keifu.data.images.sources import SUFFIXES
+    from keifu.data.text.documents import PAGES
+    from keifu.folders import matching
+
+    kinds = {file.suffix.lower() for file in matching(source)}
+    if Path(source).suffix.lower() in (".json", ".jsonl"):
+        return options.text_field is not None
+    is_text = bool(kinds & {".txt", ".md", *PAGES, *records.SUFFIXES})
+    return source in names() or (is_text and not kinds & {".tar", *SUFFIXES})
+
+
+def _show_text(source: str, options: Options) -> None:
+    """Print how a text is split, and the passages or documents of its held-out part."""
+    from keifu.data.text.documents import TextFileFormat
+    from keifu.data.text.held_out import split_documents, stored_rule
+
+    form = TextFileFormat(options.text_field, options.encoding)
+    parted = split_documents(source, options.held_out, form=form, split=stored_rule(source, "spread"))
+    sizes, files, shown = [0, 0], (set[str](), set[str]()), list[tuple[str, str]]()
+    for piece in parted.pieces:
+        sizes[piece.part] += len(piece.text)
+        files[piece.part].add(piece.file)
+        if piece.part == (options.part == "validation") and len(shown) < options.count:
+            shown.append((piece.file, piece.text))
+    share, of_files = sizes[1] / max(1, sum(sizes)), len(files[0] | files[1])
+    print(f"{parted.documents:,} documents, {sum(sizes):,} characters in {of_files} file{'s' * (of_files != 1)}.")
+    print(f"Held out for validation: {sizes[1]:,} characters ({share:.1%}) from {len(files[1])} of the files.")
+    if options.part in ("train", "validation"):
+        for file, text in shown:
+            print(f"\n--- {file}\n{text}")
 
 
 def _write_sheet(pictures: "ImageDataset", output: Path, options: Options) -> None:

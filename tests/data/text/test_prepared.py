@@ -49,13 +49,17 @@ def test_ranks_make_what_one_makes(of: int, source: Path, tokenizer, tmp_path: P
     assert prepare_files(source, tokenizer, one, form()) == 5
     assert sum(prepare_files(source, tokenizer, several, form(), rank, of) for rank in range(of)) == 5
     assert prepare_files(source, tokenizer, several, form(), 0, of) == 0
-    shards, others = open_prepared(one, 0.1), open_prepared(several, 0.1)
+    shards, others = open_prepared(one, 0.1, "end"), open_prepared(several, 0.1, "end")
     assert np.array_equal(shards.tokens, others.tokens) and np.array_equal(shards.validation, others.validation)
     whole = np.concatenate([shards.tokens, shards.validation]).tolist()
     texts = [f"{WORDS} {number} {line}" for number in range(5) for line in range(20 + number)]
     expected = [token for text in texts for token in (*tokenizer.encode_batch([text])[0], tokenizer.eos_id)][:-1]
     assert whole == expected
     assert len(shards.validation) == pytest.approx(0.1 * len(whole), abs=1)
+    spread = open_prepared(one, 0.1)
+    assert sorted([*spread.tokens, *spread.validation]) == sorted(whole)
+    assert len(spread.validation) == pytest.approx(0.1 * len(whole), abs=5)
+    assert spread.index["held_out"]["passages"] > 1 and spread.fingerprint != shards.fingerprint
     assert shards.bytes_per_token == pytest.approx(sum(map(len, texts)) / len(whole), rel=0.02)
 
 

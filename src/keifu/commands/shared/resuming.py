@@ -6,6 +6,7 @@ refused. Data may have moved: their fingerprint is checked when they are read. C
 command line (see `trust`).
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, nullcontext
 from dataclasses import dataclass, field
@@ -72,8 +73,18 @@ def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
             f"{out} holds a run of keifu train {shell(record['name'])}, not of {name}: go on with it by "
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
-    check_kinds(then := from_json(usual, record["options"]), str(out / run_directory.RECIPE))
+    check_kinds(then := from_json(usual, _completed(record["options"])), str(out / run_directory.RECIPE))
     return StoredRun(name, then, record)
+
+
+def _completed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return stored options with the rule of held-out text of earlier versions, which did not write it."""
+
+    def with_rule(values: dict[str, Any]) -> dict[str, Any]:
+        of_text = "held_out" in values and {"text_field", "shares"} & values.keys()  # the latter in palm2
+        return {"split": "end", **values} if of_text else values
+
+    return json.loads(json.dumps(options), object_hook=with_rule)
 
 
 def name_of(out: Path) -> str:

@@ -9,7 +9,7 @@ lines that are exactly <|endoftext|> split it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ LIMIT = 1 << 20  # characters: longer documents come in chunks, so that they nee
 
 @dataclass(frozen=True)
 class TextChunk:
-    """Consecutive whole lines of one document. It states whether the document ends here, and its part of a split."""
+    """Consecutive whole lines of one document. It states whether the document ends here, its part of a split, and the
+    path of its file ("" for a text of the catalogue)."""
 
     text: str
     ends: bool
     part: int = 0
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,22 @@ def _all(source: str | Path, form: TextFileFormat, problem: Problem) -> Iterator
             yield from _in_chunks(text)
         return
     for path in paths(source, form):
-        suffix = path.suffix.lower()
-        if suffix in records.SUFFIXES:
-            field = form.field or "text"
-            for where, record in records.read_records(path, problem, form.encoding, only=field):
-                yield from _field(record, field, where, problem)
-        elif suffix in PAGES:
-            yield from _in_chunks(html_text(lines(path, problem, form.encoding)))
-        elif path.stat().st_size:
-            yield from _gather(lines(path, problem, form.encoding), MARK)
-        else:
-            yield TextChunk("", True)
+        for piece in _of_file(path, form, problem):
+            yield replace(piece, file=str(path))
+
+
+def _of_file(path: Path, form: TextFileFormat, problem: Problem) -> Iterator[TextChunk]:
+    suffix = path.suffix.lower()
+    if suffix in records.SUFFIXES:
+        field = form.field or "text"
+        for where, record in records.read_records(path, problem, form.encoding, only=field):
+            yield from _field(record, field, where, problem)
+    elif suffix in PAGES:
+        yield from _in_chunks(html_text(lines(path, problem, form.encoding)))
+    elif path.stat().st_size:
+        yield from _gather(lines(path, problem, form.encoding), MARK)
+    else:
+        yield TextChunk("", True)
 
 
 def _field(record: Mapping[str, Any], field: str, where: str, problem: Problem) -> Iterator[TextChunk]:

@@ -39,6 +39,7 @@ from keifu.data.catalogue import catalogue
 from keifu.data.epochs import BatchSizeSchedule, batch_size_stages
 from keifu.data.interleaving import interleave, source_of_row
 from keifu.data.text import documents as sources, synthetic_math
+from keifu.data.text.held_out import SplitRule
 from keifu.data.text.packed import PackedText
 from keifu.data.text.span_corruption import CorruptionTask, Rows
 from keifu.data.text.token_shards import Parts, Shards, prepare, prepare_parts
@@ -81,11 +82,12 @@ class MixtureSource:
 @dataclass(frozen=True)
 class Mixture:
     """Sources whose weights sum to 1. name: the name or path that the user gave. held_out: share of each source for
-    validation."""
+    validation. split: rule that chooses it in plain text."""
 
     name: str
     sources: tuple[MixtureSource, ...]
     held_out: float = HELD_OUT
+    split: SplitRule = "spread"
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out <= 0.5:
@@ -155,7 +157,7 @@ def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
     for source in mixture.sources:
         with _parts_of(source, mixture.held_out) as (parts, content):
             if parts is None:
-                made.append(prepare(source.data, tokenizer, held_out=mixture.held_out, form=source.form))
+                made.append(prepare(source.data, tokenizer, mixture.held_out, form=source.form, split=mixture.split))
             else:
                 made.append(prepare_parts(source.data, content, parts, tokenizer))
     tatoeba.rows.cache_clear()  # it is large

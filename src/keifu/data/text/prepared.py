@@ -19,6 +19,7 @@ import numpy as np
 from keifu.data.progress import counting
 from keifu.data.text import documents, token_shards
 from keifu.data.text.documents import TextFileFormat
+from keifu.data.text.held_out import SplitRule, passages
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
@@ -29,6 +30,7 @@ TOKENIZER = "tokenizer"
 COUNTS = "tokens", "bytes", "documents"
 IndexedShards = Sequence[tuple[Path, dict[str, Any]]]  # (file of ids, its index)
 BLOCK = 1 << 24  # bytes that are read at once
+PASSAGE = 2048  # tokens of the longest held-out passage
 
 
 def is_prepared(source: str | Path) -> bool:
@@ -84,8 +86,9 @@ def _format(tokenizer: Tokenizer) -> dict[str, Any]:
     return token_shards.format_of_ids(tokenizer) | {"tokenizer": tokenizer.fingerprint}
 
 
-def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
-    """Return the shards of a folder, joined once. The share `held_out` at the end is held out.
+def open_prepared(folder: str | Path, held_out: float, split: SplitRule = "spread") -> token_shards.Shards:
+    """Return the shards of a folder, joined once. The share `held_out` is held out: passages of each shard, or with
+    `split` "end" the end of them all.
 
     Raises `UserError` for a shard that is incomplete, damaged or of another tokenizer.
     """
@@ -94,7 +97,8 @@ def open_prepared(folder: str | Path, held_out: float) -> token_shards.Shards:
     shards = [(path.with_suffix(".bin"), _read_index(path, shared)) for path in sorted(folder.glob("[0-9]*.json"))]
     content = hash_of([json.dumps([index for _, index in shards], sort_keys=True)])
     settings = {"format": token_shards.FORMAT, "prepared": content, "held_out": held_out}
-    return token_shards.open_shards(folder, settings, partial(_join, shards, shared, held_out))
+    settings |= {"split": split} if split == "spread" else {}  # earlier versions knew the other rule alone
+    return token_shards.open_shards(folder, settings, partial(_join, shards, shared, held_out, split))
 
 
 def _read_index(path: Path, shared: dict[str, Any]) -> dict[str, Any]:
@@ -113,24 +117,46 @@ def _read_index(path: Path, shared: dict[str, Any]) -> dict[str, Any]:
     return index
 
 
-def _join(shards: IndexedShards, shared: dict[str, Any], held_out: float, folder: Path) -> dict[str, Any]:
+def _join(
+    shards: IndexedShards, shared: dict[str, Any], held_out: float, split: SplitRule, folder: Path
+) -> dict[str, Any]:
     """Copy the ids of all shards into the files of the training and the held-out part. Return facts about them."""
     width = np.dtype(shared["dtype"]).itemsize
     separator = b"" if shared["separator"] is None else np.array([shared["separator"]], shared["dtype"]).tobytes()
-    total = sum(path.stat().st_size for path, _ in shards) + len(separator) * (len(shards) - 1)
-    left = round(total // width * (1 - held_out)) * width  # bytes that are left for training
+    sizes = [path.stat().st_size + len(separator) * (number > 0) for number, (path, _) in enumerate(shards)]
+    total = sum(sizes)
+    if split == "end":
+        spans = [(round(total // width * (1 - held_out)), total // width)]
+    else:
+        spans = passages([size // width for size in sizes], held_out, longest=PASSAGE)
+    cuts = [
+        *(position * width for span in spans for position in span),
+        total,
+    ]  # where training and validation alternate
     paths = [folder / f"{part}.bin" for part in token_shards.PARTS]
+    position, part = 0, 0
     with paths[0].open("wb") as training, paths[1].open("wb") as validation:
+        files = training, validation
         for block in _checked_blocks(shards, separator):
-            training.write(block[:left])
-            validation.write(block[left:])
-            left = max(0, left - len(block))
+            begin, after = 0, position + len(block)
+            while cuts[part] < after:
+                cut = cuts[part] - position
+                files[part % 2].write(block[begin:cut])
+                begin, part = cut, part + 1
+            files[part % 2].write(block[begin:])
+            position = after
     text = sum(index["bytes"] for _, index in shards)
-    sizes = {path.stem: path.stat().st_size for path in paths}
-    return shared | {
-        part: {"tokens": size // width, "bytes": round(text * size / max(total, 1)), "documents": 0}
-        for part, size in sizes.items()
-    }
+    written = {path.stem: path.stat().st_size for path in paths}
+    of_files = {"files": len(shards), "of_files": len(shards)}
+    facts = {"rule": "passages" if split == "spread" else "end", "passages": len(spans), **of_files}
+    return (
+        shared
+        | {"held_out": facts}
+        | {
+            part: {"tokens": size // width, "bytes": round(text * size / max(total, 1)), "documents": 0}
+            for part, size in written.items()
+        }
+    )
 
 
 def _checked_blocks(shards: IndexedShards, separator: bytes) -> Iterator[bytes]:

@@ -19,11 +19,19 @@ from keifu.data.prepared_folders import prepared_folder
 from keifu.data.progress import counting
 from keifu.data.text import documents as sources
 from keifu.data.text.documents import PLAIN, TextChunk, TextFileFormat, chunks
+from keifu.data.text.held_out import (
+    MANY,
+    Parted,
+    SplitRule,
+    document_lengths,
+    split_documents,
+    stored_rule,
+    without_blank,
+)
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 
 FORMAT = 1  # increased when the same source would give other ids
-MANY = 100  # from this number of documents on, whole documents are held out
 CHUNK = 1 << 22  # characters that are encoded at once, in parallel
 PARTS = "training", "validation"
 
@@ -46,6 +54,21 @@ class Shards:
         """UTF-8 bytes of the held-out text divided by its tokens, end-of-text ids included."""
         return self.index["validation"]["bytes"] / self.index["validation"]["tokens"]
 
+    def held_out(self) -> str:
+        """Return a sentence that says which part of the text is held out."""
+        parts = [self.index[part] for part in PARTS]
+        share = parts[1]["bytes"] / max(1, sum(part["bytes"] for part in parts))
+        size = f"Held out for validation: {parts[1]['tokens']:,} tokens ({share:.1%} of the text)"
+        facts = self.index.get("held_out") or {}
+        if facts.get("rule") == "another text":
+            return f"Held out for validation: {parts[1]['tokens']:,} tokens of another text."
+        if facts.get("rule") == "passages":
+            files = f" from {facts['files']} of {facts['of_files']} files" if facts["of_files"] > 1 else ""
+            return f"{size}, in {facts['passages']:,} passage{'s' * (facts['passages'] != 1)}{files}."
+        if sum(part["documents"] for part in parts) >= MANY:
+            return f"{size}, in {parts[1]['documents']:,} whole documents spread over the text."
+        return f"{size}, its end."
+
     def bits_per_byte(self, loss: float) -> float:
         """Convert a loss on the held-out text, in nats per token, to bits per byte, which is comparable between
         tokenizers."""
@@ -54,21 +77,21 @@ class Shards:
 
 def prepare(
     source: str | Path, tokenizer: Tokenizer, held_out: float = 0.05, seed: int = 0, form: TextFileFormat = PLAIN,
-    validation: str | Path | None = None,
+    validation: str | Path | None = None, split: SplitRule = "spread",
 ) -> Shards:  # fmt: skip
     """Tokenize a source (see `keifu.data.text.documents`). The ids are cached until the source changes.
 
-    The share `held_out` is not trained on. From 100 documents on, one of every 1 / held_out consecutive documents is
-    held out, chosen by the seed, so that each part of a source is represented. With fewer documents, the last
-    characters of the whole text are held out, as in nanoGPT. If `validation` names a source, it is held out instead,
-    and all of `source` is trained on. Raises `UserError`, with file and line, for a fault in the text; then nothing is
-    cached.
+    The share `held_out` is not trained on; `split` says how it is chosen (see `keifu.data.text.held_out`). If
+    `validation` names a source, it is held out instead, and all of `source` is trained on. Raises `UserError`, with
+    file and line, for a fault in the text; then nothing is cached.
     """
     settings = split_settings(source, tokenizer, held_out, form, validation, format=FORMAT, seed=seed, field="text")
-    if validation is None:
-        parted = partial(_split_documents, source, held_out, seed, form)
-    else:
+    rule = stored_rule(source, split)
+    if validation is not None:
         parted = partial(_side_by_side, source, validation, form)
+    else:
+        settings |= {"split": rule} if rule == "spread" else {}  # earlier versions knew the other rule alone
+        parted = partial(split_documents, source, held_out, seed, form, rule)
     return open_shards(source, settings, partial(_make, source, parted, tokenizer))
 
 
@@ -105,13 +128,10 @@ def prepare_parts(name: str, content: str, parts: Parts, tokenizer: Tokenizer) -
 
     def parted() -> Parted:
         whole = [TextChunk(text, True, part) for part, texts in enumerate(parts()) for text in texts]
-        return iter(whole), len(whole), sum(len(piece.text) for piece in whole)
+        return Parted(iter(whole), len(whole), sum(len(piece.text) for piece in whole), "documents")
 
     settings = {"format": FORMAT, "content": content, "tokenizer": tokenizer.fingerprint, "parts": "given"}
     return open_shards(name, settings, partial(_make, name, parted, tokenizer))
-
-
-Parted = tuple[Iterator[TextChunk], int, int]  # chunks with their parts; numbers of documents and of characters
 
 
 def open_shards(source: str | Path, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Shards:
@@ -123,29 +143,30 @@ def open_shards(source: str | Path, settings: dict[str, Any], make: Callable[[Pa
 
 def _side_by_side(source: str | Path, validation: str | Path, form: TextFileFormat) -> Parted:
     """Return the documents of one source as the training part, and those of another as the validation part."""
-    sizes = [_measure(sources.read_chunks(part, form)) for part in (source, validation)]
-    count, characters = map(sum, zip(*sizes, strict=True))
-    kept = (replace(piece, part=1) for piece in _without_blank(sources.read_chunks(validation, form)))
-    return chain(_without_blank(sources.read_chunks(source, form)), kept), count, characters
-
-
-def _split_documents(source: str | Path, share: float, seed: int, form: TextFileFormat) -> Parted:
-    """Return the documents of a source, each assigned to a part of the split."""
-    count, characters = _measure(sources.read_chunks(source, form))
-    pieces = _without_blank(sources.read_chunks(source, form))
-    parted = _by_document(pieces, share, seed) if count >= MANY else _by_tail(pieces, int(characters * (1 - share)))
-    return parted, count, characters
+    lengths = [*chain.from_iterable(document_lengths(part, form) for part in (source, validation))]
+    pieces = chain(
+        without_blank(sources.read_chunks(source, form)),
+        (replace(piece, part=1) for piece in without_blank(sources.read_chunks(validation, form))),
+    )
+    return Parted(pieces, len(lengths), sum(lengths), "another text")
 
 
 def _make(source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Write the ids of both parts into a new folder. Return facts about them."""
-    pieces, count, characters = parted()
+    pieces, count, characters, rule = parted()
+    files: tuple[set[str], set[str]] = set(), set()
+
+    def counted() -> Iterator[TextChunk]:
+        for piece in pieces:
+            files[piece.part].add(piece.file)
+            yield piece
+
     id_format = format_of_ids(tokenizer)
     if id_format["separator"] is None and count > 1:
         print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
     paths = [folder / f"{part}.bin" for part in PARTS]
     with counting(f"Tokenising {source}", characters, "characters") as advance:
-        written = write(pieces, tokenizer, paths, lambda read, _: advance(read))
+        written = write(counted(), tokenizer, paths, lambda read, _: advance(read))
     totals = dict(zip(PARTS, written, strict=True))
     if not all(part["tokens"] for part in totals.values()):
         tokens = sum(part["tokens"] for part in totals.values())
@@ -153,7 +174,9 @@ def _make(source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer
             f"{source} has {tokens} tokens: too short to hold some out for validation. Give more text (a model learns "
             "little from fewer than about 10,000 tokens), or name another text with --validation-data."
         )
-    return id_format | totals
+    passages = totals[PARTS[1]]["documents"]
+    facts = {"rule": rule, "passages": passages, "files": len(files[1]), "of_files": len(files[0] | files[1])}
+    return id_format | totals | {"held_out": facts}
 
 
 def format_of_ids(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -161,48 +184,6 @@ def format_of_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     separator = tokenizer.bos_id if tokenizer.eos_id is None else tokenizer.eos_id
     return {"dtype": dtype, "separator": separator, "vocab_size": tokenizer.vocab_size}
-
-
-def _measure(pieces: Iterable[TextChunk]) -> tuple[int, int]:
-    """Count documents and characters. This runs before encoding, so that an error in the text is reported at once."""
-    count = characters = 0
-    for piece in _without_blank(pieces):
-        count += piece.ends
-        characters += len(piece.text)
-    return count, characters
-
-
-def _without_blank(pieces: Iterable[TextChunk]) -> Iterator[TextChunk]:
-    """Yield the chunks without those of empty or blank documents."""
-    fresh = True
-    for piece in pieces:
-        if not (fresh and piece.ends and not piece.text.strip()):
-            yield piece
-        fresh = piece.ends
-
-
-def _by_document(pieces: Iterable[TextChunk], share: float, seed: int) -> Iterator[TextChunk]:
-    """Yield the chunks with their parts: one of every 1 / share consecutive documents goes to validation."""
-    number, first_after, chosen, block = 0, 0, 0, 0
-    for piece in pieces:
-        if number >= first_after:
-            first, first_after = math.ceil(block / share), math.ceil((block + 1) / share)
-            chosen = first + int(np.random.default_rng([seed, block]).integers(first_after - first))
-            block += 1
-        yield replace(piece, part=int(number == chosen))
-        number += piece.ends
-
-
-def _by_tail(pieces: Iterable[TextChunk], cut: int) -> Iterator[TextChunk]:
-    """Yield the chunks with their parts: all characters from `cut` on go to validation."""
-    position = 0
-    for piece in pieces:
-        inside = min(max(cut - position, 0), len(piece.text))
-        position += len(piece.text)
-        if inside:
-            yield TextChunk(piece.text[:inside], piece.ends and inside == len(piece.text), part=0)
-        if inside < len(piece.text):
-            yield TextChunk(piece.text[inside:], piece.ends, part=1)
 
 
 def write(

@@ -168,7 +168,7 @@ def settings(recipe: Recipe) -> Settings:
 def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> None:
     """Train the task's model into a run folder, which then holds the policy, and print the last figures."""
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
-    options |= {"value": recipe.value, "measured": list(recipe.measured), "text": asdict(recipe.text)}
+    options |= {"value": recipe.value, "measured": list(recipe.measured), "text": recipe.text.described()}
     objective, paper = partial(ppo, rule=task.rule), "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
     save = partial(finetuning.save_result, task.model.policy, task.tokenizer, base=recipe.model)
     finetuning.learn_from_rollouts(recipe, task, objective, settings(recipe), out, resume, paper, NORMAL, options, save)

@@ -75,7 +75,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
         text.data, tokenizer, sentences, held_out=text.held_out, form=text.form, validation=text.validation_data
     )
     data = MaskedText(shards, MaskingVocabulary.of(tokenizer), masking, training.batch_size, training.seed)
-    options = {"model": asdict(model.config), "text": asdict(text), "masking": asdict(masking)}
+    options = {"model": asdict(model.config), "text": text.described(), "masking": asdict(masking)}
     summary = train_run(
         out, resume, model, masked_language_modeling, data, training, tokenizer, title="bert",
         parameters=parameters(model), facts=_facts(text, shards), options=options,

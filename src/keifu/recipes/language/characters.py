@@ -13,6 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+
+from keifu.data.text.held_out import SplitRule
 from keifu.errors import require_known
 from keifu.models import gpt2, llama
 from keifu.ranges import BelowOne, Count, Seed
@@ -54,6 +57,7 @@ class Recipe(TextOptions, Logging):
     """Random seed of the weights and the order of the data."""
     held_out: BelowOne = field(default=0.1, kw_only=True)
     """Share of the text that is kept for validation: its last part, as in nanoGPT."""
+    split: tyro.conf.Suppress[SplitRule] = field(default="end", kw_only=True)
 
 
 def run(recipe: Recipe, out: Path, resume: bool) -> None:

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from torch import nn
 
 from keifu import checkpoints
 from keifu.data.text import mixture as mixtures, span_corruption as corruption
+from keifu.data.text.held_out import SplitRule
 from keifu.data.tokenizers.load import learned_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer, put_around_text
 from keifu.data.tokenizers.train import train_tokenizer
@@ -57,6 +59,8 @@ class Recipe:
     """Sources to learn from: multilingual, or a YAML or JSON file of sources with weights (docs/lineage/palm2.md)."""
     held_out: BelowOne | None = None
     """Share of each source that is kept for validation; unset: the mixture's own, or 0.02."""
+    split: tyro.conf.Suppress[SplitRule] = "spread"
+    """Rule that chooses the held-out part of a plain text; a run of an earlier version is resumed with "end"."""
     objective: Literal["ul2", "causal"] = "ul2"
     """A mixture of denoisers, or each token from those before it."""
     shares: tuple[Share, Share, Share] = (0.25, 0.25, 0.5)
@@ -135,7 +139,7 @@ def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[corruption.Corruption
 
 def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     """Train into `out`, which keifu.load, keifu generate, keifu evaluate and transformers read afterwards."""
-    mixture = mixtures.read_mixture(recipe.mixture)
+    mixture = replace(mixtures.read_mixture(recipe.mixture), split=recipe.split)
     if recipe.held_out is not None:
         mixture = replace(mixture, held_out=recipe.held_out)
     return learn(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels, out), out, resume)

@@ -13,6 +13,7 @@ import tyro
 from keifu.data.catalogue import catalogue
 from keifu.data.text import prepared
 from keifu.data.text.documents import TextFileFormat, content_hash, documents
+from keifu.data.text.held_out import SplitRule, training_texts
 from keifu.data.text.packed import PackedText
 from keifu.data.text.token_shards import Shards, prepare
 from keifu.data.tokenizers.load import learned_tokenizer, load_tokenizer
@@ -46,6 +47,8 @@ class TextOptions:
     """The field, or column, that holds the text in .jsonl, .json, .csv, .tsv and .parquet files; unset: text."""
     encoding: str = "utf-8"
     """Encoding of text files without a byte order mark, such as cp932 (Shift-JIS), euc_jp or cp1252."""
+    split: tyro.conf.Suppress[SplitRule] = "spread"
+    """Rule that chooses the held-out part; a run of an earlier version is resumed with "end"."""
 
     @property
     def form(self) -> TextFileFormat:
@@ -59,8 +62,13 @@ class TextOptions:
     def shards(self, data: str, tokenizer: Tokenizer) -> Shards:
         """Return the tokenized training and held-out parts of a text, or of a folder of shards (keifu data prepare)."""
         if prepared.is_prepared(data):
-            return prepared.open_prepared(data, self.held_out)
-        return prepare(data, tokenizer, held_out=self.held_out, form=self.form, validation=self.validation_data)
+            return prepared.open_prepared(data, self.held_out, self.split)
+        return prepare(data, tokenizer, self.held_out, 0, self.form, self.validation_data, self.split)
+
+    def described(self) -> dict[str, Any]:
+        """Return the options, without a rule that earlier versions had alone."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if (name, value) != ("split", "end")}
 
 
 @dataclass(frozen=True)
@@ -91,18 +99,22 @@ class TextTask:
         """Return the facts for the report."""
         counts = {f"{part} tokens": self.shards.index[part]["tokens"] for part in ("training", "validation")}
         facts = {"source": self.text.data, "fingerprint": self.shards.fingerprint, **counts}
-        return facts | {"bytes per token": round(self.shards.bytes_per_token, 3)}
+        return facts | {"bytes per token": round(self.shards.bytes_per_token, 3), "held out": self.shards.held_out()}
 
 
 def prepare_text(text: Text, out: Path | None = None, **options: Any) -> TextTask:
     """Download the text, train the tokenizer (with these options) and tokenize. Results are cached. out: folder of the
     run, which stores a trained tokenizer."""
-    tokenizer = tokenizer_of(text, out, **options)
+    # a tokenizer of characters refuses all others, so that it needs those of the whole text
+    parted = text.split == "spread" and text.validation_data is None and text.tokenizer != "characters"
+    part = text.held_out if parted and text.data not in catalogue.CATALOGUE else None
+    tokenizer = tokenizer_of(text, out, part, **options)
     return TextTask(text, tokenizer, text.shards(text.data, tokenizer))
 
 
-def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokenizer:
-    """Load the tokenizer of a text, or train one with these options.
+def tokenizer_of(text: Text, out: Path | None = None, held_out: float | None = None, **options: Any) -> Tokenizer:
+    """Load the tokenizer of a text, or train one with these options. held_out: share of the text that it does not see;
+    None: it sees all.
 
     Of another model's tokenizer only the vocabulary is kept, because a model at the start of its training is not a chat
     model.
@@ -115,11 +127,12 @@ def tokenizer_of(text: Text, out: Path | None = None, **options: Any) -> Tokeniz
         return tokenizer.replace(chat_template=None, generation_config=None)
     given = "".join(f"-{option}" for option, value in options.items() if value)
     given += "".join(f"-{option}={value}" for option, value in text.form.settings().items())
+    given += "" if held_out is None else f"-without={held_out}"
     name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data, text.form)[:16]}"
 
     def learn() -> Tokenizer:
         print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
-        return train_tokenizer(text.tokenizer, _Pieces(text), text.vocab_size, **options)
+        return train_tokenizer(text.tokenizer, _Pieces(text, held_out), text.vocab_size, **options)
 
     return learned_tokenizer(name, learn, out)
 
@@ -129,9 +142,12 @@ class _Pieces:
     """Documents in pieces of limited length, so that all cores help to count one long document."""
 
     text: Text
+    held_out: float | None
 
     def __iter__(self) -> Iterator[str]:
-        for document in documents(self.text.data, self.text.form):
+        data, form = self.text.data, self.text.form
+        texts = documents(data, form) if self.held_out is None else training_texts(data, self.held_out, form)
+        for document in texts:
             yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
 
 
@@ -147,13 +163,17 @@ def pretrain(
     the context. objective: of the tokens, or of a teacher. options: further values that affect the result. change:
     converts the data; its second argument is the seed.
     """
+    if not resume:
+        print(task.shards.held_out(), flush=True)
     torch.manual_seed(settings.seed)
     config, split = replace(config, vocab_size=task.tokenizer.vocab_size), not current().is_replicated
     model: Any = build_lazily(partial(build, config), choose()) if split else build(config).to(choose())
     config = model.config
     text = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
     data = change(text, settings.seed)
-    deciding = {"model": asdict(config), "text": asdict(task.text), **options} | ({"z_loss": z_loss} if z_loss else {})
+    deciding = {"model": asdict(config), "text": task.text.described(), **options} | (
+        {"z_loss": z_loss} if z_loss else {}
+    )
     bytes_per_token = task.shards.bytes_per_token if objective in PER_TOKEN else None
     if z_loss:
         objective = partial(causal_language_modeling, z_loss=z_loss)
