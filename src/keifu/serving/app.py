@@ -14,7 +14,7 @@ from keifu import __version__
 from keifu.serving import access, errors, inspection, middleware, page, state, translations
 from keifu.serving.models import ServedModels
 from keifu.serving.openai import chat, completions, images, responses, transcriptions, vectors
-from keifu.serving.protocols import anthropic, ollama
+from keifu.serving.protocols import anthropic, ollama, ollama_models
 
 OPENAI = (chat, completions, responses, vectors, images, transcriptions)
 RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": errors.ERROR, "5XX": errors.ERROR}
@@ -52,7 +52,7 @@ def application(models: ServedModels, limits: Access = Access()) -> FastAPI:  # 
         title="keifu", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=RESPONSES
     )
     errors.install(app)
-    for part in (*OPENAI, translations, inspection, anthropic, ollama, state):
+    for part in (*OPENAI, translations, inspection, anthropic, ollama, ollama_models, state):
         part.routes(app, models)
     state.health_routes(app, models)
     state.run_routes(app, limits.runs)

@@ -26,6 +26,9 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 UNION = r"body|str|int|float|bool|(?!\d)[\w-]+\[.*|function-.*|\w*(?:Item|NamedTool)"  # in a path: types, not fields
 FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required": ["message"]}}}
 ERROR = {"description": "An error, in a sentence", "content": {"application/json": {"schema": FORM}}}
+TEXT_FORM = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+TEXT_ERROR = {"description": "An error, in a sentence", "content": {"application/json": {"schema": TEXT_FORM}}}
+TEXT_ERRORS: dict[int | str, dict[str, Any]] = {"4XX": TEXT_ERROR, "5XX": TEXT_ERROR}  # of ollama's paths
 BODY = {  # messages for a body that is not valid JSON
     UnicodeDecodeError: "The body is not UTF-8 text: send JSON in UTF-8.",
     RecursionError: "The body's JSON is nested too deeply: send a flatter one.",

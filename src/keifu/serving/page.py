@@ -53,7 +53,7 @@ def routes() -> APIRouter:
             return Response(status_code=304, headers=headers)
         return Response(files[name], headers=headers, media_type=f"{TYPES[Path(name).suffix]}; charset=utf-8")
 
-    router.add_api_route("/", partial(answer, "index.html"))
+    router.add_api_route("/", partial(answer, "index.html"), methods=["GET", "HEAD"])  # ollama's clients ask HEAD
     router.add_api_route("/docs", partial(answer, "docs.html"))
 
     @router.get("/lineage")

@@ -60,6 +60,8 @@ def test_ollama_calls_them_thinking(thinker: Any) -> None:
     body = {"model": name, "messages": ASK["messages"], "stream": False, "options": {"num_predict": 8}}
     message = httpx.post(f"{thinker.url}/api/chat", json=body).json()["message"]
     assert message["thinking"] and message["content"] == ""
+    off = httpx.post(f"{thinker.url}/api/chat", json={**body, "think": False}).json()["message"]
+    assert off["content"] and "thinking" not in off
 
 
 def test_anthropics_client_gets_thinking_blocks(thinker: Any) -> None:

@@ -168,7 +168,7 @@ def test_ollama_formats_calls_and_lists(served: Any) -> None:
     turns = [CALL, call, {"role": "tool", "content": "20", "tool_name": "weather"}]
     assert served.post("/api/chat", {**asked, "messages": turns}).status_code == 200
     tags = httpx.get(f"{served.url}/api/tags").json()["models"]
-    assert [each["name"] for each in tags] == ["chat"] and tags[0]["size"] > 0
+    assert [each["name"] for each in tags][:2] == ["chat", "base"] and tags[0]["size"] > 0
     assert httpx.get(f"{served.url}/api/version").json()["version"] == keifu.__version__
     turns[1] = {"role": "assistant", "tool_calls": [{"function": "x"}]}
     wrong = served.post("/api/chat", {**asked, "messages": turns})

@@ -6,8 +6,11 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
+from keifu.data.chat.thoughts import OPEN
+from keifu.data.tokenizers.chat_template import template_variables
 from keifu.inference.text.request import Piece
-from keifu.serving.models import ServedModels
+from keifu.serving.errors import ApiError
+from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import Answer, prepare_chat, token_bytes, token_text
 from keifu.serving.openai.schemas import ChatRequest
 from keifu.serving.openai.tools import THOUGHTS, Delta, Reply
@@ -37,13 +40,26 @@ async def begin_from(models: ServedModels, fields: dict[str, Any], prefix: str) 
     return await begin(models, ChatRequest.model_validate(given), prefix)
 
 
+def thinking_options(about: Description, thinks: bool, field: str) -> dict[str, Any] | None:
+    """Return chat template variables that turn thoughts on or off.
+
+    Raises `ApiError` if thoughts are wanted of a model that never thinks. field: that of the request, for the error.
+    """
+    template = about.tokenizer.chat_template
+    if "enable_thinking" in template_variables(template):
+        return {"enable_thinking": thinks}
+    if thinks and OPEN not in template:
+        raise ApiError(400, f"The chat template of this model has no thoughts: leave out {field}.", field)
+    return None
+
+
 async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
     """Return the whole answer."""
     tokens: list[list[dict[str, Any]]] = [[] for _ in answer.requests]
     async with aclosing(answer.pieces()) as pieces:
         async for choice, piece in pieces:
             answer.push(choice, piece)
-            tokens[choice] += _tokens(answer, piece)
+            tokens[choice] += token_entries(answer, piece)
     choices = [
         {
             "index": choice,
@@ -88,7 +104,7 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
         yield chunk(index, {"role": "assistant", "content": ""})
     async with aclosing(answer.pieces()) as pieces:
         async for index, piece in pieces:
-            tokens[index] += _tokens(answer, piece)
+            tokens[index] += token_entries(answer, piece)
             for part in answer.push(index, piece):
                 yield chunk(index, _delta(part, answer.replies[index]))
             if piece.finish_reason:
@@ -97,7 +113,7 @@ async def _events(answer: Answer, body: ChatRequest) -> AsyncGenerator[dict[str,
         yield {**head, "choices": [], "usage": answer.usage}
 
 
-def _tokens(answer: Answer, piece: Piece) -> list[dict[str, Any]]:
+def token_entries(answer: Answer, piece: Piece) -> list[dict[str, Any]]:
     """Return a token with its probability and those of the likeliest tokens, if they were requested.
 
     The sampled token is always included, as in OpenAI's answers: after the likeliest if it is not one of them.

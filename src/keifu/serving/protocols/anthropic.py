@@ -8,11 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import FastAPI, Response
 from pydantic import Field
 
-from keifu.data.chat.thoughts import OPEN
-from keifu.data.tokenizers.chat_template import template_variables
 from keifu.serving.errors import ApiError
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.chat import begin_from
+from keifu.serving.openai.chat import begin_from, thinking_options
 from keifu.serving.openai.generation import Answer, count_tokens
 from keifu.serving.openai.schemas import Body, ChatRequest, Neutral
 from keifu.serving.openai.tools import THOUGHTS, Delta
@@ -101,12 +99,7 @@ def _options(body: CountRequest, models: ServedModels) -> dict[str, Any] | None:
     """Return chat template variables that turn thoughts on or off. Raises an error for a model that never thinks."""
     if body.thinking is None or body.thinking.type == "adaptive":
         return None
-    wanted, template = body.thinking.type == "enabled", models.find(body.model, "chat").tokenizer.chat_template
-    if "enable_thinking" in template_variables(template):
-        return {"enable_thinking": wanted}
-    if wanted and OPEN not in template:
-        raise ApiError(400, "The chat template of this model has no thoughts: leave out thinking.", "thinking")
-    return None
+    return thinking_options(models.find(body.model, "chat"), body.thinking.type == "enabled", "thinking")
 
 
 def _fields(body: CountRequest) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""/api/chat, /api/tags and /api/version: the paths used by clients of ollama."""
+"""/api/chat and /api/generate: answers for clients of ollama, whole or as a stream."""
 
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,11 +10,15 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import FastAPI, Response
 from pydantic import Field
 
-from keifu import __version__
+from keifu.inference.text.request import prompt_tokens
+from keifu.inference.text.sampling_params import ANSWER_TOKENS
+from keifu.serving.errors import TEXT_ERRORS, ApiError
+from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
-from keifu.serving.openai.chat import begin_from
-from keifu.serving.openai.generation import Answer
-from keifu.serving.openai.schemas import Body, Neutral
+from keifu.serving.openai.body import Body, Neutral
+from keifu.serving.openai.chat import begin_from, thinking_options, token_entries
+from keifu.serving.openai.generation import Answer, prepare
+from keifu.serving.openai.schemas import CompletionRequest
 from keifu.serving.openai.tools import THOUGHTS
 from keifu.serving.streaming import STREAM, LineStream, json_response
 
@@ -23,6 +27,7 @@ OPTIONS = {  # ollama's names, and OpenAI's
     "num_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
 }  # fmt: skip
+RESPONSES = STREAM | TEXT_ERRORS
 
 
 class OllamaFunction(Body):
@@ -51,54 +56,127 @@ class OllamaMessage(Body):
     tool_name: str | None = None
     images: list[str] | None = None  # in base64
     ignored: ClassVar[Neutral] = {"thinking": ("",)}
+    allows_null: ClassVar[bool] = True
 
 
-class OllamaChat(Body):
-    """POST /api/chat. Options for ollama's engine are ignored."""
+class OllamaRequest(Body):
+    """Fields of /api/chat and /api/generate. Options for ollama's engine are ignored. keep_alive: 0, in a request
+    without a prompt, unloads the model; otherwise --keep-alive decides."""
 
     model: str = ""
-    messages: Annotated[list[OllamaMessage], Field(min_length=1)]
     stream: bool = True
     format: Literal["", "json"] | dict[str, Any] | None = None
     options: dict[str, Any] | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    keep_alive: float | str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def name(self) -> str:
+        """Id of the model. ollama's clients append ":latest" to a name without a tag."""
+        return self.model.removesuffix(":latest")
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Schema that the text must follow; None for any text."""
+        return {"type": "object"} if self.format == "json" else self.format or None  # type: ignore[return-value]
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options in OpenAI's fields. A negative number of tokens is no limit, a negative seed is none."""
+        options = self.options or {}
+        fields = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
+        for name in ("max_tokens", "seed"):
+            if isinstance(fields.get(name), int) and fields[name] < 0:
+                del fields[name]
+        return fields
+
+
+class OllamaChat(OllamaRequest):
+    """POST /api/chat. Without messages the model is only loaded."""
+
+    messages: list[OllamaMessage] = []
     tools: list[dict[str, Any]] | None = None
-    ignored: ClassVar[Neutral] = {"keep_alive": (), "think": (False,)}
+
+
+class OllamaGenerate(OllamaRequest):
+    """POST /api/generate. Without a prompt the model is only loaded. raw: whether the prompt is continued as it is,
+    without a chat template, as a base model always does."""
+
+    prompt: str = ""
+    system: str | None = None
+    images: list[str] | None = None  # in base64
+    raw: bool = False
+    refused: ClassVar[Neutral] = {"suffix": ("",), "template": ("",), "context": ([],)}
+
+
+Form = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes for these models."""
 
-    @app.post("/api/chat", summary="Answer a conversation (ollama)", tags=["other clients"], responses=STREAM)
-    async def chat(body: OllamaChat) -> Response:
-        answer = await begin_from(models, _fields(body), "ollama-")
+    async def sent(answer: Answer, body: OllamaRequest, form: Form) -> Response:
         if body.stream:
-            return LineStream(_lines(answer), models.limits.timeout, named=True)
-        return json_response(await _all(answer))
+            return LineStream(_lines(answer, body, form), models.limits.timeout, named=True)
+        return json_response(await _whole(answer, body, form))
 
-    @app.get("/api/tags", summary="The models that chat (ollama)", tags=["other clients"])
-    async def tags() -> Response:
-        chatting = [description for description in models.descriptions.values() if "chat" in description.uses]
-        began = datetime.fromtimestamp(models.began, UTC).isoformat()
-        entries = [{"name": model.name, "model": model.name, "size": model.size} for model in chatting]
-        more = {"modified_at": began, "digest": "", "details": {"family": "keifu", "format": "safetensors"}}
-        return json_response({"models": [entry | more for entry in entries]})
+    async def loaded(body: OllamaRequest, form: Form) -> Response:
+        name = models.named(body.name).name
+        if body.keep_alive in (0, "0", "0s") and (name not in models.workers or models.unload(name)):
+            return json_response(_head(name) | form({}) | {"done": True, "done_reason": "unload"})
+        await models.worker(name).call(lambda *_: None)
+        return json_response(_head(name) | form({}) | {"done": True, "done_reason": "load"})
 
-    @app.get("/api/version", summary="The version of keifu (ollama)", tags=["other clients"])
-    async def version() -> Response:
-        return json_response({"version": __version__})
+    @app.post("/api/chat", summary="Answer a conversation (ollama)", tags=["other clients"], responses=RESPONSES)
+    async def chat(body: OllamaChat) -> Response:
+        if not body.messages:
+            return await loaded(body, _chat_form)
+        fields = _conversation(body, models, _turns(body.messages)) | {"tools": body.tools or None}
+        return await sent(await begin_from(models, fields, "ollama-"), body, _chat_form)
+
+    @app.post("/api/generate", summary="Answer a prompt (ollama)", tags=["other clients"], responses=RESPONSES)
+    async def generate(body: OllamaGenerate) -> Response:
+        if not body.prompt and not body.images:
+            return await loaded(body, _generate_form)
+        if body.raw or "chat" not in models.named(body.name).uses:
+            if body.images or body.system:
+                raise ApiError(400, "A prompt without a chat template has no images and no system: leave them out.")
+            return await sent(await _continuation(body, models), body, _generate_form)
+        first = [OllamaMessage(role="system", content=body.system)] if body.system else []
+        asked = OllamaMessage(role="user", content=body.prompt, images=body.images)
+        fields = _conversation(body, models, _turns([*first, asked]))
+        return await sent(await begin_from(models, fields, "ollama-"), body, _generate_form)
 
 
-def _fields(body: OllamaChat) -> dict[str, Any]:
-    """Return the request in OpenAI's fields."""
-    options = body.options or {}
-    kept = {ours: options[name] for name, ours in OPTIONS.items() if options.get(name) is not None}
-    if isinstance(kept.get("max_tokens"), int) and kept["max_tokens"] < 0:  # negative: unlimited
-        del kept["max_tokens"]
+def _conversation(body: OllamaRequest, models: ServedModels, turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a request for these messages in OpenAI's fields."""
+    current().ignored += ["keep_alive"] * (body.keep_alive is not None)
     form: Any = {"type": "json_object"} if body.format == "json" else None
     if isinstance(body.format, dict):
         form = {"type": "json_schema", "json_schema": {"name": "format", "schema": body.format}}
+    thinking = None
+    if body.think is not None:
+        thinking = thinking_options(models.find(body.name, "chat"), body.think is not False, "think")
+    shown = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs, "chat_template_kwargs": thinking}
+    return {"model": body.name, "messages": turns, "response_format": form, **shown, **body.settings()}
+
+
+async def _continuation(body: OllamaGenerate, models: ServedModels) -> Answer:
+    """Return the continuation of a prompt, which has not begun."""
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    fields = {"model": body.name, "prompt": body.prompt, "max_tokens": ANSWER_TOKENS, **body.settings()}
+    request = CompletionRequest.model_validate(fields | {"logprobs": logprobs})
+    return await prepare(
+        models, request, "completion", lambda about: [prompt_tokens(about.tokenizer, body.prompt)], "ollama-",
+        body.schema,
+    )  # fmt: skip
+
+
+def _turns(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
+    """Return messages in OpenAI's form. Calls get ids, which the results after them name."""
     turns, number = [], 0
-    for turn in body.messages:
+    for turn in messages:
         calls = []
         for call in turn.tool_calls or ():
             named = {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}
@@ -110,47 +188,67 @@ def _fields(body: OllamaChat) -> dict[str, Any]:
         parts: list[Any] = [{"type": "text", "text": turn.content}]
         parts += [{"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}} for image in turn.images or ()]
         turns.append({"role": turn.role, "content": parts if turn.images else turn.content, **more})
-    # ollama's clients append ":latest" to a name without a tag
-    model = body.model.removesuffix(":latest")
-    return {"model": model, "messages": turns, "tools": body.tools or None, "response_format": form, **kept}
+    return turns
 
 
-async def _lines(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the parts of an answer, then its figures. Each call is sent as a whole."""
+def _chat_form(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": "", **fields}}
+
+
+def _generate_form(fields: dict[str, Any]) -> dict[str, Any]:
+    text = {"response": fields.get("content", "")}
+    return text | {name: value for name, value in fields.items() if name != "content"}
+
+
+def _head(name: str) -> dict[str, Any]:
+    return {"model": name, "created_at": datetime.now(UTC).isoformat()}
+
+
+async def _parts(answer: Answer, body: OllamaRequest) -> AsyncGenerator[tuple[dict[str, Any], dict[str, Any]], None]:
+    """Yield the parts of an answer's message, each with other fields; the last ones are its figures. Each call is one
+    part."""
     begin, first, reply = time.monotonic_ns(), 0, answer.replies[0]
+    tokens: list[dict[str, Any]] = []
 
-    def line(message: dict[str, Any], **more: Any) -> dict[str, Any]:
-        now = datetime.now(UTC).isoformat()
-        whole_message = {"role": "assistant", "content": "", **message}
-        return {"model": answer.description.name, "created_at": now, "message": whole_message, "done": False, **more}
+    def probabilities() -> dict[str, Any]:
+        nonlocal tokens
+        taken, tokens = tokens, []
+        return {"logprobs": taken} if taken and body.logprobs else {}
 
     async with aclosing(answer.pieces()) as pieces:
         async for choice, piece in pieces:
             first = first or time.monotonic_ns()
+            tokens += token_entries(answer, piece)
             for part in answer.push(choice, piece):
                 if part.content:
-                    yield line({"thinking" if part.call == THOUGHTS else "content": part.content})
+                    yield {"thinking" if part.call == THOUGHTS else "content": part.content}, probabilities()
     functions = [call["function"] for call in reply.calls[: len(reply.calls) - reply.unfinished]]
     calls = [{"function": {**call, "arguments": json.loads(call["arguments"] or "{}")}} for call in functions]
     if calls:
-        yield line({"tool_calls": calls})
+        yield {"tool_calls": calls}, {}
     end, usage = time.monotonic_ns(), answer.usage
-    yield line(
-        {}, done=True, done_reason="length" if reply.finish_reason == "length" else "stop", total_duration=end - begin,
-        load_duration=0, prompt_eval_count=usage["prompt_tokens"], prompt_eval_duration=first - begin,
-        eval_count=usage["completion_tokens"], eval_duration=end - first,
-    )  # fmt: skip
+    figures = {
+        "done": True, "done_reason": "length" if reply.finish_reason == "length" else "stop",
+        "total_duration": end - begin, "load_duration": 0, "prompt_eval_count": usage["prompt_tokens"],
+        "prompt_eval_duration": first - begin, "eval_count": usage["completion_tokens"], "eval_duration": end - first,
+    }  # fmt: skip
+    yield {}, figures | probabilities()
 
 
-async def _all(answer: Answer) -> dict[str, Any]:
+async def _lines(answer: Answer, body: OllamaRequest, form: Form) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the lines of a stream."""
+    async with aclosing(_parts(answer, body)) as parts:
+        async for fields, more in parts:
+            yield {**_head(answer.description.name), **form(fields), "done": False, **more}
+
+
+async def _whole(answer: Answer, body: OllamaRequest, form: Form) -> dict[str, Any]:
     """Return the whole answer."""
-    message: dict[str, Any] = {"role": "assistant", "content": ""}
-    whole: dict[str, Any] = {}
-    async with aclosing(_lines(answer)) as lines:
-        async for line in lines:
-            message["content"] += line["message"]["content"]
-            if thought := line["message"].get("thinking"):
-                message["thinking"] = message.get("thinking", "") + thought
-            message |= {"tool_calls": calls} if (calls := line["message"].get("tool_calls")) else {}
-            whole = line
-    return {**whole, "message": message}
+    message, others, tokens = dict[str, Any](), dict[str, Any](), []
+    async with aclosing(_parts(answer, body)) as parts:
+        async for fields, more in parts:
+            for name, value in fields.items():
+                message[name] = message[name] + value if name in message else value
+            tokens += more.pop("logprobs", [])
+            others |= more
+    return {**_head(answer.description.name), **form(message), **others, **({"logprobs": tokens} if tokens else {})}
