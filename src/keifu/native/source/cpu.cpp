@@ -19,7 +19,11 @@ namespace {
 
 thread_local char last_error[512] = "";
 
-#if defined(__x86_64__)
+#if defined(KEIFU_EMULATED)
+// A build for tests: besides the portable set, the library has those with a bit here. They are compiled against an
+// emulation of their instructions (tests/native/emulation).
+bool has(int which) { return which == KEIFU_PORTABLE || (KEIFU_EMULATED >> which & 1); }
+#elif defined(__x86_64__)
 struct Registers {
     unsigned a, b, c, d;
 };
@@ -101,13 +105,18 @@ std::atomic<int> &in_use() {
     return which;
 }
 
+thread_local int here = -1;  // the instruction set of this thread's own, if any
+
 }  // namespace
+
+KernelsHere::KernelsHere(int which) : before(here) { here = which; }
+KernelsHere::~KernelsHere() { here = before; }
 
 const Kernels &kernels() {
     static const Kernels *const tables[] = {&portable_kernels, &avx2_kernels,        &avx_vnni_kernels,
                                             &avx512_kernels,   &avx512_bf16_kernels, &amx_kernels,
                                             &neon_dotprod_kernels, &neon_i8mm_kernels, &neon_bf16_kernels};
-    return *tables[in_use()];
+    return *tables[here < 0 ? in_use().load() : here];
 }
 
 int32_t fail(const char *format, ...) {

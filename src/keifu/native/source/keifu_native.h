@@ -35,6 +35,13 @@ int32_t keifu_has_instructions(int32_t which); /* 1 or 0 */
 int32_t keifu_instructions(void);           /* those in use; the best at first */
 int32_t keifu_use_instructions(int32_t which); /* fails where the CPU lacks them; packed weights serve all of them */
 
+/* Known inputs in each weight format: how far the results of an instruction set are from those of KEIFU_PORTABLE, as a
+ * share of the most that rounding explains. Above 1 the set computes wrongly; -1 where the check cannot run. It does not
+ * change the instructions in use. */
+int32_t keifu_checks(void);                 /* how many there are */
+const char *keifu_check_name(int32_t check); /* the weight format */
+float keifu_check(int32_t which, int32_t check);
+
 int32_t keifu_available_threads(void);      /* CPUs that affinity and the cgroup's quota leave this process, at most 256 */
 int32_t keifu_threads(void);                /* those in use; keifu_available_threads() at first */
 int32_t keifu_use_threads(int32_t n);       /* 1 to 256; waits for a forward that is running */

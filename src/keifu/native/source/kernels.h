@@ -5,7 +5,12 @@
 #define JOIN(a, b) JOIN_WORDS(a, b)
 #define KEIFU_NAMESPACE JOIN(keifu_, SET)
 #include "model.h"
-#if defined(SET_PORTABLE) || (defined(SET_ARM) ? defined(__aarch64__) : defined(__x86_64__))
+#if defined(SET_PORTABLE) || defined(SET_EMULATED)
+#define SET_IS_COMPILED
+#elif !defined(KEIFU_EMULATED) && (defined(SET_ARM) ? defined(__aarch64__) : defined(__x86_64__))
+#define SET_IS_COMPILED
+#endif
+#if defined(SET_IS_COMPILED)
 #include "attention.h"
 #include "packing.h"
 #include "product.h"

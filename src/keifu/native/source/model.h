@@ -141,6 +141,17 @@ extern const Kernels portable_kernels, avx2_kernels, avx_vnni_kernels, avx512_ke
     neon_dotprod_kernels, neon_i8mm_kernels, neon_bf16_kernels;
 const Kernels &kernels();  // those in use
 
+// While this exists, its thread uses an instruction set of its own.
+class KernelsHere {
+  public:
+    explicit KernelsHere(int which);
+    ~KernelsHere();
+    KernelsHere(const KernelsHere &) = delete;
+
+  private:
+    const int before;
+};
+
 int32_t fail(const char *format, ...) __attribute__((format(printf, 1, 2)));  // sets the last error, gives -1
 
 }  // namespace keifu

@@ -382,7 +382,11 @@ template <class Half> INLINE i16 by_halves(i16 total, i16 w, Half half) {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 constexpr int32_t CODE_BIAS = 128;  // VPDPBUSD wants unsigned weights: they are raised by this, and the sum corrected
 constexpr int HIGH_SHIFT = 4;       // high halves of bytes are used in place, 16 times too large
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) && defined(KEIFU_EMULATED)  // a build for tests: see cpu.cpp
+INLINE i16 dot_bytes(i16 total, i16 w, Quad x) {
+    return (i16)_mm512_dpbusd_epi32((__m512i)total, (__m512i)w, _mm512_set1_epi32(four_bytes(x)));
+}
+#elif defined(__AVX512VNNI__)
 INLINE i16 dot_bytes(i16 total, i16 w, Quad x) {
     __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(total) : "v"(w), "m"(*(const Four *)x));
     return total;
@@ -626,6 +630,9 @@ __attribute__((noinline)) void product_of(const uint8_t *const *tiles, const Row
 static void product(int format, const uint8_t *const *tiles, const Rows &rows, int64_t row, int n_rows, Scratch &scratch,
                     float *out) {
     with_format(format, [&](auto F) { product_of<F.value>(tiles, rows, row, n_rows, scratch, out); });
+#if defined(KEIFU_PLANTED_ERROR)  // a weight format: tests see that the check of instruction sets finds an error in it
+    if (format == KEIFU_PLANTED_ERROR) out[0] = -out[0];
+#endif
 }
 
 }  // namespace KEIFU_NAMESPACE
