@@ -105,10 +105,14 @@ class Batch(Structure):
     ]
 
 
-_RESULTS = {"last_error": c_char_p, "packed_size": c_int64, "cache_bytes": c_int64, "create": c_void_p}
+_RESULTS = {
+    "last_error": c_char_p, "packed_size": c_int64, "cache_bytes": c_int64, "create": c_void_p, "check": c_float,
+    "check_name": c_char_p,
+}  # fmt: skip
 _ARGUMENTS = {
-    **dict.fromkeys(("last_error", "best_instructions", "instructions", "available_threads", "threads"), ()),
-    **dict.fromkeys(("has_instructions", "use_instructions", "use_threads", "gguf_format"), (c_int32,)),
+    **dict.fromkeys(("last_error", "best_instructions", "instructions", "available_threads", "threads", "checks"), ()),
+    **dict.fromkeys(("has_instructions", "use_instructions", "use_threads", "gguf_format", "check_name"), (c_int32,)),
+    "check": (c_int32, c_int32),
     "packed_size": (c_int32, c_int64, c_int64),
     "pack": (c_int32, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p),
     "repack_gguf": (c_int32, c_void_p, c_int64, c_int64, c_void_p),
