@@ -17,7 +17,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.text.prompt_runner import PromptRunner
 from keifu.inference.text import likelihood
-from keifu.inference.text.sampling_params import SamplingParams
+from keifu.inference.text.sampling_params import SamplingParams, defaults
 
 try:
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
@@ -83,7 +83,7 @@ class KeifuLM(LM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generate a continuation of each context. It ends before one of the stop strings."""
         asked = [request.args for request in requests]
-        settings = [_sampling(given, seed) for seed, (_, given) in enumerate(asked)]
+        settings = [_sampling(given, seed, self.tokenizer) for seed, (_, given) in enumerate(asked)]
         texts = [text for text, _ in asked]
         front = likelihood.first_context(self.tokenizer, texts)
         ids = self.tokenizer.encode_batch(texts, allow_special=True)
@@ -133,15 +133,19 @@ class KeifuLM(LM):
         return prompt[-room:] or likelihood.common_beginning(self.tokenizer)
 
 
-def _sampling(given: dict[str, Any], seed: int) -> SamplingParams:
-    """Convert a task's settings to `SamplingParams`. Decoding is greedy unless the task samples. Raises `UserError` for
-    a setting that would change the result and is not supported, such as beams."""
+def _sampling(given: dict[str, Any], seed: int, tokenizer: Tokenizer) -> SamplingParams:
+    """Convert a task's settings to `SamplingParams`. Decoding is greedy unless the task samples.
+
+    As in transformers, the repetition penalty is that of the model's generation_config.json unless the task gives one.
+    Raises `UserError` for a setting that would change the result and is not supported, such as beams.
+    """
     until = given.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
     if given.get("num_beams", 1) != 1:
         raise UserError(f"num_beams is {given['num_beams']}, and keifu samples or decodes greedily: leave it out.")
     most = next((given[name] for name in MOST if given.get(name) is not None), WRITTEN)
-    settings = SamplingParams(max_tokens=int(most), temperature=0, stop=stop, seed=seed)
+    penalty = given.get("repetition_penalty", defaults(tokenizer).sampling.repetition_penalty)
+    settings = SamplingParams(max_tokens=int(most), temperature=0, repetition_penalty=penalty, stop=stop, seed=seed)
     if not given.get("do_sample", bool(given.get("temperature"))):
         return settings
     return replace(settings, **{"temperature": 1.0, **{name: given[name] for name in SAMPLING & given.keys()}})

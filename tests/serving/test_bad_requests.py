@@ -233,7 +233,7 @@ def asking(served: Any, path: str, body: dict[str, Any]) -> Iterator[None]:
     ("kind", "path", "part", "texts"),
     [
         ("translator", "translations", "keifu.inference.text.translation.beam_search", ["abc"] * 300),
-        ("encoder", "embeddings", "keifu.inference.embeddings.encoders.mean_pool", ["the cat"] * 1200),
+        ("encoder", "embeddings", "keifu.inference.embeddings.encoders.pool", ["the cat"] * 1200),
     ],
 )
 def test_what_a_client_has_left_ends_after_a_batch(

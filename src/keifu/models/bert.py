@@ -6,7 +6,7 @@ Axes: batch, length = tokens, dim, vocab, labels.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +19,7 @@ from keifu.layers.attention.positions import LearnedPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.initialisation import truncated_normal_
 from keifu.layers.linear import Linear, linear
-from keifu.layers.pooling import SentenceHead
+from keifu.layers.pooling import Pooling, SentenceHead
 from keifu.models import gpt1
 from keifu.models.hf import config as hf
 from keifu.ranges import BelowOne, Count, NotNegative
@@ -43,6 +43,7 @@ class Config:
     activation: str = "gelu"  # exact GELU, as in Hugging Face's copy; the original code has gelu_tanh
     dropout: BelowOne = 0.1  # share of dropped activations
     type_vocab_size: Count = 2  # kinds of segment: sentence A and sentence B
+    pooling: Pooling = "mean"  # how sentence embeddings are made of the hidden states
     pooled: bool = True  # whether there is a pooled state of the first token
     words: bool = True  # whether there is the head of masked language modelling
     next_sentence: bool = True  # whether there is a head for the next sentence
@@ -90,7 +91,9 @@ class Bert(nn.Module):
         self.word_head = WordHead(config) if config.words else None
         self.next_head = Linear(config.dim, 2) if config.next_sentence else None
         self.classifier = Linear(config.dim, len(config.labels)) if pooled_labels else None
-        self.sentence_head = SentenceHead(config.dim, len(config.labels)) if config.sentence_head else None
+        self.sentence_head = (
+            SentenceHead(config.dim, len(config.labels), config.pooling) if config.sentence_head else None
+        )
 
     def encode(self, tokens: Tokens, segments: Tokens | None = None, mask: Mask | None = None) -> Hidden:
         """Return the hidden states. segments: 0 for the first sentence, 1 for the second. mask: True on real tokens."""
@@ -217,6 +220,14 @@ ARCHITECTURES = {
     "BertModel": (False, False, False, False),
 }
 
+POOLING_KEYS = {  # ways of pooling → the keys of sentence-transformers' 1_Pooling/config.json
+    "mean": "pooling_mode_mean_tokens",
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean_sqrt_len": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
 FIELDS: hf.Fields = hf.SIZE_FIELDS | {
     "norm_eps": hf.Field("layer_norm_eps", 1e-12, float),
     "activation": hf.activation_field("hidden_act", "gelu"),
@@ -235,12 +246,37 @@ def from_published(json: dict[str, Any]) -> Config:
         raise ValueError("its head for words is not tied to the embedding (tie_word_embeddings is false).")
     return Config(
         **hf.read_fields(json, FIELDS),
+        pooling=_pooling(json),
         pooled=json.get("add_pooling_layer", pooled),
         words=words,
         next_sentence=next_sentence,
         labels=_labels(json) if labelled or json.get("sentence_head") else (),
         sentence_head=bool(json.get("sentence_head")),
     )
+
+
+def _pooling(json: dict[str, Any]) -> Pooling:
+    """Return how sentence embeddings are made: by sentence-transformers' modules if the folder has some, else by the
+    entry of config.json that keifu writes."""
+    modules = json.get(hf.MODULES)
+    if not modules:
+        pooling = json.get("pooling", "mean")
+        if pooling not in get_args(Pooling):
+            raise ValueError(f"pooling is {pooling!r}, not among {', '.join(get_args(Pooling))}.")
+        return pooling
+    kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise ValueError(
+            f"modules.json lists {', '.join(kinds)}, and keifu computes sentence embeddings by Transformer, Pooling "
+            "and Normalize alone."
+        )
+    settings: dict[str, Any] = modules[1].get("config", {})
+    chosen: Any = settings.get("pooling_mode") or [name for name, key in POOLING_KEYS.items() if settings.get(key)]
+    chosen = chosen if isinstance(chosen, list) else [chosen]
+    if len(chosen) != 1 or chosen[0] not in get_args(Pooling):
+        known = ", ".join(get_args(Pooling))
+        raise ValueError(f"its sentence embeddings are pooled by {chosen}, and keifu implements one of {known}.")
+    return chosen[0]
 
 
 def _labels(json: dict[str, Any]) -> tuple[str, ...]:
@@ -261,7 +297,8 @@ def to_published(config: Config) -> dict[str, Any]:
         "add_pooling_layer": config.pooled,
         "tie_word_embeddings": True,
     }
-    # transformers ignores it and reads only the encoder
+    # transformers ignores these two and reads only the encoder
     json |= {"sentence_head": True} if config.sentence_head else {}
+    json |= {"pooling": config.pooling} if config.pooling != "mean" else {}
     names = {"id2label": labels, "label2id": {label: n for n, label in enumerate(config.labels)}}
     return json | (names if labels else {})

@@ -363,11 +363,15 @@ def test_what_llama_cpp_cannot_run_is_not_written(config, text, tmp_path) -> Non
     assert text in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_a_window_becomes_the_context(tmp_path) -> None:
+def test_a_window_becomes_the_context_and_that_is_said(tmp_path, capsys: pytest.CaptureFixture) -> None:
     """llama.cpp sees everything: within one window that is the same."""
     checkpoints.save_gguf(random(llama.Config(**SMALL, sliding_window=9)), None, tmp_path / "x.gguf")
     config = checkpoints.load_model(tmp_path / "x.gguf").config
     assert (config.context_length, config.sliding_window) == (9, 9)
+    length = SMALL["context_length"]
+    assert f"the file's context length is 9 and not {length}" in capsys.readouterr().err
+    checkpoints.save_gguf(random(llama.Config(**SMALL, sliding_window=length)), None, tmp_path / "y.gguf")
+    assert not capsys.readouterr().err
 
 
 @given(

@@ -146,6 +146,16 @@ def test_writing_heeds_what_a_task_asks(both: tuple[Any, Any]) -> None:
         ours.generate_until(requests(("a", {"max_gen_toks": 96})))
 
 
+def test_a_models_repetition_penalty_holds_as_in_the_transformers_backend(folder: str, tmp_path: Path) -> None:
+    model, tokenizer = checkpoints.load(folder)
+    checkpoints.save(model, tokenizer.replace(generation_config={"repetition_penalty": 1.5}), tmp_path)
+    ours, theirs = KeifuLM(str(tmp_path)), HFLM(pretrained=str(tmp_path), batch_size=4, device="cpu")
+    asked = requests(*[(text, {"max_gen_toks": 20, "do_sample": False}) for text in ("The end", "once", "Q: What")])
+    answers = ours.generate_until(asked)
+    assert answers == theirs.generate_until(asked, disable_tqdm=True)
+    assert answers != KeifuLM(folder).generate_until(asked)
+
+
 def test_the_harness_knows_it_by_name(folder: str) -> None:
     from lm_eval.api.registry import get_model
 

@@ -1,6 +1,8 @@
 """Sentence embeddings: what transformers gives, whatever the batch and the order, and the neighbours of each text."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +58,62 @@ def test_a_batch_of_any_size_and_order_gives_what_each_text_gives_alone(tiny: tu
     shuffled = embed(*tiny, [TEXTS[place] for place in order])
     torch.testing.assert_close(shuffled, expected[order], atol=1e-6, rtol=0)
     assert float((expected @ expected.T).min()) < 0.99  # and they are not all the same
+
+
+POOLED = {  # by sentence-transformers' rule, for the hidden states of one text
+    "mean": lambda hidden: hidden.mean(0),
+    "cls": lambda hidden: hidden[0],
+    "max": lambda hidden: hidden.amax(0),
+    "mean_sqrt_len": lambda hidden: hidden.sum(0) / len(hidden) ** 0.5,
+}
+TRANSFORMER = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}
+POOLING = {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
+NORMALIZE = {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}
+DENSE = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+
+
+def sentence_transformer(folder: Path, tiny: tuple[Any, Tokenizer], pooling: dict[str, Any], *more: Any) -> Path:
+    """Write a folder as sentence-transformers does."""
+    checkpoints.save(*tiny, folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 24, **pooling}))
+    (folder / "modules.json").write_text(json.dumps([TRANSFORMER, POOLING, *more]))
+    return folder
+
+
+@pytest.mark.parametrize("way", POOLED)
+def test_a_sentence_transformers_folder_is_pooled_by_its_own_rule(
+    tiny: tuple[Any, Tokenizer], tmp_path: Path, way: str
+) -> None:
+    keys = {key: name == way for name, key in bert.POOLING_KEYS.items()}
+    folder = sentence_transformer(tmp_path / "theirs", tiny, keys, NORMALIZE)
+    model, tokenizer = checkpoints.load(folder)
+    with torch.no_grad():
+        hidden = [model.encode(torch.tensor([tokenizer.encode(text, special=True)]))[0] for text in TEXTS]
+    expected = F.normalize(torch.stack([POOLED[way](states) for states in hidden]), dim=-1)
+    torch.testing.assert_close(embed(model, tokenizer, TEXTS), expected, atol=1e-6, rtol=0)
+    checkpoints.save(model, tokenizer, tmp_path / "ours")
+    again = embed(*checkpoints.load(tmp_path / "ours"), TEXTS)
+    torch.testing.assert_close(again, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "more", "reason"),
+    [
+        ({"pooling_mode_mean_tokens": True}, [DENSE], "lists Transformer, Pooling, Dense"),
+        ({"pooling_mode_lasttoken": True}, [], r"pooled by \['lasttoken'\]"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, [], r"\['mean', 'max'\]"),
+        ({}, [], "pooled by"),
+        ({"pooling_mode": 3}, [], "pooled by"),
+        ({"pooling_mode": "cls"}, [{"path": "../x"}], "modules are folders inside"),
+        ({"pooling_mode": "cls"}, [3], "not a list of modules"),
+    ],
+)
+def test_another_way_to_a_sentence_embedding_is_refused(
+    tiny: tuple[Any, Tokenizer], tmp_path: Path, pooling: dict[str, Any], more: list[Any], reason: str
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        checkpoints.load(sentence_transformer(tmp_path / "theirs", tiny, pooling, *more))
 
 
 def test_minilm_gives_what_transformers_gives(minilm: tuple[Any, Any]) -> None:

@@ -3,6 +3,7 @@
 import errno
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -37,6 +38,12 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
     config: Any = model.config
     name, architecture = architecture_for(config)
     settings, extra = write_config(name, architecture, config)
+    if (length := settings[f"{name}.context_length"]) < config.context_length:
+        print(
+            f"llama.cpp ignores this model's sliding window of {length:,} tokens, so the file's context length is "
+            f"{length:,} and not {config.context_length:,}: within it the results agree.",
+            file=sys.stderr,
+        )
     tensor_links = permute_rotary(links(model, architecture.names), rotary_head_dim(architecture, config))
     format = _format(dtype, next(model.parameters()).dtype)
     fields = {

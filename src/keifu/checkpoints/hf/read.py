@@ -19,7 +19,8 @@ from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
 from keifu.layers.lazy import Index
-from keifu.untrusted import parse_json, plain_file, read_json_object
+from keifu.models.hf.config import MODULES
+from keifu.untrusted import parse_json, plain_file, read_json, read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # file → model_type, if the file itself has none
@@ -39,7 +40,7 @@ def open_directory(path: Path) -> Source:
     if where is None:
         run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
         raise UserError(f"{path} is no model: it holds no config.json{run or _nearest('config.json', path)}.")
-    json = _with_preprocessor(where)
+    json = _with_preprocessor(where) | _modules(path)
     if (model_type := TEXT_PARTS.get(json.get("model_type", ""))) and isinstance(json.get("text_config"), dict):
         return _text_part(path, json, model_type)
     family, config = read_config(json, str(where))
@@ -102,6 +103,23 @@ def _with_preprocessor(where: Path) -> dict[str, Any]:
     if separate.exists():
         return json | {PREPROCESSOR: read_json_object(separate)}
     return json | {PREPROCESSOR: read_json_object(whole).get("image_processor") if whole.exists() else None}
+
+
+def _modules(path: Path) -> dict[str, Any]:
+    """Return the modules of a sentence-transformers folder, each with its config if it has one. They say how sentence
+    embeddings are made."""
+    if not (listing := path / MODULES).exists():
+        return {}
+    modules = read_json(listing)
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise UserError(f"{listing} is not a list of modules.")
+    for module in modules:
+        folder = module.get("path", "")
+        if not isinstance(folder, str) or (folder and Path(folder).name != folder):
+            raise UserError(f"{listing} has the path {str(folder)[:99]!r}, and modules are folders inside {path}.")
+        if folder and (config := path / folder / "config.json").exists():
+            module["config"] = read_json_object(config)
+    return {MODULES: modules}
 
 
 def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:

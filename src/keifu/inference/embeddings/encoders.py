@@ -1,7 +1,7 @@
 """Sentence embeddings from an encoder such as BERT, and nearest neighbours among them.
 
 Texts of similar length are encoded together. The embedding is the mean of the last hidden states over a text's tokens,
-scaled to length 1 (Reimers and Gurevych, 2019, "Sentence-BERT").
+scaled to length 1 (Reimers and Gurevych, 2019, "Sentence-BERT"), or what the config's `pooling` names.
 
 Axes: texts, batch = texts in one pass, length = tokens, dim; queries, among = the texts that are searched.
 """
@@ -20,7 +20,7 @@ from keifu.data.progress import Advance
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.text.model import Encoder, Mask, Tokens, TwoTowers, evaluation_mode
-from keifu.layers.pooling import mean_pool
+from keifu.layers.pooling import pool
 
 PASS_TOKENS = 4096  # tokens in one pass: enough to use matrix multiplication well, few enough for a cache
 BATCH = 256  # maximal number of texts in a pass
@@ -113,7 +113,7 @@ def embed_rows(
     def work(tokens: Tokens, mask: Mask) -> Float[Tensor, "batch dim"]:
         if isinstance(reader, TwoTowers):
             return F.normalize(reader.encode_text(tokens).float(), dim=-1)
-        return F.normalize(mean_pool(reader.encode(tokens, None, mask), mask), dim=-1)
+        return F.normalize(pool(reader.encode(tokens, None, mask), mask, reader.config.pooling), dim=-1)
 
     return in_batches(model, work, rows, pad_id, batch_size, advance)
 

@@ -40,7 +40,7 @@ class Model(Protocol):
 @runtime_checkable
 class Encoder(Protocol):
     """Interface of an encoder such as BERT, with bidirectional attention. It cannot continue a text, but it predicts
-    masked words and labels. Its `config` has `context_length`, `labels` and `words`."""
+    masked words and labels. Its `config` has `context_length`, `labels`, `words` and `pooling`."""
 
     config: Any
 

@@ -277,6 +277,7 @@ def rope(default_theta: float = 10_000.0) -> FieldGroup:
     return FieldGroup(read, lambda config: write_rope(config.rope_theta, config.rope_scaling))
 
 
+MODULES = "modules.json"  # sentence-transformers' list of modules, in the config under this name
 _NO_WINDOW = {"sliding_window": None, "first_window_layer": 0}
 
 

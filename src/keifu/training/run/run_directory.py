@@ -109,7 +109,7 @@ def read_recipe(directory: Path) -> dict[str, Any]:
     except UserError as error:
         raise UserError(f"{path} is damaged ({error}). Start the run again with --replace.") from None
     kinds = {"name": str, "options": dict, "steps": int | None, "place": str | None, "named": dict | None}
-    record = content.get(RECORD)
+    record: Any = content.get(RECORD)
     fine = isinstance(record, dict) and all(isinstance(record.get(name), expected) for name, expected in kinds.items())
     fine = fine and _is_shell_safe(record)
     if RECORD in content and not fine:
