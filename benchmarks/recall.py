@@ -1,4 +1,4 @@
-"""Number of pairs that a state of fixed size recalls: softmax, linear attention, DeltaNet, Gated DeltaNet and a hybrid.
+"""Number of pairs that a state of fixed size recalls: softmax, linear attention, DeltaNet, Gated DeltaNet, a hybrid.
 
 python benchmarks/recall.py [--rewritten] [--steps 1000] [--seeds 0 1 2] [--only NAME ...] [--out JSON] [--picture PNG]
 
@@ -14,8 +14,9 @@ Queries and keys begin as the same matrix, of this token and of the previous one
 of steps; here it is given, since the question is the capacity of the state. Each step has sequences of 8, 16 or 32
 pairs in turn; the accuracy is of new sequences, also of more pairs than any in training. Gated DeltaNet usually begins
 with fast decay; here it begins with slow decay (`DECAY`), or it would need far more steps. A guess is right once in 64
-times. With --rewritten all keys first come with other values, and the second value is right; no layer has positions, so
-softmax attention cannot distinguish the two. The file has the accuracy of each seed.
+times. With --rewritten all keys first come with other values, and the second value is right. Softmax attention then
+needs to know the order of tokens: without positions it learns it slowly, from the causal mask and the convolution, and
+"softmax with positions" has ALiBi. The file has the accuracy of each seed.
 """
 
 import argparse
@@ -77,8 +78,23 @@ class SoftmaxAttention(LinearAttention):
         return attend(q, k, v, "causal", Scoring(scale=self.sharpness * self.heads.key_dim**0.5)), state
 
 
+class AlibiAttention(SoftmaxAttention):
+    """Softmax attention with positions: ALiBi (Press et al., 2021), a penalty per token of distance, with the paper's
+    slopes."""
+
+    def _recur(self, x: Tensor, state: Tensor, segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v, _, _ = self._of(x)
+        positions = torch.arange(x.shape[1])
+        distance = positions[:, None] - positions
+        slopes = 2.0 ** (-8 / self.heads.keys * torch.arange(1, self.heads.keys + 1))
+        scores = self.sharpness * self.heads.key_dim**0.5 * (q @ k.mT) - slopes[:, None, None] * distance
+        y = scores.masked_fill(distance < 0, -torch.inf).softmax(-1) @ v
+        return y.transpose(1, 2).flatten(2), state
+
+
 MODELS = {
     "softmax": (SoftmaxAttention, SoftmaxAttention),
+    "softmax with positions": (AlibiAttention, AlibiAttention),
     "linear": (LinearAttention, LinearAttention),
     "DeltaNet": (DeltaNet, DeltaNet),
     "Gated DeltaNet": (GatedDeltaNet, GatedDeltaNet),
