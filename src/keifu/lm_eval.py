@@ -17,7 +17,7 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.text.prompt_runner import PromptRunner
 from keifu.inference.text import likelihood
-from keifu.inference.text.sampling_params import SamplingParams, defaults
+from keifu.inference.text.sampling_params import SETTINGS, SamplingParams, defaults
 
 try:
     from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
@@ -29,7 +29,7 @@ except ModuleNotFoundError as missing:
 SCORING = "lm-eval, scoring"
 WRITTEN = 256  # default maximum of new tokens, as in the harness
 MOST = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}  # the task settings that are used
+SAMPLING = {name for name, row in SETTINGS.items() if row.setting.stage}  # the task settings that are used
 log = logging.getLogger(__name__)
 
 

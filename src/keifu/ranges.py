@@ -74,6 +74,7 @@ Temperature = Annotated[float, Range(1e-6, LIMIT, or_zero=True, note=" (0: alway
 TopK = Annotated[int, Range(0, LARGEST, whole=True, note=" (0: all tokens)")]
 TopP = Annotated[float, Range(0, 1, above=True, note=" (1: all tokens)")]
 MinP = Annotated[float, Range(0, 1, note=" (0: all tokens)")]
+Sigmas = Annotated[float, Range(0, LIMIT, note=" (0: all tokens)")]
 RepetitionPenalty = Annotated[float, Range(1e-6, LIMIT, note=" (1 changes nothing)")]
 Penalty = Annotated[float, Range(-LIMIT, LIMIT, note=" (0 changes nothing)")]
 

@@ -28,7 +28,7 @@ from keifu.inference.speech.transcription import Segment, Transcript
 
 WITHOUT = ("train", "demo")  # their options are those of recipes, which have tables of their own
 SAMPLING = {"max-tokens": 7, "temperature": 0.5, "top-k": 7, "top-p": 0.5, "min-p": 0.25, "repetition-penalty": 1.5,
-            "presence-penalty": 0.5, "frequency-penalty": 0.25, "seed": 7}  # fmt: skip
+            "presence-penalty": 0.5, "frequency-penalty": 0.25, "top-n-sigma": 1.5, "seed": 7}  # fmt: skip
 PICTURES = (Path("a.png"), Path("b.png"))
 CONFIG = SimpleNamespace(context_length=64)
 WRITER = (SimpleNamespace(config=CONFIG), SimpleNamespace(generation_config={}, chat_template=None))

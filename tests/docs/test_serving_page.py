@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from keifu.inference.text.sampling_params import SETTINGS
 from keifu.serving.inspection import InspectRequest, MatchRequest
 from keifu.serving.openai.images import ImageGenerationRequest
-from keifu.serving.openai.schemas import ChatRequest, CompletionRequest, ResponseRequest, Sampling
+from keifu.serving.openai.schemas import NUMBERS, ChatRequest, CompletionRequest, ResponseRequest, Sampling
 from keifu.serving.openai.vectors import ClassifyRequest, EmbeddingRequest, RerankRequest, SearchRequest
 from keifu.serving.protocols.anthropic import MessagesRequest
-from keifu.serving.protocols.ollama import OllamaChat
+from keifu.serving.protocols.ollama import OPTIONS, OllamaChat
 from keifu.serving.state import ModelRequest
 from keifu.serving.translations import TokenizeRequest, TranslationRequest
 
-PAGE = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"(?ms)^### `(/\S+)`\n(.*?)(?=^##)", PAGE))
 BODIES = {
     "/v1/chat/completions": ChatRequest, "/v1/responses": ResponseRequest, "/v1/messages": MessagesRequest,
@@ -49,6 +51,15 @@ def test_a_path_has_fields_a_request_that_is_one_and_an_answer(path: str) -> Non
     if path not in ("/v1/responses", "/api/chat"):  # these have settings that change nothing
         assert main - named == set()
     assert "```json\n{" in section
+
+
+def test_each_sampling_setting_is_named() -> None:
+    for path, names in (("/v1/chat/completions", NUMBERS), ("/api/chat", OPTIONS)):
+        assert [name for name in names if f"`{name}`" not in SECTIONS[path]] == []
+    lines = (ROOT / "docs/parts/sampling.md").read_text(encoding="utf-8").splitlines()
+    rows = [(name, row.neutral, row.setting) for name, row in SETTINGS.items() if row.setting.stage]
+    expected = [f"| `{name}` | {neutral} | {row.stage} | {row.help} |" for name, neutral, row in rows]
+    assert [line for line in expected if line not in lines] == []  # in docs/parts/sampling.md
 
 
 def test_each_body_has_its_section() -> None:

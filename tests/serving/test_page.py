@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import re
 from typing import Any
 
@@ -11,6 +12,8 @@ from serving_toys import until
 
 from keifu import lineage
 from keifu.errors import UserError
+from keifu.inference.text.sampling_params import SETTINGS
+from keifu.serving.openai.schemas import NUMBERS
 from keifu.serving.page import FOLDER, in_language
 
 
@@ -62,6 +65,16 @@ def test_each_word_is_there_in_both_languages(served: Any) -> None:
     code = "".join(path.read_text("utf-8") for path in FOLDER.rglob("*.js"))
     said = [name for call in re.findall(r"\bsay\(([^{)]*)", code) for name in re.findall(r'"(\w+)"', call)]
     assert english == japanese and {*used, *said} <= english and len(said) > 60
+
+
+def test_each_setting_has_a_control(served: Any) -> None:
+    """Of the range of its row, and with its help text as a tooltip."""
+    page = httpx.get(served.url).text
+    controls = dict(re.findall(r'<label title="([^"]+)"><span data-setting="(\w+)">', page))
+    assert {name: html.unescape(text) for text, name in controls.items()} == {
+        name: SETTINGS[name].setting.help for name in NUMBERS
+    }
+    assert '<input id="top_n_sigma" type="number" min="0" max="1000000" step="any">' in page
 
 
 def test_its_language_is_known() -> None:

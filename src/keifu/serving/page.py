@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import html
 import os
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,9 @@ from fastapi import APIRouter, Request, Response
 
 from keifu import lineage
 from keifu.errors import UserError, require_known, unknown
+from keifu.inference.text.sampling_params import SETTINGS
 from keifu.serving.errors import ApiError
+from keifu.serving.openai.schemas import NUMBERS
 
 FOLDER = Path(__file__).parent / "page"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -38,13 +41,28 @@ def in_language(page: bytes, language: str) -> bytes:
     return page.replace(b'<html lang="en"', f'<html lang="{language}" data-language="{language}"'.encode(), 1)
 
 
+def with_controls(page: bytes) -> bytes:
+    """Return the page with a control for each sampling setting that is one number."""
+    controls = []
+    for name, row in SETTINGS.items():
+        if name not in NUMBERS or row.range is None:
+            continue
+        help_text, step = html.escape(row.setting.help), "1" if row.range.whole else "any"
+        least = 0 if row.range.or_zero else row.range.least
+        controls.append(
+            f'<label title="{help_text}"><span data-setting="{name}"></span>'
+            f'<input id="{name}" type="number" min="{least:g}" max="{row.range.most}" step="{step}"></label>'
+        )
+    return page.replace(b"<!-- sampling settings -->", "\n      ".join(controls).encode(), 1)
+
+
 def routes() -> APIRouter:
     """Return the routes of the page and its files. The files are read once."""
     router = APIRouter(include_in_schema=False)
     paths = FOLDER.rglob("*")
     files = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths if path.suffix in TYPES}
     default = os.environ.get("KEIFU_LANG", "")
-    files["index.html"] = in_language(files["index.html"], default)
+    files["index.html"] = in_language(with_controls(files["index.html"]), default)
 
     def answer(name: str, request: Request) -> Response:
         tag = f'"{hashlib.sha256(files[name]).hexdigest()[:16]}"'

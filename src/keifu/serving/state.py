@@ -15,10 +15,10 @@ from keifu.inference.chat.prompts import sees
 from keifu.inference.text.sampling_params import ANSWER_TOKENS, sampling_for
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.schemas import Body
+from keifu.serving.openai.schemas import NUMBERS, Body
 from keifu.serving.streaming import json_response
 
-SHOWN = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens")  # settings that clients see
+SHOWN = [name for name in NUMBERS if name != "seed"]  # settings that clients see
 METRICS = "metrics.jsonl"  # metrics file of a run
 MOST_BYTES = 2**20  # maximal bytes of metrics in one answer
 

@@ -1,6 +1,7 @@
 """Each step from logits to the distribution sampled from, beside transformers' on the same logits."""
 
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from keifu.inference.text import logits_processors, sampler
 from keifu.inference.text.request import Request
 from keifu.inference.text.sampler import History, RowSettings, Sampler, sample
-from keifu.inference.text.sampling_params import SamplingParams
+from keifu.inference.text.sampling_params import SamplingParams, Setting, rows_of
 
 ROWS, VOCAB = 4, 203
 CPU = torch.device("cpu")
@@ -159,7 +160,7 @@ def test_every_row_has_its_own_settings() -> None:
         SamplingParams(temperature=0),
         SamplingParams(temperature=0.5, top_k=3, presence_penalty=0.4),
         SamplingParams(top_p=0.5, repetition_penalty=1.5),
-        SamplingParams(min_p=0.2, frequency_penalty=0.9),
+        SamplingParams(min_p=0.2, frequency_penalty=0.9, top_n_sigma=1.5),
     ]
     prompt = torch.randint(0, VOCAB, (ROWS, 9), generator=torch.Generator().manual_seed(3)).tolist()
     texts = [text[skipped:] for text, skipped in zip(prompt, (0, 3, 2, 0), strict=True)]
@@ -207,6 +208,8 @@ def test_rows_of_a_large_vocabulary_draw_what_they_draw_alone(kind: str, monkeyp
     monkeypatch.setattr(sampler, "LARGE", 1301)
     samplings = [SamplingParams(temperature=0.7, top_k=k, top_p=p, min_p=0.01) for k, p in LIMITS]
     samplings[3] = SamplingParams(temperature=0)
+    samplings[4] = replace(samplings[4], top_n_sigma=1.0)
+    samplings[6] = replace(samplings[6], top_n_sigma=2.5)
     x, nothing = wide_logits(kind), History(None, None)
     u = torch.rand(len(LIMITS), 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     settings = RowSettings(samplings, CPU)
@@ -290,3 +293,69 @@ def test_top_p_keeps_no_token_more_than_the_mass_needs() -> None:
     quarters = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     assert logits_processors.top_p(quarters, rows(0.5)).isfinite().tolist() == [[True, False, False, False]]
     assert logits_processors.top_p(quarters, rows(0.75)).isfinite().tolist() == [[True, True, False, False]]
+
+
+def test_top_n_sigma_by_hand() -> None:
+    """Mean 1 and deviation √5 of -2, 0, 2, 4; a removed token counts for nothing."""
+    x = torch.tensor([[-2.0, 0.0, 2.0, 4.0]]).repeat(4, 1)
+    left = logits_processors.top_n_sigma(x, rows(0.5, 0.9, 1.8, 0.0)).isfinite()
+    assert left.int().tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [1, 1, 1, 1]]
+    constrained = torch.tensor([[-2.0, 0.0, -torch.inf, 2.0, 4.0], [-torch.inf, -torch.inf, 7.0, -torch.inf, -9.0]])
+    left = logits_processors.top_n_sigma(constrained, rows(0.9, 1.0))
+    assert left.isfinite().int().tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]]
+    only = torch.tensor([[-torch.inf, 3.0]])
+    assert torch.equal(logits_processors.top_n_sigma(only, rows(1.0)), only)
+
+
+@pytest.mark.parametrize("n", [0.3, 1.0, 2.5])
+def test_top_n_sigma_is_the_papers_rule_at_every_temperature(n: float) -> None:
+    x = logits()
+    expected = x < x.amax(-1, keepdim=True) - n * x.double().std(-1, correction=0, keepdim=True)
+    for t in (0.5, 1.0, 3.0):
+        left = logits_processors.top_n_sigma(x / t, rows(n))
+        assert torch.equal(left.isneginf(), expected) and 0 < expected.sum() < expected.numel()
+        assert torch.equal(left[~expected], (x / t)[~expected])
+
+
+def test_top_n_sigma_of_a_structured_answer_draws_an_allowed_token() -> None:
+    setting = SamplingParams(seed=3, top_n_sigma=1.0, log_probabilities=True)
+    only = Sampler([Request([0], setting, None, VOCAB, 9, OnlyEleven())], VOCAB, CPU)
+    assert only.choose(logits()[:1]).tolist()[0][0] == 11
+
+
+@dataclass(frozen=True)
+class ToyParams(SamplingParams):
+    """Settings with one more filter, in the stage that its row names."""
+
+    before: Annotated[float, Setting("Toy", "before shortlist")] = 0.0
+    after: Annotated[float, Setting("Toy", "after shortlist")] = 0.0
+
+
+def only_the_third(logits: Tensor, strength: Tensor) -> Tensor:
+    """Return -inf for all but the third likeliest token."""
+    third = logits.topk(3).values[:, 2:]
+    return logits.masked_fill((logits != third) & (strength[:, None] > 0), -torch.inf)
+
+
+@pytest.mark.parametrize("name", ["before", "after"])
+@pytest.mark.parametrize("vocab", [203, 32_000])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 50, "top_p": 0.9}], ids=str)
+def test_a_new_filter_is_one_function_and_one_row(
+    name: str, vocab: int, cut: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It acts for small and large vocabularies, with and without a shortlist, beside rows that do not have it."""
+    for each in ("before", "after"):
+        monkeypatch.setitem(vars(logits_processors), each, only_the_third)
+    monkeypatch.setattr(sampler, "PROCESSORS", sampler.processors_of(rows_of(ToyParams)))
+    x = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1)) * 4
+    settings = RowSettings([ToyParams(**cut | {name: 1}), ToyParams(**cut)], CPU)
+    nothing = History(None, None)
+    drawn = [settings.choose(x, nothing, torch.rand(2))[0].tolist() for _ in range(20)]
+    assert {row[0] for row in drawn} == {x[0].topk(3).indices[2].item()}
+    assert len({row[1] for row in drawn}) > 1
+    assert settings(x, nothing).isfinite()[0].sum() == 1
+
+
+def test_stages_decide_the_order() -> None:
+    expected = ["repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_n_sigma"]
+    assert [*sampler.PROCESSORS] == [*expected, "top_k", "top_p", "min_p"]

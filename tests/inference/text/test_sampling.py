@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 
 from keifu.errors import UserError
-from keifu.inference.text.sampling_params import SamplingParams, sampling_params_from
+from keifu.inference.text.sampling_params import (
+    SETTINGS,
+    SamplingOptions,
+    SamplingParams,
+    in_words,
+    sampling_params_from,
+)
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "max_tokens must be a whole number from 1 .* not 0"),
@@ -17,6 +23,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_p": 0.0}, "top_p must be a number above 0 and at most 1 .* not 0.0"),
     ({"top_p": 1.01}, "top_p must be .* not 1.01"),
     ({"min_p": 1.5}, "min_p must be a number from 0 to 1 .* not 1.5"),
+    ({"top_n_sigma": -1.0}, "top_n_sigma must be a number from 0 to .* not -1.0"),
     ({"repetition_penalty": 0.0}, "repetition_penalty must be a number .* not 0.0"),
     ({"presence_penalty": float("inf")}, "presence_penalty must be .* not inf"),
     ({"frequency_penalty": float("nan")}, "frequency_penalty must be .* not nan"),
@@ -49,3 +56,17 @@ def test_seeds_are_fresh_unless_given() -> None:
     assert SamplingParams(seed=0).seeded() == SamplingParams(seed=0)
     drawn = {SamplingParams().seeded().seed for _ in range(20)}
     assert len(drawn) == 20 and None not in drawn
+
+
+def test_each_setting_has_its_row_its_help_and_its_place_in_signatures() -> None:
+    """`SamplingOptions` is written out, so that editors complete the options of `keifu.generate`."""
+    assert SamplingOptions.__annotations__.keys() == SETTINGS.keys()
+    for name, row in SETTINGS.items():
+        assert row.setting.help.endswith(".") and f"{name}: {row.setting.help}" in (SamplingParams.__doc__ or "")
+    assert {name for name, row in SETTINGS.items() if row.range} == SETTINGS.keys() - {"stop", "log_probabilities"}
+
+
+@pytest.mark.parametrize("name", [name for name, row in SETTINGS.items() if row.setting.stage])
+def test_a_setting_that_acts_is_shown_in_words(name: str) -> None:
+    value = 5 if name == "top_k" else 0.5
+    assert f"{name.replace('_', '-')} {value}" in in_words(replace(SamplingParams(), **{name: value}))

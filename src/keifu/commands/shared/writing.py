@@ -3,49 +3,40 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from keifu.commands.shared.terminal import say
-from keifu.inference.text.sampling_params import SamplingParams, defaults, in_words
-from keifu.ranges import Count, MinP, Penalty, RepetitionPenalty, Seed, Temperature, TopK, TopP
+from keifu.inference.text.sampling_params import CHOOSING, SETTINGS, SamplingParams, defaults, in_words
 
 if TYPE_CHECKING:
     from keifu.inference.chat.prompts import ImagePrompt
     from keifu.inference.text.draft import Draft
     from keifu.inference.text.generate import Completion
 
-OWN = tyro.conf.arg(help_behavior_hint="(unset: the model's own)")
-FILTERS = ("top_k", "top_p", "min_p")
-REPORTED = ("seed", "log_probabilities", "top_log_probabilities", "logit_bias")  # reported elsewhere, or no option
+OPTIONS = [name for name, row in SETTINGS.items() if row.setting.on_command_line]
+NOT_PRINTED = {"seed"} | (SETTINGS.keys() - {*OPTIONS})  # printed elsewhere, or no option
+IDLE_IF_GREEDY = [name for name in CHOOSING if name != "temperature"]
+
+
+def _field(name: str) -> tuple[str, Any, Any]:
+    """Return the field of an option: its name, its type with the help text, and its value if it is not set."""
+    row = SETTINGS[name]
+    unset = "(unset: a new one each time)" if name == "seed" else "(unset: the model's own)"
+    argument = tyro.conf.arg(help=row.setting.help, help_behavior_hint=unset)
+    if row.neutral == ():
+        return name, Annotated[tyro.conf.UseAppendAction[row.value_type], argument], ()
+    return name, Annotated[row.value_type | None, argument], None
+
+
+Options: Any = make_dataclass("Options", map(_field, OPTIONS), frozen=True)
 
 
 @dataclass(frozen=True)
-class SamplingFlags:
-    """How tokens are chosen; an option that is not given has the model's own value (`generation.defaults`)."""
-
-    max_tokens: Annotated[Count | None, OWN] = None
-    """The most tokens to write; 0: until the model stops or its context is full."""
-    temperature: Annotated[Temperature | None, OWN] = None
-    """Divides the logits; 0 always takes the likeliest token (greedy)."""
-    top_k: Annotated[TopK | None, OWN] = None
-    """Only the k likeliest tokens; 0: all."""
-    top_p: Annotated[TopP | None, OWN] = None
-    """Only the smallest set of likeliest tokens whose probability reaches p; 1: all."""
-    min_p: Annotated[MinP | None, OWN] = None
-    """Only tokens at least this fraction as likely as the likeliest; 0: all."""
-    repetition_penalty: Annotated[RepetitionPenalty | None, OWN] = None
-    """Divides positive and multiplies negative logits of tokens in the prompt or the output; 1: none."""
-    presence_penalty: Annotated[Penalty | None, OWN] = None
-    """Taken off the logit of each token in the output, once; 0: none."""
-    frequency_penalty: Annotated[Penalty | None, OWN] = None
-    """Taken off the logit of each token in the output, for each time it stands there; 0: none."""
-    stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], OWN] = ()
-    """A string at which the text ends, before it; may be given several times."""
-    seed: Annotated[Seed | None, tyro.conf.arg(help_behavior_hint="(unset: a new one each time)")] = None
-    """The same seed gives the same text."""
+class SamplingFlags(Options):
+    """How tokens are chosen; an option that is not set has the model's own value (`sampling_params.defaults`)."""
 
     def given(self) -> dict[str, Any]:
         """Return the options that were set, as fields of `SamplingParams`."""
@@ -59,7 +50,7 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> tu
     given = flags.given()
     usual = defaults(tokenizer, max_tokens)
     sampling = replace(usual.sampling, **given).seeded()
-    idle = [f"--{name.replace('_', '-')}" for name in FILTERS if name in given and sampling.temperature == 0]
+    idle = [f"--{name.replace('_', '-')}" for name in IDLE_IF_GREEDY if name in given and sampling.temperature == 0]
     if idle:
         print(f"{' and '.join(idle)} changes nothing at temperature 0: give --temperature too.", file=sys.stderr)
     changed = [f"--{name.replace('_', '-')}" for name in given if name not in ("max_tokens", "stop", "seed")]
@@ -68,7 +59,7 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> tu
 
 def print_completion(done: "Completion", sampling: SamplingParams) -> None:
     """Print a finished text with its tokens, probabilities and settings, as JSON."""
-    settings = {key: value for key, value in asdict(sampling).items() if key not in REPORTED}
+    settings = {key: value for key, value in asdict(sampling).items() if key not in NOT_PRINTED}
     say(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
 
 

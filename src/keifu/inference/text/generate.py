@@ -134,8 +134,7 @@ def generate(
     Args:
         prompt: The text to answer or to continue, or a list of texts.
         raw: Whether the prompt is continued as plain text, without the chat template.
-        **sampling: max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
-            frequency_penalty, stop and seed, as in `SamplingParams`; images: picture files, for a model that sees.
+        **sampling: Fields of `SamplingParams`; images: picture files, for a model that sees.
             Missing ones come from generation_config.json. Without that file they are temperature=0 (greedy) for
             chat models, temperature=0.8, top_k=40, top_p=0.95 and min_p=0.05 for base models, and max_tokens=256.
             A model of masked diffusion has the settings of `keifu.inference.text.unmasking.Unmasking` instead.

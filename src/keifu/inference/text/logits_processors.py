@@ -1,9 +1,10 @@
-"""Logits processors: penalties, temperature, top-k, top-p and min-p, on all rows at once.
+"""Logits processors: penalties, temperature and filters of unlikely tokens, on all rows at once.
 
 Every function is pure and takes one parameter per row. They are applied in the order of transformers: repetition
-penalty; presence and frequency penalty (as in OpenAI's API and vLLM); logit bias; temperature; top-k; top-p; min-p.
-Each gets the result of the previous one. Equally likely tokens are kept or removed together, so that the result does
-not depend on how a sort breaks ties.
+penalty; presence and frequency penalty (as in OpenAI's API and vLLM); logit bias; temperature; top-n-sigma; top-k;
+top-p; min-p. Each gets the result of the previous one. The function of a setting has the name of its row in
+`sampling_params`. Equally likely tokens are kept or removed together, so that the result does not depend on how a sort
+breaks ties.
 
 Axes: rows = independent distributions, vocab. A parameter has one value for each row, or one for all.
 """
@@ -46,6 +47,25 @@ def logit_bias(logits: Logits, tokens: Int[Tensor, "#rows biased"], bias: Float[
 def temperature(logits: Logits, t: Parameter) -> Logits:
     """Return the logits / t. Values below 1 make likely tokens more likely."""
     return logits / t[:, None]
+
+
+def top_n_sigma(logits: Logits, n: Parameter) -> Logits:
+    """Return -inf for tokens whose logit is more than n standard deviations below the largest (Top-nσ, Tang et al.,
+    2024); n = 0 keeps all.
+
+    The deviation is that of the finite logits: a constraint's -inf counts for nothing. A temperature changes nothing,
+    because it scales distance and deviation alike. Sums are cumulative, so that they do not depend on other rows.
+    """
+    finite = logits.isfinite()
+    count = finite.sum(-1, keepdim=True)
+
+    def mean(values: Tensor) -> Tensor:
+        total = wide(values.masked_fill(~finite, 0)).cumsum(-1, dtype=torch.float64)[:, -1:]
+        return (total / wide(count)).to(logits)
+
+    deviation = mean((logits - mean(logits)).square()).sqrt()
+    unlikely = logits < logits.amax(-1, keepdim=True) - n[:, None] * deviation
+    return logits.masked_fill(unlikely & (n[:, None] > 0), -torch.inf)
 
 
 def top_k(logits: Logits, k: Int[Tensor, " #rows"]) -> Logits:

@@ -4,8 +4,9 @@ A row's token depends on its logits and on one uniform number, which is determin
 running texts, or independent distributions; vocab.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,7 @@ from torch import Tensor
 from keifu.inference.text import logits_processors as processors
 from keifu.inference.text.logits_processors import Logits
 from keifu.inference.text.request import Request
-from keifu.inference.text.sampling_params import SamplingParams
+from keifu.inference.text.sampling_params import SETTINGS, Row, SamplingParams, Stage
 from keifu.layers.counter_rng import UniformStreams
 from keifu.layers.wide import wide
 
@@ -40,10 +41,32 @@ def sample_scored(logits: Logits, u: Float[Tensor, " rows"]) -> tuple[Int[Tensor
 
 
 LARGE = 64 * processors.SHORTLIST  # for smaller vocabularies a shortlist does not save time
-NEUTRAL = vars(SamplingParams())
-FILTERS = {  # in the order of application
-    rule.__name__: rule for rule in (processors.temperature, processors.top_k, processors.top_p, processors.min_p)
-}
+
+
+class Processor(NamedTuple):
+    """Function of `logits_processors` with its row."""
+
+    function: Callable[..., Logits]
+    stage: Stage
+    history: str
+    neutral: float
+
+
+def processors_of(rows: Mapping[str, Row]) -> dict[str, Processor]:
+    """Return the function of each setting that changes logits, in the order of application: by stage, then by row."""
+    stages = {stage: order for order, stage in enumerate(get_args(Stage))}
+    acting = [
+        (name, Processor(vars(processors)[name], stage, row.setting.history, row.neutral))
+        for name, row in rows.items()
+        if (stage := row.setting.stage)
+    ]
+    return dict(sorted(acting, key=lambda pair: stages[pair[1].stage]))
+
+
+PROCESSORS = processors_of(SETTINGS)
+SHORTLIST = {"top_k", "top_p"}  # the filters that `logits_processors.shortlist` applies
+assert {name for name, each in PROCESSORS.items() if each.stage == "shortlist"} == SHORTLIST
+FILTER_STAGES: tuple[Stage, ...] = ("before shortlist", "shortlist", "after shortlist")
 
 
 class RowSettings:
@@ -61,16 +84,13 @@ class RowSettings:
         greedy = [s.temperature == 0 for s in samplings]
         self.any_greedy, self.all_greedy = any(greedy), all(greedy)
         self.greedy = torch.tensor(greedy, device=device)
-        self.repetition = self._column("repetition_penalty")
-        self.presence = self._column("presence_penalty")
-        self.frequency = self._column("frequency_penalty")
-        self.counts = self.presence is not None or self.frequency is not None
-        self.filters = {name: tensor for name in FILTERS if (tensor := self._column(name)) is not None}
+        self.values = {name: tensor for name in PROCESSORS if (tensor := self._column(name)) is not None}
+        self.histories = {PROCESSORS[name].history for name in self.values}
         self.bias = self._biases([s.logit_bias for s in samplings])
 
     def _column(self, name: str) -> Tensor | None:
         """Return one value for each row; None if all are neutral, so that the step is skipped."""
-        neutral = NEUTRAL[name]
+        neutral = PROCESSORS[name].neutral
         values = [vars(each)[name] or neutral for each in self.samplings]  # 0 is neutral, also for temperature: greedy
         dtype = torch.float32 if isinstance(neutral, float) else torch.int64
         return None if all(v == neutral for v in values) else torch.tensor(values, dtype=dtype, device=self.device)
@@ -84,12 +104,9 @@ class RowSettings:
 
     def apply_penalties(self, logits: Logits, history: "History") -> Logits:
         """Return the logits after the penalties and the bias. Greedy decoding takes their maximum."""
-        if self.repetition is not None and history.seen is not None:
-            logits = processors.repetition_penalty(logits, history.seen, self.repetition)
-        if self.presence is not None and history.counts is not None:
-            logits = processors.presence_penalty(logits, history.counts, self.presence)
-        if self.frequency is not None and history.counts is not None:
-            logits = processors.frequency_penalty(logits, history.counts, self.frequency)
+        for name, values in self.values.items():
+            if PROCESSORS[name].stage == "penalty" and (past := vars(history)[PROCESSORS[name].history]) is not None:
+                logits = PROCESSORS[name].function(logits, past, values)
         return logits if self.bias is None else processors.logit_bias(logits, *self.bias)
 
     def __call__(self, logits: Logits, history: "History") -> Logits:
@@ -98,7 +115,7 @@ class RowSettings:
 
     def asks(self, vocab: int) -> bool:
         """Return whether `choose` reads the device to check whether a shortlist was enough."""
-        cut = not self.all_greedy and bool(self.filters.keys() & {"top_k", "top_p"})
+        cut = not self.all_greedy and bool(self.values.keys() & SHORTLIST)
         return cut and vocab >= LARGE and not self.defers
 
     def choose(
@@ -118,14 +135,14 @@ class RowSettings:
 
     def _sample(self, logits: Logits, u: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Sample from the shortlist if it contains all tokens that pass a row's filters, else from all tokens."""
-        k, p = self.filters.get("top_k"), self.filters.get("top_p")
+        k, p = self.values.get("top_k"), self.values.get("top_p")
         if (k is None and p is None) or logits.shape[1] < LARGE:
             return *sample_scored(self._filter(logits), u), None
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
-        scaled, every = self._filter(logits, ["temperature"]), all(sampling.top_k for sampling in self.samplings)
+        scaled, every = self._filter(logits, ["before shortlist"]), all(sampling.top_k for sampling in self.samplings)
         few, names, whole = processors.shortlist(scaled, k, p, every)
-        indices, logs = sample_scored(self._filter(few, ["min_p"]), u)
+        indices, logs = sample_scored(self._filter(few, ["after shortlist"]), u)
         tokens = names.gather(1, indices[:, None])[:, 0]
         if self.defers:
             return tokens, logs, whole
@@ -134,10 +151,11 @@ class RowSettings:
             tokens[rest], logs[rest] = sample_scored(others._filter(logits[rest]), u[rest])
         return tokens, logs, None
 
-    def _filter(self, logits: Logits, names: Iterable[str] = FILTERS) -> Logits:
-        for name in names:
-            if name in self.filters:
-                logits = FILTERS[name](logits, self.filters[name])
+    def _filter(self, logits: Logits, stages: Sequence[Stage] = FILTER_STAGES) -> Logits:
+        """Apply all filters of these stages, in the order of `PROCESSORS`."""
+        for name, values in self.values.items():
+            if PROCESSORS[name].stage in stages:
+                logits = PROCESSORS[name].function(logits, values)
         return logits
 
 
@@ -158,8 +176,8 @@ class History:
             index = torch.tensor(cells, dtype=torch.long, device=settings.device)
             return counts.index_put_((index,), counts.new_ones(()), accumulate=True).view(-1, vocab)
 
-        seen = None if settings.repetition is None else count(prompts, written) > 0
-        return cls(seen, count(written) if settings.counts else None)
+        seen = count(prompts, written) > 0 if "seen" in settings.histories else None
+        return cls(seen, count(written) if "counts" in settings.histories else None)
 
     def take(self, rows: Sequence[int], other: "History", positions: Sequence[int]) -> None:
         """Copy rows from another history, which must have all of them."""

@@ -8,10 +8,10 @@ header of the answer; the option --strict refuses it, unless its value has no ef
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
 
 from keifu.errors import unknown
-from keifu.inference.text.sampling_params import SamplingOptions
+from keifu.inference.text.sampling_params import SETTINGS, SamplingOptions
 from keifu.serving.openai.body import Body, Neutral, Part, about, content_of
 from keifu.serving.openai.constraints import ANY_OBJECT
 from keifu.serving.openai.items import AnyItem, json_object
@@ -49,21 +49,21 @@ class StreamOptions(Body):
     refused: ClassVar[Neutral] = {"include_obfuscation": (False,)}
 
 
-class Sampling(Body):
+NUMBERS: dict[str, Any] = {  # settings that are one number, by name: their types
+    name: row.number_type for name, row in SETTINGS.items() if row.setting.on_command_line and row.number_type
+}
+NUMBER_FIELDS: dict[str, Any] = {
+    name: (kind | None, Field(None, description=SETTINGS[name].setting.help)) for name, kind in NUMBERS.items()
+}
+Numbers: Any = create_model("Numbers", __base__=Body, **NUMBER_FIELDS)
+
+
+class Sampling(Numbers):
     """Fields of all bodies that generate text. Unset ones have the model's defaults."""
 
     model: str = ""
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_BIASES)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    seed: int | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -78,7 +78,7 @@ class Sampling(Body):
 
     def options(self) -> SamplingOptions:
         """Return the fields of `SamplingParams` that were given."""
-        names = SamplingOptions.__annotations__.keys() & type(self).model_fields.keys() - {"logit_bias"}
+        names = SETTINGS.keys() & type(self).model_fields.keys() - {"logit_bias"}
         options: Any = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.logit_bias:
             options["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}

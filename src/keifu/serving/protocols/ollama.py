@@ -11,7 +11,7 @@ from fastapi import FastAPI, Response
 from pydantic import Field
 
 from keifu.inference.text.request import prompt_tokens
-from keifu.inference.text.sampling_params import ANSWER_TOKENS
+from keifu.inference.text.sampling_params import ANSWER_TOKENS, SETTINGS
 from keifu.serving.errors import TEXT_ERRORS, ApiError
 from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
@@ -23,10 +23,8 @@ from keifu.serving.openai.tools import THOUGHTS
 from keifu.serving.streaming import STREAM, LineStream, json_response
 
 OPTIONS = {  # ollama's names, and OpenAI's
-    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "seed": "seed", "stop": "stop",
-    "num_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-}  # fmt: skip
+    row.setting.ollama or name: name for name, row in SETTINGS.items() if row.setting.on_command_line
+}
 RESPONSES = STREAM | TEXT_ERRORS
 
 

@@ -6,7 +6,7 @@ import { addBranch, asMarkdown, asMessages, chats, newChat, node, parentOf, path
 import { say, showWords, switchLanguage } from "../words/words.js";
 
 const at = (id) => document.getElementById(id);
-const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
+const NUMBERS = [...document.querySelectorAll("[data-setting]")].map((each) => each.dataset.setting); // the server lists them
 const KEPT = [...NUMBERS, "system", "theme", "model"];
 
 let chat = chats[0] ?? newChat();

@@ -25,6 +25,9 @@ export function switchLanguage() {
 export function showWords() {
   document.documentElement.lang = language;
   for (const each of document.querySelectorAll("[data-text]")) each.textContent = say(each.dataset.text);
+  for (const each of document.querySelectorAll("[data-setting]")) {
+    each.textContent = WORDS[language][each.dataset.setting] ?? each.dataset.setting.replaceAll("_", "-");
+  }
   for (const each of document.querySelectorAll("[data-label]")) each.setAttribute("aria-label", say(each.dataset.label));
   for (const each of document.querySelectorAll("[data-placeholder]")) each.placeholder = say(each.dataset.placeholder);
   for (const each of document.querySelectorAll("[data-landmark]")) {
