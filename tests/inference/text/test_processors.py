@@ -348,7 +348,8 @@ def test_a_new_filter_is_one_function_and_one_row(
         monkeypatch.setitem(vars(logits_processors), each, only_the_third)
     monkeypatch.setattr(sampler, "PROCESSORS", sampler.processors_of(rows_of(ToyParams)))
     x = torch.randn(2, vocab, generator=torch.Generator().manual_seed(1)) * 4
-    settings = RowSettings([ToyParams(**cut | {name: 1}), ToyParams(**cut)], CPU)
+    toy: dict[str, Any] = {**cut, name: 1.0}
+    settings = RowSettings([ToyParams(**toy), ToyParams(**cut)], CPU)
     nothing = History(None, None)
     drawn = [settings.choose(x, nothing, torch.rand(2))[0].tolist() for _ in range(20)]
     assert {row[0] for row in drawn} == {x[0].topk(3).indices[2].item()}
