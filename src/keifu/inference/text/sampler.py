@@ -15,7 +15,7 @@ from torch import Tensor
 from keifu.inference.text import logits_processors as processors
 from keifu.inference.text.logits_processors import Logits
 from keifu.inference.text.request import Request
-from keifu.inference.text.sampling_params import SETTINGS, Row, SamplingParams, Stage
+from keifu.inference.text.sampling_params import SETTINGS, SamplingParams, SettingRow, Stage
 from keifu.layers.counter_rng import UniformStreams
 from keifu.layers.wide import wide
 
@@ -52,7 +52,7 @@ class Processor(NamedTuple):
     neutral: float
 
 
-def processors_of(rows: Mapping[str, Row]) -> dict[str, Processor]:
+def processors_of(rows: Mapping[str, SettingRow]) -> dict[str, Processor]:
     """Return the function of each setting that changes logits, in the order of application: by stage, then by row."""
     stages = {stage: order for order, stage in enumerate(get_args(Stage))}
     acting = [

@@ -167,7 +167,7 @@ class SamplingParams:
         return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
 
 
-class Row(NamedTuple):
+class SettingRow(NamedTuple):
     """Setting with the facts that its field declares. value_type: as Python writes it, with its range."""
 
     setting: Setting
@@ -182,7 +182,7 @@ class Row(NamedTuple):
         return number_type if number_type in (int, float) else None
 
 
-def rows_of(settings_class: type[SamplingParams]) -> dict[str, Row]:
+def rows_of(settings_class: type[SamplingParams]) -> dict[str, SettingRow]:
     """Return the row of each field of `SamplingParams`, or of a class that adds fields to it."""
     hints = get_type_hints(settings_class, include_extras=True)
     rows = {}
@@ -192,7 +192,7 @@ def rows_of(settings_class: type[SamplingParams]) -> dict[str, Row]:
             value_type = get_args(value_type)[0]
         elif isinstance(metadata[0], Range):  # Python flattens an Annotated type in another one
             value_type = Annotated[value_type, metadata[0]]
-        rows[field.name] = Row(metadata[-1], field.default, value_type, range_of(value_type))
+        rows[field.name] = SettingRow(metadata[-1], field.default, value_type, range_of(value_type))
     return rows
 
 
