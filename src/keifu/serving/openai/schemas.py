@@ -53,7 +53,8 @@ NUMBERS: dict[str, Any] = {  # settings that are one number, by name: their type
     name: row.number_type for name, row in SETTINGS.items() if row.setting.on_command_line and row.number_type
 }
 NUMBER_FIELDS: dict[str, Any] = {
-    name: (kind | None, Field(None, description=SETTINGS[name].setting.help)) for name, kind in NUMBERS.items()
+    name: (number_type | None, Field(None, description=SETTINGS[name].setting.help))
+    for name, number_type in NUMBERS.items()
 }
 Numbers: Any = create_model("Numbers", __base__=Body, **NUMBER_FIELDS)
 
