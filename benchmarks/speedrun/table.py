@@ -21,7 +21,7 @@ from _results import as_text  # noqa: E402 (a file of the folder above)
 RESULTS = Path(__file__).parent / "results"
 DATA = ROOT / "docs/results/data/speedrun.json"
 SECTIONS = {
-    "characters": "Characters to nanoGPT's loss", "english": "English to a number of bits a byte",
+    "characters": "Characters to nanoGPT's loss", "english": "English to a number of bits per byte",
     "digits": "Digits to a kernel distance",
 }  # fmt: skip
 COLUMNS = {
