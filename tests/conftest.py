@@ -20,8 +20,11 @@ gc.disable()  # until all tests are found: looking for garbage is a fifth of wha
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
-os.environ["KEIFU_CONFIG"] = tempfile.mkdtemp(prefix="keifu-config-")  # nothing of the user's is read or written
-register(shutil.rmtree, os.environ["KEIFU_CONFIG"], ignore_errors=True)
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # is killed without cleaning up: its folder is its controller's
+    os.environ["KEIFU_CONFIG"] = os.path.join(os.environ["KEIFU_CONFIG"], worker)  # noqa: PTH118 (before pathlib)
+else:
+    os.environ["KEIFU_CONFIG"] = tempfile.mkdtemp(prefix="keifu-config-")  # nothing of the user's is read or written
+    register(shutil.rmtree, os.environ["KEIFU_CONFIG"], ignore_errors=True)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process of the tests would compile keifu anew
 sys.dont_write_bytecode = False
 

@@ -6,7 +6,7 @@ the step, so a run that is stopped and resumed ends with the same bits as an uni
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -28,7 +28,7 @@ from keifu.training.run.progress import Display, format_seconds, number
 from keifu.training.run.report import REPORT
 from keifu.training.settings import Settings, as_chosen
 from keifu.training.setup import set_up
-from keifu.training.signals import Interrupted, StopRequest
+from keifu.training.signals import Interrupted, LeftAtOnce, StopRequest
 from keifu.training.trainer import Gradient
 
 LEAST = 10  # a run that a time limit stops before this many steps has learned nothing
@@ -69,13 +69,15 @@ def train(
     ):
         run_directory.claim_directory(run)
         current().barrier()
-        trainer, cost = set_up(model, objective, data, settings, run, display.note, largest)
+        at_once = stop.at_once if current().world_size == 1 else nullcontext  # several processes stop together
+        with at_once():
+            trainer, cost = set_up(model, objective, data, settings, run, display.note, largest)
         state = trainer.state
         display.expect(state.length.steps)
         sinks = metrics.sinks(run.directory, settings.tensorboard, settings.wandb, state.described)
         with closing(metrics.RunMetrics(run.directory, sinks, state.step, state.spikes.skipped)) as lines:
             recorder = Recorder(trainer, cost, run, save, display, lines)
-            loop = _Loop(recorder, data, sample, lambda: current().broadcast(stop.wanted))
+            loop = _Loop(recorder, data, sample, lambda: current().broadcast(stop.wanted), at_once)
             with closing(loop.loader):
                 loop.make_steps()
                 return loop.finish()
@@ -84,8 +86,11 @@ def train(
 class _Loop:
     """Loop over the steps of a run, the work between steps, and the reaction to a failed step."""
 
-    def __init__(self, recorder: Recorder, data: Data, sample: Sample | None, stop: Callable[[], bool]):
-        self.recorder, self.data, self.sample, self.stop = recorder, data, sample, stop
+    def __init__(
+        self, recorder: Recorder, data: Data, sample: Sample | None, stop: Callable[[], bool],
+        at_once: Callable[[], AbstractContextManager[None]],
+    ):  # fmt: skip
+        self.recorder, self.data, self.sample, self.stop, self.at_once = recorder, data, sample, stop, at_once
         self.trainer, self.run, self.note = recorder.trainer, recorder.run, recorder.display.note
         self.state, self.settings = self.trainer.state, self.trainer.settings
         s, device = self.settings, self.trainer.device
@@ -105,11 +110,14 @@ class _Loop:
         if state.spikes.due(state.step):
             self.recorder.save_state()
         if not state.step:  # evaluate the untrained model, which also measures the time of both
+            self._estimate()
             self._make(["validation", "sample"] if self.validated is None else ["sample"])
             if self.limit and not self.on_policy:
                 fitting = state.clock.fitting(0, state.length.steps, self.recorder.cost.step_seconds)
                 self._fit(current().broadcast(fitting))
                 self._set_intervals()
+        elif self.validated != state.step and self._is_due("validation"):  # the run was stopped in this validation
+            self._make(["validation"])
         self._estimate()
         while state.step < state.length.steps:
             gradient = self._gradient()
@@ -228,11 +236,15 @@ class _Loop:
             return  # `finish` does the rest
         if self.limit:
             self._fit(current().broadcast(self.state.clock.steps(step, steps)))
-        intervals = {name: self.state.clock.interval(name, steps) for name in self.chosen}
-        due = [name for name, every in intervals.items() if every and step % every == 0]
+        due = [name for name in self.chosen if self._is_due(name)]
         if self.settings.spikes.rise and self.state.spikes.due(step) and "state" not in due:
             due.append("state")
         self._make(due)
+
+    def _is_due(self, name: str) -> bool:
+        """Return whether a validation, sample or checkpoint is due after this step."""
+        every = self.state.clock.interval(name, self.state.length.steps)
+        return bool(every) and self.state.step % every == 0
 
     def _make(self, due: list[str]) -> None:
         """Run the due validations, samples and checkpoints. Their time is measured and does not count as
@@ -255,7 +267,9 @@ class _Loop:
         step, whole = self.state.step, self.settings.whole_steps
         steps = max(step, self.state.length.steps)
         cost, extra = self.recorder.cost, self.state.clock.left(step, steps)
-        self.note(cost.sentence(steps - step, self.run.unit, whole(steps) - whole(step), extra, self.on_policy))
+        between = bool(self.state.clock.lasted)  # they were measured
+        done = whole(steps) - whole(step)
+        self.note(cost.sentence(steps - step, self.run.unit, done, extra, self.on_policy, between))
 
     def _fit(self, steps: int) -> None:
         """Change the number of steps to the number that fits the time limit, and record it in the metrics."""
@@ -273,8 +287,10 @@ class _Loop:
     def _evaluate(self) -> None:
         """Compute the validation figures."""
         self.loader.wait()
-        with self._saving_on_failure(), self.state.optimizers.averaged():
-            if means := self.trainer.validation(self.data.validation()):
+        with self._leaving_on_stop(), self._saving_on_failure(), self.state.optimizers.averaged(), self.at_once():
+            means = self.trainer.validation(self.data.validation())
+        if means:
+            with self.state.optimizers.averaged():
                 self.recorder.validated(means)
         self.validated = self.state.step
 
@@ -283,10 +299,18 @@ class _Loop:
             return  # a split model is not sampled from
         self.loader.wait()
         self.trainer.model.eval()
-        with self._saving_on_failure(), self.state.optimizers.averaged():
+        with self._leaving_on_stop(), self._saving_on_failure(), self.state.optimizers.averaged(), self.at_once():
             sample = self.sample(self.state.step)
         self.trainer.model.train()
         self.recorder.write_sample(sample)
+
+    @contextmanager
+    def _leaving_on_stop(self) -> Iterator[None]:
+        """Run a block; if a stop request leaves it, save the state and end the run."""
+        try:
+            yield
+        except LeftAtOnce:
+            self._stopped()
 
     def _stopped(self) -> NoReturn:
         self.recorder.save_state()

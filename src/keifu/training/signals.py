@@ -1,8 +1,10 @@
-"""Signal handling: Ctrl-C, SIGTERM and SIGHUP set a flag that the training loop reads between micro-batches."""
+"""Signal handling: Ctrl-C, SIGTERM and SIGHUP set a flag that the training loop reads between micro-batches. Work that
+changes no state, such as a validation, is left at once."""
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -19,6 +21,10 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+class LeftAtOnce(KeyboardInterrupt):
+    """Exception: a stop was requested in a block that may be left at any point."""
+
+
 class StopRequest:
     """Context manager in which the first Ctrl-C (SIGTERM, SIGHUP) sets `wanted`, and the second one stops at once, as
     usual.
@@ -30,6 +36,7 @@ class StopRequest:
     def __init__(self, notify: Callable[[str], None]):
         self.notify = notify
         self.wanted = False
+        self.has_come = self.may_leave = False
         self.number: int = signal.SIGINT
         self.previous: dict[signal.Signals, Any] = {}
 
@@ -45,11 +52,26 @@ class StopRequest:
         if isinstance(error, Interrupted):
             error.number = self.number
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Run a block that a stop request leaves at once, by raising `LeftAtOnce`. The block must not change the state
+        of the run."""
+        if self.has_come:
+            raise LeftAtOnce
+        self.may_leave = True
+        try:
+            yield
+        finally:
+            self.may_leave = False
+
     def _first(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         self.number = number
         self._restore()
         self.notify("Stopping and saving the state; once more stops at once, without saving.")
+        self.has_come = True
+        if self.may_leave:
+            raise LeftAtOnce
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():

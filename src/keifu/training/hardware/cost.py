@@ -52,20 +52,25 @@ class Cost(NamedTuple):
         """Bytes of activations stored for the backward pass, and of temporary memory."""
         return self.fixed_bytes + self.row_bytes * self.micro_batch
 
-    def sentence(self, steps: int, unit: str, whole_steps: float, extra: float, on_policy: bool = False) -> str:
+    def sentence(
+        self, steps: int, unit: str, whole_steps: float, extra: float, on_policy: bool = False,
+        between: bool = True,
+    ) -> str:  # fmt: skip
         """Return the sentence printed before a run starts.
 
         whole_steps: `steps` with each smaller batch counted as a fraction. extra: seconds of validations and samples.
-        on_policy: batches are rollouts, whose time is not measured.
+        on_policy: batches are rollouts, whose time is not measured. between: whether the time of validations and
+        samples is known.
         """
         up_to = "up to " if whole_steps < steps else ""
         parts = f"{format_bytes(2 * self.parameter_bytes)} parameters and gradients, "
         parts += f"{format_bytes(self.optimizer_bytes)} optimizer, {format_bytes(self.activation_bytes)} activations"
+        included = f"validations and samples {'' if between else 'not '}included"
+        included += (" and rollouts not" if between else ", nor rollouts") if on_policy else ""
         units = f"{up_to}{self.units_per_step:,.0f} {unit}, {format_count(whole_steps * self.units_per_step)} in all"
         return (
             f"{format_count(self.parameters)} parameters; {number(steps, 'step')} of {units}: "
-            f"about {format_seconds(whole_steps * self.step_seconds + extra)}, validations and samples included"
-            f"{' and rollouts not' if on_policy else ''}, and "
+            f"about {format_seconds(whole_steps * self.step_seconds + extra)}, {included}, and "
             f"{format_bytes(self.total_bytes)} of memory ({parts}), of {format_bytes(self.available)} that are free."
         )
 

@@ -134,7 +134,7 @@ def _content(directory: Path) -> dict[str, Any]:
     pictures = [*sorted(samples.glob("*.png")), *sorted(directory.glob("*.png"))]
     return {
         "recipe": recipe,
-        "notes": _notes(recipe),
+        "notes": [*_notes(recipe), *rising(metrics.read(directory))],
         "figures": _key_figures(recipe),
         "charts": "".join(_charts(metrics.read(directory), recipe["unit"])) + _extras(directory),
         "by_source": _by_source(recipe.get("figures", {})),
@@ -152,6 +152,24 @@ def _notes(recipe: Mapping[str, Any]) -> list[str]:
     extra = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in recipe.items() if name not in SECTIONED]
     changed = "after {at:,} steps the length of the run was set to {steps:,}"
     return [*texts, *extra, *(changed.format(**line) for line in recipe.get("length", ()))]
+
+
+def rising(lines: Sequence[Mapping[str, float | int]]) -> list[str]:
+    """Return a sentence with the likely cause if the validation loss rose while the training loss fell, else []."""
+    losses = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    if len(losses) < 2 or not training:
+        return []
+    lowest_step, lowest = min(losses, key=lambda point: point[1])
+    step, last = losses[-1]
+    before = next((loss for at, loss in training if at >= lowest_step), training[0][1])
+    if not (last > lowest + max(0.02 * abs(lowest), 0.01) and training[-1][1] < before):
+        return []
+    rose = f"The validation loss rose from {lowest:.4g} (step {lowest_step:,}) to {last:.4g} (step {step:,})"
+    rose += " while the training loss fell. "
+    if lowest_step == losses[0][0]:
+        return [f"{rose}It never fell, so the held-out data are probably of another kind than those that were learned."]
+    return [f"{rose}The model probably learns the training data by heart: give more data, or fewer steps."]
 
 
 def _key_figures(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
