@@ -311,3 +311,10 @@ def test_a_body_of_100_megabytes_is_refused_before_it_is_read(served: Any) -> No
         connection.sendall("\r\n".join([*lines, "", ""]).encode() + b"x" * 1000)
         assert b" 413 " in connection.recv(1000).split(b"\r\n")[0]
     assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_a_text_to_be_shown_as_tokens_is_limited(served: Any, chat: str) -> None:
+    text = "a" + "\u0301" * 2**18
+    for body in ({"input": text}, {"messages": [{"role": "user", "content": text}]}):
+        found = served.post("/v1/tokenize", {"model": chat, **body})
+        assert found.status_code == 400 and "character" in found.json()["error"]["message"]

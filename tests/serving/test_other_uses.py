@@ -209,7 +209,7 @@ def test_a_stream_shows_the_noise_go_and_ends_with_the_same_picture(served: Any,
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ({"prompt": "a cat"}, "This model reads no text"),
+        ({"prompt": "a cat"}, "no class of this model 'a cat'. Did you mean 'cat'?"),
         ({"label": "dgo"}, "dog"),
         ({"sampler": "dimm"}, "Did you mean 'ddim'?"),
         ({"size": "8by8"}, 'size is "8by8": it must be WIDTHxHEIGHT'),
@@ -393,3 +393,19 @@ def test_embeddings_of_ids_are_those_of_their_text(served: Any, folder: Path) ->
     for wrong in ([], [[]], [-1], ["a", 1]):
         with pytest.raises(openai.BadRequestError):
             ask(model="encoder", input=wrong)
+
+
+def test_openais_client_draws_a_class(served: Any, folder: Path) -> None:
+    """The client requires a prompt, which a model of classes does not read: it may be empty, or name the class."""
+    ask: dict[str, Any] = {"model": name_of(folder, "ddpm"), "response_format": "b64_json"}
+    more: dict[str, Any] = {"seed": 1, "steps": 2}
+    generate = served.openai.images.generate
+
+    def drawn(prompt: str, **fields: Any) -> str:
+        return generate(**ask, prompt=prompt, extra_body=more | fields).data[0].b64_json
+
+    assert drawn("", label="dog") == drawn("", label=1) == drawn("dog") != drawn("cat")
+    with pytest.raises(openai.BadRequestError, match="means nothing to it: leave it out and give a class as label"):
+        drawn("a tree", label=1)
+    with pytest.raises(openai.BadRequestError, match="no class of this model .*'tree'"):
+        drawn("tree")

@@ -20,7 +20,7 @@ KEYS = "KEIFU_API_KEY"
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 LARGEST_SIZE = 2**60  # bytes
 USUAL = "smollm2"  # default model
-OPEN = "WARNING: anyone who can reach {host} may use this server: it asks for no key. Give one with --api-key."
+OPEN = "WARNING: anyone who can reach {host} may use this server: it asks for no key. Give one with --api-key-file."
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Options(flags.Packed):
     max_body: str = "16M"
     """Size of the largest request that is read."""
     api_key: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Key that opens /v1; without one (here, in --api-key-file or in KEIFU_API_KEY) everyone may ask."""
+    """Key that opens /v1; without one (here, in --api-key-file or in KEIFU_API_KEY) everyone may ask.
+    Other users of this machine can read it here: prefer the other two."""
     api_key_file: Path | None = None
     """File with a key on each line."""
     cors: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

@@ -13,8 +13,10 @@ from keifu.serving.facts import current
 from keifu.serving.models import ServedModels
 from keifu.serving.openai.generation import token_bytes, token_text
 from keifu.serving.openai.pictures import open_images
-from keifu.serving.openai.schemas import Body, Message, Texts
+from keifu.serving.openai.schemas import MAX_MESSAGES, Body, Message, Texts
 from keifu.serving.streaming import json_response
+
+MOST_CHARACTERS = 2**18  # of a text to be shown as tokens
 
 
 class TranslationRequest(Texts):
@@ -29,13 +31,15 @@ class TokenizeRequest(Body):
     """POST /v1/tokenize: the tokens of a text, or of messages in the model's chat template."""
 
     model: str = ""
-    input: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    input: Annotated[str, Field(max_length=MOST_CHARACTERS)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "TokenizeRequest":
         if (self.input is None) == (self.messages is None):
             raise ValueError("give either input or messages")
+        if sum(len(str(message.plain()["content"])) for message in self.messages or ()) > MOST_CHARACTERS:
+            raise ValueError(f"the messages have more than {MOST_CHARACTERS:,} characters together")
         return self
 
 

@@ -245,3 +245,15 @@ def test_llama_cpp_encodes_alike(name, smollm2, corpus, texts, tmp_path) -> None
     for text in [*texts, "\n\n  12345 and\r\n 3.14", "a</s>b<|im_end|>"]:
         assert ours.encode(text) == reference.tokenize(text.encode(), add_bos=False, special=False), text
         assert ours.encode(text, special=True) == reference.tokenize(text.encode(), add_bos=True, special=False)
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ bos_token }}{{ messages[0].content }}"])
+def test_a_chat_begins_with_one_bos_if_the_vocabulary_adds_it(adds: bool, template: str) -> None:
+    """llama.cpp, with which the authors of a GGUF file try it, puts the BOS before a template that writes none."""
+    backend = train_tokenizer("bpe", ["ab"], 260, special_tokens=["<s>"]).backend
+    fields = to_gguf_fields(Tokenizer(backend, {"bos_token": "<s>"}, chat_template=template))
+    found = gguf_tokenizer(fields | {"tokenizer.ggml.add_bos_token": adds})
+    prompt = found.render_chat([{"role": "user", "content": "ab"}])
+    assert prompt.count(found.bos_id) == (adds or "bos_token" in template) and found.decode(prompt) == "ab"
+    assert prompt[0] == found.bos_id or not adds

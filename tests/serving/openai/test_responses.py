@@ -65,6 +65,7 @@ def test_its_text_can_follow_a_schema(served: Any, chat: str) -> None:
     [
         ({"max_output_tokens": 0}, "max_output_tokens is 0"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "json_schema needs a schema"),
         ({"background": True}, "background is not supported"),
         ({"include": ["message.output_text.logprobs"]}, "which this path has not"),
         ({"n": 2}, "n is not supported"),

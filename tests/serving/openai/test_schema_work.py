@@ -111,3 +111,13 @@ def test_no_schema_is_compiled_for_a_client_that_has_left(
 def left(served: Any) -> float:
     """Return the number of requests whose clients have left."""
     return served.models.metrics.answers.labels("/v1/chat/completions", "499")._value.get()
+
+
+def test_a_schema_that_cannot_be_followed_prints_nothing(
+    served: Any, chat: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    schemas = ({"type": "strin"}, {"$ref": "#/nowhere"}, {"type": "string", "pattern": "("})
+    for schema in schemas:
+        for form_of in FORMS:
+            assert served.post("/v1/chat/completions", body(chat, schema, form_of)).status_code == 400
+    assert capfd.readouterr().err == ""

@@ -152,3 +152,11 @@ def test_a_folder_that_cannot_be_searched_is_refused_before_the_start(
             cli.main(["serve", model, "--search", str(place), "--port", "0"])
         printed = capsys.readouterr()
         assert words in printed.err and "Listening" not in printed.out
+
+
+def test_a_question_that_the_encoder_cannot_read_is_answered_with_a_warning(
+    searching: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(searched, "ENGLISH", ("encoder",))
+    assert search(searching, "猫はどこ")[1]["warning"].startswith("encoder reads English")
+    assert "warning" not in search(searching, "the cat")[1]

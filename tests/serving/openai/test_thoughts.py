@@ -144,3 +144,11 @@ def test_thoughts_before_text_are_split_in_any_pieces() -> None:
         found = [part.content for n, piece in enumerate(pieces) for part in reply.push(piece, n == len(pieces) - 1)]
         assert (reply.reasoning, reply.text, "".join(found)) == ("ab", "The answer", "The answer")
         assert 0 < reply.reasoning_tokens < len(pieces)
+
+
+def test_turning_off_thoughts_that_a_model_has_not_changes_nothing(served: Any, chat: str) -> None:
+    body = {"model": chat, "messages": ASK["messages"], "max_tokens": 4, **OFF}
+    found = served.post("/v1/chat/completions", body)
+    assert found.status_code == 200 and found.headers["x-keifu-ignored"] == "chat_template_kwargs.enable_thinking"
+    body["chat_template_kwargs"] = {"enable_thinking": True}
+    assert served.post("/v1/chat/completions", body).status_code == 400

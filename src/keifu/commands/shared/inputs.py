@@ -1,6 +1,5 @@
 """Inputs of commands: models with tokenizers, texts from arguments, files, pipes and a terminal, and image files."""
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,8 +11,6 @@ from keifu.errors import UserError
 
 QUOTES = '"""'
 MORE = "... "  # prompt for further lines of a text
-ENGLISH = ("minilm",)  # encoders that read only English
-OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
 
 
 def load_writer(name: str, weights: str | None = None, takes: Callable[[Any], bool] | None = None) -> tuple[Any, Any]:
@@ -168,8 +165,10 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
 def warn_of_language(model: str, *groups: Sequence[str]) -> None:
     """Warn if an English encoder cannot read most texts of a group."""
-    if model in ENGLISH and any(2 * sum(map(bool, map(OTHER_SCRIPT.search, group))) > len(group) for group in groups):
-        print(f"{model} reads English: results in other languages mean little.", file=sys.stderr)
+    from keifu.inference.embeddings.search import language_warning
+
+    if warning := language_warning(model, *groups):
+        print(warning, file=sys.stderr)
 
 
 def ids(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> Any:

@@ -5,6 +5,7 @@ Two of GGUF's kinds are supported: "gpt2", byte-level BPE by merges, and "llama"
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,23 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     backend, adds_bos = builders[vocabulary](fields, tokens, kinds)
     special = _roles(fields, tokens)
     begins, ends = (fields.get(f"tokenizer.ggml.add_{role}_token") for role in ("bos", "eos"))
-    put_around_text(backend, special, bool(adds_bos if begins is None else begins), bool(ends))
+    adds_bos = bool(adds_bos if begins is None else begins)
+    put_around_text(backend, special, adds_bos, bool(ends))
     template = fields.get("tokenizer.chat_template")
     if not isinstance(template, str | None):
         raise UserError(f"The GGUF's tokenizer.chat_template is {template!r:.40}, and it must be a text.")
     ends = _ends_of_turn(fields, tokens, template)
-    return Tokenizer(backend, special, ends, template, generation_config=_generation_config(fields))
+    tokenizer = Tokenizer(backend, special, ends, template, generation_config=_generation_config(fields))
+    if template is not None and tokenizer.bos_id is not None and adds_bos and not _writes_bos(tokenizer):
+        return tokenizer.with_chat_template("{{ bos_token }}" + template)  # as llama.cpp begins a chat
+    return tokenizer
+
+
+def _writes_bos(tokenizer: Tokenizer) -> bool:
+    """Return whether the chat template begins a conversation with the BOS. True if it cannot be rendered here."""
+    with suppress(UserError):
+        return tokenizer.chat_text([{"role": "user", "content": "x"}]).startswith(tokenizer.special["bos_token"])
+    return True
 
 
 def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:

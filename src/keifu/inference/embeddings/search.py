@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,15 @@ from keifu.folders import cache
 from keifu.inference.embeddings.encoders import embed_rows, encode_texts, nearest
 
 FOLDER = "search"  # in the cache
+ENGLISH = ("minilm",)  # encoders that read only English
+OTHER_SCRIPT = re.compile(r"[\u0370-\u1fff\u2e80-\ud7ff\uf900-\ufaff\uff66-\uff9d]")
+
+
+def language_warning(model: str, *groups: Sequence[str]) -> str:
+    """Return a warning if an English encoder cannot read most texts of a group, else ""."""
+    if model in ENGLISH and any(2 * sum(map(bool, map(OTHER_SCRIPT.search, group))) > len(group) for group in groups):
+        return f"{model} reads English: results in other languages mean little."
+    return ""
 
 
 class SearchIndex(NamedTuple):

@@ -176,9 +176,13 @@ def chat_prompts(
     models: ServedModels, body: ChatRequest | ResponseRequest, messages: Sequence[Mapping[str, Any]]
 ) -> Callable[[Description], list[list[int] | ImagePrompt]]:
     """Return a function that encodes a conversation for a model."""
-    tools, options = body.tool_use(), body.chat_template_kwargs or {}
+    tools, options, facts = body.tool_use(), dict(body.chat_template_kwargs or {}), current()
 
     def prompts(about: Description) -> list[list[int] | ImagePrompt]:
+        template = about.tokenizer.chat_template or ""
+        if options.get("enable_thinking") is False and "enable_thinking" not in template and not facts.strict:
+            facts.ignored.append("chat_template_kwargs.enable_thinking")  # it has no thoughts to be turned off
+            del options["enable_thinking"]
         if about.context_length is not None and len(messages) > about.context_length:
             counts = f"{len(messages):,} entries, and the context of this model has {about.context_length:,} tokens"
             raise ApiError(400, f"messages has {counts}: send fewer.", "messages", "context_length_exceeded")

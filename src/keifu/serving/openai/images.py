@@ -24,6 +24,7 @@ from keifu.data.images.io import open_image, read_image, to_bytes, to_image
 from keifu.errors import UserError, unknown
 from keifu.files import sha256
 from keifu.inference.images.image_to_image import InputImage
+from keifu.inference.images.latent_diffusion import TextPipeline
 from keifu.inference.images.pipeline import ImagePipeline, image_pipeline
 from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.inference.images.png_metadata import ImageRecord
@@ -43,9 +44,9 @@ Show = Callable[[int, int, Tensor], None]  # index of a picture, number of earli
 class ImageGenerationRequest(Body):
     """POST /v1/images/generations.
 
-    prompt: for models that read text. size: WIDTHxHEIGHT, or auto for the model's default. response_format: url gives a
-    data URL, which contains the picture. partial_images: number of states that a stream shows before the picture. The
-    other fields are those of `keifu draw`.
+    prompt: for models that read text; for others the name of a class, or empty. size: WIDTHxHEIGHT, or auto for the
+    model's default. response_format: url gives a data URL, which contains the picture. partial_images: number of states
+    that a stream shows before the picture. The other fields are those of `keifu draw`.
     """
 
     model: str = ""
@@ -60,7 +61,7 @@ class ImageGenerationRequest(Body):
     sampler: str | None = None
     guidance: float | None = None
     negative: str = ""
-    label: str | None = None
+    label: str | int | None = None
     user: str | None = None
     refused: ClassVar[Neutral] = {"background": ("auto", "opaque"), "output_format": ("png",)}
     ignored: ClassVar[Neutral] = {
@@ -152,7 +153,8 @@ def _draw_all(
             _check_sides(model.config.size, asked.sides())
             wanted = pipeline.resolved(asked)
         except UserError as error:  # report files by the field names that the client used
-            raise UserError(str(error).replace(f"{folder}/", "")) from error
+            text = str(error).replace(f"{folder}/", "").replace("(see --label)", "and give a class as label")
+            raise UserError(text) from error
         if body.model not in fingerprints:
             fingerprints[body.model] = pipeline.fingerprint()
         count, device = body.n or 1, next(model.parameters()).device.type
@@ -187,16 +189,20 @@ def _written(path: Path, name: str, data: bytes) -> InputImage:
 
 
 def _request(pipeline: ImagePipeline, body: ImageGenerationRequest, files: Mapping[str, InputImage]) -> ImageRequest:
-    """Return the request for the library, without defaults."""
+    """Return the request for the library, without defaults. The prompt of a model without text may name a class."""
+    label, text = body.label, body.prompt
+    if not isinstance(pipeline, TextPipeline):
+        text = text or None  # OpenAI's client always sends a prompt
+        label, text = (text, None) if label is None else (label, text)
     width, _, height = (body.size or "auto").partition("x")
     return ImageRequest(
         sampler=body.sampler or pipeline.usual_sampler,
         steps=body.steps,
         seed=body.seed,
-        label=None if body.label is None else pipeline.label(body.label),
+        label=None if label is None else pipeline.label(str(label)),
         guidance=pipeline.usual_guidance if body.guidance is None else float(body.guidance),
         size=(int(height), int(width)) if height else None,
-        text=body.prompt,
+        text=text,
         negative=body.negative,
         init=files.get("image"),
         mask=files.get("mask"),

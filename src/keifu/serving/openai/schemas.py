@@ -211,7 +211,7 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
     described = [function.model_dump(exclude_none=True, exclude={"strict", "type"}) for function in functions]
     if parallel is None:  # a small model repeats a call that it may repeat
         parallel = choice != "required"
-    return ToolUse(described, name or choice or "auto", parallel and name is None)
+    return ToolUse(described, name or choice or "auto", bool(parallel) and name is None)
 
 
 class JsonSchema(Body):
@@ -290,6 +290,12 @@ class TextFormat(JsonSchema):
 
     type: Literal["text", "json_object", "json_schema"]
     name: str = ""
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> "TextFormat":
+        if self.type == "json_schema" and "schema_" not in self.model_fields_set:
+            raise ValueError("the type json_schema needs a schema")
+        return self
 
     @property
     def followed(self) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from keifu.errors import UserError
 from keifu.inference.embeddings import clip
 from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.inference.embeddings.encoders import BATCH, embed_rows, encode_texts
-from keifu.inference.embeddings.search import SearchIndex, build_index, index_path
+from keifu.inference.embeddings.search import SearchIndex, build_index, index_path, language_warning
 from keifu.inference.text.model import TwoTowers
 from keifu.serving.errors import LOG, ApiError
 from keifu.serving.facts import current
@@ -180,7 +180,9 @@ def search_route(app: FastAPI, models: ServedModels, folder: Path | None) -> Non
         current().prompt_tokens = tokens
         data = [{**asdict(passage), "score": score} for score, passage in hits]
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-        return json_response({"object": "list", "data": data, "model": about.name, "usage": usage})
+        warning = language_warning(Path(about.source).name, [body.query], [passage.text for _, passage in hits])
+        warned = {"warning": warning} if warning else {}
+        return json_response({"object": "list", "data": data, "model": about.name, "usage": usage, **warned})
 
 
 def check_dimensions(dimensions: int | None, embeddings: Tensor) -> None:
