@@ -5,6 +5,7 @@ import math
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from keifu import checkpoints
 from keifu.alignment.dpo import dpo, kto, kto_losses, losses, reference, sequence_log_probabilities
 from keifu.commands.train import parse
-from keifu.data.chat.preferences import RankedResponses, read_preferences
+from keifu.data.chat.preferences import PreferencePairs, RankedResponses, read_preferences
 from keifu.errors import UserError
 from keifu.models import llama
 from keifu.recipes.assistant import dpo as recipe
@@ -250,3 +251,25 @@ def test_faults(record: dict[str, object], said: str, tmp_path: Path) -> None:
 def test_bad_options(arguments: list[str], said: str, base: Path, preferences: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         go(base, preferences, tmp_path / "run", *arguments)
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.5])
+def test_reference_point_of_kto_is_the_mean_log_ratio_and_at_least_0(
+    base: Path, preferences: Path, shift: float
+) -> None:
+    """shift: log-ratio of every answer to another prompt, once below 0 and once above."""
+    task = recipe.prepare(recipe.Recipe(model=str(base), data=str(preferences), loss="kto", batch_size=6))
+    items = np.arange(6)
+    both = PreferencePairs.make_batch(task.data, False, items)
+    other = {name: tensor[:, 1:2] for name, tensor in both.items()}
+    now = reference(task.model, other)
+    part = task.data.parts[0]
+    stored = both["reference"][:, 1:2]
+    change = float((now - stored).mean()) - shift
+    for tensor in vars(task.data).values():
+        if isinstance(tensor, tuple) and any(torch.is_tensor(each) and each.shape[1:] == (2,) for each in tensor):
+            for each in tensor:
+                each += change
+    found = task.data.make_batch(False, items)["kl"]
+    assert len(part) >= 6
+    torch.testing.assert_close(found, torch.full((6,), max(0.0, shift)), rtol=0, atol=1e-4)

@@ -133,3 +133,14 @@ def test_sentences() -> None:
     assert "away from chance" in Tally(2, 30, 0, 0).sentence("x", "y")
     told = Tally(9, 11, 1, 0).sentence("x", "y")
     assert "B wins 55.0% of 20 decided; 95% interval 34.2% to 74.2%, which leaves open" in told
+
+
+def test_a_limit_counts_the_prompts_of_the_file_also_when_it_is_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times: the second continues, and the third, which has no prompt left, asks for none."""
+    for keys in ("1", "11", ""):
+        go(folder, tmp_path / "out", keys, monkeypatch, "--limit", "3")
+    assert [each["prompt"][0]["content"] for each in kept(tmp_path / "out")] == WORDS[:3]
+    go(folder, tmp_path / "out", "1111", monkeypatch, "--limit", "4")
+    assert [each["prompt"][0]["content"] for each in kept(tmp_path / "out")] == WORDS[:4]

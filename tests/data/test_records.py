@@ -93,3 +93,11 @@ def test_reading_goes_on_after_a_fault_that_is_only_noted(tmp_path: Path) -> Non
 def test_cells_have_no_header_and_blank_rows_are_left_out(tmp_path: Path) -> None:
     assert [cells for _, cells in read_cells(write(tmp_path / "a.txt", "1;2\n\n ; \n3;4"))] == [["1", "2"], ["3", "4"]]
     assert not [*read_cells(write(tmp_path / "a.txt", ""))]
+
+
+def test_rows_are_named_by_the_line_where_they_begin(tmp_path: Path) -> None:
+    """A cell with line breaks and a blank line: the number of the row, of the line and of the last line all differ."""
+    file = tmp_path / "a.csv"
+    file.write_text('a,b\n"x\ny\nz",1\n2,3\n\n"4\n5",6\n7,8\n')
+    places = [where.rpartition(" ")[2] for where, _ in read_cells(file)]
+    assert places == ["1", "2", "5", "7", "9"]

@@ -9,7 +9,15 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from keifu.errors import UserError
 from keifu.layers.feedforward import SwiGLU
-from keifu.layers.mixture import GroupedSigmoidRouter, MixtureOfExperts, Routing, SoftmaxRouter, recorded_routing
+from keifu.layers.mixture import (
+    GroupedSigmoidRouter,
+    MixtureOfExperts,
+    Routing,
+    SoftmaxRouter,
+    collapsed_routers,
+    end_step,
+    recorded_routing,
+)
 
 
 def mixture(router: SoftmaxRouter | GroupedSigmoidRouter, n_experts: int, shared: bool = False) -> MixtureOfExperts:
@@ -103,3 +111,28 @@ def test_an_impossible_choice_is_refused(n_experts: int, k: int) -> None:
         SoftmaxRouter(6, n_experts, k)
     with pytest.raises(UserError, match="groups"):
         GroupedSigmoidRouter(6, 4, 1, 3)
+
+
+@pytest.mark.parametrize(("share", "warns"), [(0.8, False), (1.0, True)])
+def test_a_router_with_two_experts_per_token_is_reported_by_its_share_of_tokens(share: float, warns: bool) -> None:
+    """The largest expert has at most half of the choices, and still all of the tokens."""
+    model = nn.Sequential(mixture(SoftmaxRouter(6, 8, 2), 8))
+    model[0].load = torch.tensor([0.0, 100 * share, 0, 40, 60, 100 * (1 - share), 0, 0])
+    assert model[0].load.sum() == 200 and model[0].load.max() <= 100
+    found = collapsed_routers(model)
+    assert len(found) == warns
+    if warns:
+        assert (
+            "The router of 0 has collapsed: expert 1 gets 100% of the tokens, and 5 of 8 experts get none" in found[0]
+        )
+
+
+def test_routers_are_balanced_by_the_loads_of_all_ranks() -> None:
+    """Here the first expert has most tokens, over all ranks it has the fewest: the two corrections have other signs."""
+    router = GroupedSigmoidRouter(6, 3, 1)
+    model = nn.Sequential(mixture(router, 3))
+    model[0].counted = torch.tensor([4, 1, 1])
+    before = router.correction.clone()
+    end_step(model, lambda counts: counts + torch.tensor([0, 9, 9]))
+    assert model[0].load.tolist() == [4, 10, 10]
+    assert (router.correction - before).sign().tolist() == [1, -1, -1]

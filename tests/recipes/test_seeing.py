@@ -49,6 +49,9 @@ def test_it_learns_to_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert isinstance(model, llava.Llava)
     found = evaluation.evaluate(model, tokenizer, EvalRequest(on=str(folder), limit=3, held_out={"left_out": ["red"]}))
     assert found.items is not None and len(found.items.rows) == 3
+    tested = [tuple(row) for row in read_questions(str(folder)).tested]
+    size = len(Question._fields)
+    assert [tuple(row)[:size] for row in found.items.rows] == [tested[place] for place in (0, 2, 5)]  # of 8
     assert found.figures["accuracy on pictures of red, left out of training"] == 1.0
     request = EvalRequest(on=str(folder), limit=1, held_out={"left_out": ["blue", "square"]})
     assert not [name for name in evaluation.evaluate(model, tokenizer, request).figures if "left out" in name]

@@ -14,7 +14,8 @@ from keifu.data.images.augmentation import Augmentation
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models.clip import image as clip_image, text as clip_text
-from keifu.recipes.images import clip, dalle, ddpm, dit, latent_diffusion, lora_image, unclip
+from keifu.models.diffusion import autoencoder_kl
+from keifu.recipes.images import clip, dalle, ddpm, dit, image_runs, latent_diffusion, lora_image, unclip
 from keifu.training.settings import Settings
 
 SMALL = Settings(steps=30, batch_size=4)
@@ -523,3 +524,21 @@ def test_a_transformer_in_latents_draws_pictures_and_refuses_what_latents_cannot
         dit.prepare(replace(base, autoencoder=toys.clip).resolved())
     with pytest.raises(UserError, match="3 channels, not 1"):
         dit.prepare(replace(base, channels=1).resolved())
+
+
+@pytest.mark.parametrize("recipe", [ddpm.Recipe, dit.Recipe])
+def test_documented_defaults_of_runs_on_pictures(recipe: Any) -> None:
+    """Warm-up over a twentieth, validation twenty times, a sample at most every fifty steps; no two are equal."""
+    seen = [image_runs.image_settings(recipe(steps=steps), steps) for steps in (400, 8000)]
+    assert [each.warmup for each in seen] == [20, 400]
+    assert [each.evaluate_every for each in seen] == [20, 400]
+    assert [each.sample_every for each in seen] == [50, 800]
+    assert [each.save_every for each in seen] == [20, 400] and {each.final_ratio for each in seen} == {0.0}
+
+
+def test_pictures_are_clipped_and_latents_are_not() -> None:
+    """A latent has no bounds; a picture is between -1 and 1."""
+    coder = autoencoder_kl.Config(widths=(8, 8), norm_groups=4)
+    recipe = dit.Recipe(size=16, n_layers=1, n_heads=2, head_dim=8).resolved()
+    assert dit.model_config(recipe, None, 3, ()).noise.clip == 1.0
+    assert dit.model_config(replace(recipe, patch_size=1), coder, 3, ()).noise.clip is None

@@ -540,3 +540,11 @@ def test_batches_of_both_ways_to_translate(toys: Toys) -> None:
     assert record.data.batching.bounds[1] == 80  # rows of a batch in the paper
     own = record.model.config
     assert tuple(record.data.special) == (own.start_id, own.end_id, own.pad_id)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("length", [16, 24])
+def test_a_row_of_llada_is_as_long_as_its_context(length: int, toys: Toys) -> None:
+    config = llada.Config(**TINY | {"context_length": length}, mask_token=0)
+    found = wiring.run("llada", llada_recipe.Recipe(small_text(toys), SMALL, model=config), toys.out / f"row-{length}")
+    assert found.data.batch(0)["tokens"].shape == (SMALL.batch_size, length)

@@ -13,12 +13,13 @@ from typing import Any
 import httpx
 import pytest
 from serving_toys import WAIT, running, until
+from starlette.datastructures import Headers
 
 from keifu import cli
 from keifu.commands.serve import aliases
 from keifu.errors import UserError
 from keifu.serving import middleware, server
-from keifu.serving.access import LOCAL
+from keifu.serving.access import LOCAL, ApiKeys
 from keifu.serving.app import Access
 from keifu.serving.models import public_names, short_names
 from keifu.serving.openai import generation
@@ -325,3 +326,16 @@ def strict(folder: Path) -> Any:
     names = [str(folder / kind) for kind in ("chat", "base", "encoder", "ddpm")]
     with running(names, Limits(), Access(strict=True)) as found:
         yield found
+
+
+def test_keys_of_a_file_with_windows_line_ends_and_spaces_fit(base: str, started: list[Access], tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"one \r\n\r\n  two\r\n")
+    cli.main(["serve", base, "--api-key", " three\n", "--api-key-file", str(file)])
+    keys = started[0].keys
+    assert keys == ("three", "one", "two")
+    gate = ApiKeys(lambda *_: None, keys)  # type: ignore[arg-type]
+    scope: Any = {"path": "/v1/models", "method": "GET"}
+    for sent, fits in (("Bearer one", True), ("Bearer  two ", True), ("bearer three\t", True), ("Bearer on", False)):
+        assert (gate.refusal(scope, Headers({"authorization": sent})) is None) == fits, sent
+        assert (gate.refusal(scope, Headers({"x-api-key": sent.partition(" ")[2]})) is None) == fits, sent

@@ -123,3 +123,18 @@ def test_a_run_that_began_again_is_read_from_its_start(folder: Path, tmp_path: P
             assert (len(found["lines"]), found["next"]) == (count, 24), start
         refused = httpx.get(f"{served.url}/v1/models/{'a' * 9000}")
         assert refused.status_code == 404 and len(refused.content) < 1000, "a long name is not sent back"
+
+
+def test_the_bytes_of_a_model_are_counted_while_it_is_loaded(folder: Path) -> None:
+    """Loaded, unloaded and loaded again: the metric is its size, 0 and its size."""
+
+    def shown(served: Any) -> float:
+        text = httpx.get(f"{served.url}/metrics").text
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith("keifu_loaded_bytes{"))
+
+    with running([str(folder / "base")], Limits(), Access()) as served:
+        name, seen = next(iter(served.models.descriptions)), []
+        for action in ("load", "unload", "load"):
+            assert served.post(f"/v1/models/{action}", {"model": name}).status_code == 200
+            seen.append(shown(served))
+        assert seen == [served.models._sizes[name], 0.0, served.models._sizes[name]] and seen[0] > 10_000

@@ -76,15 +76,19 @@ def test_too_many_texts_at_a_time_are_refused_by_their_number(
 
 
 def test_documents_are_ranked_by_their_cosine(served: Any, folder: Path) -> None:
+    """The documents are sent in the order from worst to best, in which no two of the best ones are in order."""
     name = name_of(folder, "encoder")
     model, tokenizer = keifu.load(name)
-    found = served.post("/v1/rerank", {"model": name, "query": "a cat", "documents": TEXTS, "top_n": 2}).json()
     query, *points = embed(model, tokenizer, ["a cat", *TEXTS])
+    texts = [TEXTS[place] for place in (torch.stack(points) @ query).argsort().tolist()]
+    found = served.post("/v1/rerank", {"model": name, "query": "a cat", "documents": texts, "top_n": 2}).json()
+    query, *points = embed(model, tokenizer, ["a cat", *texts])
     scores = torch.stack(points) @ query
     order = scores.argsort(descending=True).tolist()[:2]
+    assert order != sorted(order)
     assert [each["index"] for each in found["results"]] == order
     assert [each["relevance_score"] for each in found["results"]] == pytest.approx(scores[order].tolist(), abs=1e-5)
-    assert [each["document"]["text"] for each in found["results"]] == [TEXTS[place] for place in order]
+    assert [each["document"]["text"] for each in found["results"]] == [texts[place] for place in order]
 
 
 def test_translations_are_the_librarys(served: Any, folder: Path) -> None:

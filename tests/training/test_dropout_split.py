@@ -3,12 +3,13 @@
 import os
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from training_toys import Sequences, objective, settings, toy
+from training_toys import Sequences, objective, run, settings, toy
 
 from keifu.alignment.dpo import dpo
 from keifu.alignment.reward_model import ranking_loss
@@ -18,6 +19,7 @@ from keifu.layers.dropout import Dropout
 from keifu.layers.lora import LoraSettings
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, mlp, palm, seq2seq, task_head, transformer
 from keifu.models.diffusion import ddpm
+from keifu.training.loop import train
 from keifu.training.objectives.diffusion import DiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import (
     causal_language_modeling,
@@ -214,3 +216,29 @@ def test_a_model_is_not_compiled_anew_at_each_step() -> None:
             found = [trainer.gradient(step, batch) for step in range(3)]
         losses[name] = [each.sums.means()["loss"] for each in found if each]
     assert losses["compiled"] == pytest.approx(losses["plain"], rel=1e-5) and len(set(losses["plain"])) == 3
+
+
+class Foreign(nn.Module):
+    """A module of somebody else's, with torch's dropout, that records which of its inputs are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.dropout = nn.Parameter(torch.ones(64)), nn.Dropout(0.5)
+        self.masks: list[list[bool]] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        dropped = self.dropout(self.weight)
+        self.masks.append((dropped == 0).tolist())
+        return dropped.sum() + 0 * tokens
+
+
+def test_another_modules_dropout_differs_in_every_micro_batch_and_step(tmp_path: Path) -> None:
+    """And is the same in a second run: two steps of three micro-batches drop six times, never the same."""
+    masks = []
+    for name in ("one", "two"):
+        model = Foreign()
+        loss = lambda model, batch: LossOutput(model(batch["tokens"]).sum(), batch["tokens"].numel(), {})  # noqa: E731
+        short = settings(steps=2, warmup=0, micro_batch=2, evaluate_every=9)
+        train(model, loss, Sequences(), short, run(tmp_path / name))
+        masks.append([tuple(mask) for mask in model.masks if any(mask)][-6:])  # before them, a pass is timed
+    assert masks[0] == masks[1] and len({*masks[0]}) == 6

@@ -7,6 +7,7 @@ separately as `name#0`, `name#1`, ..., so that any mesh, or one process, can rea
 """
 
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -103,6 +104,15 @@ class HashedFile(BufferedWriter):
         self.digest.update(data)
         return super().write(data)
 
+    def close(self) -> None:
+        """Sync the file, whose last bytes torch leaves in the buffer when it syncs, and close it."""
+        try:
+            if not self.closed:
+                self.flush()
+                os.fsync(self.fileno())
+        finally:
+            super().close()
+
 
 class HashedFiles(FileSystem):
     """File system of torch's checkpoint writer that records the hash of each file it writes, by file name."""
@@ -195,6 +205,7 @@ class States:
                 shutil.rmtree(folder, ignore_errors=True)
                 sync(part)
                 part.rename(folder)
+                sync(folder.parent)
                 commit({"files": dict(sorted(writer.hashes.items())), **facts})
             except (OSError, UserError) as error:
                 failed = [error]

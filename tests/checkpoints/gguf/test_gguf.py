@@ -509,3 +509,14 @@ def test_quantised_numbers_are_those_of_the_gguf_package(kind: str, monkeypatch)
     with np.errstate(all="ignore"):
         wanted = gguf.dequantize(stored, gguf.GGMLQuantizationType[kind])
     np.testing.assert_array_equal(read_blocks(torch.from_numpy(stored), kind, numbers_of).numpy(), wanted)
+
+
+def test_tokens_that_fill_the_vocabulary_are_unused_ones(tokenizer, tmp_path) -> None:
+    """llama.cpp never writes a token of type 5. The tokenizer has fewer tokens than the model has embeddings."""
+    checkpoints.save_gguf(random(CONFIGS["llama-grouped-tied"]), tokenizer, tmp_path / "x.gguf")
+    fields = gguf.GGUFReader(tmp_path / "x.gguf").fields
+    kinds, tokens = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("token_type", "tokens"))
+    size = tokenizer.vocab_size
+    assert size < len(kinds) == len(tokens) == 320
+    assert {*kinds[size:]} == {int(gguf.TokenType.UNUSED)} and int(gguf.TokenType.UNUSED) not in kinds[:size]
+    assert tokens[size:] == [f"[unused {n}]" for n in range(size, 320)]

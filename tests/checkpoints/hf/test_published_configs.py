@@ -336,3 +336,16 @@ def test_two_scalings_that_differ_are_refused() -> None:
     both = {"rope_scaling": old, "rope_parameters": {"rope_type": "yarn", "factor": 4, "rope_theta": 5e5}}
     found = read_config({**PUBLISHED["llama-7b"], **both}, "config.json")[1]
     assert found.rope_theta == 5e5 and found.rope_scaling.kind == "yarn"
+
+
+@pytest.mark.parametrize(("n_layers", "interval"), [(9, 4), (7, 3), (4, 4), (3, 4)])
+def test_layers_without_positions_that_a_config_does_not_list_are_those_of_transformers(
+    n_layers: int, interval: int
+) -> None:
+    sizes = dict(num_hidden_layers=n_layers, hidden_size=16, num_attention_heads=4, num_key_value_heads=2)
+    theirs = transformers.SmolLM3Config(**sizes, no_rope_layer_interval=interval)
+    published = theirs.to_dict()
+    uses = published.pop("no_rope_layers")
+    expected = tuple(layer for layer, has_positions in enumerate(uses) if not has_positions)
+    assert smollm3.position_free(smollm3.from_published(published)) == expected
+    assert (len(expected) > 1) == (n_layers > 4)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,8 +15,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
+import keifu
 from keifu import checkpoints
-from keifu.checkpoints.hf.write import shards
+from keifu.checkpoints.hf.write import INDEX, shards
 from keifu.checkpoints.registry import describe
 from keifu.data.catalogue import catalogue
 from keifu.data.tokenizers.chat_template import CHATML
@@ -205,3 +208,21 @@ def test_killed_while_saving(tmp_path) -> None:
     model = checkpoints.load_model(tmp_path)
     values = {value for parameter in model.parameters() for value in parameter.unique().tolist()}
     assert len(values) == 1 and values.pop() >= 5
+
+
+@pytest.mark.parametrize("limit", [2500, 5e9])
+def test_a_smaller_model_over_a_larger_one_leaves_no_weights_of_it(limit: float, tmp_path: Path) -> None:
+    """Both models are several files, or the second is one file; no name is of both."""
+    sizes: dict[str, Any] = {"vocab_size": 40, "context_length": 16, "n_heads": 2}
+    large = llama.build(llama.Config(**sizes, dim=32, hidden_dim=64, n_layers=4))
+    small = llama.build(llama.Config(**sizes, dim=8, hidden_dim=16, n_layers=1))
+    keifu.save(large, None, tmp_path, max_shard_bytes=20_000)
+    first = {path.name for path in tmp_path.glob("*.safetensors")}
+    keifu.save(small, None, tmp_path, max_shard_bytes=limit)
+    found = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert len(first) > 3 and found and not found & first
+    index = tmp_path / INDEX
+    assert index.exists() == (limit < 1e9) == (len(found) > 1)
+    assert not index.exists() or found == {*json.loads(index.read_text())["weight_map"].values()}
+    again = checkpoints.load_model(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in small.state_dict().items())

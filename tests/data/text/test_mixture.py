@@ -278,3 +278,18 @@ def test_the_share_held_out_and_the_encoding_are_the_files(tmp_path: Path) -> No
     (tmp_path / "m.yaml").write_text(f"held_out: 2.0\nsources:\n  a: {source}\n")
     with pytest.raises(UserError, match="held_out of .* is 2.0"):
         read_mixture(str(tmp_path / "m.yaml"))
+
+
+def test_other_weights_are_another_text_for_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aa ab " * 50)
+    (tmp_path / "b.txt").write_text("bb ba " * 50)
+
+    def written(*weights: float) -> mixture.Mixture:
+        path = tmp_path / "mixture.json"
+        names = zip("ab", weights, strict=True)
+        rows = {name: {"data": str(tmp_path / f"{name}.txt"), "weight": weight} for name, weight in names}
+        path.write_text(json.dumps({"sources": rows}))
+        return read_mixture(str(path))
+
+    hashes = [mixture.content_hash(written(*weights)) for weights in ((0.75, 0.25), (0.25, 0.75), (0.75, 0.25))]
+    assert hashes[0] == hashes[2] != hashes[1]

@@ -315,3 +315,21 @@ def test_the_verb_asks_a_task_file(
     with pytest.raises(SystemExit):
         cli.main([*asked[:3], "topiks"])
     assert "Did you mean 'topics'?" in capsys.readouterr().err
+
+
+def test_every_sample_of_every_item_has_a_seed_of_its_own(
+    model: nn.Module, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one item, seeds that begin again at each item could not be seen; with one seed, no overlap of two."""
+    seeds: list[int] = []
+
+    def written(model: Any, tokenizer: Any, prompts: Any, samplings: Any, *rest: Any) -> list[Completion]:
+        seeds.extend(each.seed for each in samplings)
+        return [Completion("yes", [], "stop", 0, 0) for _ in prompts]
+
+    monkeypatch.setattr(prompt_runner, "generate_batch", written)
+    items = tuple(TaskItem(text, "yes") for text in ("one", "two", "three"))
+    monkeypatch.setitem(few_shot.TASKS, "t", lambda: FewShotTask("t", items, metric="exact"))
+    for seed in (0, 1):
+        few_shot.evaluate(model, tokenizer, EvalRequest("t", samples=4, seed=seed))
+    assert len(seeds) == len({*seeds}) == 2 * 3 * 4

@@ -17,7 +17,7 @@ from torch import Tensor
 diffusers = pytest.importorskip("diffusers")
 
 from keifu.errors import UserError  # noqa: E402
-from keifu.inference.images.denoiser import Denoiser  # noqa: E402
+from keifu.inference.images.denoiser import Denoiser, guided_denoiser  # noqa: E402
 from keifu.inference.images.pixel_diffusion import SeededNoise  # noqa: E402
 from keifu.inference.images.samplers import (
     SAMPLERS,
@@ -326,3 +326,11 @@ def test_settings_that_a_flow_cannot_have_are_refused() -> None:
             replace(FLOW, **wrong)
     with pytest.raises(UserError, match="no ᾱ"):
         _ = FLOW.alpha_bar
+
+
+def test_guidance_takes_the_learned_variance_of_the_conditional_half() -> None:
+    given, without = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    network = guided_denoiser(lambda x, t: torch.cat([given, without]), Noise(variance="learned_range"), 3.0)
+    prediction, share = network(torch.zeros(3, 2, 2, 2), torch.zeros(3)).chunk(2, 1)
+    torch.testing.assert_close(prediction, without[:, :2] + 3 * (given - without)[:, :2])
+    assert torch.equal(share, given[:, 2:])

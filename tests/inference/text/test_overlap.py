@@ -258,3 +258,18 @@ def test_a_simulated_device_writes_the_same_in_both_ways(
     with simulated():
         count = compare(model.to(device()), tokenizer, [Mix.draw(3, KINDS)])
     assert count.ahead > count.steps / 2 and count.dropped > 0, count
+
+
+@pytest.mark.parametrize("model", ["grouped"], indirect=True)
+def test_a_request_that_comes_later_is_admitted_while_others_run(model: nn.Module, tokenizer: Tokenizer) -> None:
+    """The first request writes for much longer than the second, so a step that ignored the second would be seen."""
+    engine = Engine(model, tokenizer, TokenByToken(model, 100, overlaps=True))  # type: ignore[arg-type]
+    bias = ((0, -100.0),)  # no text ends before its limit
+    long, short = (engine.request([3, 4], SamplingParams(max_tokens=n, seed=n, logit_bias=bias)) for n in (40, 4))
+    engine.add(long)
+    for _ in range(6):
+        engine.step()
+    engine.add(short)
+    while len(short.tokens) < 4:
+        engine.step()
+    assert 4 < len(long.tokens) < 40 / 2

@@ -161,3 +161,17 @@ def test_a_tokenizer_that_begins_a_text_does_so_before_a_prompt(words: Tokenizer
     assert pair.prompt[0] == framed.bos_id and framed.bos_id not in (*pair.prompt[1:], *pair.answer)
     with pytest.raises(UserError, match="A prompt is empty, and this tokenizer has no token that begins a text"):
         join_tokens(Tokenizer(words.backend, {}), [("", "the")])
+
+
+@of_kinds_of_memory
+def test_greedy_choice_writes_an_answer_if_each_of_its_tokens_is_the_likeliest(model: nn.Module) -> None:
+    """Of two tokens, the likeliest ones are both, only the first, only the last, or none."""
+    prompt = (5, 6, 7)
+    likeliest = lambda *ids: int(model(torch.tensor([ids]))[0, -1].argmax())  # noqa: E731
+    with torch.inference_mode():
+        first = likeliest(*prompt)
+        other = (first + 1) % 40
+        answers = [(start, likeliest(*prompt, start)) for start in (first, other)]
+    answers += [(start, (last + 1) % 40) for start, last in answers]
+    found = likelihoods(model, [ScoredPair(prompt, answer) for answer in answers])
+    assert [each.greedy for each in found] == [True, False, False, False]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from keifu import checkpoints, cli
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
+from keifu.inference.text import unmasking
 from keifu.inference.text.generate import generate as generate_text
 from keifu.inference.text.unmasking import Unmasking, fill_gaps, unmask, write
 from keifu.models.diffusion import llada
@@ -112,3 +113,31 @@ def test_models_from_left_to_right_refuse_the_options_of_masked_diffusion(
         cli.parse(["chat", folder, "abc"])()
     cli.parse(["generate", folder, "abc", "--weights", "int8"])()
     assert "which native code does not have" in capsys.readouterr().err
+
+
+class Tied(Sure):
+    """A predictor with n + 1 equally likely tokens at position n: the chance of any of them is 1 / (n + 1)."""
+
+    def predict_masked(self, tokens: Tensor) -> Tensor:
+        self.seen.append(tokens[0].tolist())
+        places = torch.arange(tokens.shape[1])
+        return torch.where(torch.arange(9) <= places[:, None], 40.0, 0.0)[None]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_surest_masks_are_those_of_the_model_whatever_the_noise(seed: int) -> None:
+    """The noise chooses the token, and not which mask becomes one."""
+    model = Tied()
+    model.config.mask_token = 9
+    unmask(model, [MASK] * 6, Unmasking(temperature=1.0, seed=seed))
+    masked = [[place for place, token in enumerate(row) if token == MASK] for row in model.seen]
+    assert masked == [[*range(first, 6)] for first in range(6)]
+
+
+def test_a_text_ends_at_its_first_end_token(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two end tokens, with text before, between and after them."""
+    model, tokenizer = checkpoints.load(folder)
+    a, b, c, (end,) = (tokenizer.encode(letter) for letter in "bcdp")
+    tokenizer.stop_ids = {end}
+    monkeypatch.setattr(unmasking, "unmask", lambda model, ids, how: [*ids[:1], *a, *a, end, *b, end, *c])
+    assert write(model, tokenizer, "a", Unmasking(max_tokens=7)) == "bb"

@@ -47,3 +47,11 @@ def test_short_waves_stay_and_long_ones_are_stretched_by_the_whole_factor() -> N
     torch.testing.assert_close(ratio[pairs <= math.floor(low)], torch.ones(math.floor(low) + 1))
     torch.testing.assert_close(ratio[pairs >= math.ceil(high)], torch.full((32 - math.ceil(high),), 4.0))
     assert (ratio[(pairs > low + 1) & (pairs < high - 1)] > 1).all() and ratio[rotations < 1].min() > 3.9
+
+
+def test_longrope_uses_the_long_divisors_beyond_the_trained_length_and_not_at_it() -> None:
+    """As in transformers: a sequence of exactly the trained length has the short ones."""
+    scaling = RopeScaling("longrope", 4.0, 8, short_divisors=(1.0, 2.0), long_divisors=(4.0, 16.0))
+    exponents = torch.tensor([0.0, 0.5])
+    found = scaling.of_lengths(torch.tensor([[7], [8], [9]]), 100.0, exponents)
+    torch.testing.assert_close(found, torch.tensor([[1, 1 / 20], [1, 1 / 20], [1 / 4, 1 / 160]]))

@@ -257,7 +257,11 @@ def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixt
     parse_command(plan_command, ["llama-65b", "--devices", "2048xA100-80G", "--tokens", "1.4T"], "keifu plan")()
     text = capsys.readouterr().out
     assert "--mesh.pods 1 --mesh.shard 256 --mesh.tensor 8 --mesh.sync-each" in text
-    assert "days" in text and "MWh" in text
+    made = plan.plan(architecture(SIZES["llama-65b"]), 2048, parse_devices("1xA100-80G")[1], 4e6)
+    hours = 1.4e12 / made.rate / 3600  # of one device; made.rate is of one device too
+    assert f"1.4e+12 tokens: {hours / 24 / 2048:,.1f} days, {hours:,.0f} device hours" in text
+    assert f", {hours * 400 * plan.POWER / 1e6:,.3g} MWh" in text  # an A100 takes 400 W
+    assert 15 < hours / 24 / 2048 < 35  # 21 days were published
     parse_command(plan_command, ["dit-xl-2"], "keifu plan")()
     text = capsys.readouterr().out
     assert "65,536 patches in" in text and "2.62e+10 patches: " in text
@@ -267,3 +271,13 @@ def test_the_mesh_of_several_pods_sums_gradients_as_the_plan_assumes(capsys: pyt
     parse_command(plan_command, ["llama-7b", "--devices", "64xA100-80G"], "keifu plan")()
     text = capsys.readouterr().out
     assert "--mesh.pods 8 --mesh.shard 8 --mesh.tensor 1 --mesh.sync-each --mesh.gradient-sum overlapped" in text
+
+
+def test_adapters_save_the_gradients_of_the_frozen_matrices() -> None:
+    """6 FLOPs per parameter and token are 2 forward, 2 for the inputs' gradients and 2 for the weights'."""
+    model = architecture(SIZES["llama-7b"], 4096)
+    attention = model.flops - 6 * model.parameters
+    assert Trained(16).flops(model) == 4 * model.parameters + attention and attention > 0.01 * model.flops
+    assert Trained().flops(model) == 6 * model.parameters + attention
+    mixture = replace(model, active=model.parameters // 3)
+    assert Trained(16).flops(mixture) == 4 * mixture.active + attention

@@ -1,5 +1,6 @@
 """Promise 3: a run that was killed, stopped or torn and resumed ends with the bits of one that never was."""
 
+import hashlib
 import json
 import os
 import random
@@ -301,3 +302,46 @@ def test_facts_of_a_state_are_json(tmp_path: Path) -> None:
     finished(tmp_path)
     facts = json.loads((tmp_path / "state/step-00000012.json").read_text())
     assert facts["described"]["settings"]["steps"] == 12 and facts["resolved"]["precision"] == "float32"
+
+
+def test_of_three_states_the_newest_undamaged_one_is_used(tmp_path: Path) -> None:
+    """With three, the one before the last is not the oldest."""
+    train(toy(), objective, Sequences(), settings(keep=3), run(tmp_path))
+    assert checkpoint.steps(tmp_path) == [6, 9, 12]
+    (tmp_path / "state/step-00000012.safetensors").write_bytes(b"")
+    state, problems = checkpoint.latest(tmp_path)
+    assert state.step == 9 and len(problems) == 1
+    assert "step-00000012" in problems[0] and problems[0].endswith("Going on from the one before, of step 9.")
+
+
+class Rank(Processes):
+    """One of two processes that share a split model, alone: nothing is sent."""
+
+    is_replicated = False
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, 2
+
+
+def test_two_processes_hash_all_of_five_files(tmp_path: Path) -> None:
+    """With a file for each process, the first file of a share would be all of it."""
+    there = checkpoint.folder(tmp_path, 3)
+    there.mkdir(parents=True)
+    names = [f"shard-{number}.safetensors" for number in range(5)]
+    for name in names:
+        (there / name).write_bytes(name.encode())
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    checkpoint.commit(tmp_path, 3, {"files": digests}, lambda step: None)
+    refused = []
+    for name in names:
+        (there / name).write_bytes(b"damaged")
+        for rank in (0, 1):
+            with use(Rank(rank)):
+                try:
+                    checkpoint.read(tmp_path, 3)
+                except UserError as error:
+                    assert f"{name} is damaged" in str(error)
+                    refused.append((name, rank))
+        (there / name).write_bytes(name.encode())
+    assert refused == [(name, number % 2) for number, name in enumerate(names)]

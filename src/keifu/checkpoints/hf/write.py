@@ -27,7 +27,7 @@ from keifu.checkpoints.plan import check_tokenizer, name_of
 from keifu.checkpoints.registry import describe_as
 from keifu.data.tokenizers.formats import GENERATION_CONFIG
 from keifu.errors import UserError
-from keifu.files import disk_space, write_tensors
+from keifu.files import disk_space, sync, write_tensors
 from keifu.locks import writing_alone
 from keifu.processes import current
 
@@ -189,17 +189,23 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _move(stage: Path, directory: Path) -> None:
     """Sync the new files, rename them into the directory, and delete stale files.
 
-    The weights are renamed first. The files that identify the model are renamed last.
+    The weights are renamed first. The files that identify the model are renamed last, after the others' names are on
+    disk.
     """
     named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
-    last = (*CONFIGS, pipeline.PIPELINE)
-    new = sorted(named, key=lambda name: (name.name in last, ".safetensors" not in name.name, name.name))
+    groups: dict[int, list[Path]] = {0: [], 1: [], 2: []}
+    for name in sorted(named, key=lambda name: (".safetensors" not in name.name, name.name)):
+        groups[2 if name.name == pipeline.PIPELINE else name.name in CONFIGS].append(name)
+    new = [name for group in groups.values() for name in group]
     for name in new:
         with named[name].open("rb+") as file:
             os.fsync(file.fileno())
-    for name in new:
-        (directory / name).parent.mkdir(exist_ok=True)
-        named[name].replace(directory / name)
+    for group in groups.values():
+        for name in group:
+            (directory / name).parent.mkdir(exist_ok=True)
+            named[name].replace(directory / name)
+        for folder in {directory, *((directory / name).parent for name in group)}:
+            sync(folder)
     stale = [*directory.glob("model-*-of-*.safetensors")]
     stale += [old for part in pipeline.OF_TRANSFORMERS for old in directory.glob(f"{part}/model*.safetensors*")]
     folders = {part for known in pipeline.PIPELINES.values() for part in known.models} - {*pipeline.OF_TRANSFORMERS}
