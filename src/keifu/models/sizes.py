@@ -1,11 +1,13 @@
 """The table of all published sizes: counted parameters and the paper's number. Reading it does not import torch.
 
 Counting builds the models, which takes seconds. So the counts are stored, and a test compares them with the models.
-`python -m keifu.models.sizes` counts all models of this folder again, including new ones, and writes the table. It
-keeps the papers' numbers: write that of a new size into the table.
+`python -m keifu.models.sizes` counts all models of this folder again, including new ones, and writes the table. With
+the name of a model (variants.glm4) it counts this one alone. It keeps the papers' numbers: write that of a new size
+into the table.
 """
 
 import json
+import sys
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
@@ -59,9 +61,11 @@ def _counts(module: Any, config: Any, paper: float | None) -> tuple[int, float |
     return total, paper, total - idle if idle else None
 
 
-def write(models: Iterable[str]) -> None:
-    """Count again and write the table, with one line for each size."""
-    rows = ",\n".join(json.dumps(row[:4] if row.active is None else row) for row in count_sizes(models))
+def write(models: Iterable[str], counted: Iterable[str]) -> None:
+    """Write the table, with one line for each size. counted: models to count again; the others keep their lines."""
+    names, sizes = {*counted}, published_sizes()
+    parts = [count_sizes([name]) if name in names else [s for s in sizes if s.model == name] for name in models]
+    rows = ",\n".join(json.dumps(row[:4] if row.active is None else row) for part in parts for row in part)
     TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
 
 
@@ -75,4 +79,4 @@ def model_files() -> list[str]:
 
 
 if __name__ == "__main__":
-    write(model_files())
+    write(model_files(), sys.argv[1:] or model_files())

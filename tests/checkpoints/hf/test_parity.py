@@ -154,6 +154,17 @@ CASES = {
         **SIZES | {"num_key_value_heads": 4}, tie_word_embeddings=True, original_max_position_embeddings=64,
         pad_token_id=None,
     ),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=12, pad_token_id=None),
+    "glm4-whole-heads-unbiased-tied": lambda: transformers.Glm4Config(
+        **SIZES | {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 3}, head_dim=10,
+        attention_bias=False, tie_word_embeddings=True, pad_token_id=None, hidden_act="gelu",
+        rope_parameters={"rope_type": "linear", "rope_theta": 20_000.0, "factor": 2.5, "partial_rotary_factor": 1.0},
+    ),
+    "glm4-a-fifth-of-a-head": lambda: transformers.Glm4Config(
+        **SIZES | {"hidden_size": 42, "num_attention_heads": 5, "num_key_value_heads": 1}, head_dim=20,
+        rms_norm_eps=0.01, pad_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.2},
+    ),
     "gemma2": lambda: transformers.Gemma2Config(
         **SIZES, head_dim=10, sliding_window=7, query_pre_attn_scalar=144, attn_logit_softcapping=2.5,
         final_logit_softcapping=1.5, attn_implementation="eager",
@@ -280,6 +291,7 @@ OTHERS = {  # what a model's other cases have too, or two of them; these are mar
     "smollm2-tied", "mistral-without-window", "qwen2-tied", "qwen3-biased-window-tied", "gemma3-scaled-untied",
     "olmo2-multi-head-biased-tied", "smollm3-windows", "phi3-longrope-beyond-partial-tied", "phi3-full-attention-tied",
     "gemma2-without-caps-untied", "granite-biased-untied", "ministral-full-attention-tied", "ministral3-window-tied",
+    "glm4-a-fifth-of-a-head",
     "nanochat-biased-tied-uncapped", "mixtral-one-expert-window-tied", "qwen3-moe-dense-layers",
     "olmoe-normalised-biased", "deepseek-v3-experts-in-groups-of-two-linear", "deepseek-v3-halves-biased",
     "gpt-oss-one-window-tied", "qwen3-next-odd-heads-all-sparse", "qwen3.5-tied-one-head-of-keys",
