@@ -261,6 +261,7 @@ def test_bench_prints_its_figures_as_json(
         torch.set_num_threads(threads)
         library.use_threads(threads)
     assert (figures["threads"], figures["streams"], pool) == (1, 3, 1)
+    assert figures["instructions"] == library.instructions_in_use() in library.INSTRUCTIONS
     assert all(figures[name] > 0 for name in ("prefill", "decode", "bandwidth", "peak", "share", "memory"))
 
 

@@ -4,6 +4,7 @@ Each file of kernels is compiled without its -m flags, after the header emulatio
 compiler would define for these flags.
 """
 
+import ctypes
 import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -17,19 +18,18 @@ X86 = [name for name in INSTRUCTIONS if name.startswith(("avx", "amx"))]
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
-def emulated_library(sets: list[str], folder: Path, source: Path = compiler.SOURCE, planted: str = "") -> Library:
-    """Compile the portable instruction set and emulations of `sets` into a library, and load it.
+def emulated_library(folder: Path, source: Path = compiler.SOURCE) -> Library:
+    """Compile the portable instruction set and emulations of all x86 sets into a library, and load it.
 
-    planted: definitions by which the emulated files, and no others, contain an error.
+    Its variables `keifu_planted_NAME` give an instruction set an error in one weight format; -1 means none.
     """
-    mask = sum(1 << INSTRUCTIONS.index(name) for name in sets)
+    mask = sum(1 << INSTRUCTIONS.index(name) for name in X86)
     command = [*compiler.find_compiler(), *compiler.FLAGS, f"-DKEIFU_EMULATED={mask}", f"-I{source}"]
 
     def compile_one(file: Path) -> str:
         made = folder / f"{file.stem}.o"
-        flags = ["-c", str(file)]
-        if file.stem.removeprefix("kernels_") in sets:
-            flags = ["-O1", "-w", *planted.split(), "-c", str(_emulating(file, folder))]
+        name = file.stem.removeprefix("kernels_")
+        flags = ["-O0", "-w", "-c", str(_emulating(file, name, folder))] if name in X86 else ["-c", str(file)]
         subprocess.run([*command, *flags, "-o", str(made)], check=True, capture_output=True)
         return str(made)
 
@@ -40,10 +40,16 @@ def emulated_library(sets: list[str], folder: Path, source: Path = compiler.SOUR
     return Library(str(library))
 
 
-def _emulating(file: Path, folder: Path) -> Path:
+def plant(library: Path, name: str, weight_format: int) -> None:
+    """Give an instruction set of an emulated library an error in a weight format; -1 removes it."""
+    ctypes.c_int.in_dll(ctypes.CDLL(str(library)), f"keifu_planted_{name}").value = weight_format
+
+
+def _emulating(file: Path, name: str, folder: Path) -> Path:
     """Write a source file that emulates the instructions of a file of kernels."""
-    names = [flag.removeprefix("-m").upper().replace("-", "_") for flag in compiler.own_flags(file, "x86_64")]
-    lines = [f'#include "{HEADER}"', *(f"#undef __{name}__\n#define __{name}__ 1" for name in names)]
+    macros = [flag.removeprefix("-m").upper().replace("-", "_") for flag in compiler.own_flags(file, "x86_64")]
+    lines = [f'#include "{HEADER}"', *(f"#undef __{macro}__\n#define __{macro}__ 1" for macro in macros)]
+    lines += [f'extern "C" {{ int keifu_planted_{name} = -1; }}', f"#define KEIFU_PLANTED_ERROR keifu_planted_{name}"]
     emulating = folder / file.name
     emulating.write_text("\n".join([*lines, "#define SET_EMULATED", f'#include "{file}"', ""]))
     return emulating

@@ -17,6 +17,7 @@ from serving_toys import WAIT, running, until
 
 from keifu.inference.text.engine import Engine
 from keifu.inference.text.request import Piece
+from keifu.native.library import instructions_in_use
 from keifu.serving.app import Access
 from keifu.serving.worker import Limits
 
@@ -133,7 +134,8 @@ def test_unknown_places_and_methods(served: Any) -> None:
 
 def test_another_name_of_the_host_is_refused_where_names_are_given(folder: Path) -> None:
     with running([str(folder / "base")], Limits(), Access(hosts=("127.0.0.1",))) as served:
-        assert httpx.get(f"{served.url}/health").status_code == 200
+        health = httpx.get(f"{served.url}/health")
+        assert health.json() == {"status": "ok", "instructions": instructions_in_use()}
         assert httpx.get(f"{served.url}/health", headers={"host": "evil.example"}).status_code == 400
 
 

@@ -37,7 +37,8 @@ class Options(flags.OnDevice):
     threads: Count | None = None
     """Threads of the CPU; unset: as many as there are cores."""
     json: bool = False
-    """Print the figures as JSON: prefill and decode in tokens a second, bandwidth and peak in GB/s, memory in bytes."""
+    """Print the figures as JSON: prefill and decode in tokens per second, bandwidth and peak in GB/s, memory in bytes,
+    and the instruction set of the native step."""
 
 
 def run(options: Options) -> None:
@@ -49,7 +50,8 @@ def run(options: Options) -> None:
     from keifu.commands.shared.inputs import load_writer, proposer
     from keifu.inference.text.engine import Engine
     from keifu.inference.text.model import device_of, text_model
-    from keifu.native.library import use_threads
+    from keifu.native.library import instructions_in_use, use_threads
+    from keifu.native.model import NativeRunner
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -68,6 +70,7 @@ def run(options: Options) -> None:
     engine.tokenizer = None  # so that no end token stops a text early
     _check_room(engine, options.streams, longest)
     figures = asdict(options) | {"device": str(device_of(model)), "threads": torch.get_num_threads()}
+    figures["instructions"] = instructions_in_use() if isinstance(engine.runner, NativeRunner) else None
     figures |= _speeds(engine, options)
     figures |= _memory(engine, model, options, figures["decode"])
     print(json.dumps(figures) if options.json else _report(figures))

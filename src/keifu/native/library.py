@@ -18,6 +18,7 @@ from typing import Any
 from keifu import files, folders, locks
 from keifu.errors import UserError, unknown
 from keifu.native import compiler
+from keifu.native.checks import Checks
 from keifu.native.compiler import Unavailable
 
 PREBUILT = Path(__file__).parent / "prebuilt"  # only in a wheel; packaging/wheel.py creates it
@@ -136,6 +137,7 @@ class Library:
             function = loaded[f"keifu_{name}"]
             function.argtypes, function.restype = arguments, _RESULTS.get(name, c_int32)
             self._functions[name] = function
+        self.checks = Checks(self.call, Path(path), INSTRUCTIONS)
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function and return its result. Raises UserError with the library's message if the call fails."""
@@ -155,7 +157,8 @@ class Library:
 
 
 def open_library() -> Library:
-    """Load the library, compiled if necessary, and select the instructions that KEIFU_NATIVE names, or this CPU's best.
+    """Load the library, compiled if necessary, and select the instructions that KEIFU_NATIVE names, or the best that
+    this CPU has and that pass the check on it.
 
     Raises `Unavailable` if KEIFU_NATIVE is "off" or names instructions that the CPU lacks, or if there is no library.
     Raises UserError for an unknown value of KEIFU_NATIVE.
@@ -172,8 +175,14 @@ def open_library() -> Library:
     which = INSTRUCTIONS.index(wanted) if wanted else best
     if not library.call("has_instructions", which):
         raise Unavailable(f"{VARIABLE} is {wanted}, and the best that this CPU has is {INSTRUCTIONS[best]}")
-    library.call("use_instructions", which)
+    library.call("use_instructions", library.checks.usable(which, is_forced=bool(wanted)))
     return library
+
+
+def instructions_in_use() -> str | None:
+    """Return the name of the instruction set in use; None if the library is not loaded, or not available."""
+    library = _loaded() if _loaded.cache_info().currsize and not switched_off() else None
+    return INSTRUCTIONS[library.call("instructions")] if isinstance(library, Library) else None
 
 
 def is_open() -> bool:

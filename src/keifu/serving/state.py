@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from keifu.errors import UserError, unknown
 from keifu.inference.chat.prompts import sees
 from keifu.inference.text.sampling_params import ANSWER_TOKENS, sampling_for
+from keifu.native.library import instructions_in_use
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.schemas import NUMBERS, Body
@@ -108,7 +109,7 @@ def health_routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.get("/health", summary="Whether the server runs", tags=["state"])
     async def health() -> Response:
-        return json_response({"status": "ok"})
+        return json_response({"status": "ok", "instructions": instructions_in_use()})
 
     @app.get("/ready", summary="Whether the server takes requests", tags=["state"])
     async def ready() -> Response:
