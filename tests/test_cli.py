@@ -241,7 +241,10 @@ def test_python_interface_is_found_lazily() -> None:
         ("generate --tempratur 3", "There is no option '--tempratur'. Did you mean '--temperature'?"),
         ("generate", "keifu generate needs MODEL: see keifu generate --help."),
         ("convert --to gguf", "keifu convert needs MODEL and OUT: see keifu convert --help."),
-        ("convert a b --to gguff", "There is no --to called 'gguff'. Did you mean 'gguf'? Known: gguf, hf, open_clip."),
+        (
+            "convert a b --to gguff",
+            "There is no --to called 'gguff'. Did you mean 'gguf'? Known: gguf, hf, open_clip, web.",
+        ),
         ("generate smollm2 x --max-tokens many", "--max-tokens: a whole number or None is needed, not 'many'."),
         ("generate smollm2 x --temperature hot", "--temperature: a number or None is needed, not 'hot'."),
         ("generate smollm2 Once upon", "keifu generate has no use for 'upon': put a text that has spaces in quotation"),

@@ -22,9 +22,9 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][\w.-]*[a-z]")
 OF_TRAINING = {"--out", "--resume", "--replace", "--help", "--device", "--processes", "--restarts"}
 BELOW = ("data", "layers", "models", "training")
 OTHERS = {"--version", "--quiet", "--verbose"}  # of keifu itself
-ELSEWHERE = {  # options of pip, of llama.cpp and of torchrun; variables of a style sheet
+ELSEWHERE = {  # options of pip, of llama.cpp, of torchrun and of a linker; variables of a style sheet
     "data/catalogue/archives.py", "checkpoints/gguf/read.py", "distributed/failures.py", "lineage.py",
-    "training/run/report.py",
+    "training/run/report.py", "page/kernel.py", "checkpoints/web.py",
 }  # fmt: skip
 OF_VERBS = {"training/hardware/plan.py", "data/text/prepared.py"}  # below them, and for one of them
 WRITTEN_OF = {"commands/shared/flags.py", "commands/train.py"}  # they speak of options as such

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import tyro
@@ -12,15 +13,16 @@ from keifu.errors import UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Write a model as a Hugging Face directory, which transformers loads, as GGUF, which llama.cpp loads, or a CLIP as
-    open_clip has it."""
+    """Write a model as a Hugging Face directory, which transformers loads, as GGUF, which llama.cpp loads, as a page
+    that runs it in a browser, or a CLIP as open_clip has it."""
 
     model: flags.Model
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder or .gguf file to write.")]
-    to: Literal["hf", "gguf", "open_clip"] | None = None
-    """Format. Unset: gguf if OUT ends in .gguf, else hf."""
-    dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None
-    """Number format of the matrices, by default one that holds the stored numbers; q8_0 is for gguf alone."""
+    to: Literal["hf", "gguf", "open_clip", "web"] | None = None
+    """Format; web is a folder with a page. Unset: gguf if OUT ends in .gguf, else hf."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "int8"] | None = None
+    """Number format of the matrices, by default one that holds the stored numbers, and int8 for web; q8_0 is for gguf
+    alone, and int8 for web alone."""
     replace: bool = False
     """Whether to write over the model that OUT holds."""
 
@@ -33,5 +35,23 @@ def run(options: Options) -> None:
     out = options.out
     if not options.replace and out.exists() and (out.is_file() or may_be_model(out)):
         raise UserError(f"{out} is there already: give another name, or write over it with --replace.")
-    convert(options.model, out, options.to or ("gguf" if out.suffix == ".gguf" else "hf"), options.dtype)
+    to = options.to or ("gguf" if out.suffix == ".gguf" else "hf")
+    if to == "web":
+        _write_page(options)
+    else:
+        convert(options.model, out, to, options.dtype)
     print(f"Wrote {out}.")
+
+
+def _write_page(options: Options) -> None:
+    """Write the model as a Hugging Face directory, and a page from that."""
+    from keifu.checkpoints import convert
+    from keifu.checkpoints.web import write_web
+
+    int8 = options.dtype in (None, "int8")
+    if options.dtype == "q8_0":
+        raise UserError("A page cannot hold q8_0: choose int8, f32, f16 or bf16.")
+    with TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        convert(options.model, model, "hf", "f32" if int8 else options.dtype)
+        write_web(model, options.out, Path(options.model).name, int8)

@@ -9,8 +9,8 @@ const MODULES = {
   "chat-en": "chat", emoji: "painter", see: "seer",
 };
 const WORDS = {
-  en: { try: "Try it here", again: "Run", load: (share) => `Loading, ${share}%`, run: "Computing", stop: "Stop", ask: "Three things to try" },
-  ja: { try: "ここで試す", again: "実行", load: (share) => `読み込み中、${share}%`, run: "計算中", stop: "停止", ask: "試してみること三つ" },
+  en: { try: "Try it here", again: "Run", load: (share) => `Loading, ${share}%`, run: "Computing", stop: "Stop", ask: "Three things to try", own: (kind) => `Your own model (${kind}), on this device alone: nothing that you write leaves the page.` },
+  ja: { try: "ここで試す", again: "実行", load: (share) => `読み込み中、${share}%`, run: "計算中", stop: "停止", ask: "試してみること三つ", own: (kind) => `あなたのモデル（${kind}）です。この端末の中だけで動き、書いたことはページの外に出ません。` },
 };
 
 export class Live {
@@ -19,6 +19,7 @@ export class Live {
     this.language = document.documentElement.lang.startsWith("ja") ? "ja" : "en";
     this.words = WORDS[this.language];
     this.name = root.dataset.live;
+    this.own = "own" in root.dataset; // a page of `keifu convert --to web`: no first frame, no questions
     this.files = (root.dataset.files ?? "").split(" ").filter(Boolean);
     this.bytes = Number(root.dataset.bytes ?? 0);
     this.client = null;
@@ -31,10 +32,10 @@ export class Live {
     this.body = make("div", { class: "live-body" });
     this.button = make("button", { type: "button", class: "live-run", "data-live-run": true, onclick: () => this.click() }, this.runLabel());
     this.message = make("p", { class: "live-message", role: "status" });
-    const questions = this.text.questions.map(([question, answer]) => make("details", {}, make("summary", {}, question), make("p", {}, answer)));
+    const questions = (this.own ? [] : this.text.questions).map(([question, answer]) => make("details", {}, make("summary", {}, question), make("p", {}, answer)));
     this.root.replaceChildren(
-      this.body, make("div", { class: "live-line" }, this.button, this.message), make("p", { class: "live-about" }, this.text.about),
-      make("p", { class: "live-ask" }, this.words.ask), ...questions,
+      this.body, make("div", { class: "live-line" }, this.button, this.message), make("p", { class: "live-about" }, this.own ? this.words.own(this.root.dataset.kind) : this.text.about),
+      ...(questions.length ? [make("p", { class: "live-ask" }, this.words.ask)] : []), ...questions,
     );
     this.root.classList.add("live");
     this.element = new Element(this, this.body);
@@ -73,7 +74,7 @@ export class Live {
     const client = new Client(new URL("./", import.meta.url));
     this.set("loading", this.words.load(0));
     try {
-      const loaded = await client.load(this.name, this.files, (bytes) => {
+      const loaded = await client.load(this.own ? "own" : this.name, this.files, (bytes) => {
         const share = this.words.load(Math.min(100, Math.round((100 * bytes) / this.bytes)));
         if (share !== this.message.textContent) this.set("loading", share);
       });

@@ -52,7 +52,8 @@ export class Element {
       make("div", { class: "live-wide" }, this.input), make("div", { class: "live-side" }, this.found, make("p", { class: "live-hint" }, this.text.hint)),
       make("div", { class: "live-side" }, this.temperature.node, this.topK.node, this.topP.node, this.write, this.view.node, this.switch, this.inside),
     );
-    this.show(FIRST.decoder);
+    if (live.own) this.last = { tokens: [], attention: [], lens: [] };
+    else this.show(FIRST.decoder);
   }
 
   get settings() { return { temperature: this.temperature.value, topK: this.topK.value, topP: this.topP.value }; }

@@ -30,7 +30,9 @@ export class Element {
   constructor(live, body) {
     this.live = live;
     this.text = live.text;
-    this.label = slider(this.text.digit, { min: 0, max: 9, value: 3 });
+    const classes = Number(live.root.dataset.classes ?? 10);
+    this.side = Number(live.root.dataset.side ?? 28);
+    this.label = slider(this.text.digit, { min: 0, max: classes - 1, value: Math.min(3, classes - 1) });
     this.steps = slider(this.text.steps, { min: 1, max: 50, value: 20 });
     this.guidance = slider(this.text.guidance, { min: 1, max: 6, step: 0.5, value: 2, show: (number) => number.toFixed(1) });
     this.seed = slider(this.text.seed, { min: 1, max: 99, value: 1 });
@@ -47,12 +49,13 @@ export class Element {
       make("div", { class: "live-side" }, this.label.node, this.steps.node, this.guidance.node, this.seed.node, both, this.pair));
     const bytes = Uint8Array.from(atob(FIRST.digits), (character) => character.charCodeAt(0));
     const picture = Float32Array.from(bytes, (byte) => byte / 127.5 - 1);
-    this.history = [{ x: picture, picture, done: 20, steps: 20 }];
+    this.history = live.own ? [] : [{ x: picture, picture, done: 20, steps: 20 }];
+    this.label.node.hidden = classes < 1;
     this.look(1);
   }
 
   options(guidance = this.guidance.value) {
-    return { label: this.label.value, steps: this.steps.value, guidance, seed: this.seed.value };
+    return { label: Math.max(0, this.label.value), steps: this.steps.value, guidance, seed: this.seed.value };
   }
 
   run() {
@@ -66,9 +69,10 @@ export class Element {
   }
 
   look(number) {
+    if (!this.history.length) return;
     const { x, picture, done, steps } = this.history[number - 1];
-    paint(this.now.canvas, x, 28);
-    paint(this.seen.canvas, picture, 28);
+    paint(this.now.canvas, x, this.side);
+    paint(this.seen.canvas, picture, this.side);
     this.state.textContent = this.text.state(done, steps);
   }
 
@@ -79,7 +83,7 @@ export class Element {
     for (const guidance of [1, 5]) {
       await this.live.ask("digit", this.options(guidance), ({ x }) => {
         const canvas = make("canvas", { role: "img", "aria-label": `${this.text.guidance} ${guidance}`, class: "live-picture" });
-        paint(canvas, x, 28);
+        paint(canvas, x, this.side);
         this.pair.append(make("figure", {}, canvas, make("figcaption", {}, `${this.text.guidance} ${guidance}`)));
       });
     }

@@ -36,7 +36,7 @@ export class Element {
     this.found = make("div", { class: "live-columns" });
     body.append(make("div", { class: "live-wide" }, this.input, this.chips, make("p", { class: "live-hint" }, live.text.hide)), this.found);
     this.words();
-    this.show(FIRST.masked);
+    if (!live.own) this.show(FIRST.masked);
   }
 
   words() { // a button for each word of the text

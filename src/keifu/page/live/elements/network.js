@@ -68,7 +68,7 @@ export class Element {
     this.result = make("div", { class: "live-side" });
     body.append(make("div", {}, this.pad, make("button", { type: "button", onclick: () => this.clear() }, this.text.clear)), this.result);
     this.draw();
-    this.show(FIRST.network);
+    if (!live.own) this.show(FIRST.network);
     this.listen();
   }
 

@@ -34,8 +34,9 @@ export class Element {
     this.text = live.text;
     this.off = new Set();
     this.input = make("textarea", { rows: 2, maxlength: 300, lang: "ja", "aria-label": this.text.input });
-    [this.input.value] = this.text.examples;
-    const examples = this.text.examples.map((sentence) => make("button", { type: "button", lang: "ja", onclick: () => { this.input.value = sentence; this.run(); } }, sentence));
+    const given = live.own ? [] : this.text.examples; // of ja-en
+    this.input.value = given[0] ?? "";
+    const examples = given.map((sentence) => make("button", { type: "button", lang: "ja", onclick: () => { this.input.value = sentence; this.run(); } }, sentence));
     this.output = make("p", { class: "live-output", lang: "en", "aria-live": "polite" });
     this.beams = slider(this.text.beams, { min: 1, max: 8, value: 4, onchange: () => this.run() });
     this.view = choice(this.text.view, [["mean", this.text.mean]], () => this.look());
@@ -45,7 +46,7 @@ export class Element {
     body.append(make("div", { class: "live-wide" }, this.input, make("div", { class: "live-examples" }, examples), this.output),
       make("div", { class: "live-side" }, this.beams.node, this.view.node, this.switch),
       make("div", { class: "live-wide" }, this.table, make("p", { class: "live-hint" }, this.text.table)));
-    this.show(FIRST.translator);
+    if (!live.own) this.show(FIRST.translator);
   }
 
   run() {
@@ -74,6 +75,7 @@ export class Element {
   }
 
   look() {
+    if (!this.last) return;
     const { source, target } = this.last;
     const rows = this.rows();
     this.switch.hidden = this.view.value === "mean";
