@@ -36,7 +36,7 @@ from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
-from keifu.models.variants import gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
+from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
 from keifu.recipes.neurons.mlp import LOSSES
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
@@ -73,6 +73,10 @@ LANGUAGE_MODELS = {
     "gemma2": (
         gemma2,
         gemma2.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, attention_cap=5.0, logit_cap=8.0),
+    ),
+    "exaone4": (
+        exaone4,
+        exaone4.Config(**SMALL, n_kv_heads=2, head_dim=16, sliding_window=5, global_layers=(1,), rope_scaling=None),
     ),
     "glm4": (glm4, glm4.Config(**SMALL, n_kv_heads=2, head_dim=16, rope_dim=8)),
     "granite": (

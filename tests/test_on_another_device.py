@@ -62,7 +62,7 @@ from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, 
 from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
-from keifu.models.variants import gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
+from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
 from keifu.recipes.neurons import mlp as mlp_recipe  # noqa: E402
 from keifu.training.objectives.autoencoders import (
     AutoencoderKLLoss,  # noqa: E402
@@ -106,6 +106,9 @@ WRITERS = {
     "phi3": lambda: phi3.build(phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
     "gemma2": lambda: gemma2.build(
         gemma2.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, attention_cap=5.0, logit_cap=8.0)
+    ),
+    "exaone4": lambda: exaone4.build(
+        exaone4.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))
     ),
     "glm4": lambda: glm4.build(glm4.Config(**SMALL, n_kv_heads=2, head_dim=8, rope_dim=4)),
     "granite": lambda: granite.build(granite.Config(**SMALL, n_kv_heads=2)),

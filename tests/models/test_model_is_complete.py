@@ -32,7 +32,15 @@ ROOT = TESTS.parent
 MIXTURES = ["mixture.mixtral", "mixture.qwen3_moe", "mixture.olmoe", "mixture.deepseek_v3", "mixture.gpt_oss"]
 HYBRIDS = ["hybrid.qwen3_next", "hybrid.qwen3_5"]
 CAPPED = ["variants.gemma2", "variants.nanochat"]
-VARIANTS = ["variants.smollm3", "variants.phi3", "variants.glm4", "variants.granite", "variants.ministral", *CAPPED]
+VARIANTS = [
+    "variants.smollm3",
+    "variants.phi3",
+    "variants.exaone4",
+    "variants.glm4",
+    "variants.granite",
+    "variants.ministral",
+    *CAPPED,
+]
 REFUSED = {  # what keifu refuses, with the models and the words of the refusal
     "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES[3:], *HYBRIDS], "writes no GGUF"),
     "native": {"mixture.deepseek_v3": "LatentAttention, which native"}

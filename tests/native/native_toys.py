@@ -15,7 +15,7 @@ from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.mixture import mixtures
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
-from keifu.models.variants import glm4, ministral, phi3, smollm3
+from keifu.models.variants import exaone4, glm4, ministral, phi3, smollm3
 from keifu.native.library import INSTRUCTIONS
 from keifu.native.model import NativeLM
 
@@ -50,6 +50,9 @@ TOYS = {
     "gemma3 of windows": lambda: gemma3.build(gemma3.Config(**GROUPED, head_dim=16, sliding_window=9, tied=True)),
     "smollm3": lambda: smollm3.build(smollm3.Config(**GROUPED, position_free=(1,))),
     "phi3": lambda: phi3.build(phi3.Config(**GROUPED, sliding_window=7)),
+    "exaone4": lambda: exaone4.build(
+        exaone4.Config(**GROUPED, head_dim=16, sliding_window=9, global_layers=(1,), rope_scaling=LLAMA3)
+    ),
     "glm4": lambda: glm4.build(glm4.Config(**GROUPED, head_dim=16, rope_dim=6)),
     "ministral": lambda: ministral.build(
         ministral.Config(**GROUPED, head_dim=16, sliding_window=9, global_layers=(1,))

@@ -107,6 +107,7 @@ MODELS = {  # file under keifu.models → the model_types of its configs, keifu'
     "variants.smollm3": ("smollm3", "keifu_smollm3"),
     "variants.phi3": ("phi3", "keifu_phi3"),
     "variants.gemma2": ("gemma2", "keifu_gemma2"),
+    "variants.exaone4": ("exaone4", "keifu_exaone4"),
     "variants.glm4": ("glm4", "keifu_glm4"),
     "variants.granite": ("granite", "keifu_granite"),
     "variants.ministral": ("ministral", "ministral3", "keifu_ministral"),

@@ -154,6 +154,21 @@ CASES = {
         **SIZES | {"num_key_value_heads": 4}, tie_word_embeddings=True, original_max_position_embeddings=64,
         pad_token_id=None,
     ),
+    "exaone4": lambda: transformers.Exaone4Config(
+        **SIZES | {"num_hidden_layers": 5}, head_dim=10, sliding_window=5, pad_token_id=None
+    ),
+    "exaone4-no-windows-tied": lambda: transformers.Exaone4Config(
+        **SIZES | {"hidden_size": 35, "num_attention_heads": 5, "num_key_value_heads": 1}, head_dim=14,
+        sliding_window=None, layer_types=["full_attention"] * 3, tie_word_embeddings=True, pad_token_id=None,
+        rms_norm_eps=0.01, rope_parameters={
+            "rope_type": "llama3", "rope_theta": 1e6, "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "exaone4-one-global-layer": lambda: transformers.Exaone4Config(
+        **SIZES | {"num_key_value_heads": 4}, sliding_window=3, pad_token_id=None,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"], hidden_act="gelu",
+    ),
     "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=12, pad_token_id=None),
     "glm4-whole-heads-unbiased-tied": lambda: transformers.Glm4Config(
         **SIZES | {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 3}, head_dim=10,
@@ -291,7 +306,7 @@ OTHERS = {  # what a model's other cases have too, or two of them; these are mar
     "smollm2-tied", "mistral-without-window", "qwen2-tied", "qwen3-biased-window-tied", "gemma3-scaled-untied",
     "olmo2-multi-head-biased-tied", "smollm3-windows", "phi3-longrope-beyond-partial-tied", "phi3-full-attention-tied",
     "gemma2-without-caps-untied", "granite-biased-untied", "ministral-full-attention-tied", "ministral3-window-tied",
-    "glm4-a-fifth-of-a-head",
+    "glm4-a-fifth-of-a-head", "exaone4-one-global-layer",
     "nanochat-biased-tied-uncapped", "mixtral-one-expert-window-tied", "qwen3-moe-dense-layers",
     "olmoe-normalised-biased", "deepseek-v3-experts-in-groups-of-two-linear", "deepseek-v3-halves-biased",
     "gpt-oss-one-window-tied", "qwen3-next-odd-heads-all-sparse", "qwen3.5-tied-one-head-of-keys",

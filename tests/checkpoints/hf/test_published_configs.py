@@ -8,7 +8,7 @@ from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
 from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
-from keifu.models.variants import gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
+from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
 LLAMA3_ROPE = {
@@ -193,6 +193,16 @@ PUBLISHED = {
         "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
         "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "use_cache": True, "vocab_size": 256000,
     },
+    "exaone4-32b": {
+        **COMMON, "model_type": "exaone4", "attention_dropout": 0.0, "head_dim": 128, "hidden_size": 5120,
+        "intermediate_size": 27392, "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+        "max_position_embeddings": 131072, "num_attention_heads": 40, "num_hidden_layers": 64,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "rope_theta": 1000000, "rope_scaling": {
+            "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "sliding_window": 4096, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False, "vocab_size": 102400,
+    },
     "glm4-9b": {
         **COMMON, "model_type": "glm4", "attention_bias": True, "attention_dropout": 0.0, "head_dim": 128,
         "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 32768, "num_attention_heads": 32,
@@ -242,7 +252,7 @@ def test_config_is_the_size_of_that_name(name) -> None:
     family, config = read_config(PUBLISHED[name], "config.json")
     assert family.model_type == PUBLISHED[name]["model_type"]
     modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, smollm3, phi3
-    modules += gemma2, glm4, granite, ministral, nanochat
+    modules += exaone4, gemma2, glm4, granite, ministral, nanochat
     modules += mixtral, qwen3_moe, olmoe, deepseek_v3, gpt_oss, qwen3_next, qwen3_5
     [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)
