@@ -261,3 +261,17 @@ def test_a_message_that_the_client_parsed_or_streamed_can_be_sent_back(served: A
     noted["nothing"] = 1
     found = served.post("/v1/chat/completions", ask | {"messages": [*turns, noted, *turns]})
     assert found.json()["error"]["param"] == "messages.1.nothing"
+
+
+def test_a_prompt_is_scored_without_an_answer(served: Any, base: str) -> None:
+    ask: dict[str, Any] = {"model": base, "prompt": ["abc", "xyz"], "echo": True, "logprobs": 1, "temperature": 0}
+    alone = served.openai.completions.create(**ask, max_tokens=0)
+    longer = served.openai.completions.create(**ask, max_tokens=1)
+    for choice, other in zip(alone.choices, longer.choices, strict=True):
+        assert choice.text in ("abc", "xyz") and choice.finish_reason == "length"
+        assert choice.logprobs.token_logprobs == other.logprobs.token_logprobs[:3]
+    assert alone.usage.completion_tokens == 0
+    chunks = [*served.openai.completions.create(**ask, max_tokens=0, stream=True)]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == ["length", "length"]
+    with pytest.raises(openai.BadRequestError, match="max_tokens must be a whole number from 1"):
+        served.openai.completions.create(model=base, prompt="abc", max_tokens=0)

@@ -330,3 +330,20 @@ def test_the_clients_own_parsing_of_tools(tooled: Any) -> None:
     ask = {"model": name_of(tooled, "listed"), "messages": ASK["messages"], "tools": [tool], "tool_choice": "required"}
     found = tooled.openai.chat.completions.parse(**ask, parallel_tool_calls=False, max_tokens=200)
     assert found.choices[0].message.tool_calls[0].function.parsed_arguments.axis in (True, False)
+
+
+def test_some_of_the_tools_may_be_allowed(tooled: Any) -> None:
+    name = name_of(tooled, "tagged")
+    only = {"type": "function", "function": {"name": "clock"}}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [only]}}
+    ask: dict[str, Any] = {"model": name, **ASK, "temperature": 1, "max_tokens": 200}
+    for seed in range(3):
+        found = tooled.openai.chat.completions.create(**ask, seed=seed, tool_choice=choice).choices[0].message
+        assert [call.function.name for call in found.tool_calls] == ["clock"]
+    flat: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
+    asked: Any = {"model": name, "input": "x", "tools": FLAT, "temperature": 1, "max_output_tokens": 200}
+    response = tooled.openai.responses.create(**asked, tool_choice=flat)
+    assert [item.name for item in response.output] == ["clock"] and response.parallel_tool_calls is False
+    flat["tools"][0]["name"] = "colck"
+    with pytest.raises(openai.BadRequestError, match="Did you mean 'clock'"):
+        tooled.openai.responses.create(**asked, tool_choice=flat)

@@ -11,7 +11,7 @@ from torch import nn
 
 from keifu.inference.text.likelihood import LikeliestTokens, score_likeliest
 from keifu.inference.text.model import device_of
-from keifu.inference.text.request import prompt_tokens
+from keifu.inference.text.request import Piece, prompt_tokens
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import REASONS, Answer, likeliest, prepare, token_text
 from keifu.serving.openai.schemas import CompletionRequest
@@ -88,11 +88,19 @@ def _echo(choice: CompletionChoice, prompt: list[int], scores: LikeliestTokens |
         choice.add(text, token, *known)
 
 
+async def _pieces(answer: Answer, body: CompletionRequest) -> AsyncGenerator[tuple[int, Piece], None]:
+    """Yield the generated pieces: none if the request only asks for the prompts and their scores."""
+    if not body.only_echoes:
+        async with aclosing(answer.pieces()) as pieces:
+            async for item in pieces:
+                yield item
+
+
 async def _completion(answer: Answer, body: CompletionRequest) -> dict[str, Any]:
     """Return the whole answer."""
     choices = await _begin(answer, body)
     reasons = ["length" for _ in choices]
-    async with aclosing(answer.pieces()) as pieces:
+    async with aclosing(_pieces(answer, body)) as pieces:
         async for index, piece in pieces:
             choices[index].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
             reasons[index] = piece.finish_reason or "length"
@@ -105,8 +113,9 @@ async def _events(answer: Answer, body: CompletionRequest) -> AsyncGenerator[dic
     usage = {"usage": None} if body.includes_usage else {}
     choices = await _begin(answer, body)
     for choice in choices if body.echo else ():
-        yield {**answer.head("text_completion"), "choices": [choice.take(None)], **usage}
-    async with aclosing(answer.pieces()) as pieces:
+        end = "length" if body.only_echoes else None
+        yield {**answer.head("text_completion"), "choices": [choice.take(end)], **usage}
+    async with aclosing(_pieces(answer, body)) as pieces:
         async for index, piece in pieces:
             choices[index].add(piece.text, piece.token, piece.log_probability, piece.top_log_probabilities)
             if choices[index].text or piece.finish_reason:

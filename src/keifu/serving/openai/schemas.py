@@ -190,6 +190,46 @@ class FlatNamedTool(FunctionName):
     type: Literal["function"]
 
 
+class AllowedFunction(Body):
+    """Function among those that may be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class Allowed(Body):
+    """Functions that may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[AllowedFunction]
+
+
+class AllowedTools(Body):
+    """Choice among some of the tools of /v1/chat/completions."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed
+
+
+class FlatAllowedTools(Body):
+    """Choice among some of the tools of /v1/responses."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FlatNamedTool]
+
+
+def some_of(functions: Sequence[Function], names: Sequence[str]) -> list[Function]:
+    """Return the functions of these names. Raises `ValueError` for an unknown name."""
+    known = {function.name: function for function in functions}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"tool_choice allows a function that is none of the tools. {unknown('function', name, known)}"
+            )
+    return [known[name] for name in dict.fromkeys(names)]
+
+
 def tool_use(functions: Sequence[Function], choice: Any, name: str | None, parallel: bool | None) -> ToolUse | None:
     """Return the functions that the model may call, or None.
 
@@ -252,7 +292,7 @@ class ChatRequest(Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     refused: ClassVar[Neutral] = {
@@ -275,8 +315,11 @@ class ChatRequest(Sampling):
     def tool_use(self) -> ToolUse | None:
         """Return the functions that may be called, or None."""
         name = self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-        functions = [tool.function for tool in self.tools or ()]
-        return tool_use(functions, self.tool_choice, name, self.parallel_tool_calls)
+        functions, choice = [tool.function for tool in self.tools or ()], self.tool_choice
+        if isinstance(choice, AllowedTools):
+            functions = some_of(functions, [tool.function.name for tool in choice.allowed_tools.tools])
+            choice = choice.allowed_tools.mode
+        return tool_use(functions, choice, name, self.parallel_tool_calls)
 
     def options(self) -> SamplingOptions:
         """Return the options of `Sampling`, and those of this body."""
@@ -325,7 +368,7 @@ class ResponseRequest(Sampling):
     store: bool | None = None
     text: ResponseText | None = None
     tools: Annotated[list[FlatTool], Field(max_length=128)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | FlatNamedTool | None = None
+    tool_choice: Literal["auto", "none", "required"] | FlatNamedTool | FlatAllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
     refused: ClassVar[Neutral] = {
@@ -376,7 +419,11 @@ class ResponseRequest(Sampling):
     def tool_use(self) -> ToolUse | None:
         """Return the functions that may be called, or None."""
         name = self.tool_choice.name if isinstance(self.tool_choice, FlatNamedTool) else None
-        return tool_use(self.tools or (), self.tool_choice, name, self.parallel_tool_calls)
+        functions: Sequence[Function] = self.tools or ()
+        choice = self.tool_choice
+        if isinstance(choice, FlatAllowedTools):
+            functions, choice = some_of(functions, [tool.name for tool in choice.tools]), choice.mode
+        return tool_use(functions, choice, name, self.parallel_tool_calls)
 
     @property
     def schema(self) -> dict[str, Any] | None:
@@ -404,7 +451,13 @@ class CompletionRequest(Sampling):
     def options(self) -> SamplingOptions:
         """Return the options of `Sampling`. The default of max_tokens is OpenAI's, 16."""
         top = {"log_probabilities": self.logprobs is not None, "top_log_probabilities": self.logprobs or 0}
-        return {"max_tokens": 16, **super().options(), **top}  # type: ignore[return-value]
+        options = {"max_tokens": 16, **super().options(), **top}
+        return options | ({"max_tokens": 1} if self.only_echoes else {})  # type: ignore[return-value]
+
+    @property
+    def only_echoes(self) -> bool:
+        """Whether the answer is the prompts and their scores alone."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts as a list."""

@@ -149,7 +149,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             | ({"document": {"text": body.documents[index]}} if body.return_documents else {})
             for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        usage = {"total_tokens": tokens}
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "model": about.name, "results": results, "usage": usage})
 
     @app.post("/v1/classify", summary="The label of each text", tags=["vectors"])
