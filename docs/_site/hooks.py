@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import live  # noqa: E402 (a file of this folder)
 import reference  # noqa: E402
 import search  # noqa: E402
+from landmarks import overview  # noqa: E402
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = "source"  # the folder of the site that files outside docs/ are copied to
@@ -59,6 +60,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return f'<a href="{Path(up).as_posix()}">{found[1]}</a>'
 
     page.meta.setdefault("title", short_title(markdown))
+    page.meta.setdefault("search", {"boost": search.boost(page.file.src_uri)})
     english = ROOT / "docs" / f"{page.file.src_uri.removesuffix('.ja.md')}.md"
     if page.file.src_uri.endswith(".ja.md") and english.exists():
         markdown = with_anchors(markdown, english.read_text(encoding="utf-8"))
@@ -83,8 +85,10 @@ def with_anchors(page: str, english: str) -> str:
     return "".join(parts)
 
 
-def on_page_content(html: str, **_: object) -> str:
-    """Return the page with its formulas as MathML, which browsers set without a script."""
+def on_page_content(html: str, page: Page, **_: object) -> str:
+    """Return the page with its formulas as MathML, which browsers set without a script, and with the drawing of the
+    lineage as a part of the page, whose boxes are links."""
+    html = overview.linked(html, page.file.dest_uri)
     return MATHEMATICS.sub(lambda found: mathml(found[2], "block" if found[1] == "div" else "inline"), html)
 
 
@@ -93,6 +97,8 @@ def mathml(latex: str, display: str) -> str:
     for entity, character in ENTITIES.items():
         latex = latex.replace(entity, character)
     parts = [convert(part.strip(), display=display) for part in latex.split(r"\qquad")]
+    if display == "block":
+        parts = [f'<div class="formula">{part}</div>' for part in parts]
     return parts[0] if len(parts) == 1 else f'<div class="formulas">{"".join(parts)}</div>'
 
 

@@ -12,13 +12,23 @@ HELP = re.compile(r"(?:ja/)?reference/(?:recipes|verbs)\.html#")
 OPTION = re.compile(r"--(?:\[no-\])?[a-z][\w.-]*")
 BASE = re.compile(r'("base": ")((?:\.\./)*)\.\.(")')
 
+BOOSTS = {"results/": 0.4, "reference/recipes": 0.4, "reference/": 0.7, "extending/": 0.7}  # other pages: 2
+# The theme searches beginnings of words, so "resume" does not find "Resuming": other words that people type for a page.
+KEYWORDS = {"resuming.html": ["resume", "continue"], "lineage/deepseek_r1.html": ["GRPO", "reasoning"]}
+
 Index = dict[str, Any]
+
+
+def boost(page: str) -> float:
+    """Return the weight of a page in a search: a page that explains counts more than a list or a table of figures."""
+    return next((weight for start, weight in BOOSTS.items() if page.startswith(start)), 2.0)
 
 
 def of_language(index: Index, japanese: bool) -> Index:
     """Return the part of an index whose pages are in one language, with addresses from the folder of the language."""
     found = [doc for doc in index["docs"] if doc["location"].startswith(JAPANESE) == japanese]
     docs = [short_help(doc) | {"location": doc["location"].removeprefix(JAPANESE)} for doc in found]
+    docs = [doc | {"tags": KEYWORDS[doc["location"]]} if doc["location"] in KEYWORDS else doc for doc in docs]
     languages = ["ja", "en"] if japanese else ["en"]
     return index | {"config": index["config"] | {"lang": languages}, "docs": docs}
 

@@ -117,6 +117,52 @@ def test_search_finds_pages_of_one_language(site: Path, folder: str) -> None:
 
 
 @built
+@pytest.mark.parametrize("folder", ["", "ja"])
+def test_the_words_that_people_type_lead_to_their_page(site: Path, folder: str) -> None:
+    docs = json.loads((site / folder / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    tagged = {doc["location"]: doc["tags"] for doc in docs if "tags" in doc}
+    assert "resume" in tagged["resuming.html"]
+    weights = {doc["location"]: doc["boost"] for doc in docs if "boost" in doc}
+    assert weights["resuming.html"] > weights["results/assistants.html"]
+
+
+@built
+@pytest.mark.parametrize("name", ["index.html", "lineage/index.html", "ja/index.html", "ja/lineage/index.html"])
+def test_each_box_of_the_lineage_is_a_link_to_its_page(site: Path, name: str) -> None:
+    rows = json.loads((ROOT / "docs/lineage/lineage.json").read_text(encoding="utf-8"))
+    page = site / name
+    found = re.findall(r'<a href="([^"]*)"><rect', page.read_text(encoding="utf-8"))
+    assert [Path(link).stem for link in found] == [row["name"] for row in rows]
+    assert all((page.parent / link).is_file() for link in found)
+    assert ("ja" in name) == all("/ja/" in (page.parent / link).resolve().as_posix() for link in found)
+
+
+STYLE = (Path(__file__).parents[2] / "docs/assets/style.css").read_text(encoding="utf-8")
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the ratio of contrast of two colours (#rrggbb), as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted([luminance(one), luminance(other)])
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize(("scheme", "page"), [("default", "#ffffff"), ("slate", "#1e2129")])
+def test_links_can_be_read_and_are_underlined(scheme: str, page: str) -> None:
+    (rule,) = re.findall(rf'data-md-color-scheme="{scheme}"\] {{ (--md-primary[^}}]*)}}', STYLE)
+    colours = dict(re.findall(r"--md-([\w-]+)-color: (#\w{6})", rule))
+    assert contrast(colours["typeset-a"], page) >= 4.5
+    assert contrast(colours["primary-fg"], "#ffffff") >= 4.5
+    assert "text-decoration: underline" in STYLE
+    assert contrast("#009485", "#ffffff") < 4.5
+
+
+@built
 @pytest.mark.parametrize("name", ["index.html", "lineage/gpt2.html"])
 def test_a_japanese_page_searches_from_its_folder(site: Path, name: str) -> None:
     for folder in ("", "ja"):
