@@ -1,0 +1,119 @@
+"""Budgets of the page, in Chromium on one core: what a page loads before a click, and how fast the engine computes.
+
+A limit holds for the best of several runs, because a busy machine is slower than a quiet one.
+"""
+
+import gzip
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_server import WAIT, serve
+
+from keifu.page import kernel
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs/_site"))
+
+import live as builder  # noqa: E402 (a file of docs/_site)
+
+PAGE = ROOT / "src/keifu/page"
+MODELS = ROOT / "pretrained/src/keifu_pretrained"
+SPEED = (
+    """
+async ([name, action, options, times]) => {
+  const { Client } = await import("/live/client.js");
+  const client = new Client(new URL("/live/", location));
+  const files = { "gpt-en": TEXT, "chat-en": TEXT, "ja-en": TEXT, digits: DDPM, network: NUMBERS }[name];
+  await client.load(name, files, () => {});
+  const seconds = [];
+  for (let i = 0; i < times; i++) {
+    const started = performance.now();
+    await client.ask(action, options);
+    seconds.push((performance.now() - started) / 1000);
+  }
+  client.end();
+  return seconds;
+}
+""".replace("TEXT", '["config.json", "model.safetensors", "tokenizer.json"]')
+    .replace(
+        "DDPM",
+        '["model_index.json", "scheduler/scheduler_config.json", "unet/config.json", '
+        '"unet/diffusion_pytorch_model.safetensors"]',
+    )
+    .replace("NUMBERS", '["config.json", "model.safetensors"]')
+)
+
+
+@pytest.fixture(scope="module")
+def page(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Yield a page of a site with all elements' files."""
+    if not kernel.can_compile():
+        pytest.skip("no compiler for WebAssembly")
+    site = tmp_path_factory.mktemp("site")
+    (site / "index.html").write_text('<!doctype html><link rel="icon" href="data:,">', encoding="utf-8")
+    builder.used.update(builder.FILES)
+    builder.copy(site)
+    server = serve(site)
+    opened = chromium.new_page()
+    opened.set_default_timeout(WAIT)
+    opened.goto(next(server))
+    yield opened
+    opened.close()
+    next(server, None)
+
+
+@pytest.mark.parametrize("element", sorted(path.stem for path in (PAGE / "live/elements").glob("*.js")))
+def test_a_page_before_the_click_is_light(element: str) -> None:
+    names = ["live.js", "client.js", "ui.js", "live.css", f"elements/{element}.js"]
+    texts = [(PAGE / "live" / name).read_text("utf-8") for name in names]
+    texts += [(PAGE / "live/first.js").read_text("utf-8")] if "first.js" in texts[-1] else []
+    texts += [(PAGE / "engine/perceptron.js").read_text("utf-8")] if "engine/perceptron.js" in texts[-1] else []
+    assert sum(len(gzip.compress(text.encode())) for text in texts) <= 20_000
+
+
+def test_no_model_is_large() -> None:
+    sizes = {path: path.stat().st_size for path in MODELS.rglob("*.safetensors")}
+    assert len(sizes) >= 10 and max(sizes.values()) <= 18_000_000
+
+
+LIMITS = [  # the best of a few runs, in seconds
+    ("gpt-en", "generate", {"text": "The city", "maxTokens": 100, "settings": {"temperature": 0}}, 1.0),
+    ("chat-en", "generate", {"text": "The city", "maxTokens": 100, "settings": {"temperature": 0}}, 1.0),
+    ("gpt-en", "next", {"text": "The city was founded in the"}, 1.0),
+    ("digits", "digit", {"label": 3, "steps": 20, "guidance": 2}, 3.0),
+    ("ja-en", "translate", {"text": "猫はテーブルの下で寝ています。", "beams": 4}, 1.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "action", "options", "limit"), LIMITS, ids=lambda value: str(value)[:12])
+def test_the_engine_is_fast_enough(page: Any, name: str, action: str, options: dict[str, Any], limit: float) -> None:
+    seconds = page.evaluate(SPEED, [name, action, options, 4])
+    print(name, action, [round(each, 3) for each in seconds])
+    assert min(seconds) <= limit
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(page: Any) -> None:
+    script = """
+    async () => {
+      const { readModel } = await import("/engine/models.js");
+      const { ACTIONS } = await import("/engine/actions.js");
+      const read = async (path) => (await fetch(path)).arrayBuffer();
+      const files = {};
+      for (const file of ["config.json", "model.safetensors", "tokenizer.json"]) {
+        files[file] = await read(`/live/models/bert-en/${file}`);
+      }
+      const loaded = readModel(files, await WebAssembly.compile(await read("/engine/kernel.wasm")));
+      const run = () => ACTIONS.fill(loaded, { text: "The book was [MASK] by an American author." });
+      run();
+      const before = loaded.tensors.memory.buffer.byteLength;
+      for (let i = 0; i < 100; i++) run();
+      return [before, loaded.tensors.memory.buffer.byteLength];
+    }
+    """
+    before, after = page.evaluate(script)
+    assert before == after <= 300_000_000
