@@ -32,7 +32,7 @@ from keifu.models import (
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada
-from keifu.models.hybrid import qwen3_5, qwen3_next
+from keifu.models.hybrid import lfm2, qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
@@ -124,6 +124,7 @@ LANGUAGE_MODELS = {
             **SMALL, **HYBRID, expert_dim=24, shared_dim=20, n_experts=4, n_experts_per_token=2, dense_layers=(1,)
         ),
     ),
+    "lfm2": (lfm2, lfm2.Config(**SMALL, n_kv_heads=2, global_layers=(1,))),
     "qwen3.5": (qwen3_5, qwen3_5.Config(**SMALL, **HYBRID)),
 }
 

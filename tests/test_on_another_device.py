@@ -59,7 +59,7 @@ from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, olmo2, palm
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
-from keifu.models.hybrid import qwen3_5, qwen3_next
+from keifu.models.hybrid import lfm2, qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
@@ -147,6 +147,7 @@ WRITERS = {
     "qwen3-next": lambda: qwen3_next.build(
         qwen3_next.Config(**SMALL, **HYBRID, expert_dim=12, shared_dim=10, n_experts=4, n_experts_per_token=2)
     ),
+    "lfm2": lambda: lfm2.build(lfm2.Config(**SMALL, n_kv_heads=2, global_layers=(1,))),
     "qwen3.5": lambda: qwen3_5.build(qwen3_5.Config(**SMALL, **HYBRID)),
     "gemma3": lambda: gemma3.build(
         gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=5, global_layers=(1,))

@@ -30,7 +30,8 @@ from keifu.training.hardware.flops import count_flops
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
 MIXTURES = ["mixture.mixtral", "mixture.qwen3_moe", "mixture.olmoe", "mixture.deepseek_v3", "mixture.gpt_oss"]
-HYBRIDS = ["hybrid.qwen3_next", "hybrid.qwen3_5"]
+DELTAS = ["hybrid.qwen3_next", "hybrid.qwen3_5"]
+HYBRIDS = [*DELTAS, "hybrid.lfm2"]
 CAPPED = ["variants.gemma2", "variants.nanochat"]
 VARIANTS = [
     "variants.smollm3",
@@ -44,7 +45,7 @@ VARIANTS = [
 REFUSED = {  # what keifu refuses, with the models and the words of the refusal
     "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES[3:], *HYBRIDS], "writes no GGUF"),
     "native": {"mixture.deepseek_v3": "LatentAttention, which native"}
-    | dict.fromkeys(HYBRIDS, "GatedDeltaNet, which native")
+    | dict.fromkeys(HYBRIDS, "(GatedDeltaNet|GatedConvolution), which native")
     | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledRMSNorm), which native"),
     "tensor": dict.fromkeys(
         [*MIXTURES, *HYBRIDS, *CAPPED, "variants.granite"], "which tensor parallelism cannot split"

@@ -120,6 +120,7 @@ MODELS = {  # file under keifu.models → the model_types of its configs, keifu'
     "multimodal.llava": ("llava", "keifu_llava"),
     "multimodal.smolvlm": ("idefics3", "smolvlm", "keifu_smolvlm"),
     "hybrid.qwen3_next": ("qwen3_next", "keifu_qwen3_next"),
+    "hybrid.lfm2": ("lfm2", "keifu_lfm2"),
     "hybrid.qwen3_5": ("qwen3_5_text", "qwen3_5_moe_text", "keifu_qwen3_5"),
     "transformer": ("marian", "keifu_transformer"),
     "speech.whisper": ("whisper", "keifu_whisper"),

@@ -169,6 +169,14 @@ CASES = {
         **SIZES | {"num_key_value_heads": 4}, sliding_window=3, pad_token_id=None,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"], hidden_act="gelu",
     ),
+    "lfm2": lambda: transformers.Lfm2Config(
+        **SIZES | {"num_hidden_layers": 4}, full_attn_idxs=[1, 3], block_multiple_of=5, pad_token_id=None
+    ),
+    "lfm2-long-convolutions-untied": lambda: transformers.Lfm2Config(
+        **SIZES | {"hidden_size": 42, "num_attention_heads": 3, "num_key_value_heads": 1}, conv_L_cache=5,
+        layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, tie_word_embeddings=False,
+        norm_eps=0.01, pad_token_id=None,
+    ),
     "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=12, pad_token_id=None),
     "glm4-whole-heads-unbiased-tied": lambda: transformers.Glm4Config(
         **SIZES | {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 3}, head_dim=10,

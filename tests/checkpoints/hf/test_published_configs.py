@@ -6,7 +6,7 @@ import transformers
 from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3, gpt1, gpt2, gpt3, llama, olmo2, palm, qwen3
-from keifu.models.hybrid import qwen3_5, qwen3_next
+from keifu.models.hybrid import lfm2, qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
 
@@ -203,6 +203,13 @@ PUBLISHED = {
         },
         "sliding_window": 4096, "sliding_window_pattern": "LLLG", "tie_word_embeddings": False, "vocab_size": 102400,
     },
+    "lfm2-1.2b": {
+        **COMMON, "model_type": "lfm2", "block_auto_adjust_ff_dim": True, "block_ff_dim": 12288,
+        "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "conv_L_cache": 3, "conv_bias": False,
+        "full_attn_idxs": [2, 5, 8, 10, 12, 14], "hidden_size": 2048, "max_position_embeddings": 128000,
+        "norm_eps": 1e-05, "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+        "rope_theta": 1000000.0, "vocab_size": 65536,
+    },
     "glm4-9b": {
         **COMMON, "model_type": "glm4", "attention_bias": True, "attention_dropout": 0.0, "head_dim": 128,
         "hidden_size": 4096, "intermediate_size": 13696, "max_position_embeddings": 32768, "num_attention_heads": 32,
@@ -253,7 +260,7 @@ def test_config_is_the_size_of_that_name(name) -> None:
     assert family.model_type == PUBLISHED[name]["model_type"]
     modules = gpt1, gpt2, gpt3, palm, llama, qwen3, gemma3, olmo2, smollm3, phi3
     modules += exaone4, gemma2, glm4, granite, ministral, nanochat
-    modules += mixtral, qwen3_moe, olmoe, deepseek_v3, gpt_oss, qwen3_next, qwen3_5
+    modules += mixtral, qwen3_moe, olmoe, deepseek_v3, gpt_oss, qwen3_next, qwen3_5, lfm2
     [expected] = [module.SIZES[name] for module in modules if name in module.SIZES]
     assert describe(config) == describe(expected)
 
@@ -272,6 +279,7 @@ def test_what_we_write_means_the_same_to_transformers(name) -> None:
     indifferent |= {"ep_size", "moe_layer_freq", "initial_context_length", "quantization_config"}
     indifferent |= {"cache_implementation", "sliding_window_pattern"}  # which `layer_types` says too
     keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters", "layer_types"} & theirs.keys()
+    keys -= {"block_auto_adjust_ff_dim", "full_attn_idxs"}  # LFM2's: the width itself is written, and `layer_types`
     keys -= {"full_attention_interval", "attn_output_gate"}  # which `layer_types` says too, and what is always on
     for rope in (ours.get("rope_parameters") or {}, theirs.get("rope_parameters") or {}):
         for older in ("type", "truncate", "mrope_interleaved", "mrope_section"):  # older, a default, and of pictures

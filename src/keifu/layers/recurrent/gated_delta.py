@@ -103,10 +103,11 @@ def _segment_masks(segments: Int[Tensor, "batch chunks chunk"]) -> tuple[Tensor,
 
 
 class ShortConvolution(nn.Module):
-    """Causal convolution of each channel over the last `size` tokens, followed by SiLU."""
+    """Causal convolution of each channel over the last `size` tokens, followed by SiLU or another activation."""
 
-    def __init__(self, channels: int, size: int):
+    def __init__(self, channels: int, size: int, activation: Callable[[Tensor], Tensor] = F.silu):
         super().__init__()
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, size))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
 
@@ -116,11 +117,11 @@ class ShortConvolution(nn.Module):
         """Convolve `x`, which follows the `size` - 1 tokens `before`. Tokens of another segment count as 0."""
         joined = torch.cat([before, x], 1).mT
         if segments is None:
-            return F.silu(F.conv1d(joined, self.weight, groups=x.shape[2]).mT)
+            return self.activation(F.conv1d(joined, self.weight, groups=x.shape[2]).mT)
         taps = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(before.shape[1], -1, -1).to(x.device)
         same = (segments[:, taps.clamp(min=0)] == segments[..., None]) & (taps >= 0)
         y = (joined.unfold(2, self.weight.shape[2], 1) * self.weight * same[:, None]).sum(-1).mT
-        return F.silu(y)
+        return self.activation(y)
 
 
 class SeparateInputs(nn.Module):
