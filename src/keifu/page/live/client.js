@@ -27,11 +27,11 @@ export class Client {
     return answer;
   }
 
-  // Load a model. onBytes(loaded) sees the bytes arrive.
-  async load(name, names, onBytes) {
+  // Load a model. onBytes(loaded) sees the bytes arrive. cache: "reload" asks the server anew, after a damaged file.
+  async load(name, names, onBytes, cache = "default") {
     let total = 0;
     const read = async (path) => {
-      const response = await fetch(new URL(path, this.root)).catch(() => null);
+      const response = await fetch(new URL(path, this.root), { cache }).catch(() => null);
       if (!response?.ok) throw new Error(`${path} could not be loaded${response ? ` (${response.status})` : ""}: try again.`);
       const parts = [];
       for (let reader = response.body.getReader(), part; !(part = await reader.read()).done;) {

@@ -72,12 +72,13 @@ export class Live {
 
   async load() {
     const client = new Client(new URL("./", import.meta.url));
+    const cache = this.root.dataset.state === "error" ? "reload" : "default";
     this.set("loading", this.words.load(0));
     try {
       const loaded = await client.load(this.own ? "own" : this.name, this.files, (bytes) => {
         const share = this.words.load(Math.min(100, Math.round((100 * bytes) / this.bytes)));
         if (share !== this.message.textContent) this.set("loading", share);
-      });
+      }, cache);
       this.root.dataset.kernel = String(loaded.kernel);
       this.client = client;
       this.set("idle");
