@@ -32,6 +32,20 @@ def test_the_index_names_every_section() -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize(("ending", "mark"), [("", " (one run: a copy)"), (".ja", "（1回の実行：写し）")])
+def test_the_index_says_which_tables_are_only_a_copy(ending: str, mark: str) -> None:
+    index = (ROOT / f"docs/results{ending}.md").read_text(encoding="utf-8")
+    links = [line.partition("](results/")[2] for line in index.splitlines() if line.endswith(mark)]
+    copies = set()
+    for page in RESULTS:
+        file = ROOT / f"docs/results/data/{page.stem}.json"
+        tables = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+        copies |= {(page.stem, t["section"]) for t in tables if isinstance(t["values"], dict) and "runs" in t["values"]}
+    anchor = {re.sub(r"[^\w\s-]", "", title.lower()).replace(" ", "-"): title for _, title in copies}
+    named = [re.match(r"(\w+)(?:\.ja)?\.md#([^)]*)", link) for link in links]
+    assert {(found[1], anchor.get(found[2], found[2])) for found in named if found} == copies
+
+
 def test_recipes_name_sections_that_there_are() -> None:
     there = {title for page in RESULTS for title in sections(page)}
     texts = [path.read_text(encoding="utf-8") for path in (ROOT / "src/keifu").rglob("*.py")]
