@@ -71,5 +71,6 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             messages = open_images([message.plain() for message in body.messages], models.limits.pictures)
             rendered = render(tokenizer, messages, about.config)
             ids = InsertedImages(rendered, about.config).tokens if isinstance(rendered, ImagePrompt) else rendered
-        entries = [{"text": token_text(tokenizer, token), "bytes": [*token_bytes(tokenizer, token)]} for token in ids]
+        known = {n: {"text": token_text(tokenizer, n), "bytes": [*token_bytes(tokenizer, n)]} for n in {*ids}}
+        entries = [known[token] for token in ids]
         return json_response({"object": "tokens", "model": about.name, "ids": ids, "tokens": entries})
