@@ -224,13 +224,15 @@ def _native_step() -> None:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> library.Library:
+def opened(monkeypatch: pytest.MonkeyPatch, record_property: Callable[[str, object], None]) -> library.Library:
     """Return the library of native code. Skip the test if this machine cannot build it."""
     monkeypatch.delenv(library.VARIABLE, raising=False)
     try:
-        return library.open_library()
+        found = library.open_library()
     except Unavailable as reason:
         pytest.skip(f"no native step: {reason}")
+    record_property("default", library.instructions_in_use())
+    return found
 
 
 def binomial_bounds(trials: int, share: float, risk: float = 1e-7) -> tuple[int, int]:
@@ -330,9 +332,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     gc.enable()
 
 
+NATIVE: dict[str, dict[str, None]] = {  # instruction sets and weights of tests that passed, from their properties
+    name: {} for name in ("default", "native", "weights", "emulated")
+}
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Add the seconds of a test to those of its file."""
+    """Add the seconds of a test to those of its file, and its instruction set to those that ran."""
     SECONDS[file_of(report)] += report.duration
+    if report.when == "call" and report.passed:
+        for name, value in report.user_properties:
+            if name in NATIVE:
+                NATIVE[name][str(value)] = None
 
 
 SLOW: list[int] = []  # how many slow tests were left out; of several processes, each leaves out the same
@@ -358,8 +369,18 @@ def pytest_testnodedown(node) -> None:
     SLOW[:] = [vars(node).get("workeroutput", {}).get("slow", 0)]
 
 
+def native_summary() -> list[str]:
+    """Return at most two lines: the instruction sets and weights of the native step that ran, and those emulated."""
+    default, sets, weights, emulated = (", ".join(names) for names in NATIVE.values())
+    lines = [f"Native step, run on this CPU: {sets}; weights: {weights}; by default: {default}."] if sets else []
+    return lines + ([f"Native step, emulated because this CPU lacks them: {emulated}."] if emulated else [])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say in one line what was not checked, with the reason and how many tests that are."""
+    """Say which instruction sets ran, and in one line what was not checked, with the reason and how many tests that
+    are."""
+    for line in native_summary():
+        terminalreporter.write_line(line)
     reasons: dict[str, int] = {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

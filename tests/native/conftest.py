@@ -21,4 +21,7 @@ def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         library.open_library()
     except Unavailable as reason:
         pytest.skip(f"no native step with {request.param}: {reason}")
+    request.node.user_properties.append(("native", request.param))
+    if "weights" in request.node.callspec.params:
+        request.node.user_properties.append(("weights", request.node.callspec.params["weights"]))
     return request.param

@@ -5,7 +5,7 @@ this CPU has. A set with a planted error is found, named and replaced.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,8 +52,12 @@ def wrong_formats(library: Library, name: str) -> dict[str, float]:
     return {library.call("check_name", i).decode(): share for i, share in enumerate(shares) if not 0 <= share <= 1}
 
 
-def test_emulated_sets_agree_with_the_portable_one(emulated: Library) -> None:
+def test_emulated_sets_agree_with_the_portable_one(
+    emulated: Library, record_property: Callable[[str, object], None]
+) -> None:
     sets = lacked()
+    for name in sets:
+        record_property("emulated", name)
     assert {name: wrong_formats(emulated, name) for name in sets} == {name: {} for name in sets}
 
 
