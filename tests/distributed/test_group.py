@@ -43,7 +43,7 @@ AXES: dict[str, dict[str, Any]] = {
     "pods": {"mesh": OVERLAPPED},
 }  # fmt: skip
 UNSPLIT = ("mixtral", "qwen3-moe", "olmoe", "deepseek-v3", "gpt-oss", "gemma2", "granite", "nanochat", "qwen3-next",
-           "qwen3.5")  # fmt: skip
+           "qwen3.5", "lfm2")  # fmt: skip
 # Each model is split in the fast tests: over tensors, or over shards if tensor parallelism refuses it.
 FAST_MESHES = [(name, "shard" if name in UNSPLIT else "tensor") for name in language_models.LANGUAGE_MODELS]
 FAST_MESHES += [("gpt2", "shard"), ("llama", "shard"), ("gpt2", "pods"), ("mixtral", "pods"), ("qwen3-next", "pods")]
