@@ -235,7 +235,14 @@ def test_an_objective_that_gives_no_mean_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_network_of_other_layers_learns(parts, optimizer, tmp_path: Path) -> None:
-    keifu.train(nn.Sequential(*parts), loss, DATA, settings(optimizer=optimizer), tmp_path)
+    """A straight line, which both networks can learn."""
+    torch.manual_seed(0)
+    data = {"x": X, "y": 3 * X}
+    model = nn.Sequential(*parts)
+    before, first = [parameter.detach().clone() for parameter in model.parameters()], float(loss(model, data))
+    keifu.train(model, loss, data, settings(optimizer=optimizer), tmp_path)
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert float(loss(model.train(), data)) < first
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("src", "tests", "pyproject.toml")  # everything else in the copy is a link
-LONGEST = 240.0  # seconds of a test; a test that hangs has seen the bug
-OUTCOMES = {0: "LIVES", 1: "died"}  # by pytest's exit status; the others: the test did not run
+LONGEST = 240.0  # seconds of a test, with the compilation of the native step on a quiet machine
+OUTCOMES = {0: "LIVES", 1: "died", -1: "no end"}  # by pytest's exit status; the others: the test did not run
 
 
 class Bug(NamedTuple):
@@ -66,7 +66,7 @@ class Copy:
                 (folder / path.name).symlink_to(path)
 
     def run(self, tests: Sequence[str]) -> tuple[int, str]:
-        """Return pytest's exit status and output for some tests. A test that hangs counts as one that fails."""
+        """Return pytest's exit status and output for some tests, -1 if they do not end."""
         command = [
             sys.executable,
             "-m",
@@ -87,7 +87,7 @@ class Copy:
                 command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=limit, check=False
             )
         except subprocess.TimeoutExpired:
-            return 1, f"no end after {limit:.0f} s"
+            return -1, f"no end after {limit:.0f} s"
         return done.returncode, done.stdout + done.stderr
 
     def plant(self, bug: Bug) -> tuple[str, str]:
@@ -149,7 +149,8 @@ def main() -> int:
     for _ in bugs:
         bug, outcome, output, seconds = finished.get()
         results.append((bug, outcome))
-        print(f"{outcome:16} {seconds:5.1f} s  {bug.name} ({bug.file})", flush=True)
+        failed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith("FAILED ")]
+        print(f"{outcome:16} {seconds:5.1f} s  {bug.name} ({bug.file})", *failed[:1], flush=True)
         if outcome != "died":
             print("    " + "\n    ".join(output.strip().splitlines()[-12:]), flush=True)
     died = sum(outcome == "died" for _, outcome in results)

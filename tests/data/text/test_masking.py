@@ -77,11 +77,9 @@ def test_rows_are_cls_first_sep_second_sep(made: Made) -> None:
                 assert part and all((b - a) % 395 == 1 for a, b in zip(part, part[1:], strict=False))
 
 
-def test_half_of_the_pairs_are_neighbours_and_the_others_of_another_document(shards: SentenceShards) -> None:
+def test_pairs_are_neighbours_or_of_two_documents(shards: SentenceShards) -> None:
     bounds, elsewhere = RowPlanner(shards.training, 61, 0.1, True).rows(np.random.default_rng(0))
-    several = np.diff(shards.training.documents) > 1  # a document of one sentence has no next one
     owner = np.searchsorted(shards.training.starts[shards.training.documents], bounds, side="right") - 1
-    assert 0.42 < elsewhere[several[owner[:, 0]]].mean() < 0.58
     assert ((owner[:, 0] != owner[:, 2]) == (elsewhere == 1)).all()
     untouched = (bounds[:, 3] - bounds[:, 2] + bounds[:, 1] - bounds[:, 0]) < 61
     assert (bounds[:, 1] == bounds[:, 2])[(elsewhere == 0) & untouched].all()

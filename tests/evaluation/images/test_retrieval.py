@@ -122,7 +122,12 @@ def test_classify_and_embed_pictures(run, pictures, capsys) -> None:
     words("classify", run, *files, "--labels", "red,green,blue", "--json")
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["picture"] for line in told] == list(map(str, files))
-    assert sum(told[0]["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+    shares = [line["probabilities"] for line in told]
+    assert [line["label"] for line in told] == [max(each, key=each.get) for each in shares]
+    assert [sum(each.values()) for each in shares] == pytest.approx([1, 1], abs=1e-5)
+    words("classify", run, *files, "--labels", "red,green,blue", "--json", "--template", "a small {} thing")
+    others = [json.loads(line)["probabilities"] for line in capsys.readouterr().out.splitlines()]
+    assert [*others[0]] == [*shares[0]] and others != shares
     words("classify", run, "--on", pictures, "--template", "a small {} thing")
     assert "of 6 pictures" in capsys.readouterr().out
     words("embed", run, files[0], "a small red thing", "--nearest", "2", "--among", pictures)
