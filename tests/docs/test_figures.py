@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+from markdown.extensions.toc import slugify
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs/results/data"
@@ -100,6 +101,27 @@ def test_every_number_of_a_landmarks_results_has_its_source(path: Path) -> None:
     text = re.sub(r"\$[^$]*\$|[(（][A-Z]\w+[,、] ?\d{4}[)）]", " ", section)  # formulas, and years of papers
     known = {figure["value"] for figure in FIGURES if path.relative_to(ROOT).as_posix() in figure["pages"]}
     assert [number for number in numbers(text) if number not in known | MEASURED] == []
+    (row,) = [each for each in LANDMARKS if each["name"] == path.name.partition(".")[0]]
+    own = known | own_numbers(section, row["section"]) | {*NUMBER.findall(row["published"])}
+    assert [number for number in numbers(text) if "." in number and number not in own] == []
+
+
+def own_numbers(text: str, title: str) -> set[str]:
+    """Return the numbers of the sections that a text links to, or of a whole page, and of the section with a title."""
+    links = re.findall(r"\]\(\.\./results/(\w+)(?:\.ja)?\.md(?:#([^)]*))?\)", text)
+    found = set()
+    for path in RESULTS:
+        for part in re.split(r"(?m)^## ", path.read_text(encoding="utf-8")):
+            heading = part.partition("\n")[0]
+            if heading == title or {(path.stem, ""), (path.stem, slugify(heading, "-"))} & {*links}:
+                found |= {*NUMBER.findall(part)}
+    return found
+
+
+def test_a_number_of_another_table_would_be_seen() -> None:
+    text = "19.54 ([results](../results/translation.md#translation-with-attention))"
+    assert "19.54" in own_numbers(text, "")
+    assert "19.54" not in own_numbers("19.54 ([results](../results/speed.md))", "Reversed relations")
 
 
 @pytest.mark.parametrize("row", LANDMARKS, ids=lambda row: row["name"])
