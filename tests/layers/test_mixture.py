@@ -16,6 +16,7 @@ from keifu.layers.mixture import (
     SoftmaxRouter,
     collapsed_routers,
     end_step,
+    idle_parameters,
     recorded_routing,
 )
 
@@ -136,3 +137,8 @@ def test_routers_are_balanced_by_the_loads_of_all_ranks() -> None:
     end_step(model, lambda counts: counts + torch.tensor([0, 9, 9]))
     assert model[0].load.tolist() == [4, 10, 10]
     assert (router.correction - before).sign().tolist() == [1, -1, -1]
+
+
+def test_a_token_leaves_the_experts_idle_that_it_does_not_choose() -> None:
+    """Of five experts of 3 · 6 · 10 weights, a token uses two."""
+    assert idle_parameters(nn.Sequential(mixture(SoftmaxRouter(6, 5, 2), 5))) == 3 * 180

@@ -141,3 +141,9 @@ def test_a_text_ends_at_its_first_end_token(folder: str, monkeypatch: pytest.Mon
     tokenizer.stop_ids = {end}
     monkeypatch.setattr(unmasking, "unmask", lambda model, ids, how: [*ids[:1], *a, *a, end, *b, end, *c])
     assert write(model, tokenizer, "a", Unmasking(max_tokens=7)) == "bb"
+
+
+def test_steps_that_do_not_divide_the_masks_fill_all_of_them() -> None:
+    model = Sure()
+    assert unmask(model, [MASK] * 7, Unmasking(steps=3, block=8)) == [*range(7)]
+    assert [row.count(MASK) for row in model.seen] == [7, 5, 3]
