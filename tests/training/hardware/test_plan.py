@@ -261,6 +261,7 @@ def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixt
     hours = 1.4e12 / made.rate / 3600  # of one device; made.rate is of one device too
     assert f"1.4e+12 tokens: {hours / 24 / 2048:,.1f} days, {hours:,.0f} device hours" in text
     assert f", {hours * 400 * plan.POWER / 1e6:,.3g} MWh" in text  # an A100 takes 400 W
+    assert f"{1.4e12 * architecture(SIZES['llama-65b']).flops / (1e15 * 86_400):,.4g} PF-days" in text
     assert 15 < hours / 24 / 2048 < 35  # 21 days were published
     parse_command(plan_command, ["dit-xl-2"], "keifu plan")()
     text = capsys.readouterr().out
