@@ -335,6 +335,7 @@ def of_ppo(toys: Toys) -> tuple[Any, list[Group]]:
         "text.held_out": Reach(0.3, lambda r: len(r.data.pretraining.text.held_out), DIFFERENT),
         "text.text_field": Reach("body", lambda r: of_text(r)["field"]),
         "text.encoding": Reach("cp932", lambda r: of_text(r).get("encoding")),
+        "text.split": Reach("end", lambda r: of_text(r).get("split"), None),
         "seed": Reach(5, "data.pretraining.text.seed"),
     }
     value = {"value_rate": Reach(5e-3, lambda r: dict(r.settings.rate_shares)["value."] * r.settings.learning_rate)}
