@@ -14,6 +14,7 @@ from keifu.native import compiler
 from keifu.native.library import INSTRUCTIONS
 
 DRIVER = Path(__file__).parent / "arm_driver.cpp"
+QEMU = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 FORMATS = 10  # that the driver runs
 CPUS = {  # of the emulator, and the instruction sets that are chosen from on each
     "max": ["portable", "neon_dotprod", "neon_i8mm", "neon_bf16"],
@@ -50,10 +51,21 @@ def run(*command: str | Path) -> dict[str, dict[str, str]]:
     return results
 
 
+@pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="there is no compiler for arm64")
+@pytest.mark.skipif(not QEMU, reason="there is no qemu-user")
+def test_neon_gives_the_bits_of_portable_code(tmp_path: Path) -> None:
+    program = build("aarch64-linux-gnu-g++", "aarch64", tmp_path / "arm")
+    arm = run(str(QEMU), "-cpu", "max", program)
+    assert [*arm] == CPUS["max"]
+    assert len(arm["portable"]) == FORMATS and len({*arm["portable"].values()}) == FORMATS
+    for name in CPUS["max"]:
+        assert arm[name] == arm["portable"], name
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not shutil.which("aarch64-linux-gnu-g++"), reason="there is no compiler for arm64")
-@pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="there is no qemu-user")
+@pytest.mark.skipif(not QEMU, reason="there is no qemu-user")
 def test_neon_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     here = run(build("g++", "x86_64", tmp_path / "x86"))
     if "avx2" not in here:
@@ -61,7 +73,7 @@ def test_neon_gives_the_bits_of_avx2(tmp_path: Path) -> None:
     assert len(here["avx2"]) == FORMATS and len(set(here["avx2"].values())) == FORMATS
     program = build("aarch64-linux-gnu-g++", "aarch64", tmp_path / "arm")
     for cpu, instructions in CPUS.items():
-        arm = run("qemu-aarch64", "-cpu", cpu, program)
+        arm = run(str(QEMU), "-cpu", cpu, program)
         assert [*arm] == instructions, cpu
         for name in instructions:
             assert arm[name] == here["avx2"], f"{cpu}: {name}"
