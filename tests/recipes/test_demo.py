@@ -2,6 +2,9 @@
 
 import io
 import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +15,15 @@ from keifu.commands.evaluate import training_facts
 from keifu.data.catalogue import catalogue
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split_of_run
+from keifu.errors import UserError
+from keifu.inference.text.fill import Guess
 from keifu.recipes import demo, landmarks
 
 
 @pytest.mark.usefixtures("drawn_boundaries")
 def test_trained_models_are_shown_at_work(capsys: pytest.CaptureFixture) -> None:
-    pictures = landmarks.show()
+    pictures, differing_models = landmarks.show()
+    assert not differing_models
     told = capsys.readouterr().out
     assert len(pictures) == len(landmarks.SHOWN)
     for picture in pictures.values():
@@ -50,7 +56,8 @@ def test_sentences_with_a_gap_are_none_of_the_training_documents() -> None:
 
 def test_without_the_package_it_goes_on(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalogue, "is_cached", lambda name, among: name == "neuron")
-    assert list(landmarks.show()) == ["1958 a neuron learns AND"]
+    pictures, differing_models = landmarks.show()
+    assert ([*pictures], differing_models) == (["1958 a neuron learns AND"], [])
     told = capsys.readouterr().out.splitlines()
     assert told[1].startswith("   0 AND 0 = 0")
     assert told[2:] == [
@@ -63,6 +70,45 @@ def test_the_packaged_chat_model_answers(capsys: pytest.CaptureFixture) -> None:
     asked, *answer = capsys.readouterr().out.splitlines()
     assert asked == "   > My umbrella is broken. What should I do?"
     assert len(re.findall(r"[a-z]+", " ".join(answer))) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "answer"),
+    [
+        ("network", "_seen", ["1 (100%)"] * 8),
+        ("ja-en", "translate_texts", [[SimpleNamespace(source="川", text="できません")]] * 2),
+        ("bert-en", "fill", [[Guess("the", 1, 0.5)]]),
+        ("digits", "_seen", ["1 (100%)"]),
+    ],
+)
+def test_a_model_that_answers_otherwise_is_named(
+    name: str, function: str, answer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landmarks, "SHOWN", {name: landmarks.SHOWN[name]})
+    assert landmarks.show()[1] == []
+    monkeypatch.setattr(landmarks, function, lambda *_: answer)
+    assert landmarks.show()[1] == [name]
+
+
+def test_the_demonstration_fails_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What AMX did: every model is shown, and each answer is nonsense."""
+    loss = demo.held_out_loss("chat-en")
+    assert 0.5 < loss < 0.75 < demo.HIGHEST_LOSS
+    monkeypatch.setattr(landmarks, "show", lambda: ({}, ["bert-en"]))
+    monkeypatch.setattr(demo, "_ask", lambda name, *questions: ["ance camels"] * len(questions))
+    monkeypatch.setattr(demo, "held_out_loss", lambda name: demo.HIGHEST_LOSS + 0.1)
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. A dog ran to the house.\n" * 900)
+    monkeypatch.setattr(demo, "pretrain", lambda *_, **__: SimpleNamespace(figures={"validation_loss": 9.9}))
+    with pytest.raises(UserError, match="The answers of bert-en, the model that was trained here, smollm2, chat-en"):
+        demo.run(demo.Recipe(str(text)), tmp_path / "run", False)
+    monkeypatch.setattr(landmarks, "show", lambda: ({}, []))
+    monkeypatch.setattr(demo, "_ask", lambda name, *questions: ["Paris.", "It is Tokyo."])
+    monkeypatch.setattr(demo, "held_out_loss", lambda name: loss)
+    demo.run(demo.Recipe(str(text), 2), tmp_path / "again", False)
+    assert "Done in" in capsys.readouterr().out
 
 
 def test_a_character_is_two_pixels() -> None:

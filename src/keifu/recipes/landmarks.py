@@ -1,7 +1,10 @@
-"""The demonstration's landmarks: each is shown by a small pretrained model of the package, as text and as a picture."""
+"""The demonstration's landmarks: each is shown by a small pretrained model of the package, as text and as a picture.
+
+Each model's answer is compared with the known one, so that a machine that computes wrongly is noticed.
+"""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -27,26 +30,39 @@ SENTENCES = {
     "ja-en": ["この川の水はとても冷たい。", "昨日の夜、弟は宿題を忘れた。"],  # no near copies of training pairs
     "en-ja": ["There is a small library near our school.", "My brother forgot his homework last night."],
 }
+KNOWN_WORDS = {"ja-en": ("river", "cold"), "en-ja": ("学校", "図書館")}  # of the first sentence's translation
 GAPS = ["The president of the united [MASK].", "Cook for ten [MASK], then add salt."]
+KNOWN_FILLINGS = ["states", "minutes"]
 DIGIT, SEED = "7", 1  # of the picture drawn from noise
 LEARNED = "red heart", "cat face", "Christmas tree", "ヒマワリ"
 UNSEEN = "sleeping face", "green book", "白鳥", "桜"  # emoji without a relative in training
 PROMPTS = (*LEARNED, *UNSEEN)
 
 
-def show() -> dict[str, bytes]:
+class Shown(NamedTuple):
+    """PNG pictures of a landmark by name, and whether the model answered as it is known to."""
+
+    pictures: dict[str, bytes]
+    is_right: bool
+
+
+def show() -> tuple[dict[str, bytes], list[str]]:
     """Show the landmarks in order of years, each by a model of the package. Print the names of missing models. Return
-    PNG pictures by name."""
+    PNG pictures by name, and the names of the models whose answer is not the known one."""
     missing = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
     pictures: dict[str, bytes] = {}
+    differing_models: list[str] = []
     for name in [name for name in SHOWN if name not in missing]:
-        pictures |= SHOWN[name](name)
+        shown = SHOWN[name](name)
+        pictures |= shown.pictures
+        if not shown.is_right:
+            differing_models.append(name)
     if missing:
         print(f"   Left out: {', '.join(missing)} ({catalogue.how_to_install()} brings them).")
-    return pictures
+    return pictures, differing_models
 
 
-def _learn(name: str) -> dict[str, bytes]:
+def _learn(name: str) -> Shown:
     """Train a perceptron on AND, and compute AND with the pretrained one."""
     recipe = perceptron.Recipe()
     lesson = perceptron.prepare(recipe)
@@ -56,16 +72,19 @@ def _learn(name: str) -> dict[str, bytes]:
     rows = logic("and")[0]
     answers: Any = checkpoints.load(name)[0](rows.double())
     print("   " + ", ".join(f"{int(a)} AND {int(b)} = {int(y)}" for (a, b), y in zip(rows, answers, strict=True)))
-    return {"1958 a neuron learns AND": perceptron.draw(lesson, stages)}
+    pictures = {"1958 a neuron learns AND": perceptron.draw(lesson, stages)}
+    return Shown(pictures, [int(y) for y in answers] == [0, 0, 0, 1])
 
 
-def _read_digits(name: str) -> dict[str, bytes]:
-    digits = toy_dataset("mnist").held.inputs[:8]
+def _read_digits(name: str) -> Shown:
+    table = toy_dataset("mnist").held
+    digits = table.inputs[:8]
     print("   1986, a network reads digits that it has not seen before:", flush=True)
     print(_drawn(digits))
     seen = _seen(name, digits)
     print("".join(f"{word:^{WIDE + 1}}" for word in seen))
-    return {"1986 a network reads digits": grid(_pixels(digits), seen, columns=8)}
+    right = sum(text.split()[0] == str(label) for text, label in zip(seen, table.targets[:8].tolist(), strict=True))
+    return Shown({"1986 a network reads digits": grid(_pixels(digits), seen, columns=8)}, right >= 7)
 
 
 def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
@@ -75,7 +94,7 @@ def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
     return [f"{digit} ({share:.0%})" for digit, share in zip(predicted.tolist(), shares.tolist(), strict=True)]
 
 
-def _translate(name: str) -> dict[str, bytes]:
+def _translate(name: str) -> Shown:
     """Translate and print two sentences. The picture shows the last layer's attention for the last one."""
     translator, tokenizer = checkpoints.load(name)
     translations = [pair for [pair] in translate_texts(translator, tokenizer, SENTENCES[name], TranslationParams())]
@@ -85,16 +104,19 @@ def _translate(name: str) -> dict[str, bytes]:
     seen = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
     rows, columns = ([tokenizer.decode([token]) or "(end)" for token in ids] for ids in (seen.rows, seen.columns))
     last = {"last layer, mean of its heads": [*seen.attention.values()][-1].mean(0)}
-    return {f"2017 attention of {name}": draw_maps(last, rows, columns, f"{sentence}\n→ {translations[-1].text}")}
+    picture = draw_maps(last, rows, columns, f"{sentence}\n→ {translations[-1].text}")
+    is_right = all(word in translations[0].text for word in KNOWN_WORDS[name])
+    return Shown({f"2017 attention of {name}": picture}, is_right)
 
 
-def _fill(name: str) -> dict[str, bytes]:
+def _fill(name: str) -> Shown:
     model, tokenizer = checkpoints.load(name)
     fillings = {text: fill(model, tokenizer, text)[0] for text in GAPS}
     for text, guesses in fillings.items():
         words = ", ".join(f"{guess.word} {guess.probability:.0%}" for guess in guesses[:3])
         print(f"   2018, BERT, a sentence that it has not seen before: {text.replace('[MASK]', '___')} {words}")
-    return {"2018 a masked word": _bars(fillings)}
+    words = [guesses[0].word for guesses in fillings.values()]
+    return Shown({"2018 a masked word": _bars(fillings)}, words == KNOWN_FILLINGS)
 
 
 def _bars(fillings: dict[str, list[Guess]]) -> bytes:
@@ -107,7 +129,7 @@ def _bars(fillings: dict[str, list[Guess]]) -> bytes:
     return png(figure)
 
 
-def _draw(name: str) -> dict[str, bytes]:
+def _draw(name: str) -> Shown:
     painter = PixelPipeline(checkpoints.load(name)[0])
     wanted = ImageRequest("dpm++-2m", seed=SEED, label=painter.label(DIGIT), guidance=2.0)
     states = list(painter.drawing(painter.resolved(wanted), [SEED]))
@@ -115,27 +137,32 @@ def _draw(name: str) -> dict[str, bytes]:
     pictures = to_pixels(torch.cat([states[index].x for index in indices])).flatten(1) / 255
     print(f"   2020, a diffusion model: a {DIGIT} forms from noise, in {len(states)} steps:", flush=True)
     print(_drawn(pictures))
+    is_right = True
     if catalogue.is_cached("network", catalogue.MODELS):
-        print(f"   The network of 1986 sees in the last one: {_seen('network', pictures[-1:])[0]}")
-    return {"2020 a digit forms from noise": grid(_pixels(pictures), [f"step {index + 1}" for index in indices], 8)}
+        seen = _seen("network", pictures[-1:])[0]
+        print(f"   The network of 1986 sees in the last one: {seen}")
+        is_right = seen.split()[0] == DIGIT
+    sheet = grid(_pixels(pictures), [f"step {index + 1}" for index in indices], 8)
+    return Shown({"2020 a digit forms from noise": sheet}, is_right)
 
 
-def _draw_emoji(name: str) -> dict[str, bytes]:
+def _draw_emoji(name: str) -> Shown:
     """Draw emoji for a few names, and print which of them CLIP recognises in each."""
     painter = text_to_image_pipeline(*checkpoints.load(name))
     wanted = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
     drawn = painter.draw(wanted, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
     print(f"   2022, latent diffusion draws {', '.join(LEARNED)}; not in its training data: {', '.join(UNSEEN)}.")
-    captions = list(PROMPTS)
+    captions, is_right = list(PROMPTS), True
     if catalogue.is_cached("emoji-clip", catalogue.MODELS):
         nearest = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
         right = [index == number for number, index in enumerate(nearest)]
         print(f"   2021, CLIP finds the name of {sum(right[:4])} of the first and {sum(right[4:])} of the others.")
+        is_right = sum(right[:4]) >= 3
         captions = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, nearest, strict=True)]
-    return {"2022 emoji from their names": grid(drawn, captions, columns=4)}
+    return Shown({"2022 emoji from their names": grid(drawn, captions, columns=4)}, is_right)
 
 
-SHOWN: dict[str, Callable[[str], dict[str, bytes]]] = {
+SHOWN: dict[str, Callable[[str], Shown]] = {
     "neuron": _learn, "network": _read_digits, "ja-en": _translate, "en-ja": _translate, "bert-en": _fill,
     "digits": _draw, "emoji": _draw_emoji,
 }  # fmt: skip
