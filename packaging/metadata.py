@@ -10,7 +10,9 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#|mailto:)([^)\s]+)\)")  # to a file of the repository
+FILE = r"\((?!https?://|#|mailto:)([^)\s]+)\)"  # of the repository
+PICTURE = re.compile(r"!\[([^\]]*)\]" + FILE)
+LINK = re.compile(r"(?<!!)\[((?:!\[[^\]]*\]\([^)]*\)|[^\]])*)\]" + FILE)  # its label may be a picture
 
 
 class LongDescription(MetadataHookInterface):
@@ -40,11 +42,6 @@ def urls(address: str) -> dict[str, str]:
 
 def absolute_links(text: str, address: str) -> str:
     """Return the text with links to files made absolute; without an address links are text, pictures are left out."""
-
-    def replaced(link: re.Match[str]) -> str:
-        picture, label, path = link.groups()
-        if not address:
-            return "" if picture else label
-        return f"{picture}[{label}]({address}/{'raw' if picture else 'blob'}/main/{path})"
-
-    return LINK.sub(replaced, text)
+    if not address:
+        return LINK.sub(r"\1", PICTURE.sub("", text))
+    return LINK.sub(rf"[\1]({address}/blob/main/\2)", PICTURE.sub(rf"![\1]({address}/raw/main/\2)", text))

@@ -7,7 +7,6 @@ import ast
 import io
 import re
 import tokenize
-from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -29,9 +28,6 @@ NO_VERBS = re.compile(
     "No|Nothing|Never|Everything|There|Several|Two|Three|Other|Our|Ours|Theirs|Those|These|Which|What|More|Only)"
 )
 NO_VERBS_LEFT: dict[str, int] = {"inference": 1}
-
-# Variables and parameters that a precise word should replace (index, position, path, ...). A number may only fall.
-VAGUE_NAMES = {"found": 5, "each": 43, "own": 6, "place": 15, "held": 17, "places": 7, "told": 3, "kind": 18}
 
 
 @cache
@@ -133,34 +129,3 @@ def test_first_words_that_are_no_imperative_are_found() -> None:
     assert [*first_words(text)] == ["Trains", "How"]
     assert not is_imperative("Trains", {"Train"}) and not is_imperative("How", set())
     assert is_imperative("Guess", {"Guess", "Train"}) and is_imperative("Train", {"Train"})
-
-
-def names_bound(text: str) -> Iterator[str]:
-    """Yield the variables and parameters of a file, each as often as it is bound."""
-    for node in nodes(text):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
-        elif isinstance(node, ast.arg):
-            yield node.arg
-
-
-@pytest.mark.parametrize("word", VAGUE_NAMES)
-def test_a_vague_name_is_bound_no_more_often_than_is_listed(word: str) -> None:
-    count = sum(names_in_source()[word].values())
-    files = ", ".join(f"{name} {number}" for name, number in names_in_source()[word].most_common(5))
-    assert count <= VAGUE_NAMES[word], f"{word} is bound {count} times, most often in {files}: name what it is."
-
-
-@cache
-def names_in_source() -> dict[str, Counter[str]]:
-    """Return for each vague name how often each file binds it."""
-    counts = {word: Counter[str]() for word in VAGUE_NAMES}
-    for path, text in files().items():
-        for name in names_bound(text):
-            if name in counts:
-                counts[name][path.relative_to(SOURCE).as_posix()] += 1
-    return counts
-
-
-def test_bound_names_are_found() -> None:
-    assert sorted(names_bound("def f(place):\n    each = [found for found in place]\n")) == ["each", "found", "place"]

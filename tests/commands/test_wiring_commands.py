@@ -270,7 +270,7 @@ bench = Table("bench M", {
     "json": Row("--json", STDOUT, lambda text: text.startswith("{")),
 }, {"keifu.checkpoints:load_model": SimpleNamespace(config=SimpleNamespace(context_length=999)),
     "keifu.commands.shared.inputs:load_writer": (SimpleNamespace(config=SimpleNamespace(context_length=999)), None),
-    ENGINE: SimpleNamespace(), "keifu.inference.text.model:text_model": lambda model: model,
+    ENGINE: SimpleNamespace(runner=None), "keifu.inference.text.model:text_model": lambda model: model,
     "keifu.inference.text.model:device_of": "cpu",
     "keifu.commands.bench:_check_room": None, "keifu.commands.bench:_speeds": {"decode": 1},
     "keifu.commands.bench:_memory": {}, "keifu.commands.bench:_report": "told"})  # fmt: skip

@@ -118,11 +118,12 @@ def test_the_name_is_the_one_that_is_looked_for(project: Path) -> None:
 
 def test_links_of_the_long_description() -> None:
     absolute_links = load("metadata").absolute_links
-    text = "[a](docs/a.md) ![b](docs/b.png) [c](https://c.org) [d](#d)"
-    assert absolute_links(text, "") == "a  [c](https://c.org) [d](#d)"
+    text = "[a](docs/a.md) ![b](docs/b.png) [c](https://c.org) [d](#d) [![e](docs/e.svg)](docs/e.md)"
+    assert absolute_links(text, "") == "a  [c](https://c.org) [d](#d) "
     address = "https://example.org/o/keifu"
     found = absolute_links(text, address)
     assert f"[a]({address}/blob/main/docs/a.md) ![b]({address}/raw/main/docs/b.png) [c](https://c.org)" in found
+    assert found.endswith(f"[![e]({address}/raw/main/docs/e.svg)]({address}/blob/main/docs/e.md)")
     assert load("metadata").urls("") == {} and load("metadata").urls(address)["Issues"] == f"{address}/issues"
 
 

@@ -156,6 +156,7 @@ def test_a_slow_but_steady_body_is_read(served: Any, base: str, monkeypatch: pyt
         for start in range(0, len(body), 20):
             clock[0] += 0.8 * WAIT
             yield body[start : start + 20]
+            time.sleep(0.05)  # the server reads a part before the clock goes on
 
     headers = {"content-type": "application/json"}
     found = httpx.post(f"{served.url}/v1/completions", content=slowly(), headers=headers, timeout=WAIT)

@@ -77,7 +77,7 @@ def test_a_model_that_writes_is_counted_once_on_a_gpu(folder: Path) -> None:
 @pytest.mark.parametrize(("given", "expected"), [(-2, None), (-1, None), (0, 0), (5, 5), (None, None)])
 def test_a_negative_number_of_ollama_is_no_limit(given: int | None, expected: int | None) -> None:
     turns = [ollama.OllamaMessage(role="user", content="Who?")]
-    fields = ollama._fields(ollama.OllamaChat(messages=turns, options={"num_predict": given}))
+    fields = ollama.OllamaChat(messages=turns, options={"num_predict": given}).settings()
     assert fields.get("max_tokens") == expected
 
 

@@ -75,6 +75,7 @@ def test_a_stop_while_the_run_is_measured_ends_it(monkeypatch) -> None:
 
 def test_a_stop_while_a_tokenizer_is_learned_ends_it(monkeypatch) -> None:
     """The library does not look for signals, so that Ctrl-C waited for its end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests of torch.distributed may have left another one
     done = threading.Event()
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
