@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from keifu.errors import UserError
 
 FULL = {errno.ENOSPC: "disk", errno.EDQUOT: "quota"}  # system error numbers of a full disk or quota
 LEFT = re.compile(r"\..+\.\d+\.part|\.tmp\w{6}")  # temporary files of `replacing`, and of the package safetensors
+ABANDONED = 600  # seconds
 WINDOWS = os.name == "nt"  # cannot open folders, syncs only writable files, and locks open files
 
 
@@ -115,6 +117,29 @@ def check_output(path: Path, option: str, folder: bool) -> None:
     except OSError as error:
         reason = f"no file can be made in {parent} ({error.strerror})"
         raise UserError(f"{option} {path} cannot be written: {reason}.") from None
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove temporary files of `replacing` in a folder into which other processes may write: those that no living
+    process of this machine owns, and that have not grown for `ABANDONED` seconds (another machine may share the
+    folder)."""
+    for path in directory.glob(".*.part") if directory.is_dir() else ():
+        match = LEFT.fullmatch(path.name)
+        with suppress(OSError, OverflowError):
+            if match and not _is_running(int(path.suffixes[-2][1:])) and time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    if WINDOWS:
+        return True  # there, a signal would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def remove_left(directory: Path) -> None:

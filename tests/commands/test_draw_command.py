@@ -178,6 +178,9 @@ def test_a_picture_that_was_changed_is_said_to_differ(model: str, capsys: pytest
         Image.open("a.png").save("odd.png", pnginfo=chunks)
         said = refused(capsys, "--again", "odd.png")
         assert expected in said and said.count("record") == 1
+    (chunks := PngInfo()).add_text("keifu", json.dumps(told | {"dtype": "/etc/passwd"}))
+    Image.open("a.png").save("odd.png", pnginfo=chunks)
+    assert "no number format of weights '/etc/passwd'" in refused(capsys, "--again", "odd.png")
     Image.new("L", (20_000, 16_000)).save("odd.png")
     assert "odd.png is damaged" in refused(capsys, "--again", "odd.png")
     assert "text.png is no picture" in refused(capsys, "--again", "text.png")

@@ -12,7 +12,7 @@ from keifu.checkpoints.diffusers.pipeline import PIPELINE, is_diffusers, open_di
 from keifu.checkpoints.gguf.read import is_gguf, open_gguf
 from keifu.checkpoints.gguf.write import save_gguf
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
-from keifu.checkpoints.hf.write import save
+from keifu.checkpoints.hf.write import MOVING, STAGE, save
 from keifu.checkpoints.hub import locate
 from keifu.checkpoints.lora.peft import base_of, is_adapter, load_adapter
 from keifu.checkpoints.packing import fill_in_blocks, load_packed, pack_or_keep
@@ -196,6 +196,11 @@ def planned(name: str | Path, dtype: torch.dtype | None = None, device: torch.de
 def open_source(path: Path) -> Source:
     """Open a model's file or folder. Raises UserError for anything else."""
     if path.is_dir():
+        if stage := next(path.glob(f"{STAGE}*/{MOVING}"), None):
+            raise UserError(
+                f"{path} has files of two models: a command that wrote it was interrupted. Run that command again, or "
+                f"move the files of {stage.parent.name} into {path.name} and remove that folder."
+            )
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not any((path / name).exists() for name in CONFIGS):
             return open_source(ggufs[0])

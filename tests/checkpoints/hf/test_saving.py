@@ -1,6 +1,7 @@
 """What `save` writes: others load it as it is, and a crash or a full disk leaves the old one whole."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -169,6 +170,42 @@ def test_other_files_stay_and_a_crash_leaves_nothing_in_the_way(tokenizer, tmp_p
     (tmp_path / ".saving-1/model.safetensors").write_bytes(b"half")
     checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
     assert (tmp_path / "metrics.jsonl").exists() and not list(tmp_path.glob(".saving*"))
+
+
+def test_a_folder_that_a_killed_save_left_half_new_is_refused_until_it_is_written_again(
+    tokenizer, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
+    pid = os.fork()
+    if not pid:  # a process that is killed while it renames the files
+
+        def rename(source: Path, target: Path) -> Path:
+            return os._exit(9) if target == tmp_path / "config.json" else os.replace(source, target)
+
+        monkeypatch.setattr(Path, "replace", rename)
+        checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    with pytest.raises(UserError, match="has files of two models: a command that wrote it was interrupted"):
+        checkpoints.load(tmp_path)
+    checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
+    checkpoints.load(tmp_path)
+
+
+def test_parts_that_a_killed_process_left_are_removed_by_a_later_conversion(tokenizer, tmp_path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {
+        "dead": f".x.gguf.{ended.pid}.part",
+        "new": f".y.gguf.{ended.pid}.part",
+        "ours": f".z.gguf.{os.getpid()}.part",
+    }
+    for name in (*names.values(), ".notes.part"):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, None if name == names["new"] else (0, 0))
+    checkpoints.save_gguf(MODELS["llama"](), None, tmp_path / "x.gguf")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"x.gguf", ".notes.part", names["new"], names["ours"]}
 
 
 def test_nothing_of_an_older_tokenizer_stays(tokenizer, tmp_path) -> None:

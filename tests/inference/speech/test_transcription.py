@@ -218,6 +218,21 @@ def test_unknown_languages_and_other_models_are_refused(hearing) -> None:
         transcribe(torch.nn.Linear(1, 1), words, SOUND)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("task_to_id", 3), ("task_to_id", {"transcribe": {}}), ("lang_to_id", ["<|en|>"]), ("suppress_tokens", [2**70]),
+        ("suppress_tokens", 3), ("begin_suppress_tokens", [10**6]), ("max_initial_timestamp_index", "50"),
+        ("no_timestamps_token_id", "7"), ("no_timestamps_token_id", True), ("forced_decoder_ids", [3]),
+    ],
+)  # fmt: skip
+def test_damaged_settings_of_a_model_are_named(hearing, name: str, value: Any) -> None:
+    _, model, words = hearing(0)
+    damaged = words.replace(generation_config={**words.generation_config, name: value})
+    with pytest.raises(UserError, match=f"generation_config.json has {name} .*, which must be"):
+        transcribe(model, damaged, SOUND)
+
+
 def test_a_window_is_cut_at_pairs_of_times(hearing) -> None:
     _, model, words = hearing(0)
     tokens = speech_tokens(model.config, words)

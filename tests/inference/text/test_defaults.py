@@ -9,6 +9,7 @@ from torch import nn
 
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.inference.chat.conversation import Conversation
 from keifu.inference.text.generate import generate, generate_batch
@@ -112,3 +113,10 @@ def test_a_chat_model_is_given_a_message(script: Any, chatter: Tokenizer) -> Non
     assert generate(script(answer, asked=len(asked)), chatter, "Hi") == "はい"
     assert generate(script(answer, asked=2), chatter, ["Hi"], raw=True) == ["はい"]
     assert "".join(Conversation(script(answer, asked=len(asked)), chatter).reply("Hi")) == "はい"
+
+
+@pytest.mark.parametrize("stop", [3, 0.5, {"a": "b"}])
+def test_stop_strings_of_another_kind_are_named(stop: Any) -> None:
+    tokenizer = train_tokenizer("bpe", ["ab"], 260).replace(generation_config={"stop_strings": stop})
+    with pytest.raises(UserError, match=r"In the model's generation_config.json, stop is .*a string or a list"):
+        defaults(tokenizer)

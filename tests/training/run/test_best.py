@@ -1,5 +1,6 @@
 """`keep_best`: a finished run leaves the weights of its lowest validation loss, also when it was stopped before."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +48,17 @@ def test_without_it_the_last_weights_stay_and_a_better_end_is_kept(tmp_path: Pat
     train(model, objective, Sequences(), settings(keep_best=True), run(tmp_path / "better"))
     state, _ = checkpoint.latest(tmp_path / "better")
     assert all(torch.equal(state.tensors[f"model.{name}"], tensor) for name, tensor in weights(model).items())
+
+
+@pytest.mark.parametrize("damage", [{"figures": None}, {"figures": 3}, {"figures": {}}, {"step": "x"}])
+def test_a_damaged_record_of_the_best_weights_is_as_none(tmp_path: Path, damage: dict) -> None:
+    best = checkpoint.Best(3, {LOSS: 1.0})
+    (tmp_path / checkpoint.FOLDER).mkdir()
+    checkpoint.keep_best(tmp_path, toy(), best)
+    assert checkpoint.read_best(tmp_path) == best
+    facts = tmp_path / checkpoint.FOLDER / "best.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | damage))
+    assert checkpoint.read_best(tmp_path) is None
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -19,7 +19,7 @@ from keifu.checkpoints.hf.weight_names import Link, links
 from keifu.checkpoints.hf.write import published_tensors
 from keifu.checkpoints.plan import check_tokenizer, permute_rotary
 from keifu.errors import unknown
-from keifu.files import replacing
+from keifu.files import remove_abandoned, replacing
 
 # llama.cpp's number for the type of most matrices of a file
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
@@ -56,6 +56,7 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
     }
     shapes = _stacked_shapes(tensor_links) | {name: tuple(tensor.shape) for name, tensor in extra.items()}
     tensors = chain(stack(published_tensors(model, tensor_links), stack_of, lambda _, whole: whole), extra.items())
+    remove_abandoned(path.parent)
     with replacing(path) as temporary:
         try:
             _write(temporary, name, fields, shapes, tensors, format)

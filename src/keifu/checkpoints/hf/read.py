@@ -41,6 +41,8 @@ def open_directory(path: Path) -> Source:
         run = ", which a run writes when it ends or is stopped" if (path / "recipe.json").exists() else ""
         raise UserError(f"{path} is no model: it holds no config.json{run or _nearest('config.json', path)}.")
     json = _with_preprocessor(where) | _modules(path)
+    if not isinstance(json.get("model_type", ""), str):
+        raise UserError(f"{where} has the model_type {str(json['model_type'])[:60]}, which must be a name.")
     if (model_type := TEXT_PARTS.get(json.get("model_type", ""))) and isinstance(json.get("text_config"), dict):
         return _text_part(path, json, model_type)
     family, config = read_config(json, str(where))

@@ -31,6 +31,7 @@ from keifu.files import disk_space, sync, write_tensors
 from keifu.locks import writing_alone
 from keifu.processes import current
 
+MOVING = ".moving"  # in the stage while its files are renamed: until then the folder is the old model
 STAGE = ".saving-"
 ROLES = ("bos", "eos", "pad")
 # fields of a config that also belong there
@@ -200,6 +201,7 @@ def _move(stage: Path, directory: Path) -> None:
     for name in new:
         with named[name].open("rb+") as file:
             os.fsync(file.fileno())
+    (stage / MOVING).touch()
     for group in groups.values():
         for name in group:
             (directory / name).parent.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ from keifu.data.images import grid
 from keifu.data.images.io import open_image, to_image
 from keifu.data.progress import counting
 from keifu.devices import choose, chosen, has_bfloat16
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, require_known, unknown
 from keifu.evaluation.images.text_to_image import best, cosines
 from keifu.files import sha256, write_atomic
 from keifu.inference.embeddings.clip import two_towers
@@ -60,6 +60,8 @@ def usual_dtype(load_plan: LoadPlan) -> str | None:
 def load(load_plan: LoadPlan, dtype: str | None, loras: Sequence[LoraRecord] = ()) -> ImagePipeline:
     """Load the model with these LoRAs merged into its weights, on the chosen device, with its tokenizer if it reads
     text."""
+    if dtype:
+        require_known("number format of weights", dtype, DTYPES)
     model: Any = (replace(load_plan, dtype=DTYPES[dtype]) if dtype else load_plan).fill()
     for lora in loras:
         apply_lora(model, lora.place, lora.scale)

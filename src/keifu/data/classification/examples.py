@@ -69,7 +69,10 @@ class Examples:
         return self.chosen(training), self.chosen(index for index in validation if keys[index] not in alone)
 
 
+DIGITS = 100  # maximal length of a label that is read as a number: Python refuses long ones
+
+
 def sorted_labels(labels: Iterable[str]) -> tuple[str, ...]:
     """Return every label once, sorted; numbers by value."""
-    numbers = {text: int(text) if text.isdecimal() else 0 for text in labels}
-    return tuple(sorted(numbers, key=lambda text: (not text.isdecimal(), numbers[text], text)))
+    numbers = {text: int(text) if text.isdecimal() and len(text) <= DIGITS else None for text in labels}
+    return tuple(sorted(numbers, key=lambda text: (numbers[text] is None, numbers[text] or 0, text)))

@@ -23,7 +23,7 @@ from keifu.data.text.held_out import SplitRule, passages
 from keifu.data.tokenizers.load import load_tokenizer
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.files import hash_of, replacing, sha256, write_atomic
+from keifu.files import hash_of, remove_abandoned, replacing, sha256, write_atomic
 from keifu.untrusted import read_json_object
 
 TOKENIZER = "tokenizer"
@@ -53,6 +53,8 @@ def prepare_files(
     if not rank < of:
         raise UserError(f"--rank {rank} is not below --of {of}: ranks are counted from 0.")
     kept = folder / TOKENIZER
+    for place in (folder, kept):
+        remove_abandoned(place)
     if not kept.is_dir():
         made = folder / f".{TOKENIZER}-{rank}"
         tokenizer.save(made)

@@ -80,10 +80,46 @@ class SpeechTokens:
         require_known("task of this model", task, self.tasks or {"transcribe": 0})
 
 
+def _check_ids(given: Mapping[str, Any], size: int) -> None:
+    """Raise `UserError` for an entry of generation_config.json that is not of its kind, or a token that is not in the
+    vocabulary of this size."""
+
+    def is_token(value: Any) -> bool:
+        return type(value) is int and 0 <= value < size
+
+    def are_tokens(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(map(is_token, value))
+
+    def names_tokens(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(map(is_token, value.values()))
+
+    def are_forced(value: Any) -> bool:
+        return isinstance(value, list | tuple) and all(
+            isinstance(pair, list | tuple) and len(pair) == 2 and (pair[1] is None or is_token(pair[1]))
+            for pair in value
+        )
+
+    tokens = f"tokens from 0 to {size - 1:,}"
+    kinds = {
+        "no_timestamps_token_id": (is_token, f"one of the {tokens}"),
+        "lang_to_id": (names_tokens, f"an object with {tokens}"),
+        "task_to_id": (names_tokens, f"an object with {tokens}"),
+        "suppress_tokens": (are_tokens, f"a list of {tokens}"),
+        "begin_suppress_tokens": (are_tokens, f"a list of {tokens}"),
+        "forced_decoder_ids": (are_forced, f"a list of pairs of a position and one of the {tokens}"),
+        "max_initial_timestamp_index": (is_token, "a whole number within the vocabulary"),
+    }
+    for name, (is_right, kind) in kinds.items():
+        value = given.get(name)
+        if value is not None and not is_right(value):
+            raise UserError(f"generation_config.json has {name} {str(value)[:60]!r}, which must be {kind}.")
+
+
 def speech_tokens(config: Any, tokenizer: Tokenizer) -> SpeechTokens:
     """Return the special tokens of a model."""
     given = tokenizer.generation_config
     without_times = given.get("no_timestamps_token_id", tokenizer.backend.token_to_id(NO_TIMESTAMPS))
+    _check_ids(given, config.vocab_size)
     if without_times is None:
         raise UserError(f"This tokenizer has no {NO_TIMESTAMPS}, so it is not one of a model that hears.")
     languages = {token.strip("<|>"): number for token, number in given.get("lang_to_id", {}).items()}

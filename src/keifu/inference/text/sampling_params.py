@@ -234,6 +234,8 @@ def sampling_params_from(options: Mapping[str, Any]) -> SamplingParams:
     for name in options:
         require_known("sampling option", name, known)
     stop, bias = options.get("stop", ()), options.get("logit_bias") or ()
+    if not isinstance(stop, str | Sequence | None):
+        raise UserError(f"stop is {stop!r}, which must be a string or a list of strings.")
     several = {"stop": (stop,) if isinstance(stop, str) else tuple(stop or ())}
     return SamplingParams(**{**options, **several, "logit_bias": tuple(dict(bias).items())})
 

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -260,8 +260,10 @@ def read_best(directory: Path) -> Best | None:
     tensors, facts = _best_files(directory)
     with suppress(UserError, FileNotFoundError):
         content = read_json_object(facts)
-        if content.get("sha256") == sha256(tensors):
-            return Best(content["step"], content["figures"])
+        step, figures = cast(Any, content.get("step")), cast(Any, content.get("figures"))
+        whole = isinstance(step, int) and isinstance(figures, dict) and isinstance(figures.get(LOSS), float | int)
+        if whole and content.get("sha256") == sha256(tensors):
+            return Best(step, figures)
     return None
 
 

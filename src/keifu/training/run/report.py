@@ -17,7 +17,7 @@ from keifu.training.run import metrics
 from keifu.training.run.progress import format_bytes, format_count, format_seconds
 from keifu.training.run.run_directory import RECIPE, SAMPLES
 from keifu.training.settings import flat
-from keifu.untrusted import read_json, read_json_object
+from keifu.untrusted import read_json, read_json_object, reading
 
 WIDTH, HEIGHT = 480, 260
 COLOURS = {"#2f6fb4": "var(--c0)", "#c8501e": "var(--c1)", "#2b8a4b": "var(--c2)"}  # matplotlib's colours → the page's
@@ -130,6 +130,8 @@ def _write(directory: Path, **content: Any) -> Path:
 def _content(directory: Path) -> dict[str, Any]:
     """Return the content of a run's report."""
     recipe, samples = read_json_object(directory / RECIPE), directory / SAMPLES
+    with reading(directory / RECIPE):
+        machine = _machine(recipe)
     texts = sorted(samples.glob("*.txt"))
     pictures = [*sorted(samples.glob("*.png")), *sorted(directory.glob("*.png"))]
     return {
@@ -142,7 +144,7 @@ def _content(directory: Path) -> dict[str, Any]:
         "pictures": [_picture(path) for path in pictures],
         "options": flat(recipe["options"]),
         "data": _data(recipe.get("data") or []),
-        "machine": _machine(recipe),
+        "machine": machine,
     }
 
 
