@@ -47,7 +47,8 @@ class SentenceHead(nn.Module):
 
     def __init__(self, dim: int, labels: int, pooling: Pooling = "mean"):
         super().__init__()
-        self.project, self.pooling = Linear(dim, labels), pooling
+        self.project = Linear(dim, labels)
+        self.pooling: Pooling = pooling
 
     def forward(self, hidden: Hidden, mask: Mask | None = None) -> Float[Tensor, "batch labels"]:
         return self.project(F.normalize(pool(hidden, mask, self.pooling), dim=-1).to(self.project.weight.dtype))
