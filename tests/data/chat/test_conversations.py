@@ -21,6 +21,7 @@ FORMS = {
         [{"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}],
     ),
     "prompt and response": ({"prompt": "Hi", "response": "Hello"}, TALK),
+    "question and answer": ({"question": "Hi", "answer": "Hello"}, TALK),
     "prompt and completion": ({"prompt": [SYSTEM, TALK[0]], "completion": [TALK[1]]}, [SYSTEM, *TALK]),
 }
 

@@ -1,9 +1,10 @@
-"""Conversations for fine-tuning: read from files of four published formats, or generated from the catalogue's texts.
+"""Conversations for fine-tuning: read from files of five common formats, or generated from the catalogue's texts.
 
 A conversation is a list of messages. A file contains records: .jsonl (an object on each line), .json (a list of
 objects), or another format that `keifu.data.records` reads. The format is recognised by the fields, in this order:
 {"messages": [{"role", "content"}]} (OpenAI), {"conversations": [{"from", "value"}]} (ShareGPT), {"instruction",
-"input", "output"} (Alpaca), {"prompt", "response"} or {"prompt", "completion"}, which are texts or lists of messages.
+"input", "output"} (Alpaca), {"prompt", "response"} or {"prompt", "completion"}, which are texts or lists of messages,
+and {"question", "answer"}.
 
 Synthetic conversations add a fixed question to a text of the catalogue. The answers come from Wikipedia, Wikibooks and
 Tatoeba (`keifu data list` has licences and credits). Arithmetic problems are generated and solved here.
@@ -162,11 +163,11 @@ def _alpaca(record: Mapping[str, Any]) -> Any:
     return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
 
 
-def _from_prompt(answer: str, record: Mapping[str, Any]) -> Any:
+def _from_prompt(answer: str, record: Mapping[str, Any], prompt: str = "prompt") -> Any:
     def messages(part: Any, role: str) -> Any:
         return part if isinstance(part, list) else [{"role": role, "content": part}]
 
-    return [*messages(record["prompt"], "user"), *messages(record[answer], "assistant")]
+    return [*messages(record[prompt], "user"), *messages(record[answer], "assistant")]
 
 
 FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
@@ -175,6 +176,7 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Any]] = {
     ("instruction", "output"): _alpaca,
     ("prompt", "response"): lambda record: _from_prompt("response", record),
     ("prompt", "completion"): lambda record: _from_prompt("completion", record),
+    ("question", "answer"): lambda record: _from_prompt("answer", record, "question"),
 }
 
 
