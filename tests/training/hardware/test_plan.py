@@ -245,7 +245,10 @@ def test_amounts_have_letters(text: str, amount: float) -> None:
         (["dit-xl-2", "--lora.rank", "16"], "draws pictures: a plan is of its whole training"),
         (["dit-xl-2", "--context-length", "64"], "follow from its size: leave out --context-length"),
         (["llama3.1-405b", "--inference", "--devices", "8xA100-80G"], "do not fit into"),
-        (["llama-7b", "--inference", "--lora.rank", "16"], "--inference trains nothing: leave out --lora"),
+        (["llama-7b", "--inference", "--lora.rank", "16"], "--inference trains nothing: leave out --tokens"),
+        (["llama-7b", "--inference", "--tokens", "3B"], "--inference trains nothing: leave out --tokens"),
+        (["llama-7b", "--inference", "--batch", "4M"], "--inference trains nothing: leave out --tokens"),
+        (["whisper-tiny.en", "--inference"], "whisper-tiny.en transcribes recordings"),
     ],
 )
 def test_what_cannot_be_planned_is_said(words: list[str], sentence: str) -> None:

@@ -66,10 +66,14 @@ def run(options: Options) -> None:
         raise UserError(f"{size.name} draws pictures: a plan is of its whole training, without --inference and --lora.")
     if options.inference and size.model == "diffusion.llada":
         raise UserError(f"{size.name} writes by passes over the whole text, without a cache: leave out --inference.")
+    if options.inference and size.model.startswith("speech."):
+        raise UserError(
+            f"{size.name} transcribes recordings, which no plan of inference counts: leave out --inference."
+        )
     devices, kind = plan.parse_devices(options.devices)
     if options.inference:
-        if options.lora != Adapters() or options.optimizer_state != "float32":
-            raise UserError("--inference trains nothing: leave out --lora and --optimizer-state.")
+        if options.amount or options.step or options.lora != Adapters() or options.optimizer_state != "float32":
+            raise UserError("--inference trains nothing: leave out --tokens, --batch, --lora and --optimizer-state.")
         figures = plan.inference(model, devices, kind, model.context)
         rows = [
             ("sequences at a time", f"{figures['sequences']:,} of {model.context:,} tokens"),
