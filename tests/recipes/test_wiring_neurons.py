@@ -90,8 +90,8 @@ def test_the_perceptrons_options_reach_the_rule(tmp_path: Path, monkeypatch: pyt
 
 def test_the_demonstration_trains_as_long_on_what_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text("".join(f"line {number} of the text {number % 7}\n" for number in range(900)))
-    monkeypatch.setattr(demo, "_ask", lambda *_: None)
-    monkeypatch.setattr(demo.landmarks, "show", lambda: {})  # tests/recipes/test_demo.py has these
+    monkeypatch.setattr(demo, "_ask", lambda _, *questions: ["Paris", "Tokyo"])
+    monkeypatch.setattr(demo.landmarks, "show", lambda: ({}, []))  # tests/recipes/test_demo.py has these
     record = wiring.run("demo", demo.Recipe(str(tmp_path / "text.txt"), 123), tmp_path / "run")
     assert record.settings.steps == 123 and record.run.about["data"][0]["source"] == str(tmp_path / "text.txt")
     assert record.settings.evaluate_every == 130 and record.settings.optimizer == "muon"

@@ -12,7 +12,7 @@ from keifu.errors import UserError
 
 ENGINE = Path(__file__).parent / "engine"
 SOURCE = ENGINE / "kernel.c"
-TARGET = ("-target", "wasm32-freestanding", "-O2", "-msimd128", "-mbulk-memory", "-nostdlib", "-std=c11", "-Wall")
+TARGET = ("-target", "wasm32-freestanding", "-Os", "-msimd128", "-mbulk-memory", "-nostdlib", "-std=c11", "-Wall")
 LINK = ("--no-entry", "--import-memory", "--strip-all", "-z,stack-size=65536", "--export=__heap_base")
 
 

@@ -172,20 +172,21 @@ def test_other_files_stay_and_a_crash_leaves_nothing_in_the_way(tokenizer, tmp_p
     assert (tmp_path / "metrics.jsonl").exists() and not list(tmp_path.glob(".saving*"))
 
 
-def test_a_folder_that_a_killed_save_left_half_new_is_refused_until_it_is_written_again(
-    tokenizer, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+KILLED = """
+import os, sys
+from pathlib import Path
+import keifu
+
+folder = Path(sys.argv[1])
+model, tokenizer = keifu.load(folder)
+Path.replace = lambda source, target: os._exit(9) if target == folder / "config.json" else os.replace(source, target)
+keifu.save(model, tokenizer, folder)
+"""  # a process that is killed while it renames the files
+
+
+def test_a_folder_that_a_killed_save_left_half_new_is_refused_until_it_is_written_again(tokenizer, tmp_path) -> None:
     checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
-    pid = os.fork()
-    if not pid:  # a process that is killed while it renames the files
-
-        def rename(source: Path, target: Path) -> Path:
-            return os._exit(9) if target == tmp_path / "config.json" else os.replace(source, target)
-
-        monkeypatch.setattr(Path, "replace", rename)
-        checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == 9
     with pytest.raises(UserError, match="has files of two models: a command that wrote it was interrupted"):
         checkpoints.load(tmp_path)
     checkpoints.save(MODELS["llama"](), tokenizer, tmp_path)
