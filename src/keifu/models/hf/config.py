@@ -322,3 +322,17 @@ def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] |
 def layer_types(n_layers: int, full: Collection[int], other: str = "sliding_attention") -> list[str]:
     """Return the published `layer_types`. full: the layers with full attention."""
     return ["full_attention" if layer in full else other for layer in range(n_layers)]
+
+
+def partial_rope(head_dim: int, share: float) -> FieldGroup:
+    """Return the fields of rotary positions that turn the first `rope_dim` numbers of a head. head_dim, share: the
+    published defaults of the head's size and of the turned share."""
+
+    def read(json: Mapping[str, Any]) -> dict[str, Any]:
+        rope_dim = int(json.get("head_dim", head_dim) * read_part(json, share))
+        return {**read_rope(json, partial=True), "rope_dim": rope_dim}
+
+    def write(config: Any) -> dict[str, Any]:
+        return write_part(write_rope(config.rope_theta, config.rope_scaling), config.rope_dim / config.head_dim)
+
+    return FieldGroup(read, write)

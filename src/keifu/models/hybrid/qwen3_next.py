@@ -105,15 +105,6 @@ NOT_WEIGHTS = ("mtp.**",)
 MODEL_TYPES = {"qwen3_next": "Qwen3NextForCausalLM"}
 
 
-def _read_rope(json: Mapping[str, Any]) -> dict[str, Any]:
-    turned = int(json.get("head_dim", 256) * hf.read_part(json, 0.25))
-    return {**hf.read_rope(json, partial=True), "rope_dim": turned}
-
-
-def _write_rope(config: Any) -> dict[str, Any]:
-    return hf.write_part(hf.write_rope(config.rope_theta, config.rope_scaling), config.rope_dim / config.head_dim)
-
-
 def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
     every = json.get("full_attention_interval", 4)
     return {"global_layers": hf.read_global_layers({**json, "sliding_window_pattern": every}, 4)}
@@ -121,7 +112,7 @@ def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
 
 SHARED_FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "head_dim": hf.Field("head_dim", 256),
-    "rope": hf.FieldGroup(_read_rope, _write_rope),
+    "rope": hf.partial_rope(256, 0.25),
     "global_layers": llama.published_layers(4, "linear_attention")._replace(read=_read_layers),
     "n_linear_key_heads": hf.Field("linear_num_key_heads", 16),
     "n_linear_value_heads": hf.Field("linear_num_value_heads", 32),

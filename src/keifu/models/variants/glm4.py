@@ -5,10 +5,8 @@ model. The files name the norm before the feed-forward network "post_attention_l
 after the attention "post_self_attn_layernorm".
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.positions import Rotary
@@ -59,19 +57,10 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
 MODEL_TYPES = {"glm4": "Glm4ForCausalLM"}
 
 
-def _read_rope(json: Mapping[str, Any]) -> dict[str, Any]:
-    rope_dim = int(json.get("head_dim", 128) * hf.read_part(json, 0.5))
-    return {**hf.read_rope(json, partial=True), "rope_dim": rope_dim}
-
-
-def _write_rope(config: Config) -> dict[str, Any]:
-    return hf.write_part(hf.write_rope(config.rope_theta, config.rope_scaling), config.rope_dim / config.head_dim)
-
-
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "head_dim": hf.Field("head_dim", 128),
     "qkv_bias": hf.Field("attention_bias", True),
     "norm_eps": hf.Field("rms_norm_eps", 1.5625e-7, float),
-    "rope": hf.FieldGroup(_read_rope, _write_rope),
+    "rope": hf.partial_rope(128, 0.5),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
