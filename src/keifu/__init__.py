@@ -1,5 +1,8 @@
 """keifu's Python interface, each name imported at first use, so that `import keifu` is free.
 
+This file imports only modules that Python itself has loaded. With `python -m keifu` the current folder is still on the
+path here, and a file such as `typing.py` in it would run (see `keifu.__main__`).
+
 >>> import keifu
 >>> model, tokenizer = keifu.load("smollm2")
 >>> keifu.generate(model, tokenizer, "Once upon a time, in a small", max_tokens=3, raw=True)
@@ -7,9 +10,11 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # type checkers take it as true, as that of `typing`
 if TYPE_CHECKING:
+    from typing import Any
+
     from keifu.checkpoints import load, load_weights, save
     from keifu.interface import generate, train
     from keifu.training.protocols import LossOutput
@@ -29,7 +34,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a public function at first use (PEP 562)."""
     if name not in _HOMES:
         raise AttributeError(f"module 'keifu' has no attribute {name!r}")

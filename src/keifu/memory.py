@@ -26,7 +26,7 @@ def available_memory(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "mps":
         return max(0, min(torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory(), _machine()))
-    return min([_machine(), *container()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min([_machine(), *container(), *address_space()]) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _machine() -> int:
@@ -70,6 +70,17 @@ def _left(group: Path, most: str, used: str, droppable: str) -> int | None:
     lines = statistics.read_text().splitlines() if statistics.exists() else []
     caches = sum(int(line.split()[1]) for line in lines if line.split()[0] == droppable)
     return max(0, int(limit.read_text()) - int(usage.read_text()) + caches)
+
+
+def address_space() -> list[int]:
+    """Return the bytes that this process may still map, if a limit is set for it (`ulimit -v`)."""
+    if sys.platform != "linux":
+        return []
+    import resource
+
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return [] if limit == resource.RLIM_INFINITY else [max(0, limit - pages * resource.getpagesize())]
 
 
 def release(device: torch.device) -> None:

@@ -1,6 +1,8 @@
 """Log-mel features are those of transformers; sound files are read, and damaged ones refused."""
 
 import io
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -78,6 +80,34 @@ def test_a_small_file_does_not_fill_the_memory() -> None:
         tracemalloc.stop()
     assert len(data) < 100_000 and len(samples) == 16_000 * 12
     assert most < 30e6  # all samples of all channels would take 74 MB
+
+
+def test_half_an_hour_of_sound_takes_little_more_memory_than_its_samples(tmp_path) -> None:
+    """The file has some 100 kB. Its samples are 115 MB and its features 58 MB; the spectrum would be 290 MB."""
+    pytest.importorskip("soundfile")
+    (tmp_path / "silence.flac").write_bytes(written(np.zeros(16_000 * 1800, np.int16), 16_000, "FLAC"))
+    code = """
+import resource, sys
+from pathlib import Path
+from keifu.data.audio.log_mel import log_mel
+from keifu.data.audio.recordings import read_sound
+log_mel(read_sound(Path(sys.argv[1]))[:32_000], 80)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+"""
+    code += "features = log_mel(read_sound(Path(sys.argv[2])), 80)\n"
+    code += "print(features.shape[1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    (tmp_path / "short.wav").write_bytes(written(np.zeros(16_000 * 2)))
+    words = [sys.executable, "-c", code, str(tmp_path / "short.wav"), str(tmp_path / "silence.flac")]
+    frames, kilobytes = map(int, subprocess.run(words, capture_output=True, text=True, timeout=60).stdout.split())
+    assert frames == 180_000
+    assert kilobytes < 280_000
+
+
+def test_the_features_of_parts_are_those_of_the_whole(monkeypatch) -> None:
+    expected = log_mel(TONES, 80)
+    for part in (1, 7, 299, 300):
+        monkeypatch.setattr("keifu.data.audio.log_mel.PART", part)
+        assert (log_mel(TONES, 80) - expected).abs().max() < 1e-6
 
 
 def test_the_reading_ends_between_two_parts(monkeypatch) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import os
 import signal
+import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -300,6 +301,21 @@ def test_memory_is_read_within_the_limits_of_the_container(tmp_path: Path) -> No
     (job / "memory.current").write_text("100\n")
     assert memory.container(tmp_path, own) == [200, 500, 0]
     assert 0 < memory.available_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc/self/statm")
+def test_memory_is_read_within_the_limit_of_the_process() -> None:
+    """As `ulimit -v` sets it: an allocation beyond it fails, however much memory the machine has."""
+    code = """
+import resource, torch
+from keifu.memory import address_space, available_memory
+assert address_space() == []
+mapped = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (mapped + 2**28, -1))
+print(available_memory(torch.device("cpu")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert 0 < int(done.stdout) <= 2**28, done.stderr
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ A folder has sound files and metadata.jsonl, with the fields file_name (a path i
 known, speaker and "part": "test" for recordings to test on. Axes: samples, mels = frequency bands, frames.
 """
 
+import math
 import shutil
 import subprocess
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ def read_sound(
         import soxr
     except (ImportError, OSError) as error:
         raise UserError("Reading sound needs soundfile and soxr: run pip install 'keifu[audio]'.") from error
-    name = name or str(source)
+    name, finite = name or str(source), True
     try:
         with soundfile.SoundFile(BytesIO(source) if isinstance(source, bytes) else plain_file(source)) as file:
             rate, channels, seconds = file.samplerate, file.channels, file.frames / file.samplerate
@@ -63,17 +65,22 @@ def read_sound(
                 limits = f"{limits}, and {longest * DENSEST:,.0f} samples of all channels, are read"
                 raise UserError(f"{name} has {seconds:,.0f} seconds and {channels} channels at {rate} Hz; {limits}.")
             at_rate, parts = soxr.ResampleStream(rate, RATE, 1), file.blocks(PART, dtype="float32", always_2d=True)
-            pieces = [at_rate.resample_chunk(part.mean(1)) for part in parts if not go_on()]
-            last = at_rate.resample_chunk(np.zeros(0, np.float32), last=True)
-            samples = torch.from_numpy(np.concatenate([*pieces, last]))
+            # one array for all, because a list of parts and their concatenation would take twice as much memory
+            samples, count = np.empty(math.ceil(file.frames * RATE / rate) + RATE, np.float32), 0
+            for part in chain(parts, [np.zeros((0, 1), np.float32)]):
+                go_on()
+                piece = at_rate.resample_chunk(part.mean(1), last=not len(part))
+                finite = finite and bool(np.isfinite(piece).all())
+                samples[count : count + len(piece)] = piece
+                count += len(piece)
     except (soundfile.LibsndfileError, TypeError, ValueError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
         reason = str(error).rstrip(".").rpartition(": ")[2]
         raise UserError(f"{name} cannot be read as sound ({reason}): give WAV, FLAC, MP3 or Ogg.") from error
-    if not len(samples) or not samples.isfinite().all():
-        raise UserError(f"{name} has {'numbers that are not finite' if len(samples) else 'no sound in it'}.")
-    return samples
+    if not count or not finite:
+        raise UserError(f"{name} has {'numbers that are not finite' if count else 'no sound in it'}.")
+    return torch.from_numpy(samples[:count])
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,11 @@ def transcribe(
     language = tokens.code(settings.language or str(usual or ""))
     tokens.check(language, settings.task)
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
-    padded = F.pad(samples, (0, max(0, window * HOP - len(samples))))  # pad short sound with silence
-    features = log_mel(padded, hearer.config.n_mels).to(device_of(model))
-    frame, seconds, segments = 0, len(samples) / RATE, list[Segment]()
+    seconds = len(samples) / RATE
+    if len(samples) < window * HOP:  # pad short sound with silence
+        samples = F.pad(samples, (0, window * HOP - len(samples)))
+    features = log_mel(samples, hearer.config.n_mels).to(device_of(model))
+    frame, segments = 0, list[Segment]()
     given = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
     past = deque(given, max(0, hearer.config.context_length // 2 - 1))
     with evaluation_mode(model), torch.inference_mode():
