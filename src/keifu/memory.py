@@ -74,7 +74,7 @@ def _left(group: Path, most: str, used: str, droppable: str) -> int | None:
 
 def address_space() -> list[int]:
     """Return the bytes that this process may still map, if a limit is set for it (`ulimit -v`)."""
-    if sys.platform != "linux":
+    if not PROC.exists():  # only Linux says how much is mapped
         return []
     import resource
 

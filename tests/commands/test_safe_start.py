@@ -13,19 +13,6 @@ from keifu.commands.train import start
 
 MARK = "with open({marker!r}, 'a') as file:\n    file.write(__name__ + ' ')\nraise SystemExit(9)\n"
 MODULES = ("random", "torch", "pip", "json", "numpy", "tyro", "site", "logging", "safetensors", "typing", "shlex")
-    "random",
-    "torch",
-    "pip",
-    "json",
-    "numpy",
-    "tyro",
-    "site",
-    "logging",
-    "safetensors",
-    "typing",
-    "shlex",
-    "tempfile",
-)
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 def test_the_features_of_parts_are_those_of_the_whole(monkeypatch) -> None:
     expected = log_mel(TONES, 80)
-    for part in (1, 7, 299, 300):
+    for part in (2, 7, 299, 300):
         monkeypatch.setattr("keifu.data.audio.log_mel.PART", part)
         assert (log_mel(TONES, 80) - expected).abs().max() < 1e-6
 
