@@ -12,37 +12,14 @@ import pytest
 import torch
 from quick import quick
 from serving_toys import SIZE, running, sharp
+from tool_toys import FORMS, HEAD, TAGGED, TAIL, TURN, tokenizer_of
 
 import keifu
-from keifu.data.tokenizers.chat_template import CHATML
-from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 from keifu.serving.app import Access
 from keifu.serving.openai.tools import HERMES, Reply, ToolUse, render, tool_format
 from keifu.serving.worker import Limits
 
-HEAD = "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}"
-TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}"
-TAIL = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-TAGGED = (  # as Hermes and Qwen
-    "{% for c in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}<tool_call>\n"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>{% endfor %}'
-)
-LISTED = (  # a list after a special token, each call with its id, as Mistral
-    "{% for c in m.tool_calls or [] %}{{ '[CALLS] [' if loop.first else ', ' }}"
-    '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}'
-    "{{ ']' if loop.last }}{% endfor %}"
-)
-BARE = (  # one call at a time and no mark, as Llama 3.2
-    "{% if m.tool_calls and m.tool_calls | length > 1 %}{{ raise_exception('one call at a time') }}{% endif %}"
-    "{% for c in m.tool_calls or [] %}"
-    '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}'
-)
-OUTSIDE = (  # the name outside of JSON, special tokens around it
-    "{% for c in m.tool_calls or [] %}[CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}"
-)
-FORMS = {"tagged": TAGGED, "listed": LISTED, "bare": BARE, "outside": OUTSIDE}
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of a city",
@@ -56,15 +33,6 @@ WEATHER = {
 CLOCK = {"name": "clock"}
 TOOLS: Any = [{"type": "function", "function": each} for each in (WEATHER, CLOCK)]
 ASK: Any = {"messages": [{"role": "user", "content": "The weather?"}], "tools": TOOLS, "max_tokens": 300}
-
-
-def tokenizer_of(form: str | None) -> Tokenizer:
-    """Return bytes, the tokens of turns and of calls, and a template of this form; None: one that knows no tools."""
-    control = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "[CALLS]", "[ARGS]"]
-    trained = train_tokenizer("bpe", ["ab"], 262, special_tokens=control[1:])
-    found = Tokenizer(trained.backend, {"bos_token": control[0], "eos_token": control[0]})
-    template = CHATML if form is None else HEAD + TURN + FORMS[form] + TAIL
-    return found.with_chat_template(template).replace(stop_ids=[found.token_id("<|im_end|>")])
 
 
 @pytest.fixture(scope="module")

@@ -97,7 +97,8 @@ class Answer:
         if not self.tools:
             return Reply(splitter=splitter)
         form = tool_format(tokenizer)
-        return Reply(form, form.trigger(tokenizer), splitter=splitter)
+        schemas = {tool["name"]: tool.get("parameters") or {} for tool in self.tools.functions}
+        return Reply(form, form.trigger(tokenizer), splitter=splitter, functions=schemas)
 
     def push(self, choice: int, piece: Piece) -> list[Delta]:
         """Add a piece to the reply of its choice. Return the parts that are now certain, thoughts first."""

@@ -7,7 +7,7 @@ support tools, the system message describes them, and the model calls them in th
 import json
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -21,9 +21,11 @@ from keifu.errors import UserError
 from keifu.inference.chat import prompts
 from keifu.inference.chat.prompts import ImagePrompt
 from keifu.serving.openai.constraints import COMBINED, LAYOUT, Grammar, checked
+from keifu.serving.tool_parsers.tagged import Tagged, probe_arguments, tagged
 
 Messages = Sequence[Mapping[str, Any]]
 JSON = json.JSONDecoder()
+THOUGHTLESS = re.compile(r"^\s*<think>\s*</think>\s*")  # GLM writes empty thoughts before a call
 PROBES = ("first_probe", "second_probe")
 THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # some templates open a thought for the answer only
 TOLD = """\
@@ -41,6 +43,7 @@ class ToolFormat:
     closing.
 
     between: None if the template only writes one call at a time. native: whether the template supports tools.
+    notation: of the arguments; None: JSON. objects: whether the template takes arguments as objects, not as JSON text.
     """
 
     opening: str
@@ -48,6 +51,8 @@ class ToolFormat:
     between: str | None
     closing: str
     native: bool = True
+    notation: Tagged | None = None
+    objects: bool = True
 
     def trigger(self, tokenizer: Tokenizer) -> str:
         """Return the start of the opening, which distinguishes calls from text: one token, or everything before the
@@ -58,7 +63,8 @@ class ToolFormat:
 
     def special(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Return the special tokens in the format with their ids."""
-        whole = "\n".join((self.opening, self.middle, self.between or "", self.closing))
+        marks = self.notation.marks if self.notation else ""
+        whole = "\n".join((self.opening, self.middle, self.between or "", self.closing, marks))
         return {word: token for token in tokenizer.special_ids if (word := _token(tokenizer, token)) in whole}
 
 
@@ -73,34 +79,68 @@ def _token(tokenizer: Tokenizer, number: int) -> str:
 
 @lru_cache(maxsize=16)
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:
-    """Return the format of calls in the tokenizer's template; Hermes' format if it writes no calls, or not as JSON."""
-    for count in (2, 1):
-        with suppress(UserError):
-            if tool_format := _probe(tokenizer, PROBES[:count]):
-                return tool_format
+    """Return the format of calls in the tokenizer's template; Hermes' format if it writes no calls, or in a notation
+    that is not known."""
+    for find in (_json_format, _tagged_format):
+        for count, objects in ((2, True), (1, True), (2, False), (1, False)):
+            with suppress(UserError):
+                if tool_format := find(tokenizer, PROBES[:count], objects):
+                    return tool_format
     return HERMES
 
 
-def _probe(tokenizer: Tokenizer, names: Sequence[str]) -> ToolFormat | None:
-    """Return the format, derived from the template's rendering of calls to these functions."""
+def _rendered(
+    tokenizer: Tokenizer, names: Sequence[str], objects: bool, arguments: Callable[[str], dict[str, str]]
+) -> str | None:
+    """Return a turn of calls to these functions as the template renders it; None if it shows no functions."""
     asked = [{"role": "user", "content": "x"}]
-    calls = [_call(name, json.dumps({"probe": name}), "000000000") for name in names]  # Mistral needs nine digits
+    calls = [_call(name, json.dumps(arguments(name)), "000000000") for name in names]  # Mistral needs nine digits
     results = [{"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "y"} for c in calls]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     tools = [{"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in names]
     prompt = THOUGHT.sub("", tokenizer.chat_text(asked, tools=tools))
-    whole = tokenizer.chat_text(with_objects([*asked, turn, *results]), tools=tools)
+    turns = [*asked, turn, *results]
+    whole = tokenizer.chat_text(with_objects(turns) if objects else turns, tools=tools)
     if names[0] not in prompt or not whole.startswith(prompt):
         return None
-    answer = whole[len(prompt) :]
+    return THOUGHTLESS.sub("", whole[len(prompt) :])
+
+
+def _json_format(tokenizer: Tokenizer, names: Sequence[str], objects: bool) -> ToolFormat | None:
+    """Return the format of calls whose arguments are JSON."""
+    answer = _rendered(tokenizer, names, objects, lambda name: {"probe": name})
+    if answer is None:
+        return None
     matches = [re.search(rf'{name}(.*?)\{{\s*"probe":\s*"{name}"\s*\}}', answer, re.DOTALL) for name in names]
     first, last = matches[0], matches[-1]
     if first is None or last is None or first[1] != last[1]:
         return None
-    ends = [at for end in tokenizer.stop_ids if (at := answer.find(_token(tokenizer, end), last.end())) >= 0]
+    closing = _until_stop(tokenizer, answer, last.end())
     between = answer[first.end() : last.start()] if len(names) > 1 else None
-    closing = answer[last.end() : min(ends)] if ends else ""
-    return ToolFormat(answer[: first.start()], first[1], between, closing) if ends else None
+    if closing is None:
+        return None
+    return ToolFormat(answer[: first.start()], first[1], between, closing, objects=objects)
+
+
+def _tagged_format(tokenizer: Tokenizer, names: Sequence[str], objects: bool) -> ToolFormat | None:
+    """Return the format of calls whose arguments are between tags."""
+    answer = _rendered(tokenizer, names, objects, probe_arguments)
+    form = tagged(answer, names) if answer else None
+    if answer is None or form is None:
+        return None
+    notation, first, last, middle = form
+    closing, after = _until_stop(tokenizer, answer, last.end()), notation.after
+    if not closing or not closing.startswith(after) or len(closing.rstrip()) == len(after):
+        return None
+    between = answer[first.end() + len(after) : last.start()] if len(names) > 1 else None
+    closing = closing[len(after) :].rstrip()
+    return ToolFormat(answer[: first.start()], middle, between, closing, notation=notation, objects=objects)
+
+
+def _until_stop(tokenizer: Tokenizer, answer: str, start: int) -> str | None:
+    """Return the text up to the first token that ends an answer; None if there is no such token."""
+    ends = [at for end in tokenizer.stop_ids if (at := answer.find(_token(tokenizer, end), start)) >= 0]
+    return answer[start : min(ends)] if ends else None
 
 
 def _call(name: str, arguments: str, number: str) -> dict[str, Any]:
@@ -136,9 +176,11 @@ def render(
         return prompts.render(tokenizer, messages, config, **options)
     if any(message.get("images") for message in messages):
         raise UserError("Pictures and tools cannot be in one conversation: leave out one of them.")
-    if tool_format(tokenizer).native:
+    form = tool_format(tokenizer)
+    if form.native:
         tools = [{"type": "function", "function": {"parameters": {}, **function}} for function in functions]
-        return prompts.render(tokenizer, with_objects(messages), config, tools=tools or None, **options)
+        turns = with_objects(messages) if form.objects else messages
+        return prompts.render(tokenizer, turns, config, tools=tools or None, **options)
     return prompts.render(tokenizer, _in_words(messages, functions), config, **options)
 
 
@@ -191,6 +233,9 @@ class ToolUse:
         empty = {"type": "object", "properties": {}}
         schemas = [part if {"$ref", *COMBINED} & part.keys() else {**empty, **part} for part in given]
         for index, parameters in enumerate(checked(schemas, "tools")):
+            if form.notation:
+                rules += form.notation.rules(f"a{index}", parameters, literal)
+                continue
             rules.append(f"a{index}: %json {json.dumps(parameters | {'x-guidance': LAYOUT})}")
         return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *rules])), "tools")
 
@@ -221,8 +266,11 @@ class Delta(NamedTuple):
 
 @dataclass
 class Reply:
-    """Growing answer, split into thoughts, text and calls. form: None if nothing may be called. thought: thoughts in
-    the text of the last push. reasoning: all thoughts. finish_reason: the API's reason why the answer ended."""
+    """Growing answer, split into thoughts, text and calls.
+
+    form: None if nothing may be called. thought: thoughts in the text of the last push. reasoning: all thoughts.
+    finish_reason: the API's reason why the answer ended. functions: schemas of the arguments, by function.
+    """
 
     form: ToolFormat | None = None
     trigger: str = ""
@@ -233,7 +281,9 @@ class Reply:
     reasoning: str = ""
     reasoning_tokens: int = 0
     finish_reason: str = "length"
+    functions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _held: str = ""
+    _opened: str = ""
     _state: str = "text"
 
     @property
@@ -254,6 +304,8 @@ class Reply:
         self._held += text
         steps = iter(partial(self._next, self.form, last), None)
         deltas = [step for step in steps if any((step.content, step.name, step.arguments))]
+        if last and self._state == "name":  # a call that has not come to its arguments is text
+            deltas.append(Delta(self._opened + self._cut(len(self._held), "after").content))
         self.text += "".join(delta.content for delta in deltas)
         return deltas
 
@@ -261,6 +313,11 @@ class Reply:
         """Return the next part; None if more text is needed."""
         if self._state == "text":
             return self._plain(form, last)
+        if form.notation and self._state == "name":
+            return self._tagged(form, form.notation)
+        if self._state == "whole":
+            self._state = "after"
+            return Delta(call=len(self.calls) - 1, arguments=self.calls[-1]["function"]["arguments"])
         if self._state == "name":
             name, middle, _ = self._held.partition(form.middle)
             if not middle:
@@ -272,17 +329,29 @@ class Reply:
             return self._arguments()
         between = form.between or form.closing
         if self._state == "after" and form.between and self._held.startswith(between):
-            self._cut(len(between), "name")
+            self._opened = self._cut(len(between), "name").content
             return Delta()
         return None
+
+    def _tagged(self, form: ToolFormat, notation: Tagged) -> Delta | None:
+        """Return the name of a call with tagged arguments, once the whole call has come. Its arguments come next."""
+        ends = [end for end in (form.closing, form.between) if end]
+        call = next(filter(None, (notation.read(self._held, form.middle, end, self.functions) for end in ends)), None)
+        if call is None:
+            return None
+        self._cut(call.length, "whole")
+        self.calls.append(_call(call.name, call.arguments, f"{secrets.randbits(36):09x}"))
+        return Delta(call=len(self.calls) - 1, name=call.name)
 
     def _plain(self, form: ToolFormat, last: bool) -> Delta | None:
         start = self._held.find(self.trigger)
         if start >= 0:
-            if len(self._held) < start + len(form.opening):
+            if not last and form.opening.startswith(self._held[start:]) and self._held[start:] != form.opening:
                 return None if not start else self._cut(start, "text")
+            if not self._held.startswith(form.opening, start):  # the trigger was text
+                return self._cut(start + len(self.trigger), "text")
             delta = Delta(self._held[:start])
-            self._cut(start + len(form.opening), "name")
+            self._opened = self._cut(start + len(form.opening), "name").content[start:]
             return delta
         most = min(len(self._held), len(self.trigger) - 1)
         ends = (n for n in range(most, 0, -1) if self._held.endswith(self.trigger[:n]))

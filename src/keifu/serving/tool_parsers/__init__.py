@@ -1,0 +1,1 @@
+"""Notations for the arguments of a call that are not JSON."""
