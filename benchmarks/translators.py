@@ -25,8 +25,9 @@ from keifu.data.translation.batches import by_tokens
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text.translation import RESAMPLES, Scorer, evaluate
 from keifu.models import seq2seq as rnn, transformer as attending
+from keifu.recipes.running import train_job
 from keifu.recipes.translation import seq2seq, transformer
-from keifu.recipes.translation.translator_runs import TranslationOptions, learn
+from keifu.recipes.translation.translator_runs import Training, own_settings, translator_job
 from keifu.training.settings import Settings
 
 ON = "tatoeba-ja-en"
@@ -37,10 +38,10 @@ DATA = Path(__file__).parents[1] / "docs/results/data"
 
 
 class Network(NamedTuple):
-    """Arguments of `learn` for a network: the name, options and settings of its recipe, its builder and its config."""
+    """Arguments of `translator_job`: name, options and settings of a recipe, the network's builder and its config."""
 
     kind: str
-    recipe: TranslationOptions
+    recipe: Any
     settings: Callable[[Any, int], Settings]
     build: Callable[[Any], torch.nn.Module]
     config: Any
@@ -51,13 +52,13 @@ def network(name: str, steps: int, rate: float) -> Network:
     if name in (WITHOUT, WITH):
         recipe = seq2seq.Recipe(data=ON, steps=steps, learning_rate=rate)
         config = replace(recipe.model, context="attention" if name == WITH else "fixed")
-        return Network("seq2seq", recipe, seq2seq.settings, rnn.build, config)
+        return Network("seq2seq", recipe, partial(own_settings, warmup=200), rnn.build, config)
     recipe = transformer.Recipe(data=ON, steps=steps, learning_rate=rate)
     return Network("transformer", recipe, _with_adamw, attending.build, recipe.model)
 
 
 def _with_adamw(recipe: transformer.Recipe, steps: int) -> Settings:
-    return replace(transformer.settings(recipe, steps), optimizer="adamw")
+    return replace(transformer.keifu_settings(recipe, steps), optimizer="adamw")
 
 
 def train(name: str, steps: int, rate: float, folder: Path) -> dict[str, float]:
@@ -68,9 +69,8 @@ def train(name: str, steps: int, rate: float, folder: Path) -> dict[str, float]:
         start = time.process_time()
         batching = partial(by_tokens, tokens=made.recipe.tokens_per_batch)
         smoothing = made.recipe.label_smoothing
-        run = learn(
-            made.kind, made.recipe, folder, False, made.build, made.config, made.settings, batching, smoothing, 1
-        )
+        training = Training(partial(made.settings, made.recipe), batching, smoothing, average=1)
+        run = train_job(translator_job(made.kind, made.recipe, made.build, made.config, training), folder)
         minutes = (time.process_time() - start) / 60
         found = {"loss": run.figures["validation_loss"], "core minutes": minutes, "steps": steps, "rate": rate}
         facts.write_text(json.dumps(found), encoding="utf-8")

@@ -28,7 +28,7 @@ PARTS = {  # each part, and those it may import; a part may also import what tho
     "serving": {"inference", "checkpoints", "evaluation"},
     "commands": {"recipes", "serving", "distributed"},
     "cli": {"commands"},
-    "interface": {"commands"},
+    "interface": {"recipes"},
     "lm_eval": {"checkpoints", "evaluation"},
     "keifu": {"cli", "interface"},
     "__main__": {"cli"},

@@ -19,8 +19,9 @@ from keifu.commands.reference import completion
 from keifu.commands.shared import flags, tables
 from keifu.commands.shared.errors import explain
 from keifu.commands.shared.help_text import arguments_of, help_text
-from keifu.commands.shared.recipe_options import computed, recipe_module, recipe_names, stored
+from keifu.commands.shared.recipe_options import computed, stored
 from keifu.errors import UserError
+from keifu.recipes.files import recipe_module, recipe_names
 
 HELPED = [*cli.COMMANDS]
 LIGHT = """

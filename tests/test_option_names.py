@@ -12,8 +12,8 @@ import pytest
 
 from keifu.cli import COMMANDS
 from keifu.commands.shared.command_names import module_of
-from keifu.commands.shared.recipe_options import path_of, recipe_module, recipes
 from keifu.distributed.mesh import Mesh
+from keifu.recipes.files import path_of, recipe_module, recipes
 from keifu.recipes.options import _dataclass, _option
 
 ROOT = Path(__file__).parent.parent

@@ -11,12 +11,11 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from keifu import cli
-from keifu.commands.shared import flags
 from keifu.commands.shared.command_names import COMMANDS, module_of
-from keifu.commands.shared.recipe_options import recipe_module, recipes
 from keifu.errors import UserError
 from keifu.ranges import AT_LEAST_ZERO, COUNT, Count, Range, check, check_value, range_of
-from keifu.recipes.options import paths, put
+from keifu.recipes.files import recipe_module, recipes
+from keifu.recipes.options import check_ranges, paths, put
 from keifu.recipes.runs import given
 from keifu.training.settings import Settings
 
@@ -72,7 +71,7 @@ ALL = [pytest.param(kind, id=f"{name}-{kind.__name__}") for name, kind in kinds(
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_numeric_option_has_a_range_in_which_its_usual_value_lies(kind: type) -> None:
-    flags.check_ranges(kind, usual(kind))
+    check_ranges(kind, usual(kind))
     assert [path for path, allowed in numeric_options(kind) if allowed is None] == []
 
 
@@ -87,7 +86,7 @@ def test_every_numeric_option_is_refused_by_name_outside_its_range(kind: type) -
             spoiled = deepcopy(values)
             put(spoiled, path, wrong)
             with pytest.raises(UserError, match=f"^--{names[path]} must be .*, not "):
-                flags.check_ranges(kind, spoiled)
+                check_ranges(kind, spoiled)
 
 
 @pytest.mark.parametrize("wrong", [True, "1", (0.5, math.nan), (1, None)])

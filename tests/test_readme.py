@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from keifu.cli import parse
-from keifu.commands.shared.recipe_options import recipes
 from keifu.errors import UserError
+from keifu.recipes.files import recipes
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples/data/README.md"

@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 
 from keifu.cli import parse
 from keifu.commands.shared.command_names import COMMANDS
-from keifu.commands.shared.recipe_options import recipes
+from keifu.recipes.files import recipes
 
 WIDTH = 100  # columns
 

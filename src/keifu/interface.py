@@ -13,7 +13,9 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
 from keifu.inference.text import generate as text
 from keifu.inference.text.generate import GenerateOptions
-from keifu.recipes import own
+from keifu.recipes import own, resuming
+from keifu.recipes.files import recipe_module
+from keifu.recipes.options import check_ranges, to_json
 from keifu.training.loop import Summary
 from keifu.training.protocols import Data
 
@@ -114,10 +116,6 @@ def _train_by_name(
     name: str, *, out: str | Path | None = None, resume: bool = False, replace: bool = False, **options: Any
 ) -> Path:
     """Run a recipe by name with these options. Return the folder of the run."""
-    from keifu.commands.shared import flags, resuming
-    from keifu.commands.shared.recipe_options import recipe_module
-    from keifu.recipes.options import to_json
-
     module = recipe_module(name)
     recipe_class = module.Recipe
     for option in options:
@@ -130,6 +128,6 @@ def _train_by_name(
         resuming.go_on(stored_run, module, type(usual)(**{**vars(usual), **options}), directory)
         return directory
     recipe = recipe_class(**options)
-    flags.check_ranges(recipe_class, to_json(recipe))
+    check_ranges(recipe_class, to_json(recipe))
     resuming.begin(name, module, recipe, directory, replace)
     return directory

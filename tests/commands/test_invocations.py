@@ -12,9 +12,9 @@ import torch
 
 from keifu import checkpoints, cli
 from keifu.commands.shared.command_names import COMMANDS
-from keifu.commands.shared.recipe_options import recipe_names
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
+from keifu.recipes.files import recipe_names
 
 WRONG = (
     "nan",

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from keifu import cli
-from keifu.commands.shared import resuming
 from keifu.data.text.held_out import passages
 from keifu.errors import UserError
+from keifu.recipes import resuming
 from keifu.recipes.language import characters, gpt
 from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text
 from keifu.recipes.neurons import mlp, perceptron

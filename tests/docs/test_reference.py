@@ -10,7 +10,7 @@ import pytest
 
 from keifu.cli import main
 from keifu.commands.shared.command_names import COMMANDS
-from keifu.commands.shared.recipe_options import recipes
+from keifu.recipes.files import recipes
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs/reference"

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from keifu.commands import evaluate
-from keifu.commands.shared import resuming
 from keifu.data.images.dataset import read_images
 from keifu.data.images.splits import split
 from keifu.data.tokenizers.train import train_tokenizer
@@ -23,6 +22,7 @@ from keifu.evaluation.registry import EvalRequest, ResultTable
 from keifu.evaluation.text import few_shot, perplexity
 from keifu.evaluation.text.tasks import TaskItem
 from keifu.inference.text.likelihood import Likelihood
+from keifu.recipes import resuming
 
 
 def test_of_equally_likely_choices_the_first_one_is_given() -> None:

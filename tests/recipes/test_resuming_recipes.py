@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from toy_captions import small_clip, small_pipeline
 
 from keifu import cli
-from keifu.commands.shared.recipe_options import recipes
 from keifu.models.clip import text as clip_text
 from keifu.recipes import demo
+from keifu.recipes.files import recipes
 from keifu.recipes.images import clip, latent_diffusion as latents, lora_image, unclip
 from keifu.training import loop
 from keifu.training.run import checkpoint

@@ -12,9 +12,9 @@ import test_wiring_language
 import wiring
 from wiring import DIFFERENT, Group, Reach
 
-from keifu.commands.shared.recipe_options import recipes
 from keifu.errors import UserError
 from keifu.recipes import demo
+from keifu.recipes.files import recipes
 from keifu.recipes.neurons import mlp, mlp_compare, perceptron as perceptron_recipe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,8 +16,11 @@ import pytest
 
 from keifu import recipes
 from keifu.errors import UserError
+from keifu.recipes import running
 from keifu.recipes.options import Logging
-from keifu.training import loop, setup
+from keifu.training import loop, runs
+from keifu.training.job import Computation
+from keifu.training.settings import Settings
 
 DIFFERENT = object()  # what a path gives must differ from what it gives without the option, and no more is known
 MINUTES = 100  # steps that the stand-in for the measurement of pace finds in a minute
@@ -65,8 +68,7 @@ class Recorder:
             for name, value in list(vars(module).items()):
                 if value is loop.train:
                     patch.setattr(module, name, self.train)
-                elif value is setup.steps_within:
-                    patch.setattr(module, name, lambda minutes, *rest, **more: round(MINUTES * minutes))
+        patch.setattr(runs, "steps_within", lambda minutes, *rest, **more: round(MINUTES * minutes))
 
     def train(self, model, objective, data, settings, run, sample=None, save=None, largest=None) -> loop.Summary:
         """Record the call, and report success."""
@@ -180,8 +182,39 @@ def _comparable(value: Any, but: tuple[str, ...]) -> Any:
 
 
 def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespace:
+    """Return the last job of a recipe. Earlier stages are saved untrained for the later ones; the last if `saved`."""
+    module = import_module(f"{recipes.__name__}.{recipes.RECIPES[name.replace('_', '-')]}")
+    if "jobs" not in vars(module):
+        return run_older(module, recipe, out, saved)
+    parts: dict[str, SimpleNamespace] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "steps_within", lambda minutes, *rest, **more: round(MINUTES * minutes))
+        generator, summary = module.jobs(recipe), None
+        while True:
+            try:
+                job = generator.send(summary)
+            except StopIteration:
+                return parts["last"]
+            if isinstance(job, Computation):
+                job.work(out)
+                summary = None
+                continue
+            directory = out / job.stage.folder if job.stage else out
+            job = runs.resolve(job, directory, False)
+            run = SimpleNamespace(options=job.facts.options, about=job.facts.report(), directory=directory)
+            save = job.save or partial(running.save, job)
+            found = SimpleNamespace(**{**vars(job), "run": run, "save": save, "parts": parts})
+            parts[directory.name] = parts["last"] = found
+            if saved or job.stage:
+                directory.mkdir(parents=True, exist_ok=True)
+                save(directory)
+            assert isinstance(job.settings, Settings)
+            summary = loop.Summary(directory, job.settings.steps, 0.0, defaultdict(float))
+
+
+def run_older(module: Any, recipe: Any, out: Path, saved: bool) -> SimpleNamespace:
     """Run a recipe, and return the record of its last call of the training loop."""
     with pytest.MonkeyPatch.context() as patch:
         recorder = Recorder(patch, out, saved)
-        import_module(f"{recipes.__name__}.{recipes.RECIPES[name.replace('_', '-')]}").run(recipe, out, False)
+        module.run(recipe, out, False)
     return recorder.calls["last"]

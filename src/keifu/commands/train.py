@@ -18,6 +18,7 @@ from keifu.commands.shared.errors import explain
 from keifu.devices import Choice
 from keifu.distributed.mesh import Mesh
 from keifu.errors import UserError
+from keifu.recipes import files
 
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 ENDING = 120  # seconds for processes to save their state after Ctrl-C
@@ -37,7 +38,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         raise UserError(f"{strange} is not UTF-8, in which a run's options are kept: give the file another name.")
     name, *words = _folder_of_resume(arguments)
     if name == "--out" and words:
-        from keifu.commands.shared import resuming  # imports torch, which a help text does not need
+        from keifu.recipes import resuming  # imports torch, which a help text does not need
         from keifu.training.run import run_directory as folder
 
         out = Path(words[0])
@@ -46,7 +47,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         name, words = resuming.name_of(out), ["--out", *words]
     if name.startswith("-"):
         raise UserError(f"A recipe comes first, or --resume FOLDER, and {name} is neither: keifu train lists recipes.")
-    recipe_options.path_of(name)
+    files.path_of(name)
     return parse_recipe(name, words, f"keifu train {name}")
 
 
@@ -69,15 +70,15 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     run is always started over.
     """
     if flags.asks_for_help(arguments):
-        known, about = recipe_options.arguments(name), recipe_options.docstring(recipe_options.path_of(name))
+        known, about = recipe_options.arguments(name), files.docstring(files.path_of(name))
         flags.show_help(known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
-    from keifu.commands.shared import resuming, trust
+    from keifu.recipes import resuming, trust
     from keifu.training.run.run_directory import last_step
 
-    module = recipe_options.recipe_module(name)
+    module = files.recipe_module(name)
     words = list(arguments)
     options_class = recipe_options.with_folder(module.Recipe, name)
-    name = str(Path(name).resolve()) if recipe_options.is_own(name) else name
+    name = str(Path(name).resolve()) if files.is_own(name) else name
     stored_run, out = None, Path(_value_of("--out", words) or Path("runs") / Path(name).stem)
     if is_restart() and last_step(out) is not None:
         words = [*(word for word in words if word != "--replace"), "--resume"]
@@ -111,7 +112,7 @@ def _value_of(option: str, words: Sequence[str]) -> str | None:
 def _list() -> None:
     print("Usage: keifu train RECIPE [OPTIONS]      keifu train RECIPE --help tells a recipe's options")
     print("       keifu train --resume FOLDER       goes on with the run in a folder\n")
-    tables.show(("recipe", "what it trains"), recipe_options.recipes().items())
+    tables.show(("recipe", "what it trains"), files.recipes().items())
 
 
 def is_started() -> bool:

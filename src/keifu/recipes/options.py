@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
-from keifu.ranges import Positive
+from keifu.ranges import Positive, check_value, range_of
 
 # options that in every recipe have the meaning of `Settings`
 LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "spikes", "ema", "precision", "compile",
@@ -66,6 +66,15 @@ def _tupled(value: Any) -> Any:
 def by_option(options_class: type, values: Mapping[str, Any], hints: bool = False) -> dict[str, Any]:
     """Return the values of `to_json` by option name, such as model.n-layers; with hints=True also the types."""
     return {name: (value, hint) if hints else value for name, _, value, hint in _walk(options_class, values, "", ())}
+
+
+def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for the first number outside its range. values: the options as `to_json` returns them."""
+    for option, (value, hint) in by_option(cls, values, hints=True).items():
+        allowed = range_of(hint)
+        number = isinstance(value, (int, float, list)) and not isinstance(value, bool)
+        if allowed and number and (option.rpartition(".")[2], value) != ("max-tokens", 0):  # 0: the whole context
+            check_value(f"--{option}", value, allowed)
 
 
 def paths(options_class: type, values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:

@@ -11,7 +11,8 @@ from keifu import checkpoints
 from keifu.data.epochs import IndexedExamples, OwnBatches
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.recipes.runs import Batch, Data, Objective, Run, Sample, Settings, Summary, parameters
+from keifu.recipes.runs import Batch, Data, Objective, Run, Sample, Settings, Summary
+from keifu.training.job import parameters
 from keifu.training.loop import train as run_loop
 from keifu.training.protocols import LossOutput
 

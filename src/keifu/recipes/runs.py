@@ -5,23 +5,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 from torch import nn
 
 from keifu import checkpoints
-from keifu.data.catalogue import catalogue
-from keifu.data.chat.conversations import MADE_OF
+from keifu.data.attribution import attribution_of
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError
 from keifu.ranges import BelowOne, Count, Positive, Seed
 from keifu.recipes.options import Logging
+from keifu.training.job import Budget, Job, PlannedSettings, RunFacts
 from keifu.training.loop import Summary, train
 from keifu.training.protocols import Batch, Data, Objective, Run, Sample, Save
 from keifu.training.run import checkpoint
+from keifu.training.runs import resolve
 from keifu.training.settings import Settings
-from keifu.training.setup import steps_within
 
 TrainingOptions = Annotated[Settings, tyro.conf.arg(name="")]  # options without a prefix
 
@@ -36,36 +35,19 @@ def is_resuming(directory: Path, resume: bool) -> bool:
     return resume and bool(checkpoint.steps(directory))
 
 
-class Budget(NamedTuple):
-    """Number of steps, or a number of minutes, from which the number of steps follows by the machine's speed."""
-
-    steps: int | None
-    minutes: float
-
-    @classmethod
-    def of(cls, steps: int | None, minutes: float | None, usual: float) -> "Budget":
-        """Return the budget of the options --steps and --minutes. usual: minutes if neither is given."""
-        if steps and minutes:
-            raise UserError(f"--steps {steps} and --minutes {minutes:g} are two budgets: give one of them.")
-        return cls(steps, usual if minutes is None else minutes)
-
-    @property
-    def limit(self) -> float | None:
-        """Number of minutes, for the training loop; None if the budget is in steps."""
-        return None if self.steps else self.minutes
-
-    def fit(
-        self, directory: Path, resume: bool, model: nn.Module, objective: Objective, data: Data,
-        settings: Callable[[int], Settings], largest: Batch | None = None,
-    ) -> Settings:  # fmt: skip
-        """Return the settings for the budget's steps, for those of a resumed run, or for as many as fit the minutes at
-        the measured speed. largest: the batch with the largest memory, if batches differ."""
-        begun = checkpoint.latest_facts(directory) if resume else {}
-        if steps := begun["described"]["settings"]["steps"] if begun and not self.steps else self.steps:
-            return settings(steps)
-        print(f"Trying the pace, to fit the training into {self.minutes:g} minutes ...", flush=True)
-        trial = settings(1000), data.batch(0) if largest is None else largest
-        return settings(steps_within(self.minutes, model, objective, data, *trial))
+def fit(
+    budget: Budget, directory: Path, resume: bool, model: nn.Module, objective: Objective, data: Data,
+    settings: Callable[[int], Settings], largest: Batch | None = None,
+) -> Settings:  # fmt: skip
+    """Return the settings for the budget's steps, for those of a resumed run, or for as many as fit the minutes at the
+    measured speed. largest: the batch with the largest memory, if batches differ."""
+    job = Job(
+        model=model, objective=objective, data=data, settings=PlannedSettings(budget, settings),
+        facts=RunFacts(title=""), largest=largest,
+    )  # fmt: skip
+    found = resolve(job, directory, resume).settings
+    assert isinstance(found, Settings)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,19 +85,6 @@ class FinetuneOptions(Logging):
         usual = {"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999), "keep_best": True}
         every = {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
         return Settings(**self.loop(**usual | every | different))
-
-
-def attribution_of(data: str) -> dict[str, str]:
-    """Return licence and attribution of a catalogue entry, also for data derived from one; {} for other data."""
-    made = MADE_OF.get(data)
-    entries = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
-    facts = {"how it was made": made.how} if made else {}
-    return facts | {key: row[key] for row in entries for key in ("licence", "attribution")}
-
-
-def parameters(model: nn.Module) -> int:
-    """Count the parameters of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def train_run(

@@ -55,7 +55,7 @@ class Limits:
 
 
 @dataclass(eq=False)
-class Job:
+class QueuedJob:
     """Requests of one answer, and the queue of their pieces."""
 
     requests: Sequence[Request]
@@ -101,7 +101,7 @@ class Worker:
         self.pending = 0  # running and waiting answers; changed only in the loop's thread
         self._load, self._commands = load, SimpleQueue[Callable[[], None] | None]()
         self.model: Loaded | None = None  # set once it is loaded
-        self._jobs: dict[int, tuple[Job, int]] = {}
+        self._jobs: dict[int, tuple[QueuedJob, int]] = {}
         self._guesses = 0, 0  # made and right guesses that the metrics contain
         self._mean_seconds = 1.0
         self._thread = threading.Thread(target=self._run, name=f"keifu {name}", daemon=True)
@@ -151,7 +151,7 @@ class Worker:
 
         Closing the iterator frees the memory of the requests within a step.
         """
-        job = Job(requests, asyncio.get_running_loop())
+        job = QueuedJob(requests, asyncio.get_running_loop())
         self.pending += len(requests)
         going = len(requests)
         try:
@@ -224,7 +224,7 @@ class Worker:
             self._guesses = 0, 0
         return self._engine
 
-    def _add(self, job: Job) -> None:
+    def _add(self, job: QueuedJob) -> None:
         try:
             engine = self._started()
             for index, request in enumerate(job.requests):
@@ -233,7 +233,7 @@ class Worker:
             self._abort(job)
             job.put(error)
 
-    def _abort(self, job: Job) -> None:
+    def _abort(self, job: QueuedJob) -> None:
         engine = self._engine  # `_started` might create a new one
         for number in [number for number, (other, _) in self._jobs.items() if other is job]:
             del self._jobs[number]
@@ -251,7 +251,7 @@ class Worker:
                 self._abort(job)
                 job.put(ApiError(500, str(error)) if isinstance(error, UserError) else error)
             return
-        pieces: dict[Job, Pieces] = {}
+        pieces: dict[QueuedJob, Pieces] = {}
         for piece in written:
             job, index = self._jobs[piece.index]
             pieces.setdefault(job, []).append((index, piece))

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from keifu.alignment.rewards import reward, score
+from keifu.data.attribution import attribution_of
 from keifu.data.catalogue import catalogue
 from keifu.data.chat import conversations, preferences, prompts, prompts as gym
 from keifu.data.chat.conversations import INSTRUCTIONS, MADE_OF
 from keifu.data.chat.preferences import read_preferences
 from keifu.errors import UserError
 from keifu.recipes.assistant.finetuning import SumPrompts, prompts as prompts_of
-from keifu.recipes.runs import attribution_of
 
 
 def talk(question: str, said: str, *marks: int) -> dict:

@@ -9,7 +9,8 @@ import tyro
 from keifu.commands.shared import flags
 from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.commands.shared.help_text import Argument, arguments_of
-from keifu.commands.shared.recipe_options import recipe_names, stored
+from keifu.commands.shared.recipe_options import stored
+from keifu.recipes.files import recipe_names
 
 BASH = """\
 _keifu() {{

@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from itertools import chain
@@ -18,8 +18,8 @@ from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError, unknown
 from keifu.files import check_output
 from keifu.inference.text.sampling_params import SamplingParams
-from keifu.ranges import Bias, Likeliest, Natural, check_value, range_of
-from keifu.recipes.options import by_option, to_json
+from keifu.ranges import Bias, Likeliest, Natural
+from keifu.recipes.options import check_ranges, to_json
 
 Options = TypeVar("Options")
 Model = Annotated[
@@ -179,15 +179,6 @@ def _check_paths(options: Any, words: Sequence[str]) -> None:
         if option.name in RESULTS and option.default is not MISSING:  # keifu convert writes a file or a folder
             folder = option.default is not None or vars(options).get("action") in FOLDERS
             check_output(value, f"--{option.name}", folder)
-
-
-def check_ranges(cls: type, values: Mapping[str, Any]) -> None:
-    """Raise `UserError` for the first number outside its range. values: the options as `to_json` returns them."""
-    for option, (value, hint) in by_option(cls, values, hints=True).items():
-        allowed = range_of(hint)
-        number = isinstance(value, (int, float, list)) and not isinstance(value, bool)
-        if allowed and number and (option.rpartition(".")[2], value) != ("max-tokens", 0):  # 0: the whole context
-            check_value(f"--{option}", value, allowed)
 
 
 def asks_for_help(arguments: Sequence[str]) -> bool:

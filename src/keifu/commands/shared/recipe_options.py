@@ -1,17 +1,11 @@
-"""Recipes of `keifu train`: their files, keifu's or a user's, and their options with those of every run.
+"""Options of `keifu train RECIPE`: those of the recipe with those of every run.
 
 A recipe's file imports torch, which takes seconds. So the help and completion of keifu's recipes are stored in a table,
 and a test compares it with the recipes. `python -m keifu.commands.shared.recipe_options` writes the table.
 """
 
-import ast
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
-from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,73 +14,10 @@ import tyro
 from keifu.commands.shared.flags import Device
 from keifu.commands.shared.help_text import Argument, arguments_of
 from keifu.distributed.mesh import Mesh
-from keifu.errors import UserError, require_known
 from keifu.ranges import Count, Natural
-from keifu.recipes import RECIPES
+from keifu.recipes.files import is_own, recipe_module, recipe_names
 
-SOURCE = Path(__file__).parent.parent.parent
 TABLE = Path(__file__).with_name("recipe_options.json")
-
-
-def recipe_names() -> list[str]:
-    """Return the names of keifu's recipes."""
-    return sorted(RECIPES)
-
-
-def recipes() -> dict[str, str]:
-    """Return each recipe's name and the first line of its docstring. The files are parsed, not executed."""
-    return {name: docstring(path_of(name)).partition("\n")[0] for name in recipe_names()}
-
-
-def is_own(name: str) -> bool:
-    """Return whether a recipe's name is the path of a user's file."""
-    return name.endswith(".py")
-
-
-def path_of(name: str) -> Path:
-    """Return the path of a recipe's file. Raises `UserError`, with the nearest name, if it is unknown."""
-    if is_own(name):
-        if not Path(name).is_file():
-            raise UserError(f"There is no file {name!r}: give a file with a class Recipe and a function run.")
-        return Path(name)
-    require_known("recipe", name, recipe_names())
-    return SOURCE / "recipes" / f"{RECIPES[name].replace('.', '/')}.py"
-
-
-def recipe_module(name: str) -> Any:
-    """Execute a recipe's file and return its module. `Recipe` has the options, and `run(recipe, out, resume)`
-    trains."""
-    path = path_of(name)
-    if not is_own(name):
-        return import_module(f"keifu.recipes.{RECIPES[name]}")
-    spec = spec_from_file_location(f"recipe {path.stem}", path)  # a name that no module can have
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look up the types of their fields here
-    with _blaming(path):
-        spec.loader.exec_module(module)
-    missing = [part for part in ("Recipe", "run") if part not in vars(module)]
-    if missing:
-        raise UserError(f"{path} is no recipe: it lacks {' and '.join(missing)} (docs/python.md shows one).")
-    if not (isinstance(module.Recipe, type) and is_dataclass(module.Recipe)):
-        raise UserError(f"{path} is no recipe: its Recipe is no dataclass (docs/python.md shows one).")
-    return module
-
-
-@contextmanager
-def _blaming(path: Path) -> Iterator[None]:
-    """Turn errors of a user's file into a `UserError` that names the file. A missing package is reported as usual."""
-    try:
-        yield
-    except (UserError, ImportError):
-        raise
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
-
-
-def docstring(path: Path) -> str:
-    """Return the docstring of a recipe's file. The file is parsed, not executed."""
-    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
 
 
 def _option(hint: Any, text: str) -> Any:

@@ -1,6 +1,8 @@
 """Loading of tokenizers: chooses the reader for a path. Also tokenizers that a recipe trains, which are cached."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 from keifu.data.prepared_folders import build_once
@@ -14,6 +16,17 @@ from keifu.untrusted import reading
 
 KEPT = "state/tokenizer"  # folder of a run for the tokenizers that it trained
 LEARNED: dict[str, Tokenizer] = {}  # trained tokenizers by name; the next run saves them
+RUN_FOLDER: ContextVar[Path | None] = ContextVar("RUN_FOLDER", default=None)
+
+
+@contextmanager
+def tokenizers_kept_in(out: Path) -> Iterator[None]:
+    """Run a block in which `learned_tokenizer` first looks in the folder of this run."""
+    token = RUN_FOLDER.set(out)
+    try:
+        yield
+    finally:
+        RUN_FOLDER.reset(token)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -30,12 +43,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | None = None) -> Tokenizer:
-    """Return the tokenizer of this name from the run folder `out`, else from the cache. Train it by `learn` if it is
-    missing.
+    """Return the tokenizer of this name from the run folder `out` or that of `tokenizers_kept_in`, else from the cache.
+    Train it by `learn` if it is missing.
 
     name: a string that changes with the training data and settings. Training again could number the tokens differently,
     and a resumed run would change. So the next run saves the tokenizer.
     """
+    out = out or RUN_FOLDER.get()
     folders = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
 
     def saved() -> Path | None:

@@ -21,7 +21,7 @@ from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning, sft
 from keifu.recipes.distilling import DistillAnswers, prune
-from keifu.recipes.runs import parameters
+from keifu.training.job import parameters
 
 
 @dataclass(frozen=True, kw_only=True)

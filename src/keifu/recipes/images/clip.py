@@ -33,9 +33,11 @@ from keifu.inference.embeddings.encoders import encode_texts
 from keifu.inference.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.ranges import Count
+from keifu.recipes import runs
 from keifu.recipes.images import image_runs, text_teacher
-from keifu.recipes.runs import Budget, Objective, Settings, Summary, TrainingOptions, is_resuming, parameters, train_run
+from keifu.recipes.runs import Objective, Settings, Summary, TrainingOptions, is_resuming, train_run
 from keifu.recipes.starting import adapted, holds_families
+from keifu.training.job import Budget, parameters
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 
 LEARNED = "learned"
@@ -248,7 +250,7 @@ def _train_for(recipe: image_runs.TextToImageOptions, directory: Path, resume: b
         every = dict.fromkeys(("evaluate_every", "sample_every"), max(1, steps // 10))
         return replace(chosen, steps=steps, minutes=budget.limit, warmup=steps // 10, **every)
 
-    fitted = budget.fit(directory, resume, task.model, task.objective, task.data, settings)
+    fitted = runs.fit(budget, directory, resume, task.model, task.objective, task.data, settings)
     learn(replace(made, training=fitted), task, directory, resume)
 
 

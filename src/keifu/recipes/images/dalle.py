@@ -31,7 +31,7 @@ from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.ranges import Count, NotNegative, Positive, Share
 from keifu.recipes.images import clip, image_runs
-from keifu.recipes.runs import Budget
+from keifu.training.job import Budget
 from keifu.training.objectives import autoencoders as losses
 
 TEMPERATURES = 1.0, 1 / 16

@@ -27,10 +27,12 @@ from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Sampling, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
+from keifu.recipes import runs
 from keifu.recipes.images.image_runs import ImageTask, describe, drawn_batches, image_settings, of_both
 from keifu.recipes.images.latent_diffusion import encode_dataset
-from keifu.recipes.runs import Budget, Logging, Summary, parameters, train_run
+from keifu.recipes.runs import Logging, Summary, train_run
 from keifu.recipes.starting import keeps_best, load_start, scaled
+from keifu.training.job import Budget, parameters
 from keifu.training.objectives.diffusion import DiffusionLoss, dequantise_data, use_latents
 from keifu.training.settings import Precision, Settings
 
@@ -257,7 +259,7 @@ def train(
     if task.parts.train.classes and not task.model.config.n_classes:
         print("The classes are not learned: add --classes to draw them by name.", flush=True)
     training = task.model, task.objective, task.data
-    chosen = recipe.budget.fit(out, resume, *training, settings)
+    chosen = runs.fit(recipe.budget, out, resume, *training, settings)
     reported = ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named)
     options, held_out = {"model": asdict(task.model.config)}, {"share": recipe.held_out, "distinct": recipe.distinct}
     summary = train_run(

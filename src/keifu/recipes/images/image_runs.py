@@ -24,7 +24,9 @@ from keifu.files import write_atomic
 from keifu.inference.images.pipeline import TextToImagePipeline
 from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.ranges import BelowOne, Count, NotNegative, Positive, Seed, check
-from keifu.recipes.runs import Budget, Data, Logging, Objective, Summary, is_resuming, parameters, train_run
+from keifu.recipes import runs
+from keifu.recipes.runs import Data, Logging, Objective, Summary, is_resuming, train_run
+from keifu.training.job import Budget, parameters
 from keifu.training.objectives.diffusion import add_draws
 from keifu.training.run import metrics
 from keifu.training.run.report import CURVES
@@ -119,7 +121,7 @@ class TextToImageTask(ImageTask):
         are counted. before: called before a sample is drawn or the model is saved. different: see `image_settings`.
         """
         resume, training = is_resuming(out, resume), (self.model, self.objective, self.data)
-        settings = recipe.budget.fit(out, resume, *training, partial(image_settings, recipe, **different))
+        settings = runs.fit(recipe.budget, out, resume, *training, partial(image_settings, recipe, **different))
         show(out)
         counts = {f"parameters of the {name}": parameters(part) for name, part in parts.items() if part is not None}
         wanted = self.painter.resolved(replace(request, truncate=recipe.truncate))
@@ -217,7 +219,7 @@ def train_part(
         usual = {"steps": steps, "warmup": steps // 20, "batch_size": batch_size, **every}
         return Settings(**usual, seed=recipe.seed, precision=recipe.precision, **different)
 
-    chosen = budget.fit(directory, resume, model, objective, of_steps(data, 1000), settings)
+    chosen = runs.fit(budget, directory, resume, model, objective, of_steps(data, 1000), settings)
     train_run(
         directory, resume, model, objective, of_steps(data, chosen.steps), chosen, title=title,
         parameters=parameters(model), paper=paper, unit="pictures",

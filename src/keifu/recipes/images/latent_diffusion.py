@@ -32,8 +32,9 @@ from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
 from keifu.recipes.images import clip, image_runs
-from keifu.recipes.runs import Budget, Summary
+from keifu.recipes.runs import Summary
 from keifu.recipes.starting import holds_families, keeps_best, load_start, scaled
+from keifu.training.job import Budget
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, use_latents
 

@@ -31,8 +31,9 @@ from keifu.inference.text.fill import fill
 from keifu.inference.text.translation import sentences
 from keifu.models import bert
 from keifu.recipes.language.pretraining import Text, TextArgument, tokenizer_of
-from keifu.recipes.runs import Settings, Summary, TrainingOptions, parameters, train_run
+from keifu.recipes.runs import Settings, Summary, TrainingOptions, train_run
 from keifu.recipes.starting import adapted
+from keifu.training.job import parameters
 from keifu.training.objectives.language_modeling import masked_language_modeling
 
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)

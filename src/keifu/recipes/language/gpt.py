@@ -26,6 +26,7 @@ from keifu.recipes import runs
 from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretrain, settings_of
 from keifu.recipes.starting import keeps_best, scaled
+from keifu.training import job
 
 HEAD_DIM = 64
 
@@ -156,7 +157,7 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
     if row > most:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
-    chosen = settings(recipe, runs.parameters(model), row, len(task.shards.tokens))
+    chosen = settings(recipe, job.parameters(model), row, len(task.shards.tokens))
     options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row, model)
     teaching: dict[str, Any] = {"options": options, "objective": objective}
     pretrain("gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, **teaching)

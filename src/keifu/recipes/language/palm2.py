@@ -37,7 +37,8 @@ from keifu.inference.text.fill import continuation, infill
 from keifu.inference.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.ranges import BelowOne, Count, Share
-from keifu.recipes.runs import Run, Settings, TrainingOptions, attribution_of, parameters
+from keifu.recipes.runs import Run, Settings, TrainingOptions, attribution_of
+from keifu.training.job import parameters
 from keifu.training.loop import Summary, train
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
 

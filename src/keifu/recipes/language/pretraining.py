@@ -26,7 +26,8 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.runs import Data, Logging, Objective, Settings, Summary, TrainingOptions, parameters, train_run
+from keifu.recipes.runs import Data, Logging, Objective, Settings, Summary, TrainingOptions, train_run
+from keifu.training.job import parameters
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_diffusion
 from keifu.training.objectives.layer_losses import with_balancing
 

@@ -31,7 +31,8 @@ from keifu.inference.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
 from keifu.models.speech import whisper
 from keifu.ranges import BelowOne, Count
 from keifu.recipes.assistant.finetuning import held_out
-from keifu.recipes.runs import Settings, Summary, TrainingOptions, parameters, train_run
+from keifu.recipes.runs import Settings, Summary, TrainingOptions, train_run
+from keifu.training.job import parameters
 from keifu.training.objectives.language_modeling import transcription
 from keifu.training.protocols import Batch, LossOutput, Objective
 

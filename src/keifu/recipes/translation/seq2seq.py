@@ -12,7 +12,6 @@ Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation wit
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from keifu.data.epochs import by_rows
@@ -20,7 +19,14 @@ from keifu.data.translation.batches import by_tokens
 from keifu.models import seq2seq
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.starting import scaled
-from keifu.recipes.translation.translator_runs import TranslationOptions, learn, own_settings, settings_of
+from keifu.recipes.translation.translator_runs import (
+    Training,
+    TranslationOptions,
+    own_settings,
+    settings_of,
+    translator_job,
+)  # fmt: skip
+from keifu.training.job import Jobs
 from keifu.training.settings import Settings
 
 CONTEXTS = {"additive": "attention", "none": "fixed"}
@@ -48,9 +54,6 @@ class Recipe(TranslationOptions):
     """Number of last saved states whose mean is the resulting model, 2% of the run apart."""
 
 
-settings = partial(own_settings, warmup=200)  # keifu's, for a number of steps
-
-
 def paper_settings(recipe: Recipe, steps: int) -> Settings:
     """Return the paper's settings (appendix B.2)."""
     return settings_of(
@@ -59,10 +62,13 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
     )  # fmt: skip
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu translate, keifu evaluate and keifu.load read afterwards."""
-    own_batching = partial(by_tokens, tokens=recipe.tokens_per_batch)
-    ways = {"keifu": (settings, own_batching, recipe.label_smoothing), "paper": (paper_settings, by_rows, 0.0)}
-    how, batching, smoothing = ways[recipe.recipe_of]
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu translate, keifu evaluate and keifu.load read."""
+    if recipe.recipe_of == "paper":
+        training = Training(partial(paper_settings, recipe), by_rows, 0.0, recipe.average)
+    else:
+        batching = partial(by_tokens, tokens=recipe.tokens_per_batch)
+        settings = partial(own_settings, recipe, warmup=200)
+        training = Training(settings, batching, recipe.label_smoothing, recipe.average)
     config = replace(recipe.model, context=CONTEXTS[recipe.attention])
-    learn("seq2seq", recipe, out, resume, seq2seq.build, config, how, batching, smoothing, recipe.average)
+    yield translator_job("seq2seq", recipe, seq2seq.build, config, training)

@@ -11,15 +11,22 @@ Expected: BLEU and chrF on held-out pairs: docs/results.md, "Translation with th
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from keifu.data.translation.batches import by_tokens
 from keifu.models import transformer
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.runs import Settings, given
+from keifu.recipes.runs import given
 from keifu.recipes.starting import scaled
-from keifu.recipes.translation.translator_runs import TranslationOptions, learn, own_settings, settings_of
+from keifu.recipes.translation.translator_runs import (
+    Training,
+    TranslationOptions,
+    own_settings,
+    settings_of,
+    translator_job,
+)  # fmt: skip
+from keifu.training.job import Jobs
+from keifu.training.settings import Settings
 
 PAPER_WARMUP = 4000
 
@@ -46,7 +53,7 @@ class Recipe(TranslationOptions):
     """Number of last saved states whose mean is the resulting model, 2% of the run apart; unset: 1, the paper's 5."""
 
 
-def settings(recipe: Recipe, steps: int) -> Settings:
+def keifu_settings(recipe: Recipe, steps: int) -> Settings:
     """Return keifu's settings for this number of steps."""
     matrix_rate = given(recipe.matrix_rate, scaled(0.02, recipe.start_from))
     return own_settings(recipe, steps, 400, optimizer="muon", matrix_rate=matrix_rate)
@@ -63,9 +70,9 @@ def paper_settings(recipe: Recipe, steps: int) -> Settings:
     )  # fmt: skip
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu translate, keifu evaluate, keifu.load and transformers read afterwards."""
-    how, usual = {"keifu": (settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
-    batching, average = partial(by_tokens, tokens=recipe.tokens_per_batch), recipe.average or usual
-    model = transformer.build, recipe.model
-    learn("transformer", recipe, out, resume, *model, how, batching, recipe.label_smoothing, average)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu translate, keifu evaluate, keifu.load and transformers read."""
+    settings, average = {"keifu": (keifu_settings, 1), "paper": (paper_settings, 5)}[recipe.recipe_of]
+    batching = partial(by_tokens, tokens=recipe.tokens_per_batch)
+    training = Training(partial(settings, recipe), batching, recipe.label_smoothing, recipe.average or average)
+    yield translator_job("transformer", recipe, transformer.build, recipe.model, training)

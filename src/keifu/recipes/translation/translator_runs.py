@@ -13,6 +13,7 @@ from torch import nn
 
 from keifu import checkpoints
 from keifu.checkpoints.hub import locate
+from keifu.data.attribution import attribution_of
 from keifu.data.catalogue import catalogue
 from keifu.data.epochs import Batching
 from keifu.data.text.dataset_report import coverage
@@ -25,10 +26,13 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.inference.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
-from keifu.recipes.runs import Budget, Logging, Settings, Summary, attribution_of, given, parameters, train_run
+from keifu.recipes.options import Logging
+from keifu.recipes.runs import given
 from keifu.recipes.starting import check_start, keeps_best, scaled
+from keifu.training.job import Budget, Job, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.language_modeling import translation
 from keifu.training.optim.weight_averaging import averaged_weights
+from keifu.training.settings import Settings
 
 LEARNED = "bpe", "unigram"  # they have an end token and can encode every character
 PAD = "<pad>"
@@ -93,14 +97,13 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(end if start is None else start, end, end if pad is None else pad)
 
 
-def prepare_pairs(options: TranslationOptions, out: Path | None = None) -> TranslationTask:
-    """Read and split the pairs, and train the tokenizer on the training part; print the number of pairs. out: folder of
-    the run, which stores a trained tokenizer."""
+def prepare_pairs(options: TranslationOptions) -> TranslationTask:
+    """Read and split the pairs, and train the tokenizer on the training part; print the number of pairs."""
     pairs = _read(options, options.data)
     others = (options.validation_data, options.test_data)
     validation, test = (None if path is None else _read(options, path) for path in others)
     parts = split(pairs, validation=validation, test=test)
-    tokenizer = _tokenizer(options, parts.train, out)
+    tokenizer = _tokenizer(options, parts.train)
     _print_sentence(pairs.left_out)
     _print_sentence(parts.sentence())
     for side, name in enumerate(("source", "target")):
@@ -118,7 +121,7 @@ def _print_sentence(sentence: str) -> None:
         print(sentence, flush=True)
 
 
-def _tokenizer(options: TranslationOptions, train: list[Pair], out: Path | None) -> Tokenizer:
+def _tokenizer(options: TranslationOptions, train: list[Pair]) -> Tokenizer:
     algorithm = options.tokenizer
     if options.start_from is not None:
         return load_tokenizer(locate(options.start_from))
@@ -133,45 +136,53 @@ def _tokenizer(options: TranslationOptions, train: list[Pair], out: Path | None)
         put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end with EOS, as in Marian
         return Tokenizer(learned.backend, learned.special | {"pad_token": PAD})
 
-    return learned_tokenizer(f"pairs-{algorithm}-{options.vocab_size}-{content[:16]}", learn, out)
+    return learned_tokenizer(f"pairs-{algorithm}-{options.vocab_size}-{content[:16]}", learn)
 
 
-def learn(
-    name: str, options: TranslationOptions, out: Path, resume: bool, build: Callable[[Any], nn.Module], config: Any,
-    settings: Callable[[Any, int], Settings], batching: Callable[[np.ndarray], Batching], smoothing: float,
-    average: int,
-) -> Summary:  # fmt: skip
-    """Train an encoder-decoder on pairs into a run folder. The vocabulary and the special ids are the tokenizer's, not
-    those of `config`.
+@dataclass(frozen=True)
+class Training:
+    """How a translator is trained. settings: from the number of steps. batching: from the sizes of rows. average:
+    number of last checkpoints whose mean is the result."""
 
-    settings: from the options and the number of steps. batching: from the sizes of rows. average: number of last
-    checkpoints whose mean is the result.
-    """
+    settings: Callable[[int], Settings]
+    batching: Callable[[np.ndarray], Batching]
+    label_smoothing: float
+    average: int
+
+
+def translator_job(
+    name: str, options: TranslationOptions, build: Callable[[Any], nn.Module], config: Any, training: Training
+) -> Job:
+    """Return the training of an encoder-decoder on pairs. The vocabulary and the special ids are the tokenizer's, not
+    those of `config`."""
     budget = Budget.of(options.steps, options.minutes, MINUTES)
-    task = prepare_pairs(options, out)
+    task = prepare_pairs(options)
     ids = {f"{name}_id": token for name, token in special_ids(task.tokenizer)._asdict().items()}
     config = replace(config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, config))
     torch.manual_seed(options.seed)
     model: Any = build(config) if options.start_from is None else start_model(options.start_from, build, config)
     model = model.to(choose())
-    data = _data(options, task, model.config.context_length, batching)
-    objective = partial(translation, label_smoothing=smoothing)
+    data = _data(options, task, model.config.context_length, training.batching)
+    average = training.average
     mean = {"keep_best": False} if average > 1 else {}  # the result is a mean of checkpoints, not one of them
-    chosen: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average), **mean}
+    changes: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average), **mean}
 
     def save(directory: Path) -> None:
         with averaged_weights(model, directory, average):
             checkpoints.save(model, task.tokenizer, directory)
 
-    training, largest = (model, objective, data), data.largest()
-    fitted = budget.fit(out, resume, *training, lambda steps: replace(settings(options, steps), **chosen), largest)
     values = {name: value for name, value in asdict(options).items() if name not in FREE}
-    held = data.held_out
-    size = sum(len(task.parts.validation[place][1].encode()) for place in held.kept)
-    return train_run(
-        out, resume, *training, fitted, title=name, parameters=parameters(model), languages=task.pairs.languages,
-        facts=_source(options, task, data), options={"model": asdict(model.config), "recipe": values}, save=save,
-        sample=_sampler(task, model), largest=largest, bytes_per_unit=size / (len(held.target.ids) + len(held)),
+    held_bytes = sum(len(task.parts.validation[index][1].encode()) for index in data.held_out.kept)
+    held_tokens = len(data.held_out.target.ids) + len(data.held_out)  # with the end of each sentence
+    return Job(
+        model=model, objective=partial(translation, label_smoothing=training.label_smoothing), data=data,
+        settings=PlannedSettings(budget, lambda steps: replace(training.settings(steps), **changes)),
+        tokenizer=task.tokenizer, sample=_sampler(task, model), save=save, largest=data.largest(),
+        facts=RunFacts(
+            title=name, about={"parameters": parameters(model), "languages": task.pairs.languages},
+            data=_source(options, task, data), options={"model": asdict(model.config), "recipe": values},
+            bytes_per_unit=held_bytes / held_tokens,
+        ),
     )  # fmt: skip
 
 

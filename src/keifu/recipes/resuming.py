@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 from keifu.checkpoints.hf.native_config import check_kinds
 from keifu.checkpoints.hub import may_be_model
-from keifu.commands.shared import trust
 from keifu.errors import UserError, shell
 from keifu.files import sha256
+from keifu.recipes import trust
 from keifu.recipes.options import by_option, from_json, paths, put, to_json
+from keifu.recipes.running import run_recipe
 from keifu.training.run import checkpoint, run_directory
 from keifu.training.run.signature import is_signed
 from keifu.training.settings import ADJUSTABLE
@@ -110,7 +111,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()), **code)
             trust.show_code(name, recipe, {})
             try:
-                module.run(recipe, out, False)
+                run_recipe(module, recipe, out, False)
             except KeyboardInterrupt as stop:
                 _stop(out, stop)
             except BaseException:
@@ -144,7 +145,7 @@ def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
         run_directory.record(out, run.name, to_json(recipe), **more)
         trust.show_code(run.name, recipe, run.record)
         try:
-            module.run(recipe, out, step is not None)
+            run_recipe(module, recipe, out, step is not None)
         except KeyboardInterrupt as stop:
             _stop(out, stop)
         except Exception:
