@@ -19,7 +19,7 @@ WORDS = re.compile(r"\b(beside|bought|buys|in place of|told|so many|all else|ver
 ODD_COMMENT = re.compile(f"#[# ]*{OPENINGS.pattern}|#.*(?i:{WORDS.pattern})")  # perhaps: it may be within a string
 EXCEPTIONS: dict[str, str] = {}  # a phrase, and the reason why it stays
 LEFT: dict[str, int] = {
-    "commands": 6, "data": 8, "inference": 4, "native": 1, "serving": 3, "training": 1,
+    "commands": 5, "data": 8, "inference": 4, "native": 1, "serving": 3, "training": 1,
 }  # fmt: skip
 
 # First words of a function's docstring that are no imperative, though ruff's D401 takes them for one.

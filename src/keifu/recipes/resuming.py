@@ -179,7 +179,7 @@ def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
         may = ", ".join(f"--{name}" for name in sorted(free | lengths))
         raise UserError(
             f"A resumed run keeps its options, and these differ: {differing}; leave them out, or start a "
-            f"new run in another folder.{f' What may change: {may}.' if may else ''}"
+            f"new run in another folder.{f' These may change: {may}.' if may else ''}"
         )
     return {name: (then[name], now[name]) for name in changed & lengths}
 
