@@ -5,12 +5,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
 
 from keifu import cli
-from keifu.data.tokenizers import train
+from keifu.data.text import token_shards
+from keifu.data.tokenizers import bpe, train
+from keifu.errors import UserError
 from keifu.recipes.language import pretraining
 from keifu.training import loop
 from keifu.training.run import checkpoint, metrics, report
@@ -73,15 +78,76 @@ def test_a_stop_while_the_run_is_measured_ends_it(monkeypatch) -> None:
         cli.parse([*GPT, "--out", "run"])()
 
 
-def test_a_stop_while_a_tokenizer_is_learned_ends_it(monkeypatch) -> None:
-    """The library does not look for signals, so that Ctrl-C waited for its end."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests of torch.distributed may have left another one
-    done = threading.Event()
+@pytest.fixture
+def _ctrl_c(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ctrl-C half a second after the start of the test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests of torch.distributed may leave another
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
+    yield
+    timer.cancel()
+    signal.signal(signal.SIGINT, before)
+
+
+def deaf(seconds: float = 3) -> None:
+    """Work for some seconds without regard to Ctrl-C, as the library does."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(KeyboardInterrupt):
+            time.sleep(0.05)
+
+
+class DeafBackend:
+    """Backend of a tokenizer, whose calls take long and do not look for signals."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self.backend = backend
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, *_: Any, **__: Any) -> list[Any]:
+        deaf()
+        return []
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_a_stop_while_a_tokenizer_is_learned_ends_it() -> None:
+    """The library does not look for signals, so that Ctrl-C waited for its end."""
+
+    class Slow:
+        def __iter__(self) -> Iterator[str]:
+            yield "a text"
+            deaf()
+
     with pytest.raises(KeyboardInterrupt):
-        train._left_by_a_stop(lambda: done.wait(60))
-    done.set()
+        train.train_tokenizer("bpe", Slow(), 300)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_a_stop_while_clips_tokenizer_is_learned_ends_it() -> None:
+    def slow() -> Iterator[str]:
+        yield "a text"
+        deaf()
+
+    with pytest.raises(KeyboardInterrupt):
+        bpe.learn(slow(), 600)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
+def test_a_stop_within_a_batch_of_tokenising_ends_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a line of the text\n" * 5000)
+    tokenizer = train.train_tokenizer("characters", ["a line of the text\n"], 100)
+    vars(tokenizer)["backend"] = DeafBackend(tokenizer.backend)
+    with pytest.raises(KeyboardInterrupt):
+        token_shards.prepare("text.txt", tokenizer)
+    assert not [*(tmp_path / "cache" / "tokens").glob("*/index.json")]
+
+
+def test_an_error_of_a_tokenizer_passes_through_the_thread() -> None:
+    tokenizer = train.train_tokenizer("characters", ["ab"], 100)
+    with pytest.raises(UserError, match="'z'"):
+        tokenizer.encode("ab" * 50_000 + "z")
 
 
 def test_the_estimate_comes_before_the_first_validation(monkeypatch, capfd) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from keifu.data.tokenizers.stopping import left_by_a_stop
 from keifu.data.tokenizers.streaming import byte_alphabet
 from keifu.data.tokenizers.tokenizer import BackendWithRoles, Tokenizer
 from keifu.errors import UserError, require_known
@@ -244,7 +245,7 @@ def learn(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=list(byte_alphabet()),
         special_tokens=[letter + WORD_END for letter in byte_alphabet()],  # otherwise their order would be random
     )  # fmt: skip
-    backend.train_from_iterator(texts, trainer)
+    left_by_a_stop(lambda: backend.train_from_iterator(texts, trainer))
     merges = json.loads(backend.to_str())["model"]["merges"]
     merged = dict.fromkeys(
         (left, end)

@@ -17,12 +17,14 @@ from typing import Any, NoReturn
 import tokenizers
 from tokenizers import processors
 
+from keifu.data.tokenizers.stopping import left_by_a_stop
 from keifu.data.tokenizers.streaming import DecodingRule, StreamDecoder, decoding_rule
 from keifu.errors import UserError, unknown
 from keifu.files import hash_of, write_atomic
 
 BackendWithRoles = tuple[tokenizers.Tokenizer, dict[str, str]]  # roles: the token of each, as far as they are known
 Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...} each
+LONG = 1 << 16  # characters; fewer are encoded before a user waits for a stop
 OPENING, CLOSING = "\U000f0000", "\U000f0001"  # around a secret name: private-use characters, which no rule changes
 
 
@@ -170,9 +172,12 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
         """Encode each text, in parallel. The arguments are those of `encode`."""
         backend = self.backend if allow_special or not self._spelled(texts) else self._shield.backend
+
+        def encode() -> list[list[int]]:
+            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
+
         with self._explaining(texts):
-            encodings = backend.encode_batch_fast(list(texts), add_special_tokens=special)
-        return [encoding.ids for encoding in encodings]
+            return left_by_a_stop(encode) if sum(map(len, texts)) > LONG else encode()
 
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Encode each target text of a translation model, with the target vocabulary if there are two."""

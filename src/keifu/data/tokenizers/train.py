@@ -1,7 +1,6 @@
 """Training of tokenizers: byte-level BPE, WordPiece, Unigram, CLIP's BPE and single characters."""
 
 import json
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from keifu.data.tokenizers import sentencepiece as sp
 from keifu.data.tokenizers.bpe import byte_level_backend
 from keifu.data.tokenizers.formats import BERT_ROLES, wordpiece_backend
+from keifu.data.tokenizers.stopping import left_by_a_stop
 from keifu.data.tokenizers.streaming import byte_alphabet
 from keifu.data.tokenizers.tokenizer import BackendWithRoles, Tokenizer, put_around_text
 from keifu.errors import UserError, require_known
@@ -52,32 +52,13 @@ class _Training:
     def learn(self, backend: tokenizers.Tokenizer, trainer: trainers.Trainer) -> None:
         """Train the tokenizer on the texts."""
         try:
-            _left_by_a_stop(lambda: backend.train_from_iterator(self, trainer))
+            left_by_a_stop(lambda: backend.train_from_iterator(self, trainer))
         except (UserError, OSError, UnicodeError):
             raise  # an error of the texts, not of the trainer
         except Exception as error:  # `tokenizers` raises bare Exceptions
             if self.characters:
                 raise UserError(f"No tokenizer could be learned from these texts: {error}.") from error
         self.check()
-
-
-def _left_by_a_stop(work: Callable[[], None]) -> None:
-    """Call a function of a library that does not look for signals for minutes. Ctrl-C leaves it to a thread that ends
-    with the program."""
-    errors = list[Exception]()
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(0.1)
-    if errors:
-        raise errors[0]
 
 
 def train_tokenizer(
