@@ -127,6 +127,30 @@ def test_transcribe_without_a_file_is_refused_before_the_model_loads(capsys: pyt
     assert "keifu transcribe needs FILE...: see keifu transcribe --help." in error and "no-such" not in error
 
 
+def test_an_empty_language_is_refused_before_the_model_loads(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["transcribe", "no-such-model", "no.wav", "--language", ""])
+    assert "--language is empty: name the language, such as en or Japanese" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "amount"), [("--batch", "9" * 400), ("--tokens", "9" * 400), ("--batch", "٣")])
+def test_a_plan_of_an_impossible_amount_is_one_sentence(
+    option: str, amount: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["plan", "gpt3-175b", option, amount])
+    assert stop.value.code == 1
+    assert f"{option} is a number such as 300B or 1.4T, and not '{amount[:60]}'." in capsys.readouterr().err
+
+
+def test_a_few_words_are_evaluated_with_a_warning(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("Once upon a time")
+    warning = "tokens, too few for figures that mean much"
+    assert warning in out(capsys, "evaluate", model, "--on", str(tmp_path / "few.txt"))
+    (tmp_path / "more.txt").write_text("Once upon a time " * 400)
+    assert warning not in out(capsys, "evaluate", model, "--on", str(tmp_path / "more.txt"))
+
+
 def test_a_full_context_is_said(model: str, capsys: pytest.CaptureFixture) -> None:
     cli.main(["generate", model, "Once", "--max-tokens", "0", "--seed", "1"])
     assert "The text fills the model's context of 48 tokens." in capsys.readouterr().err

@@ -201,6 +201,7 @@ def test_a_picture_that_was_changed_is_said_to_differ(model: str, capsys: pytest
         (["--eta", "2"], "--eta must be a number from 0 to 1"),
         (["--karras"], "Karras"),
         (["--size", "9"], "8 x 8"),
+        (["--size", "٨x٨"], "which must be pixels of a side (64) or WIDTHxHEIGHT (64x48)."),
         (["--size", "axb"], "WIDTHxHEIGHT"),
         (["--count", "0"], "--count must be a whole number from 1"),
         (["a red heart"], "reads no text"),

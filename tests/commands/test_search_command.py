@@ -152,3 +152,12 @@ def test_minilm_says_that_it_reads_english(capsys: pytest.CaptureFixture) -> Non
     warn_of_language("minilm", ["cat", "猫", "dog"])
     warn_of_language("other", ["猫"])
     assert not capsys.readouterr().err
+
+
+def test_a_question_that_is_no_text_is_refused_before_the_folder_is_embedded(
+    notes: Path, model: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["search", "notes", "\udcff", "--model", model])
+    error = capsys.readouterr().err
+    assert "is half a surrogate pair, not text" in error and "Embedding" not in error

@@ -147,3 +147,31 @@ def answers(client: httpx.Client) -> bool:
         return client.get("http://keifu/health").status_code == 200
     except (OSError, httpx.TransportError):
         return False
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--host", "203.0.113.1"], "203.0.113.1:8000 cannot be listened at"),
+        (["--socket", "t.txt"], "--socket is t.txt, which is a file and no socket: choose a path that is free."),
+        (["--port", "0", "--search", "nowhere"], "There is no folder nowhere"),
+        (["--port", "0", "--search", "t.txt"], "--search is t.txt, which is a file"),
+    ],
+)
+def test_the_address_and_the_documents_are_checked_before_models_are_read(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("t.txt").write_text("A file of mine.")
+    monkeypatch.setattr("keifu.serving.models.ServedModels", lambda *_: pytest.fail("models were read"))
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "smollm2", *words])
+    assert told in capsys.readouterr().err
+    assert Path("t.txt").read_text() == "A file of mine."
+
+
+def test_a_checked_address_is_free_again(tmp_path: Path) -> None:
+    address = Address(path=tmp_path / "keifu.sock")
+    address.check()
+    assert not (tmp_path / "keifu.sock").exists()
+    address.open().close()

@@ -56,11 +56,12 @@ def run(options: Options) -> None:
 
     notice(f"Loading {options.model} ...")
     model, tokenizer = load_encoder(options.model)
+    # the question comes first: an error in it must not wait for the folder
+    asked = embed_rows(model, ids(model, tokenizer, [question], True), tokenizer.pad_id or 0).cpu()
     path = index_path(options.folder, weights_identity(options.model), model)
     new = count_new(passages, path)
     with counting("Embedding", new, "passages") if new else nullcontext() as advance:
         index = build_index(passages, (model, tokenizer), path, options.batch_size, advance)
-    asked = embed_rows(model, ids(model, tokenizer, [question], True), tokenizer.pad_id or 0).cpu()
     _show(index.nearest(asked, options.count), options.json)
 
 

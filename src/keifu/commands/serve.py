@@ -107,11 +107,14 @@ def run(options: Options) -> None:
     if wrong := [lora for lora in options.lora if not is_adapter(Path(lora.partition("=")[2]))]:
         raise UserError(f"--lora is {wrong[0]!r}, which names no folder of adapters: serve a whole model with --name.")
     sources = public_names(options.models or (() if named else found_models()), named)
+    address.check()  # models are read after this, which takes seconds
+    if options.search is not None:
+        check_documents(options.search)
     models = ServedModels(sources, limits, Metrics(), memory, options.weights, options.allow_load)
     for description in models.descriptions.values():
         print(f"{description.name}: {', '.join(description.uses)}")
     if options.search is not None:
-        check_search(options.search, [use for description in models.descriptions.values() for use in description.uses])
+        check_encoder([use for description in models.descriptions.values() for use in description.uses])
     open_to_all = address.path is not None or not (address.local or options.allowed_host)
     hosts = ("*",) if open_to_all else (*LOCAL, options.host, *options.allowed_host)
     if not address.local and not keys:
@@ -133,12 +136,16 @@ def aliases(names: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def check_search(folder: Path, uses: Sequence[str]) -> None:
-    """Raise `UserError` for a folder without documents, or if no served model can search."""
+def check_documents(folder: Path) -> None:
+    """Raise `UserError` for a folder without documents."""
     from keifu.data.text.passages import document_files
 
     if document_files(folder) == [folder]:
         raise UserError(f"--search is {folder}, which is a file: name the folder of the documents.")
+
+
+def check_encoder(uses: Sequence[str]) -> None:
+    """Raise `UserError` if no served model can search."""
     if "embedding" not in uses:
         raise UserError("--search needs an encoder, and none is served: name one more model, such as minilm.")
 

@@ -40,6 +40,8 @@ def run(options: Options) -> None:
     """Print the transcript of each file. All files are read before the model is loaded."""
     if not options.files:
         raise UserError("keifu transcribe needs FILE...: see keifu transcribe --help.")
+    if options.language is not None and not options.language.strip():
+        raise UserError("--language is empty: name the language, such as en or Japanese, or leave it out.")
     from keifu.checkpoints import load
     from keifu.data.audio.recordings import read_sound
     from keifu.inference.speech.subtitles import FORMATS

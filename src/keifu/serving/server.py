@@ -49,6 +49,12 @@ class Address:
         taken."""
         return self._open_unix(self.path) if self.path is not None else self._open_port()
 
+    def check(self) -> None:
+        """Raise the `UserError` of `open`, before models are read. The address is free again afterwards."""
+        self.open().close()
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
     def _open_port(self) -> socket.socket:
         listening = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -72,6 +78,9 @@ class Address:
             path.unlink()
             listening.close()
             listening = socket.socket(socket.AF_UNIX)
+        elif path.exists():
+            kind = "a folder" if path.is_dir() else "a file"
+            raise UserError(f"--socket is {path}, which is {kind} and no socket: choose a path that is free.")
         try:
             listening.bind(str(path))
         except OSError as error:

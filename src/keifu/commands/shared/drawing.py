@@ -5,6 +5,7 @@ files, and the comparison of an image with its repetition.
 gives the highest scores (as in DALL-E).
 """
 
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -208,7 +209,7 @@ def _size(given: str | None) -> tuple[int, int] | None:
     if given is None:
         return None
     sides = given.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 10 and int(side) for side in sides):
+    if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) and int(side) for side in sides):
         raise UserError(f"--size is {given!r}, which must be pixels of a side (64) or WIDTHxHEIGHT (64x48).")
     return int(sides[-1]), int(sides[0])
 

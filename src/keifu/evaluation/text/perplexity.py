@@ -27,6 +27,8 @@ ABOUT = "a language model on a text: perplexity and bits per byte"
 takes, NAMES = is_writer, catalogue.names()  # language models; the catalogue's texts
 OPTIONS = {"batch_size", "output", "text_field", "encoding"}
 BATCH_SIZE = 8
+FEWEST = 1000  # tokens below which the figures come with a warning
+FEW = "The text has only {} tokens, too few for figures that mean much: give some thousands."
 
 
 def accepts(on: str) -> bool:
@@ -60,8 +62,9 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         "tokens/s": round(sum(sizes) / (time.perf_counter() - start), 1),
     }
     note = f"Each window of {context} tokens begins without the text before it. Intervals resample windows."
+    notes = (note, FEW.format(sum(sizes))) if sum(sizes) < FEWEST else (note,)
     items = ResultTable(("tokens", "nats"), [(size, round(value, 3)) for size, value in zip(sizes, nats, strict=True)])
-    return EvalResult(figures, (note,), items=items)
+    return EvalResult(figures, notes, items=items)
 
 
 def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, float]:

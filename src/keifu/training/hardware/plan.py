@@ -233,9 +233,9 @@ def this_machine() -> DeviceKind:
 
 def parse_amount(text: str, option: str) -> float:
     """Parse a number such as `1.4T`. Raises UserError, with the option's name, for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMBT]?)", text)
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)([kMBT]?)", text)
     if not match or not float(match[1]):
-        raise UserError(f"{option} is a number such as 300B or 1.4T, and not {text!r}.")
+        raise UserError(f"{option} is a number such as 300B or 1.4T, and not {text[:60]!r}.")
     return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[match[2]]
 
 
