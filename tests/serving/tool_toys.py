@@ -39,7 +39,12 @@ TEXTUAL = (  # special tokens, and the arguments put in as text, as DeepSeek
     "{{ '' + c.function.arguments }}<end>{{ '<ends>' if loop.last }}{% endfor %}"
 )
 FORMS = {"tagged": TAGGED, "listed": LISTED, "bare": BARE, "outside": OUTSIDE}
-FORMS |= {"xml": XML, "keyed": KEYED, "textual": TEXTUAL}
+BRACED = (  # keys without quotes, strings between marks, as Gemma
+    "{% for c in m.tool_calls or [] %}[CALLS]call:{{ c.function.name }}{{ '{' }}"
+    "{% for k, v in c.function.arguments | dictsort %}{{ ',' if not loop.first }}{{ k }}:"
+    "{{ '<q>' + v + '<q>' if v is string else v | tojson }}{% endfor %}{{ '}' }}[ARGS]{% endfor %}"
+)
+FORMS |= {"braced": BRACED, "xml": XML, "keyed": KEYED, "textual": TEXTUAL}
 
 
 def tokenizer_of(form: str | None) -> Tokenizer:

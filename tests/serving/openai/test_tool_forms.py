@@ -25,6 +25,8 @@ ANSWERS = {
     "keyed": "Let us <tool see: <tool_call>write\n<arg_key>path</arg_key>\n<arg_value>7</arg_value>\n<arg_key>lines"
     '</arg_key>\n<arg_value>7</arg_value>\n<arg_key>deep</arg_key>\n<arg_value>{"a": [null, "x\\n"]}</arg_value>\n'
     "</tool_call>\n<tool_call>write\n<arg_key>path</arg_key>\n<arg_value>a < b\n<tag>\n</arg_value>\n</tool_call>",
+    "braced": "Let us <tool see: [CALLS]call:write{path:<q>7<q>,lines:7,deep:{a:[null,<q>x\n<q>]}}[ARGS]"
+    "[CALLS]call:write{path:<q>a < b\n<tag>\n<q>}[ARGS]",
     "textual": 'Let us <tool see: [CALLS][ARGS]write<sep>{"path": "7", "lines": 7, "deep": {"a": [null, "x\\n"]}}<end>'
     '[ARGS]write<sep>{"path": "a < b\\n<tag>\\n"}<end><ends>',
     "tagged": 'Let us <tool see: <tool_call>\n{"name": "write", "arguments": {"path": "7", "lines": 7, "deep": '
@@ -89,7 +91,7 @@ def test_a_changed_answer_never_fails_and_is_the_same_streamed(form: str, data: 
     assert read(form, answer[:cut], answer[cut:]) == whole
 
 
-@pytest.mark.parametrize("form", ["xml", "keyed"])
+@pytest.mark.parametrize("form", ["xml", "keyed", "braced"])
 def test_a_grammar_of_tags_takes_what_the_template_writes(form: str) -> None:
     from keifu.serving.openai.constraints import constraints
 
@@ -99,7 +101,7 @@ def test_a_grammar_of_tags_takes_what_the_template_writes(form: str) -> None:
     for text, valid in ((calls, True), (calls.replace("lines", "linez"), False), (calls.replace("7", '"7', 2), False)):
         constraint = constraints(grammar, tokenizer, tokenizer.vocab_size)()
         followed = True
-        for token in [*tokenizer.encode(text), tokenizer.token_id("<|im_end|>")]:
+        for token in [*tokenizer.encode(text, allow_special=True), tokenizer.token_id("<|im_end|>")]:
             followed = followed and bool(constraint.allowed()[token])
             if followed:
                 constraint.accept(token)

@@ -21,13 +21,16 @@ from keifu.errors import UserError
 from keifu.inference.chat import prompts
 from keifu.inference.chat.prompts import ImagePrompt
 from keifu.serving.openai.constraints import COMBINED, LAYOUT, Grammar, checked
+from keifu.serving.tool_parsers.gemma import UnquotedObject, marked
 from keifu.serving.tool_parsers.tagged import Tagged, probe_arguments, tagged
 
 Messages = Sequence[Mapping[str, Any]]
 JSON = json.JSONDecoder()
 THOUGHTLESS = re.compile(r"^\s*<think>\s*</think>\s*")  # GLM writes empty thoughts before a call
 PROBES = ("first_probe", "second_probe")
-THOUGHT = re.compile(r"<think>\s*(</think>\s*)?$")  # some templates open a thought for the answer only
+THOUGHT = re.compile(
+    r"(<think>\s*(</think>\s*)?|<\|channel>thought\n(<channel\|>)?)$"
+)  # some templates open a thought for the answer only
 TOLD = """\
 You can call functions. These are their descriptions, one a line:
 {functions}
@@ -51,7 +54,7 @@ class ToolFormat:
     between: str | None
     closing: str
     native: bool = True
-    notation: Tagged | None = None
+    notation: Tagged | UnquotedObject | None = None
     objects: bool = True
 
     def trigger(self, tokenizer: Tokenizer) -> str:
@@ -81,7 +84,7 @@ def _token(tokenizer: Tokenizer, number: int) -> str:
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:
     """Return the format of calls in the tokenizer's template; Hermes' format if it writes no calls, or in a notation
     that is not known."""
-    for find in (_json_format, _tagged_format):
+    for find in (_json_format, _tagged_format, _marked_format):
         for count, objects in ((2, True), (1, True), (2, False), (1, False)):
             with suppress(UserError):
                 if tool_format := find(tokenizer, PROBES[:count], objects):
@@ -134,6 +137,20 @@ def _tagged_format(tokenizer: Tokenizer, names: Sequence[str], objects: bool) ->
         return None
     between = answer[first.end() + len(after) : last.start()] if len(names) > 1 else None
     closing = closing[len(after) :].rstrip()
+    return ToolFormat(answer[: first.start()], middle, between, closing, notation=notation, objects=objects)
+
+
+def _marked_format(tokenizer: Tokenizer, names: Sequence[str], objects: bool) -> ToolFormat | None:
+    """Return the format of calls whose arguments are Gemma's objects."""
+    answer = _rendered(tokenizer, names, objects, probe_arguments)
+    form = marked(answer, names) if answer else None
+    if answer is None or form is None:
+        return None
+    notation, first, last, middle = form
+    closing = _until_stop(tokenizer, answer, last.end())
+    between = answer[first.end() : last.start()] if len(names) > 1 else None
+    if not closing:
+        return None
     return ToolFormat(answer[: first.start()], middle, between, closing, notation=notation, objects=objects)
 
 
@@ -333,7 +350,7 @@ class Reply:
             return Delta()
         return None
 
-    def _tagged(self, form: ToolFormat, notation: Tagged) -> Delta | None:
+    def _tagged(self, form: ToolFormat, notation: Tagged | UnquotedObject) -> Delta | None:
         """Return the name of a call with tagged arguments, once the whole call has come. Its arguments come next."""
         ends = [end for end in (form.closing, form.between) if end]
         call = next(filter(None, (notation.read(self._held, form.middle, end, self.functions) for end in ends)), None)
