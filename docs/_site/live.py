@@ -32,6 +32,7 @@ LATENT = (
 )
 FILES = {  # of each element's model; an element without a model has none
     "perceptron": (),
+    "xor": (),
     "network": ("config.json", "model.safetensors"),
     "gpt-en": TEXT,
     "bert-en": TEXT,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("mkdocs")
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,44 @@ def test_perceptron_learns_and_refuses_xor(element) -> None:
     assert found.run() == "done" and "11 corrections" in found.message
     found.page.select_option("select", "xor")
     assert found.run() == "done" and "no line separates" in found.message
+
+
+def test_a_network_learns_xor_and_one_hidden_unit_does_not(element) -> None:
+    found = element("xor")
+    first = found.text(".live-matrix")
+    assert found.run() == "done" and "500 steps" in found.message
+    assert found.text(".live-matrix") != first
+    script = """
+    async (units) => {
+      const { Network } = await import("/live/elements/backpropagation.js");
+      const network = new Network(units, 1);
+      while (network.steps < 20000 && !network.learned) network.step(2);
+      return network.learned;
+    }
+    """
+    assert [found.page.evaluate(script, units) for units in (1, 3, 8)] == [False, True, True]
+
+
+def test_the_gradients_of_the_page_are_those_of_pytorch(element) -> None:
+    script = """
+    async () => {
+      const { Network } = await import("/live/elements/backpropagation.js");
+      const network = new Network(3, 7);
+      const read = ({ hidden, bias }) => [
+        hidden.map(({ weights }) => weights), hidden.map(({ bias }) => bias), hidden.map(({ out }) => out), bias,
+      ];
+      return [read(network), read(network.gradients), network.error];
+    }
+    """
+    weights, gradients, error = element("xor").page.evaluate(script)
+    first, below, last, above = parameters = [torch.tensor(each, requires_grad=True) for each in weights]
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    y = torch.sigmoid(torch.sigmoid(x @ first.T + below) @ last + above)
+    loss = (y - torch.tensor([0.0, 1.0, 1.0, 0.0])).square().sum() / 2
+    loss.backward()
+    assert loss.item() == pytest.approx(error, abs=1e-6)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, torch.tensor(gradient), atol=1e-6, rtol=1e-4)
 
 
 def test_a_point_is_moved_and_changed_by_keys(element) -> None:
