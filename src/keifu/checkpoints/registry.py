@@ -1,7 +1,7 @@
 """Registry of model families: the form of each model_type's config.json and the names of its weights.
 
-A model's file is imported only when one of its model_types is requested. A new model needs a line in `MODELS`, and one
-in `_FILES` or `_WITHOUT_TEXT` if its files differ from most.
+A model's file is imported only when one of its model_types is requested. Everything about a model is declared in its
+own file (`keifu/models/registration`), and the index of names is written by `python -m keifu.models.sizes`.
 """
 
 from collections import UserDict
@@ -18,6 +18,7 @@ from keifu.checkpoints.hf.weight_names import Table
 from keifu.errors import UserError
 from keifu.layers.meta import on_meta
 from keifu.models.hf.config import write_native
+from keifu.models.registration import read_index
 
 # Settings of any published config that are not implemented, with their neutral value.
 UNSUPPORTED: Mapping[str, Any] = {"quantization_config": None}
@@ -47,6 +48,7 @@ class Family:
     - aliases: returns, for a Config, the other names in files of a matrix that is used in several places.
     - inside: prefix of the decoder that `tied` refers to.
     - tie: returns a Config with its head tied to the embedding, or not.
+    - writes_text: whether the model generates text.
     - files: names of the config and of the weights in a directory.
     """
 
@@ -77,73 +79,15 @@ class Family:
         return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
 
 
-# Networks with a folder in a diffusers pipeline, and such pipelines: the names of their files.
-_NETWORKS: tuple[str, ...] = (
-    "diffusion.autoencoder_kl", "diffusion.conditioned_unet", "diffusion.sd3", "unclip.prior", "unclip.decoder",
-    "unclip.conditioning",
-)  # fmt: skip
-_PIPELINES = ("diffusion.latent_diffusion", "diffusion.dit", "unclip.unclip")
-_WITHOUT_TEXT = (*_NETWORKS, "mlp", "perceptron", "diffusion.ddpm", "diffusion.dit", "clip.image", "dalle.discrete_vae")
-_FILES: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(_NETWORKS, ("config.json", "diffusion_pytorch_model.safetensors")),
-    **dict.fromkeys(_PIPELINES, ("model_index.json", "diffusion_pytorch_model.safetensors")),
-}
 # Names that a model's file may define; each sets a field of `Family`.
 OFFERED = (
     "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "OLD_BEGINNINGS", "WITHOUT_PREFIX",
-    "FULL_PRECISION", "aliases", "tie",
+    "FULL_PRECISION", "WRITES_TEXT", "aliases", "tie",
 )  # fmt: skip
 
-MODELS = {  # file under keifu.models → the model_types of its configs, keifu's last
-    "bert": ("bert", "keifu_bert"),
-    "gpt1": ("openai-gpt", "keifu_gpt1"),
-    "gpt2": ("gpt2", "keifu_gpt2"),
-    "gpt3": ("gpt_neo", "keifu_gpt3"),
-    "palm": ("cohere", "keifu_palm"),
-    "llama": ("llama", "mistral", "qwen2", "keifu_llama"),
-    "qwen3": ("qwen3", "keifu_qwen3"),
-    "gemma3": ("gemma3_text", "keifu_gemma3"),
-    "olmo2": ("olmo2", "keifu_olmo2"),
-    "variants.smollm3": ("smollm3", "keifu_smollm3"),
-    "variants.phi3": ("phi3", "keifu_phi3"),
-    "variants.gemma2": ("gemma2", "keifu_gemma2"),
-    "variants.exaone4": ("exaone4", "keifu_exaone4"),
-    "variants.glm4": ("glm4", "keifu_glm4"),
-    "variants.granite": ("granite", "keifu_granite"),
-    "variants.ministral": ("ministral", "ministral3", "keifu_ministral"),
-    "variants.nanochat": ("nanochat", "keifu_nanochat"),
-    "mixture.mixtral": ("mixtral", "keifu_mixtral"),
-    "mixture.qwen3_moe": ("qwen3_moe", "keifu_qwen3_moe"),
-    "mixture.olmoe": ("olmoe", "keifu_olmoe"),
-    "mixture.deepseek_v3": ("deepseek_v3", "keifu_deepseek_v3"),
-    "mixture.gpt_oss": ("gpt_oss", "keifu_gpt_oss"),
-    "multimodal.llava": ("llava", "keifu_llava"),
-    "multimodal.smolvlm": ("idefics3", "smolvlm", "keifu_smolvlm"),
-    "hybrid.qwen3_next": ("qwen3_next", "keifu_qwen3_next"),
-    "hybrid.lfm2": ("lfm2", "keifu_lfm2"),
-    "hybrid.qwen3_5": ("qwen3_5_text", "qwen3_5_moe_text", "keifu_qwen3_5"),
-    "transformer": ("marian", "keifu_transformer"),
-    "speech.whisper": ("whisper", "keifu_whisper"),
-    "mlp": ("keifu_mlp",),
-    "perceptron": ("keifu_perceptron",),
-    "diffusion.ddpm": ("UNet2DModel", "keifu_ddpm"),
-    "diffusion.autoencoder_kl": ("AutoencoderKL", "keifu_autoencoder_kl"),
-    "diffusion.conditioned_unet": ("UNet2DConditionModel", "keifu_conditioned_unet"),
-    "diffusion.dit": ("DiTPipeline", "keifu_dit"),
-    "diffusion.llada": ("llada", "keifu_llada"),
-    "diffusion.sd3": ("SD3Transformer2DModel", "keifu_sd3"),
-    "unclip.prior": ("PriorTransformer", "keifu_unclip_prior"),
-    "unclip.decoder": ("UNet2DConditionModel/simple", "keifu_unclip_decoder"),
-    "unclip.conditioning": ("UnCLIPTextProjModel", "keifu_unclip_conditions"),
-    "diffusion.latent_diffusion": ("StableDiffusionPipeline", "keifu_latent_diffusion"),
-    "unclip.unclip": ("UnCLIPPipeline", "keifu_unclip"),
-    "clip.clip": ("clip", "open_clip", "keifu_clip"),
-    "clip.text": ("clip_text_model", "keifu_clip_text"),
-    "clip.image": ("clip_vision_model", "keifu_clip_image"),
-    "seq2seq": ("keifu_seq2seq",),
-    "dalle.dalle": ("keifu_dalle",),
-    "dalle.discrete_vae": ("keifu_discrete_vae",),
-}
+INDEX = read_index()
+# file under keifu.models → the model_types of its configs, keifu's last
+MODELS = {name: names.model_types for name, names in INDEX.items()}
 
 
 @cache
@@ -158,10 +102,9 @@ def families_of(name: str) -> dict[str, Family]:
     shared: dict[str, Any] = {
         "module": module,
         "names": offered.get("WEIGHT_NAMES"),
-        "writes_text": name not in _WITHOUT_TEXT,
         **{part.lower(): offered[part] for part in OFFERED if part in offered},
     }
-    files = offered.get("FILES", _FILES.get(name, Family.files))
+    files = offered.get("FILES", Family.files)
     families = {
         name: Family(model_type=name, read=module.from_published, write=module.to_published, files=files, **shared)
         for name in offered.get("MODEL_TYPES", ())
@@ -239,7 +182,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
 
     The model_type is a published one if it can represent the whole Config, otherwise keifu's.
     """
-    name = _model_name(config)
+    name = model_name(config)
     families = families_of(name).values() if name in MODELS else ()
     able = [family for family in families if isinstance(config, family.module.Config)]
     if not able:
@@ -259,14 +202,14 @@ def describe_as(config: Any, model_type: str) -> tuple[Family, dict[str, Any]]:
     cannot represent it."""
     family = FAMILIES[model_type]
     if not isinstance(config, family.module.Config):
-        raise UserError(f"The format {model_type} has no {_model_name(config)}: use hf.")
+        raise UserError(f"The format {model_type} has no {model_name(config)}: use hf.")
     json = family.write(config)
     if not _same(config, family.read(json)):
         raise UserError(f"The format {model_type} has no words for something in this model's config: use hf.")
     return family, json
 
 
-def _model_name(config: Any) -> str:
+def model_name(config: Any) -> str:
     """Return the name of a Config's model in `MODELS`."""
     return type(config).__module__.removeprefix("keifu.models.")
 

@@ -18,6 +18,7 @@ from keifu.layers.transformer.blocks import SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
 from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -136,3 +137,21 @@ FIELDS: hf.Fields = GEMMA_FIELDS | {
     "rope": hf.FieldGroup(_read_ropes, _write_ropes),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+
+def _required_scale(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scale of attention. llama.cpp recognises the 27B model by its 62 layers; only this model has a scale
+    other than head_dim^-0.5."""
+    return {"attention_scale": (values["dim"] / values["n_heads"]) ** -0.5 if values["n_layers"] == 62 else None}
+
+
+GGUF = {
+    "gemma3": gguf.GgufArchitecture(
+        names=gguf.unit_offset(gguf.LLAMA | gguf.QK_NORM | gguf.POST_NORMS), fields=gguf.WINDOW_FIELDS,
+        fixed={
+            "activation": "gelu_tanh", "local_rope_theta": 10_000.0, "local_rope_scaling": None, "global_layers": None,
+            "attention_bias": False, "dropout": 0.0,
+        },
+        windows=True, derive=_required_scale,
+    ),
+}  # fmt: skip

@@ -19,6 +19,7 @@ from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import gpt1
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 from keifu.ranges import Count
 
 
@@ -81,3 +82,15 @@ FIELDS: hf.Fields = gpt1.FIELDS | {
     "activation": hf.activation_field("activation_function", "gelu_new"),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+GGUF = {
+    "gpt2": gguf.GgufArchitecture(
+        names=gguf.BLOCKS | {
+            "positions": "position_embd",
+            "blocks.*.attention.qkv": "blk.*.attn_qkv",
+            "blocks.*.feedforward.up": "blk.*.ffn_up",
+        },
+        fields={"attention.layer_norm_epsilon": "norm_eps"},
+        fixed={"activation": "gelu_tanh", "bias": True, "dropout": 0.0},
+    ),
+}  # fmt: skip

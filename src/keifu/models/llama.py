@@ -17,6 +17,7 @@ from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive
 
 
@@ -215,3 +216,18 @@ def to_published(config: Config) -> dict[str, Any]:
         model_type = "qwen2"
         more = hf.write_window(config.sliding_window, config.first_window_layer)
     return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS) | more
+
+
+GGUF = {
+    "qwen2": gguf.GgufArchitecture(
+        names=gguf.LLAMA, fields=gguf.WINDOW_FIELDS,
+        fixed=gguf.PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False},
+    ),
+    "llama": gguf.GgufArchitecture(
+        names=gguf.LLAMA, fields=gguf.WINDOW_FIELDS, fixed=gguf.PLAIN, interleaved=True,
+        optional={
+            "qkv_bias": "blk.0.attn_q.bias", "out_bias": "blk.0.attn_output.bias",
+            "feedforward_bias": "blk.0.ffn_down.bias",
+        },
+    ),
+}  # fmt: skip

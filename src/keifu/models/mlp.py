@@ -124,6 +124,7 @@ def forward_gain(function: Activation) -> float:
 
 WEIGHT_NAMES = {"layers.*": "layers.*", "mean": "mean", "scale": "scale"}  # no other program has such a format
 MODEL_TYPES = {"keifu_mlp": "MLP"}
+WRITES_TEXT = False
 
 
 FIELDS: hf.Fields = {

@@ -14,6 +14,7 @@ from keifu.layers.transformer.blocks import ReorderedNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 from keifu.ranges import Count, Positive
 
 
@@ -65,3 +66,9 @@ FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "norm_eps": hf.Field("rms_norm_eps", 1e-5, float),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+GGUF = {
+    "olmo2": gguf.GgufArchitecture(
+        names=gguf.LLAMA | gguf.QK_NORM | gguf.REORDERED_NORMS, fields=gguf.ROTARY_FIELDS, fixed=gguf.SILU
+    ),
+}  # fmt: skip

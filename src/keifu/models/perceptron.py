@@ -201,3 +201,6 @@ def exact_mixture(points: list[list[float]]) -> list[Fraction] | None:
                 rows[i] = [value - factor * unit for value, unit in zip(row, rows[column], strict=True)]
     shares = [row[size] for row in rows[:size]]
     return shares if all(row[size] == 0 for row in rows[size:]) and min(shares) >= 0 else None
+
+
+WRITES_TEXT = False

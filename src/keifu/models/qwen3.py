@@ -13,6 +13,7 @@ from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,9 @@ ATTENTION_FIELDS: hf.Fields = llama.BIAS_FIELDS | {
 }
 FIELDS = ATTENTION_FIELDS | {"window": hf.WINDOW}
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+GGUF = {
+    "qwen3": gguf.GgufArchitecture(
+        names=gguf.LLAMA | gguf.QK_NORM, fields=gguf.WINDOW_FIELDS, fixed=gguf.PLAIN | {"attention_bias": False}
+    ),
+}  # fmt: skip

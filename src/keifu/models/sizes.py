@@ -3,7 +3,7 @@
 Counting builds the models, which takes seconds. So the counts are stored, and a test compares them with the models.
 `python -m keifu.models.sizes` counts all models of this folder again, including new ones, and writes the table. With
 the name of a model (variants.glm4) it counts this one alone. It keeps the papers' numbers: write that of a new size
-into the table.
+into the table. It writes the index of names too (`keifu/models/registration`), by which a new file becomes known.
 """
 
 import json
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from keifu.models import registration
 
 TABLE = Path(__file__).with_name("sizes.json")
 
@@ -65,18 +67,22 @@ def write(models: Iterable[str], counted: Iterable[str]) -> None:
     """Write the table, with one line for each size. counted: models to count again; the others keep their lines."""
     names, sizes = {*counted}, published_sizes()
     parts = [count_sizes([name]) if name in names else [s for s in sizes if s.model == name] for name in models]
-    rows = ",\n".join(json.dumps(row[:4] if row.active is None else row) for part in parts for row in part)
-    TABLE.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    lines = [json.dumps(size[:4] if size.active is None else size) for part in parts for size in part]
+    TABLE.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def model_files() -> list[str]:
-    """Return the names of all model files: those of the table in its order, then new ones."""
+    """Return the names of the files of models that have sizes: those of the table in its order, then new ones."""
     folder = Path(__file__).parent
-    paths = [path for path in sorted(folder.rglob("[!_]*.py")) if "\nSIZES" in path.read_text(encoding="utf-8")]
-    present = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
+    with_sizes = [name for name in registration.model_files() if "\nSIZES" in _text(folder, name)]
     known = dict.fromkeys(size.model for size in published_sizes())
-    return [*(name for name in known if name in present), *(name for name in present if name not in known)]
+    return [*(name for name in known if name in with_sizes), *(name for name in with_sizes if name not in known)]
+
+
+def _text(folder: Path, name: str) -> str:
+    return folder.joinpath(*name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
+    registration.write_index()
     write(model_files(), sys.argv[1:] or model_files())

@@ -1,7 +1,7 @@
 """Conversion between GGUF metadata and model Configs, including rotary scaling.
 
-GGUF's "architecture" names the code in llama.cpp that runs a model. Properties that are fixed in this code (an
-activation, for example) are not in the file: they are listed here, and a Config with other values cannot be written.
+The row of each model says which architectures of llama.cpp run it, and how their fields and tensors correspond to its
+Config (`keifu/models/registration/gguf.py`).
 
 Rotary scaling: linear and yarn are metadata. llama3 is a tensor of divisors, one for each pair, and its formula has to
 be inferred: a formula is accepted only if it gives the same divisors. GGUF cannot represent dynamic scaling.
@@ -10,8 +10,7 @@ Axes: pairs = half of a rotary head.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,9 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from keifu.checkpoints.registry import FAMILIES
+from keifu.checkpoints.registry import INDEX, model_name
 from keifu.errors import UserError
 from keifu.layers.attention.positions import RopeScaling
+from keifu.models.registration import row
+from keifu.models.registration.gguf import GgufArchitecture
 
 FREQS = "rope_freqs.weight"
 Divisors = Float[Tensor, " pairs"]
@@ -137,133 +138,25 @@ REFUSED = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class GgufArchitecture:
-    """An architecture of llama.cpp: how its GGUF fields and tensors correspond to a Config.
-
-    fields: GGUF's field → the Config's field, in addition to `SIZES`. fixed: values of the Config that llama.cpp's code
-    requires. optional: boolean field of the Config → a tensor that exists only if it is True. interleaved: the rows of
-    q and k are stored with rotary pairs next to each other. windows: llama.cpp applies sliding windows (otherwise it
-    ignores them). derive: computes required values from the sizes. needed: GGUF fields that a file must have.
-    """
-
-    model_type: str
-    names: Mapping[str, str]
-    fields: dict[str, str]
-    fixed: Mapping[str, Any]
-    optional: Mapping[str, str] = field(default_factory=dict)
-    interleaved: bool = False
-    windows: bool = False
-    derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda sizes: {}
-    needed: tuple[str, ...] = ()
-
-    @property
-    def config(self) -> Any:
-        """The Config class of this architecture's models."""
-        return FAMILIES[self.model_type].module.Config
-
-    @property
-    def rotary(self) -> bool:
-        """Whether the architecture has rotary positions."""
-        return "rope.freq_base" in self.fields
+def _architectures() -> dict[str, tuple[str, ...]]:
+    """Return the models of each architecture of llama.cpp, without importing their files."""
+    found: dict[str, tuple[str, ...]] = {}
+    for model, names in INDEX.items():
+        for name in names.gguf:
+            found[name] = (*found.get(name, ()), model)
+    return found
 
 
-_BLOCKS = {
-    "embedding": "token_embd",
-    "blocks.*.attention_norm": "blk.*.attn_norm",
-    "blocks.*.attention.out": "blk.*.attn_output",
-    "blocks.*.feedforward_norm": "blk.*.ffn_norm",
-    "blocks.*.feedforward.down": "blk.*.ffn_down",
-    "norm": "output_norm",
-    "head": "output",
-}
-_GPT2 = {
-    "positions": "position_embd",
-    "blocks.*.attention.qkv": "blk.*.attn_qkv",
-    "blocks.*.feedforward.up": "blk.*.ffn_up",
-}
-_LLAMA = {"blocks.*.attention.qkv": "blk.*.attn_[q,k,v]", "blocks.*.feedforward.gate_up": "blk.*.ffn_[gate,up]"}
-_ROTARY = {
-    "attention.head_count_kv": "n_kv_heads",
-    "attention.layer_norm_rms_epsilon": "norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "rope.freq_base": "rope_theta",
-}
-_NO_WINDOW = {key: ours for key, ours in _ROTARY.items() if ours != "sliding_window"}
-_BIASES = {
-    "qkv_bias": "blk.0.attn_q.bias",
-    "out_bias": "blk.0.attn_output.bias",
-    "feedforward_bias": "blk.0.ffn_down.bias",
-}
-_QK_NORM = {f"blocks.*.attention.{part}_norm": f"blk.*.attn_{part}_norm" for part in "qk"}
-_OLMO2 = _QK_NORM | {
-    "blocks.*.attention_norm": "blk.*.post_attention_norm",
-    "blocks.*.feedforward_norm": "blk.*.post_ffw_norm",
-}
-_EXPERTS = {
-    "blocks.*.feedforward.router.gate": "blk.*.ffn_gate_inp",
-    "blocks.*.feedforward.experts.*.gate_up": "blk.*.ffn_[gate,up]_exps.*",
-    "blocks.*.feedforward.experts.*.down": "blk.*.ffn_down_exps.*",
-}
-_COUNTS = {"expert_count": "n_experts", "expert_used_count": "n_experts_per_token"}
-_EXPERT_DIM = {"expert_feed_forward_length": "expert_dim"}
-_GEMMA3 = {ours: f"{theirs}+1" for ours, theirs in (_BLOCKS | _QK_NORM).items() if ours.endswith("norm")} | {
-    "blocks.*.post_attention_norm": "blk.*.post_attention_norm+1",
-    "blocks.*.post_feedforward_norm": "blk.*.post_ffw_norm+1",
-}
+ARCHITECTURES: Mapping[str, tuple[str, ...]] = _architectures()
 
 
-def _gemma3_scale(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scale of attention. llama.cpp recognises the 27B model by its 62 layers; only this model has a scale
-    other than head_dim^-0.5."""
-    return {"attention_scale": (sizes["dim"] / sizes["n_heads"]) ** -0.5 if sizes["n_layers"] == 62 else None}
-
-
-def _all_keys(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Require as many heads of keys as of queries: llama.cpp normalises the keys of an OLMoE like the queries."""
-    return {} if sizes.get("n_kv_heads") is None else {"n_kv_heads": sizes["n_heads"]}
-
-
-_PLAIN = {"activation": "silu", "first_window_layer": 0, "dropout": 0.0}
-ARCHITECTURES = {  # `architecture_for` tries them in this order
-    "gpt2": GgufArchitecture(
-        "gpt2", _BLOCKS | _GPT2, {"attention.layer_norm_epsilon": "norm_eps"},
-        {"activation": "gelu_tanh", "bias": True, "dropout": 0.0},
-    ),
-    "qwen2": GgufArchitecture(
-        "qwen2", _BLOCKS | _LLAMA, _ROTARY, _PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False}
-    ),
-    "qwen3": GgufArchitecture("qwen3", _BLOCKS | _LLAMA | _QK_NORM, _ROTARY, _PLAIN | {"attention_bias": False}),
-    "olmo2": GgufArchitecture(
-        "olmo2", _BLOCKS | _LLAMA | _OLMO2, _NO_WINDOW,
-        {"activation": "silu", "attention_bias": False, "dropout": 0.0},
-    ),
-    "gemma3": GgufArchitecture(
-        "gemma3_text", _BLOCKS | _LLAMA | _GEMMA3, _ROTARY,
-        {
-            "activation": "gelu_tanh", "local_rope_theta": 10_000.0, "local_rope_scaling": None, "global_layers": None,
-            "attention_bias": False, "dropout": 0.0,
-        },
-        windows=True, derive=_gemma3_scale,
-    ),
-    "llama": GgufArchitecture("llama", _BLOCKS | _LLAMA, _ROTARY, _PLAIN, _BIASES, interleaved=True),
-    "qwen3moe": GgufArchitecture(
-        "qwen3_moe", _BLOCKS | _LLAMA | _QK_NORM | _EXPERTS, _ROTARY | _COUNTS | _EXPERT_DIM,
-        {"activation": "silu", "attention_bias": False, "normalised": True, "dense_layers": (), "dropout": 0.0},
-        needed=(*_COUNTS, *_EXPERT_DIM),
-    ),
-    "olmoe": GgufArchitecture(
-        "olmoe", _BLOCKS | _LLAMA | _QK_NORM | _EXPERTS, _NO_WINDOW | _COUNTS,
-        {"activation": "silu", "attention_bias": False, "normalised": False, "tied": False, "dropout": 0.0},
-        derive=_all_keys, needed=(*_COUNTS,),
-    ),
-}  # fmt: skip
-WITH_EXPERTS = {  # architectures of files with experts, by the same names
-    "llama": GgufArchitecture(
-        "mixtral", _BLOCKS | _LLAMA | _EXPERTS, _ROTARY | _COUNTS, {"activation": "silu", "dropout": 0.0},
-        interleaved=True, needed=(*_COUNTS,),
-    ),
-}  # fmt: skip
+def _architecture(name: str, metadata: Mapping[str, Any]) -> tuple[GgufArchitecture, Any]:
+    """Return the architecture of a file, and the class of its Config. Files of one architecture may be of two models,
+    of which one has experts."""
+    rows = [row(model) for model in ARCHITECTURES[name]]
+    with_experts = bool(metadata.get("expert_count"))
+    rows = [one for one in rows if ("expert_count" in one.gguf[name].fields) == with_experts] or rows
+    return rows[0].gguf[name], rows[0].config
 
 
 def read_config(
@@ -275,11 +168,11 @@ def read_config(
     for errors.
     """
     name = fields.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"{where} has the architecture {name!r}, which keifu does not read. It reads: {known}.")
     metadata = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
-    architecture = (WITH_EXPERTS if metadata.get("expert_count") and name in WITH_EXPERTS else ARCHITECTURES)[name]
+    architecture, config_class = _architecture(name, metadata)
     refused = [f"{name}.{key}" for key in REFUSED if metadata.get(key) and key not in architecture.fields]
     if refused:
         raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
@@ -287,15 +180,15 @@ def read_config(
     if missing or "token_embd.weight" not in tensors:
         lacking = missing or ["the tensor token_embd.weight"]
         raise UserError(f"{where} lacks {', '.join(lacking)}, so the model's size is not known.")
-    values = {ours: metadata[key] for key, ours in (SIZES | architecture.fields).items() if key in metadata}
+    values = {ours: metadata[key] for key, ours in {**SIZES, **architecture.fields}.items() if key in metadata}
     values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
     values |= architecture.derive(values)
     if architecture.rotary:
         values |= _rotary(metadata, values, freqs, where)
-        values |= _head_size(values, vars(architecture.config), where)
-    known = architecture.config.__dataclass_fields__
-    return architecture, architecture.config(**{key: value for key, value in values.items() if key in known})
+        values |= _head_size(values, vars(config_class), where)
+    known = config_class.__dataclass_fields__
+    return architecture, config_class(**{key: value for key, value in values.items() if key in known})
 
 
 def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -333,10 +226,9 @@ def _rotary(metadata: Mapping[str, Any], values: Mapping[str, Any], freqs: Tenso
 def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
     """Return the llama.cpp architecture that runs a model of this Config, and its name. Raises UserError that names the
     unsupported settings."""
-    values, reasons = vars(config), []
-    for name, architecture in (*ARCHITECTURES.items(), *WITH_EXPERTS.items()):
-        if not isinstance(config, architecture.config):
-            continue
+    values, reasons, name = vars(config), [], model_name(config)
+    model = row(name) if name in INDEX else None
+    for name, architecture in model.gguf.items() if model else ():
         required = {**architecture.fixed, **architecture.derive(values)}
         wrong = [key for key, value in required.items() if key != "dropout" and values[key] != value]
         if not wrong:
@@ -354,7 +246,7 @@ def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tupl
     agree.
     """
     values, tensors = vars(config), {}
-    fields = {key: values[ours] for key, ours in (SIZES | architecture.fields).items() if values[ours] is not None}
+    fields = {key: values[ours] for key, ours in {**SIZES, **architecture.fields}.items() if values[ours] is not None}
     fields |= {"vocab_size": config.vocab_size}
     if architecture.rotary:
         size = head_dim(config)

@@ -103,6 +103,7 @@ WEIGHT_NAMES = {
 }
 NOT_WEIGHTS = clip_text.NOT_WEIGHTS + clip_image.NOT_WEIGHTS
 MODEL_TYPES = {"clip": "CLIPModel"}
+OTHER_MODEL_TYPES = ("open_clip",)
 
 
 def from_published(json: dict[str, Any]) -> Config:

@@ -233,6 +233,8 @@ PREFIX = "vision_model."
 WITHOUT_PREFIX = ("CLIPVisionModel",)
 NOT_WEIGHTS = ("vision_model.embeddings.position_ids",)
 MODEL_TYPES = {"clip_vision_model": "CLIPVisionModel"}
+KEIFU_TYPE = "keifu_clip_image"
+WRITES_TEXT = False
 IN_FILE = {"projected": "visual_projection.weight"}
 
 FIELDS: hf.Fields = ENCODER_FIELDS | {

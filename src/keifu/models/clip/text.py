@@ -153,6 +153,7 @@ PREFIX = "text_model."
 WITHOUT_PREFIX = ("CLIPTextModel",)
 NOT_WEIGHTS = ("text_model.embeddings.position_ids",)
 MODEL_TYPES = {"clip_text_model": "CLIPTextModel"}
+KEIFU_TYPE = "keifu_clip_text"
 IN_FILE = {"projected": "text_projection.weight"}
 START = 49_406  # transformers' default for the first token of a caption
 HIGHEST_ID = 2  # the eos_token_id of old files; transformers then uses the highest id as the end

@@ -217,3 +217,6 @@ def build(config: Config) -> DiscreteVAE:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model
+
+
+WRITES_TEXT = False

@@ -172,6 +172,8 @@ WEIGHT_NAMES = {
 }
 OLD_ENDINGS = OLD_ATTENTION
 MODEL_TYPES = {"AutoencoderKL": "AutoencoderKL"}
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+WRITES_TEXT = False
 UNSUPPORTED: dict[str, Any] = {
     "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
     "use_post_quant_conv": True, "mid_block_add_attention": True,

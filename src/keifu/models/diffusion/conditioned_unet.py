@@ -185,6 +185,8 @@ _CROSS_BLOCK = BLOCK | {
 _TRANSFORMER = {"norm": "norm", "first": "proj_in", "last": "proj_out"}
 WEIGHT_NAMES = unet_names(_TRANSFORMER | nested("blocks.*", "transformer_blocks.*", _CROSS_BLOCK))
 MODEL_TYPES = {"UNet2DConditionModel": "UNet2DConditionModel"}
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+WRITES_TEXT = False
 UNSUPPORTED: dict[str, Any] = {
     "center_input_sample": False, "only_cross_attention": False, "mid_block_scale_factor": 1,
     "dual_cross_attention": False, "class_embed_type": None, "num_class_embeds": None, "addition_embed_type": None,

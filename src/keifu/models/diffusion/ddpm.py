@@ -214,6 +214,7 @@ WEIGHT_NAMES = {
 FILES = ("unet/config.json", "unet/diffusion_pytorch_model.safetensors")  # files of a pipeline
 OLD_ENDINGS = published.OLD_ATTENTION
 MODEL_TYPES = {"UNet2DModel": "DDPMPipeline"}
+WRITES_TEXT = False
 WAYS = (
     published.Way(
         {"DownBlock2D": (False, False), "AttnDownBlock2D": (True, None), "ResnetDownsampleBlock2D": (False, True)},

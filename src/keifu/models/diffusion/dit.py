@@ -316,6 +316,8 @@ WEIGHT_NAMES = {
 }  # fmt: skip
 OLD_ENDINGS = autoencoder_kl.OLD_ENDINGS
 MODEL_TYPES = {"DiTPipeline": "DiTPipeline"}
+FILES = ("model_index.json", "diffusion_pytorch_model.safetensors")
+WRITES_TEXT = False
 _NAMED = {
     "size": "sample_size", "patch_size": "patch_size", "channels": "in_channels", "out_channels": "out_channels",
     "n_heads": "num_attention_heads", "head_dim": "attention_head_dim", "n_layers": "num_layers",

@@ -174,6 +174,7 @@ WEIGHT_NAMES = names_of(PARTS)
 NOT_WEIGHTS = ("text_encoder.text_model.embeddings.position_ids",)
 OLD_ENDINGS = autoencoder_kl.OLD_ENDINGS
 MODEL_TYPES = {"StableDiffusionPipeline": "StableDiffusionPipeline"}
+FILES = ("model_index.json", "diffusion_pytorch_model.safetensors")
 
 
 def from_published(json: dict[str, Any]) -> Config:

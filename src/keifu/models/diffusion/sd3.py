@@ -202,6 +202,8 @@ WEIGHT_NAMES = {
     "last": "proj_out",
 }
 MODEL_TYPES = {"SD3Transformer2DModel": "SD3Transformer2DModel"}
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+WRITES_TEXT = False
 _NAMED = {
     "size": "sample_size", "patch_size": "patch_size", "channels": "in_channels", "out_channels": "out_channels",
     "n_heads": "num_attention_heads", "head_dim": "attention_head_dim", "n_layers": "num_layers",

@@ -12,6 +12,7 @@ from keifu.layers.mixture import MixtureOfExperts, SoftmaxRouter
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,10 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "rope": hf.rope(1e6),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+GGUF = {
+    "llama": gguf.GgufArchitecture(  # llama.cpp runs a Mixtral as a LLaMA with experts
+        names=gguf.LLAMA | gguf.EXPERTS, fields=gguf.WINDOW_FIELDS | gguf.EXPERT_COUNTS,
+        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, needed=(*gguf.EXPERT_COUNTS,),
+    ),
+}  # fmt: skip

@@ -4,13 +4,16 @@ logs of its training are public.
 Queries and keys are normalised over all heads together. The weights of a token's experts are not normalised.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, olmo2
 from keifu.models.hf import config as hf
 from keifu.models.mixture import mixtral, qwen3_moe
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,16 @@ FIELDS: hf.Fields = olmo2.FIELDS | {
     "balancing": hf.Field("router_aux_loss_coef", 0.01, float),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+
+def _all_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Require as many heads of keys as of queries: llama.cpp normalises the keys of an OLMoE like the queries."""
+    return {} if values.get("n_kv_heads") is None else {"n_kv_heads": values["n_heads"]}
+
+
+GGUF = {
+    "olmoe": gguf.GgufArchitecture(
+        names=gguf.LLAMA | gguf.QK_NORM | gguf.EXPERTS, fields=gguf.ROTARY_FIELDS | gguf.EXPERT_COUNTS,
+        fixed=gguf.SILU | {"normalised": False, "tied": False}, derive=_all_keys, needed=(*gguf.EXPERT_COUNTS,),
+    ),
+}  # fmt: skip

@@ -14,6 +14,7 @@ from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
 from keifu.models.mixture import mixtral
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,12 @@ FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "dense_layers": DENSE_LAYERS,
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+GGUF = {
+    "qwen3moe": gguf.GgufArchitecture(
+        names=gguf.LLAMA | gguf.QK_NORM | gguf.EXPERTS,
+        fields=gguf.WINDOW_FIELDS | gguf.EXPERT_COUNTS | gguf.EXPERT_DIM,
+        fixed=gguf.SILU | {"normalised": True, "dense_layers": ()},
+        needed=(*gguf.EXPERT_COUNTS, *gguf.EXPERT_DIM),
+    ),
+}  # fmt: skip

@@ -66,6 +66,9 @@ WEIGHT_NAMES = {
     "norm": "text_encoder_hidden_states_norm",
 }
 MODEL_TYPES = {"UnCLIPTextProjModel": "UnCLIPTextProjModel"}
+KEIFU_TYPE = "keifu_unclip_conditions"
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+WRITES_TEXT = False
 
 FIELDS: hf.Fields = {
     "n_tokens": hf.Field("clip_extra_context_tokens", 4),

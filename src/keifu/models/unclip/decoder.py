@@ -118,6 +118,9 @@ WEIGHT_NAMES = {
     **{f"network.{ours}": theirs for ours, theirs in unet_names(_ATTENTION).items()},
 }
 MODEL_TYPES = {"UNet2DConditionModel/simple": "UNet2DConditionModel"}  # diffusers has one class for two networks
+KEIFU_TYPE = "keifu_unclip_decoder"
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+WRITES_TEXT = False
 UNSUPPORTED: dict[str, Any] = {
     name: only
     for name, only in OF_CONDITIONED.items()

@@ -162,6 +162,9 @@ WEIGHT_NAMES = {
     "std": "clip_std",
 }
 MODEL_TYPES = {"PriorTransformer": "PriorTransformer"}
+KEIFU_TYPE = "keifu_unclip_prior"
+FILES = ("config.json", "diffusion_pytorch_model.safetensors")
+WRITES_TEXT = False
 UNSUPPORTED: dict[str, Any] = {"time_embed_act_fn": "silu"}
 FIELDS: hf.Fields = {
     "context_length": hf.Field("num_embeddings", 77),

@@ -203,6 +203,7 @@ NOT_WEIGHTS = (
     "text_encoder.text_model.embeddings.position_ids", "image_encoder.vision_model.embeddings.position_ids",
 )  # fmt: skip
 MODEL_TYPES = {"UnCLIPPipeline": "UnCLIPPipeline"}
+FILES = ("model_index.json", "diffusion_pytorch_model.safetensors")
 
 
 def from_published(json: dict[str, Any]) -> Config:
