@@ -226,9 +226,13 @@ print(*(name for name in sys.modules.keys() - before if name.split(".")[0] not i
 def test_python_interface_is_found_lazily() -> None:
     import keifu
     from keifu.checkpoints import load
+    from keifu.errors import UserError
+    from keifu.inference.embeddings.encoders import embed
 
     assert keifu.load is load
     assert {"load", "save", "generate"} <= set(dir(keifu))
+    assert (keifu.embed, keifu.UserError) == (embed, UserError)
+    assert [name for name in keifu.__all__ if not hasattr(keifu, name)] == []
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
         _ = keifu.laod
 
@@ -296,7 +300,8 @@ def failing(monkeypatch: pytest.MonkeyPatch):
         (
             ModuleNotFoundError(name="starlette"),
             1,
-            "This needs the Python package 'starlette', which is not installed: pip install 'keifu[serve]'.",
+            "This needs the Python package 'starlette', which is not installed: pip install '.[serve]' in keifu's "
+            "checkout.",
         ),
         (MemoryError(), 1, "There is not enough memory; lower the batch, the context length or the model's size."),
     ],

@@ -16,12 +16,25 @@ if TYPE_CHECKING:
     from typing import Any
 
     from keifu.checkpoints import load, load_weights, save
+    from keifu.errors import UserError
+    from keifu.inference.embeddings.encoders import embed
     from keifu.interface import generate, train
     from keifu.training.protocols import LossOutput
     from keifu.training.settings import Settings
 
 __version__ = "0.2.0"
-__all__ = ["LossOutput", "Settings", "__version__", "generate", "load", "load_weights", "save", "train"]
+__all__ = [
+    "LossOutput",
+    "Settings",
+    "UserError",
+    "__version__",
+    "embed",
+    "generate",
+    "load",
+    "load_weights",
+    "save",
+    "train",
+]
 
 _HOMES = {
     "load": "keifu.checkpoints",
@@ -29,6 +42,8 @@ _HOMES = {
     "save": "keifu.checkpoints",
     "generate": "keifu.interface",
     "train": "keifu.interface",
+    "embed": "keifu.inference.embeddings.encoders",
+    "UserError": "keifu.errors",
     "LossOutput": "keifu.training.protocols",
     "Settings": "keifu.training.settings",
 }

@@ -10,6 +10,12 @@ class UserError(ValueError):
     """Error with one sentence: the value seen and what to do. The command line prints it and exits with status 1."""
 
 
+def install(extra: str) -> str:
+    """Return the command that installs the packages of an extra. It names the checkout, because keifu is on no package
+    index, where somebody else could take its name."""
+    return f"pip install '.[{extra}]' in keifu's checkout"
+
+
 def printable(text: str) -> str:
     """Return the text without control characters. Names in files may contain some, and a terminal would obey them."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda match: ascii(match[0])[1:-1], text)

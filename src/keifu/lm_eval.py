@@ -14,7 +14,7 @@ from torch import nn
 
 from keifu.checkpoints import load
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError
+from keifu.errors import UserError, install
 from keifu.evaluation.text.prompt_runner import PromptRunner
 from keifu.inference.text import likelihood
 from keifu.inference.text.sampling_params import SETTINGS, SamplingParams, defaults
@@ -24,7 +24,7 @@ try:
     from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 except ModuleNotFoundError as missing:
-    raise UserError(f"lm-evaluation-harness is needed ({missing}): pip install 'keifu[evaluation]'.") from missing
+    raise UserError(f"lm-evaluation-harness is needed ({missing}): {install('evaluation')}.") from missing
 
 SCORING = "lm-eval, scoring"
 WRITTEN = 256  # default maximum of new tokens, as in the harness

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from keifu.errors import UserError, unknown
+from keifu.errors import UserError, install, unknown
 from keifu.untrusted import parse_json, plain_file
 
 Problem = Callable[[str], None]
@@ -244,7 +244,7 @@ def _parquet(path: Path, only: str | None) -> Iterator[Row]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ModuleNotFoundError:
-        raise UserError(f"Reading {path} needs pyarrow: install it with `pip install 'keifu[parquet]'`.") from None
+        raise UserError(f"Reading {path} needs pyarrow: {install('parquet')} brings it.") from None
     try:
         file = parquet.ParquetFile(plain_file(path))
     except (ArrowInvalid, OSError) as error:

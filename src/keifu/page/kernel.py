@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from keifu.errors import UserError
+from keifu.errors import UserError, install
 
 ENGINE = Path(__file__).parent / "engine"
 SOURCE = ENGINE / "kernel.c"
@@ -24,7 +24,7 @@ def can_compile() -> bool:
 def compile_kernel(out: Path) -> Path:
     """Compile kernel.c to the file `out` and return it. Raises `UserError` if the compiler is missing or fails."""
     if not can_compile():
-        raise UserError("The compiler for WebAssembly is missing: pip install 'keifu[docs]' installs it.")
+        raise UserError(f"The compiler for WebAssembly is missing: {install('docs')} installs it.")
     command = [sys.executable, "-m", "ziglang", "cc", *TARGET, *(f"-Wl,{option}" for option in LINK)]
     done = subprocess.run([*command, "-o", str(out), str(SOURCE)], capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():

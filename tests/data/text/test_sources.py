@@ -60,7 +60,7 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match=re.escape("pip install 'keifu[parquet]'")):
+    with pytest.raises(UserError, match=re.escape("pip install '.[parquet]' in keifu's checkout")):
         list(documents(write(tmp_path / "a.parquet", "x")))
 
 

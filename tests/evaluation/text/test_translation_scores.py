@@ -52,12 +52,12 @@ def test_without_mecab_characters_count_and_it_is_said(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "MeCab", None)
     scorer = Scorer("ja")
     assert "tok:char" in scorer(JAPANESE, JAPANESE).bleu_signature
-    assert "characters (tok:char)" in scorer.note and "pip install 'keifu[evaluation]'" in scorer.note
+    assert "characters (tok:char)" in scorer.note and "pip install '.[evaluation]' in keifu's checkout" in scorer.note
 
 
 def test_without_sacrebleu_it_is_said_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
-    with pytest.raises(UserError, match=r"pip install 'keifu\[evaluation\]'"):
+    with pytest.raises(UserError, match=r"pip install '.\[evaluation\]' in keifu's checkout"):
         Scorer("en")(ENGLISH, ENGLISH)
 
 

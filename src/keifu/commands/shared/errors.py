@@ -5,11 +5,11 @@ import tempfile
 import traceback
 from pathlib import Path
 
-from keifu.errors import UserError, printable
+from keifu.errors import UserError, install, printable
 from keifu.folders import cache
 
 # Packages of `keifu serve`, and the command that installs them.
-HINTS: dict[str, str] = dict.fromkeys(("starlette", "fastapi", "uvicorn", "llguidance"), ": pip install 'keifu[serve]'")
+HINTS: dict[str, str] = dict.fromkeys(("starlette", "fastapi", "uvicorn", "llguidance"), f": {install('serve')}")
 
 
 def explain(error: Exception) -> str | None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from keifu.data.audio.log_mel import FOURIER, RATE, log_mel
 from keifu.data.records import read_parts
-from keifu.errors import UserError
+from keifu.errors import UserError, install
 from keifu.untrusted import plain_file
 
 LONGEST = 12 * 3600  # seconds
@@ -55,7 +55,7 @@ def read_sound(
         import soundfile
         import soxr
     except (ImportError, OSError) as error:
-        raise UserError("Reading sound needs soundfile and soxr: run pip install 'keifu[audio]'.") from error
+        raise UserError(f"Reading sound needs soundfile and soxr: run {install('audio')}.") from error
     name, finite = name or str(source), True
     try:
         with soundfile.SoundFile(BytesIO(source) if isinstance(source, bytes) else plain_file(source)) as file:

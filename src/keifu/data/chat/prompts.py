@@ -15,7 +15,7 @@ from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation, objects, prompt_of
 from keifu.data.chat.thoughts import answer_of
 from keifu.data.records import listed
-from keifu.errors import UserError, require_known
+from keifu.errors import UserError, install, require_known
 from keifu.files import hash_of
 
 
@@ -70,7 +70,7 @@ def reasoning_gym() -> Any:
     try:
         return import_module("reasoning_gym")
     except ImportError as error:
-        raise UserError(f"reasoning-gym cannot be used ({error}): pip install 'keifu[gym]'.") from error
+        raise UserError(f"reasoning-gym cannot be used ({error}): {install('gym')}.") from error
 
 
 def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]:

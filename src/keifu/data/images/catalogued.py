@@ -22,7 +22,7 @@ from torch import Tensor
 
 from keifu.data.catalogue import catalogue
 from keifu.data.images.io import DecodedImage, ImageItem, read_image
-from keifu.errors import UserError
+from keifu.errors import UserError, install
 from keifu.untrusted import plain_file, reading
 
 CLOTHES = "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
@@ -155,7 +155,7 @@ def openmoji() -> Iterator[ImageItem]:
     try:
         import resvg_py
     except ModuleNotFoundError:
-        raise UserError("OpenMoji's drawings are SVG and need resvg-py: `pip install 'keifu[svg]'`.") from None
+        raise UserError(f"OpenMoji's drawings are SVG and need resvg-py: {install('svg')} brings it.") from None
 
     def draw(data: bytes, where: str, size: int | None) -> DecodedImage:
         text = gzip.decompress(data).decode()

@@ -23,13 +23,13 @@ from keifu.data.text.dataset_report import SCRIPTS, script_numbers
 from keifu.data.text.normalization import near_training
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.translation.pairs import Pair, Pairs, pair_names, read_pairs, split
-from keifu.errors import UserError
+from keifu.errors import UserError, install
 from keifu.evaluation.registry import EvalRequest, EvalResult, ResultTable
 from keifu.inference.text.translation import Translation, TranslationParams, is_translator, translate_texts
 
 WITHOUT_SPACES = {"ja", "zh"}
 RESAMPLES = 1000  # of the bootstrap
-HOW = "pip install 'keifu[evaluation]'"
+HOW = install("evaluation")
 
 
 class Scores(NamedTuple):
