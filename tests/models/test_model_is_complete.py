@@ -33,17 +33,9 @@ MIXTURES = ["mixture.mixtral", "mixture.qwen3_moe", "mixture.olmoe", "mixture.de
 DELTAS = ["hybrid.qwen3_next", "hybrid.qwen3_5"]
 HYBRIDS = [*DELTAS, "hybrid.lfm2"]
 CAPPED = ["variants.gemma2", "variants.nanochat"]
-VARIANTS = [
-    "variants.smollm3",
-    "variants.phi3",
-    "variants.exaone4",
-    "variants.glm4",
-    "variants.granite",
-    "variants.ministral",
-    *CAPPED,
-]
+WITHOUT_GGUF = [f"variants.{name}" for name in ("phi3", "exaone4", "glm4", "ministral", "nanochat")]
 REFUSED = {  # what keifu refuses, with the models and the words of the refusal
-    "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *VARIANTS, *MIXTURES[3:], *HYBRIDS], "writes no GGUF"),
+    "gguf": dict.fromkeys(["gpt1", "gpt3", "palm", *WITHOUT_GGUF, *MIXTURES[3:], *HYBRIDS], "writes no GGUF"),
     "native": {"mixture.deepseek_v3": "LatentAttention, which native"}
     | dict.fromkeys(HYBRIDS, "(GatedDeltaNet|GatedConvolution), which native")
     | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledRMSNorm), which native"),

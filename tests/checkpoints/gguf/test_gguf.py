@@ -16,6 +16,7 @@ from keifu.layers import quantized
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, mlp, olmo2, qwen3
 from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
+from keifu.models.variants import gemma2, granite, smollm3
 
 SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
 
@@ -39,6 +40,9 @@ CONFIGS = {
     "mixtral": mixtral.Config(**SMALL, n_kv_heads=2, n_experts=5),
     "mixtral-one-expert-each-tied": mixtral.Config(**SMALL, n_kv_heads=2, n_experts_per_token=1, tied=True),
     "qwen3moe": qwen3_moe.Config(**SMALL, n_kv_heads=2, head_dim=10, expert_dim=24, n_experts=7, n_experts_per_token=3),
+    "granite": granite.Config(**SMALL, n_kv_heads=2, attention_scale=0.3, attention_bias=True, feedforward_bias=True),
+    "smollm3": smollm3.Config(**SMALL | {"n_layers": 5}, n_kv_heads=2, tied=False),
+    "gemma2": gemma2.Config(**SMALL, n_kv_heads=2, head_dim=10, sliding_window=5, attention_cap=2.5, logit_cap=1.5),
     "olmoe": olmoe.Config(**SMALL, n_kv_heads=4, n_experts=6, n_experts_per_token=6),
     "window-of-all": llama.Config(**SMALL, n_kv_heads=2, sliding_window=64),
     "linear": scaled("linear", original_context_length=64),
@@ -65,7 +69,7 @@ def test_written_and_read_again_is_the_same(name, tmp_path) -> None:
     changes = {"attention_factor": pytest.approx(0.8)} if name == "yarn-attention-factor" else {}
     expected = vars(model.config.rope_scaling) | changes if changes else None
     assert again.config == model.config if expected is None else vars(again.config.rope_scaling) == expected
-    unit_offset = {"norm"} if name == "gemma3" else set()  # whose file has 1 + weight, rounded to float32
+    unit_offset = {"norm"} if name in ("gemma2", "gemma3") else set()  # whose file has 1 + weight, rounded to float32
     for key, tensor in model.state_dict().items():
         exact = key.rpartition(".")[0][-4:] not in unit_offset
         assert (
@@ -75,7 +79,7 @@ def test_written_and_read_again_is_the_same(name, tmp_path) -> None:
         )
     tokens = torch.randint(0, 320, (1, 50))
     with torch.no_grad():
-        assert torch.allclose(model(tokens), again(tokens), rtol=0, atol=1e-6 if name != "gemma3" else 1e-5)
+        assert torch.allclose(model(tokens), again(tokens), rtol=0, atol=1e-6 if not unit_offset else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])

@@ -10,6 +10,7 @@ from keifu.data.tokenizers.chat_template import CHATML
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
 from keifu.models.mixture import mixtral, olmoe, qwen3_moe
+from keifu.models.variants import gemma2, granite, smollm3
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -42,6 +43,14 @@ CONFIGS = {
     "mixtral-tied": mixtral.Config(**SMALL, n_kv_heads=1, n_experts=5, n_experts_per_token=1, tied=True),
     "qwen3moe": qwen3_moe.Config(
         **SMALL, n_kv_heads=2, head_dim=32, expert_dim=32, n_experts=12, n_experts_per_token=3
+    ),
+    "granite": granite.Config(**SMALL, n_kv_heads=2, attention_scale=0.3, logit_divisor=3.0, residual_scale=0.4),
+    "granite-biased-untied": granite.Config(
+        **SMALL, n_kv_heads=4, attention_bias=True, feedforward_bias=True, tied=False, embedding_scale=3.0
+    ),
+    "smollm3": smollm3.Config(**SMALL | {"n_layers": 5}, n_kv_heads=2),
+    "gemma2": gemma2.Config(
+        **SMALL | {"n_layers": 5}, n_kv_heads=2, head_dim=32, sliding_window=8, attention_cap=5.0, logit_cap=8.0
     ),
     "olmoe": olmoe.Config(**SMALL, n_experts=9, n_experts_per_token=4),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},

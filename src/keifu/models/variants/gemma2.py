@@ -1,6 +1,7 @@
 """Gemma 2 (Gemma Team, 2024): soft caps on the scores of attention and on the logits, sliding-window attention in every
 other layer, norms before and after each sublayer."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from keifu.layers.transformer.blocks import SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding, SoftCappedLM
 from keifu.models import gemma3, llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,26 @@ FIELDS: hf.Fields = gemma3.GEMMA_FIELDS | {
     "global_layers": llama.published_layers(2),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+
+def _required(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scale of attention, which differs in the 27B model alone: llama.cpp recognises it by its 46 layers.
+    llama.cpp always applies both caps, by default these."""
+    caps = {"attention_cap": 50.0, "logit_cap": 30.0}
+    return {"attention_scale": (values["dim"] // values["n_heads"]) ** -0.5 if values["n_layers"] == 46 else None} | {
+        name: cap for name, cap in caps.items() if not values.get(name)
+    }
+
+
+GGUF = {
+    "gemma2": gguf.GgufArchitecture(
+        names=gguf.unit_offset(gguf.LLAMA | gguf.POST_NORMS),
+        fields=gguf.WINDOW_FIELDS | {
+            "attn_logit_softcapping": "attention_cap", "final_logit_softcapping": "logit_cap",
+        },
+        fixed={
+            "activation": "gelu_tanh", "global_layers": None, "attention_bias": False, "tied": True, "dropout": 0.0
+        },
+        windows=True, derive=_required,
+    ),
+}  # fmt: skip

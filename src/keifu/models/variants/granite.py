@@ -11,6 +11,7 @@ from keifu.layers.transformer.blocks import ScaledPreNorm
 from keifu.layers.transformer.decoder import DecoderLM, ScaledEmbedding
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,16 @@ FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "logit_divisor": hf.Field("logits_scaling", 1.0, float),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+GGUF = {
+    "granite": gguf.GgufArchitecture(
+        names=gguf.LLAMA,
+        fields=gguf.ROTARY_FIELDS | {
+            "embedding_scale": "embedding_scale", "attention.scale": "attention_scale",
+            "residual_scale": "residual_scale", "logit_scale": "logit_divisor",
+        },
+        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True,
+        optional={"attention_bias": "blk.0.attn_q.bias", "feedforward_bias": "blk.0.ffn_down.bias"},
+        needed=("embedding_scale", "attention.scale", "residual_scale", "logit_scale"),
+    ),
+}  # fmt: skip

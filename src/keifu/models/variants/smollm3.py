@@ -11,6 +11,7 @@ from keifu.layers.attention.attention import Attention
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,13 @@ def to_published(config: Config) -> dict[str, Any]:
         "sliding_window": config.sliding_window,
         "layer_types": hf.layer_types(config.n_layers, {*range(config.n_layers)} - {*config.window_layers}),
     }
+
+
+GGUF = {
+    "smollm3": gguf.GgufArchitecture(  # llama.cpp gives every fourth layer no positions
+        names=gguf.LLAMA, fields=gguf.ROTARY_FIELDS, interleaved=True,
+        fixed=gguf.SILU | {
+            "feedforward_bias": False, "position_free": None, "sliding_window": None, "window_layers": ()
+        },
+    ),
+}  # fmt: skip
