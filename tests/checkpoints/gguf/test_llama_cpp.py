@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from keifu import checkpoints
+from keifu.checkpoints.gguf.config import ARCHITECTURES, architecture_for
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
@@ -83,6 +84,10 @@ def run(path, tokens: list[int], count: int):
         tokens = [*tokens, int(engine.scores[len(tokens) - 1].argmax())]
         engine.eval(tokens[-1:])
     return engine, logits, tokens
+
+
+def test_every_architecture_that_is_written_is_compared_with_llama_cpp() -> None:
+    assert {architecture_for(config)[0] for config in CONFIGS.values()} == {*ARCHITECTURES}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
