@@ -13,7 +13,7 @@ ENGINE = Path(__file__).parents[2] / "src/keifu/page/engine"
 
 def test_kernel_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "can_compile", lambda: False)
-    with pytest.raises(UserError, match=r"pip install 'keifu\[docs\]'"):
+    with pytest.raises(UserError, match=r"pip install '.\[docs\]'"):
         kernel.compile_kernel(tmp_path / "kernel.wasm")
     assert not [*tmp_path.iterdir()]
 

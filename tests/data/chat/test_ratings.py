@@ -85,7 +85,7 @@ def test_reasoning_gym_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ImportError("No module named 'bfi'")
 
     monkeypatch.setattr(gym, "import_module", absent)
-    with pytest.raises(UserError, match=r"No module named 'bfi'\): pip install 'keifu\[gym\]'"):
+    with pytest.raises(UserError, match=r"No module named 'bfi'\): pip install '\.\[gym\]'"):
         list(gym.gym_problems("gym:chain_sum", 1, 0))
 
 

@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -172,12 +172,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
         """Encode each text, in parallel. The arguments are those of `encode`."""
         backend = self.backend if allow_special or not self._spelled(texts) else self._shield.backend
-
-        def encode() -> list[list[int]]:
-            return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
-
+        encode = partial(backend.encode_batch_fast, list(texts), add_special_tokens=special)
         with self._explaining(texts):
-            return left_by_a_stop(encode) if sum(map(len, texts)) > LONG else encode()
+            encodings = left_by_a_stop(encode) if sum(map(len, texts)) > LONG else encode()
+        return [encoding.ids for encoding in encodings]
 
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Encode each target text of a translation model, with the target vocabulary if there are two."""
