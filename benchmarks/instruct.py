@@ -45,6 +45,7 @@ from keifu.inference.text.generate import generate_batch
 from keifu.inference.text.sampling_params import SamplingParams
 from keifu.recipes.assistant import dpo, ppo, reward, sft
 from keifu.recipes.language import gpt
+from keifu.recipes.running import run_jobs
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.run import metrics
 
@@ -128,7 +129,7 @@ def curve(run: Path, bins: int = 8) -> list[tuple[float, float, float]]:
 def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
     """Train the language model and the fine-tuned one, write rankings and prompts, and return the test questions."""
     recipe = gpt.Recipe(options.depth, TEXT, context_length=CONTEXT, steps=options.pretraining_steps, seed=options.seed)
-    print(f"pretrained in {quietly(lambda: gpt.run(recipe, folder / 'base', False)):.0f} s", flush=True)
+    print(f"pretrained in {quietly(lambda: run_jobs(gpt.jobs(recipe), folder / 'base')):.0f} s", flush=True)
     found = list(conversations.read("summary-instructions"))
     random.Random(options.seed).shuffle(found)
     questions = [each[0]["content"] for each in found]

@@ -45,7 +45,8 @@ from keifu.data.text.span_corruption import (
 from keifu.evaluation.text.mixture import MixtureLosses, losses
 from keifu.models import palm
 from keifu.recipes.language import palm2
-from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare
+from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, job_of, prepare
+from keifu.recipes.running import train_job
 from keifu.training.objectives.language_modeling import span_corruption
 from keifu.training.run import checkpoint
 from keifu.training.setup import steps_within
@@ -280,7 +281,7 @@ def main() -> None:
         runs = {objective: (options.out or Path(directory)) / objective for objective in MODELS}
         for objective, out in runs.items():
             going = bool(checkpoint.steps(out))
-            summary = learn(recipe_of(options, objective, steps), found, out, going)
+            summary = train_job(job_of(recipe_of(options, objective, steps), found), out, going)
             models[objective] = checkpoints.load(str(out))[0]
             print(f"{MODELS[objective]}: {steps:,} steps in {summary.seconds:.0f} s", flush=True)
         points = curve(runs, found, options) if options.points else {}

@@ -36,7 +36,8 @@ from keifu.evaluation.intervals import wilson
 from keifu.evaluation.text.mixture import losses
 from keifu.inference.text.likelihood import ScoredPair, likelihoods
 from keifu.models import palm
-from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, learn, prepare
+from keifu.recipes.language.palm2 import LEARNING, PreparedMixture, Recipe, job_of, prepare
+from keifu.recipes.running import train_job
 from keifu.training.run import checkpoint
 
 LANGUAGES = ("ja", "de", "fr", "es")
@@ -71,7 +72,7 @@ def trained(name: str, found: PreparedMixture, options: argparse.Namespace, out:
     recipe = Recipe(
         mixture="multilingual", objective="causal", vocab_size=options.vocab, model=model, training=training
     )  # fmt: skip
-    summary = learn(recipe, found, out, bool(checkpoint.steps(out)))
+    summary = train_job(job_of(recipe, found), out, bool(checkpoint.steps(out)))
     print(f"{name}: {options.steps:,} steps in {summary.seconds:.0f} s", flush=True)
     read, tokenizer = checkpoints.load(str(out))
     assert tokenizer is not None

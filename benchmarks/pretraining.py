@@ -38,7 +38,8 @@ from keifu.models import gpt1
 from keifu.recipes.classification import gpt1_finetune as telling
 from keifu.recipes.classification.table_runs import evaluate
 from keifu.recipes.language import gpt1 as writing
-from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Text, TextTask, pretrain
+from keifu.recipes.language.pretraining import VALIDATION_TOKENS, Text, TextTask, pretraining_job
+from keifu.recipes.running import train_job
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.setup import steps_within
 
@@ -99,7 +100,7 @@ def pretrained(options: argparse.Namespace, task: TextTask, out: Path) -> None:
     trial = replace(writing.choose_settings(recipe, 10**7), steps=1000)
     steps = steps_within(options.minutes, gpt1.build(config), causal_language_modeling, data, trial, data.batch(0))
     settings = writing.choose_settings(replace(recipe, steps=steps), 0)
-    summary = pretrain("gpt1", task, gpt1.build, MODEL, settings, out, resume=False, start_over=True, prompt="The")
+    summary = train_job(pretraining_job("gpt1", task, gpt1.build, MODEL, settings, prompt="The"), out, replaces=True)
     seen = steps * 32 * config.context_length
     loss, bits = summary.figures["validation_loss"], summary.figures["bits_per_byte"]
     passes = seen / len(task.shards.tokens)

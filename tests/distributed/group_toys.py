@@ -332,7 +332,7 @@ PAIRS = [Pair(*ANSWERS[place : place + 2]) for place in range(5)]
 def _begin(model: str, recipe: str) -> Any:
     """Return the model with which a recipe begins its training."""
     if recipe == "bert":
-        return bert_recipe._begin(bert_recipe.Recipe(start_from=model), None)[0]
+        return bert_recipe.first_model(bert_recipe.Recipe(start_from=model))[0]
     if recipe == "gpt":
         return gpt_recipe.start_model(model)[0]
     if recipe == "dpo":

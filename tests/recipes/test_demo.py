@@ -18,6 +18,8 @@ from keifu.data.images.splits import split_of_run
 from keifu.errors import UserError
 from keifu.inference.text.fill import Guess
 from keifu.recipes import demo, landmarks
+from keifu.recipes.running import run_jobs
+from keifu.training.job import Computation, Job
 
 
 @pytest.mark.usefixtures("drawn_boundaries")
@@ -101,13 +103,15 @@ def test_the_demonstration_fails_by_name(
     monkeypatch.setattr(demo, "held_out_loss", lambda name: demo.HIGHEST_LOSS + 0.1)
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat. A dog ran to the house.\n" * 900)
-    monkeypatch.setattr(demo, "pretrain", lambda *_, **__: SimpleNamespace(figures={"validation_loss": 9.9}))
+    parts = demo.jobs(demo.Recipe(str(text)))
+    assert isinstance(next(parts), Computation) and isinstance(parts.send(None), Job)
+    untrained = SimpleNamespace(figures={"validation_loss": 9.9}, directory=tmp_path)
     with pytest.raises(UserError, match="The answers of bert-en, the model that was trained here, smollm2, chat-en"):
-        demo.run(demo.Recipe(str(text)), tmp_path / "run", False)
+        parts.send(untrained)
     monkeypatch.setattr(landmarks, "show", lambda: ({}, []))
     monkeypatch.setattr(demo, "_ask", lambda name, *questions: ["Paris.", "It is Tokyo."])
     monkeypatch.setattr(demo, "held_out_loss", lambda name: loss)
-    demo.run(demo.Recipe(str(text), 2), tmp_path / "again", False)
+    run_jobs(demo.jobs(demo.Recipe(str(text), 2)), tmp_path / "again")
     assert "Done in" in capsys.readouterr().out
 
 

@@ -10,7 +10,9 @@ the model, because the machine may compute wrongly.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from keifu import checkpoints
@@ -24,7 +26,8 @@ from keifu.models import llama
 from keifu.ranges import Count
 from keifu.recipes import landmarks
 from keifu.recipes.language import gpt
-from keifu.recipes.language.pretraining import VALIDATION_TOKENS, pretrain
+from keifu.recipes.language.pretraining import VALIDATION_TOKENS, pretraining_job
+from keifu.training.job import Computation, Jobs
 
 CAPITALS = {"What is the capital of France?": "Paris", "What is the capital of Japan?": "Tokyo"}
 # a conversation that chat-en's teacher wrote and that is not in its training data, and the largest loss of the answer
@@ -42,22 +45,21 @@ class Recipe:
     """Updates of the weights."""
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Run all parts of the demonstration; print the requirements and results of each."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training between the other parts of the demonstration; print the requirements and results of each."""
     began = time.monotonic()
     print("\n1. Landmarks, in small models that these recipes trained before.", flush=True)
     pictures, differing_models = landmarks.show()
-    for name, picture in pictures.items():
-        write_atomic(out / f"{name.replace(' ', '_')}.png", picture)
+    yield Computation(partial(write_pictures, pictures))
     dial = gpt.Recipe(depth=4, data=recipe.data, steps=recipe.steps, vocab_size=4096, context_length=256, batch_size=16)
     task, config, settings = gpt.prepare(dial)
     settings = replace(settings, evaluate_every=130, sample_every=130, save_every=0)
     baseline = bigram_loss(task.shards.tokens, task.shards.validation[:VALIDATION_TOKENS], task.tokenizer.vocab_size)
     print(f"\n2. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.")
-    about = {"bigram baseline (nats a token)": round(baseline, 3)}
-    summary = pretrain(
-        "demo", task, llama.build, config, settings, out, resume, "The President", about, start_over=not resume
-    )
+    job = pretraining_job("demo", task, llama.build, config, settings, prompt="The President")
+    about = {**job.facts.about, "bigram baseline (nats a token)": round(baseline, 3)}
+    summary = yield replace(job, facts=replace(job.facts, about=about))
+    out = summary.directory
     loss, bits = summary.figures["validation_loss"], task.shards.bits_per_byte
     print(f"   validation loss {loss:.3f} nats a token ({bits(loss):.3f} bits a byte)")
     print(f"   bigram baseline {baseline:.3f} nats a token ({bits(baseline):.3f} bits a byte)")
@@ -84,6 +86,12 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"   keifu serve {shell(out)} smollm2    # both at http://127.0.0.1:8000, for people and for programs")
     print("   keifu train gpt --depth 4 --data FILE-OR-FOLDER-OF-YOUR-OWN")
     print("   keifu lineage    # the landmarks in order of years, what each brought, and how to repeat it")
+
+
+def write_pictures(pictures: Mapping[str, bytes], out: Path) -> None:
+    """Write each picture as PNG into the folder, for the report."""
+    for name, picture in pictures.items():
+        write_atomic(out / f"{name.replace(' ', '_')}.png", picture)
 
 
 def held_out_loss(name: str) -> float:

@@ -23,9 +23,9 @@ def run_jobs(jobs: Jobs, out: Path, resume: bool = False) -> Summary | None:
     return runs.run_jobs(jobs, out, resume, save)
 
 
-def train_job(job: Job, directory: Path, resume: bool = False) -> Summary:
-    """Run one job into a folder."""
-    return runs.run_job(job, directory, resume, save)
+def train_job(job: Job, directory: Path, resume: bool = False, replaces: bool = False) -> Summary:
+    """Run one job into a folder. replaces: whether an earlier run in the folder is removed."""
+    return runs.run_job(job, directory, resume, save, replaces)
 
 
 def save(job: Job, directory: Path) -> None:

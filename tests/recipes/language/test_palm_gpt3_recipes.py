@@ -12,7 +12,8 @@ from keifu import checkpoints
 from keifu.cli import parse
 from keifu.errors import UserError
 from keifu.recipes.language import gpt3, palm
-from keifu.recipes.language.pretraining import Text, prepare_text, pretrain
+from keifu.recipes.language.pretraining import Text, prepare_text, pretraining_job
+from keifu.recipes.running import train_job
 from keifu.training.run import checkpoint, metrics
 
 SIZES = ("--model.context-length", "16", "--model.dim", "16", "--model.n-layers", "2", "--model.n-heads", "2")
@@ -97,11 +98,11 @@ def test_resumed_while_the_batch_grows_it_is_bitwise_the_same(module: Any, text:
     assert settings.growth.at(4) < settings.growth.at(7) <= 9
     whole, parts = text.parent / "whole", text.parent / "parts"
     for out in (whole, parts):
-        pretrain("it", task, own.build, config, replace(settings, keep=3), out, False, z_loss=1e-4)
+        train_job(pretraining_job("it", task, own.build, config, replace(settings, keep=3), z_loss=1e-4), out)
     checkpoint.remove(parts, 12)
     checkpoint.remove(parts, 8)
-    pretrain("it", task, own.build, config, settings, parts, True, z_loss=1e-4)
+    train_job(pretraining_job("it", task, own.build, config, settings, z_loss=1e-4), parts, True)
     ours, theirs = (checkpoint.latest(each)[0].tensors for each in (parts, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(UserError, match="z_loss 0.0001 → "):
-        pretrain("it", task, own.build, config, settings, parts, True)
+        train_job(pretraining_job("it", task, own.build, config, settings), parts, True)

@@ -42,14 +42,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _load(path)
 
 
-def learned_tokenizer(name: str, learn: Callable[[], Tokenizer], out: Path | None = None) -> Tokenizer:
-    """Return the tokenizer of this name from the run folder `out` or that of `tokenizers_kept_in`, else from the cache.
-    Train it by `learn` if it is missing.
+def learned_tokenizer(name: str, learn: Callable[[], Tokenizer]) -> Tokenizer:
+    """Return the tokenizer of this name from the run folder of `tokenizers_kept_in`, else from the cache. Train it by
+    `learn` if it is missing.
 
     name: a string that changes with the training data and settings. Training again could number the tokens differently,
     and a resumed run would change. So the next run saves the tokenizer.
     """
-    out = out or RUN_FOLDER.get()
+    out = RUN_FOLDER.get()
     folders = [*([out / KEPT / name] if out else []), cache() / "tokenizers" / name]
 
     def saved() -> Path | None:

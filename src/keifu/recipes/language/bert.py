@@ -13,7 +13,6 @@ kind see docs/results.md, "Bidirectional pretraining".
 
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from keifu.inference.text.fill import fill
 from keifu.inference.text.translation import sentences
 from keifu.models import bert
 from keifu.recipes.language.pretraining import Text, TextArgument, tokenizer_of
-from keifu.recipes.runs import Settings, Summary, TrainingOptions, train_run
+from keifu.recipes.runs import Settings, TrainingOptions
 from keifu.recipes.starting import adapted
-from keifu.training.job import parameters
+from keifu.training.job import Job, Jobs, RunFacts, parameters
 from keifu.training.objectives.language_modeling import masked_language_modeling
 
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
@@ -64,9 +63,9 @@ class Recipe:
     """Sentences that the samples fill in."""
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu.load, keifu embed, keifu train classifier and transformers read afterwards."""
-    model, tokenizer = _begin(recipe, out)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load, keifu embed, keifu train classifier and transformers read."""
+    model, tokenizer = first_model(recipe)
     text, masking = recipe.text, recipe.masking
     training = adapted(recipe.training, LEARNING, recipe.start_from)
     if masking.length > model.config.context_length:
@@ -77,14 +76,13 @@ def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
     )
     data = MaskedText(shards, MaskingVocabulary.of(tokenizer), masking, training.batch_size, training.seed)
     options = {"model": asdict(model.config), "text": text.described(), "masking": asdict(masking)}
-    summary = train_run(
-        out, resume, model, masked_language_modeling, data, training, tokenizer, title="bert",
-        parameters=parameters(model), facts=_facts(text, shards), options=options,
+    facts = RunFacts(title="bert", about={"parameters": parameters(model)}, data=_facts(text, shards), options=options)
+    summary = yield Job(
+        model=model, objective=masked_language_modeling, data=data, settings=training, facts=facts, tokenizer=tokenizer,
         sample=lambda step: fill_samples(model, tokenizer, recipe.gaps), largest=data.largest,
     )  # fmt: skip
     perplexity = math.exp(min(summary.figures["validation_word_loss"], 700.0))
     print(f"Held-out words: perplexity {perplexity:.2f}, {summary.figures['validation_word_accuracy']:.1%} right.")
-    return summary
 
 
 def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) -> str:
@@ -97,7 +95,7 @@ def fill_samples(model: nn.Module, tokenizer: Tokenizer, gaps: tuple[str, ...]) 
     return "\n".join(lines)
 
 
-def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
+def first_model(recipe: Recipe) -> tuple[Any, Tokenizer]:
     """Return the model to train and its tokenizer: new, or loaded, with the heads for these rows."""
     pairs = recipe.masking.sentence_pairs
     torch.manual_seed(recipe.training.seed)
@@ -105,7 +103,7 @@ def _begin(recipe: Recipe, out: Path) -> tuple[Any, Tokenizer]:
         algorithm = recipe.text.tokenizer
         if algorithm in KINDS and algorithm != "wordpiece":
             raise UserError(f"BERT needs [CLS], [SEP] and [MASK], which {algorithm} does not have: learn wordpiece.")
-        tokenizer = tokenizer_of(recipe.text, out, lowercase=recipe.lowercase and algorithm == "wordpiece")
+        tokenizer = tokenizer_of(recipe.text, lowercase=recipe.lowercase and algorithm == "wordpiece")
         sizes = replace(recipe.model, vocab_size=tokenizer.vocab_size, labels=())
         return bert.build(replace(sizes, words=True, next_sentence=pairs, pooled=pairs)).to(choose()), tokenizer
     loaded, tokenizer = checkpoints.load(recipe.start_from, torch.float32)

@@ -10,7 +10,6 @@ docs/results.md, "Characters: nanoGPT's example for a CPU".
 """
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -19,8 +18,9 @@ from keifu.data.text.held_out import SplitRule
 from keifu.errors import require_known
 from keifu.models import gpt2, llama
 from keifu.ranges import BelowOne, Count, Seed
-from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text, pretrain
+from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text, pretraining_job
 from keifu.recipes.runs import Logging, Settings
+from keifu.training.job import Jobs
 
 # name -> builder of the model, its config, training settings
 WAYS: dict[str, tuple[Any, Any, Settings]] = {
@@ -60,11 +60,11 @@ class Recipe(TextOptions, Logging):
     split: tyro.conf.Suppress[SplitRule] = field(default="end", kw_only=True)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, and evaluate on the whole held-out part."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, with validation on the whole held-out part."""
     require_known("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
     warmup = min(settings.warmup, recipe.steps or settings.steps)
     settings = replace(settings, **recipe.loop(warmup=warmup))
     task = prepare_text(Text(recipe.data, "characters", 65_536, **recipe.reading()))
-    pretrain("characters", task, build, config, settings, out, resume)
+    yield pretraining_job("characters", task, build, config, settings)

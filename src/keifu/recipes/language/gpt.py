@@ -10,7 +10,6 @@ Expected: see docs/results.md, "Loss and size".
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,7 @@ from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes import runs
 from keifu.recipes.distilling import Distill
-from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretrain, settings_of
+from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretraining_job, settings_of
 from keifu.recipes.starting import keeps_best, scaled
 from keifu.training import job
 
@@ -123,23 +122,25 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> runs.
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe, out: Path | None = None) -> tuple[TextTask, llama.Config, runs.Settings]:
+def prepare(recipe: Recipe) -> tuple[TextTask, llama.Config, runs.Settings]:
     """Return the text, and the model's config and the settings for this depth."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
-    task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()), out)
+    task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()))
     config = model_config(recipe.depth, task.tokenizer.vocab_size, recipe.context_length)
     return task, config, settings(recipe, parameters(config), config.context_length, len(task.shards.tokens))
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
+def jobs(recipe: Recipe) -> job.Jobs:
+    """Yield the training, whose result keifu.load, keifu generate and transformers read."""
     if recipe.start_from is not None:
-        return _go_on(recipe, recipe.start_from, out, resume)
-    task, config, chosen = prepare(recipe, out)
-    objective = recipe.distill.objective(task.tokenizer, config.context_length)
-    options = recipe.distill.options()
+        yield continued(recipe, recipe.start_from)
+        return
+    task, config, chosen = prepare(recipe)
     build, size = FAMILIES[recipe.family]
-    pretrain("gpt", task, build, size(config), chosen, out, resume, recipe.prompt, options=options, objective=objective)
+    yield pretraining_job(
+        "gpt", task, build, size(config), chosen, prompt=recipe.prompt, options=recipe.distill.options(),
+        objective=recipe.distill.objective(task.tokenizer, config.context_length),
+    )  # fmt: skip
 
 
 def start_model(name: str) -> tuple[Any, Any]:
@@ -148,9 +149,9 @@ def start_model(name: str) -> tuple[Any, Any]:
     return causal(merge(loaded).requires_grad_(True)), tokenizer
 
 
-def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
-    """Continue the training of a given model, with its weights, sizes and tokenizer. Rows have the depth's context
-    length, at most the model's."""
+def continued(recipe: Recipe, name: str) -> job.Job:
+    """Return the further training of a given model, with its weights, sizes and tokenizer. Rows have the depth's
+    context length, at most the model's."""
     model, tokenizer = start_model(name)
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))
@@ -158,6 +159,7 @@ def _go_on(recipe: Recipe, name: str, out: Path, resume: bool) -> None:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
     chosen = settings(recipe, job.parameters(model), row, len(task.shards.tokens))
-    options, objective = recipe.distill.options(), recipe.distill.objective(tokenizer, row, model)
-    teaching: dict[str, Any] = {"options": options, "objective": objective}
-    pretrain("gpt", task, lambda _: model, model.config, chosen, out, resume, recipe.prompt, row=row, **teaching)
+    return pretraining_job(
+        "gpt", task, lambda _: model, model.config, chosen, prompt=recipe.prompt, row=row,
+        options=recipe.distill.options(), objective=recipe.distill.objective(tokenizer, row, model),
+    )  # fmt: skip

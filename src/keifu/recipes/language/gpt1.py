@@ -12,14 +12,21 @@ Expected: see docs/results.md, "Generative pretraining"; keifu train gpt1-finetu
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from keifu.errors import UserError
 from keifu.models import gpt1
 from keifu.ranges import Count, NotNegative, Positive, Seed
-from keifu.recipes.language.pretraining import Text, TextArgument, own_settings, prepare_text, pretrain, settings_of
-from keifu.recipes.runs import Logging, Settings, Summary
+from keifu.recipes.language.pretraining import (
+    Text,
+    TextArgument,
+    own_settings,
+    prepare_text,
+    pretraining_job,
+    settings_of,
+)
+from keifu.recipes.runs import Logging, Settings
+from keifu.training.job import Jobs
 
 PAPER_WARMUP = 2000
 SMALL = gpt1.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, dropout=0.0)
@@ -77,8 +84,8 @@ def choose_settings(recipe: Recipe, training_tokens: int) -> Settings:
     return how(recipe, recipe.steps or max(1, round(wanted)), batch_size)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    task = prepare_text(recipe.text, out)
-    training = choose_settings(recipe, len(task.shards.tokens))
-    return pretrain("gpt1", task, gpt1.build, recipe.model, training, out, resume, recipe.prompt)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load, keifu generate and transformers read."""
+    task = prepare_text(recipe.text)
+    settings = choose_settings(recipe, len(task.shards.tokens))
+    yield pretraining_job("gpt1", task, gpt1.build, recipe.model, settings, prompt=recipe.prompt)

@@ -14,11 +14,11 @@ Expected: no figure was made for this recipe; docs/results.md, "Banded attention
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from keifu.models import gpt3
-from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretrain
-from keifu.recipes.runs import Settings, Summary
+from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretraining_job
+from keifu.recipes.runs import Settings
+from keifu.training.job import Jobs
 
 TOKENS, WARMUP, DECAY, RAMP = 300e9, 0.375e9, 260e9, 4e9  # as in the paper; the ramp is 4 to 12 B tokens, by size
 FIRST = 32 / 500  # initial share of the batch size
@@ -46,8 +46,8 @@ def paper_settings(recipe: Recipe) -> Settings:
 WAYS = {"keifu": PretrainingOptions.own_settings, "paper": paper_settings}
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu.load and keifu generate read afterwards."""
-    training = WAYS[recipe.recipe_of](recipe)
-    task = prepare_text(recipe.text, out)
-    return pretrain("gpt3", task, gpt3.build, recipe.model, training, out, resume, recipe.prompt)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load and keifu generate read."""
+    settings = WAYS[recipe.recipe_of](recipe)
+    task = prepare_text(recipe.text)
+    yield pretraining_job("gpt3", task, gpt3.build, recipe.model, settings, prompt=recipe.prompt)

@@ -10,11 +10,11 @@ Expected: the loss is an upper bound of the nats a token; benchmarks/masked_diff
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from keifu.models.diffusion import llada
 from keifu.recipes.language import pretraining
+from keifu.training.job import Jobs
 from keifu.training.objectives.diffusion import add_masking_rates
 from keifu.training.objectives.language_modeling import masked_diffusion
 
@@ -34,11 +34,11 @@ def build(config: llada.Config) -> llada.MaskedDiffusionLM:
     return llada.build(replace(config, vocab_size=config.vocab_size + 1, mask_token=config.vocab_size))
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu.load and keifu generate read afterwards."""
-    task = pretraining.prepare_text(recipe.text, out)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load and keifu generate read."""
+    task = pretraining.prepare_text(recipe.text)
     made: Any = build
-    pretraining.pretrain(
-        "llada", task, made, replace(recipe.model, mask_token=0), recipe.training, out, resume, recipe.prompt,
+    yield pretraining.pretraining_job(
+        "llada", task, made, replace(recipe.model, mask_token=0), recipe.training, prompt=recipe.prompt,
         row=recipe.model.context_length - 1, objective=masked_diffusion, change=add_masking_rates,
     )  # fmt: skip

@@ -9,10 +9,10 @@ was made here. A small one: docs/results.md, "LLaMA's three changes".
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from keifu.models import llama
 from keifu.recipes.language import pretraining
+from keifu.training.job import Jobs
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Recipe(pretraining.PublishedOptions):
     """Settings of the training."""
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    task = pretraining.prepare_text(recipe.text, out)
-    pretraining.pretrain("llama", task, llama.build, recipe.model, recipe.training, out, resume, recipe.prompt)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load, keifu generate and transformers read."""
+    task = pretraining.prepare_text(recipe.text)
+    yield pretraining.pretraining_job("llama", task, llama.build, recipe.model, recipe.training, prompt=recipe.prompt)

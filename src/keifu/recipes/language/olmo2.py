@@ -9,11 +9,11 @@ Expected: no run of the published size was made here, and no figure was made for
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from keifu.models import olmo2
 from keifu.ranges import NotNegative
 from keifu.recipes.language import pretraining
+from keifu.training.job import Jobs
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,9 @@ class Recipe(pretraining.PublishedOptions):
     """Factor of the z-loss, which keeps the sum of exponentials of the logits near 1."""
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu.load, keifu generate and transformers read afterwards."""
-    task = pretraining.prepare_text(recipe.text, out)
-    rest = recipe.training, out, resume, recipe.prompt
-    pretraining.pretrain("olmo2", task, olmo2.build, recipe.model, *rest, z_loss=recipe.z_loss)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load, keifu generate and transformers read."""
+    task = pretraining.prepare_text(recipe.text)
+    yield pretraining.pretraining_job(
+        "olmo2", task, olmo2.build, recipe.model, recipe.training, prompt=recipe.prompt, z_loss=recipe.z_loss
+    )

@@ -16,12 +16,12 @@ Expected: see docs/results.md, "PaLM's layer and optimizer: learning" and "Recov
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from keifu.models import palm
 from keifu.ranges import NotNegative
-from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretrain
-from keifu.recipes.runs import Settings, Summary
+from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretraining_job
+from keifu.recipes.runs import Settings
+from keifu.training.job import Jobs
 from keifu.training.optim.loss_spikes import SpikeSettings
 
 STEPS, HELD, GROWS = 255_000, 10_000, (50_000, 115_000)  # as in the paper
@@ -53,9 +53,9 @@ def paper_settings(recipe: Recipe) -> Settings:
 WAYS = {"keifu": (PretrainingOptions.own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # with their default z-loss
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu.load and keifu generate read afterwards, and transformers as a Cohere model."""
-    how, usual_z = WAYS[recipe.recipe_of]
-    z_loss = usual_z if recipe.z_loss is None else recipe.z_loss
-    task = prepare_text(recipe.text, out, split_digits=recipe.text.tokenizer == "bpe")
-    return pretrain("palm", task, palm.build, recipe.model, how(recipe), out, resume, recipe.prompt, z_loss=z_loss)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load and keifu generate read, and transformers as a Cohere model."""
+    settings, default_z = WAYS[recipe.recipe_of]
+    z_loss = default_z if recipe.z_loss is None else recipe.z_loss
+    task = prepare_text(recipe.text, split_digits=recipe.text.tokenizer == "bpe")
+    yield pretraining_job("palm", task, palm.build, recipe.model, settings(recipe), prompt=recipe.prompt, z_loss=z_loss)

@@ -26,6 +26,7 @@ import tyro
 from torch import nn
 
 from keifu import checkpoints
+from keifu.data.attribution import attribution_of
 from keifu.data.text import mixture as mixtures, span_corruption as corruption
 from keifu.data.text.held_out import SplitRule
 from keifu.data.tokenizers.load import learned_tokenizer
@@ -37,9 +38,8 @@ from keifu.inference.text.fill import continuation, infill
 from keifu.inference.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.ranges import BelowOne, Count, Share
-from keifu.recipes.runs import Run, Settings, TrainingOptions, attribution_of
-from keifu.training.job import parameters
-from keifu.training.loop import Summary, train
+from keifu.recipes.runs import Settings, TrainingOptions
+from keifu.training.job import Job, Jobs, RunFacts, parameters
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
 
 CHARACTERS = 12_000_000  # for training the tokenizer
@@ -91,18 +91,16 @@ class PreparedMixture:
     sources: list[mixtures.WeightedSource]
 
 
-def prepare(
-    mixture: mixtures.Mixture, vocab_size: int, sentinels: int = corruption.SENTINELS, out: Path | None = None
-) -> PreparedMixture:
+def prepare(mixture: mixtures.Mixture, vocab_size: int, sentinels: int = corruption.SENTINELS) -> PreparedMixture:
     """Download the texts, train the tokenizer and tokenize. Results are cached."""
-    tokenizer = tokenizer_of(mixture, vocab_size, sentinels, out)
+    tokenizer = tokenizer_of(mixture, vocab_size, sentinels)
     pairs = zip(mixture.sources, mixtures.prepare_mixture(mixture, tokenizer), strict=True)
     total = sum(source.weight for source in mixture.sources)
     weighted = [mixtures.WeightedSource(source.name, source.weight / total, shards) for source, shards in pairs]
     return PreparedMixture(mixture, tokenizer, weighted)
 
 
-def tokenizer_of(mixture: mixtures.Mixture, vocab_size: int, sentinels: int, out: Path | None) -> Tokenizer:
+def tokenizer_of(mixture: mixtures.Mixture, vocab_size: int, sentinels: int) -> Tokenizer:
     """Return a byte-level BPE trained on the mixture by its weights. It can encode every character."""
     content = hashlib.sha256(mixtures.content_hash(mixture).encode()).hexdigest()
 
@@ -111,7 +109,7 @@ def tokenizer_of(mixture: mixtures.Mixture, vocab_size: int, sentinels: int, out
         special = corruption.special_tokens(sentinels)
         return train_tokenizer("bpe", mixtures.texts(mixture, CHARACTERS), vocab_size, special, split_digits=True)
 
-    return learned_tokenizer(f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}", learn, out)
+    return learned_tokenizer(f"mixture-bpe-{vocab_size}-{sentinels}-{content[:16]}", learn)
 
 
 def losses_by_mode(tokenizer: Tokenizer) -> Tokenizer:
@@ -138,16 +136,16 @@ def task_of(recipe: Recipe, tokenizer: Tokenizer) -> tuple[corruption.Corruption
     return corruption.SpanCorruptionBatches(corruption.ul2(recipe.shares, recipe.prefix), markers, context), checks
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu.load, keifu generate, keifu evaluate and transformers read afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load, keifu generate, keifu evaluate and transformers read."""
     mixture = replace(mixtures.read_mixture(recipe.mixture), split=recipe.split)
     if recipe.held_out is not None:
         mixture = replace(mixture, held_out=recipe.held_out)
-    return learn(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels, out), out, resume)
+    yield job_of(recipe, prepare(mixture, recipe.vocab_size, recipe.sentinels))
 
 
-def learn(recipe: Recipe, prepared: PreparedMixture, out: Path, resume: bool = False) -> Summary:
-    """Train on a prepared mixture into `out`."""
+def job_of(recipe: Recipe, prepared: PreparedMixture) -> Job:
+    """Return the training on a prepared mixture."""
     config = replace(recipe.model, vocab_size=prepared.tokenizer.vocab_size)
     torch.manual_seed(recipe.training.seed)
     model = palm.build(config).to(choose())
@@ -170,11 +168,14 @@ def learn(recipe: Recipe, prepared: PreparedMixture, out: Path, resume: bool = F
     mixture = {source.name: [source.data, source.weight] for source in prepared.mixture.sources}
     values = {"objective": recipe.objective, "shares": recipe.shares, "prefix": recipe.prefix}
     facts = [_facts(*pair, epochs) for pair in zip(prepared.mixture.sources, prepared.sources, strict=True)]
-    run = Run(
-        out, resume, options={"model": asdict(config), "recipe": values, "mixture": mixture},
-        about={"title": "palm2", "parameters": parameters(model), "data": facts},
+    about = {"parameters": parameters(model), "data": facts}
+    return Job(
+        model=model, objective=objective, data=data, settings=training, tokenizer=saved, save=save,
+        sample=_sampler(recipe, model, saved), largest=data.largest(),
+        facts=RunFacts(
+            title="palm2", about=about, options={"model": asdict(config), "recipe": values, "mixture": mixture}
+        ),
     )  # fmt: skip
-    return train(model, objective, data, training, run, _sampler(recipe, model, saved), save, data.largest())
 
 
 def _facts(source: Any, made: mixtures.WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.runs import Data, Logging, Objective, Settings, Summary, TrainingOptions, train_run
-from keifu.training.job import parameters
+from keifu.recipes.runs import Data, Logging, Objective, Settings, TrainingOptions
+from keifu.training.job import Job, RunFacts, parameters
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_diffusion
 from keifu.training.objectives.layer_losses import with_balancing
 
@@ -103,17 +103,16 @@ class TextTask:
         return facts | {"bytes per token": round(self.shards.bytes_per_token, 3), "held out": self.shards.held_out()}
 
 
-def prepare_text(text: Text, out: Path | None = None, **options: Any) -> TextTask:
-    """Download the text, train the tokenizer (with these options) and tokenize. Results are cached. out: folder of the
-    run, which stores a trained tokenizer."""
+def prepare_text(text: Text, **options: Any) -> TextTask:
+    """Download the text, train the tokenizer (with these options) and tokenize. Results are cached."""
     # a tokenizer of characters refuses all others, so that it needs those of the whole text
     parted = text.split == "spread" and text.validation_data is None and text.tokenizer != "characters"
     part = text.held_out if parted and text.data not in catalogue.CATALOGUE else None
-    tokenizer = tokenizer_of(text, out, part, **options)
+    tokenizer = tokenizer_of(text, part, **options)
     return TextTask(text, tokenizer, text.shards(text.data, tokenizer))
 
 
-def tokenizer_of(text: Text, out: Path | None = None, held_out: float | None = None, **options: Any) -> Tokenizer:
+def tokenizer_of(text: Text, held_out: float | None = None, **options: Any) -> Tokenizer:
     """Load the tokenizer of a text, or train one with these options. held_out: share of the text that it does not see;
     None: it sees all.
 
@@ -135,7 +134,7 @@ def tokenizer_of(text: Text, out: Path | None = None, held_out: float | None = N
         print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
         return train_tokenizer(text.tokenizer, _Pieces(text, held_out), text.vocab_size, **options)
 
-    return learned_tokenizer(name, learn, out)
+    return learned_tokenizer(name, learn)
 
 
 @dataclass(frozen=True)
@@ -152,26 +151,22 @@ class _Pieces:
             yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
 
 
-def pretrain(
-    name: str, task: TextTask, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, out: Path,
-    resume: bool, prompt: str = "", about: dict[str, Any] | None = None, start_over: bool = False, z_loss: float = 0.0,
-    row: int | None = None, objective: Objective = causal_language_modeling, options: Mapping[str, Any] = {},
-    change: Callable[[Data, int], Data] = lambda data, seed: data,
-) -> Summary:  # fmt: skip
-    """Train a causal model on a text into a run folder. The vocabulary is the tokenizer's, not that of `config`.
+def pretraining_job(
+    name: str, task: TextTask, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, *, prompt: str = "",
+    z_loss: float = 0.0, row: int | None = None, objective: Objective = causal_language_modeling,
+    options: Mapping[str, Any] = {}, change: Callable[[Data, int], Data] = lambda data, seed: data,
+) -> Job:  # fmt: skip
+    """Return the training of a causal model on a text. The vocabulary is the tokenizer's, not that of `config`.
 
-    start_over: remove an earlier run in that folder; otherwise it raises an error. row: tokens of a row, if fewer than
-    the context. objective: of the tokens, or of a teacher. options: further values that affect the result. change:
-    converts the data; its second argument is the seed.
+    row: tokens of a row, if fewer than the context. objective: of the tokens, or of a teacher. options: further values
+    that affect the result. change: converts the data; its second argument is the seed.
     """
-    if not resume:
-        print(task.shards.held_out(), flush=True)
+    print(task.shards.held_out(), flush=True)
     torch.manual_seed(settings.seed)
     config, split = replace(config, vocab_size=task.tokenizer.vocab_size), not current().is_replicated
     model: Any = build_lazily(partial(build, config), choose()) if split else build(config).to(choose())
     config = model.config
     text = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
-    data = change(text, settings.seed)
     deciding = {"model": asdict(config), "text": task.text.described(), **options} | (
         {"z_loss": z_loss} if z_loss else {}
     )
@@ -184,11 +179,14 @@ def pretrain(
     def sample(step: int) -> str:
         return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=SAMPLE_TOKENS, seed=step)
 
-    return train_run(
-        out, resume, model, objective, data, settings, task.tokenizer, title=name, parameters=parameters(model),
-        facts=task.facts(), options=deciding, sample=sample, largest=data.batch(text.growth.largest),
-        replace=start_over, bytes_per_unit=bytes_per_token, watch=lambda figures: collapsed_routers(model),
-        **(about or {}),
+    data = change(text, settings.seed)
+    return Job(
+        model=model, objective=objective, data=data, settings=settings, tokenizer=task.tokenizer, sample=sample,
+        largest=data.batch(text.growth.largest),
+        facts=RunFacts(
+            title=name, about={"parameters": parameters(model)}, data=task.facts(), options=deciding,
+            bytes_per_unit=bytes_per_token, watch=lambda figures: collapsed_routers(model),
+        ),
     )  # fmt: skip
 
 
