@@ -35,6 +35,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.models import llama
 from keifu.recipes.assistant import grpo, ppo, sft
 from keifu.recipes.assistant.finetuning import Lora, with_template
+from keifu.recipes.running import train_job
 from keifu.training.hardware.precision import resolve_dtype
 from keifu.training.run import metrics
 
@@ -76,7 +77,7 @@ def ours_sft(folder: Path, options: argparse.Namespace, rank: int, packed: bool)
         str(folder / "model"), str(folder / "talks.jsonl"), context_length=256, packed=packed, held_out=0.0,
         steps=options.steps + WARM, batch_size=options.batch, lora=Lora(rank=rank),
     )  # fmt: skip
-    sft.learn(recipe, sft.prepare(recipe), folder / "run")
+    train_job(sft.job_of(recipe, sft.prepare(recipe)), folder / "run")
     return rate(folder / "run", "tokens_per_second")
 
 
@@ -86,7 +87,7 @@ def ours_grpo(folder: Path, options: argparse.Namespace) -> float:
         str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch, group=GROUP, max_tokens=ANSWER, steps=options.steps + WARM,
     )  # fmt: skip
-    grpo.learn(recipe, grpo.prepare(recipe), folder / "run")
+    train_job(grpo.job_of(recipe, grpo.prepare(recipe)), folder / "run")
     return rate(folder / "run", "answers_per_second")
 
 
@@ -96,7 +97,7 @@ def ours_ppo(folder: Path, options: argparse.Namespace) -> float:
         str(folder / "model"), str(folder / "prompts.jsonl"), reward=f"{folder / 'rewards.py'}:length", held_out=0.0,
         prompts=options.batch * GROUP, minibatches=1, max_tokens=ANSWER, rollouts=options.steps + WARM,
     )  # fmt: skip
-    ppo.learn(recipe, ppo.prepare(recipe), folder / "run")
+    train_job(ppo.job_of(recipe, ppo.prepare(recipe)), folder / "run")
     return rate(folder / "run", "answers_per_second")
 
 

@@ -46,6 +46,7 @@ from keifu.inference.text.generate import generate_batch
 from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.recipes.assistant import grpo, sft
+from keifu.recipes.running import run_jobs
 from keifu.training.run import metrics
 
 HELD_OUT = 500
@@ -161,7 +162,7 @@ def tuned(options: argparse.Namespace, folder: Path, model: Path, name: str, ste
         str(model), str(folder / "shown.jsonl"), template="plain", context_length=64, packed=False, held_out=0.02,
         steps=steps, batch_size=64, learning_rate=1e-3, weight_decay=0.1, seed=options.seed,
     )  # fmt: skip
-    return timed(lambda: sft.run(recipe, folder / name, False))
+    return timed(lambda: run_jobs(sft.jobs(recipe), folder / name))
 
 
 def rewarded(options: argparse.Namespace, folder: Path) -> float:
@@ -171,7 +172,7 @@ def rewarded(options: argparse.Namespace, folder: Path) -> float:
         prompts=options.prompts, group=options.group, max_tokens=LONGEST, beta=options.beta, steps=options.grpo_steps,
         learning_rate=options.rate, warmup=min(20, options.grpo_steps // 2), seed=options.seed, variant=options.variant,
     )  # fmt: skip
-    seconds = timed(lambda: grpo.run(recipe, folder / "grpo", False))
+    seconds = timed(lambda: run_jobs(grpo.jobs(recipe), folder / "grpo"))
     lines = [line for line in metrics.read(folder / "grpo") if "length_of_right" in line]
     tenth = max(1, len(lines) // 10)
     for name in ("length_of_right", "length_of_wrong"):

@@ -35,6 +35,7 @@ from keifu.data.chat import conversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.recipes.assistant import sft
 from keifu.recipes.distilling import DistillAnswers, prune
+from keifu.recipes.running import train_job
 from keifu.training.run import metrics
 
 SECTION = "Soft and hard labels"
@@ -82,7 +83,7 @@ def learn(options: argparse.Namespace, student: Path, way: str, seed: int) -> Fi
             teacher=options.teacher, weights=options.weights, **taught
         )  # fmt: skip
         chosen = recipe(options, str(student), distill=distill, seed=seed, steps=100_000, minutes=options.minutes)
-        sft.learn(chosen, sft.prepare(chosen), out, resume=out.exists())
+        train_job(sft.job_of(chosen, sft.prepare(chosen)), out, resume=out.exists())
     return measure(options, str(out), max(line["step"] for line in metrics.read(out)))
 
 

@@ -142,7 +142,7 @@ def prepared(options: argparse.Namespace, folder: Path) -> list[str]:
         str(folder / "base"), str(folder / "shown.jsonl"), context_length=CONTEXT, too_long="truncate",
         steps=options.sft_steps, batch_size=16, learning_rate=3e-4, seed=options.seed,
     )  # fmt: skip
-    print(f"fine-tuned in {quietly(lambda: sft.run(tuning, folder / 'sft', False)):.0f} s", flush=True)
+    print(f"fine-tuned in {quietly(lambda: run_jobs(sft.jobs(tuning), folder / 'sft')):.0f} s", flush=True)
     made = ranked(folder / "sft", questions[cuts[0] : cuts[1]], options)
     write(folder, {"preferences": made})
     return questions[: cuts[0]]
@@ -175,10 +175,10 @@ def learned(options: argparse.Namespace, folder: Path) -> None:
         )  # fmt: skip
 
     work = {
-        "reward": lambda: reward.run(judging, folder / "reward", False),
-        "DPO": lambda: dpo.run(pairs, folder / "DPO", False),
-        "PPO": lambda: ppo.run(policy(None), folder / "PPO", False),
-        "PPO-ptx": lambda: ppo.run(policy(TEXT), folder / "PPO-ptx", False),
+        "reward": lambda: run_jobs(reward.jobs(judging), folder / "reward"),
+        "DPO": lambda: run_jobs(dpo.jobs(pairs), folder / "DPO"),
+        "PPO": lambda: run_jobs(ppo.jobs(policy(None)), folder / "PPO"),
+        "PPO-ptx": lambda: run_jobs(ppo.jobs(policy(TEXT)), folder / "PPO-ptx"),
     }
     for name, each in work.items():
         print(f"{name} in {quietly(each):.0f} s", flush=True)

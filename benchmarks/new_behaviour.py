@@ -38,6 +38,7 @@ from keifu.inference.text.translation import sentences
 from keifu.layers.lora import merge
 from keifu.recipes.assistant import sft
 from keifu.recipes.assistant.finetuning import Lora
+from keifu.recipes.running import run_jobs
 
 START, LONGEST = "In short: ", 80
 
@@ -142,7 +143,7 @@ def main() -> None:
     )  # fmt: skip
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        sft.run(recipe, folder / "run", False)
+        run_jobs(sft.jobs(recipe), folder / "run")
     print(f"Learned in {time.perf_counter() - start:.0f} s.\n", flush=True)
     report(options, folder, asked)
     compared(options, folder, held)

@@ -47,6 +47,7 @@ from keifu.inference.text.generate import Completion, generate_batch
 from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 from keifu.recipes.assistant import grpo, sft
+from keifu.recipes.running import run_jobs
 from keifu.training.run import metrics
 
 HELD_OUT, SHOWN, VOTED = 300, 1200, 100  # numbers of problems
@@ -125,7 +126,7 @@ def finetune(folder: Path, model: str, data: str, out: str, steps: int, seed: in
         str(folder / model), str(folder / f"{data}.jsonl"), template="plain", context_length=64, packed=False,
         held_out=0.02, steps=steps, batch_size=32, learning_rate=3e-3, weight_decay=0.1, seed=seed,
     )  # fmt: skip
-    return seconds_of(lambda: sft.run(recipe, folder / out, False))
+    return seconds_of(lambda: run_jobs(sft.jobs(recipe), folder / out))
 
 
 def reinforce(folder: Path, model: str, out: str, variant: Any, options: argparse.Namespace, seed: int) -> float:
@@ -135,7 +136,7 @@ def reinforce(folder: Path, model: str, out: str, variant: Any, options: argpars
         max_tokens=LONGEST, beta=0.0, steps=options.grpo_steps, learning_rate=options.rate,
         warmup=min(5, options.grpo_steps // 2), seed=seed, variant=variant,
     )  # fmt: skip
-    return seconds_of(lambda: grpo.run(recipe, folder / out, False))
+    return seconds_of(lambda: run_jobs(grpo.jobs(recipe), folder / out))
 
 
 def answers(run: Path, problems: Sequence[Problem], drawn: int = 0) -> list[Completion]:

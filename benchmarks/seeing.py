@@ -34,6 +34,7 @@ from keifu.evaluation.registry import EvalRequest
 from keifu.models import llama
 from keifu.recipes.assistant import see
 from keifu.recipes.images import clip
+from keifu.recipes.running import run_jobs
 
 DATA, PAIR = "easy-vqa", ("teal", "triangle")
 TOWERS: dict[int, dict[str, Any]] = {8: {"steps": 600}, 16: {"steps": 1500, "optimizer": "muon"}}  # by patch size
@@ -88,7 +89,7 @@ def train(folder: Path, steps: int, seed: int, decoder: str | None = None, **cha
         decoder or small_decoder(folder, seed, changes.get("data", DATA)), left_out=PAIR, steps=steps, batch_size=64,
         learning_rate=1e-3, seed=seed,
     )  # fmt: skip
-    see.run(type(recipe)(**{**vars(recipe), **changes}), folder / "run", False)
+    run_jobs(see.jobs(type(recipe)(**{**vars(recipe), **changes})), folder / "run")
     return folder / "run"
 
 

@@ -15,6 +15,7 @@ from keifu.models import gpt2, llama
 from keifu.recipes.assistant import distill
 from keifu.recipes.assistant.finetuning import Lora
 from keifu.recipes.distilling import Distill, DistillAnswers, evenly, keep_layers, keep_rows, prune
+from keifu.recipes.running import run_jobs
 from keifu.training.run import metrics
 
 SIZES: dict[str, Any] = {"context_length": 64, "dim": 32, "hidden_dim": 48, "n_layers": 5, "n_heads": 2}
@@ -97,11 +98,11 @@ def test_a_cut_student_learns_from_a_teacher_that_is_cut_alike(large: Path, talk
 def test_students_that_cannot_be_made_are_refused(large: Path, tmp_path: Path) -> None:
     of: dict[str, Any] = {"model": str(large), "distill": DistillAnswers(teacher=str(large))}
     with pytest.raises(UserError, match="is its own teacher"):
-        distill.run(distill.Recipe(**of), tmp_path, False)
+        run_jobs(distill.jobs(distill.Recipe(**of)), tmp_path)
     with pytest.raises(UserError, match="give --student-vocabulary, or leave it out"):
-        distill.run(distill.Recipe(**of, student_layers=2, student_merges="used"), tmp_path, False)
+        run_jobs(distill.jobs(distill.Recipe(**of, student_layers=2, student_merges="used")), tmp_path)
     with pytest.raises(UserError, match="Adapters need a saved model"):
-        distill.run(distill.Recipe(**of, student_layers=2, lora=Lora(rank=2)), tmp_path, False)
+        run_jobs(distill.jobs(distill.Recipe(**of, student_layers=2, lora=Lora(rank=2))), tmp_path)
     other = gpt2.build(gpt2.Config(vocab_size=40, context_length=8, dim=16, n_layers=2, n_heads=2))
     with pytest.raises(UserError, match="LLaMA's type"):
         keep_layers(other, [0, 1])

@@ -25,6 +25,7 @@ from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.hf.image_processor import Pixels, Tiles
 from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.recipes.assistant import see
+from keifu.recipes.running import run_jobs
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TOWER = clip_image.Config(12, 4, 3, 24, 48, 1, 2, activation="gelu", projected=False)
@@ -63,7 +64,9 @@ def test_adapters_are_merged_into_what_is_saved(tmp_path: Path) -> None:
     folder = coloured_shapes(tmp_path / "shapes", 8)
     base = decoder(tmp_path, llama)
     lora = see.finetuning.Lora(rank=2)
-    see.run(see.Recipe(base, data=str(folder), image=TOWER, steps=2, batch_size=4, lora=lora), tmp_path / "run", False)
+    run_jobs(
+        see.jobs(see.Recipe(base, data=str(folder), image=TOWER, steps=2, batch_size=4, lora=lora)), tmp_path / "run"
+    )
     model: Any = checkpoints.load_model(tmp_path / "run")
     assert type(model).__name__ == "Llava"
     before: Any = checkpoints.load_model(base)
@@ -122,7 +125,7 @@ def test_the_tower_of_a_clip_is_taken(tmp_path: Path) -> None:
     for name, weight in again.tower.state_dict().items():
         assert torch.equal(weight, seen.tower.state_dict()[name])
     kept = see.Recipe(base, data=folder, tower=str(tmp_path / "eyes"), tower_rate=0.0, steps=2, batch_size=4)
-    see.run(kept, tmp_path / "kept", False)
+    run_jobs(see.jobs(kept), tmp_path / "kept")
     stored: Any = checkpoints.load_model(str(tmp_path / "kept"))
     for name, weight in stored.tower.state_dict().items():
         assert torch.equal(weight, seen.tower.state_dict()[name])
@@ -141,18 +144,20 @@ def test_the_tower_of_a_clip_is_taken(tmp_path: Path) -> None:
 def test_a_run_of_an_older_version_is_refused_in_one_sentence(tmp_path: Path, monkeypatch) -> None:
     base, folder, out = decoder(tmp_path, llama), str(coloured_shapes(tmp_path / "shapes", 4)), tmp_path / "run"
     recipe = see.Recipe(base, data=folder, image=TOWER, steps=2, batch_size=4)
-    finetune = see.finetuning.finetune
+    facts = see.RunFacts
 
-    def without_tower(*given: Any, options: dict[str, Any], **more: Any) -> Any:
-        return finetune(*given, options={name: options[name] for name in options if name != "tower"}, **more)
+    def without_tower(*, options: dict[str, Any], **others: Any) -> Any:
+        return facts(options={name: options[name] for name in options if name != "tower"}, **others)
 
     with monkeypatch.context() as older:
-        older.setattr(see.finetuning, "finetune", without_tower)
-        see.run(recipe, out, False)
+        older.setattr(see, "RunFacts", without_tower)
+        run_jobs(see.jobs(recipe), out)
     with pytest.raises(UserError, match="started without tower, or by an older version that lacks this setting"):
-        see.run(recipe, out, True)
+        run_jobs(see.jobs(recipe), out, True)
     with pytest.raises(UserError, match=r"these differ: .*tower \(unset\)"):
-        see.run(see.Recipe(base, data=folder, image=TOWER, steps=2, batch_size=4, learning_rate=1.0), out, True)
+        run_jobs(
+            see.jobs(see.Recipe(base, data=folder, image=TOWER, steps=2, batch_size=4, learning_rate=1.0)), out, True
+        )
 
 
 def test_questions_about_a_picture_come_together_and_names_first(monkeypatch: pytest.MonkeyPatch) -> None:

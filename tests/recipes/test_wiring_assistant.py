@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,8 @@ def toys(own_cache: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 
 
 def tokenizer_of(record: Any) -> Tokenizer:
-    """Return the tokenizer that a run saves, an argument of its function or a part of its task."""
-    return wiring.look(record, "save.tokenizer" if isinstance(record.save, partial) else "save.task.tokenizer")
+    """Return the tokenizer that a run saves."""
+    return record.tokenizer
 
 
 def template(record: Any) -> str | None:
@@ -523,4 +522,4 @@ def test_the_steps_of_instructgpt_are_the_recipes_of_their_names(tmp_path: Path)
     assert [phase.name for phase in found] == ["sft", "reward", "ppo"]
     for phase, module in zip(found, (sft, reward, ppo), strict=True):
         assert phase.recipe == replace(chosen[phase.name], **given[phase.name])
-        assert phase.run is module.run and phase.folder == tmp_path / phase.name
+        assert phase.jobs is module.jobs and phase.folder == tmp_path / phase.name

@@ -189,15 +189,14 @@ def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespa
     parts: dict[str, SimpleNamespace] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "steps_within", lambda minutes, *rest, **more: round(MINUTES * minutes))
-        generator, summary = module.jobs(recipe), None
+        generator, result = module.jobs(recipe), None
         while True:
             try:
-                job = generator.send(summary)
+                job = generator.send(result)
             except StopIteration:
                 return parts["last"]
             if isinstance(job, Computation):
-                job.work(out)
-                summary = None
+                result = job.work(out)
                 continue
             directory = out / job.stage.folder if job.stage else out
             job = runs.resolve(job, directory, False)
@@ -209,7 +208,7 @@ def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespa
                 directory.mkdir(parents=True, exist_ok=True)
                 save(directory)
             assert isinstance(job.settings, Settings)
-            summary = loop.Summary(directory, job.settings.steps, 0.0, defaultdict(float))
+            result = loop.Summary(directory, job.settings.steps, 0.0, defaultdict(float))
 
 
 def run_older(module: Any, recipe: Any, out: Path, saved: bool) -> SimpleNamespace:

@@ -5,7 +5,8 @@ a later stage loads what an earlier one has saved in `summary.directory`.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,12 +101,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Computation:
-    """Work without the training loop, such as a regression in closed form: a function that writes into the folder."""
+    """Work without the training loop, such as a regression in closed form: a function of the run's folder."""
 
-    work: Callable[[Path], object]
+    work: Callable[[Path], Any]
 
 
-Jobs = Generator[Job | Computation, Any, None]  # receives the Summary of each job; None of a computation
+Jobs = Generator[Job | Computation, Any, None]  # receives the Summary of each job, the result of each computation
+RUN_FOLDER = Computation(lambda folder: folder)  # a recipe yields it to receive the folder of its run
+
+
+def staged(jobs: Jobs, stage: JobStage) -> Jobs:
+    """Yield the jobs of another recipe as a stage of this one."""
+    summary = None
+    with suppress(StopIteration):
+        while True:
+            job = jobs.send(summary)
+            assert isinstance(job, Job)
+            summary = yield replace(job, stage=stage)
 
 
 def parameters(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from keifu.data.tokenizers.load import tokenizers_kept_in
 from keifu.files import write_atomic
@@ -25,29 +26,34 @@ def run_jobs(jobs: Iterable[Job | Computation], out: Path, resume: bool, write: 
     """Run the jobs of a recipe one after the other. Return the summary of the last one.
 
     A stage has a folder inside `out`. A stage that has begun is resumed, and a finished one only loads its result, so
-    that the whole run resumes bit for bit. The report of the job without a stage shows the curves of the stages.
+    that the whole run resumes bit for bit. The report of the job without a stage shows the curves of the stages. What
+    stops a job is raised in the recipe, where it yields the job.
     """
     summary: Summary | None = None
+    result: Any = None
     stages: list[JobStage] = []
     generator: Jobs = jobs if isinstance(jobs, Generator) else (job for job in jobs)
     with closing(generator), tokenizers_kept_in(out):
-        while (job := _next(generator, summary)) is not None:
+        while (job := _next(generator, result)) is not None:
             if isinstance(job, Computation):
-                job.work(out)
-                summary = None
+                result = job.work(out)
                 continue
             if job.stage is None and stages:
                 show_stages(out, stages)
             directory = out / job.stage.folder if job.stage else out
-            summary = run_job(job, directory, resume and bool(checkpoint.steps(directory)), write)
+            try:
+                result = summary = run_job(job, directory, resume and bool(checkpoint.steps(directory)), write)
+            except BaseException as stop:
+                generator.throw(stop)
+                raise
             stages += [job.stage] if job.stage else []
     return summary
 
 
-def _next(generator: Jobs, summary: Summary | None) -> Job | Computation | None:
-    """Send the summary of the last job to the recipe, and return its next job; None after the last one."""
+def _next(generator: Jobs, result: Any) -> Job | Computation | None:
+    """Send the result of the last job or computation to the recipe, and return its next job; None after the last."""
     try:
-        return generator.send(summary)
+        return generator.send(result)
     except StopIteration:
         return None
 

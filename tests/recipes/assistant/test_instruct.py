@@ -62,11 +62,11 @@ def test_three_steps_and_one_report_gone_on_with_to_the_bit(
     page = (whole / "report.html").read_text()
     assert all(f"<h1>{each}" in page for each in (f"{folder / 'base'} becomes", f"{folder / 'base'} learns to answer"))
     assert "learns to score answers" in page and "validation reward" in page and "Calibration" in page
-    kept = instruct.second.run
-    monkeypatch.setattr(instruct.second, "run", lambda *given: (_ for _ in ()).throw(RuntimeError("the power is off")))
+    jobs = instruct.second.jobs
+    monkeypatch.setattr(instruct.second, "jobs", lambda _: (_ for _ in ()).throw(RuntimeError("the power is off")))
     with pytest.raises(RuntimeError):
         go(folder, tmp_path / "part")
-    monkeypatch.setattr(instruct.second, "run", kept)
+    monkeypatch.setattr(instruct.second, "jobs", jobs)
     with pytest.raises(UserError, match="already holds a run, saved at step 2: go on with it"):
         go(folder, tmp_path / "part")
     with pytest.raises(UserError, match="keeps its options, and these differ: --sft.seed 0 → 4"):

@@ -11,7 +11,6 @@ Expected: see docs/guides/finetuning.md, "Learn from a larger model".
 
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -21,7 +20,7 @@ from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning, sft
 from keifu.recipes.distilling import DistillAnswers, prune
-from keifu.training.job import parameters
+from keifu.training.job import Jobs, parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,8 @@ class Recipe(sft.Recipe):
         }  # fmt: skip
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train the student into `out`, which keifu chat reads afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of the student, which keifu chat reads."""
     layers, merges = recipe.student_layers, recipe.student_vocabulary
     if layers is merges is None and recipe.model == recipe.distill.teacher:
         raise UserError(
@@ -77,4 +76,4 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     task = sft.make_task(recipe, model, tokenizer)
     print(f"The student has {parameters(task.model) / 1e6:.1f} M parameters and {tokenizer.vocab_size:,} tokens.")
     title = f"{recipe.model} learns from {recipe.distill.teacher}"
-    sft.learn(recipe, task, out, resume, title=title, paper="Agarwal et al., GKD (2023)")
+    finetuning.show_folder((yield sft.job_of(recipe, task, title, "Agarwal et al., GKD (2023)")))

@@ -23,12 +23,13 @@ from keifu.data.chat.packing import TurnMasks
 from keifu.data.chat.preferences import Pair, PreferencePairs, RankedResponses, stack_rows
 from keifu.data.progress import counting
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError, shell
+from keifu.errors import UserError
 from keifu.layers.lora import unadapted
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.runs import Objective, Summary, given
+from keifu.recipes.runs import Objective, given
+from keifu.training.job import Job, Jobs, RunFacts
 from keifu.training.loader import on_device
 from keifu.training.trainer import ObjectiveModule
 
@@ -164,29 +165,31 @@ def with_reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int, pad
     return values
 
 
-def learn(recipe: Recipe, task: finetuning.RankedTask, out: Path, resume: bool = False) -> Summary:
-    """Train the task's model into a run folder."""
+def job_of(recipe: Recipe, task: finetuning.RankedTask) -> Job:
+    """Return the training of the task's model."""
     # float32: differences of log-probabilities are smaller than the rounding of bfloat16
-    more: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}
+    different: dict[str, Any] = {"schedule": "linear", "final_ratio": 0.0, "precision": "float32"}
+    settings = finetuning.epoch_settings(recipe, task.data, (1e-6, 2e-5), **different)
     unit = "answers" if recipe.loss == "kto" else "pairs"
     objective, options = recipe.losses()
-    paper = PAPERS.get(recipe.loss, "Rafailov et al., Direct Preference Optimization (2023)")
-    return finetuning.finetune(
-        recipe, task, objective, finetuning.epoch_settings(recipe, task.data, (1e-6, 2e-5), **more), out, resume,
+    facts = RunFacts(
         title=f"{recipe.model} learns what is preferred in “{Path(recipe.data).stem}”",
-        paper=paper, unit=unit,
-        options=options, data=finetuning.counted(unit, task.data.parts, task.dropped),
-    )  # fmt: skip
+        about={"paper": PAPERS.get(recipe.loss, "Rafailov et al., Direct Preference Optimization (2023)")},
+        data=finetuning.counted(unit, task.data.parts, task.dropped),
+        options=options,
+        unit=unit,
+    )
+    return finetuning.finetuning_job(recipe, task, objective, settings, facts)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu chat reads afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu chat reads; print the accuracy on held-out answers."""
     task = prepare(recipe)
     if task.dropped:
         print(f"{task.dropped:,} examples are longer than a row and were left out.")
-    summary = learn(recipe, task, out, resume)
+    summary = yield job_of(recipe, task)
     if (right := summary.figures.get("validation_accuracy")) is not None:
         pairs = "In held-out pairs the better answer has the higher reward in"
         marks = "Held-out answers are on the right side of the reference point in"
         print(f"{marks if recipe.loss == 'kto' else pairs} {right:.1%}.")
-    print(f"The model is in {out}: keifu chat {shell(out)}")
+    finetuning.show_folder(summary)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,8 +32,8 @@ from keifu.inference.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
-from keifu.recipes.runs import FinetuneOptions, Objective, Sample, Save, Settings, Summary, given, train_run
-from keifu.training.run import metrics
+from keifu.recipes.runs import FinetuneOptions, Objective, Sample, Save, Settings, Summary, given
+from keifu.training.job import Job, Jobs, RunFacts
 
 Template = Literal["own", "plain", "chatml"]
 CHAIN_SUM = "chain-sum"
@@ -114,20 +114,20 @@ def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **differe
     return recipe.settings(steps, learning_rate=recipe.rate(*rates), warmup=warmup, **different)
 
 
-def finetune(
-    recipe: AssistantOptions, task: FinetuneTask, objective: Objective, settings: Settings, out: Path, resume: bool,
-    sample: Sample | None = None, save: Save | None = None, *, options: Mapping[str, Any], data: Mapping[str, Any],
-    **report: Any,
-) -> Summary:  # fmt: skip
-    """Train the task's model into a run folder, and save the result there: a whole model, or its adapters.
+def finetuning_job(
+    recipe: AssistantOptions, task: FinetuneTask, objective: Objective, settings: Settings, facts: RunFacts,
+    sample: Sample | None = None, save: Save | None = None,
+) -> Job:  # fmt: skip
+    """Return the training of the task's model, whose result is a whole model or its adapters.
 
-    options: values that affect the result, in addition to the settings and `recipe.origin()`. data: counts of the
-    examples. save: of the model, if it is not `save_result`. report: further facts for `train_run`."""
-    save = save or partial(save_result, task.model, task.tokenizer, base=recipe.model)
-    return train_run(
-        out, resume, task.model, objective, task.data, settings, facts={"source": recipe.data, **data},
-        options={**recipe.origin(), **options}, sample=sample, save=save, largest=task.data.largest(),
-        **report,
+    facts: the source of the data and the values of `recipe.origin()` are added. save: of the model, if it is not
+    `save_result`.
+    """
+    data, options = {"source": recipe.data, **facts.data}, {**recipe.origin(), **facts.options}
+    return Job(
+        model=task.model, objective=objective, data=task.data, settings=settings, tokenizer=task.tokenizer,
+        facts=replace(facts, data=data, options=options), sample=sample, largest=task.data.largest(),
+        save=save or partial(save_result, task.model, task.tokenizer, base=recipe.model),
     )  # fmt: skip
 
 
@@ -376,32 +376,39 @@ def rollout_settings(recipe: RolloutOptions, steps: int, group: int, **different
     return recipe.settings(steps, schedule="constant", precision="float32", **usual, **different)
 
 
-def learn_from_rollouts(
-    recipe: Any, task: RolloutTask, objective: Objective, settings: Settings, out: Path, resume: bool, paper: str,
-    normal: Mapping[str, monitor.Healthy], options: Mapping[str, Any], save: Save | None = None,
-) -> None:  # fmt: skip
-    """Train the task's model into a run folder. Print the last figures with their normal ranges, the answers to
-    held-out prompts, and the folder.
+def rollout_facts(
+    recipe: Any, task: RolloutTask, paper: str, normal: Mapping[str, monitor.Healthy], options: Mapping[str, Any]
+) -> RunFacts:
+    """Return the facts of a run that learns from rollouts.
 
-    options: values that affect the result, in addition to the settings and the reward. normal: ranges of figures
-    outside which there is a warning."""
-    # a resumed run compares with its first figures
-    first = next((line for line in metrics.read(out) if "reward" in line), {}) if resume else {}
-    watched = monitor.DivergenceMonitor(normal, {name: float(value) for name, value in first.items()})
+    normal: ranges of figures outside which there is a warning. options: values that affect the result, in addition to
+    the settings and the reward.
+    """
     learned, validation = task.data.parts
     made = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
     counts: dict[str, Any] = {"prompts to learn from": len(learned), "prompts held out": len(validation)}
     counts |= made if recipe.data in MADE else {}
-    about: dict[str, Any] = {"data": counts, "watch": watched, "normal ranges": monitor.describe(normal)}
-    figures = finetune(
-        recipe, task, objective, settings, out, resume, save=save,
-        title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", paper=paper, unit="answers",
-        options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options}, **about,
-    ).figures  # fmt: skip
-    print(f"The last figures, each with its normal range:\n{watched.table(figures)}")
-    if (mean := figures.get("validation_reward")) is not None:
+    return RunFacts(
+        title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", data=counts, unit="answers",
+        about={"paper": paper, "normal ranges": monitor.describe(normal)}, watch=monitor.DivergenceMonitor(normal),
+        options={"reward": recipe.reward, "reward's file": task.rewarding.digest, **options},
+    )  # fmt: skip
+
+
+def rollout_jobs(job: Job) -> Jobs:
+    """Yield the job of a recipe that learns from rollouts. Print the last figures with their normal ranges, the answers
+    to held-out prompts, and the folder."""
+    summary = yield job
+    assert isinstance(job.facts.watch, monitor.DivergenceMonitor)
+    print(f"The last figures, each with its normal range:\n{job.facts.watch.table(summary.figures)}")
+    if (mean := summary.figures.get("validation_reward")) is not None:
         print(f"The likeliest answers to held-out prompts have a mean reward of {mean:.3g}.")
-    print(f"The model is in {out}: keifu chat {shell(out)}")
+    show_folder(summary)
+
+
+def show_folder(summary: Summary) -> None:
+    """Print the folder of a chat model, with the command that reads it."""
+    print(f"The model is in {summary.directory}: keifu chat {shell(summary.directory)}")
 
 
 def measured(names: Sequence[str]) -> dict[str, RewardOptions]:

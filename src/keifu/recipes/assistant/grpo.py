@@ -12,13 +12,13 @@ prompts); docs/results.md, "GRPO on sums".
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.runs import given
+from keifu.training.job import Job, Jobs
 
 PAPERS = {"dr-grpo": "Liu et al., Dr. GRPO", "dapo": "Yu et al., DAPO", "gspo": "Zheng et al., GSPO"}  # 2025
 
@@ -77,16 +77,17 @@ def prepare(recipe: Recipe) -> finetuning.RolloutTask:
     return finetuning.RolloutTask(model, tokenizer, data, by)
 
 
-def learn(recipe: Recipe, task: finetuning.RolloutTask, out: Path, resume: bool = False) -> None:
-    """Train the task's model into a run folder, and print the last figures."""
+def job_of(recipe: Recipe, task: finetuning.RolloutTask) -> Job:
+    """Return the training of the task's model."""
     clips, beta, rate = recipe.clips, recipe.penalty, recipe.rate(1e-6, 2e-5)
-    chosen = finetuning.rollout_settings(recipe, recipe.steps, recipe.group, learning_rate=rate, warmup=recipe.warmup)
+    settings = finetuning.rollout_settings(recipe, recipe.steps, recipe.group, learning_rate=rate, warmup=recipe.warmup)
     objective = partial(grpo, clip=clips, beta=beta, temperature=recipe.temperature, variant=recipe.variant)
     options = {"clip": list(clips), "beta": beta, "variant": recipe.variant, "rounds": task.data.rounds}
     paper = PAPERS.get(recipe.variant, "Shao et al., DeepSeekMath (2024)")
-    finetuning.learn_from_rollouts(recipe, task, objective, chosen, out, resume, paper, NORMAL, options)
+    facts = finetuning.rollout_facts(recipe, task, paper, NORMAL, options)
+    return finetuning.finetuning_job(recipe, task, objective, settings, facts)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu chat reads afterwards."""
-    learn(recipe, prepare(recipe), out, resume)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu chat reads."""
+    yield from finetuning.rollout_jobs(job_of(recipe, prepare(recipe)))

@@ -21,7 +21,7 @@ from keifu.files import write_atomic
 from keifu.recipes.assistant import ppo as third, reward as second, sft as first
 from keifu.recipes.assistant.finetuning import make_rewards, prompt_parts
 from keifu.recipes.options import to_json
-from keifu.training.run import checkpoint
+from keifu.training.job import RUN_FOLDER, Jobs, JobStage, staged
 from keifu.training.run.report import write_joined
 from keifu.training.run.run_directory import RECIPE, command, read_recipe, record, recorded
 from keifu.training.settings import compare, flat
@@ -61,7 +61,7 @@ class Phase(NamedTuple):
 
     name: str
     recipe: Any
-    run: Callable[[Any, Path, bool], None]
+    jobs: Callable[[Any], Jobs]
     folder: Path
 
     @property
@@ -73,18 +73,20 @@ class Phase(NamedTuple):
 def phases(recipe: Recipe, out: Path) -> Iterator[Phase]:
     """Yield the three steps with their folders. Each starts from the results of earlier steps."""
     tuned, judge = out / "sft", out / "reward"
-    yield Phase("sft", replace(recipe.sft, model=recipe.model), first.run, tuned)
-    yield Phase("reward", replace(recipe.reward, model=str(tuned)), second.run, judge)
-    yield Phase("ppo", replace(recipe.ppo, model=str(tuned), reward=str(judge)), third.run, out / "ppo")
+    yield Phase("sft", replace(recipe.sft, model=recipe.model), first.jobs, tuned)
+    yield Phase("reward", replace(recipe.reward, model=str(tuned)), second.jobs, judge)
+    yield Phase("ppo", replace(recipe.ppo, model=str(tuned), reward=str(judge)), third.jobs, out / "ppo")
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Run all three steps, or the unfinished ones. Write one report of all."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of the three steps, or of the unfinished ones, and write one report of all."""
+    out = yield RUN_FOLDER
     steps = [*phases(recipe, out)]
-    done = read_json_object(out / PHASES) if resume and (out / PHASES).is_file() else {}
+    done = read_json_object(out / PHASES) if (out / PHASES).is_file() else {}
     for phase in steps:
-        check(phase, done)
-        if not phase.finished:
+        if phase.finished:
+            check(phase, done)
+        else:
             INPUTS[phase.name](phase.recipe)
     for number, phase in enumerate(steps, 1):
         if phase.finished:
@@ -94,7 +96,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         if not recorded(phase.folder):
             record(phase.folder, phase.name, to_json(phase.recipe), place=str(Path.cwd()))
         try:
-            phase.run(phase.recipe, phase.folder, bool(checkpoint.steps(phase.folder)))
+            yield from staged(phase.jobs(phase.recipe), JobStage(phase.name))
         except Interrupted as stop:
             where = f"Stopped in step {number} of 3, {phase.name}."
             raise Interrupted(f"{where} To go on:\n{command(out)}", stop.number) from stop

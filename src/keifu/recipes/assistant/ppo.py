@@ -13,7 +13,6 @@ Expected: the reward in metrics.jsonl rises, and kl stays inside its range: docs
 import copy
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from keifu.alignment.ppo import NORMAL, ActorCritic, PPOBatches, PPOSettings, PretrainingMix, ppo
@@ -25,6 +24,7 @@ from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.reward import with_score_head
 from keifu.recipes.language.pretraining import TextOptions
 from keifu.recipes.runs import Settings, given
+from keifu.training.job import Job, Jobs
 
 POLICY = "policy"
 
@@ -165,15 +165,17 @@ def settings(recipe: Recipe) -> Settings:
     return finetuning.rollout_settings(recipe, steps, 1, **rates, betas=(0.9, 0.95), evaluate_every=often)
 
 
-def learn(recipe: Recipe, task: PPOTask, out: Path, resume: bool = False) -> None:
-    """Train the task's model into a run folder, which then holds the policy, and print the last figures."""
+def job_of(recipe: Recipe, task: PPOTask) -> Job:
+    """Return the training of the task's policy and value model, of which the policy is saved."""
     options: dict[str, Any] = {STORED.get(name, name): value for name, value in asdict(task.rule).items()}
     options |= {"value": recipe.value, "measured": list(recipe.measured), "text": recipe.text.described()}
-    objective, paper = partial(ppo, rule=task.rule), "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
+    paper = "Ouyang et al., InstructGPT (2022), sections 3.5 and C.4"
+    facts = finetuning.rollout_facts(recipe, task, paper, NORMAL, options)
     save = partial(finetuning.save_result, task.model.policy, task.tokenizer, base=recipe.model)
-    finetuning.learn_from_rollouts(recipe, task, objective, settings(recipe), out, resume, paper, NORMAL, options, save)
+    objective = partial(ppo, rule=task.rule)
+    return finetuning.finetuning_job(recipe, task, objective, settings(recipe), facts, save=save)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu chat reads afterwards."""
-    learn(recipe, prepare(recipe), out, resume)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu chat reads."""
+    yield from finetuning.rollout_jobs(job_of(recipe, prepare(recipe)))

@@ -30,7 +30,7 @@ from keifu.models import task_head
 from keifu.processes import current
 from keifu.ranges import Count, NotNegative, Positive
 from keifu.recipes.assistant import finetuning
-from keifu.training.loop import Summary
+from keifu.training.job import Job, Jobs, RunFacts
 from keifu.training.run.report import CURVES
 
 DEMONSTRATIONS = 256  # maximal number of demonstrations for computing the bias
@@ -108,16 +108,17 @@ def demonstrations(source: str | None, tokenizer: Tokenizer, length: int) -> lis
     return short
 
 
-def learn(recipe: Recipe, task: RewardTask, out: Path, resume: bool = False) -> Summary:
-    """Train the task's model into a run folder."""
-    chosen = finetuning.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
-    return finetuning.finetune(
-        recipe, task, ranking_loss, chosen, out, resume, save=lambda directory: leave(task, directory),
+def job_of(recipe: Recipe, task: RewardTask) -> Job:
+    """Return the training of the task's model."""
+    settings = finetuning.epoch_settings(recipe, task.data, (9e-6, 1e-4), betas=(0.9, 0.95))
+    facts = RunFacts(
         title=f"{recipe.model} learns to score answers from “{Path(recipe.data).stem}”",
-        paper="Ouyang et al., InstructGPT (2022), section 3.5", unit="prompts",
-        options={"template": task.tokenizer.chat_template},
+        about={"paper": "Ouyang et al., InstructGPT (2022), section 3.5"},
         data=finetuning.counted("prompts", task.data.parts, task.dropped),
-    )  # fmt: skip
+        options={"template": task.tokenizer.chat_template},
+        unit="prompts",
+    )
+    return finetuning.finetuning_job(recipe, task, ranking_loss, settings, facts, save=partial(leave, task))
 
 
 def leave(task: RewardTask, directory: Path) -> None:
@@ -138,12 +139,12 @@ def calibration_chart(figures: Calibration) -> dict[str, Any]:
     return {"title": title, "y_label": "share that is right", "x_label": "how sure", "curves": [measured, ideal]}
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu.load and transformers read afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu.load and transformers read; print the accuracy on held-out pairs."""
     task = prepare(recipe)
     if task.dropped:
         print(f"{task.dropped:,} prompts have an answer that is longer than a row and were left out.")
-    summary = learn(recipe, task, out, resume)
+    summary = yield job_of(recipe, task)
     if (right := summary.figures.get("validation_accuracy")) is not None:
         print(f"In held-out pairs the better answer has the higher score in {right:.1%}.")
-    print(f"The reward model is in {out}; transformers loads it as AutoModelForSequenceClassification.")
+    print(f"The reward model is in {summary.directory}; transformers loads it as AutoModelForSequenceClassification.")

@@ -32,6 +32,7 @@ from keifu.models.hf.image_processor import Pixels
 from keifu.models.multimodal import llava
 from keifu.ranges import BelowOne, Count, NotNegative, Positive
 from keifu.recipes.assistant import finetuning
+from keifu.training.job import Jobs, RunFacts
 from keifu.training.objectives.language_modeling import answers_about_pictures
 
 IMAGE = "<image>"
@@ -158,8 +159,8 @@ def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tup
     return [token for token, _ in longer], [flag for _, flag in longer]
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu chat --image and keifu evaluate read afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu chat --image and keifu evaluate read."""
     task = prepare(recipe)
 
     def save(directory: Path) -> None:
@@ -168,10 +169,13 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     ready = Preprocessing(**vars(task.model.config.pixels))
     shares = (("tower.", recipe.tower_rate),) if recipe.tower_rate not in (0, 1) else ()
     settings = finetuning.epoch_settings(recipe, task.data, (5e-4, 1e-3), weight_decay=0.01, rate_shares=shares)
-    finetuning.finetune(
-        recipe, task, answers_about_pictures(ready.normalised), settings, out, resume, save=save,
-        title=f"{recipe.model} learns to see", paper="Liu et al., LLaVA (2023)", unit="tokens",
-        options={"left_out": list(recipe.left_out), "tower": recipe.tower, "template": task.tokenizer.chat_template},
-        data={"questions to learn from": len(task.data.rows[0])}, held_out={"left_out": list(recipe.left_out)},
-    )  # fmt: skip
+    left_out = list(recipe.left_out)
+    facts = RunFacts(
+        title=f"{recipe.model} learns to see",
+        about={"paper": "Liu et al., LLaVA (2023)", "held_out": {"left_out": left_out}},
+        data={"questions to learn from": len(task.data.rows[0])},
+        options={"left_out": left_out, "tower": recipe.tower, "template": task.tokenizer.chat_template},
+    )
+    objective = answers_about_pictures(ready.normalised)
+    out = (yield finetuning.finetuning_job(recipe, task, objective, settings, facts, save=save)).directory
     print(f"The model is in {out}: keifu chat {shell(out)} --image FILE QUESTION")

@@ -21,12 +21,13 @@ from keifu.data.chat import conversations
 from keifu.data.chat.conversations import Conversation
 from keifu.data.chat.packing import FittedConversations, PackedConversations, TooLong, TurnMasks, fit_conversations
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.errors import UserError, shell
+from keifu.errors import UserError
 from keifu.inference.chat.conversation import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.distilling import DistillAnswers
-from keifu.recipes.runs import Objective, Summary
+from keifu.recipes.runs import Objective
+from keifu.training.job import Job, Jobs, RunFacts
 
 PAPER = "Ouyang et al., InstructGPT (2022), section 3.5"
 SAMPLES = 3
@@ -107,11 +108,8 @@ def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversatio
     return finetuning.held_out(chats, asked, share)
 
 
-def learn(
-    recipe: Recipe, task: SFTTask, out: Path, resume: bool = False, title: str | None = None, paper: str = PAPER
-) -> Summary:
-    """Print the number of conversations that are too long. Fine-tune the task's model into a run folder, as a whole
-    model or as adapters with the name of their base.
+def job_of(recipe: Recipe, task: SFTTask, title: str | None = None, paper: str = PAPER) -> Job:
+    """Return the training of the task's model; print the number of conversations that are too long.
 
     title, paper: for the report.
     """
@@ -119,16 +117,19 @@ def learn(
         if said := part.sentence(task.data.context_length):
             print(said)
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
-    chosen = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
-    kept = {"learned from": len(task.training.kept), "held out": len(task.held.kept)}
-    gone = {"too long, left out": task.training.dropped, "too long, cut": task.training.shortened}
-    summary = finetuning.finetune(
-        recipe, task, task.objective, chosen, out, resume, lambda step: answers(task), unit="tokens",
-        options={"template": task.tokenizer.chat_template, **recipe.distill.options()}, data=kept | gone,
-        title=title or f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”", paper=paper,
-    )  # fmt: skip
-    print(f"The model is in {out}: keifu chat {shell(out)}")
-    return summary
+    settings = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
+    facts = RunFacts(
+        title=title or f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
+        about={"paper": paper},
+        data={
+            "learned from": len(task.training.kept),
+            "held out": len(task.held.kept),
+            "too long, left out": task.training.dropped,
+            "too long, cut": task.training.shortened,
+        },
+        options={"template": task.tokenizer.chat_template, **recipe.distill.options()},
+    )
+    return finetuning.finetuning_job(recipe, task, task.objective, settings, facts, lambda step: answers(task))
 
 
 def answers(task: SFTTask) -> str:
@@ -142,6 +143,6 @@ def answers(task: SFTTask) -> str:
     return "\n\n".join(lines)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Fine-tune into `out`, which keifu chat reads afterwards."""
-    learn(recipe, prepare(recipe), out, resume)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the fine-tuning, whose result keifu chat reads."""
+    finetuning.show_folder((yield job_of(recipe, prepare(recipe))))
