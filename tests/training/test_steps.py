@@ -11,7 +11,6 @@ from training_toys import Sequences, objective, run, settings, toy, weights
 
 from keifu.devices import require_compiler
 from keifu.errors import UserError
-from keifu.layers.linear import JoinedLinear
 from keifu.models import llama, palm
 from keifu.processes import Processes
 from keifu.ranges import check
@@ -19,8 +18,7 @@ from keifu.training.hardware.cost import Cost
 from keifu.training.loop import train
 from keifu.training.objectives import language_modeling
 from keifu.training.optim.lr_schedules import ratio
-from keifu.training.optim.muon import StackedMuon, orthogonalize
-from keifu.training.optim.optimizers import Optimizers, hidden_matrices
+from keifu.training.optim.optimizers import Optimizers
 from keifu.training.protocols import LossOutput
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
@@ -256,34 +254,6 @@ def test_weight_decay_is_for_matrices_and_embeddings_only() -> None:
     assert decays["layers.0.bias"] == decays["norm.weight"] == decays["norm.bias"] == 0.0
 
 
-def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
-    model = toy()
-    assert set(hidden_matrices(model)) == {"layers.0.weight", "layers.1.weight"}
-    optimisers = Optimizers(model, settings(optimizer="muon"))
-    names = {kind: {n for g in o.param_groups for n in g["param_names"]} for kind, o in optimisers.all.items()}
-    assert names["muon"] == {"layers.0.weight", "layers.1.weight"}
-    assert "layers.0.bias" in names["adamw"] and "head.weight" in names["adamw"]
-    assert not names["adamw"] & {"layers.0.weight", "layers.1.weight"}
-
-
-def test_muon_treats_a_joined_matrix_as_its_parts() -> None:
-    torch.manual_seed(0)
-    joined = nn.ModuleList([JoinedLinear(8, (6, 10), bias=False), nn.Linear(8, 8, bias=True)])
-    alone = nn.ModuleList([nn.Linear(8, 6, bias=False), nn.Linear(8, 10, bias=False), nn.Linear(8, 8, bias=True)])
-    with torch.no_grad():
-        for part, rows in zip(alone, joined[0].weight.split((6, 10)), strict=False):
-            part.weight.copy_(rows)
-        alone[2].load_state_dict(joined[1].state_dict())
-    x = torch.randn(5, 8)
-    for model in (joined, alone):
-        optimisers = Optimizers(model, settings(optimizer="muon", warmup=0))
-        for step in range(3):
-            outputs = torch.cat([layer(x) for layer in model], -1)
-            outputs.square().sum().backward()
-            optimisers.step(step)
-    torch.testing.assert_close(joined[0].weight, torch.cat([alone[0].weight, alone[1].weight]))
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
 def test_a_state_in_which_each_matrix_had_tensors_of_its_own_is_read(optimizer: str) -> None:
     model = toy()
@@ -364,26 +334,3 @@ def test_without_a_compiler_compile_says_so(monkeypatch) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(UserError, match="needs a C.. compiler"):
         require_compiler(CPU)
-
-
-def test_stacked_muon_is_torchs_muon(monkeypatch) -> None:
-    monkeypatch.setattr("keifu.training.optim.muon.STACK", 100)  # two matrices of the smaller shapes
-    shapes = [(6, 8), (8, 6), (6, 8), (5, 5), (8, 6), (6, 8), (12, 10), (12, 10)]
-    start = [torch.randn(shape) for shape in shapes]
-    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in start] for _ in range(2))
-    rates = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
-    stacked = StackedMuon(ours, {}, torch.bfloat16, **rates)
-    for optimizer, matrices in ((stacked, ours), (torch.optim.Muon(theirs, **rates), theirs)):
-        torch.manual_seed(1)
-        for _ in range(3):
-            for matrix in matrices:
-                matrix.grad = torch.randn_like(matrix)
-            optimizer.step()
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=0)  # an update is 0.02 large, and made in bfloat16
-
-
-def test_orthogonal_brings_singular_values_near_one() -> None:
-    x = torch.randn(3, 24, 16)
-    values = torch.linalg.svdvals(orthogonalize(x, (3.4445, -4.775, 2.0315), 5, 1e-7).float())
-    assert values.min() > 0.5 and values.max() < 1.3

@@ -1,5 +1,6 @@
 """Writing and filling by masked diffusion: the order of the masks, steps, blocks, seeds, and what is refused."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -147,3 +148,19 @@ def test_steps_that_do_not_divide_the_masks_fill_all_of_them() -> None:
     model = Sure()
     assert unmask(model, [MASK] * 7, Unmasking(steps=3, block=8)) == [*range(7)]
     assert [row.count(MASK) for row in model.seen] == [7, 5, 3]
+
+
+class Two(Sure):
+    """A predictor of two tokens at every position, whose logits differ by 2."""
+
+    def predict_masked(self, tokens: Tensor) -> Tensor:
+        return torch.tensor([2.0, 0.0, *[-torch.inf] * 8]).expand(1, tokens.shape[1], 10)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_temperature_divides_the_logits(temperature: float, likely) -> None:
+    """The likelier of two tokens has the share sigmoid(2 / temperature): 0.982, 0.881 and 0.731."""
+    model = Two()
+    model.config.context_length = 4000
+    found = unmask(model, [MASK] * 4000, Unmasking(steps=1, block=4000, temperature=temperature, seed=5))
+    assert {*found} == {0, 1} and likely(found.count(0), 4000, 1 / (1 + math.exp(-2 / temperature)))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -269,6 +270,19 @@ def test_the_command_prints_the_mesh_that_train_takes(capsys: pytest.CaptureFixt
     parse_command(plan_command, ["dit-xl-2"], "keifu plan")()
     text = capsys.readouterr().out
     assert "65,536 patches in" in text and "2.62e+10 patches: " in text
+
+
+def test_memory_is_printed_in_gigabytes_of_a_thousand_million_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand, of Llama 65B: 65.3 thousand million weights, 80 layers, and 8192 numbers of all keys of a token."""
+    size = SIZES["llama-65b"].parameters
+    parse_command(plan_command, ["llama-65b", "--devices", "64xA100-80G"], "keifu plan")()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "a device's memory" in line]
+    parts = {name: float(figure) for name, figure in re.findall(r"([a-z][a-z ]*) ([\d.]+)[,)]", line)}
+    assert parts["weights"] == round(2 * size / 64 / 1e9, 1) and parts["optimizer"] == round(12 * size / 64 / 1e9, 1)
+    total, memory = re.findall(r"([\d.]+) GB of (\d+)", line)[0]
+    assert memory == "80" and float(total) == pytest.approx(sum(parts.values()), abs=0.3)
+    parse_command(plan_command, ["llama-65b", "--devices", "8xA100-80G", "--inference"], "keifu plan")()
+    assert "5.37 GB" in capsys.readouterr().out  # 2 (keys, values) · 2 bytes · 80 · 8192 · 2048 positions
 
 
 def test_the_mesh_of_several_pods_sums_gradients_as_the_plan_assumes(capsys: pytest.CaptureFixture[str]) -> None:
