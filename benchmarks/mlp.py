@@ -29,6 +29,7 @@ from keifu import checkpoints
 from keifu.data.classification.tables import ToyDataset
 from keifu.models.mlp import MLP
 from keifu.recipes.neurons import mlp
+from keifu.recipes.running import run_jobs
 
 SECTION, COLUMNS = (
     "The neuron and the network",
@@ -44,7 +45,7 @@ def ours(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[float
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        mlp.run(mlp.Recipe("mnist", hidden=hidden, seed=seed), out, resume=False)
+        run_jobs(mlp.jobs(mlp.Recipe("mnist", hidden=hidden, seed=seed)), out)
         seconds = time.perf_counter() - start
         model = checkpoints.load_model(out)
     assert isinstance(model, MLP)

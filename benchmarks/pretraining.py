@@ -131,7 +131,8 @@ def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, op
     )  # fmt: skip
     task = telling.ready(recipe, training, held)
     with tempfile.TemporaryDirectory() as directory:
-        telling.learn(recipe, replace(task, held=replace(task.held, rows=[], targets=[])), Path(directory))
+        silent = replace(task, held=replace(task.held, rows=[], targets=[]))
+        train_job(telling.job_of(recipe, silent, Path(directory)), Path(directory))
     return evaluate(task)
 
 

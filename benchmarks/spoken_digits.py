@@ -18,6 +18,7 @@ from keifu import checkpoints
 from keifu.data.audio.recordings import DIGITS
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text.transcription import evaluate
+from keifu.recipes.running import run_jobs
 from keifu.recipes.speech import whisper
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     run = options.run or Path(tempfile.mkdtemp()) / "run"
     if options.run is None:
         training = replace(whisper.LEARNING, steps=options.steps, seed=options.seed)
-        whisper.run(whisper.Recipe(training=training), run, False)
+        run_jobs(whisper.jobs(whisper.Recipe(training=training)), run)
     model, tokenizer = checkpoints.load(run)
     found = evaluate(model, tokenizer, EvalRequest(on=DIGITS))
     print(machine(), *(f"{name}: {value}" for name, value in found.figures.items()), sep="\n")

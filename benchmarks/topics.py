@@ -43,6 +43,7 @@ from keifu.models import bert
 from keifu.recipes.classification import classifier, gpt1_finetune
 from keifu.recipes.classification.classifier import SCRATCH, Recipe
 from keifu.recipes.classification.table_runs import evaluate
+from keifu.recipes.running import train_job
 
 ALL = 9033  # number of labels for training
 STRENGTHS = {"logisticregression__C": [0.3, 1.0, 3.0, 10.0, 30.0]}
@@ -89,7 +90,8 @@ def trained(
     recipe = Recipe(cut=options.tokens, epochs=times * passes(training, options), seed=options.seed, **choice)
     task = classifier.ready(recipe, training, held.chosen(()))
     with tempfile.TemporaryDirectory() as directory:
-        classifier.learn(recipe, task, (options.out or Path(directory)) / f"{recipe.model}-{len(training)}")
+        out = (options.out or Path(directory)) / f"{recipe.model}-{len(training)}"
+        train_job(classifier.job_of(recipe, task, out), out)
     rows, _ = encode_texts(task.tokenizer, held.texts, options.tokens, cut=True)
     best = probabilities(task.model, rows, task.tokenizer.pad_id or 0).argmax(-1).tolist()
     return judged(held.labels, [training.classes[number] for number in best])
@@ -115,7 +117,8 @@ def left_to_right(training: Examples, held: Examples, options: argparse.Namespac
     )  # fmt: skip
     task = gpt1_finetune.ready(recipe, training, held)
     with tempfile.TemporaryDirectory() as directory:
-        gpt1_finetune.learn(recipe, replace(task, held=replace(task.held, rows=[], targets=[])), Path(directory))
+        silent = replace(task, held=replace(task.held, rows=[], targets=[]))
+        train_job(gpt1_finetune.job_of(recipe, silent, Path(directory)), Path(directory))
     return evaluate(task)
 
 

@@ -21,6 +21,7 @@ from keifu.errors import UserError
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text.transcription import evaluate, word_errors, words
 from keifu.models.speech import whisper as model_file
+from keifu.recipes.running import run_jobs
 from keifu.recipes.speech import whisper
 
 pytest.importorskip("soundfile")
@@ -42,7 +43,7 @@ def small(folder: Path, model: model_file.Config = MODEL, **changes: Any) -> whi
 @pytest.mark.usefixtures("own_cache", "one_thread")
 def test_it_learns_to_hear(spoken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = small(spoken, steps=120, batch_size=16, learning_rate=5e-3, evaluate_every=60)
-    summary = whisper.run(recipe, tmp_path / "run", False)
+    summary = run_jobs(whisper.jobs(recipe), tmp_path / "run")
     assert summary.figures["validation_word_error_rate"] == 0
     assert "validation word error rate 0" in capsys.readouterr().err
     cli.main(["evaluate", str(tmp_path / "run"), "--on", str(spoken), "--json", "--output", str(tmp_path / "a.jsonl")])

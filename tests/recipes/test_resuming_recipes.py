@@ -149,7 +149,7 @@ def stops(monkeypatch: pytest.MonkeyPatch) -> Stops:
         wanted = property(found.asked, lambda self, value: None)  # pyright: ignore
 
     monkeypatch.setattr(loop, "StopRequest", Request)
-    monkeypatch.setattr(demo, "_ask", lambda: None)
+    monkeypatch.setattr(demo, "_ask", lambda name, *questions: ["Paris.", "It is Tokyo."])
     for module in (latents, lora_image, unclip):
         monkeypatch.setattr(module, "STEPS", 2)
     return found

@@ -16,6 +16,7 @@ from keifu.errors import UserError
 from keifu.recipes import demo
 from keifu.recipes.files import recipes
 from keifu.recipes.neurons import mlp, mlp_compare, perceptron as perceptron_recipe
+from keifu.recipes.running import run_jobs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,9 +82,9 @@ def test_the_perceptrons_options_reach_the_rule(tmp_path: Path, monkeypatch: pyt
         return whole(neuron, seen, targets, rate)
 
     monkeypatch.setattr(perceptron_recipe.perceptron, "learn", learn)
-    perceptron_recipe.run(perceptron_recipe.Recipe("or", rate=0.25), tmp_path, False)
+    run_jobs(perceptron_recipe.jobs(perceptron_recipe.Recipe("or", rate=0.25)), tmp_path)
     with pytest.raises(UserError, match="After 2 corrections"):
-        perceptron_recipe.run(perceptron_recipe.Recipe("or", max_updates=2), tmp_path, False)
+        run_jobs(perceptron_recipe.jobs(perceptron_recipe.Recipe("or", max_updates=2)), tmp_path)
     assert rates == [0.25, 1.0]
     assert set(wiring.leaves(perceptron_recipe.Recipe())) == {"data", "label", "rate", "max_updates"}
 

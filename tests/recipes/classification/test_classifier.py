@@ -20,6 +20,7 @@ from keifu.processes import Processes, use
 from keifu.recipes.assistant import reward
 from keifu.recipes.classification import classifier
 from keifu.recipes.classification.classifier import Recipe
+from keifu.recipes.running import train_job
 from keifu.training.run import checkpoint
 
 ANIMALS, THINGS = ["cat", "dog", "horse", "cow"], ["table", "lamp", "chair", "spoon"]
@@ -134,7 +135,7 @@ def test_a_new_model_learns_with_a_tokenizer_of_its_own(tmp_path: Path, capsys: 
 
 def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
     """Train a run and return its last state."""
-    classifier.learn(recipe, classifier.prepare(recipe), out, resume)
+    train_job(classifier.job_of(recipe, classifier.prepare(recipe), out), out, resume)
     return checkpoint.latest(out)[0].tensors
 
 

@@ -18,6 +18,7 @@ from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, palm, task_head
 from keifu.recipes.classification import gpt1_finetune
 from keifu.recipes.classification.gpt1_finetune import Recipe
+from keifu.recipes.running import train_job
 from keifu.training.objectives.language_modeling import finetuning_loss
 from keifu.training.run import checkpoint
 
@@ -221,7 +222,7 @@ def test_a_fine_tuned_decoder_can_learn_another_task(bases: dict[str, Path], tmp
 
 
 def final(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, torch.Tensor]:
-    gpt1_finetune.learn(recipe, gpt1_finetune.prepare(recipe), out, resume)
+    train_job(gpt1_finetune.job_of(recipe, gpt1_finetune.prepare(recipe), out), out, resume)
     return checkpoint.latest(out)[0].tensors
 
 

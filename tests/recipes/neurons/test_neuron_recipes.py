@@ -11,12 +11,20 @@ from keifu.cli import main
 from keifu.errors import UserError
 from keifu.evaluation.plots import decision_boundary
 from keifu.recipes.neurons import mlp, mlp_compare, perceptron
+from keifu.recipes.running import run_jobs, train_job
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def train(*words):
     main(["train", *map(str, words)])
+
+
+def compared(pair, directory):
+    """Train one network of the comparison. Return its figures."""
+    subject = mlp.check_learnable(pair)
+    job = mlp_compare.job_of(pair, subject, directory)
+    return mlp_compare.result_of(pair, subject, job, train_job(job, directory))
 
 
 def csv(path, rows, header="length,weight,species"):
@@ -101,7 +109,7 @@ def test_bytes_that_are_no_text_and_files_that_are_not_there(tmp_path, capsys):
 
 def test_too_few_corrections_say_how_many_the_bound_allows(tmp_path):
     with pytest.raises(UserError, match=r"After 3 corrections .* \(R/γ\)² = 51: allow more with --max-updates"):
-        perceptron.run(perceptron.Recipe(max_updates=3), tmp_path, resume=False)
+        run_jobs(perceptron.jobs(perceptron.Recipe(max_updates=3)), tmp_path)
 
 
 def test_the_stages_drawn_are_few_and_hold_both_ends():
@@ -118,13 +126,13 @@ MORE_SEEDS = [pytest.param("relu", seed, marks=pytest.mark.slow) for seed in (1,
 @pytest.mark.parametrize(("activation", "seed"), [("relu", 0), ("tanh", 5), ("sigmoid", 6), *MORE_SEEDS])
 def test_a_hidden_layer_solves_xor_from_every_seed(activation, seed, tmp_path):
     pair = mlp.Recipe("xor", activation=activation, steps=100, seed=seed)
-    assert mlp_compare.learn(pair, mlp.check_learnable(pair), tmp_path).accuracy == 1.0
+    assert compared(pair, tmp_path).accuracy == 1.0
 
 
 @pytest.mark.parametrize("loss", sorted(mlp.LOSSES))
 def test_every_loss_learns_the_moons(loss, tmp_path):
     pair = mlp.Recipe("moons", loss=loss, steps=100)
-    found = mlp_compare.learn(pair, mlp.check_learnable(pair), tmp_path)
+    found = compared(pair, tmp_path)
     assert found.accuracy >= 0.9
     assert found.losses[-1][1] < 0.6 * found.losses[0][1]
 

@@ -31,7 +31,7 @@ from keifu.inference.embeddings.encoders import encoder
 from keifu.models import bert
 from keifu.ranges import BELOW_ONE, Count, NotNegative, check_value
 from keifu.recipes.classification import frozen, table_runs
-from keifu.training.loop import Summary
+from keifu.training.job import RUN_FOLDER, Job, Jobs, RunFacts
 from keifu.training.objectives.language_modeling import classification
 
 SCRATCH = "scratch"
@@ -141,20 +141,29 @@ def start_model(recipe: Recipe, labels: tuple[str, ...], texts: tuple[str, ...])
     return bert.with_heads(base, encoder(base).config, **heads).to(choose()), tokenizer
 
 
-def learn(recipe: Recipe, task: table_runs.TableTask, out: Path, resume: bool = False) -> Summary:
-    """Train the task's model into a run folder, and draw the confusion matrix of the held-out texts there."""
-    return table_runs.train_classifier(
-        recipe, task, classification, out, resume, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
-        warmup=lambda steps: steps // 10, who="A classifier", paper="Devlin et al., BERT (2018)", unit="texts",
+def job_of(recipe: Recipe, task: table_runs.TableTask, out: Path) -> Job:
+    """Return the training of the task's model. out: folder of the run, in which the confusion matrix is drawn."""
+    facts = RunFacts(
+        title=f"A classifier learns “{Path(recipe.data).stem}”",
+        about={"paper": "Devlin et al., BERT (2018)"},
+        unit="texts",
+    )
+    return table_runs.classifier_job(
+        recipe, task, classification, out, learning_rate=5e-4 if recipe.model == SCRATCH else 5e-5,
+        warmup=lambda steps: steps // 10, facts=facts,
     )  # fmt: skip
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu classify and transformers read afterwards, and print the held-out figures."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu classify and transformers read; print the held-out figures. A frozen
+    encoder needs no training."""
+    out = yield RUN_FOLDER
     training, validation = tables(recipe)
     if freezes(recipe, len(training)):
         labels_of(training)
         frozen.learn(recipe, training, validation, out)
     else:
-        learn(recipe, ready(recipe, training, validation), out, resume)
+        task = ready(recipe, training, validation)
+        yield job_of(recipe, task, out)
+        table_runs.show_verdict(task, "texts")
     print(f'The model is in {out}: keifu classify {shell(out)} "A text".')

@@ -26,8 +26,15 @@ from keifu.errors import UserError, shell
 from keifu.inference.text.model import TaskHeadModel, causal
 from keifu.models import task_head
 from keifu.ranges import BelowOne, Count, NotNegative, check
-from keifu.recipes.classification.table_runs import TableOptions, TableTask, check_cut, encode, train_classifier
-from keifu.training.loop import Summary
+from keifu.recipes.classification.table_runs import (
+    TableOptions,
+    TableTask,
+    check_cut,
+    classifier_job,
+    encode,
+    show_verdict,
+)
+from keifu.training.job import RUN_FOLDER, Job, Jobs, RunFacts
 from keifu.training.objectives.language_modeling import LM_WEIGHT, finetuning_loss
 
 LEAST_CUT = 8  # tokens: special ones and at least one of text
@@ -111,17 +118,25 @@ def start_model(recipe: Recipe, labels: tuple[str, ...]) -> tuple[task_head.Mode
     return task_head.add_head(decoder, config).to(choose()), marked
 
 
-def learn(recipe: Recipe, task: TableTask, out: Path, resume: bool = False) -> Summary:
-    """Train the task's model into a run folder, and draw the confusion matrix of the held-out examples there."""
-    return train_classifier(
-        recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), out, resume,
-        learning_rate=recipe.learning_rate, warmup=lambda steps: round(recipe.warmup * steps), who="A decoder",
-        paper="Radford et al., GPT-1 (2018)", unit="examples", options={"lm_weight": recipe.lm_weight},
+def job_of(recipe: Recipe, task: TableTask, out: Path) -> Job:
+    """Return the training of the task's model. out: folder of the run, in which the confusion matrix is drawn."""
+    facts = RunFacts(
+        title=f"A decoder learns “{Path(recipe.data).stem}”",
+        about={"paper": "Radford et al., GPT-1 (2018)"},
         data={"form": recipe.form},
+        options={"lm_weight": recipe.lm_weight},
+        unit="examples",
+    )
+    return classifier_job(
+        recipe, task, partial(finetuning_loss, lm_weight=recipe.lm_weight), out, learning_rate=recipe.learning_rate,
+        warmup=lambda steps: round(recipe.warmup * steps), facts=facts,
     )  # fmt: skip
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`, which keifu classify reads afterwards, and print the held-out figures."""
-    learn(recipe, prepare(recipe), out, resume)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu classify reads; print the held-out figures."""
+    out = yield RUN_FOLDER
+    task = prepare(recipe)
+    yield job_of(recipe, task, out)
+    show_verdict(task, "examples")
     print(f"The model is in {out}: keifu classify {shell(out)} reads such examples.")

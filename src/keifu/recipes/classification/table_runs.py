@@ -1,7 +1,7 @@
 """Shared code of the recipes that train a classifier from a labelled table: options, settings and the training run."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from keifu.files import write_atomic
 from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.runs import FinetuneOptions, Objective, Summary, train_run
+from keifu.recipes.runs import FinetuneOptions, Objective
+from keifu.training.job import Job, RunFacts
 
 LEAST_CUT = 3  # tokens of a text: special ones and at least one of text
 
@@ -81,40 +82,43 @@ def evaluate(task: TableTask) -> Confusion:
     return confusion_of(judge, task.tested, judge.predict_proba(task.held.rows))
 
 
-def train_classifier(
-    recipe: TableOptions, task: TableTask, objective: Objective, out: Path, resume: bool, *, learning_rate: float,
-    warmup: Callable[[int], int], who: str, paper: str, unit: str,
-    options: Mapping[str, Any] = {}, data: Mapping[str, Any] = {},
-) -> Summary:  # fmt: skip
-    """Train the task's model into a run folder, with the confusion matrix of the held-out examples as its sample.
+def classifier_job(
+    recipe: TableOptions, task: TableTask, objective: Objective, out: Path, *, learning_rate: float,
+    warmup: Callable[[int], int], facts: RunFacts,
+) -> Job:  # fmt: skip
+    """Return the training of the task's model, with the confusion matrix of the held-out examples as its sample.
 
-    Print the held-out figures, unless the model is split over processes. The learning rate decreases linearly to 0,
-    with two validations in an epoch. warmup: function from the number of steps to that of warm-up steps. who: the
-    model's description, for the title. options: values that affect the result, in addition to the model's config and
-    the cut.
+    The learning rate decreases linearly to 0, with two validations in an epoch. out: folder of the run, in which the
+    matrix is drawn. warmup: function from the number of steps to that of warm-up steps. facts: its options are values
+    that affect the result, in addition to the model's config and the cut.
     """
     if task.cut:
-        print(f"{task.cut} of {len(task.training) + len(task.held)} {unit} were cut to {recipe.cut} tokens.")
+        print(f"{task.cut} of {len(task.training) + len(task.held)} {facts.unit} were cut to {recipe.cut} tokens.")
     rows = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
     steps, half = recipe.total_steps(rows.steps_per_epoch), rows.steps_per_epoch // 2
     settings = recipe.settings(
         steps, learning_rate=learning_rate, warmup=warmup(steps), schedule="linear", final_ratio=0.0,
         evaluate_every=max(1, half), save_every=max(50, half),
     )  # fmt: skip
-    counts = {"learned from": len(task.training), "held out": len(task.held), "cut": task.cut}
+    data = {
+        "source": recipe.data, "learned from": len(task.training), "held out": len(task.held), "cut": task.cut,
+        **facts.data, "labels": ", ".join(task.model.config.labels),
+    }  # fmt: skip
+    options = {**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **facts.options}
 
     def sample(step: int) -> str:
         confusion = evaluate(task)
         write_atomic(out / "confusion.png", confusion.picture())
         return confusion.page()
 
-    summary = train_run(
-        out, resume, task.model, objective, rows, settings, task.tokenizer, paper=paper, unit=unit,
-        title=f"{who} learns “{Path(recipe.data).stem}”", sample=sample if len(task.held) else None,
-        facts={"source": recipe.data, **counts, **data, "labels": ", ".join(task.model.config.labels)},
-        options={**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **options},
+    return Job(
+        model=task.model, objective=objective, data=rows, settings=settings, tokenizer=task.tokenizer,
+        facts=replace(facts, data=data, options=options), sample=sample if len(task.held) else None,
         largest=rows.largest(),
     )  # fmt: skip
+
+
+def show_verdict(task: TableTask, unit: str) -> None:
+    """Print the figures of the held-out examples, unless there are none or the model is split over processes."""
     if len(task.held) and current().is_replicated:
         print(f"On held-out {unit}: {evaluate(task).verdict()}")
-    return summary

@@ -28,8 +28,9 @@ from keifu.inference.text.model import evaluation_mode
 from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.models import mlp
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.runs import Logging, Settings, train_run
+from keifu.recipes.runs import Logging, Settings
 from keifu.threads import on_threads
+from keifu.training.job import RUN_FOLDER, Job, Jobs, RunFacts
 from keifu.training.protocols import Batch, LossOutput, Objective, Sample
 
 SMALL: dict[str, Any] = {
@@ -94,31 +95,35 @@ class Recipe(Logging):
         return shlex.join(words)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train and save the network. Print its accuracy on the held-out rows.
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of the network, and print its accuracy on the held-out rows.
 
-    For two columns, boundary.png shows the decision at stages of learning (in a resumed run, since the resumption). For
-    digits, the samples are misclassified digits.
+    For two columns, boundary.png shows the decision at the start and at stages of learning (of a resumed run, those
+    since then). For digits, the samples are misclassified digits.
     """
-    learned, chosen = check_learnable(recipe), settings(recipe)
+    out = yield RUN_FOLDER
+    learned, training = check_learnable(recipe), settings(recipe)
     model = network(recipe, learned)
     sample: Sample | None = wrong_digits(learned, model) if recipe.data == "mnist" else None
     if len(learned.columns) == 2:
-        sample = boundary(learned, model, chosen.steps, out)
-        if not resume:
-            sample(0)
+        sample = boundary(learned, model, training.steps, out)
+        sample(0)
     full, augment = recipe.resolved(), distort if recipe.augment else None
     validating = 0 if learned.held is learned.training else len(learned.held)
     counts = {"rows": len(learned.training), "held out": validating, "classes": ", ".join(learned.classes)}
-    data = batches.TensorBatches(learned.training, learned.held, chosen.batch_size, chosen.seed, augment)
+    data = batches.TensorBatches(learned.training, learned.held, training.batch_size, training.seed, augment)
+    paper = "Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)"
+    facts = RunFacts(
+        title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
+        about={"paper": paper, "command": recipe.command()},
+        data={"source": recipe.data, **counts},
+        options={name: vars(full)[name] for name in ("hidden", "activation", "loss", "dropout", "augment")},
+        unit="rows",
+    )
     with on_threads(1):  # small matrices gain little from a second thread, and wait for it on a busy machine
-        train_run(
-            out, resume, model, objective(recipe.loss), data, chosen, sample=sample, unit="rows",
-            title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
-            paper="Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)",
-            command=recipe.command(), facts={"source": recipe.data, **counts},
-            options={name: vars(full)[name] for name in ("hidden", "activation", "loss", "dropout", "augment")},
-        )  # fmt: skip
+        yield Job(
+            model=model, objective=objective(recipe.loss), data=data, settings=training, facts=facts, sample=sample
+        )
     print(f"{verdict(learned, model)} The network is in {out}.")
 
 

@@ -13,6 +13,7 @@ import json
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from keifu.data.classification.batches import TensorBatches
 from keifu.data.classification.tables import ToyDataset
@@ -22,10 +23,10 @@ from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
 from keifu.ranges import Count, NotNegative, Seed
 from keifu.recipes.neurons import mlp
-from keifu.recipes.runs import Run, is_resuming
 from keifu.threads import on_threads
-from keifu.training.loop import train
-from keifu.training.run import metrics, report
+from keifu.training.job import RUN_FOLDER, Job, Jobs, JobStage, RunFacts
+from keifu.training.loop import Summary
+from keifu.training.run import checkpoint, metrics, report
 from keifu.training.run.run_directory import read_recipe
 
 
@@ -57,11 +58,13 @@ class Recipe:
         return [replace(start, activation=name, loss=loss) for loss in self.losses for name in self.activations]
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train all networks. Print the table; write comparison.json, curves.png and, for two columns, boundaries.png.
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of each network. Print the table; write comparison.json, curves.png and, for two columns,
+    boundaries.png.
 
     Each network has a run folder named after its pair. Stopped runs are resumed network by network.
     """
+    out = yield RUN_FOLDER
     pairs = recipe.pairs()
     if not pairs:
         raise UserError("There is nothing to compare: give at least one of --activations and one of --losses.")
@@ -69,8 +72,9 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     results = []
     for pair in counted("networks", pairs, "networks"):
         with redirect_stderr(io.StringIO()), on_threads(1):
-            directory = out / f"{pair.activation}-{pair.loss}"
-            results.append(learn(pair, subject, directory, is_resuming(directory, resume)))
+            stage = JobStage(f"{pair.activation}-{pair.loss}")
+            job = job_of(pair, subject, out / stage.folder)
+            results.append(result_of(pair, subject, job, (yield replace(job, stage=stage))))
     table = decision_boundary.table(results)
     print(table)
     shown = ("activation", "loss", "accuracy", "seconds")
@@ -84,19 +88,25 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
     print(f"The pictures are in {out / 'report.html'}.")
 
 
-def learn(pair: mlp.Recipe, subject: ToyDataset, directory: Path, resume: bool = False) -> decision_boundary.Result:
-    """Train one network of the comparison."""
+def job_of(pair: mlp.Recipe, subject: ToyDataset, directory: Path) -> Job:
+    """Return the training of one network of the comparison, of which only the figures stay."""
     steps = mlp.settings(pair).steps
-    then = read_recipe(directory).get("options", {}) if resume else {}
+    then = read_recipe(directory)["options"] if checkpoint.steps(directory) else {}
     begun = replace(pair, steps=then.get("steps", pair.steps))  # a resumed run may have another number of steps
     different = {"steps": steps, "sample_every": 0, "save_every": 0, "evaluate_every": max(1, steps // 30)}
     settings = replace(mlp.settings(begun), **different)
-    model = mlp.network(pair, subject)
-    data = TensorBatches(subject.training, subject.held, settings.batch_size, settings.seed)
-    about = {"title": f"{pair.activation} and {pair.loss} on {pair.data}"}
-    where = Run(directory, resume, not resume, options=vars(begun.resolved()), about=about, unit="rows")
-    summary = train(model, mlp.objective(pair.loss), data, settings, where)
-    lines = metrics.read(directory)
+    title = f"{pair.activation} and {pair.loss} on {pair.data}"
+    return Job(
+        model=mlp.network(pair, subject), objective=mlp.objective(pair.loss), settings=settings,
+        data=TensorBatches(subject.training, subject.held, settings.batch_size, settings.seed),
+        facts=RunFacts(title=title, options=vars(begun.resolved()), unit="rows"), save=lambda folder: None,
+    )  # fmt: skip
+
+
+def result_of(pair: mlp.Recipe, subject: ToyDataset, job: Job, summary: Summary) -> decision_boundary.Result:
+    """Return the figures of a trained network."""
+    model: Any = job.model
+    lines = metrics.read(summary.directory)
     plane = None
     if len(subject.columns) == 2:
         plane = decision_boundary.class_shares_on(mlp.points(subject), model.predict_proba, 100)

@@ -25,6 +25,7 @@ from keifu.evaluation.plots import decision_boundary
 from keifu.files import write_atomic
 from keifu.models import perceptron
 from keifu.ranges import Count, Positive, check
+from keifu.training.job import RUN_FOLDER, Jobs
 from keifu.training.run.report import write_page
 
 Plane = Float[Tensor, "dim1"]  # weights, then bias
@@ -66,12 +67,13 @@ class Lesson:
         return torch.cat([weights, (plane[-1] - weights @ self.mean)[None]])
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
+def jobs(recipe: Recipe) -> Jobs:
     """Train, print the corrections and the bound, and save the perceptron and, for two columns, boundary.png.
 
-    Nothing is resumed: the rule uses no random numbers, so a repetition gives the same result. Raises `UserError`, with
-    the proof, if no plane separates the classes.
+    The rule needs no training loop, and nothing is resumed: it uses no random numbers, so a repetition gives the same
+    result. Raises `UserError`, with the proof, if no plane separates the classes.
     """
+    out = yield RUN_FOLDER
     lesson = prepare(recipe)
     table, targets = lesson.table, lesson.table.targets.double()
     proof = perceptron.separate(lesson.seen, targets)

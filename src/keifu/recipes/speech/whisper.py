@@ -11,7 +11,6 @@ Expected: see docs/results.md, "Learning to hear".
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ from keifu.inference.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
 from keifu.models.speech import whisper
 from keifu.ranges import BelowOne, Count
 from keifu.recipes.assistant.finetuning import held_out
-from keifu.recipes.runs import Settings, Summary, TrainingOptions, train_run
-from keifu.training.job import parameters
+from keifu.recipes.runs import Settings, TrainingOptions
+from keifu.training.job import Job, Jobs, RunFacts, parameters
 from keifu.training.objectives.language_modeling import transcription
 from keifu.training.protocols import Batch, LossOutput, Objective
 
@@ -127,14 +126,17 @@ def prepare(recipe: Recipe) -> tuple[nn.Module, Objective, OwnBatches, Tokenizer
     return whisper.build(config).to(choose()), counting_errors(tokenizer, len(prompt), per_word), data, tokenizer
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu transcribe, keifu evaluate and transformers read afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu transcribe, keifu evaluate and transformers read."""
     model, objective, data, tokenizer = prepare(recipe)
-    summary = train_run(
-        out, resume, model, objective, data, recipe.training, tokenizer, title="Whisper", parameters=parameters(model),
-        paper="Radford et al., Robust Speech Recognition (2022)",
-        facts={"source": recipe.data, "recordings to learn from": len(data.training), "held out": len(data.held_out)},
+    counts = {"recordings to learn from": len(data.training), "held out": len(data.held_out)}
+    facts = RunFacts(
+        title="Whisper",
+        about={"parameters": parameters(model), "paper": "Radford et al., Robust Speech Recognition (2022)"},
+        data={"source": recipe.data, **counts},
         options={"model": vars(model.config), "data": recipe.data, "held_out": recipe.held_out},
-    )  # fmt: skip
-    print(f"The model is in {out}: keifu transcribe {shell(out)} FILE")
-    return summary
+    )
+    summary = yield Job(
+        model=model, objective=objective, data=data, settings=recipe.training, tokenizer=tokenizer, facts=facts
+    )
+    print(f"The model is in {summary.directory}: keifu transcribe {shell(summary.directory)} FILE")
