@@ -1,7 +1,7 @@
 """`keifu.generate` and `keifu.train`. They also accept the name of a model or of a recipe."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace as changed
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
@@ -127,7 +127,8 @@ def _train_by_name(
         usual = stored_run.usual(words) if stored_run else recipe_class()
         resuming.go_on(stored_run, module, type(usual)(**{**vars(usual), **options}), directory)
         return directory
-    recipe = recipe_class(**options)
+    of_paper = options.get("recipe_of") == "paper" and "PUBLISHED" in vars(module)
+    recipe = changed(module.PUBLISHED, **options) if of_paper else recipe_class(**options)
     check_ranges(recipe_class, to_json(recipe))
     resuming.begin(name, module, recipe, directory, replace)
     return directory

@@ -401,7 +401,10 @@ TABLE = {
     "lora_image": of_lora_image, "dit": of_dit,
 }  # fmt: skip
 ELSEWHERE = {  # options that another test holds
-    **dict.fromkeys(("ddpm", "dit"), dict.fromkeys(("fit", "distinct"), "test_ddpm_reads_pictures_as_it_is_told")),
+    "ddpm": dict.fromkeys(
+        ("fit", "distinct", "yes"), "test_ddpm_reads_pictures_as_it_is_told, test_published_recipes.py"
+    ),
+    "dit": dict.fromkeys(("fit", "distinct"), "test_ddpm_reads_pictures_as_it_is_told"),
     "clip": dict.fromkeys(("text_teacher", "dictionary"), "test_both_towers_learn_from_a_teacher"),
 }
 

@@ -420,7 +420,13 @@ TABLE = {
 }  # fmt: skip
 
 
-FREE = {"bert": {"text.split": "BERT holds out sentences, by one rule"}}  # options without a row, and the reason
+PLAN = {"yes": "test_published_recipes.py: it only decides whether a run starts"}
+OF_PAPER = PLAN | {"recipe_of": "test_published_recipes.py: it chooses the defaults, before the recipe is made"}
+FREE = {  # options without a row, and the reason
+    "bert": {"text.split": "BERT holds out sentences, by one rule"} | OF_PAPER,
+    "gpt1": PLAN,
+    **dict.fromkeys(("gpt2", "llama", "llada", "olmo2"), OF_PAPER),
+}
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -518,12 +524,14 @@ def test_figures_of_the_papers(name: str, of: str | None, toys: Toys) -> None:
 
 def test_published_settings() -> None:
     published = ((gpt2_recipe, 6e-4, 512), (llama_recipe, 3e-4, 2048), (olmo2_recipe, 3e-4, 1024))
-    for found, rate, rows in ((recipe.Recipe.training, *figures) for recipe, *figures in published):
+    for found, rate, rows in ((recipe.PUBLISHED.training, *figures) for recipe, *figures in published):
         shared = (found.betas, found.weight_decay, found.clip, found.final_ratio, found.warmup, found.schedule)
         assert shared == ((0.9, 0.95), 0.1, 1.0, 0.1, 2000, "cosine")
         assert (found.optimizer, found.learning_rate, found.batch_size) == ("adamw", rate, rows)
     assert bert_recipe.LEARNING.betas == (0.9, 0.999) and bert_recipe.LEARNING.schedule == "linear"
     assert (bert_recipe.LEARNING.weight_decay, bert_recipe.LEARNING.final_ratio) == (0.01, 0.0)
+    papers = bert_recipe.PUBLISHED.training
+    assert (papers.steps, papers.batch_size, papers.learning_rate, papers.warmup) == (10**6, 256, 1e-4, 10_000)
     masking = bert_recipe.MaskingScheme()
     assert (masking.share, masking.short, masking.sentence_pairs) == (0.15, 0.1, True)
     assert palm2.LEARNING.optimizer == "muon" and palm2.LEARNING.final_ratio == 0.0

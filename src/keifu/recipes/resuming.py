@@ -29,7 +29,7 @@ from keifu.training.signals import Interrupted
 _TOO_OLD = "{path} does not name its recipe: it was written by a version before 0.2.0, which this one does not resume."
 LENGTHS = ("steps", "minutes", "epochs", "rollouts")  # options for the length of a run
 SHOWN = ("prompt", "prompts", "gaps", "guidance")  # options that affect only the samples
-FREE = {name.replace("_", "-") for name in ADJUSTABLE} | {*SHOWN, "average", "data"}
+FREE = {name.replace("_", "-") for name in ADJUSTABLE} | {*SHOWN, "average", "data", "yes"}
 OF_A_ROLLOUT = ("ppo", "grpo")  # recipes whose epochs are passes over a rollout, and whose prompts are its size
 
 
@@ -111,6 +111,8 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()), **code)
             trust.show_code(name, recipe, {})
             try:
+                if "check_before_start" in vars(module):
+                    module.check_before_start(recipe)
                 run_recipe(module, recipe, out, False)
             except KeyboardInterrupt as stop:
                 _stop(out, stop)

@@ -27,7 +27,7 @@ def test_the_papers_way_is_the_papers() -> None:
     assert (found.learning_rate, found.schedule, found.final_ratio) == (2.5e-4, "cosine", 0.0)
     assert (found.weight_decay, found.betas, found.optimizer) == (0.01, (0.9, 0.999), "adamw")
     assert gpt1.choose_settings(Recipe(recipe_of="paper", steps=50), 10**6).warmup == 50
-    assert [gpt1.choose_settings(each, 16 * 256 * 30).steps for each in (Recipe(), Recipe(epochs=0.5))] == [60, 15]
+    assert [gpt1.choose_settings(each, 16 * 256 * 30).steps for each in (Recipe(), Recipe(epochs=0.5))] == [600, 15]
 
 
 def test_no_epochs_are_refused() -> None:

@@ -5,7 +5,7 @@ at 1e-4, 7 M steps of 256 pictures; "Scaling Rectified Flow Transformers" (Esser
 logit-normal times. Here: a Transformer of 2.5 M parameters over patches of 4 x 4 pixels, or of latents (--autoencoder),
 the flow as target; --schedule linear --target noise is DiT's objective.
 Command: keifu train dit --data mnist --classes
-Cost: printed before it starts; the default is as many steps as fit in 25 minutes on the machine.
+Cost: printed before it starts; the default is as many steps as fit in 9 minutes on the machine.
 Expected: see docs/results.md, "Few steps by a flow".
 """
 
@@ -24,7 +24,7 @@ from keifu.recipes.starting import keeps_best, load_start
 from keifu.training.loop import Summary
 
 USUAL: dict[str, Any] = {
-    "dropout": 0.0, "schedule": "flow", "batch_size": 32, "learning_rate": 1e-3, "ema": 0.999, "minutes": 25.0,
+    "dropout": 0.0, "schedule": "flow", "batch_size": 32, "learning_rate": 1e-3, "ema": 0.999, "minutes": 9.0,
 }  # fmt: skip
 
 

@@ -57,13 +57,13 @@ class TextToImageOptions(Logging):
     """The side of the finished pictures in pixels."""
     clip: str | None = None
     """A CLIP (a run, a folder, a hub id); unset: one is trained first on the same pictures and captions."""
-    clip_minutes: Positive = 18.0
+    clip_minutes: Positive = 2.0
     """Time limit of CLIP's training: the number of steps follows from the speed of the machine."""
     clip_steps: Count | None = None
     """Updates of CLIP's weights, instead of its minutes."""
     clip_batch: Count = 256
     """Pairs in a step of CLIP."""
-    minutes: Positive = field(default=45.0, kw_only=True)
+    minutes: Positive = field(default=4.5, kw_only=True)
     """Time limit of the training of the model itself."""
     steps: Count | None = None
     """Updates of its weights, instead of the minutes."""

@@ -7,8 +7,8 @@ loss of edges instead of the perceptual and adversarial ones), a CLIP of the sam
 in the latents, which are computed once; it predicts the velocity under a cosine schedule, like keifu train ddpm.
 --space pixels trains the same network on pixels, for as long as both together, to show the gain of latents.
 Command: keifu train latent-diffusion --data emoji
-Cost: 85 minutes of training by default, with an option for each model, and a few for samples. The steps of a model are
-fixed before it starts.
+Cost: 9 minutes of training by default, with an option for each model, and some for samples; good drawings need 85
+(--clip-minutes 18 --autoencoder-minutes 22 --minutes 45). The steps of a model are fixed before it starts.
 Expected: see docs/results.md, "Emoji from text".
 """
 
@@ -66,7 +66,7 @@ class Recipe(image_runs.TextToImageOptions):
     """Weight of the gradient difference (edges) in the autoencoder's loss."""
     flip: bool = True
     """Mirror every second picture for the autoencoder; the U-Net sees none mirrored, as captions say left and right."""
-    autoencoder_minutes: Positive = 22.0
+    autoencoder_minutes: Positive = 2.5
     """Time limit of the autoencoder's training."""
     autoencoder_steps: Count | None = None
     """Updates of the autoencoder's weights, instead of its minutes."""
@@ -92,7 +92,7 @@ class Recipe(image_runs.TextToImageOptions):
     """How much each noise level counts in the loss."""
     caption_dropout: BelowOne = 0.1
     """Share of the captions that are dropped, for classifier-free guidance."""
-    minutes: Positive = field(default=45.0, kw_only=True)
+    minutes: Positive = field(default=4.5, kw_only=True)
     """Time limit of the U-Net's training; with --space pixels, the autoencoder's minutes are added."""
     batch_size: Count = 16
     """Pictures in a step of the U-Net."""

@@ -5,8 +5,8 @@ the embedding itself, a decoder of 3.5 B with 10% of the embeddings and 50% of t
 and 300 M on crops, cosine schedules. Here all three at once, in one network each, on a CLIP of the same captions that
 is trained first (or --clip RUN) and then frozen; the last step's upsampler is the other steps'.
 Command: keifu train unclip --data emoji
-Cost: 85 minutes of training by default, 18 of them for CLIP, and a few for samples; the steps are fixed before it
-starts.
+Cost: 9 minutes of training by default, 2 of them for CLIP, and some for samples; good drawings need 85 (--clip-minutes
+18 --minutes 67). The steps are fixed before it starts.
 Expected: see docs/results.md, "Emoji from text".
 
 Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
@@ -120,7 +120,7 @@ class Recipe(image_runs.TextToImageOptions):
     """Share of the texts that are dropped for the decoder."""
     image_dropout: BelowOne = losses.IMAGE_DROPOUT
     """Share of the embeddings that are dropped for the decoder."""
-    minutes: Positive = field(default=67.0, kw_only=True)
+    minutes: Positive = field(default=7.0, kw_only=True)
     """Time limit of the training after CLIP's."""
     guidance: Finite = 3.0
     """Scale of the classifier-free guidance of the samples, of decoder and prior."""

@@ -1,9 +1,11 @@
-"""LLaMA (Touvron et al., 2023) from scratch: the paper's 7B settings, every one of them an option, on any text.
+"""LLaMA (Touvron et al., 2023) from scratch, on any text: a small one, or the paper's 7B.
 
 Paper: "LLaMA: Open and Efficient Foundation Language Models", section 2: AdamW (0.9, 0.95), weight decay 0.1, clipping
 at 1.0, a cosine to a tenth, 2,000 steps of warm-up, 4 M tokens a step.
-Command: keifu train llama --model.dim 256 --model.hidden-dim 704 --model.n-layers 4 --model.n-heads 4
-Cost: the default is the published size, for a cluster. For a laptop use `keifu train gpt`, which chooses for you.
+The default is a model of 5 M parameters with Muon; `--recipe-of paper` has the settings above, with LLaMA's kind of
+tokenizer, a SentencePiece BPE of 32,000 tokens with bytes.
+Command: keifu train llama --data english
+Cost: printed before it starts; the default, a few minutes on 2 cores. The published size is for a cluster.
 Expected: the paper's figure 1: 7B passes 1.8 nats a token after about 0.5 T tokens of its mixture; no run of that size
 was made here. A small one: docs/results.md, "LLaMA's three changes".
 """
@@ -19,12 +21,19 @@ from keifu.training.job import Jobs
 class Recipe(pretraining.PublishedOptions):
     """Options of the run."""
 
-    text: pretraining.TextArgument = pretraining.Text(tokenizer="sentencepiece-32k")
-    """Text to learn from; the default tokenizer is a SentencePiece BPE of 32,000 tokens with bytes, like LLaMA's."""
-    model: llama.Config = llama.Config()
+    model: llama.Config = llama.Config(**pretraining.SMALL, hidden_dim=704)
     """The vocabulary is the tokenizer's, whatever is given here."""
-    training: pretraining.TrainingOptions = pretraining.published(steps=250_000, batch_size=2048, learning_rate=3e-4)
-    """Settings of the training."""
+
+
+PUBLISHED = Recipe(
+    recipe_of="paper", text=pretraining.Text(tokenizer="sentencepiece-32k"), model=llama.Config(),
+    training=pretraining.published(steps=250_000, batch_size=2048, learning_rate=3e-4),
+)  # fmt: skip
+
+
+def check_before_start(recipe: Recipe) -> None:
+    """Raise UserError for a run that needs too much memory, or more than a day without --yes."""
+    pretraining.check_language_plan(llama.build, recipe.model, recipe.text, recipe.training, recipe.yes)
 
 
 def jobs(recipe: Recipe) -> Jobs:

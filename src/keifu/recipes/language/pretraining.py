@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import nn
 
 from keifu.data.catalogue import catalogue
 from keifu.data.text import prepared
@@ -26,10 +27,12 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
+from keifu.recipes.plan import check_plan
 from keifu.recipes.runs import Data, Logging, Objective, Settings, TrainingOptions
 from keifu.training.job import Job, RunFacts, parameters
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_diffusion
 from keifu.training.objectives.layer_losses import with_balancing
+from keifu.training.run.progress import format_count
 
 VALIDATION_TOKENS = 100_000
 PER_TOKEN = (causal_language_modeling, masked_diffusion)  # their losses are nats per token of the text
@@ -190,22 +193,46 @@ def pretraining_job(
     )  # fmt: skip
 
 
+def check_language_plan(
+    build: Callable[[Any], nn.Module], config: Any, text: Text, settings: Settings, yes: bool
+) -> None:
+    """Check the plan of a new run (see `check_plan`): a token costs six operations per parameter."""
+    if text.tokenizer in KINDS:
+        config = replace(config, vocab_size=text.vocab_size)
+    with torch.device("meta"):
+        size = parameters(build(config))
+    tokens = settings.steps * settings.batch_size * config.context_length
+    check_plan(size, 6 * size * tokens, settings, yes, f", {format_count(tokens)} tokens")
+
+
 published = partial(
     Settings, warmup=2000, weight_decay=0.1, betas=(0.9, 0.95), clip=1.0, final_ratio=0.1, evaluate_every=1000,
     sample_every=5000, save_every=1000,
 )  # fmt: skip
 
 
+SMALL: dict[str, Any] = {"context_length": 256, "dim": 256, "n_layers": 4, "n_heads": 4}
+SMALL_SETTINGS = Settings(  # for a few minutes on two cores
+    steps=600, batch_size=16, optimizer="muon", schedule="linear", learning_rate=2e-3, warmup=60, final_ratio=0.0,
+    weight_decay=0.01, evaluate_every=150, sample_every=300, save_every=150,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PublishedOptions:
-    """Options of the recipes whose defaults are a published size and its settings."""
+    """Options of the recipes that know a published size and its settings. The module of each has a recipe `PUBLISHED`
+    with these values."""
 
-    text: TextArgument = Text()
+    text: TextArgument = Text(vocab_size=4096)
     """Text to learn from; the default tokenizer is a byte-level BPE that is learned from the text."""
-    training: TrainingOptions = Settings()
+    training: TrainingOptions = SMALL_SETTINGS
     """Settings of the training."""
     prompt: str = "The"
     """Beginning of the samples."""
+    recipe_of: Literal["keifu", "paper"] = "keifu"
+    """Source of all defaults: keifu (a small model, a few minutes on two cores) or the paper."""
+    yes: bool = False
+    """Start although the run would take longer than a day."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +243,7 @@ class PretrainingOptions(Logging):
     """Text to learn from."""
     recipe_of: Literal["keifu", "paper"] = "keifu"
     """Source of the training settings: keifu or the paper. The model is the same."""
-    steps: Count = 2000
+    steps: Count = 600
     """Updates of the weights; the paper's numbers of steps shrink with them."""
     batch_size: Count = 32
     """Rows in a step, once the batch has grown."""

@@ -6,7 +6,7 @@ with one vector for the whole source, as Cho et al. (2014) have it: the differen
 batches of 80 pairs cut from 1,600 that were sorted by length. The default is for a budget of minutes on a processor,
 with AdamW.
 Command: keifu train seq2seq --data tatoeba-ja-en --attention additive
-Cost: 45 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
+Cost: 9 minutes of training unless --minutes or --steps say otherwise; the first run learns its tokenizer before it.
 Expected: BLEU and chrF by length of sentence: docs/results.md, "Translation with attention".
 """
 

@@ -36,7 +36,7 @@ from keifu.training.settings import Settings
 
 LEARNED = "bpe", "unigram"  # they have an end token and can encode every character
 PAD = "<pad>"
-MINUTES = 45.0
+MINUTES = 9.0
 SAMPLES = 6
 # options that may change in a resumed run, or that are also in its config
 FREE = {"steps", "minutes", "micro_batch", "average", "keep", "model", "tensorboard", "wandb"}
