@@ -86,7 +86,7 @@ def test_whose_settings():
     chosen = ddpm.settings(paper, 800_000)
     assert (chosen.warmup, chosen.weight_decay, chosen.ema, chosen.schedule) == (5000, 0.0, 0.9999, "constant")
     digits = ddpm.Recipe("mnist").resolved()
-    assert (digits.size, digits.flip, digits.minutes, digits.steps) == (28, False, 25.0, None)
+    assert (digits.size, digits.flip, digits.minutes, digits.steps) == (28, False, 9.0, None)
     assert ddpm.Recipe("mnist", steps=7).resolved().minutes is None
     assert ddpm.Recipe("emoji").resolved().flip and ddpm.Recipe("mnist", recipe_of="paper").resolved().size == 32
     odd = ddpm.network(ddpm.Recipe("mnist", dim=24, multipliers=(1, 3)).resolved(), 1, ())
