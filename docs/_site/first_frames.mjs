@@ -1,4 +1,4 @@
-// Writes src/keifu/page/live/first.js: what the live elements show before a click. Run it after a packaged model changed:
+// Writes src/keifu/page/live/first/: what the live elements show before a click. Run it after a packaged model changed:
 // node docs/_site/first_frames.mjs
 
 import { readFileSync, writeFileSync } from "node:fs";
@@ -28,6 +28,7 @@ const FIRST = {
   digits: grey(await ACTIONS.digit(load("digits", DDPM), { label: 3, steps: 20, guidance: 2, seed: 1 }, go)),
 };
 FIRST.network.hidden = FIRST.network.hidden.map((states) => states.map((state) => Math.ceil(100 * state) / 100));
-const lines = Object.entries(FIRST).map(([name, frame]) => `  ${JSON.stringify(name)}: ${JSON.stringify(frame)},\n`);
-const head = "// What the live elements show before a click; written by `node docs/_site/first_frames.mjs`.\n\n";
-writeFileSync(new URL("src/keifu/page/live/first.js", root), `${head}export const FIRST = {\n${lines.join("")}};\n`);
+for (const [name, frame] of Object.entries(FIRST)) {
+  const head = "// What this element shows before a click; written by `node docs/_site/first_frames.mjs`.\n\n";
+  writeFileSync(new URL(`src/keifu/page/live/first/${name}.js`, root), `${head}export const FIRST = ${JSON.stringify(frame)};\n`);
+}

@@ -33,6 +33,7 @@ LATENT = (
 FILES = {  # of each element's model; an element without a model has none
     "perceptron": (),
     "xor": (),
+    "points": (),
     "network": ("config.json", "model.safetensors"),
     "gpt-en": TEXT,
     "bert-en": TEXT,

@@ -173,6 +173,43 @@ def test_the_gradients_of_the_page_are_those_of_pytorch(element) -> None:
         torch.testing.assert_close(parameter.grad, torch.tensor(gradient), atol=1e-6, rtol=1e-4)
 
 
+def test_the_small_network_has_the_gradients_of_pytorch(element) -> None:
+    script = """
+    async () => {
+      const { SmallNetwork, generator } = await import("/live/small_network.js");
+      const network = new SmallNetwork([3, 5, 4, 2], generator(3));
+      const below = network.backward(network.forward([0.3, -0.5, 0.8]), [0.7, -0.2]);
+      const read = (name) => network.layers.map((layer) => [...layer[name]]);
+      return [read("weights"), read("gradient"), [...below]];
+    }
+    """
+    weights, gradients, below = element("points").page.evaluate(script)
+    x = state = torch.tensor([0.3, -0.5, 0.8], requires_grad=True)
+    parameters = [torch.tensor(each).view(n, -1).requires_grad_() for each, n in zip(weights, (5, 4, 2), strict=True)]
+    for depth, each in enumerate(parameters):
+        state = state @ each[:, :-1].T + each[:, -1]
+        state = state.tanh() if depth < 2 else state
+    (state @ torch.tensor([0.7, -0.2])).backward()
+    for parameter, gradient in zip([*parameters, x], [*gradients, below], strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad.flatten(), torch.tensor(gradient), atol=1e-6, rtol=1e-4)
+
+
+def test_diffused_points_come_to_the_training_points(element) -> None:
+    found = element("points")
+    assert found.run() == "done" and "Steps: 2000" in found.text(".live-state")
+    script = """
+    async (steps) => {
+      const { Diffusion } = await import("/live/elements/points.js");
+      const model = new Diffusion("ring");
+      while (model.steps < steps) model.step();
+      return model.draw(150).filter((point) => Math.abs(Math.hypot(...point) - 1) > 0.3).length;
+    }
+    """
+    assert found.page.evaluate(script, 0) > 50
+    assert found.page.evaluate(script, 1000) < 15
+
+
 def test_a_point_is_moved_and_changed_by_keys(element) -> None:
     found = element("perceptron")
     point = found.page.locator(".live-dot").nth(0)

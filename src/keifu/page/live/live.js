@@ -6,7 +6,7 @@ import { make } from "./ui.js";
 
 const MODULES = {
   perceptron: "perceptron", network: "network", "gpt-en": "decoder", "bert-en": "masked", "ja-en": "translator", digits: "digits",
-  "chat-en": "chat", emoji: "painter", see: "seer", xor: "backpropagation",
+  "chat-en": "chat", emoji: "painter", see: "seer", xor: "backpropagation", points: "points",
 };
 const WORDS = {
   en: { try: "Try it here", again: "Run", load: (share) => `Loading, ${share}%`, run: "Computing", stop: "Stop", ask: "Three things to try", own: (kind) => `Your own model (${kind}), on this device alone: nothing that you write leaves the page.` },

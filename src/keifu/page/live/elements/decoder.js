@@ -1,6 +1,6 @@
 // GPT and LLaMA: the probabilities of the next token, sampling settings, attention, heads that can be switched off.
 
-import { FIRST } from "../first.js";
+import { FIRST } from "../first/decoder.js";
 import { bars, choice, heat, make, percent, slider, visible } from "../ui.js";
 
 export const WORDS = {
@@ -53,7 +53,7 @@ export class Element {
       make("div", { class: "live-side" }, this.temperature.node, this.topK.node, this.topP.node, this.write, this.view.node, this.switch, this.inside),
     );
     if (live.own) this.last = { tokens: [], attention: [], lens: [] };
-    else this.show(FIRST.decoder);
+    else this.show(FIRST);
   }
 
   get settings() { return { temperature: this.temperature.value, topK: this.topK.value, topP: this.topP.value }; }

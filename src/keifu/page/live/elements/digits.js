@@ -1,6 +1,6 @@
 // DDPM: a digit from noise, step by step, with guidance.
 
-import { FIRST } from "../first.js";
+import { FIRST } from "../first/digits.js";
 import { make, paint, slider } from "../ui.js";
 
 export const WORDS = {
@@ -47,7 +47,7 @@ export class Element {
     const both = make("button", { type: "button", onclick: () => this.compare() }, this.text.pair);
     body.append(make("div", { class: "live-side" }, make("div", { class: "live-figures" }, this.now.node, this.seen.node), this.at, this.state),
       make("div", { class: "live-side" }, this.label.node, this.steps.node, this.guidance.node, this.seed.node, both, this.pair));
-    const bytes = Uint8Array.from(atob(FIRST.digits), (character) => character.charCodeAt(0));
+    const bytes = Uint8Array.from(atob(FIRST), (character) => character.charCodeAt(0));
     const picture = Float32Array.from(bytes, (byte) => byte / 127.5 - 1);
     this.history = live.own ? [] : [{ x: picture, picture, done: 20, steps: 20 }];
     this.label.node.hidden = classes < 1;

@@ -1,6 +1,6 @@
 // BERT: a word is hidden, and the model says what it may have been from both sides.
 
-import { FIRST } from "../first.js";
+import { FIRST } from "../first/masked.js";
 import { bars, make } from "../ui.js";
 
 export const WORDS = {
@@ -36,7 +36,7 @@ export class Element {
     this.found = make("div", { class: "live-columns" });
     body.append(make("div", { class: "live-wide" }, this.input, this.chips, make("p", { class: "live-hint" }, live.text.hide)), this.found);
     this.words();
-    if (!live.own) this.show(FIRST.masked);
+    if (!live.own) this.show(FIRST);
   }
 
   words() { // a button for each word of the text

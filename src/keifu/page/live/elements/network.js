@@ -1,6 +1,6 @@
 // The multi-layer network: a digit that one draws, the hidden layers, and the answer.
 
-import { FIRST } from "../first.js";
+import { FIRST } from "../first/network.js";
 import { bars, make } from "../ui.js";
 
 export const WORDS = {
@@ -68,7 +68,7 @@ export class Element {
     this.result = make("div", { class: "live-side" });
     body.append(make("div", {}, this.pad, make("button", { type: "button", onclick: () => this.clear() }, this.text.clear)), this.result);
     this.draw();
-    if (!live.own) this.show(FIRST.network);
+    if (!live.own) this.show(FIRST);
     this.listen();
   }
 

@@ -1,6 +1,6 @@
 // The Transformer: a Japanese sentence, its English translation, and what each word looked at.
 
-import { FIRST } from "../first.js";
+import { FIRST } from "../first/translator.js";
 import { choice, make, percent, slider, visible } from "../ui.js";
 
 export const WORDS = {
@@ -46,7 +46,7 @@ export class Element {
     body.append(make("div", { class: "live-wide" }, this.input, make("div", { class: "live-examples" }, examples), this.output),
       make("div", { class: "live-side" }, this.beams.node, this.view.node, this.switch),
       make("div", { class: "live-wide" }, this.table, make("p", { class: "live-hint" }, this.text.table)));
-    if (!live.own) this.show(FIRST.translator);
+    if (!live.own) this.show(FIRST);
   }
 
   run() {

@@ -1,0 +1,3 @@
+// What this element shows before a click; written by `node docs/_site/first_frames.mjs`.
+
+export const FIRST = {"tokens":["[CLS]","the","book","was","[MASK]","by","an","american","author",".","[SEP]"],"masks":[{"at":4,"candidates":[{"id":3748,"text":"written","probability":0.329608},{"id":2706,"text":"created","probability":0.277584},{"id":1117,"text":"known","probability":0.066109},{"id":3878,"text":"founded","probability":0.056536},{"id":2936,"text":"produced","probability":0.035123},{"id":3430,"text":"recognized","probability":0.025693},{"id":3215,"text":"directed","probability":0.023461},{"id":3764,"text":"followed","probability":0.021912}]}]};
