@@ -39,6 +39,7 @@ from keifu.evaluation.images.retrieval import both_ranks
 from keifu.evaluation.intervals import bootstrap
 from keifu.inference.embeddings.clip import embed_bytes, embed_texts, label_points, label_shares, preprocessing
 from keifu.recipes.images import clip as recipe
+from keifu.recipes.running import run_jobs
 
 LANGUAGES = ("en", "ja")
 WAYS = {"captions": "name by picture", "pictures": "picture by name"}
@@ -166,7 +167,7 @@ def ready(options: argparse.Namespace) -> recipe.ClipTask:
     wanted = replace(wanted, training=replace(wanted.training, steps=options.steps or wanted.training.steps))
     if options.run is None:
         start = time.perf_counter()
-        recipe.run(wanted, options.out, False)
+        run_jobs(recipe.jobs(wanted), options.out)
         print(f"Trained in {time.perf_counter() - start:.0f} s.", flush=True)
     model, tokenizer = checkpoints.load(options.run or options.out)
     held_out = training_facts(locate(options.run or str(options.out)))["held_out"]

@@ -65,7 +65,7 @@ def train_tower(folder: Path, patch: int, seed: int) -> str:
     settings = replace(clip.LEARNING, batch_size=128, seed=seed, weight_decay=0.05, **TOWERS[patch])
     pictures = str(captioned(folder))
     recipe = clip.Recipe(pictures, ("und",), image=image, augmentation=Augmentation(shift=4), training=settings)
-    clip.run(recipe, folder / "clip", False)
+    run_jobs(clip.jobs(recipe), folder / "clip")
     return str(folder / "clip")
 
 

@@ -27,6 +27,7 @@ from keifu.models import bert, gpt1, llama  # noqa: E402
 from keifu.recipes.assistant import sft  # noqa: E402
 from keifu.recipes.images import clip  # noqa: E402
 from keifu.recipes.language import pretraining  # noqa: E402
+from keifu.recipes.running import run_jobs
 from keifu.recipes.translation import translator_runs  # noqa: E402
 
 
@@ -68,7 +69,7 @@ def towers(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pyte
     """Train a CLIP on these captions and return its run."""
     out = tmp_path_factory.mktemp("clip")
     settings = replace(toy_captions.small_clip(drawings).training, steps=4, warmup=0)
-    clip.run(toy_captions.small_clip(drawings, training=settings), out, False)
+    run_jobs(clip.jobs(toy_captions.small_clip(drawings, training=settings)), out)
     return out
 
 

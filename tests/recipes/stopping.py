@@ -7,37 +7,38 @@ from typing import Any
 import pytest
 
 from keifu import checkpoints
-from keifu.recipes import runs
+from keifu.recipes.running import run_jobs
+from keifu.training import runs
 from keifu.training.signals import Interrupted
 
 Weights = dict[str, Any]
 
 
 def stopped_and_whole(
-    recipe: Any, wanted: Any, stopped: str, steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+    module: Any, recipe: Any, stopped: str, steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Weights, Weights]:
     """Return the weights of a run that was stopped and resumed, and those of a run that was not.
 
     It stops after so many steps of the training whose folder has the name `stopped`. The rate is constant, since a
     schedule would follow the fewer steps.
     """
-    whole = runs.train
+    train = runs.train
 
     def limited(place: str | None) -> Any:
-        def way(model: Any, objective: Any, data: Any, settings: Any, run: Any, *rest: Any, **more: Any) -> Any:
+        def way(model: Any, objective: Any, data: Any, settings: Any, run: Any, *rest: Any) -> Any:
             changed = replace(settings, schedule="constant", warmup=0)
             if run.directory.name == place:
-                whole(model, objective, data, replace(changed, steps=steps), run, *rest, **more)
+                train(model, objective, data, replace(changed, steps=steps), run, *rest)
                 raise Interrupted("stopped")
-            return whole(model, objective, data, changed, run, *rest, **more)
+            return train(model, objective, data, changed, run, *rest)
 
         return way
 
     monkeypatch.setattr(runs, "train", limited(stopped))
     with pytest.raises(Interrupted):
-        recipe.run(wanted, folder / "parts", False)
+        run_jobs(module.jobs(recipe), folder / "parts")
     monkeypatch.setattr(runs, "train", limited(None))
-    recipe.run(wanted, folder / "parts", True)
-    recipe.run(wanted, folder / "whole", False)
+    run_jobs(module.jobs(recipe), folder / "parts", True)
+    run_jobs(module.jobs(recipe), folder / "whole")
     ours, theirs = (checkpoints.load_model(folder / name).state_dict() for name in ("parts", "whole"))
     return ours, theirs

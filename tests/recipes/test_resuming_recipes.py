@@ -16,6 +16,7 @@ from keifu.models.clip import text as clip_text
 from keifu.recipes import demo
 from keifu.recipes.files import recipes
 from keifu.recipes.images import clip, latent_diffusion as latents, lora_image, unclip
+from keifu.recipes.running import run_jobs
 from keifu.training import loop
 from keifu.training.run import checkpoint
 from keifu.training.signals import Interrupted, StopRequest
@@ -117,7 +118,7 @@ def wide(own_cache: pytest.MonkeyPatch, drawings: Path, tmp_path_factory: pytest
     """Train a CLIP whose text tower is as wide as its embeddings, and return its run."""
     made, out = small_clip(drawings), tmp_path_factory.mktemp("wide")
     text, image = clip_text.Config(600, 16, 16, 32, 1, 2, embedding_dim=16), replace(made.image, embedding_dim=16)
-    clip.run(replace(made, text=text, image=image, training=replace(made.training, steps=3)), out, False)
+    run_jobs(clip.jobs(replace(made, text=text, image=image, training=replace(made.training, steps=3))), out)
     return out
 
 

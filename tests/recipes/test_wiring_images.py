@@ -304,7 +304,7 @@ def of_latent_diffusion(toys: Toys) -> tuple[Any, list[Group]]:
         "autoencoder_steps": Reach(50, "autoencoder:settings.steps"),
         "autoencoder_batch": Reach(7, "autoencoder:settings.batch_size"),
         "autoencoder_rate": Reach(0.0091, "autoencoder:settings.learning_rate"),
-        "guidance": Reach(2.25, "sample.wanted.guidance"),
+        "guidance": Reach(2.25, "sample.request.guidance"),
     }  # fmt: skip
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
     minutes |= {"autoencoder_minutes": Reach(0.4, "autoencoder:settings.steps", round(0.4 * MINUTES))}
@@ -351,7 +351,7 @@ def of_unclip(toys: Toys) -> tuple[Any, list[Group]]:
         "prior_dropout": Reach(0.31, "objective.prior_dropout"),
         "text_dropout": Reach(0.32, "objective.text_dropout"),
         "image_dropout": Reach(0.33, "objective.image_dropout"),
-        "guidance": Reach(2.25, ("sample.wanted.guidance", "sample.wanted.prior_guidance")),
+        "guidance": Reach(2.25, ("sample.request.guidance", "sample.request.prior_guidance")),
     }  # fmt: skip
     minutes = {"minutes": Reach(0.5, "settings.steps", MINUTES // 2)}
     seed = {"seed": Reach(5, ("data.data.key", "sample.seeds.0"))}
@@ -383,7 +383,7 @@ def of_lora_image(toys: Toys) -> tuple[Any, list[Group]]:
         "weighting": Reach("min_snr", "objective.weighting"),
         "caption_dropout": Reach(0.35, "objective.label_dropout"),
         "prompts": Reach(("a bar",), "sample.task.prompts"),
-        "guidance": Reach(2.25, "sample.wanted.guidance"),
+        "guidance": Reach(2.25, "sample.request.guidance"),
         "seed": Reach(5, ("settings.seed", "data.data.key", "sample.seeds.0")),
     }
     long = {"words": "long " * 30, "prompts": ("a bar",)}

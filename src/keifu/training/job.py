@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -106,7 +106,10 @@ class Computation:
     work: Callable[[Path], Any]
 
 
-Jobs = Generator[Job | Computation, Any, None]  # receives the Summary of each job, the result of each computation
+Result = TypeVar("Result")
+# generator of jobs that ends with a result; it receives the Summary of each job, and the result of each computation
+JobsReturning = Generator[Job | Computation, Any, Result]
+Jobs = JobsReturning[None]
 RUN_FOLDER = Computation(lambda folder: folder)  # a recipe yields it to receive the folder of its run
 
 

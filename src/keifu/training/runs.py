@@ -38,7 +38,7 @@ def run_jobs(jobs: Iterable[Job | Computation], out: Path, resume: bool, write: 
             if isinstance(job, Computation):
                 result = job.work(out)
                 continue
-            if job.stage is None and stages:
+            if job.stage is None and (stages or (out / CURVES).exists()):  # which may be of an earlier run
                 show_stages(out, stages)
             directory = out / job.stage.folder if job.stage else out
             try:

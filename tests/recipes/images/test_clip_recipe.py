@@ -17,6 +17,7 @@ from keifu.inference.embeddings.clip import embed_texts
 from keifu.models import bert
 from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.recipes.images import clip as recipe
+from keifu.recipes.running import run_jobs
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -28,7 +29,7 @@ def small(drawings: Path, **changes: object) -> recipe.Recipe:
 
 
 def test_it_learns_and_what_is_saved_loads(drawings, tmp_path) -> None:
-    summary = recipe.run(small(drawings), tmp_path, False)
+    summary = run_jobs(recipe.jobs(small(drawings)), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0] and summary.figures["validation_captions_found"] == 1  # of one
@@ -54,14 +55,14 @@ def test_an_equal_caption_of_another_picture_counts_as_found(tmp_path) -> None:
 
 def test_a_resnet_learns_by_parts_of_its_batch(drawings, tmp_path) -> None:
     settings = replace(small(drawings).training, steps=3, micro_batch=3)
-    recipe.run(small(drawings, tower="resnet", training=settings), tmp_path, False)
+    run_jobs(recipe.jobs(small(drawings, tower="resnet", training=settings)), tmp_path)
     assert (tmp_path / "open_clip_config.json").exists()
     assert checkpoints.load_model(tmp_path).config.image.layers == (1, 1, 1, 1)
 
 
 def test_it_begins_with_a_clip_that_is_there(drawings, tmp_path) -> None:
     settings = replace(small(drawings).training, steps=2, warmup=0)
-    recipe.run(small(drawings, training=settings), tmp_path, False)
+    run_jobs(recipe.jobs(small(drawings, training=settings)), tmp_path)
     again = recipe.prepare(small(drawings, start_from=str(tmp_path), vocab_size=5000))
     assert again.model.config == checkpoints.load_model(tmp_path).config
     assert all(map(torch.equal, again.model.parameters(), checkpoints.load_model(tmp_path).parameters()))
@@ -107,7 +108,7 @@ def test_both_towers_learn_from_a_teacher(drawings, teacher, tmp_path) -> None:
     assert torch.allclose(batch["word_points"].norm(dim=-1), torch.ones(8, 2))
 
     settings = replace(made.training, steps=60, evaluate_every=60, sample_every=60, save_every=60, learning_rate=1e-2)
-    recipe.run(replace(made, training=settings), tmp_path / "run", False)
+    run_jobs(recipe.jobs(replace(made, training=settings)), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0] / 2

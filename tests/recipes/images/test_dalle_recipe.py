@@ -13,6 +13,7 @@ from keifu import checkpoints, cli
 from keifu.errors import UserError
 from keifu.evaluation.images.text_to_image import best, cosines
 from keifu.recipes.images import dalle as recipe
+from keifu.recipes.running import run_jobs
 
 PROMPTS = ("a small red disc", "a large blue bar")
 TINY = {
@@ -33,7 +34,7 @@ def wanted(drawings, towers) -> recipe.Recipe:
 @pytest.fixture(scope="module")
 def trained(wanted, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "dalle"
-    recipe.run(wanted, out, False)
+    run_jobs(recipe.jobs(wanted), out)
     return out
 
 
@@ -112,5 +113,5 @@ def test_what_cannot_be_drawn(more, told, trained) -> None:
 )
 def test_what_cannot_be_learned(changed, told, wanted, tmp_path) -> None:
     with pytest.raises(UserError, match=told):
-        recipe.run(replace(wanted, **changed), tmp_path, False)
+        run_jobs(recipe.jobs(replace(wanted, **changed)), tmp_path)
     assert not [*tmp_path.iterdir()]

@@ -12,6 +12,7 @@ from keifu import checkpoints
 from keifu.errors import UserError
 from keifu.inference.images.pixel_diffusion import PixelPipeline
 from keifu.recipes.images import ddpm
+from keifu.recipes.running import run_jobs
 from keifu.training.objectives.diffusion import dequantize, draw_noise
 from keifu.training.run import metrics
 
@@ -37,7 +38,7 @@ def test_from_pictures_to_a_pipeline(more, folders, own_cache, tmp_path, capsys)
     torch.set_num_threads(1)
     out = tmp_path / "run"
     recipe = ddpm.Recipe(str(folders), noise_steps=10, steps=3, **TINY, **more)
-    summary = ddpm.run(recipe, out, resume=False)
+    summary = run_jobs(ddpm.jobs(recipe), out)
     assert summary.steps == 3 and summary.figures["validation_loss"] > 0
     samples = sorted(path.name for path in (out / "samples").glob("*.png"))
     assert samples[-1] == "step-00000003.png"
@@ -50,7 +51,7 @@ def test_from_pictures_to_a_pipeline(more, folders, own_cache, tmp_path, capsys)
             PixelPipeline(model).label("red")
     diffusers = pytest.importorskip("diffusers")
     assert diffusers.DDPMPipeline.from_pretrained(out).scheduler.config.prediction_type == "v_prediction"
-    again = ddpm.run(recipe, out, resume=True)  # nothing is left to do, and everything is found again
+    again = run_jobs(ddpm.jobs(recipe), out, True)  # nothing is left to do, and everything is found again
     assert again.steps == 3
     assert torch.equal(checkpoints.load(out)[0].unet.first.weight, model.unet.first.weight)
 
@@ -58,14 +59,14 @@ def test_from_pictures_to_a_pipeline(more, folders, own_cache, tmp_path, capsys)
 def test_a_run_starts_from_a_trained_model_at_a_tenth_of_the_rate(folders, own_cache, tmp_path):
     torch.set_num_threads(1)
     recipe = ddpm.Recipe(str(folders), noise_steps=10, steps=6, classes=True, **TINY)
-    ddpm.run(recipe, tmp_path / "first", resume=False)
+    run_jobs(ddpm.jobs(recipe), tmp_path / "first")
     first, _ = checkpoints.load(tmp_path / "first")
     later = replace(recipe, start_from=str(tmp_path / "first"), dim=64, size=None, steps=3)
     assert later.resolved().learning_rate == pytest.approx(1e-4) and ddpm.settings(later.resolved(), 3).keep_best
     task = ddpm.prepare(later.resolved())
     assert task.model.config == first.config  # its sizes, whatever the options say
     assert torch.equal(task.model.unet.first.weight, first.unet.first.weight)
-    summary = ddpm.run(later, tmp_path / "later", resume=False)
+    summary = run_jobs(ddpm.jobs(later), tmp_path / "later")
     losses = [line["validation_loss"] for line in metrics.read(tmp_path / "later") if "validation_loss" in line]
     assert summary.figures["validation_loss"] == min(losses) <= losses[0]
     with pytest.raises(UserError, match="knows the classes blue, red, and the pictures of .* have blue: take"):

@@ -17,6 +17,7 @@ from keifu.errors import UserError
 from keifu.inference.images.pipeline import image_pipeline
 from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.recipes.images import latent_diffusion as recipe
+from keifu.recipes.running import run_jobs
 from keifu.training.objectives.diffusion import draw_noise
 
 PROMPTS = ("a small red disc", "a large blue bar")
@@ -39,7 +40,7 @@ def _few_steps(own_cache: pytest.MonkeyPatch) -> None:
 def trained(drawings, towers, tmp_path_factory) -> Path:
     """Train a whole run with a given CLIP and return it."""
     out = tmp_path_factory.mktemp("runs") / "latent"
-    recipe.run(recipe.Recipe(str(drawings), clip=str(towers), **TINY), out, False)
+    run_jobs(recipe.jobs(recipe.Recipe(str(drawings), clip=str(towers), **TINY)), out)
     return out
 
 
@@ -47,7 +48,7 @@ def test_a_run_starts_from_a_trained_model_and_trains_its_u_net_alone(trained, d
     before, _ = checkpoints.load(trained)
     started = recipe.Recipe(str(drawings), **TINY | {"start_from": str(trained), "size": 99, "widths": (8,)})
     assert started.resolved().learning_rate == pytest.approx(1e-4)
-    recipe.run(started, tmp_path, False)
+    run_jobs(recipe.jobs(started), tmp_path)
     after, _ = checkpoints.load(tmp_path)
     assert after.config == before.config and not (tmp_path / "autoencoder").exists()
     now = after.state_dict()
@@ -62,13 +63,13 @@ def test_a_run_holds_out_what_the_model_did_that_it_starts_from(trained, drawing
     older = shutil.copytree(trained, tmp_path / "older")
     (older / "recipe.json").write_text(json.dumps({**record, "held_out": {"whole_families": False}}))
     started = recipe.Recipe(str(drawings), **TINY | {"start_from": str(older), "steps": 2})
-    recipe.run(started, tmp_path / "later", False)
+    run_jobs(recipe.jobs(started), tmp_path / "later")
     assert json.loads((tmp_path / "later" / "recipe.json").read_text())["held_out"] == {"whole_families": False}
 
 
 def test_a_run_may_end_with_its_last_weights(trained, drawings, tmp_path) -> None:
     started = recipe.Recipe(str(drawings), **TINY | {"start_from": str(trained), "keep_best": False, "steps": 2})
-    recipe.run(started, tmp_path, False)
+    run_jobs(recipe.jobs(started), tmp_path)
     assert not json.loads((tmp_path / "recipe.json").read_text())["settings"]["keep_best"]
 
 
@@ -125,16 +126,16 @@ def test_a_resumed_run_has_the_same_bits(stopped, trained, drawings, towers, tmp
 def test_a_finished_run_is_found_again(trained, drawings, towers) -> None:
     before = (trained / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     wanted = recipe.Recipe(str(drawings), clip=str(towers), **TINY)
-    assert recipe.run(wanted, trained, True).steps == 3
+    assert run_jobs(recipe.jobs(wanted), trained, True).steps == 3
     assert (trained / "unet/diffusion_pytorch_model.safetensors").read_bytes() == before
     with pytest.raises(UserError, match="these differ: "):
-        recipe.run(replace(wanted, kl_weight=0.5), trained, True)
+        run_jobs(recipe.jobs(replace(wanted, kl_weight=0.5)), trained, True)
     with pytest.raises(UserError, match="already holds a run.*the same call of keifu.train"):
-        recipe.run(wanted, trained, False)
+        run_jobs(recipe.jobs(wanted), trained)
 
 
 def test_in_pixels_with_its_own_clip(drawings, tmp_path) -> None:
-    summary = recipe.run(recipe.Recipe(str(drawings), space="pixels", **TINY), tmp_path, False)
+    summary = run_jobs(recipe.jobs(recipe.Recipe(str(drawings), space="pixels", **TINY)), tmp_path)
     assert summary.figures["validation_loss"] > 0
     model, tokenizer = checkpoints.load(tmp_path)
     assert model.config.autoencoder is None and model.config.noise.clip == 1.0
@@ -149,8 +150,8 @@ def test_in_pixels_with_its_own_clip(drawings, tmp_path) -> None:
 def test_a_prompt_that_is_too_long_is_cut_where_captions_are(drawings, towers, tmp_path) -> None:
     wanted = recipe.Recipe(str(drawings), clip=str(towers), space="pixels", **TINY | {"prompts": ("a disc " * 40,)})
     with pytest.raises(UserError, match="leave out its end .--truncate"):
-        recipe.run(wanted, tmp_path, False)
-    recipe.run(replace(wanted, truncate=True), tmp_path, False)
+        run_jobs(recipe.jobs(wanted), tmp_path)
+    run_jobs(recipe.jobs(replace(wanted, truncate=True)), tmp_path)
     assert [*(tmp_path / "samples").glob("*.png")]
 
 
@@ -168,5 +169,5 @@ def test_a_prompt_that_is_too_long_is_cut_where_captions_are(drawings, towers, t
 )
 def test_what_is_refused_before_anything_is_trained(changed, told, drawings, towers, tmp_path) -> None:
     with pytest.raises(UserError, match=told):
-        recipe.run(recipe.Recipe(str(drawings), **{"clip": str(towers), **TINY, **changed}), tmp_path, False)
+        run_jobs(recipe.jobs(recipe.Recipe(str(drawings), **{"clip": str(towers), **TINY, **changed})), tmp_path)
     assert not [*tmp_path.iterdir()]

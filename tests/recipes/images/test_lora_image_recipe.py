@@ -20,6 +20,7 @@ from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.layers.lora import adapters
 from keifu.models.diffusion import latent_diffusion
 from keifu.recipes.images import lora_image as recipe
+from keifu.recipes.running import run_jobs
 
 QUICK = {"steps": 4, "batch_size": 3, "limit": 7, "rank": 3, "learning_rate": 0.03, "guidance": 2.0,
          "precision": "float32"}  # fmt: skip
@@ -48,7 +49,7 @@ def wanted(drawings: Path, model: Path, **changes: object) -> recipe.Recipe:
 def learned(drawings, model, tmp_path_factory) -> Path:
     """Return a run whose large rate changes what the model draws."""
     run = tmp_path_factory.mktemp("learned")
-    recipe.run(wanted(drawings, model, learning_rate=0.3), run, False)
+    run_jobs(recipe.jobs(wanted(drawings, model, learning_rate=0.3)), run)
     return run
 
 
@@ -56,7 +57,7 @@ def test_diffusers_draws_with_what_was_learned(drawings, model, tmp_path, capsys
     diffusers = pytest.importorskip("diffusers")
     before = {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}
     made = wanted(drawings, model, text_rank=2, words="flat", targets=("to_q", "to_out.0"))
-    summary = recipe.run(made, tmp_path, False)
+    summary = run_jobs(recipe.jobs(made), tmp_path)
     assert before == {path: path.read_bytes() for path in sorted(model.rglob("*")) if path.is_file()}
     assert "Learning from 7 pictures" in capsys.readouterr().out
     names = load_file(tmp_path / FILE)
@@ -122,7 +123,7 @@ def test_pictures_without_captions_are_called_by_the_words(drawings, model, tmp_
 
 
 def test_captions_that_are_cut_can_be_the_prompts_of_the_samples(drawings, model, tmp_path) -> None:
-    recipe.run(wanted(drawings, model, words="word " * 20, truncate=True, steps=1), tmp_path, False)
+    run_jobs(recipe.jobs(wanted(drawings, model, words="word " * 20, truncate=True, steps=1)), tmp_path)
     assert len([*(tmp_path / "samples").glob("*.png")]) == 2
 
 
@@ -158,7 +159,7 @@ def test_alpha_scales_what_every_adapter_says(drawings, model) -> None:
 )
 def test_what_is_refused(changed, told, drawings, model, tmp_path) -> None:
     with pytest.raises(UserError, match=told):
-        recipe.run(wanted(drawings, model, **changed), tmp_path, False)
+        run_jobs(recipe.jobs(wanted(drawings, model, **changed)), tmp_path)
     assert not [*tmp_path.iterdir()]
 
 

@@ -14,6 +14,7 @@ from keifu.errors import UserError
 from keifu.layers.attention.masks import real_tokens
 from keifu.models.clip import text as clip_text
 from keifu.recipes.images import clip, unclip
+from keifu.recipes.running import run_jobs
 from keifu.training.objectives.unclip import blur_images, embedding_moments, random_crops
 
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
@@ -31,7 +32,7 @@ def towers(own_cache, drawings, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("clip")
     made = toy_captions.small_clip(drawings)
     text, image = clip_text.Config(600, 16, 16, 32, 1, 2, embedding_dim=16), replace(made.image, embedding_dim=16)
-    clip.run(replace(made, text=text, image=image, training=replace(made.training, steps=5)), out, False)
+    run_jobs(clip.jobs(replace(made, text=text, image=image, training=replace(made.training, steps=5))), out)
     return out
 
 
@@ -46,7 +47,7 @@ def small(drawings: Path, towers: Path, **changes: Any) -> unclip.Recipe:
 
 def test_it_learns_and_what_is_saved_draws(drawings, towers, tmp_path, capsys, monkeypatch) -> None:
     out = tmp_path / "run"
-    unclip.run(small(drawings, towers, steps=12), out, False)
+    run_jobs(unclip.jobs(small(drawings, towers, steps=12)), out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for name, since in {"prior": 1, "decoder": 0, "upsampler": 0}.items():  # a prior's first step leads away from 0
         found = [line[f"validation_{name}"] for line in lines if f"validation_{name}" in line]
@@ -67,7 +68,7 @@ def test_it_learns_and_what_is_saved_draws(drawings, towers, tmp_path, capsys, m
 
 
 def test_nothing_is_enlarged_where_the_sizes_are_the_same(drawings, towers, tmp_path) -> None:
-    unclip.run(small(drawings, towers, small=16, steps=2), tmp_path, False)
+    run_jobs(unclip.jobs(small(drawings, towers, small=16, steps=2)), tmp_path)
     config = checkpoints.load_model(tmp_path).config
     assert config.upsampler is None and config.size == (16, 16)
 
@@ -83,7 +84,7 @@ def test_nothing_is_enlarged_where_the_sizes_are_the_same(drawings, towers, tmp_
 )
 def test_what_is_refused_before_its_clip_is_trained(changed, told, drawings, towers, tmp_path) -> None:
     with pytest.raises(UserError, match=told):
-        unclip.run(replace(small(drawings, towers, **changed), clip=None), tmp_path / "run", False)
+        run_jobs(unclip.jobs(replace(small(drawings, towers, **changed), clip=None)), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -93,11 +94,11 @@ def test_what_is_refused(drawings, towers, tmp_path) -> None:
     with pytest.raises(UserError, match="must fit into --size 16"):
         small(drawings, towers, crop=17)
     with pytest.raises(UserError, match="attention names level 2"):
-        unclip.prepare(small(drawings, towers, attention=(2,)), tmp_path, False)
+        run_jobs(unclip.jobs(small(drawings, towers, attention=(2,))), tmp_path)
     narrow = toy_captions.small_clip(drawings)
-    clip.run(replace(narrow, training=replace(narrow.training, steps=4)), tmp_path / "clip", False)
+    run_jobs(clip.jobs(replace(narrow, training=replace(narrow.training, steps=4))), tmp_path / "clip")
     with pytest.raises(UserError, match="24 numbers a token and 16 in its space"):
-        unclip.prepare(small(drawings, tmp_path / "clip"), tmp_path, False)
+        run_jobs(unclip.jobs(small(drawings, tmp_path / "clip")), tmp_path)
 
 
 def test_what_the_losses_see() -> None:

@@ -12,7 +12,6 @@ Expected: see docs/results.md, "CLIP on emoji and their names".
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -33,11 +32,10 @@ from keifu.inference.embeddings.encoders import encode_texts
 from keifu.inference.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.ranges import Count
-from keifu.recipes import runs
 from keifu.recipes.images import image_runs, text_teacher
-from keifu.recipes.runs import Objective, Settings, Summary, TrainingOptions, is_resuming, train_run
+from keifu.recipes.runs import Objective, Settings, TrainingOptions
 from keifu.recipes.starting import adapted, holds_families
-from keifu.training.job import Budget, parameters
+from keifu.training.job import Budget, Job, Jobs, JobsReturning, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
 
 LEARNED = "learned"
@@ -201,35 +199,37 @@ def describe(task: ClipTask, languages: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, and print the retrieval figures of the held-out pairs."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, with the retrieval figures of the held-out pairs as its samples."""
     task = prepare(recipe)
-    return learn(replace(recipe, training=task.settings), task, out, resume)
+    yield job_of(recipe, task, task.settings)
 
 
-def learn(recipe: Recipe, task: ClipTask, out: Path, resume: bool) -> Summary:
-    """Train the task's model into a run folder."""
+def job_of(recipe: Recipe, task: ClipTask, settings: Settings | PlannedSettings) -> Job:
+    """Return the training of the task's model."""
     print(task.parts.train.source, "-", task.parts.sentence(), flush=True)
-    options = {name: value for name, value in asdict(recipe).items() if name != "training"}
-    sample = (lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None
-    return train_run(
-        out, resume, task.model, task.objective, task.data, recipe.training, task.tokenizer, title="clip",
-        parameters=parameters(task.model), options=options, unit="pairs", sample=sample,
-        held_out={"whole_families": task.parts.whole_families},
-        facts={"source": recipe.data, "fingerprint": task.parts.train.fingerprint}, languages=list(recipe.languages),
+    held_out = {"whole_families": task.parts.whole_families}
+    facts = RunFacts(
+        title="clip",
+        about={"parameters": parameters(task.model), "held_out": held_out, "languages": list(recipe.languages)},
+        data={"source": recipe.data, "fingerprint": task.parts.train.fingerprint},
+        options={name: value for name, value in asdict(recipe).items() if name != "training"},
+        unit="pairs",
+    )
+    return Job(
+        model=task.model, objective=task.objective, data=task.data, settings=settings, tokenizer=task.tokenizer,
+        sample=(lambda step: describe(task, recipe.languages)) if len(task.parts.validation) else None, facts=facts,
     )  # fmt: skip
 
 
 def two_towers_of(
-    recipe: image_runs.TextToImageOptions, parts: splits.ImageSplit, out: Path, resume: bool
-) -> tuple[clip.Clip, Tokenizer, CaptionTokens]:
-    """Load the CLIP that a text-to-image model uses, or train it into a folder of the run. Return it with its tokenizer
-    and the encoded captions."""
-    directory = Path(recipe.clip) if recipe.clip else out / image_runs.CLIP
-    if not recipe.clip:
-        _train_for(recipe, directory, is_resuming(directory, resume))
+    recipe: image_runs.TextToImageOptions, parts: splits.ImageSplit
+) -> JobsReturning[tuple[clip.Clip, Tokenizer, CaptionTokens]]:
+    """Return the CLIP that a text-to-image model uses, with its tokenizer and the encoded captions. Yield its training
+    first, unless the recipe names one."""
+    directory = recipe.clip or (yield stage_of(recipe)).directory
     model: Any
-    model, tokenizer = checkpoints.load(recipe.clip or directory, torch.float32)
+    model, tokenizer = checkpoints.load(directory, torch.float32)
     clip_embeddings.two_towers(model)
     if tokenizer is None:
         raise UserError(f"{directory} has no tokenizer, and captions must be read: give a CLIP that has one.")
@@ -238,20 +238,20 @@ def two_towers_of(
     return model, tokenizer, caption_tokens(tokenizer, length, parts, recipe.languages, recipe.truncate)
 
 
-def _train_for(recipe: image_runs.TextToImageOptions, directory: Path, resume: bool) -> None:
-    made = Recipe(recipe.data, recipe.languages, truncate=recipe.truncate)
-    chosen = replace(made.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
-    task = prepare(replace(made, training=chosen))
+def stage_of(recipe: image_runs.TextToImageOptions) -> Job:
+    """Return the training of a CLIP on the pictures and captions of a text-to-image model."""
+    towers = Recipe(recipe.data, recipe.languages, truncate=recipe.truncate)
+    fixed = replace(towers.training, batch_size=recipe.clip_batch, precision=recipe.precision, seed=recipe.seed)
+    task = prepare(replace(towers, training=fixed))
     length = clip_embeddings.two_towers(task.model).config.context_length
     text_tokens(task.tokenizer, recipe.prompts, length, recipe.truncate)  # reports long prompts before the training
     budget = Budget(recipe.clip_steps, recipe.clip_minutes)
 
     def settings(steps: int) -> Settings:
         every = dict.fromkeys(("evaluate_every", "sample_every"), max(1, steps // 10))
-        return replace(chosen, steps=steps, minutes=budget.limit, warmup=steps // 10, **every)
+        return replace(fixed, steps=steps, minutes=budget.limit, warmup=steps // 10, **every)
 
-    fitted = runs.fit(budget, directory, resume, task.model, task.objective, task.data, settings)
-    learn(replace(made, training=fitted), task, directory, resume)
+    return replace(job_of(towers, task, PlannedSettings(budget, settings)), stage=image_runs.CLIP)
 
 
 def text_conditioned(model: clip.Clip) -> clip_text.TextTower:

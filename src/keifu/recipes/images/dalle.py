@@ -16,13 +16,12 @@ Expected: see docs/results.md, "Emoji from text".
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from keifu.data.images import batches, io, splits
+from keifu.data.images import augmentation, batches, io, splits
 from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.inference.images.autoregressive import AutoregressivePipeline
@@ -32,7 +31,7 @@ from keifu.layers.meta import on_meta
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.ranges import Count, NotNegative, Positive, Share
 from keifu.recipes.images import clip, image_runs
-from keifu.training.job import Budget
+from keifu.training.job import Budget, Job, Jobs, JobsReturning, PlannedSettings
 from keifu.training.objectives import autoencoders as losses
 
 TEMPERATURES = 1.0, 1 / 16
@@ -92,16 +91,16 @@ class Recipe(image_runs.TextToImageOptions):
         return {losses.TEMPERATURE: temperature, losses.KL_WEIGHT: losses.Ramp(0.0, self.kl_weight, steps // 10)}
 
 
-def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:
-    """Train or load CLIP and the autoencoder, and build the decoder. Invalid options are reported before anything is
-    trained."""
+def prepare(recipe: Recipe) -> JobsReturning[image_runs.TextToImageTask]:
+    """Yield the training of CLIP, unless it is given, and of the autoencoder; build the decoder and return its task.
+    Invalid options are reported before anything is trained."""
     parts = image_runs.read_captioned(recipe)
     vae = recipe.vae(parts.train.shape[0])
     with on_meta():
         planned = dalle.build(model_config(recipe, recipe.codebook_size, 1, vae))
         planned.vae.check_size(*parts.train.shape[1:])
-    towers, tokenizer, tokens = clip.two_towers_of(recipe, parts, out, resume)
-    coder = discrete_vae_of(recipe, parts, out, resume)
+    towers, tokenizer, tokens = yield from clip.two_towers_of(recipe, parts)
+    coder = yield from discrete_vae_of(recipe, parts)
     torch.manual_seed(recipe.seed)
     model = dalle.build(model_config(recipe, tokenizer.vocab_size, towers.config.context_length, vae))
     model.vae.load_state_dict(coder.state_dict())
@@ -125,29 +124,42 @@ def model_config(recipe: Recipe, vocab_size: int, context_length: int, vae: disc
     )  # fmt: skip
 
 
-def discrete_vae_of(recipe: Recipe, parts: splits.ImageSplit, out: Path, resume: bool) -> discrete_vae.DiscreteVAE:
-    """Train the autoencoder into a folder of the run, and freeze it. Its rate decreases to 1/80 (appendix A.2)."""
-    return image_runs.train_part(
-        recipe, out / image_runs.DISCRETE, resume, partial(discrete_vae.build, recipe.vae(parts.train.shape[0])),
-        losses.discrete_vae_loss, parts, Budget(recipe.vae_steps, recipe.vae_minutes),
+def discrete_vae_of(recipe: Recipe, parts: splits.ImageSplit) -> JobsReturning[discrete_vae.DiscreteVAE]:
+    """Yield the training of the autoencoder, whose rate decreases to 1/80 (appendix A.2), and return it frozen."""
+    torch.manual_seed(recipe.seed)
+    model = discrete_vae.build(recipe.vae(parts.train.shape[0])).to(choose())
+    model.check_size(*parts.train.shape[1:])
+    flipped = augmentation.Augmentation(flip=recipe.flip)
+    data = image_runs.drawn_batches(parts, recipe.vae_batch, recipe.seed, flipped)
+    settings = partial(
+        image_runs.part_settings, recipe, batch_size=recipe.vae_batch, learning_rate=recipe.vae_rate,
+        final_ratio=1 / 80, weight_decay=1e-4, betas=(0.9, 0.999), ema=0.999,
+    )  # fmt: skip
+    facts = image_runs.part_facts(
+        parts, model, {"flip": recipe.flip, "kl_weight": recipe.kl_weight, "anneal": recipe.anneal},
         title="A discrete autoencoder learns a codebook for pictures",
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021), section 2.1",
-        options={"flip": recipe.flip, "kl_weight": recipe.kl_weight, "anneal": recipe.anneal},
-        of_steps=lambda data, steps: losses.add_ramps(data, recipe.ramps(steps)), batch_size=recipe.vae_batch,
-        learning_rate=recipe.vae_rate, final_ratio=1 / 80, weight_decay=1e-4, betas=(0.9, 0.999), ema=0.999,
     )  # fmt: skip
+    summary = yield Job(
+        model=model, objective=losses.discrete_vae_loss, data=data, stage=image_runs.DISCRETE, facts=facts,
+        settings=PlannedSettings(Budget(recipe.vae_steps, recipe.vae_minutes), settings),
+        data_of_steps=lambda steps: losses.add_ramps(data, recipe.ramps(steps)),
+        sample=image_runs.before_and_after(model, parts),
+    )  # fmt: skip
+    return image_runs.load_frozen(summary.directory)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train all parts into `out`, which keifu draw reads afterwards. Weight decay and clipping are those of the
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of all parts, whose result keifu draw reads. Weight decay and clipping are those of the
     paper."""
-    task = prepare(recipe, out, resume)
+    task = yield from prepare(recipe)
     decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
-    task.learn(
-        recipe, out, resume, ImageRequest(seed=recipe.seed, text=recipe.prompts[0]), title="DALL-E",
+    summary = yield task.job(
+        recipe, ImageRequest(seed=recipe.seed, text=recipe.prompts[0]), title="DALL-E",
         paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", named=("text_weight",),
         parts={"autoencoder": task.model.vae, "decoder": decoder}, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0,
     )  # fmt: skip
-    ranked = recipe.clip or out / image_runs.CLIP
+    out = summary.directory
+    ranked = recipe.clip or out / image_runs.CLIP.folder
     command = f"keifu draw {shell(out, recipe.prompts[0])} --best-of 16 --clip {shell(ranked)} -o picture.png"
     print(f"The model is in {out}: {command}")

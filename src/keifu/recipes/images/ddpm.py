@@ -28,13 +28,12 @@ from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline
 from keifu.layers.diffusion.noise_schedule import Noise, Sampling, Schedule, Target, Variance, Weighting
 from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
-from keifu.recipes import runs
-from keifu.recipes.images.image_runs import ImageTask, describe, drawn_batches, image_settings, of_both
+from keifu.recipes.images.image_runs import ImageTask, drawn_batches, image_settings, of_both, picture_facts
 from keifu.recipes.images.latent_diffusion import encode_dataset
 from keifu.recipes.plan import check_plan
-from keifu.recipes.runs import Logging, Summary, train_run
+from keifu.recipes.runs import Logging, Summary
 from keifu.recipes.starting import keeps_best, load_start, scaled
-from keifu.training.job import Budget, parameters
+from keifu.training.job import Budget, Job, Jobs, PlannedSettings, parameters
 from keifu.training.objectives.diffusion import DiffusionLoss, dequantise_data, use_latents
 from keifu.training.settings import Precision, Settings
 
@@ -257,32 +256,36 @@ def sampler(model: Any, seed: int) -> Callable[[int], bytes]:
     return sample
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu draw and diffusers' DDPMPipeline read afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu draw and diffusers' DDPMPipeline read."""
     recipe = recipe.resolved()
-    return train(
-        recipe, prepare(recipe), out, resume, partial(settings, recipe), ("recipe_of", "weighting", "gamma"), "DDPM",
-        "Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)",
-    )  # fmt: skip
+    paper = "Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)"
+    named = ("recipe_of", "weighting", "gamma")
+    show_folder((yield job_of(recipe, prepare(recipe), partial(settings, recipe), named, "DDPM", paper)))
 
 
-def train(
-    recipe: PictureOptions, task: ImageTask, out: Path, resume: bool, settings: Callable[[int], Settings],
-    named: Sequence[str], name: str, paper: str,
-) -> Summary:  # fmt: skip
-    """Train the model of a task into `out`. named: options of the recipe, in addition to the common ones, that affect
+def job_of(
+    recipe: PictureOptions, task: ImageTask, settings: Callable[[int], Settings], named: Sequence[str], name: str,
+    paper: str,
+) -> Job:  # fmt: skip
+    """Return the training of a task's model. named: options of the recipe, in addition to the common ones, that affect
     the result."""
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
     if task.parts.train.classes and not task.model.config.n_classes:
         print("The classes are not learned: add --classes to draw them by name.", flush=True)
-    training = task.model, task.objective, task.data
-    chosen = runs.fit(recipe.budget, out, resume, *training, settings)
-    reported = ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named)
-    options, held_out = {"model": asdict(task.model.config)}, {"share": recipe.held_out, "distinct": recipe.distinct}
-    summary = train_run(
-        out, resume, *training, chosen, title=f"{name} learns to draw “{Path(recipe.data).stem}”",
-        parameters=parameters(task.model), sample=sampler(task.model, recipe.seed), paper=paper,
-        **describe(recipe, task.parts.train, reported, options, **held_out),
+    facts = picture_facts(
+        recipe, task.parts.train,
+        ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named),
+        {"model": asdict(task.model.config)}, title=f"{name} learns to draw “{Path(recipe.data).stem}”",
+        about={"parameters": parameters(task.model), "paper": paper},
+        held_out={"share": recipe.held_out, "distinct": recipe.distinct},
     )  # fmt: skip
-    print(f"The network is in {out}: keifu draw {shell(out)} -o picture.png")
-    return summary
+    return Job(
+        model=task.model, objective=task.objective, data=task.data, settings=PlannedSettings(recipe.budget, settings),
+        facts=facts, sample=sampler(task.model, recipe.seed),
+    )  # fmt: skip
+
+
+def show_folder(summary: Summary) -> None:
+    """Print the folder of a network, with the command that draws by it."""
+    print(f"The network is in {summary.directory}: keifu draw {shell(summary.directory)} -o picture.png")

@@ -11,7 +11,6 @@ Expected: see docs/results.md, "Few steps by a flow".
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from keifu.errors import UserError
@@ -21,7 +20,7 @@ from keifu.ranges import Count
 from keifu.recipes.images import ddpm
 from keifu.recipes.images.image_runs import ImageTask, image_settings
 from keifu.recipes.starting import keeps_best, load_start
-from keifu.training.loop import Summary
+from keifu.training.job import Jobs
 
 USUAL: dict[str, Any] = {
     "dropout": 0.0, "schedule": "flow", "batch_size": 32, "learning_rate": 1e-3, "ema": 0.999, "minutes": 9.0,
@@ -84,11 +83,10 @@ def model_config(
     return dit.Config(transformer, coder and replace(coder, size=full["size"]), classes, noise)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train into `out`, which keifu draw reads afterwards; diffusers reads its folders."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training, whose result keifu draw reads; diffusers reads its folders."""
     recipe = recipe.resolved()
     settings = partial(image_settings, recipe, **keeps_best(recipe.start_from))
-    return ddpm.train(
-        recipe, prepare(recipe), out, resume, settings, ("autoencoder",), "A diffusion Transformer",
-        "Peebles and Xie, Scalable Diffusion Models with Transformers (2022)",
-    )  # fmt: skip
+    paper = "Peebles and Xie, Scalable Diffusion Models with Transformers (2022)"
+    job = ddpm.job_of(recipe, prepare(recipe), settings, ("autoencoder",), "A diffusion Transformer", paper)
+    ddpm.show_folder((yield job))

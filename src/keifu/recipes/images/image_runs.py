@@ -1,10 +1,7 @@
-"""Shared code of the image recipes: options and settings, and runs that train several models one after another.
-
-Each model of such a run has a directory inside the run's. A finished model is loaded, and an unfinished one is resumed,
-so the whole run resumes bit for bit. One report shows all models.
+"""Shared code of the image recipes: options and settings, and jobs of runs that train several models one after
+another, each as a stage.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,21 +13,16 @@ from torch import Tensor, nn
 
 from keifu import checkpoints
 from keifu.checkpoints.loading import load_model
-from keifu.data.images import augmentation, batches, dataset, io, splits
+from keifu.data.images import batches, dataset, io, splits
 from keifu.data.images.grid import grid
-from keifu.devices import choose
 from keifu.errors import UserError
-from keifu.files import write_atomic
 from keifu.inference.images.pipeline import TextToImagePipeline
 from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.ranges import BelowOne, Count, NotNegative, Positive, Seed, check
-from keifu.recipes import runs
-from keifu.recipes.runs import Data, Logging, Objective, Summary, is_resuming, train_run
-from keifu.training.job import Budget, parameters
+from keifu.recipes.options import Logging
+from keifu.training.job import Budget, Job, JobStage, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.diffusion import add_draws
-from keifu.training.run import metrics
-from keifu.training.run.report import CURVES
-from keifu.training.run.run_directory import SAMPLES
+from keifu.training.protocols import Data
 from keifu.training.settings import Precision, Settings
 
 SHOWN, BATCH = 12, 64  # pictures of a sample, and pictures that are encoded at once
@@ -39,8 +31,9 @@ PROMPTS = (
     "赤いハート", "ネコの顔", "緑の本", "ヒマワリ", "青いリンゴ", "緑のハート",
 )  # fmt: skip
 COLUMNS = 6  # pictures in a row
-AUTOENCODER, DISCRETE, CLIP = "autoencoder", "dvae", "clip"  # folders of other models in the run's folder
-PARTS = {AUTOENCODER: "Autoencoder", DISCRETE: "Autoencoder", CLIP: "CLIP"}
+# other models of a run, each in a folder of its own
+AUTOENCODER, DISCRETE = JobStage("autoencoder", "Autoencoder"), JobStage("dvae", "Autoencoder")
+CLIP = JobStage("clip", "CLIP")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,41 +102,39 @@ class TextToImageTask(ImageTask):
 
     painter: TextToImagePipeline
 
-    def learn(
-        self, recipe: TextToImageOptions, out: Path, resume: bool, request: ImageRequest, *, title: str, paper: str,
-        named: Sequence[str], parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None,
-        **different: Any,
-    ) -> Summary:  # fmt: skip
-        """Train the main model after the others. The report shows the curves of all.
+    def job(
+        self, recipe: TextToImageOptions, request: ImageRequest, *, title: str, paper: str, named: Sequence[str],
+        parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None, **different: Any,
+    ) -> Job:  # fmt: skip
+        """Return the training of the main model, after the others.
 
         request: settings for drawing the prompts, with the same seeds in each sample. title: name of the model. named:
         options of the recipe that affect the result, in addition to data and settings. parts: networks whose parameters
         are counted. before: called before a sample is drawn or the model is saved. different: see `image_settings`.
         """
-        resume, training = is_resuming(out, resume), (self.model, self.objective, self.data)
-        settings = runs.fit(recipe.budget, out, resume, *training, partial(image_settings, recipe, **different))
-        show(out)
         counts = {f"parameters of the {name}": parameters(part) for name, part in parts.items() if part is not None}
-        wanted = self.painter.resolved(replace(request, truncate=recipe.truncate))
+        request = self.painter.resolved(replace(request, truncate=recipe.truncate))
         seeds = [recipe.seed + number for number in range(len(recipe.prompts))]
-        named = ("data", "languages", "truncate", *named)
-        options = {"model": asdict(self.model.config)}
-        whole = self.parts.whole_families
-        run: dict[str, Any] = counts | describe(recipe, self.parts.train, named, options, whole_families=whole)
 
         def sample(step: int) -> bytes:
             before()
-            how = f"sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"
-            drawn = self.painter.draw(wanted, seeds, texts=recipe.prompts)
-            return grid(drawn, recipe.prompts, COLUMNS, about={"keifu": f"step {step}, {how}"})
+            way = f"sampler {request.sampler}, guidance {request.guidance:g}, seeds from {seeds[0]}"
+            pictures = self.painter.draw(request, seeds, texts=recipe.prompts)
+            return grid(pictures, recipe.prompts, COLUMNS, about={"keifu": f"step {step}, {way}"})
 
         def save(directory: Path) -> None:
             before()
             checkpoints.save(self.model, self.painter.tokenizer, directory)
 
-        return train_run(
-            out, resume, *training, settings, sample=sample, save=save, paper=paper,
-            title=f"{title} learns to draw “{Path(recipe.data).stem}” from text", **run,
+        facts = picture_facts(
+            recipe, self.parts.train, ("data", "languages", "truncate", *named), {"model": asdict(self.model.config)},
+            title=f"{title} learns to draw “{Path(recipe.data).stem}” from text", about={"paper": paper, **counts},
+            held_out={"whole_families": self.parts.whole_families},
+        )  # fmt: skip
+        return Job(
+            model=self.model, objective=self.objective, data=self.data, tokenizer=self.painter.tokenizer, facts=facts,
+            settings=PlannedSettings(recipe.budget, partial(image_settings, recipe, **different)), sample=sample,
+            save=save,
         )  # fmt: skip
 
 
@@ -184,48 +175,45 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
     return Settings(**recipe.loop(**usual | {"save_every": min(often, 1000)} | different))
 
 
-def describe(
-    recipe: Any, pictures: dataset.ImageDataset, named: Sequence[str], options: Mapping[str, Any], **held_out: Any
-) -> dict[str, Any]:
-    """Return the facts that `train_run` records of a run on pictures.
+def picture_facts(
+    recipe: Any, pictures: dataset.ImageDataset, named: Sequence[str], options: Mapping[str, Any], *, title: str,
+    about: Mapping[str, Any], held_out: Mapping[str, Any] = {},
+) -> RunFacts:  # fmt: skip
+    """Return the facts of a run on pictures.
 
     named: options of the recipe that affect the result, in addition to the settings. options: further values that
     affect it, such as the model's Config. held_out: how the pictures were split, if not by default.
     """
-    facts = {"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint}
-    chosen = {**options, **{name: vars(recipe)[name] for name in named}}
-    return {"facts": facts, "options": chosen, "unit": "pictures", "held_out": splits.WHOLE_FAMILIES | held_out}
+    return RunFacts(
+        title=title,
+        about={**about, "held_out": {**splits.WHOLE_FAMILIES, **held_out}},
+        data={"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint},
+        options={**options, **{name: vars(recipe)[name] for name in named}},
+        unit="pictures",
+    )
 
 
-def train_part(
-    recipe: Any, directory: Path, resume: bool, build: Callable[[], Any], objective: Objective,
-    parts: splits.ImageSplit, budget: Budget, *, title: str, paper: str, options: Mapping[str, Any], batch_size: int,
-    of_steps: Callable[[Data, int], Data] = lambda data, steps: data, **different: Any,
-) -> Any:  # fmt: skip
-    """Train a model on pictures alone into a folder of the run, and freeze it.
+def part_settings(recipe: Any, steps: int, **different: Any) -> Settings:
+    """Return the settings of a model that is trained before the main one: warm-up over a twentieth of the steps, and
+    validations, samples and checkpoints a tenth of them apart. different: fields of `Settings` with other values."""
+    every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), max(1, steps // 10))
+    return Settings(steps=steps, warmup=steps // 20, seed=recipe.seed, precision=recipe.precision, **every, **different)
 
-    The recipe may flip every second picture. Validations, samples and checkpoints are a tenth of its steps apart.
-    options: values that affect the result, in addition to the model's Config and the settings. of_steps: converts the
-    data for a run of that many steps. different: fields of `Settings` with other values.
-    """
-    torch.manual_seed(recipe.seed)
-    model = build().to(choose())
-    model.check_size(*parts.train.shape[1:])
-    resume = is_resuming(directory, resume)
-    data = drawn_batches(parts, batch_size, recipe.seed, augmentation.Augmentation(flip=recipe.flip))
 
-    def settings(steps: int) -> Settings:
-        every = dict.fromkeys(("evaluate_every", "sample_every", "save_every"), max(1, steps // 10))
-        usual = {"steps": steps, "warmup": steps // 20, "batch_size": batch_size, **every}
-        return Settings(**usual, seed=recipe.seed, precision=recipe.precision, **different)
+def part_facts(parts: splits.ImageSplit, model: Any, options: Mapping[str, Any], title: str, paper: str) -> RunFacts:
+    """Return the facts of a model that is trained on pictures alone before the main one. options: values that affect
+    the result, in addition to the model's Config and the settings."""
+    return RunFacts(
+        title=title,
+        about={"parameters": parameters(model), "paper": paper},
+        data={"source": parts.train.source, "fingerprint": parts.train.fingerprint},
+        options={"model": vars(model.config), **options},
+        unit="pictures",
+    )
 
-    chosen = runs.fit(budget, directory, resume, model, objective, of_steps(data, 1000), settings)
-    train_run(
-        directory, resume, model, objective, of_steps(data, chosen.steps), chosen, title=title,
-        parameters=parameters(model), paper=paper, unit="pictures",
-        facts={"source": parts.train.source, "fingerprint": parts.train.fingerprint},
-        options={"model": vars(model.config), **options}, sample=before_and_after(model, parts),
-    )  # fmt: skip
+
+def load_frozen(directory: Path) -> Any:
+    """Return the model of a folder, frozen."""
     return load_model(directory, torch.float32).requires_grad_(False).eval()
 
 
@@ -247,19 +235,3 @@ def before_and_after(model: nn.Module, parts: splits.ImageSplit) -> Callable[[in
         return grid(torch.cat([some, again]), columns=len(some), about={"keifu": f"step {step}"})
 
     return sample
-
-
-def show(out: Path) -> None:
-    """Add the curves and the last pictures of finished models to the report of the next run."""
-    charts = []
-    for name, directory in ((name, out / folder) for folder, name in PARTS.items() if (out / folder).exists()):
-        lines = metrics.last_metrics(metrics.read(directory))
-        points = {
-            label: [[float(line["step"]), float(line[field])] for line in lines if field in line]
-            for label, field in (("training", "loss"), ("validation", "validation_loss"))
-        }
-        curves = [{"name": k, "points": v, "marked": k == "validation"} for k, v in points.items()]
-        charts.append({"title": f"{name}: loss", "y_label": "loss", "curves": curves})
-        if pictures := sorted((directory / SAMPLES).glob("*.png")):
-            write_atomic(out / f"{directory.name}.png", pictures[-1].read_bytes())
-    write_atomic(out / CURVES, json.dumps(charts) + "\n")

@@ -15,13 +15,12 @@ Expected: see docs/results.md, "Emoji from text".
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from keifu.data.images import dataset, io, splits
+from keifu.data.images import augmentation, dataset, io, splits
 from keifu.devices import choose
 from keifu.errors import UserError, shell
 from keifu.inference.images.latent_diffusion import LatentDiffusionPipeline
@@ -32,9 +31,8 @@ from keifu.models.clip import text as clip_text
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, latent_diffusion
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Positive
 from keifu.recipes.images import clip, image_runs
-from keifu.recipes.runs import Summary
 from keifu.recipes.starting import holds_families, keeps_best, load_start, scaled
-from keifu.training.job import Budget
+from keifu.training.job import Budget, Job, Jobs, JobsReturning, PlannedSettings
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss
 from keifu.training.objectives.diffusion import EncodedImages, TextDiffusionLoss, use_latents
 
@@ -121,9 +119,9 @@ class Recipe(image_runs.TextToImageOptions):
         return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
 
 
-def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:
-    """Train or load CLIP and the autoencoder, and build the model. The recipe must be resolved. Invalid options are
-    reported before anything is trained."""
+def prepare(recipe: Recipe) -> JobsReturning[image_runs.TextToImageTask]:
+    """Yield the training of CLIP, unless it is given, and of the autoencoder; build the model and return its task.
+    The recipe must be resolved. Invalid options are reported before anything is trained."""
     if recipe.start_from is not None:
         return start_task(recipe, recipe.start_from)
     parts = image_runs.read_captioned(recipe)
@@ -132,8 +130,8 @@ def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTa
         coder = recipe.autoencoder(channels) if latents else None
         planned = model_config(recipe, clip.Recipe().text, coder, channels)
         latent_diffusion.build(planned).check_size(*parts.train.shape[1:])
-    towers, tokenizer, tokens = clip.two_towers_of(recipe, parts, out, resume)
-    autoencoder = autoencoder_of(recipe, parts, out, resume) if latents else None
+    towers, tokenizer, tokens = yield from clip.two_towers_of(recipe, parts)
+    autoencoder = (yield from autoencoder_of(recipe, parts)) if latents else None
     config = model_config(recipe, towers.config.text, autoencoder.config if autoencoder else None, channels)
     torch.manual_seed(recipe.seed)
     text, unet = clip.text_conditioned(towers), conditioned_unet.build(config.unet)
@@ -197,19 +195,28 @@ def model_config(
     return latent_diffusion.Config(replace(text, projected=False), unet, autoencoder, noise)
 
 
-def autoencoder_of(recipe: Recipe, parts: splits.ImageSplit, out: Path, resume: bool) -> autoencoder_kl.AutoencoderKL:
-    """Train the autoencoder into a folder of the run. Set its scale so that its latents have variance 1."""
+def autoencoder_of(recipe: Recipe, parts: splits.ImageSplit) -> JobsReturning[autoencoder_kl.AutoencoderKL]:
+    """Yield the training of the autoencoder, and return it frozen, with the scale that gives its latents variance 1."""
+    torch.manual_seed(recipe.seed)
+    model = autoencoder_kl.build(recipe.autoencoder(parts.train.shape[0])).to(choose())
+    model.check_size(*parts.train.shape[1:])
     loss = AutoencoderKLLoss(recipe.kl_weight, recipe.edges)
+    flipped = augmentation.Augmentation(flip=recipe.flip)
     budget = Budget(recipe.autoencoder_steps, recipe.autoencoder_minutes)
-    trained = image_runs.train_part(
-        recipe, out / image_runs.AUTOENCODER, resume,
-        partial(autoencoder_kl.build, recipe.autoencoder(parts.train.shape[0])), loss, parts, budget,
-        title="An autoencoder learns to make pictures small",
-        paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
-        options={"loss": vars(loss), "flip": recipe.flip}, minutes=budget.limit, batch_size=recipe.autoencoder_batch,
+    settings = partial(
+        image_runs.part_settings, recipe, minutes=budget.limit, batch_size=recipe.autoencoder_batch,
         learning_rate=recipe.autoencoder_rate, final_ratio=0.0, weight_decay=0.0, betas=(0.9, 0.99),
     )  # fmt: skip
-    return set_scale(trained, parts.train)
+    facts = image_runs.part_facts(
+        parts, model, {"loss": vars(loss), "flip": recipe.flip}, title="An autoencoder learns to make pictures small",
+        paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022), section 3.1",
+    )  # fmt: skip
+    summary = yield Job(
+        model=model, objective=loss, settings=PlannedSettings(budget, settings), stage=image_runs.AUTOENCODER,
+        data=image_runs.drawn_batches(parts, recipe.autoencoder_batch, recipe.seed, flipped), facts=facts,
+        sample=image_runs.before_and_after(model, parts),
+    )  # fmt: skip
+    return set_scale(image_runs.load_frozen(summary.directory), parts.train)
 
 
 def set_scale(model: Any, pictures: dataset.ImageDataset) -> autoencoder_kl.AutoencoderKL:
@@ -233,19 +240,18 @@ def encode_dataset(model: autoencoder_kl.AutoencoderKL, scale: float, pictures: 
     return EncodedImages(*(part.contiguous() for part in both.unbind(1)))
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train all parts into `out`, which keifu draw and diffusers' StableDiffusionPipeline read afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of all parts, whose result keifu draw and diffusers' StableDiffusionPipeline read."""
     recipe = recipe.resolved()
-    task = prepare(recipe, out, resume)
+    task = yield from prepare(recipe)
     model = task.model
-    summary = task.learn(
-        recipe, out, resume,
+    summary = yield task.job(
+        recipe,
         ImageRequest(task.painter.usual_sampler, STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
         title="Latent diffusion",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
         named=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from, recipe.keep_best),
         parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
-    command = f"keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g} -o picture.png"
-    print(f"The model is in {out}: {command}")
-    return summary
+    command = f"keifu draw {shell(summary.directory, recipe.prompts[0])} --guidance {recipe.guidance:g} -o picture.png"
+    print(f"The model is in {summary.directory}: {command}")

@@ -31,9 +31,10 @@ from keifu.layers.lora import LoraSettings, Target, attach
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Seed, check
 from keifu.recipes.images.clip import caption_tokens
-from keifu.recipes.images.image_runs import TextToImageTask, describe
+from keifu.recipes.images.image_runs import TextToImageTask, picture_facts
 from keifu.recipes.images.latent_diffusion import task_of
-from keifu.recipes.runs import Logging, Summary, train_run
+from keifu.recipes.runs import Logging
+from keifu.training.job import Job, Jobs
 from keifu.training.settings import Precision, Settings
 
 STEPS = 20  # DPM-Solver++ steps of a sample
@@ -186,38 +187,41 @@ def settings(recipe: Recipe) -> Settings:
 def sampler(task: LoraImageTask, recipe: Recipe) -> Callable[[int], bytes]:
     """Return a function that draws the prompts with the same seeds at each call: in the upper row by the model, in the
     lower row with its LoRA."""
-    wanted = ImageRequest(
+    request = ImageRequest(
         "dpm++-2m", STEPS, recipe.seed, size=task.parts.train.shape[1:], guidance=recipe.guidance, text=task.prompts[0],
         truncate=recipe.truncate,
     )  # fmt: skip
-    wanted = task.painter.resolved(wanted)
+    request = task.painter.resolved(request)
     seeds = [recipe.seed + number for number in range(len(task.prompts))]
-    before = open_pipeline(recipe.model).draw(wanted, seeds, texts=task.prompts)
+    before = open_pipeline(recipe.model).draw(request, seeds, texts=task.prompts)
     captions = [*task.prompts, *(f"{prompt} (LoRA)" for prompt in task.prompts)]
 
     def sample(step: int) -> bytes:
-        drawn = task.painter.draw(wanted, seeds, texts=task.prompts)
-        about = {"keifu": f"step {step}, sampler {wanted.sampler}, guidance {wanted.guidance:g}, seeds from {seeds[0]}"}
+        drawn = task.painter.draw(request, seeds, texts=task.prompts)
+        about = {
+            "keifu": f"step {step}, sampler {request.sampler}, guidance {request.guidance:g}, seeds from {seeds[0]}"
+        }
         return grid(torch.cat([before, drawn]), captions, len(seeds), about=about)
 
     return sample
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> Summary:
-    """Train adapters into `out`, which keifu draw --lora and diffusers' load_lora_weights read afterwards."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of adapters, which keifu draw --lora and diffusers' load_lora_weights read."""
     task = prepare(recipe)
-    reported = (
+    named = (
         "model", "data", "languages", "words", "truncate", "rank", "alpha", "targets", "text_rank", "text_targets",
         "dora", "weighting", "caption_dropout",
     )  # fmt: skip
-    pictures = task.parts.train
-    summary = train_run(
-        out, resume, task.model, task.objective, task.data, settings(recipe),
+    facts = picture_facts(
+        recipe, task.parts.train, named, {"size": task.parts.train.shape[1]},
         title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
-        paper="Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)",
+        about={"paper": "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)"},
+    )  # fmt: skip
+    summary = yield Job(
+        model=task.model, objective=task.objective, data=task.data, settings=settings(recipe), facts=facts,
         sample=sampler(task, recipe) if current().is_replicated else None,  # a split model draws no samples
         save=lambda directory: diffusion.save_lora(task.model, directory / diffusion.FILE, recipe.style),
-        **describe(recipe, pictures, reported, {"size": pictures.shape[1]}),
     )  # fmt: skip
+    out = summary.directory
     print(f"The LoRA is in {out}: keifu draw {shell(recipe.model, task.prompts[0])} --lora {shell(out)} -o picture.png")
-    return summary

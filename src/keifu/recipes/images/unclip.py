@@ -15,7 +15,6 @@ Axes: picture, channels, height, width; embedding = numbers of CLIP's vectors.
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -36,6 +35,7 @@ from keifu.models.diffusion import ddpm
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 from keifu.ranges import BelowOne, Count, Finite, Natural, Positive
 from keifu.recipes.images import clip as clip_recipe, image_runs
+from keifu.training.job import Jobs, JobsReturning
 from keifu.training.objectives import unclip as losses
 from keifu.training.objectives.diffusion import DiffusionLoss
 
@@ -131,15 +131,16 @@ class Recipe(image_runs.TextToImageOptions):
             raise UserError(f"--small {self.small} and --crop {self.crop} must fit into --size {self.size}.")
 
 
-def prepare(recipe: Recipe, out: Path, resume: bool) -> image_runs.TextToImageTask:
-    """Train or load CLIP, and build the model around it. Invalid options are reported before anything is trained."""
+def prepare(recipe: Recipe) -> JobsReturning[image_runs.TextToImageTask]:
+    """Yield the training of CLIP, unless it is given; build the model around it and return its task. Invalid options
+    are reported before anything is trained."""
     if not recipe.clip:
         made = clip_recipe.Recipe()
         planned = clip.Config(made.text, made.image, clip_recipe.pixels_of(made))
         with on_meta():
             _check_sizes(recipe, unclip.build(model_config(recipe, planned)))
     parts = image_runs.read_captioned(recipe, 3)
-    towers, tokenizer, tokens = clip_recipe.two_towers_of(recipe, parts, out, resume)
+    towers, tokenizer, tokens = yield from clip_recipe.two_towers_of(recipe, parts)
     torch.manual_seed(recipe.seed)
     model = unclip.build(model_config(recipe, towers.config))
     for part, tower in ((model.text, towers.text), (model.image, towers.image)):
@@ -195,18 +196,19 @@ def complete_config(model: unclip.Unclip) -> unclip.Unclip:
     return model
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train all parts into `out`, which keifu draw and diffusers' unCLIP parts read afterwards."""
-    task = prepare(recipe, out, resume)
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training of all parts, whose result keifu draw and diffusers' unCLIP parts read."""
+    task = yield from prepare(recipe)
     request = ImageRequest(
         "ddim", min(STEPS, recipe.noise_steps), recipe.seed, guidance=recipe.guidance,
         prior_guidance=recipe.guidance, text=recipe.prompts[0],
     )  # fmt: skip
-    task.learn(
-        recipe, out, resume, request, title="unCLIP",
+    summary = yield task.job(
+        recipe, request, title="unCLIP",
         paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
         named=("crop", "weighting", "prior_dropout", "text_dropout", "image_dropout"),
         parts={name: part for name, part in task.model.named_children() if name != "last_upsampler"},
         before=partial(complete_config, task.model),
     )  # fmt: skip
+    out = summary.directory
     print(f"The model is in {out}: keifu draw {shell(out, recipe.prompts[0])} --guidance {recipe.guidance:g}")
