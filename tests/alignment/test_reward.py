@@ -156,15 +156,6 @@ def test_two_processes_learn_what_one_learns(bases: dict[str, Path], rankings: P
         assert {name: found[name] for name in chosen} == pytest.approx(chosen, rel=1e-4, abs=1e-6)
 
 
-def test_resumed_to_the_bit(bases: dict[str, Path], rankings: Path, tmp_path: Path) -> None:
-    fast = ["--steps", "4", "--learning-rate", "0.005", "--lora.rank", "2", "--lora.dropout", "0.1"]
-    whole, part = (go(bases["llama"], rankings, tmp_path / name, *fast) for name in ("whole", "part"))
-    for file in (part / "state").glob("step-00000004.*"):
-        file.unlink()
-    go(bases["llama"], rankings, part, *fast, "--resume")
-    assert (whole / "model.safetensors").read_bytes() == (part / "model.safetensors").read_bytes()
-
-
 def test_demonstrations_of_a_file_have_the_mean_zero(bases: dict[str, Path], rankings: Path, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "two", "response": "fair two"}))
     given = ["--steps", "2", "--demonstrations", str(tmp_path / "d.jsonl")]
@@ -201,9 +192,3 @@ def test_a_published_reward_model_loads_and_goes_back(tmp_path: Path) -> None:
 def test_bad_options(arguments: list[str], said: str, bases: dict[str, Path], rankings: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=said):
         go(bases["llama"], rankings, tmp_path / "run", *arguments)
-
-
-def test_equal_answers_are_one_sentence(bases: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "Hi", "answers": ["a", "b", "a"]}))
-    with pytest.raises(UserError, match="line 1: two answers are equal"):
-        go(bases["llama"], tmp_path / "p.jsonl", tmp_path / "run")

@@ -221,19 +221,6 @@ def test_truncated_anywhere(whole, share, tmp_path) -> None:
     assert str(path) in str(caught.value) and (kept < 4 or f"{kept:,} bytes" in str(caught.value))
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_damaged_headers_never_end_in_anything_but_a_sentence(whole, seed, tmp_path) -> None:
-    generator = np.random.default_rng(seed)
-    damaged = bytearray(whole)
-    for place in generator.integers(0, 3000, 6):
-        damaged[place] = generator.integers(0, 256)
-    (tmp_path / "x.gguf").write_bytes(damaged)
-    try:
-        checkpoints.load_model(tmp_path / "x.gguf")  # some damage is to a weight or a name nobody asks for
-    except UserError as error:
-        assert len(str(error)) > 20
-
-
 def rewrite(path, changes=None, tensors=None) -> None:
     """Rewrite a GGUF file with other fields and tensors (None drops one)."""
     reader = gguf.GGUFReader(path)
@@ -472,35 +459,18 @@ def test_convert_says_what_it_cannot(tmp_path) -> None:
             checkpoints.convert(tmp_path / "source", tmp_path / "out", to, dtype)
 
 
-@pytest.fixture(scope="module")
-def loaded(smollm2):
-    return checkpoints.load("smollm2")
-
-
 @pytest.mark.slow
-def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2, loaded) -> None:
+def test_smollm2_equals_transformers_reading_of_the_same_file(smollm2) -> None:
     import transformers
 
     reference = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32, attn_implementation="sdpa"
     )
-    model, tokenizer = loaded
+    model, tokenizer = checkpoints.load("smollm2")
     tokens = torch.tensor([tokenizer.encode("The quick brown fox jumps over the lazy dog. 日本語のテスト")])
     with torch.no_grad():
         expected = reference(tokens).logits
         assert (model(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_smollm2_answers(loaded) -> None:
-    model, tokenizer = loaded
-    ids = tokenizer.render_chat([{"role": "user", "content": "What is the capital of France?"}])
-    answer: list[int] = []
-    state, new = model.new_state(1, len(ids) + 12), torch.tensor([ids])
-    with torch.inference_mode():
-        while len(answer) < 12 and (token := int(model(new, state)[0, -1].argmax())) not in tokenizer.stop_ids:
-            answer.append(token)
-            new = torch.tensor([[token]])
-    assert "Paris" in tokenizer.decode(answer)
 
 
 @pytest.mark.parametrize("kind", quantized.FORMATS)

@@ -31,15 +31,12 @@ SMALL = {"vocab_size": 320, "dim": 24, "hidden_dim": 40, "n_layers": 2, "n_heads
 MODELS = {
     "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, context_length=64)),
     "llama": lambda: llama.build(llama.Config(**SMALL, context_length=64, n_kv_heads=2, tied=True)),
-    "mistral": lambda: llama.build(llama.Config(**SMALL, context_length=64, sliding_window=9)),
-    "qwen2": lambda: llama.build(llama.Config(**SMALL, context_length=64, qkv_bias=True)),
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
 @torch.no_grad()
-def test_transformers_loads_model_and_tokenizer(kind, tokenizer, tmp_path) -> None:
-    model = MODELS[kind]().eval()
+def test_transformers_loads_model_and_tokenizer(tokenizer, tmp_path) -> None:
+    model = MODELS["llama"]().eval()
     tokenizer = tokenizer.with_chat_template(CHATML)
     checkpoints.save(model, tokenizer, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
