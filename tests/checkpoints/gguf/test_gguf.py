@@ -21,9 +21,13 @@ from keifu.models.variants import gemma2, granite, smollm3
 SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
 
 
-def scaled(kind: str, **changes) -> llama.Config:
+LLAMA3 = RopeScaling("llama3", 8.0, 24)
+
+
+def scaled(kind: str, qkv_bias: bool = False, **changes) -> llama.Config:
     scaling = RopeScaling(kind, **{"factor": 4.0, "original_context_length": 16} | changes)
-    return llama.Config(**SMALL, n_kv_heads=2, head_dim=16, norm_eps=1e-5, rope_scaling=scaling)
+    sizes = SMALL | {"n_kv_heads": 2, "head_dim": 16, "norm_eps": 1e-5, "qkv_bias": qkv_bias}
+    return llama.Config(**sizes, rope_scaling=scaling)
 
 
 CONFIGS = {
@@ -344,6 +348,9 @@ def test_mixtures_that_are_not_what_they_say(changes, tensors, text, tmp_path) -
         (llama.Config(**SMALL, activation="gelu"), "llama needs activation='silu'"),
         (scaled("dynamic"), "dynamic"),
         (scaled("yarn", beta_fast=20.0), "beta_fast"),
+        (scaled("llama3", qkv_bias=True), "runs no qwen2 model with the rotary scaling 'llama3'"),
+        (smollm3.Config(**SMALL, n_kv_heads=2, rope_scaling=LLAMA3), "runs no smollm3 model with the rotary scaling"),
+        (gemma2.Config(**SMALL, n_kv_heads=2, rope_scaling=LLAMA3), "runs no gemma2 model with the rotary scaling"),
         (mlp.Config(), "keifu.models.mlp"),
     ],
 )

@@ -49,6 +49,8 @@ CONFIGS = {
     "granite-biased-untied": granite.Config(
         **SMALL, n_kv_heads=4, attention_bias=True, feedforward_bias=True, tied=False, embedding_scale=3.0
     ),
+    "granite-llama3": granite.Config(**SMALL, n_kv_heads=2, rope_scaling=SCALINGS["llama3"]),
+    "mixtral-llama3": mixtral.Config(**SMALL, n_kv_heads=2, rope_scaling=SCALINGS["llama3"]),
     "smollm3": smollm3.Config(**SMALL | {"n_layers": 5}, n_kv_heads=2),
     "gemma2": gemma2.Config(
         **SMALL | {"n_layers": 5}, n_kv_heads=2, head_dim=32, sliding_window=8, attention_cap=5.0, logit_cap=8.0

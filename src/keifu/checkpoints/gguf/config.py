@@ -255,6 +255,9 @@ def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tupl
         if not architecture.windows:
             fields["context_length"] = min(config.context_length, values.get("sliding_window") or config.context_length)
         more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
+        if tensors and not architecture.divisors:
+            scaling = f"the rotary scaling {config.rope_scaling.kind!r}"
+            raise UserError(f"llama.cpp runs no {name} model with {scaling}; write a directory (hf) instead.")
         fields |= more
     return {f"{name}.{key}": value for key, value in fields.items()}, tensors
 

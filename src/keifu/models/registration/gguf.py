@@ -20,6 +20,7 @@ class GgufArchitecture:
     - optional: boolean field of the Config → a tensor that exists only if it is True.
     - interleaved: whether the rows of q and k are stored with rotary pairs next to each other.
     - windows: whether llama.cpp applies sliding windows. Otherwise it ignores them.
+    - divisors: whether llama.cpp reads divisors of the rotary frequencies, which llama3 scaling needs.
     - derive: computes further required values from the Config's values.
     - needed: fields that a file must have.
     """
@@ -30,6 +31,7 @@ class GgufArchitecture:
     optional: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     windows: bool = False
+    divisors: bool = False
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     needed: tuple[str, ...] = ()
 
