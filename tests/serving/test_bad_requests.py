@@ -160,6 +160,7 @@ def test_a_key_opens(small: Any) -> None:
         assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key"
     assert httpx.get(f"{small.url}/health").status_code == 200
     assert httpx.get(f"{small.url}/metrics").status_code == 401
+    assert httpx.post(f"{small.url}/rerank", json={"query": "x", "documents": ["y"]}).status_code == 401
 
 
 def test_a_large_body_is_refused_by_its_length_and_by_what_comes(small: Any) -> None:

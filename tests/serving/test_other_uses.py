@@ -81,7 +81,9 @@ def test_documents_are_ranked_by_their_cosine(served: Any, folder: Path) -> None
     model, tokenizer = keifu.load(name)
     query, *points = embed(model, tokenizer, ["a cat", *TEXTS])
     texts = [TEXTS[place] for place in (torch.stack(points) @ query).argsort().tolist()]
-    found = served.post("/v1/rerank", {"model": name, "query": "a cat", "documents": texts, "top_n": 2}).json()
+    body = {"model": name, "query": "a cat", "documents": texts, "top_n": 2}
+    found = served.post("/v1/rerank", body).json()
+    assert served.post("/rerank", body).json() == found
     query, *points = embed(model, tokenizer, ["a cat", *texts])
     scores = torch.stack(points) @ query
     order = scores.argsort(descending=True).tolist()[:2]

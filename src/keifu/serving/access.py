@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from keifu.serving.errors import ApiError
 
-GUARDED = ("/v1/", "/api/", "/metrics")
+GUARDED = ("/v1/", "/api/", "/metrics", "/rerank")
 LOCAL = ("localhost", "127.0.0.1", "[::1]")  # on these, other programs of this machine may serve pages too
 NETLOC = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:@/?#\[\]]+)(?::\d*)?")
 READING = ("GET", "HEAD", "OPTIONS")

@@ -133,7 +133,7 @@ def test_text_before_calls_and_several_calls_are_told_apart(form: str | None, st
     assert text == "Let us <tool see: " and calls == [("f", ARGUMENTS), ("g", "{}")]
 
 
-@pytest.mark.parametrize("thought", ["<think>\n", "<think>\n</think>\n\n"])
+@pytest.mark.parametrize("thought", ["<think>\n", "<think>\n</think>\n\n", "<|channel>thought\n<channel|>"])
 def test_a_thought_that_the_template_begins_hides_no_form(thought: str) -> None:
     opened = TAIL.replace("assistant\n{% endif", f"assistant\n{thought}{{% endif")
     thinking = tokenizer_of("tagged").with_chat_template(HEAD + TURN + TAGGED + opened)

@@ -138,6 +138,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return json_response({"object": "list", "data": data, "model": about.name, "usage": usage})
 
+    @app.post("/rerank", include_in_schema=False)  # where clients of vLLM also ask
     @app.post("/v1/rerank", summary="Documents by their nearness to a query", tags=["vectors"])
     async def rerank(body: RerankRequest) -> Response:
         about = models.find(body.model, "embedding")
