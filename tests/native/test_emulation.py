@@ -62,8 +62,9 @@ def test_emulated_sets_agree_with_the_portable_one(
 
 
 @pytest.mark.slow
-def test_every_emulated_set_agrees_with_the_portable_one(emulated: Library) -> None:
-    assert {name: wrong_formats(emulated, name) for name in X86} == {name: {} for name in X86}
+@pytest.mark.parametrize("name", X86)
+def test_an_emulated_set_agrees_with_the_portable_one(name: str, emulated: Library) -> None:
+    assert wrong_formats(emulated, name) == {}
 
 
 @pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])

@@ -103,6 +103,16 @@ def test_same_bits_alone_together_in_pieces_and_on_any_number_of_threads(
             assert torch.equal(rows, alone[number]), f"text {number}, seed {seed}"
 
 
+@pytest.mark.parametrize("weights", ["f32", "int8"])
+@pytest.mark.parametrize("kind", ["mistral", "gemma3", "gpt3"])
+def test_token_by_token_is_the_whole_text(kind: str, weights: str, instructions: str) -> None:
+    """Keys are read from the first tile of a window on: each position is once the first one of a pass."""
+    packed, text = pack(toy(kind), weights), tokens(80)
+    runner, blocks = packed.runner(3), [0, 1, 2]
+    rows = [runner.run([Span(0, [token], position, blocks, 1)]) for position, token in enumerate(text)]
+    assert torch.equal(torch.cat(rows), run_alone(packed, text))
+
+
 def test_layers_may_have_different_hidden_widths(instructions: str) -> None:
     model = toy("llama")
     model.get_submodule("blocks.1").feedforward = (
