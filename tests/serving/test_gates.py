@@ -93,8 +93,11 @@ def test_keys_guard_what_costs_or_tells() -> None:
         assert refused(gate, **headers) == sentence, headers
 
 
-@pytest.mark.parametrize(("kind", "passes"), [("http", False), ("websocket", True), ("lifespan", True)])
-def test_a_refused_request_does_not_reach_the_application(kind: str, passes: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "host", "passes"),
+    [("http", b"evil", False), ("http", b"chat.example", True), ("websocket", b"", True), ("lifespan", b"", True)],
+)
+def test_a_refused_request_does_not_reach_the_application(kind: str, host: bytes, passes: bool) -> None:
     reached: list[Any] = []
     sent: list[Any] = []
 
@@ -104,7 +107,7 @@ def test_a_refused_request_does_not_reach_the_application(kind: str, passes: boo
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope: Any = {"type": kind, "path": "/v1/models", "method": "GET", "headers": []}
+    scope: Any = {"type": kind, "path": "/v1/models", "method": "GET", "headers": [(b"host", host)]}
     call: Any = Hosts(app, ["chat.example"])(scope, nothing, send).__await__()
     with pytest.raises(StopIteration):
         next(call)

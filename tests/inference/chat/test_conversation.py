@@ -12,6 +12,7 @@ from torch import nn
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
+from keifu.inference.chat import conversation
 from keifu.inference.chat.conversation import Conversation
 from keifu.layers.attention.attention import Attention
 from keifu.layers.attention.kv_cache import KVState
@@ -178,6 +179,44 @@ def test_a_conversation_that_is_full_says_so_and_loses_nothing(chatter: Tokenize
     assert len(talk.messages) == len(before) + 2
 
 
+@pytest.mark.parametrize(("over", "refused"), [(-1, False), (0, True), (1, True)])
+def test_a_message_leaves_room_for_a_token(over: int, refused: bool, chatter: Tokenizer) -> None:
+    """A first message one token shorter than the context, as long, and longer: to start afresh would not help it."""
+    room = 400 - len(chatter.render_chat([{"role": "user", "content": ""}]))
+    talk, text = Conversation(toy(), chatter), "x" * (room + over)
+    if not refused:
+        assert [*talk.reply(text, temperature=0)] and len(talk.messages) == 2
+        return
+    with pytest.raises(UserError) as caught:
+        talk.reply(text)
+    assert str(caught.value) == (
+        f"The conversation has {400 + over} tokens with this message, but this model's context is 400 "
+        "and must hold the answer too: write a shorter message."
+    )
+
+
+def test_an_answer_ends_after_the_tokens_of_an_answer(
+    script: Any, chatter: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "ANSWER_TOKENS", 7)
+    talk = Conversation(script([98]), chatter)
+    assert talk.finish_reason is None and not talk.thinking
+    assert len("".join(talk.reply("Hi"))) == 7 and talk.finish_reason == "length"
+    assert len("".join(talk.reply("Hi", max_tokens=9))) == 9
+    talk.restore(talk.messages)
+    assert talk.finish_reason is None
+    list(talk.reply("Hi"))
+    talk.reset()
+    assert talk.finish_reason is None
+
+
+def test_guesses_reach_the_engine_also_after_a_reset(script: Any, chatter: Tokenizer, monkeypatch: Any) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(conversation, "Engine", lambda *_, guesses: seen.append(guesses))
+    Conversation(script([98]), chatter, guesses=3).reset()
+    assert seen == [3, 3]
+
+
 def test_the_context_may_fill_up_in_an_answer(chatter: Tokenizer) -> None:
     talk = Conversation(toy(), Tokenizer(chatter.backend, {}, chat_template=CHATML))
     list(talk.reply("x" * 350, temperature=0))
@@ -241,5 +280,5 @@ def test_the_last_message_is_taken_back_and_no_earlier_one() -> None:
     assert Conversation.take_back(talk)["content"] == "user 2"
     assert talk.messages == [{"role": "system", "content": "s"}, *turns[:4]]
     talk.messages = talk.messages[:1]
-    with pytest.raises(UserError, match="no message to answer again"):
+    with pytest.raises(UserError, match="^There is no message to answer again: ask something first.$"):
         Conversation.take_back(talk)
