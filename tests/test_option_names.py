@@ -119,7 +119,7 @@ def test_pages_name_options_that_there_are(page: Path) -> None:
 
 def test_every_recipe_that_trains_has_the_same_names() -> None:
     common = {"--steps", "--seed", "--tensorboard", "--wandb"}
-    for name in recipes().keys() - {"perceptron", "mlp-compare", "demo", "instruct"}:
+    for name in recipes().keys() - {"perceptron", "ngram", "mlp-compare", "demo", "instruct"}:
         assert common <= of_recipe(name), (name, common - of_recipe(name))
 
 

@@ -58,6 +58,7 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
     "instruct": "--sft.steps 2 --reward.steps 2 --ppo.steps 1 --ppo.rollouts 4 --ppo.warmup 1 --ppo.max-tokens 8",
     "latent-diffusion": "--clip-steps 2 --autoencoder-steps 2 --steps 2 --batch-size 4",
     "llama": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
+    "lstm": "--steps 2 --warmup 1 --batch-size 2 --model.dim 32 --model.n-layers 1",
     "palm": f"--steps 2 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
     "palm2": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
     "perceptron": "",

@@ -24,6 +24,7 @@ from keifu.training.signals import Interrupted, StopRequest
 pytestmark = pytest.mark.usefixtures("own_cache", "one_thread")
 
 MODEL = "--model.dim 16 --model.hidden-dim 32 --model.n-layers 1 --model.n-heads 2 --model.context-length 16"
+LSTM = "--model.dim 16 --model.n-layers 1 --row-length 16"
 TEXT = "--data {text} --vocab-size 270"
 FINE = "--held-out 0.25 --micro-batch 2"
 DRAWN = "--data {drawings} --clip {towers} --prompts {prompt} --batch-size 4 --precision float32 --seed 3"
@@ -68,6 +69,7 @@ TABLE: dict[str, tuple[str, int]] = {
     "llama": (f"{TEXT} --tokenizer bpe {MODEL} {STEPS} --warmup 2 --batch-size 3 --optimizer muon", 5),
     "llada": (f"{TEXT} {MODEL} {STEPS} --warmup 2 --batch-size 3", 5),
     "lora-image": ("--model {pipeline} --data {drawings} --limit 7 --rank 3 --steps 4 --batch-size 3", 4),
+    "lstm": (f"{TEXT} --tokenizer bpe {LSTM} {STEPS} --warmup 2 --batch-size 3 --model.dropout 0.2", 5),
     "mlp": ("--data {rows} --steps 5 --hidden 5 --dropout 0.2 --activation tanh", 6),
     "mlp-compare": ("--data {rows} --steps 5 --activations relu tanh --losses cross_entropy --hidden 4", 6),
     "olmo2": (f"{TEXT} {MODEL} {STEPS} --warmup 2 --batch-size 3 --z-loss 0.01", 5),
@@ -104,7 +106,7 @@ TABLE: dict[str, tuple[str, int]] = {
         "--model.dropout 0.2 --steps 4 --batch-size 3 --warmup 1", 4,
     ),
 }  # fmt: skip
-STARTS_OVER = {"perceptron"}  # it draws no random number, and takes less time than loading a state
+STARTS_OVER = {"perceptron", "ngram"}  # they draw no random number, and take little time
 QUICK = {"clip", "mlp", "sft"}  # the others are marked slow; LEARNED resumes some of them
 CLIP = (
     "--image.image-size 24 --image.patch-size 6 --image.dim 24 --image.hidden-dim 48 --image.n-layers 1 "

@@ -18,6 +18,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, olmo2, palm, seq2seq, transformer
+from keifu.models.classic import lstm
 from keifu.models.diffusion import llada
 from keifu.recipes.language import (
     bert as bert_recipe,
@@ -28,6 +29,7 @@ from keifu.recipes.language import (
     gpt3 as gpt3_recipe,
     llada as llada_recipe,
     llama as llama_recipe,
+    lstm as lstm_recipe,
     olmo2 as olmo2_recipe,
     palm as palm_recipe,
     palm2,
@@ -413,10 +415,19 @@ def of_olmo2(toys: Toys) -> tuple[Any, list[Group]]:
     return olmo2_recipe.Recipe(small_text(toys), SMALL, model=config), [*groups, Group(z_loss), scaled()]
 
 
+def of_lstm(toys: Toys) -> tuple[Any, list[Group]]:
+    config = lstm.Config(context_length=16, dim=16, dropout=0.0)
+    other = lstm.Config(context_length=20, dim=24, n_layers=1, cell="gru", dropout=0.4, tied=True)
+    return lstm_recipe.Recipe(small_text(toys), training=SMALL, model=config, row_length=16), [
+        *whole(toys, other),
+        Group({"row_length": Reach(20, "data.context_length")}),
+    ]
+
+
 TABLE = {
     "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "llada": of_llada,
     "olmo2": of_olmo2, "palm": of_palm, "palm2": of_palm2, "characters": of_characters, "bert": of_bert,
-    "transformer": of_transformer, "seq2seq": of_seq2seq,
+    "lstm": of_lstm, "transformer": of_transformer, "seq2seq": of_seq2seq,
 }  # fmt: skip
 
 

@@ -102,5 +102,5 @@ def test_the_demonstration_trains_as_long_on_what_it_is_given(tmp_path: Path, mo
 def test_every_recipe_has_a_table() -> None:
     """Here or in the other files of this kind."""
     modules = (test_wiring_language, test_wiring_assistant, test_wiring_images, test_hearing)
-    known = {"perceptron", "demo", *TABLE, *(name for module in modules for name in module.TABLE)}
+    known = {"perceptron", "ngram", "demo", *TABLE, *(name for module in modules for name in module.TABLE)}
     assert {name.replace("-", "_") for name in recipes()} - known == {"instruct"}  # made of three of these

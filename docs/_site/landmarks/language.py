@@ -8,11 +8,23 @@ from landmarks.drawing import MIDDLE, Begin, Drawing, End, Fork, Join, Label, Pa
 SELF = ("self-attention", "自己注意")
 CAUSAL = ("each token sees those before", "各トークンは前だけを見る")
 FEED = ("feed-forward", "フィードフォワード")
+NEXT = ("next token", "次のトークン")
 TOKENS = ("tokens", "トークン")
 NORM = Part("LayerNorm", "", "norm")
 RMS = Part("RMSNorm", "", "norm")
 LEARNED = Part(("embedding + position", "埋め込み + 位置"), ("a learned vector for each", "どちらも学習するベクトル"))
 HEAD = Part(("next token", "次のトークン"), ("the head is the embedding", "出力層は埋め込みと共有"), "goal")
+
+
+def ngram(drawing: Drawing) -> None:
+    parts = [
+        Part(("the last n − 1 tokens: u", "直前の n − 1 トークン：u"), "", "data"),
+        Part(("counts of what followed", "続いたトークンの回数"), ("c(u w) for each token w", "各トークン w の c(u w)")),
+        Part(("probabilities", "確率"), ("minus D, divided by c(u)", "D を引き、c(u) で割る")),
+        Part(("mixed with a shorter context", "短い文脈と混ぜる"), ("plus λ(u) · p(w | u′)", "λ(u) · p(w | u′) を足す"), "attention"),
+        Part(NEXT, ("drawn, and read as the last one", "引いて、次の文脈に加える"), "goal"),
+    ]  # fmt: skip
+    column(drawing, MIDDLE, 12, parts, 240)
 
 
 def transformer(drawing: Drawing) -> None:

@@ -72,3 +72,35 @@ def seq2seq(drawing: Drawing) -> None:
     drawing.line(state.bottom, word.top)
     drawing.line(word.left, (75, 315), before.bottom, dashed=True)
     drawing.note(155, 348, ("and again for each word", "これを単語ごとに繰り返す"))
+
+
+def lstm(drawing: Drawing) -> None:
+    lane, gates = 48, []
+    for x, label, remark in (
+        (56, ("forget", "忘却"), "f = σ(…)"),
+        (143, ("input", "入力"), "i = σ(…)"),
+        (230, ("new", "新しい内容"), "g = tanh(…)"),
+        (313, ("output", "出力"), "o = σ(…)"),
+    ):
+        gates.append(drawing.box(x, 150, label, remark, width=80))
+    forget, take, new, show = gates
+    kept, added = drawing.circle(56, lane, "×"), drawing.plus(186, lane)
+    both, shown = drawing.circle(186, 104, "×"), drawing.circle(313, 104, "×")
+    drawing.note(6, lane - 14, ("cell", "セル"), "start")
+    drawing.line((6, lane), kept.left)
+    drawing.line(kept.right, added.left)
+    drawing.line(added.right, (354, lane))
+    drawing.note(354, lane - 8, ("cell", "セル"), "end")
+    drawing.line(forget.top, kept.bottom)
+    drawing.line(take.top, (take.x, 104), both.left)
+    drawing.line(new.top, (new.x, 104), both.right)
+    drawing.line(both.top, added.bottom)
+    drawing.line((313, lane), shown.top)
+    drawing.note(308, 80, "tanh", "end")
+    drawing.line(show.top, shown.bottom)
+    drawing.line(shown.right, (354, 104))
+    drawing.note(354, 96, ("state", "状態"), "end")
+    inputs = drawing.box(186, 240, ("token, state before", "トークン、1つ前の状態"), "", "data", 190)
+    for gate in gates:
+        drawing.line(inputs.top, (inputs.x, 218), (gate.x, 218), gate.bottom)
+    drawing.note(MIDDLE, 292, ("one step; the same weights at every step", "1ステップ。どのステップでも同じ重み"))

@@ -226,9 +226,7 @@ def tensor_parallel(model: nn.Module, axis: DeviceMesh) -> tuple[dict[str, Layou
     if any(isinstance(layer, QuantizedLinear) for layer in model.modules()):
         raise UserError("--lora.base int4 cannot be split over --mesh.tensor: use --mesh.shard, or leave it out.")
     names = {module: name for name, module in model.named_modules()}
-    stacks = stacks_of(model, names)
-    if not stacks:
-        raise UserError("This model has no Transformer block to split: leave --mesh.tensor out, or use --mesh.shard.")
+    stacks = split_stacks(model, names)
     layouts: dict[str, Layout] = {}
     summed: set[str] = set()
     for blocks in stacks:
@@ -240,6 +238,13 @@ def tensor_parallel(model: nn.Module, axis: DeviceMesh) -> tuple[dict[str, Layou
         blocks[0].register_forward_pre_hook(tokens.enter)
         blocks[-1].register_forward_hook(lambda _, inputs, output, tokens=tokens: tokens.gather(output, reduce=False))
     return layouts | _split_head(model, Tokens(axis)), summed
+
+
+def split_stacks(model: nn.Module, names: Mapping[nn.Module, str]) -> list[list[nn.Module]]:
+    """Return the model's lists of Transformer blocks. Raises UserError if it has none, or if one cannot be split."""
+    if not (stacks := stacks_of(model, names)):
+        raise UserError("This model has no Transformer block to split: leave --mesh.tensor out, or use --mesh.shard.")
+    return stacks
 
 
 def stacks_of(model: nn.Module, names: Mapping[nn.Module, str]) -> list[list[nn.Module]]:

@@ -1,7 +1,21 @@
 """Recipes: one file for each run of `keifu train`, with its paper, command, cost, expected result and options."""
 
 FOLDERS = {
-    "language": ("gpt", "gpt1", "gpt2", "gpt3", "llama", "llada", "olmo2", "palm", "palm2", "characters", "bert"),
+    "language": (
+        "gpt",
+        "gpt1",
+        "gpt2",
+        "gpt3",
+        "llama",
+        "llada",
+        "olmo2",
+        "palm",
+        "palm2",
+        "characters",
+        "bert",
+        "lstm",
+        "ngram",
+    ),
     "translation": ("seq2seq", "transformer"),
     "speech": ("whisper",),
     "assistant": ("sft", "distill", "see", "reward", "dpo", "ppo", "grpo", "instruct"),

@@ -62,6 +62,8 @@ def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Mod
     """Attach new adapters, in place, to the linear layers of these names (see `match_targets`), or to all for
     "all-linear"."""
     known = linears(model)
+    if not known:
+        raise UserError("This model has no linear layers in its blocks, so that it takes no adapters.")
     chosen_layers = known.values() if [*targets] == [ALL] else match_targets(known, targets, ALL)
     return attach(model, dict.fromkeys(chosen_layers, low))
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from keifu.layers.attention.attention import Cache, CacheShape
 from keifu.layers.attention.masks import CausalMask, DocumentMask, segments_of
+from keifu.layers.dropout import Dropout
 
 Hidden = Float[Tensor, "batch length dim"]
 Numbers = Float[Tensor, "batch numbers"]
@@ -97,15 +98,16 @@ class LSTM(RNN):
 
 
 class RecurrentBlock(nn.Module):
-    """Block of a decoder that is one recurrent layer and nothing else, without a residual connection."""
+    """Block of a decoder that is one recurrent layer and dropout (Zaremba et al., 2014), without a residual
+    connection. The mask acts on what goes to the next layer, and not on the state."""
 
-    def __init__(self, layer: RNN):
+    def __init__(self, layer: RNN, dropout: float = 0.0):
         super().__init__()
-        self.attention = layer
+        self.attention, self.dropout = layer, Dropout(dropout)
 
     def forward(
         self, x: Hidden, mask: CausalMask | DocumentMask | None = None, positions: object = None,
         cache: Cache | None = None,
     ) -> Hidden:  # fmt: skip
         """Apply the layer, as `DecoderLM` calls a block."""
-        return self.attention(x, mask, positions, cache)
+        return self.dropout(self.attention(x, mask, positions, cache))

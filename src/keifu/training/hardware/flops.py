@@ -104,6 +104,8 @@ def count_flops(work: Callable[[], object]) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
         torch.ops.mkldnn._linear_pointwise: _linear,
+        aten.mkldnn_rnn_layer: _recurrent,
+        aten.mkldnn_rnn_layer_backward: _recurrent_backward,
     }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         work()
@@ -112,6 +114,15 @@ def count_flops(work: Callable[[], object]) -> int:
 
 def _linear(x: torch.Size, weight: torch.Size, *_, **__) -> int:
     return 2 * x.numel() * weight[0]
+
+
+def _recurrent(x: torch.Size, input_weight: torch.Size, recurrent_weight: torch.Size, *_, **__) -> int:
+    """Count a fused recurrent layer: each token is multiplied with both matrices."""
+    return 2 * x[:-1].numel() * (input_weight.numel() + recurrent_weight.numel())
+
+
+def _recurrent_backward(*shapes, **__) -> int:
+    return 2 * _recurrent(*shapes)
 
 
 def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *_, **__) -> int:
