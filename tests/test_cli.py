@@ -181,11 +181,15 @@ def test_an_own_recipe_file_is_a_recipe(
         cli.main(["train", str(own), "--help"])
     assert "--size INT" in capsys.readouterr().out
     cli.main(["train", str(own), "--size", "3"])
-    assert capsys.readouterr().out == "3 my_own False\n"
+    assert capsys.readouterr().out == "3 my_own\n"
     own.write_text("x = 1")
-    assert said(capsys, "train", str(own))[1].startswith(f"{own} is no recipe: it lacks Recipe and run")
+    assert said(capsys, "train", str(own))[1].startswith(f"{own} is no recipe: it lacks Recipe and jobs")
     assert said(capsys, "train", "nothing.py")[1].startswith("There is no file 'nothing.py'")
-    wrong = {"torn.py": ("def f(:", "cannot be run: SyntaxError"), "bare.py": ("Recipe = run = 3", "is no dataclass")}
+    wrong = {
+        "torn.py": ("def f(:", "cannot be run: SyntaxError"),
+        "bare.py": ("Recipe = jobs = 3", "is no dataclass"),
+        "older.py": ("Recipe = run = 3", "lacks jobs, and its function run is of an earlier version"),
+    }
     for name, (text, told) in wrong.items():
         Path(name).write_text(text)
         assert told in said(capsys, "train", name)[1] and told in said(capsys, "train", name, "--help")[1]
@@ -201,6 +205,7 @@ def test_an_own_recipe_may_have_the_name_of_a_module(tmp_path: Path, monkeypatch
 OWN_RECIPE = '''"""Mine."""
 from dataclasses import dataclass
 import torch
+from keifu.training.job import RUN_FOLDER
 
 @dataclass
 class Recipe:
@@ -208,8 +213,9 @@ class Recipe:
     size: int = 2
     """Of it."""
 
-def run(recipe, out, resume):
-    print(recipe.size, out.name, resume)
+def jobs(recipe):
+    out = yield RUN_FOLDER
+    print(recipe.size, out.name)
 '''
 
 

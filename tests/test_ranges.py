@@ -15,8 +15,7 @@ from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.errors import UserError
 from keifu.ranges import AT_LEAST_ZERO, COUNT, Count, Range, check, check_value, range_of
 from keifu.recipes.files import recipe_module, recipes
-from keifu.recipes.options import check_ranges, paths, put
-from keifu.recipes.runs import given
+from keifu.recipes.options import check_ranges, given, paths, put
 from keifu.training.settings import Settings
 
 

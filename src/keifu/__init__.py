@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from keifu.errors import UserError
     from keifu.inference.embeddings.encoders import embed
     from keifu.interface import generate, train
+    from keifu.recipes.own import job
+    from keifu.training.job import Job
     from keifu.training.protocols import LossOutput
     from keifu.training.settings import Settings
 
 __version__ = "0.2.0"
 __all__ = [
+    "Job",
     "LossOutput",
     "Settings",
     "UserError",
     "__version__",
     "embed",
     "generate",
+    "job",
     "load",
     "load_weights",
     "save",
@@ -42,6 +46,8 @@ _HOMES = {
     "save": "keifu.checkpoints",
     "generate": "keifu.interface",
     "train": "keifu.interface",
+    "job": "keifu.recipes.own",
+    "Job": "keifu.training.job",
     "embed": "keifu.inference.embeddings.encoders",
     "UserError": "keifu.errors",
     "LossOutput": "keifu.training.protocols",

@@ -21,6 +21,7 @@ from keifu.training.run import checkpoint, run_directory, signature
 MARK = "from pathlib import Path\nPath({marker!r}).write_text('executed')\n"
 RECIPE = '''"""Mine."""
 from dataclasses import dataclass
+from keifu.training.job import Computation
 
 @dataclass
 class Recipe:
@@ -28,8 +29,8 @@ class Recipe:
     size: int = 2
     """Size."""
 
-def run(recipe, out, resume):
-    print("size", recipe.size, resume)
+def jobs(recipe):
+    yield Computation(lambda out: print("size", recipe.size, "in", out.name))
 '''
 SCORE = "def f(prompt, answer, example):\n    return 1.0\n"
 
@@ -110,12 +111,12 @@ def test_an_own_recipe_goes_on_when_its_file_is_named(capsys: pytest.CaptureFixt
     Path("notes.py").write_text(RECIPE)
     go("notes.py", "--size", "3", "--out", "run")
     began = capsys.readouterr()
-    assert "size 3 False" in began.out and "The code of " in began.err and "(SHA-256 " in began.err
+    assert "size 3 in run" in began.out and "The code of " in began.err and "(SHA-256 " in began.err
     with pytest.raises(UserError, match=r"name it: keifu train \S+notes.py --resume run") as refused:
         go("--resume", "run")
     assert sha256(Path("notes.py"))[:12] in str(refused.value)
     go("notes.py", "--resume", "run")
-    assert "size 3 False" in capsys.readouterr().out
+    assert "size 3 in run" in capsys.readouterr().out
     Path("notes.py").rename("moved.py")
     go("moved.py", "--resume", "run")
     assert "when the run began" not in capsys.readouterr().err
@@ -137,7 +138,7 @@ def test_the_command_that_goes_on_names_the_code(monkeypatch: pytest.MonkeyPatch
         raise KeyboardInterrupt
 
     Path("my score.py").write_text(SCORE)
-    monkeypatch.setattr(grpo, "run", stop)
+    monkeypatch.setattr(grpo, "jobs", stop)
     with pytest.raises(KeyboardInterrupt) as stopped:
         go("grpo", "--reward", "my score.py:f", "--out", "run")
     command = str(stopped.value).splitlines()[-1]

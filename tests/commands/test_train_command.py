@@ -113,7 +113,7 @@ def test_an_option_alone_is_no_recipe(words: list[str]) -> None:
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_any_work(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(characters, "run", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(characters, "jobs", lambda _: pytest.fail("work was begun"))
     with pytest.raises(UserError, match=r"already holds a run, saved at step 6: .*--resume .*--replace"):
         go("characters", "--data", "no-such-text", "--out", str(out))
 
@@ -237,7 +237,7 @@ def test_a_run_without_a_loop_is_found_too(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(UserError, match="already holds a finished run"):
         go("perceptron", "--out", str(tmp_path))
     asked = []
-    monkeypatch.setattr(perceptron, "run", lambda recipe, *_: asked.append(recipe.data))
+    monkeypatch.setattr(perceptron, "jobs", lambda recipe: iter(asked.append(recipe.data) or ()))
     go("--resume", str(tmp_path))
     assert asked == ["or"]
 

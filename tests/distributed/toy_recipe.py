@@ -17,9 +17,10 @@ from group_toys import KINDS, ToyData
 from keifu.distributed.checkpoint import HashedFile
 from keifu.processes import current
 from keifu.training import setup
-from keifu.training.loop import train
-from keifu.training.protocols import Batch, Run
+from keifu.training.job import RUN_FOLDER, Job, Jobs, RunFacts
+from keifu.training.protocols import Batch
 from keifu.training.run import checkpoint
+from keifu.training.run.run_directory import last_step
 from keifu.training.settings import Settings
 
 
@@ -80,12 +81,13 @@ def cut_off(file: Any, data: Any, write: Any = HashedFile.write) -> int:
     return write(file, data)
 
 
-def run(recipe: Recipe, out: Path, resume: bool) -> None:
-    """Train into `out`."""
+def jobs(recipe: Recipe) -> Jobs:
+    """Yield the training. Only a new run has faults."""
+    begun = last_step((yield RUN_FOLDER)) is not None
     torch.manual_seed(0)
     build, objective, _ = KINDS[recipe.kind]
     end = {"last": recipe.steps - 1, "until": recipe.until}
-    data = FaultyData(recipe.kind, 6, seconds=recipe.seconds, fault="" if resume else recipe.fault, **end)
+    data = FaultyData(recipe.kind, 6, seconds=recipe.seconds, fault="" if begun else recipe.fault, **end)
     if data.apart == "other data":
         object.__setattr__(data, "fingerprint", "others")
     if data.apart == "other version":
@@ -101,4 +103,7 @@ def run(recipe: Recipe, out: Path, resume: bool) -> None:
         steps=recipe.steps, batch_size=6, micro_batch=6, precision="float32", log_every=1, save_every=2,
         evaluate_every=0, learning_rate=1e-3,
     )  # fmt: skip
-    train(build().train(), objective, data, settings, Run(out, resume))
+    yield Job(
+        model=build().train(), objective=objective, data=data, settings=settings, facts=RunFacts(title="toy"),
+        save=lambda folder: None,
+    )  # fmt: skip

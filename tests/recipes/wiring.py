@@ -1,14 +1,13 @@
-"""What reaches the training loop from a recipe: a stand-in for the loop that records its arguments, rows of a table for
-options, and the check that every option has a row and reaches what that names."""
+"""What reaches the training loop from a recipe: its last job, rows of a table for options, and the check that every
+option has a row and reaches what that names."""
 
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from functools import cache, partial
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from pkgutil import walk_packages
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,35 +48,6 @@ class Group:
     rows: Mapping[str, Reach]
     given: Mapping[str, Any] = field(default_factory=dict)
     refused: bool = False
-
-
-@cache
-def modules() -> list[Any]:
-    """Return all modules of the recipes'."""
-    return [import_module(found.name) for found in walk_packages(recipes.__path__, f"{recipes.__name__}.")]
-
-
-class Recorder:
-    """Stands in for the training loop in every recipe. What was built is written for the part after it, and, if all is
-    `saved`, in the end too."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, out: Path, saved: bool = False):
-        self.calls: dict[str, SimpleNamespace] = {}
-        self.out, self.saved = out, saved
-        for module in modules():
-            for name, value in list(vars(module).items()):
-                if value is loop.train:
-                    patch.setattr(module, name, self.train)
-        patch.setattr(runs, "steps_within", lambda minutes, *rest, **more: round(MINUTES * minutes))
-
-    def train(self, model, objective, data, settings, run, sample=None, save=None, largest=None) -> loop.Summary:
-        """Record the call, and report success."""
-        call = dict(model=model, objective=objective, data=data, settings=settings, run=run, sample=sample, save=save)
-        self.calls[run.directory.name] = self.calls["last"] = SimpleNamespace(**call, largest=largest, parts=self.calls)
-        if save and (self.saved or run.directory != self.out):
-            run.directory.mkdir(parents=True, exist_ok=True)
-            save(run.directory)
-        return loop.Summary(run.directory, settings.steps, 0.0, defaultdict(float))
 
 
 def inside(thing: Any, name: str) -> Any:
@@ -182,10 +152,9 @@ def _comparable(value: Any, but: tuple[str, ...]) -> Any:
 
 
 def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespace:
-    """Return the last job of a recipe. Earlier stages are saved untrained for the later ones; the last if `saved`."""
+    """Return the last job of a recipe, which is not trained. Earlier stages are saved for the later ones; the last if
+    `saved`."""
     module = import_module(f"{recipes.__name__}.{recipes.RECIPES[name.replace('_', '-')]}")
-    if "jobs" not in vars(module):
-        return run_older(module, recipe, out, saved)
     parts: dict[str, SimpleNamespace] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "steps_within", lambda minutes, *rest, **more: round(MINUTES * minutes))
@@ -209,11 +178,3 @@ def run(name: str, recipe: Any, out: Path, saved: bool = False) -> SimpleNamespa
                 save(directory)
             assert isinstance(job.settings, Settings)
             result = loop.Summary(directory, job.settings.steps, 0.0, defaultdict(float))
-
-
-def run_older(module: Any, recipe: Any, out: Path, saved: bool) -> SimpleNamespace:
-    """Run a recipe, and return the record of its last call of the training loop."""
-    with pytest.MonkeyPatch.context() as patch:
-        recorder = Recorder(patch, out, saved)
-        module.run(recipe, out, False)
-    return recorder.calls["last"]

@@ -33,7 +33,7 @@ def path_of(name: str) -> Path:
     """Return the path of a recipe's file. Raises `UserError`, with the nearest name, if it is unknown."""
     if is_own(name):
         if not Path(name).is_file():
-            raise UserError(f"There is no file {name!r}: give a file with a class Recipe and a function jobs or run.")
+            raise UserError(f"There is no file {name!r}: give a file with a class Recipe and a function jobs.")
         return Path(name)
     require_known("recipe", name, recipe_names())
     return Path(__file__).parent / f"{RECIPES[name].replace('.', '/')}.py"
@@ -50,9 +50,9 @@ def recipe_module(name: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look up the types of their fields here
     with _blaming(path):
         spec.loader.exec_module(module)
-    missing = ["Recipe"] * ("Recipe" not in vars(module)) + ["run"] * (not {"jobs", "run"} & vars(module).keys())
-    if missing:
-        raise UserError(f"{path} is no recipe: it lacks {' and '.join(missing)} (docs/python.md shows one).")
+    if missing := [name for name in ("Recipe", "jobs") if name not in vars(module)]:
+        older = ", and its function run is of an earlier version" if "run" in vars(module) else ""
+        raise UserError(f"{path} is no recipe: it lacks {' and '.join(missing)}{older} (docs/python.md shows one).")
     if not (isinstance(module.Recipe, type) and is_dataclass(module.Recipe)):
         raise UserError(f"{path} is no recipe: its Recipe is no dataclass (docs/python.md shows one).")
     return module

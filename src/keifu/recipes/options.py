@@ -34,6 +34,11 @@ class Logging:
         return {"minutes": self.minutes, **usual, **chosen}
 
 
+def given(value: float | int | None, usual: float | int) -> float | int:
+    """Return the value of an option, or `usual` if it is unset."""
+    return usual if value is None else value
+
+
 ARGUMENT: Any = type(tyro.conf.arg())  # class of annotations that rename an option; tyro does not export it
 
 
@@ -86,12 +91,12 @@ def _walk(
     options_class: type, values: Mapping[str, Any], prefix: str, above: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
     hints = get_type_hints(options_class, include_extras=True)
-    for field, value in values.items():
-        name, inner, path = _option(field, hints.get(field), prefix), _dataclass(hints.get(field)), (*above, field)
+    for key, value in values.items():
+        name, inner, path = _option(key, hints.get(key), prefix), _dataclass(hints.get(key)), (*above, key)
         if isinstance(value, Mapping) and inner:
             yield from _walk(inner, value, name, path)
         else:
-            yield name, path, value, hints.get(field)
+            yield name, path, value, hints.get(key)
 
 
 def _option(field: str, hint: Any, prefix: str) -> str:
@@ -110,6 +115,6 @@ def _dataclass(hint: Any) -> type | None:
 
 def put(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Set an option in the result of `to_json`."""
-    for field in path[:-1]:
-        values = values[field]
+    for key in path[:-1]:
+        values = values[key]
     values[path[-1]] = value

@@ -20,7 +20,7 @@ from keifu.errors import UserError, shell
 from keifu.files import sha256
 from keifu.recipes import trust
 from keifu.recipes.options import by_option, from_json, paths, put, to_json
-from keifu.recipes.running import run_recipe
+from keifu.recipes.running import run_jobs
 from keifu.training.run import checkpoint, run_directory
 from keifu.training.run.signature import is_signed
 from keifu.training.settings import ADJUSTABLE
@@ -113,7 +113,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             try:
                 if "check_before_start" in vars(module):
                     module.check_before_start(recipe)
-                run_recipe(module, recipe, out, False)
+                run_jobs(module.jobs(recipe), out)
             except KeyboardInterrupt as stop:
                 _stop(out, stop)
             except BaseException:
@@ -147,7 +147,7 @@ def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
         run_directory.record(out, run.name, to_json(recipe), **more)
         trust.show_code(run.name, recipe, run.record)
         try:
-            run_recipe(module, recipe, out, step is not None)
+            run_jobs(module.jobs(recipe), out, step is not None)
         except KeyboardInterrupt as stop:
             _stop(out, stop)
         except Exception:

@@ -28,9 +28,10 @@ from keifu.layers.lora import unadapted
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.runs import Objective, given
+from keifu.recipes.options import given
 from keifu.training.job import Job, Jobs, RunFacts
 from keifu.training.loader import on_device
+from keifu.training.protocols import Objective
 from keifu.training.trainer import ObjectiveModule
 
 PAPERS = {"simpo": "Meng et al., SimPO", "orpo": "Hong et al., ORPO", "kto": "Ethayarajh et al., KTO"}  # 2024

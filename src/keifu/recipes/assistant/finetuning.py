@@ -32,8 +32,12 @@ from keifu.inference.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
-from keifu.recipes.runs import FinetuneOptions, Objective, Sample, Save, Settings, Summary, given
+from keifu.recipes.options import given
+from keifu.recipes.training_options import FinetuneOptions
 from keifu.training.job import Job, Jobs, RunFacts
+from keifu.training.loop import Summary
+from keifu.training.protocols import Objective, Sample, Save
+from keifu.training.settings import Settings
 
 Template = Literal["own", "plain", "chatml"]
 CHAIN_SUM = "chain-sum"

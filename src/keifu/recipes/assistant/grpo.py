@@ -17,7 +17,7 @@ from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.runs import given
+from keifu.recipes.options import given
 from keifu.training.job import Job, Jobs
 
 PAPERS = {"dr-grpo": "Liu et al., Dr. GRPO", "dapo": "Yu et al., DAPO", "gspo": "Zheng et al., GSPO"}  # 2025

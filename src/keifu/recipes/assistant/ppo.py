@@ -23,8 +23,9 @@ from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.reward import with_score_head
 from keifu.recipes.language.pretraining import TextOptions
-from keifu.recipes.runs import Settings, given
+from keifu.recipes.options import given
 from keifu.training.job import Job, Jobs
+from keifu.training.settings import Settings
 
 POLICY = "policy"
 

@@ -26,8 +26,8 @@ from keifu.inference.chat.conversation import Conversation as Talk
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.distilling import DistillAnswers
-from keifu.recipes.runs import Objective
 from keifu.training.job import Job, Jobs, RunFacts
+from keifu.training.protocols import Objective
 
 PAPER = "Ouyang et al., InstructGPT (2022), section 3.5"
 SAMPLES = 3

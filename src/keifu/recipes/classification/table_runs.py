@@ -15,8 +15,9 @@ from keifu.files import write_atomic
 from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.runs import FinetuneOptions, Objective
+from keifu.recipes.training_options import FinetuneOptions
 from keifu.training.job import Job, RunFacts
+from keifu.training.protocols import Objective
 
 LEAST_CUT = 3  # tokens of a text: special ones and at least one of text
 

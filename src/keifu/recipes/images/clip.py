@@ -33,10 +33,12 @@ from keifu.inference.images.latent_diffusion import text_tokens
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.ranges import Count
 from keifu.recipes.images import image_runs, text_teacher
-from keifu.recipes.runs import Objective, Settings, TrainingOptions
 from keifu.recipes.starting import adapted, holds_families
+from keifu.recipes.training_options import TrainingOptions
 from keifu.training.job import Budget, Job, Jobs, JobsReturning, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.contrastive import contrastive_loss, taught_loss
+from keifu.training.protocols import Objective
+from keifu.training.settings import Settings
 
 LEARNED = "learned"
 CaptionTokens = tuple[torch.Tensor, torch.Tensor | None]  # of training and validation captions

@@ -30,10 +30,11 @@ from keifu.models.diffusion import ddpm
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, Seed, check
 from keifu.recipes.images.image_runs import ImageTask, drawn_batches, image_settings, of_both, picture_facts
 from keifu.recipes.images.latent_diffusion import encode_dataset
+from keifu.recipes.options import Logging
 from keifu.recipes.plan import check_plan
-from keifu.recipes.runs import Logging, Summary
 from keifu.recipes.starting import keeps_best, load_start, scaled
 from keifu.training.job import Budget, Job, Jobs, PlannedSettings, parameters
+from keifu.training.loop import Summary
 from keifu.training.objectives.diffusion import DiffusionLoss, dequantise_data, use_latents
 from keifu.training.settings import Precision, Settings
 

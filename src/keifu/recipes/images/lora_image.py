@@ -33,7 +33,7 @@ from keifu.ranges import BelowOne, Count, Finite, Natural, NotNegative, Seed, ch
 from keifu.recipes.images.clip import caption_tokens
 from keifu.recipes.images.image_runs import TextToImageTask, picture_facts
 from keifu.recipes.images.latent_diffusion import task_of
-from keifu.recipes.runs import Logging
+from keifu.recipes.options import Logging
 from keifu.training.job import Job, Jobs
 from keifu.training.settings import Precision, Settings
 

@@ -29,10 +29,11 @@ from keifu.inference.text.fill import fill
 from keifu.inference.text.translation import sentences
 from keifu.models import bert
 from keifu.recipes.language.pretraining import Text, TextArgument, check_language_plan, tokenizer_of
-from keifu.recipes.runs import Settings, TrainingOptions
 from keifu.recipes.starting import adapted
+from keifu.recipes.training_options import TrainingOptions
 from keifu.training.job import Job, Jobs, RunFacts, parameters
 from keifu.training.objectives.language_modeling import masked_language_modeling
+from keifu.training.settings import Settings
 
 SMALL = bert.Config(context_length=128, dim=256, hidden_dim=1024, n_layers=4, n_heads=4)
 LEARNING = Settings(

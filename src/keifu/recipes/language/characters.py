@@ -19,8 +19,9 @@ from keifu.errors import require_known
 from keifu.models import gpt2, llama
 from keifu.ranges import BelowOne, Count, Seed
 from keifu.recipes.language.pretraining import Text, TextOptions, prepare_text, pretraining_job
-from keifu.recipes.runs import Logging, Settings
+from keifu.recipes.options import Logging
 from keifu.training.job import Jobs
+from keifu.training.settings import Settings
 
 # name -> builder of the model, its config, training settings
 WAYS: dict[str, tuple[Any, Any, Settings]] = {

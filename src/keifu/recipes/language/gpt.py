@@ -21,17 +21,18 @@ from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
-from keifu.recipes import runs
 from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretraining_job, settings_of
+from keifu.recipes.options import Logging, given
 from keifu.recipes.starting import keeps_best, scaled
 from keifu.training import job
+from keifu.training.settings import Settings
 
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
-class Recipe(TextOptions, runs.Logging):
+class Recipe(TextOptions, Logging):
     """Options of the run. Unset ones follow from the depth."""
 
     depth: Depth = 4
@@ -110,19 +111,19 @@ def parameters(config: llama.Config) -> int:
     return config.n_layers * config.dim * (4 * config.dim + 3 * config.hidden_dim) + config.vocab_size * config.dim
 
 
-def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> runs.Settings:
+def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Settings:
     """Return batch size, steps and rates for this depth. size: number of parameters. row: tokens of a row."""
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
     return settings_of(
         recipe, steps, batch_size, optimizer="muon", learning_rate=scaled(3e-3, recipe.start_from),
-        matrix_rate=runs.given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
+        matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
         final_ratio=0.0, weight_decay=0.01, **keeps_best(recipe.start_from),
     )  # fmt: skip
 
 
-def prepare(recipe: Recipe) -> tuple[TextTask, llama.Config, runs.Settings]:
+def prepare(recipe: Recipe) -> tuple[TextTask, llama.Config, Settings]:
     """Return the text, and the model's config and the settings for this depth."""
     vocab_size = recipe.vocab_size or min(32_768, 2048 * recipe.depth)
     task = prepare_text(Text(recipe.data, recipe.tokenizer, vocab_size, **recipe.reading()))

@@ -26,8 +26,9 @@ from keifu.recipes.language.pretraining import (
     pretraining_job,
     settings_of,
 )
-from keifu.recipes.runs import Logging, Settings
+from keifu.recipes.options import Logging
 from keifu.training.job import Jobs
+from keifu.training.settings import Settings
 
 PAPER_WARMUP = 2000
 SMALL = gpt1.Config(context_length=256, dim=256, hidden_dim=1024, n_layers=4, n_heads=4, dropout=0.0)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from keifu.models import gpt3
 from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretraining_job
-from keifu.recipes.runs import Settings
 from keifu.training.job import Jobs
+from keifu.training.settings import Settings
 
 TOKENS, WARMUP, DECAY, RAMP = 300e9, 0.375e9, 260e9, 4e9  # as in the paper; the ramp is 4 to 12 B tokens, by size
 FIRST = 32 / 500  # initial share of the batch size

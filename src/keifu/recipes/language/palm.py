@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from keifu.models import palm
 from keifu.ranges import NotNegative
 from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretraining_job
-from keifu.recipes.runs import Settings
 from keifu.training.job import Jobs
 from keifu.training.optim.loss_spikes import SpikeSettings
+from keifu.training.settings import Settings
 
 STEPS, HELD, GROWS = 255_000, 10_000, (50_000, 115_000)  # as in the paper
 

@@ -38,9 +38,10 @@ from keifu.inference.text.fill import continuation, infill
 from keifu.inference.text.sampling_params import sampling_for
 from keifu.models import palm
 from keifu.ranges import BelowOne, Count, Share
-from keifu.recipes.runs import Settings, TrainingOptions
+from keifu.recipes.training_options import TrainingOptions
 from keifu.training.job import Job, Jobs, RunFacts, parameters
 from keifu.training.objectives.language_modeling import masked_share_loss, span_corruption
+from keifu.training.settings import Settings
 
 CHARACTERS = 12_000_000  # for training the tokenizer
 BITS = methodcaller("bits_per_byte", 1.0)  # of a text, for a loss of one nat per token

@@ -27,12 +27,15 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
+from keifu.recipes.options import Logging
 from keifu.recipes.plan import check_plan
-from keifu.recipes.runs import Data, Logging, Objective, Settings, TrainingOptions
+from keifu.recipes.training_options import TrainingOptions
 from keifu.training.job import Job, RunFacts, parameters
 from keifu.training.objectives.language_modeling import causal_language_modeling, masked_diffusion
 from keifu.training.objectives.layer_losses import with_balancing
+from keifu.training.protocols import Data, Objective
 from keifu.training.run.progress import format_count
+from keifu.training.settings import Settings
 
 VALIDATION_TOKENS = 100_000
 PER_TOKEN = (causal_language_modeling, masked_diffusion)  # their losses are nats per token of the text

@@ -28,10 +28,11 @@ from keifu.inference.text.model import evaluation_mode
 from keifu.layers.activations import ACTIVATIONS, STEP_HAS_NO_GRADIENT
 from keifu.models import mlp
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.runs import Logging, Settings
+from keifu.recipes.options import Logging
 from keifu.threads import on_threads
 from keifu.training.job import RUN_FOLDER, Job, Jobs, RunFacts
 from keifu.training.protocols import Batch, LossOutput, Objective, Sample
+from keifu.training.settings import Settings
 
 SMALL: dict[str, Any] = {
     "hidden": (16, 16), "steps": 600, "batch_size": 32, "learning_rate": 1e-2, "dropout": 0.0, "weight_decay": 0.01,

@@ -30,10 +30,11 @@ from keifu.inference.speech.rules import NO_TIMESTAMPS, SPECIAL, speech_tokens
 from keifu.models.speech import whisper
 from keifu.ranges import BelowOne, Count
 from keifu.recipes.assistant.finetuning import held_out
-from keifu.recipes.runs import Settings, TrainingOptions
+from keifu.recipes.training_options import TrainingOptions
 from keifu.training.job import Job, Jobs, RunFacts, parameters
 from keifu.training.objectives.language_modeling import transcription
 from keifu.training.protocols import Batch, LossOutput, Objective
+from keifu.training.settings import Settings
 
 LEARNING = Settings(
     steps=1000, batch_size=32, learning_rate=1e-3, warmup=100, schedule="linear", final_ratio=0.0, weight_decay=0.1,

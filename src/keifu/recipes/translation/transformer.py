@@ -16,7 +16,7 @@ from typing import Literal
 from keifu.data.translation.batches import by_tokens
 from keifu.models import transformer
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.runs import given
+from keifu.recipes.options import given
 from keifu.recipes.starting import scaled
 from keifu.recipes.translation.translator_runs import (
     Training,

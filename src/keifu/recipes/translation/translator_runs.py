@@ -26,8 +26,7 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.inference.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
-from keifu.recipes.options import Logging
-from keifu.recipes.runs import given
+from keifu.recipes.options import Logging, given
 from keifu.recipes.starting import check_start, keeps_best, scaled
 from keifu.training.job import Budget, Job, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.language_modeling import translation
