@@ -19,14 +19,24 @@ function load(name, files) {
 const rounded = (value) => JSON.parse(JSON.stringify(value, (_, each) => (typeof each === "number" ? Math.round(1e6 * each) / 1e6 : each)));
 const grey = ({ x }) => Buffer.from(Uint8Array.from(x, (value) => Math.max(0, Math.min(255, Math.round(127.5 * (1 + value)))))).toString("base64");
 const go = async () => true;
+const QUESTION = "What is your favourite food?";
+
+async function written(name, prompt) {
+  const settings = { temperature: 0.6, topP: 0.95, repetitionPenalty: 1.1 };
+  const { text, steps } = await ACTIONS.generate(load(name, TEXT), { ...prompt, settings, maxTokens: 60, seed: 1 }, go);
+  return { text, steps: steps.map(({ probability }) => ({ probability: Math.round(1e4 * probability) / 1e4 })) };
+}
 
 const FIRST = {
   network: rounded(ACTIONS.classify(load("network", TEXT.slice(0, 2)), { pixels: centred(STROKES) })),
   decoder: rounded(ACTIONS.next(load("gpt-en", TEXT), { text: "The city was founded in the" })),
+  decoding: rounded(ACTIONS.next(load("gpt-en", TEXT), { text: "The city was founded in the", settings: [{ temperature: 0.7 }, { topK: 5 }, { topP: 0.9 }, { minP: 0.1 }] })),
+  comparison: [await written("gpt-en", { text: `${QUESTION}\n` }), await written("chat-en", { messages: [{ role: "user", content: QUESTION }] })],
   masked: rounded(ACTIONS.fill(load("bert-en", TEXT), { text: "The book was [MASK] by an American author." })),
   translator: rounded(ACTIONS.translate(load("ja-en", TEXT), { text: "猫はテーブルの下で寝ています。" })),
   digits: grey(await ACTIONS.digit(load("digits", DDPM), { label: 3, steps: 20, guidance: 2, seed: 1 }, go)),
 };
+FIRST.decoding = { candidates: FIRST.decoding.candidates };
 FIRST.network.hidden = FIRST.network.hidden.map((states) => states.map((state) => Math.ceil(100 * state) / 100));
 for (const [name, frame] of Object.entries(FIRST)) {
   const head = "// What this element shows before a click; written by `node docs/_site/first_frames.mjs`.\n\n";

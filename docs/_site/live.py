@@ -30,18 +30,29 @@ LATENT = (
     "vae/config.json",
     "vae/diffusion_pytorch_model.safetensors",
 )
-FILES = {  # of each element's model; an element without a model has none
+PICTURES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json")
+
+
+def files_of(model: str, names: tuple[str, ...] = TEXT) -> tuple[str, ...]:
+    """Return the paths of a model's files inside the folder of models."""
+    return tuple(f"{model}/{name}" for name in names)
+
+
+FILES = {  # of each element's models; an element without a model has none
     "perceptron": (),
     "xor": (),
     "points": (),
-    "network": ("config.json", "model.safetensors"),
-    "gpt-en": TEXT,
-    "bert-en": TEXT,
-    "ja-en": TEXT,
-    "digits": UNET,
-    "chat-en": TEXT,
-    "emoji": LATENT,
-    "see": ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"),
+    "network": files_of("network", ("config.json", "model.safetensors")),
+    "gpt-en": files_of("gpt-en"),
+    "decoding": files_of("gpt-en"),
+    "comparison": files_of("gpt-en") + files_of("chat-en"),
+    "bert-en": files_of("bert-en"),
+    "ja-en": files_of("ja-en"),
+    "digits": files_of("digits", UNET),
+    "chat-en": files_of("chat-en"),
+    "emoji": files_of("emoji", LATENT),
+    "emoji-clip": files_of("emoji-clip", PICTURES),
+    "see": files_of("see", PICTURES),
 }
 WITHOUT_SCRIPT = {
     "en": "This element runs in your browser. It needs JavaScript and a web server: python -m http.server -d site",
@@ -61,10 +72,10 @@ def fill(page: str, address: str) -> str:
 
 
 def element(name: str, language: str) -> str:
-    """Return the element with its model's files and their size. Raises `KeyError` for an unknown name."""
+    """Return the element with its models' files and their size. Raises `KeyError` for an unknown name."""
     files = FILES[name]
     used.add(name)
-    size = sum((MODELS / name / file).stat().st_size for file in files)
+    size = sum((MODELS / file).stat().st_size for file in files)
     data = f' data-files="{" ".join(files)}" data-bytes="{size}"' if files else ""
     return f'<div data-live="{name}"{data}><p>{WITHOUT_SCRIPT[language]}</p></div>'
 
@@ -78,6 +89,6 @@ def copy(site: Path) -> None:
         kernel.compile_kernel(site / "engine/kernel.wasm")
     for name in used:
         for file in FILES[name]:
-            target = live / "models" / name / file
+            target = live / "models" / file
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(MODELS / name / file, target)
+            shutil.copyfile(MODELS / file, target)

@@ -96,7 +96,7 @@ def test_each_element_runs(element, root: str, name: str, language: str) -> None
     found = element(name, language)
     assert not any("/models/" in address or "kernel.wasm" in address for address in found.requests)
     button, body = found.text("[data-live-run]"), found.text(".live-body")
-    size = sum((builder.MODELS / name / file).stat().st_size for file in builder.FILES[name])
+    size = sum((builder.MODELS / file).stat().st_size for file in builder.FILES[name])
     assert (f"{size / 1e6:.1f} MB" in button) == bool(size)
     assert found.page.locator(".live details").count() == 3 and found.page.locator(".live-about").inner_text()
     assert found.run() == "done", found.message
@@ -109,7 +109,14 @@ def test_each_element_runs(element, root: str, name: str, language: str) -> None
     )
 
 
-FIRST = {"network": ".live-side", "gpt-en": ".live-bars", "bert-en": ".live-columns", "ja-en": ".live-output"}
+FIRST = {
+    "network": ".live-side",
+    "gpt-en": ".live-bars",
+    "decoding": ".live-body",
+    "comparison": ".live-body",
+    "bert-en": ".live-columns",
+    "ja-en": ".live-output",
+}
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -219,6 +226,36 @@ def test_a_point_is_moved_and_changed_by_keys(element) -> None:
     assert found.page.locator(".live-dot").nth(0).evaluate("node => node.style.left") != left
     found.page.keyboard.press("Enter")
     assert found.page.locator(".live-dot").nth(0).inner_text() == "1"
+
+
+def test_each_way_of_decoding_has_its_own_candidates(element) -> None:
+    found = element("decoding")
+    found.page.fill("textarea", "He was born in London in the United")
+    assert found.run() == "done"
+    left = """[...document.querySelectorAll('.live-side')].map(
+      (side) => [...side.querySelectorAll('.live-share')].filter((node) => node.innerText != '0.0%').length)"""
+    every, top_k, top_p, min_p = found.page.evaluate(left)
+    assert every >= 3 and (top_k, top_p, min_p) == (5, 1, 1)
+    found.page.locator("input[aria-label=Temperature]").fill("0")
+    found.page.click("text=Write 30 tokens")
+    found.page.wait_for_function(
+        "[...document.querySelectorAll('.live-side > p')].every(({ textContent }) => textContent)"
+    )
+    assert found.wait("done") and found.page.locator(".live-side > p").count() == 4
+
+
+def test_words_find_their_pictures(element) -> None:
+    found = element("emoji-clip")
+    assert found.run() == "done"
+    best = """[...document.querySelectorAll('.live-pictures tr')].slice(1).map((row) => {
+      const heats = [...row.querySelectorAll('td')].map((cell) => Number(cell.style.getPropertyValue('--heat')));
+      return Math.floor(heats.indexOf(Math.max(...heats)) / 3);
+    })"""
+    assert found.page.evaluate(best) == [0, 1, 2, 3]  # the colours of red, blue, green and yellow
+    found.page.click("[aria-label='blue circle']")
+    assert found.page.locator(".live-bar").count() == 4
+    found.page.fill("textarea", " ")
+    assert found.run() == "error" and found.message.endswith(".")
 
 
 def test_settings_change_what_may_be_drawn(element) -> None:

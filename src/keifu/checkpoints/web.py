@@ -80,7 +80,7 @@ def write_web(model: Path, out: Path, title: str, int8: bool) -> None:
             else:
                 shutil.copyfile(model / file, target)
         size = sum((place / "live/models/own" / file).stat().st_size for file in exported.files)
-        data = {**exported.data, "files": " ".join(exported.files), "bytes": str(size)}
+        data = {**exported.data, "files": " ".join(f"own/{file}" for file in exported.files), "bytes": str(size)}
         attributes = " ".join(f'data-{name}="{html.escape(value)}"' for name, value in data.items())
         page = PAGE_HTML.format(title=html.escape(title), element=exported.element, data=attributes)
         (place / "index.html").write_text(page, encoding="utf-8")

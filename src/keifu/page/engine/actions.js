@@ -28,8 +28,8 @@ function chatTokens({ tokenizer }, messages) { // ChatML; what people write is p
   return [...messages.flatMap(turn), begin, ...tokenizer.encode("assistant\n")];
 }
 
-// The next token after a text: candidates before and after the settings, the attention of the last token, and the
-// candidates that the state after each layer gives. off: [layer, head] pairs that are switched off.
+// The next token after a text: candidates before and after the settings (a list of them gives `others`), the attention
+// of the last token, and the candidates that the state after each layer gives. off: [layer, head] pairs that are switched off.
 function next(loaded, { text, settings = {}, off = [], count = 12 }) {
   const { model, tokenizer } = loaded;
   const ids = tokensOf(loaded, text);
@@ -41,8 +41,9 @@ function next(loaded, { text, settings = {}, off = [], count = 12 }) {
   };
   const switched = (layer) => new Set(off.filter(([at]) => at === layer).map(([, head]) => head));
   const logits = model.next(ids, model.start(), { watch, off: switched });
-  const after = distribution(logits, { ...settings, seen: ids });
-  const candidates = best(tokenizer, logits, count).map((each) => ({ ...each, after: after[each.id] }));
+  const after = (choice) => distribution(logits, { ...choice, seen: ids });
+  const [first, ...others] = [settings].flat().map(after);
+  const candidates = best(tokenizer, logits, count).map((each) => ({ ...each, after: first[each.id], others: others.map((shares) => shares[each.id]) }));
   return { tokens: ids.map((id) => piece(tokenizer, id)), candidates, attention, lens };
 }
 

@@ -53,6 +53,7 @@ export class ImageTower extends Tower {
   // The states of the class token and of each patch. pixels: [3, side, side], normalised.
   encode(pixels, options) {
     const { image_size: side, patch_size: patch, num_channels: channels } = this.config;
+    if (pixels.length !== channels * side ** 2) throw new ModelError(`The picture has ${pixels.length} numbers, and the model reads ${channels * side ** 2}.`);
     const grid = side / patch;
     const rows = new Float32Array(grid * grid * channels * patch * patch);
     let at = 0;

@@ -6,7 +6,7 @@ import { make } from "./ui.js";
 
 const MODULES = {
   perceptron: "perceptron", network: "network", "gpt-en": "decoder", "bert-en": "masked", "ja-en": "translator", digits: "digits",
-  "chat-en": "chat", emoji: "painter", see: "seer", xor: "backpropagation", points: "points",
+  "chat-en": "chat", emoji: "painter", see: "seer", xor: "backpropagation", points: "points", decoding: "decoding", comparison: "comparison", "emoji-clip": "matcher",
 };
 const WORDS = {
   en: { try: "Try it here", again: "Run", load: (share) => `Loading, ${share}%`, run: "Computing", stop: "Stop", ask: "Three things to try", own: (kind) => `Your own model (${kind}), on this device alone: nothing that you write leaves the page.` },
@@ -22,7 +22,7 @@ export class Live {
     this.own = "own" in root.dataset; // a page of `keifu convert --to web`: no first frame, no questions
     this.files = (root.dataset.files ?? "").split(" ").filter(Boolean);
     this.bytes = Number(root.dataset.bytes ?? 0);
-    this.client = null;
+    this.clients = []; // one for each model
     this.pending = null;
   }
 
@@ -55,7 +55,7 @@ export class Live {
     this.root.setAttribute("aria-busy", String(state === "loading" || state === "running"));
   }
 
-  get ready() { return !this.bytes || this.client !== null; }
+  get ready() { return !this.bytes || this.clients.length > 0; }
   get busy() { return ["loading", "running"].includes(this.root.dataset.state); }
 
   // A click on the button: load the model, run, or stop what runs.
@@ -63,45 +63,56 @@ export class Live {
     if (this.root.dataset.state === "loading") return;
     if (this.root.dataset.state === "running") {
       this.pending = null;
-      this.client?.stop();
+      this.stopped = true;
+      for (const client of this.clients) client.stop();
       return;
     }
+    this.stopped = false;
     if (!this.ready && !(await this.load())) return;
     await this.element.run();
   }
 
   async load() {
-    const client = new Client(new URL("./", import.meta.url));
+    const clients = [];
+    const models = [...new Set(this.files.map((path) => path.split("/")[0]))];
+    let before = 0; // bytes of the models that are there
     const cache = this.root.dataset.state === "error" ? "reload" : "default";
     this.set("loading", this.words.load(0));
     try {
-      const loaded = await client.load(this.own ? "own" : this.name, this.files, (bytes) => {
-        const share = this.words.load(Math.min(100, Math.round((100 * bytes) / this.bytes)));
-        if (share !== this.message.textContent) this.set("loading", share);
-      }, cache);
-      this.root.dataset.kernel = String(loaded.kernel);
-      this.client = client;
+      for (const model of models) {
+        let latest = 0;
+        const files = this.files.filter((path) => path.startsWith(`${model}/`)).map((path) => path.slice(model.length + 1));
+        clients.push(new Client(new URL("./", import.meta.url)));
+        const loaded = await clients.at(-1).load(model, files, (bytes) => {
+          latest = bytes;
+          const share = this.words.load(Math.min(100, Math.round((100 * (before + bytes)) / this.bytes)));
+          if (share !== this.message.textContent) this.set("loading", share);
+        }, cache);
+        before += latest;
+        this.root.dataset.kernel = String(loaded.kernel);
+      }
+      this.clients = clients;
       this.set("idle");
       return true;
     } catch (error) {
-      client.end();
+      for (const client of clients) client.end();
       this.set("error", error.message);
       return false;
     }
   }
 
-  // Ask the model. While it computes, the newest question waits, and older ones are dropped.
-  async ask(action, options, show, progress = null) {
-    if (!this.client) return;
+  // Ask a model, by its number. While it computes, the newest question waits, and older ones are dropped.
+  async ask(action, options, show, progress = null, model = 0) {
+    if (!this.ready) return;
     if (this.busy) {
-      this.pending = [action, options, show, progress];
+      this.pending = [action, options, show, progress, model];
       return;
     }
     this.set("running", this.words.run);
     this.button.textContent = this.words.stop;
     try {
       const started = performance.now();
-      show(await this.client.ask(action, options, progress));
+      show(await this.clients[model].ask(action, options, progress));
       this.set("done", this.element.done?.(performance.now() - started) ?? "");
     } catch (error) {
       this.set("error", error.message);

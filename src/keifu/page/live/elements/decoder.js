@@ -5,7 +5,7 @@ import { bars, choice, heat, make, percent, slider, visible } from "../ui.js";
 
 export const WORDS = {
   en: {
-    about: "gpt-en: 4.3 million weights, trained here on summaries of English Wikipedia, recipes and speeches. It knows what is usual in such texts, and invents its facts.",
+    about: "gpt-en: 4.3 million weights, trained here on summaries of English Wikipedia, recipes, speeches and conversations. It knows what is usual in such texts, and invents its facts.",
     run: "Next token", write: "Write 30 tokens", input: "Text", temperature: "Temperature", topK: "Top-k (0: all)", topP: "Top-p",
     hint: "Click a token to write it. Light bars: before the settings. Dark bars: what may be drawn.",
     view: "Look at", lens: "The best token after each layer", layer: (layer, head) => `Attention of layer ${layer + 1}, head ${head + 1}`, off: "Switch this head off",
@@ -16,7 +16,7 @@ export const WORDS = {
     ],
   },
   ja: {
-    about: "gpt-en：重み 430 万個。英語版ウィキペディアの要約、レシピ、演説でここで学習しました。そうした文でよくあることを知っているだけで、事実は作り話です。",
+    about: "gpt-en：重み 430 万個。英語版ウィキペディアの要約、レシピ、演説、会話でここで学習しました。そうした文でよくあることを知っているだけで、事実は作り話です。",
     run: "次のトークン", write: "30 トークン書く", input: "文（英語）", temperature: "温度", topK: "Top-k（0：すべて）", topP: "Top-p",
     hint: "トークンをクリックすると書き足します。薄い棒は設定の前、濃い棒は実際に選ばれうる割合です。",
     view: "見るもの", lens: "各層の後で最良のトークン", layer: (layer, head) => `層 ${layer + 1}、ヘッド ${head + 1} のアテンション`, off: "このヘッドを切る",
