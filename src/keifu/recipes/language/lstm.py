@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from keifu.models.classic import lstm
 from keifu.ranges import Count
 from keifu.recipes.language import pretraining
-from keifu.recipes.runs import Settings
 from keifu.training.job import Jobs
+from keifu.training.settings import Settings
 
 
 @dataclass(frozen=True)
