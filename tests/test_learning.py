@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from model_entries import ENTRIES
 
 from keifu.data.images.io import to_signed
 from keifu.inference.images.autoregressive import sample_image_tokens
@@ -16,28 +17,17 @@ from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise
 from keifu.models import (
     bert,
-    gemma3,
-    gpt1,
-    gpt2,
-    gpt3,
     llama,
     mlp,
-    olmo2,
-    palm,
     perceptron,
-    qwen3,
     seq2seq,
     transformer,
 )
-from keifu.models.classic import lstm
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada
-from keifu.models.hybrid import lfm2, qwen3_5, qwen3_next
-from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
-from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
 from keifu.recipes.neurons.mlp import LOSSES
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
@@ -55,79 +45,9 @@ from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 31, "context_length": 16, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}
-HYBRID = {
-    "n_kv_heads": 2, "head_dim": 12, "rope_dim": 6, "n_linear_key_heads": 2, "n_linear_value_heads": 4,
-    "linear_key_dim": 8, "linear_value_dim": 6, "global_layers": (1,),
-}  # fmt: skip
-LANGUAGE_MODELS = {
-    "gpt1": (gpt1, gpt1.Config(**SMALL, dropout=0.0)),
-    "gpt2": (gpt2, gpt2.Config(**SMALL, dropout=0.0)),
-    "gpt3": (gpt3, gpt3.Config(**SMALL, band=4)),
-    "palm": (palm, palm.Config(**SMALL, head_dim=12)),
-    "llama": (llama, llama.Config(**SMALL, n_kv_heads=2)),
+LANGUAGE_MODELS = {name: (entry.module, entry.toy) for name, entry in ENTRIES.items()} | {
     "mistral": (llama, llama.Config(**SMALL, n_kv_heads=1, sliding_window=5, tied=True)),
     "qwen2": (llama, llama.Config(**SMALL, qkv_bias=True)),
-    "qwen3": (qwen3, qwen3.Config(**SMALL, n_kv_heads=2, head_dim=16)),
-    "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, global_layers=(1,))),
-    "smollm3": (smollm3, smollm3.Config(**SMALL, n_kv_heads=2, position_free=(1,))),
-    "phi3": (phi3, phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
-    "gemma2": (
-        gemma2,
-        gemma2.Config(**SMALL, n_kv_heads=1, head_dim=16, sliding_window=5, attention_cap=5.0, logit_cap=8.0),
-    ),
-    "exaone4": (
-        exaone4,
-        exaone4.Config(**SMALL, n_kv_heads=2, head_dim=16, sliding_window=5, global_layers=(1,), rope_scaling=None),
-    ),
-    "glm4": (glm4, glm4.Config(**SMALL, n_kv_heads=2, head_dim=16, rope_dim=8)),
-    "granite": (
-        granite,
-        granite.Config(
-            **SMALL, n_kv_heads=2, embedding_scale=6.0, attention_scale=0.3, residual_scale=0.5, logit_divisor=0.5
-        ),
-    ),
-    "ministral": (ministral, ministral.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))),
-    "nanochat": (nanochat, nanochat.Config(**SMALL, n_kv_heads=2, logit_cap=8.0)),
-    "mixtral": (mixtral, mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
-    "qwen3-moe": (
-        qwen3_moe,
-        qwen3_moe.Config(
-            **SMALL, n_kv_heads=2, head_dim=16, expert_dim=24, n_experts=6, n_experts_per_token=3, dense_layers=(1,)
-        ),
-    ),
-    "olmoe": (olmoe, olmoe.Config(**SMALL | {"hidden_dim": 24}, n_experts=6, n_experts_per_token=3)),
-    "deepseek-v3": (
-        deepseek_v3,
-        deepseek_v3.Config(
-            **SMALL,
-            expert_dim=24,
-            n_dense_layers=1,
-            head_dim=8,
-            rope_dim=6,
-            value_dim=10,
-            q_rank=20,
-            kv_rank=12,
-            n_experts=6,
-            n_experts_per_token=3,
-            n_groups=3,
-            n_groups_per_token=2,
-            rope_scaling=None,
-        ),
-    ),
-    "gpt-oss": (
-        gpt_oss,
-        gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5),
-    ),
-    "olmo2": (olmo2, olmo2.Config(**SMALL, n_kv_heads=2)),
-    "qwen3-next": (
-        qwen3_next,
-        qwen3_next.Config(
-            **SMALL, **HYBRID, expert_dim=24, shared_dim=20, n_experts=4, n_experts_per_token=2, dense_layers=(1,)
-        ),
-    ),
-    "lfm2": (lfm2, lfm2.Config(**SMALL, n_kv_heads=2, global_layers=(1,))),
-    "qwen3.5": (qwen3_5, qwen3_5.Config(**SMALL, **HYBRID)),
-    "lstm": (lstm, lstm.Config(31, 16, 32, 2, dropout=0.0)),
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 import simulated_device  # noqa: E402
+from model_entries import ENTRIES  # noqa: E402
 from simulated_device import TwoDevices, device, simulated  # noqa: E402
 
 from keifu import (
@@ -55,14 +56,11 @@ from keifu.layers.counter_rng import (
     uniform,  # noqa: E402
 )
 from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
-from keifu.models import bert, gemma3, gpt1, gpt2, gpt3, llama, mlp, olmo2, palm, qwen3, seq2seq, task_head, transformer
+from keifu.models import bert, gpt1, llama, mlp, seq2seq, task_head, transformer
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
-from keifu.models.hybrid import lfm2, qwen3_5, qwen3_next
-from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
-from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
 from keifu.recipes.neurons import mlp as mlp_recipe  # noqa: E402
 from keifu.training.objectives.autoencoders import (
     AutoencoderKLLoss,  # noqa: E402
@@ -91,69 +89,12 @@ SMALL = {"vocab_size": 31, "context_length": 16, "dim": 16, "hidden_dim": 24, "n
 RECURRENT = {"vocab_size": 31, "context_length": 16, "dim": 12, "embedding_dim": 8, "attention_dim": 8, "maxout_dim": 8}
 NETWORK = {"size": 8, "channels": 1, "dim": 8, "n_residual_blocks": 1, "multipliers": (1, 2), "norm_groups": 4,
            "middle_groups": 4, "dropout": 0.0}  # fmt: skip
-HYBRID = {
-    "n_kv_heads": 2, "head_dim": 8, "rope_dim": 4, "n_linear_key_heads": 2, "n_linear_value_heads": 4,
-    "linear_key_dim": 6, "linear_value_dim": 5, "global_layers": (1,),
-}  # fmt: skip
 WRITERS = {
-    "gpt1": lambda: gpt1.build(gpt1.Config(**SMALL, dropout=0.0)),
-    "gpt2": lambda: gpt2.build(gpt2.Config(**SMALL, dropout=0.0)),
-    "gpt3": lambda: gpt3.build(gpt3.Config(**SMALL, band=4)),
-    "palm": lambda: palm.build(palm.Config(**SMALL, head_dim=6)),
-    "llama": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=2)),
-    "qwen3": lambda: qwen3.build(qwen3.Config(**SMALL, n_kv_heads=2, head_dim=8)),
-    "smollm3": lambda: smollm3.build(smollm3.Config(**SMALL, n_kv_heads=2, position_free=(1,))),
-    "phi3": lambda: phi3.build(phi3.Config(**SMALL, n_kv_heads=2, sliding_window=5)),
-    "gemma2": lambda: gemma2.build(
-        gemma2.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, attention_cap=5.0, logit_cap=8.0)
-    ),
-    "exaone4": lambda: exaone4.build(
-        exaone4.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))
-    ),
-    "glm4": lambda: glm4.build(glm4.Config(**SMALL, n_kv_heads=2, head_dim=8, rope_dim=4)),
-    "granite": lambda: granite.build(granite.Config(**SMALL, n_kv_heads=2)),
-    "ministral": lambda: ministral.build(
-        ministral.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5, global_layers=(1,))
-    ),
-    "nanochat": lambda: nanochat.build(nanochat.Config(**SMALL, n_kv_heads=2, logit_cap=8.0)),
-    "mixtral": lambda: mixtral.build(mixtral.Config(**SMALL, n_kv_heads=2, n_experts=3)),
-    "qwen3-moe": lambda: qwen3_moe.build(
-        qwen3_moe.Config(
-            **SMALL, n_kv_heads=2, head_dim=8, expert_dim=12, n_experts=4, n_experts_per_token=2, dense_layers=(1,)
-        )
-    ),
-    "olmoe": lambda: olmoe.build(olmoe.Config(**SMALL, n_experts=4, n_experts_per_token=2)),
-    "deepseek-v3": lambda: deepseek_v3.build(
-        deepseek_v3.Config(
-            **SMALL,
-            expert_dim=12,
-            n_dense_layers=1,
-            head_dim=6,
-            rope_dim=4,
-            value_dim=5,
-            q_rank=8,
-            kv_rank=7,
-            n_experts=4,
-            n_experts_per_token=2,
-            n_groups=2,
-            n_groups_per_token=1,
-            rope_scaling=None,
-        )
-    ),
-    "gpt-oss": lambda: gpt_oss.build(
-        gpt_oss.Config(**SMALL, n_kv_heads=2, head_dim=8, n_experts=4, n_experts_per_token=2, sliding_window=5)
-    ),
-    "olmo2": lambda: olmo2.build(olmo2.Config(**SMALL, n_kv_heads=2)),
-    "qwen3-next": lambda: qwen3_next.build(
-        qwen3_next.Config(**SMALL, **HYBRID, expert_dim=12, shared_dim=10, n_experts=4, n_experts_per_token=2)
-    ),
-    "lfm2": lambda: lfm2.build(lfm2.Config(**SMALL, n_kv_heads=2, global_layers=(1,))),
-    "qwen3.5": lambda: qwen3_5.build(qwen3_5.Config(**SMALL, **HYBRID)),
-    "gemma3": lambda: gemma3.build(
-        gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=5, global_layers=(1,))
-    ),
-    "mistral": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=1, sliding_window=5, tied=True)),
+    name: partial(entry.build, dim=16, hidden_dim=24)
+    for name, entry in ENTRIES.items()
+    if name != "lstm"  # the simulated device has no fused cell, and torch computes the layers there
 }
+WRITERS |= {"mistral": lambda: llama.build(llama.Config(**SMALL, n_kv_heads=1, sliding_window=5, tied=True))}
 TRANSLATORS = {
     "seq2seq": lambda: seq2seq.build(seq2seq.Config(**RECURRENT)),
     "seq2seq-fixed": lambda: seq2seq.build(seq2seq.Config(**RECURRENT, context="fixed")),

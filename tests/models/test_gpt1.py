@@ -48,5 +48,5 @@ def test_activation_that_the_published_code_lacks_is_refused():
 
 
 def test_a_gguf_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(UserError, match=r"keifu writes no GGUF of keifu.models.gpt1; .* directory \(hf\)"):
+    with pytest.raises(UserError, match=r"keifu writes no GGUF of keifu.models.gpt1, because .* directory \(hf\)"):
         checkpoints.save_gguf(gpt1.build(gpt1.Config(**SMALL)), None, tmp_path / "x.gguf")

@@ -77,5 +77,5 @@ def test_another_order_of_layers_is_refused():
 
 
 def test_a_gguf_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(UserError, match=r"keifu writes no GGUF of keifu.models.gpt3; .* directory \(hf\)"):
+    with pytest.raises(UserError, match=r"keifu writes no GGUF of keifu.models.gpt3, because .* directory \(hf\)"):
         checkpoints.save_gguf(gpt3.build(gpt3.Config(**SMALL)), None, tmp_path / "x.gguf")

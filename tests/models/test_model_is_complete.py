@@ -1,9 +1,10 @@
 """Every model of the registry is complete: sizes, tests, formats, speed and a page. Failures name a file and a row.
 
-A model that lacks something on purpose is in `REFUSED`: its refusal is checked.
+What a model lacks on purpose is in `REFUSED`, in its own file, with the reason: the refusal is checked.
 """
 
 import importlib.util
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_entries import ENTRIES
 from torch import nn
 
 from keifu.checkpoints.gguf.config import architecture_for
@@ -22,6 +24,7 @@ from keifu.distributed.tensor import split_stacks
 from keifu.errors import UserError
 from keifu.layers.lora import LoraSettings, adapters, merge
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models.registration import row
 from keifu.models.sizes import published_sizes
 from keifu.native.compiler import Unavailable
 from keifu.native.describe import describe
@@ -29,32 +32,7 @@ from keifu.training.hardware.flops import count_flops
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-MIXTURES = ["mixture.mixtral", "mixture.qwen3_moe", "mixture.olmoe", "mixture.deepseek_v3", "mixture.gpt_oss"]
-DELTAS = ["hybrid.qwen3_next", "hybrid.qwen3_5"]
-HYBRIDS = [*DELTAS, "hybrid.lfm2"]
-CAPPED = ["variants.gemma2", "variants.nanochat"]
-WITHOUT_GGUF = [f"variants.{name}" for name in ("phi3", "exaone4", "glm4", "ministral", "nanochat")]
-REFUSED = {  # what keifu refuses, with the models and the words of the refusal
-    "gguf": dict.fromkeys(
-        ["gpt1", "gpt3", "palm", "classic.lstm", *WITHOUT_GGUF, *MIXTURES[3:], *HYBRIDS], "writes no GGUF"
-    ),
-    "native": {"mixture.deepseek_v3": "LatentAttention, which native"}
-    | dict.fromkeys(HYBRIDS, "(GatedDeltaNet|GatedConvolution), which native")
-    | {"classic.lstm": "RecurrentBlock, which native"}
-    | dict.fromkeys([*CAPPED, "variants.granite"], "is a (SoftCappedLM|ScaledRMSNorm), which native"),
-    "tensor": dict.fromkeys([*MIXTURES, *HYBRIDS, *CAPPED, "variants.granite"], "which tensor parallelism cannot split")
-    | {"classic.lstm": "no Transformer block to split"},
-    "plan": {"classic.lstm": "no Transformer of tokens alone"},
-    "adapters": {"classic.lstm": "has no linear layers"},
-}
-WITHOUT = {  # rows that a model cannot have, with the reason
-    "published config": {
-        "palm": "PaLM's weights were not published, and Cohere's config.json is in test_parity",
-        "classic.lstm": "no other program writes a config.json of it",
-    },
-    "page": {},
-    "another device": {"classic.lstm": "the simulated device has no fused cell, and torch computes the layers there"},
-}
+TOYS = {entry.name: entry for entry in reversed(ENTRIES.values())}
 
 
 @cache
@@ -72,20 +50,13 @@ def table_file(path: str) -> ModuleType:
     return module
 
 
-@cache
-def toys() -> dict[str, Any]:
-    """Return the Config of the first toy of each language model, by the name of its model's file."""
-    rows = table_file("test_learning.py").LANGUAGE_MODELS.values()
-    return {name_of(config): config for _, config in reversed([*rows])}
-
-
 def name_of(config: Any) -> str:
     return type(config).__module__.removeprefix("keifu.models.")
 
 
 def toy(name: str) -> DecoderLM:
     torch.manual_seed(0)
-    return families_of(name)[MODELS[name][-1]].module.build(toys()[name]).eval()
+    return TOYS[name].build().eval()
 
 
 def is_language_model(name: str) -> bool:
@@ -108,7 +79,7 @@ def test_a_model_has_sizes_and_a_page(name: str) -> None:
     if vars(module).get("SIZES"):
         found = any(size.model == name for size in published_sizes())
         need(found, "src/keifu/models/sizes.json", f"{name} by running `python -m keifu.models.sizes`")
-    if name in WITHOUT["page"] or not is_language_model(name):
+    if not is_language_model(name):
         return
     link = f"models/{name.replace('.', '/')}.py"
     english = [page for page in (ROOT / "docs/lineage").glob("*.md") if not page.name.endswith(".ja.md")]
@@ -117,28 +88,19 @@ def test_a_model_has_sizes_and_a_page(name: str) -> None:
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_a_language_model_is_tested(name: str) -> None:
-    """Each table of toys has a row for the model."""
-    need(name in toys(), "tests/test_learning.py", f"a row of {name} to LANGUAGE_MODELS")
-    cases = [case().model_type for case in table_file("checkpoints/hf/test_parity.py").CASES.values()]
-    missing = [kind for kind in families_of(name) if not kind.startswith("keifu_") and kind not in cases]
+    """The model has its entry in the tests, from which the other tables are made, and is compared with transformers."""
+    need(name in TOYS, "tests/model_entries.py", f"an entry of {name} to ENTRIES")
+    published = {config["model_type"] for entry in ENTRIES.values() for config in entry.published.values()}
+    kinds = {kind for kind in families_of(name) if not kind.startswith("keifu_")}
+    need(not kinds or published & kinds, "tests/model_entries.py", f"the config.json of a published {name}")
+    cases = {case().model_type for case in table_file("checkpoints/hf/test_parity.py").CASES.values()}
+    missing = sorted(kinds - cases)
     need(not missing, "tests/checkpoints/hf/test_parity.py", f"a row of {', '.join(missing)} to CASES")
-    configs = table_file("checkpoints/hf/test_published_configs.py").PUBLISHED.values()
-    published = {config["model_type"] for config in configs} & {*MODELS[name]}
-    need(
-        published or name in WITHOUT["published config"],
-        "tests/checkpoints/hf/test_published_configs.py",
-        f"the config.json of a published {name} to PUBLISHED",
-    )
-    device = table_file("test_on_another_device.py").WRITERS
-    need(
-        name in {*built(device), *WITHOUT["another device"]},
-        "tests/test_on_another_device.py",
-        f"a row of {name} to WRITERS",
-    )
-    native = table_file("native/native_toys.py").TOYS
-    need(name in {*built(native), *REFUSED["native"]}, "tests/native/native_toys.py", f"a row of {name} to TOYS")
-    gguf = {name_of(config) for config in table_file("checkpoints/gguf/test_gguf.py").CONFIGS.values()}
-    need(name in {*gguf, *REFUSED["gguf"]}, "tests/checkpoints/gguf/test_gguf.py", f"a row of {name} to CONFIGS")
+    native, refused = table_file("native/native_toys.py").TOYS, row(name).refused
+    assert (name in built(native)) == ("native" not in refused)
+    gguf = {name_of(config) for config in table_file("checkpoints/gguf/gguf_toys.py").CONFIGS.values()}
+    file = f"src/keifu/models/{name.replace('.', '/')}.py"
+    need((name in gguf) == ("gguf" not in refused), file, "either GGUF, or the reason for gguf to REFUSED")
 
 
 def built(table: dict[str, Any]) -> set[str]:
@@ -147,7 +109,7 @@ def built(table: dict[str, Any]) -> set[str]:
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_a_language_model_runs_everywhere_or_is_refused(name: str) -> None:
-    """The registry, plans, GGUF, the native step and tensor parallelism know the model, or say why not."""
+    """The registry, plans, GGUF, the native step and tensor parallelism know the model, or its row says why not."""
     model = toy(name)
     check("native", name, Unavailable, lambda: describe(model))
     check("gguf", name, UserError, lambda: architecture_for(type(model.config)()))
@@ -159,15 +121,15 @@ def test_a_language_model_runs_everywhere_or_is_refused(name: str) -> None:
 
 
 def check(what: str, name: str, error: type[Exception], work: Any) -> None:
-    """Run `work`: it succeeds, or fails with the words that are written for this model, and with no others."""
-    if name in REFUSED[what]:
-        with pytest.raises(error, match=REFUSED[what][name]):
+    """Run `work`: it succeeds, or fails with the reason that the model's row has, and with no other."""
+    if (reason := row(name).refused.get(what)) is not None:
+        with pytest.raises(error, match=re.escape(reason)):
             work()
         return
     try:
         work()
     except error as refusal:
-        pytest.fail(f"{__file__}: support {name}, or add a row of {name} to REFUSED[{what!r}]: {refusal}")
+        pytest.fail(f'src/keifu/models/{name.replace(".", "/")}.py: support "{what}", or add it to REFUSED: {refusal}')
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
@@ -179,7 +141,7 @@ def test_a_language_model_decodes_counts_and_takes_adapters(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
     assert count_flops(lambda: model(tokens)) > 2 * 11 * model.embedding.weight.numel()
     check("adapters", name, UserError, lambda: adapt(model, ["all-linear"], LoraSettings(rank=2)))
-    if name in REFUSED["adapters"]:
+    if "adapters" in row(name).refused:
         return
     torch.testing.assert_close(model(tokens), whole, rtol=1e-5, atol=1e-5)
     for adapter in adapters(model):

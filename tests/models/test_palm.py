@@ -63,5 +63,5 @@ def test_defaults_of_cohere():
 
 
 def test_a_gguf_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(UserError, match=r"keifu writes no GGUF of keifu.models.palm; .* directory \(hf\)"):
+    with pytest.raises(UserError, match=r"keifu writes no GGUF of keifu.models.palm, because .* directory \(hf\)"):
         checkpoints.save_gguf(palm.build(palm.Config(**SMALL)), None, tmp_path / "x.gguf")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_entries import ENTRIES
 from quick import quick
 from torch import nn
 
@@ -81,6 +82,12 @@ TOYS = {
     "cohere": lambda: palm.build(
         palm.Config(**SMALL, n_heads=4, n_kv_heads=4, head_dim=None if SMALL["dim"] % 8 == 0 else 16, tied=False)
     ),
+}
+SPECIAL = {type(make().config) for make in TOYS.values()}
+TOYS |= {
+    name: entry.build
+    for name, entry in ENTRIES.items()
+    if "native" not in entry.row.refused and type(entry.toy) not in SPECIAL
 }
 
 

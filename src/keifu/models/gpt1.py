@@ -85,3 +85,4 @@ FIELDS: hf.Fields = {
     "tied": hf.Field("tie_word_embeddings", True),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {"gguf": "llama.cpp has no code for this model"}

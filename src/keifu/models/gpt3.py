@@ -122,3 +122,6 @@ def to_published(config: Config) -> dict[str, Any]:
         "attention_types": _attention_types(config.n_layers, config.band is not None),
         "window_size": config.band or 256,
     }
+
+
+REFUSED = {"gguf": "llama.cpp runs no GPT whose layers have a window"}

@@ -81,3 +81,4 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "rope": hf.rope(500_000.0),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}

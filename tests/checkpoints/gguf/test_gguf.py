@@ -3,6 +3,7 @@
 import sys
 
 import gguf
+import gguf_toys
 import numpy as np
 import pytest
 import torch
@@ -30,7 +31,7 @@ def scaled(kind: str, qkv_bias: bool = False, **changes) -> llama.Config:
     return llama.Config(**sizes, rope_scaling=scaling)
 
 
-CONFIGS = {
+CONFIGS = gguf_toys.CONFIGS | {
     "gpt2": gpt2.Config(**SMALL, dropout=0.0),
     "gpt2-untied": gpt2.Config(**SMALL, dropout=0.0, tied=False, norm_eps=1e-3),
     "llama": llama.Config(**SMALL, n_kv_heads=4),
@@ -73,7 +74,7 @@ def test_written_and_read_again_is_the_same(name, tmp_path) -> None:
     changes = {"attention_factor": pytest.approx(0.8)} if name == "yarn-attention-factor" else {}
     expected = vars(model.config.rope_scaling) | changes if changes else None
     assert again.config == model.config if expected is None else vars(again.config.rope_scaling) == expected
-    unit_offset = {"norm"} if name in ("gemma2", "gemma3") else set()  # whose file has 1 + weight, rounded to float32
+    unit_offset = {"norm"} if type(CONFIGS[name]) in (gemma2.Config, gemma3.Config) else set()
     for key, tensor in model.state_dict().items():
         exact = key.rpartition(".")[0][-4:] not in unit_offset
         assert (

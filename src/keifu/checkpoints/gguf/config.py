@@ -235,7 +235,10 @@ def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
             return name, architecture
         reasons.append(f"{name} needs " + ", ".join(f"{key}={required[key]!r}" for key in wrong))
     if not reasons:
-        raise UserError(f"keifu writes no GGUF of {type(config).__module__}; it can be written as a directory (hf).")
+        reason = f", because {model.refused['gguf']}" if model and "gguf" in model.refused else ""
+        raise UserError(
+            f"keifu writes no GGUF of {type(config).__module__}{reason}; it can be written as a directory (hf)."
+        )
     raise UserError(f"llama.cpp runs no such model: {'; '.join(reasons)}. Write it as a directory (hf) instead.")
 
 

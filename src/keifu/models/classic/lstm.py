@@ -58,3 +58,10 @@ WEIGHT_NAMES = {
     **{f"blocks.*.attention.network.{part}_l0": f"rnn.{part}_l*" for part in _PARTS},
     "head": "decoder",
 }
+REFUSED = {
+    "gguf": "llama.cpp has no code for this model",
+    "native": "RecurrentBlock",
+    "tensor": "no Transformer block to split",
+    "plan": "no Transformer of tokens alone",
+    "adapters": "has no linear layers",
+}

@@ -124,3 +124,8 @@ FIELDS: hf.Fields = _SHARED | {
     "layers": hf.FieldGroup(_read_layers, _write_layers),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {
+    "gguf": "keifu lacks llama.cpp's names of its tensors",
+    "native": "GatedConvolution",
+    "tensor": "GatedConvolution",
+}

@@ -64,3 +64,10 @@ def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers and vLLM read."""
     model_type = "qwen3_5_moe_text" if config.n_experts else "qwen3_5_text"
     return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS[model_type])
+
+
+REFUSED = {
+    "gguf": "keifu lacks llama.cpp's names of its tensors",
+    "native": "GatedDeltaNet",
+    "tensor": "GatedDeltaNet",
+}

@@ -134,3 +134,8 @@ FIELDS: hf.Fields = SHARED_FIELDS | EXPERT_FIELDS | {
     "dense_layers": qwen3_moe.DENSE_LAYERS,
 }  # fmt: skip
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {
+    "gguf": "keifu lacks llama.cpp's names of its tensors",
+    "native": "GatedDeltaNet",
+    "tensor": "GatedDeltaNet",
+}

@@ -134,3 +134,8 @@ FIELDS: hf.Fields = {name: field for name, field in llama.BIAS_FIELDS.items() if
     "routing": hf.constants(**_ROUTING, num_nextn_predict_layers=0),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {
+    "gguf": "keifu lacks llama.cpp's names of its tensors",
+    "native": "LatentAttention",
+    "tensor": "LatentAttention",
+}

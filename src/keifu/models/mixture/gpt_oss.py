@@ -97,3 +97,4 @@ FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name
     "global_layers": llama.published_layers(2),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors", "tensor": "SinkAttention"}

@@ -83,3 +83,4 @@ GGUF = {
         needed=(*gguf.EXPERT_COUNTS,),
     ),
 }  # fmt: skip
+REFUSED = {"tensor": "MixtureOfExperts"}

@@ -69,3 +69,4 @@ GGUF = {
         fixed=gguf.SILU | {"normalised": False, "tied": False}, derive=_all_keys, needed=(*gguf.EXPERT_COUNTS,),
     ),
 }  # fmt: skip
+REFUSED = {"tensor": "MixtureOfExperts"}

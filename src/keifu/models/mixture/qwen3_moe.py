@@ -108,3 +108,4 @@ GGUF = {
         needed=(*gguf.EXPERT_COUNTS, *gguf.EXPERT_DIM),
     ),
 }  # fmt: skip
+REFUSED = {"tensor": "MixtureOfExperts"}

@@ -27,6 +27,8 @@ class ModelRow:
     - other_model_types: published model_types that another file reads and writes.
     - keifu_type: model_type of keifu's own form of config.json. The default is keifu_ and the name of the file.
     - gguf: name of an architecture of llama.cpp → how its files correspond to a Config. The first that fits is written.
+    - refused: gguf, native (step), tensor (parallelism), plan or adapters → why the model has none: words of the error
+      that keifu raises, such as the class of a layer. For gguf it is a clause that the error repeats.
     """
 
     name: str
@@ -34,6 +36,7 @@ class ModelRow:
     other_model_types: tuple[str, ...] = ()
     keifu_type: str
     gguf: Mapping[str, GgufArchitecture] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:

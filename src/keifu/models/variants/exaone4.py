@@ -84,3 +84,4 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "layers": hf.FieldGroup(_read_layers, _write_layers),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}

@@ -97,3 +97,4 @@ GGUF = {
         windows=True, derive=_required,
     ),
 }  # fmt: skip
+REFUSED = {"native": "SoftCappedLM", "tensor": "CappedAttention"}

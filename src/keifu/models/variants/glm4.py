@@ -64,3 +64,4 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "rope": hf.partial_rope(128, 0.5),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}

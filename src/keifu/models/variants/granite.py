@@ -77,3 +77,4 @@ GGUF = {
         needed=("embedding_scale", "attention.scale", "residual_scale", "logit_scale"),
     ),
 }  # fmt: skip
+REFUSED = {"native": "ScaledRMSNorm", "tensor": "ScaledPreNorm"}

@@ -116,3 +116,6 @@ def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     model_type = "ministral" if config.query_growth is None else "ministral3"
     return hf.write(config, {model_type: MODEL_TYPES[model_type]}, _TABLES[model_type])
+
+
+REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}

@@ -69,3 +69,4 @@ FIELDS: hf.Fields = llama.BIAS_FIELDS | {
     "logit_cap": hf.Field("final_logit_softcapping", 15.0, if_none=hf.null),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {"gguf": "llama.cpp has no code for this model", "native": "SoftCappedLM", "tensor": "PlainRMSNorm"}

@@ -79,3 +79,4 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "rope": hf.FieldGroup(_read_rope, _write_rope),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}

@@ -1,0 +1,63 @@
+"""Configs that are written as GGUF: those that differ for llama.cpp, and the toy of each other model.
+
+They are written, read again, and compared with llama.cpp, where it is installed.
+"""
+
+from dataclasses import replace
+
+from model_entries import ENTRIES
+
+from keifu.layers.attention.positions import RopeScaling
+from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
+from keifu.models.mixture import mixtral, olmoe, qwen3_moe
+from keifu.models.variants import gemma2, granite, smollm3
+
+SMALL = {"vocab_size": 320, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "context_length": 128}
+SCALINGS = {
+    "linear": RopeScaling("linear", 2.5, 128),
+    "yarn": RopeScaling("yarn", 4.0, 16, attention_factor=1.1),
+    "llama3": RopeScaling("llama3", 8.0, 24),
+}
+CONFIGS = {
+    "gpt2": gpt2.Config(**SMALL, dropout=0.0),
+    "gpt2-untied": gpt2.Config(**SMALL, dropout=0.0, tied=False),
+    "llama": llama.Config(**SMALL, n_kv_heads=2, norm_eps=1e-5),
+    "llama-tied-multi-query": llama.Config(**SMALL, n_kv_heads=1, tied=True, rope_theta=1e5),
+    "llama-biased": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, out_bias=True, feedforward_bias=True),
+    "llama-wide-heads": llama.Config(**SMALL, n_kv_heads=2, head_dim=32),
+    "qwen2": llama.Config(**SMALL, n_kv_heads=2, qkv_bias=True, tied=True),
+    "qwen3": qwen3.Config(**SMALL, n_kv_heads=2, head_dim=32),
+    "qwen3-tied": qwen3.Config(**SMALL, n_kv_heads=1, head_dim=16, tied=True, rope_theta=1e4),
+    "olmo2": olmo2.Config(**SMALL, n_kv_heads=2),
+    "gemma3": gemma3.Config(**SMALL | {"n_layers": 7}, n_kv_heads=2, head_dim=32, sliding_window=8),
+    "gemma3-scaled-untied": gemma3.Config(
+        **SMALL | {"n_layers": 6},
+        head_dim=16,
+        sliding_window=5,
+        rope_scaling=RopeScaling("linear", 8.0, 128),
+        tied=False,
+    ),
+    "mixtral": mixtral.Config(**SMALL, n_kv_heads=2),
+    "mixtral-tied": mixtral.Config(**SMALL, n_kv_heads=1, n_experts=5, n_experts_per_token=1, tied=True),
+    "qwen3moe": qwen3_moe.Config(
+        **SMALL, n_kv_heads=2, head_dim=32, expert_dim=32, n_experts=12, n_experts_per_token=3
+    ),
+    "granite": granite.Config(**SMALL, n_kv_heads=2, attention_scale=0.3, logit_divisor=3.0, residual_scale=0.4),
+    "granite-biased-untied": granite.Config(
+        **SMALL, n_kv_heads=4, attention_bias=True, feedforward_bias=True, tied=False, embedding_scale=3.0
+    ),
+    "granite-llama3": granite.Config(**SMALL, n_kv_heads=2, rope_scaling=SCALINGS["llama3"]),
+    "mixtral-llama3": mixtral.Config(**SMALL, n_kv_heads=2, rope_theta=1e4, rope_scaling=SCALINGS["llama3"]),
+    "smollm3": smollm3.Config(**SMALL | {"n_layers": 5}, n_kv_heads=2),
+    "gemma2": gemma2.Config(
+        **SMALL | {"n_layers": 5}, n_kv_heads=2, head_dim=32, sliding_window=8, attention_cap=5.0, logit_cap=8.0
+    ),
+    "olmoe": olmoe.Config(**SMALL, n_experts=9, n_experts_per_token=4),
+    **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
+}
+SPECIAL = {type(config) for config in CONFIGS.values()}
+CONFIGS |= {
+    name: replace(entry.toy, vocab_size=320, context_length=128)
+    for name, entry in ENTRIES.items()
+    if entry.row.gguf and type(entry.toy) not in SPECIAL
+}
