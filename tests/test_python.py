@@ -129,7 +129,8 @@ WRONG = """
 import keifu
 import keifu.errors
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.models import gpt2
+from keifu.models import bert, gpt2
+encoder = bert.build(bert.Config(vocab_size=260, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=1))
 model = gpt2.build(gpt2.Config(vocab_size=260, context_length=8, dim=8, hidden_dim=8, n_layers=1, n_heads=1))
 tokenizer = train_tokenizer("bpe", ["ab"], 257)
 for prompt, options in (5, {}), (None, {}), ([5, 6], {}), (b"ab", {}), ([["a"]], {}), ("a", {"stop": [5]}):
@@ -137,20 +138,60 @@ for prompt, options in (5, {}), (None, {}), ([5, 6], {}), (b"ab", {}), ([["a"]],
         keifu.generate(model, tokenizer, prompt, **options)
     except keifu.errors.UserError as error:
         print(error)
-try:
-    keifu.generate(keifu, None, "a")
-except keifu.errors.UserError as error:
-    print(error)
+for call in (
+    lambda: keifu.generate(keifu, tokenizer, "a"),
+    lambda: keifu.generate(model, None, "a"),
+    lambda: keifu.load(None),
+    lambda: keifu.load(3),
+    lambda: keifu.save(None, None, "x"),
+    lambda: keifu.save(model, tokenizer, None),
+    lambda: keifu.load_weights(model, None),
+    lambda: keifu.train("mlp", data="xor", steps="many"),
+    lambda: keifu.train("mlp", data=None),
+    lambda: keifu.train("mlp", data="xor", out=3),
+    lambda: keifu.train(None),
+    lambda: keifu.embed(encoder, tokenizer, "one text"),
+    lambda: keifu.embed(encoder, tokenizer, ["a", 3]),
+    lambda: keifu.embed(encoder, tokenizer, None),
+):
+    try:
+        print("no error:", call())
+    except keifu.errors.UserError as error:
+        print(error)
 """
+WRONG_TYPES = (
+    "writes no text", "the one that keifu.load returned", "None is no name of a model", "3 is no name of a model",
+    "the model is None", "The folder to save in is None", "The folder of the weights is None",
+    "'many' for steps, which must be int", "None for data, which must be", "out is 3", "and not None",
+    "which must be a list of texts", "Text 2 of 2 is 3", "which must be a list of texts",
+)  # fmt: skip
 
 
 def test_arguments_of_other_types_are_told() -> None:
     """In a process of its own: here, types are checked before."""
     keep = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, env=keep, timeout=300)
-    *prompts, stop, model = done.stdout.splitlines() or pytest.fail(done.stderr)
-    assert len(prompts) == 5 and all("must be a text or a list of token ids" in line for line in prompts)
-    assert "must be strings" in stop and "writes no text" in model
+    lines = done.stdout.splitlines() or pytest.fail(done.stderr)
+    assert all("must be a text or a list of token ids" in line for line in lines[:5])
+    assert "must be strings" in lines[5] and len(lines) == 6 + len(WRONG_TYPES), done.stderr
+    for line, expected in zip(lines[6:], WRONG_TYPES, strict=True):
+        assert expected in line
+
+
+def test_the_messages_of_a_conversation_are_answered(folder: Path) -> None:
+    model, tokenizer = keifu.load(folder)
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"},
+                {"role": "user", "content": "three"}]  # fmt: skip
+    with pytest.raises(UserError, match="has no chat template"):
+        keifu.generate(model, tokenizer, messages)
+    chatting = tokenizer.with_chat_template("{% for m in messages %}{{ m.content }} {% endfor %}")
+    options = {"max_tokens": 5, "temperature": 0.0}
+    answer = keifu.generate(model, tokenizer, "one two three ", **options)
+    assert keifu.generate(model, chatting, messages, **options) == answer
+    with pytest.raises(UserError, match="leave out raw"):
+        keifu.generate(model, chatting, messages, raw=True)
+    with pytest.raises(UserError, match="role"):
+        keifu.generate(model, chatting, [{}])
 
 
 def test_a_run_of_ones_own_goes_on_bit_for_bit(tmp_path: Path) -> None:

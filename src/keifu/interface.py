@@ -5,39 +5,46 @@ from dataclasses import fields, replace as changed
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
+import numpy as np
 from torch import Tensor, nn
 
 from keifu.checkpoints import load
+from keifu.checkpoints.hf.native_config import check_kinds
 from keifu.data.epochs import IndexedExamples
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError, require_known
+from keifu.inference.chat.prompts import Messages
 from keifu.inference.text import generate as text
 from keifu.inference.text.generate import GenerateOptions
 from keifu.recipes import own, resuming
 from keifu.recipes.files import recipe_module
-from keifu.recipes.options import check_ranges, to_json
+from keifu.recipes.options import check_ranges, from_json, to_json
 from keifu.training.loop import Summary
 from keifu.training.protocols import Data
+from keifu.untrusted import as_path
 
 
 @overload
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, *, raw: bool = False, **sampling: Unpack[GenerateOptions]
-) -> str: ...
+    model: nn.Module, tokenizer: Tokenizer, prompt: str | Messages, *, raw: bool = False,
+    **sampling: Unpack[GenerateOptions],
+) -> str: ...  # fmt: skip
 @overload
 def generate(
     model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> list[str]: ...
 @overload
-def generate(model: str | Path, tokenizer: str, *, raw: bool = False, **sampling: Unpack[GenerateOptions]) -> str: ...
+def generate(
+    model: str | Path, tokenizer: str | Messages, *, raw: bool = False, **sampling: Unpack[GenerateOptions]
+) -> str: ...
 @overload
 def generate(
     model: str | Path, tokenizer: list[str], *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> list[str]: ...
 def generate(
     model: nn.Module | str | Path,
-    tokenizer: Tokenizer | str | list[str],
-    prompt: str | list[str] | None = None,
+    tokenizer: Tokenizer | str | list[str] | Messages,
+    prompt: str | list[str] | Messages | None = None,
     *,
     raw: bool = False,
     **sampling: Unpack[GenerateOptions],
@@ -48,7 +55,8 @@ def generate(
         model: A loaded model, or the name of one. A name is loaded at each call: load the model once for several
             prompts.
         tokenizer: The model's tokenizer; with a name, the prompt.
-        prompt: The text to answer or to continue, or a list of texts.
+        prompt: The text to answer or to continue, or a list of texts; or the messages of a conversation to answer, such
+            as [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}].
         raw: Whether the prompt is continued as plain text, without the chat template.
         **sampling: Settings such as max_tokens, temperature and seed, and images for a model that sees
             (`keifu.inference.text.generate.generate`).
@@ -105,6 +113,8 @@ def train(model: nn.Module | str, *arguments: Any, **more: Any) -> Summary | Pat
         >>> type(keifu.load(folder)[0]).__name__
         'MLP'
     """
+    if not isinstance(model, str | nn.Module):
+        raise UserError(f"keifu.train takes a module or the name of a recipe, and not {model!r:.60}.")
     if not isinstance(model, str):
         return own.train(model, *arguments, **more)
     if arguments:
@@ -120,15 +130,23 @@ def _train_by_name(
     recipe_class = module.Recipe
     for option in options:
         require_known(f"option of the recipe {name}", option, [field.name for field in fields(recipe_class)])
-    directory = Path(out or Path("runs") / Path(name).stem)
+    directory = as_path(out or Path("runs") / Path(name).stem, "out")
+    plain = {option: value.item() if isinstance(value, np.generic) else value for option, value in options.items()}
+
+    def checked(usual: Any) -> Any:
+        """Return the recipe with the options, whose types are right. Lists become tuples, and texts paths."""
+        recipe = from_json(usual, plain)
+        check_kinds(recipe, f"keifu.train({name!r})")
+        return recipe
+
     if resume:
         stored_run = resuming.stored(name, module, directory)
         words = [f"--{option.replace('_', '-')}" for option in options]
         usual = stored_run.usual(words) if stored_run else recipe_class()
-        resuming.go_on(stored_run, module, type(usual)(**{**vars(usual), **options}), directory)
+        resuming.go_on(stored_run, module, checked(usual), directory)
         return directory
     of_paper = options.get("recipe_of") == "paper" and "PUBLISHED" in vars(module)
-    recipe = changed(module.PUBLISHED, **options) if of_paper else recipe_class(**options)
+    recipe = checked(changed(module.PUBLISHED, **options) if of_paper else recipe_class)
     check_ranges(recipe_class, to_json(recipe))
     resuming.begin(name, module, recipe, directory, replace)
     return directory

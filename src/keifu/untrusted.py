@@ -20,6 +20,14 @@ LONGEST_PATTERN = 100_000  # maximal length of a regular expression: some list e
 MOST_VALUES = 2 * 10**7  # maximal number of values in a JSON or YAML file
 
 
+def as_path(value: Any, what: str) -> Path:
+    """Return a path that a caller of the Python interface gives. Raises `UserError`, which names it by `what`, for any
+    other value."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{what} is {value!r:.60}, which must be a path as a str or a Path.")
+    return Path(value)
+
+
 def plain_file(path: Path, what: str = "file") -> Path:
     """Return `path` if it is a regular file that this user may read. Else raise `UserError`, also for a folder, pipe,
     device or dangling link."""

@@ -21,8 +21,9 @@ def locate(name: str | Path) -> Path:
 
     Raises UserError, with the nearest known name, for any other name.
     """
-    if not str(name).strip() or "\0" in str(name):
-        raise UserError(f"{str(name)!r} is no name of a model: give a path, a catalogue name or a hub id.")
+    if not isinstance(name, str | Path) or not str(name).strip() or "\0" in str(name):
+        shown = repr(str(name) if isinstance(name, Path) else name)[:60]
+        raise UserError(f"{shown} is no name of a model: give a path, a catalogue name or a hub id.")
     path = Path(name).expanduser()
     if path.exists():
         return path

@@ -15,6 +15,7 @@ from keifu.checkpoints.hf.read import open_weights
 from keifu.checkpoints.plan import misfits
 from keifu.errors import UserError
 from keifu.files import replacing, write_atomic
+from keifu.untrusted import as_path
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "own"
@@ -58,7 +59,8 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
         >>> keifu.load_weights(nn.Linear(3, 2), folder)
         Linear(in_features=3, out_features=2, bias=True)
     """
-    path = Path(directory) / WEIGHTS if Path(directory).is_dir() else Path(directory)
+    path = as_path(directory, "The folder of the weights")
+    path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"There are no weights in {directory}: it has no {WEIGHTS}.")
     state = model.state_dict(keep_vars=True)

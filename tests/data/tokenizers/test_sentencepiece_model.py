@@ -89,6 +89,17 @@ def test_every_setting_is_followed(options, corpus, texts, tmp_path) -> None:
     assert (ours.pad_id is not None) == ("pad_id" in options)
 
 
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc", "nmt_nfkc_cf"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_no_mark_of_a_replaced_character_is_lost(rule: str, kind: str, corpus, tmp_path) -> None:
+    """Decomposed kana come from file names of macOS and from PDFs."""
+    data = learn(corpus, vocab_size=700, model_type=kind, byte_fallback=True, normalization_rule_name=rule)
+    (tmp_path / "tokenizer.model").write_bytes(data)
+    ours, reference = load_tokenizer(tmp_path), sentencepiece.SentencePieceProcessor(model_proto=data)
+    for text in ("か\u3099", "は\u309a", "？\u0349x", "Ａ\u0301 E\u0301", "½\u0349", "ｶﾞｷ\u0301", "A\u0349b"):
+        assert ours.encode(text) == reference.encode(text), ascii(text)
+
+
 def test_kinds_that_are_not_read_are_named(corpus) -> None:
     for kind, message in (("word", "is a word model"), ("char", "is a character model")):
         with pytest.raises(UserError, match=f"x.model {message}; keifu reads SentencePiece's BPE and Unigram"):

@@ -30,6 +30,7 @@ from keifu.errors import UserError
 from keifu.files import disk_space, sync, write_tensors
 from keifu.locks import writing_alone
 from keifu.processes import current
+from keifu.untrusted import as_path
 
 MOVING = ".moving"  # in the stage while its files are renamed: until then the folder is the old model
 STAGE = ".saving-"
@@ -65,7 +66,9 @@ def save(
         >>> model, tokenizer = keifu.load("smollm2")
         >>> keifu.save(model, tokenizer, tempfile.mkdtemp())
     """
-    directory = Path(directory)
+    directory = as_path(directory, "The folder to save in")
+    if not isinstance(model, nn.Module):
+        raise UserError(f"keifu.save takes a model, its tokenizer and a folder, and the model is {model!r:.60}.")
     if directory.exists() and not directory.is_dir():
         raise UserError(f"{directory} is a file, and a model is written as a folder: give another name.")
     if not type(vars(model).get("config")).__module__.startswith("keifu."):

@@ -3,9 +3,10 @@
 A file is a protocol buffer message. Only the few fields needed for encoding and decoding are read here, because the
 `sentencepiece` package gives them only if `protobuf` is installed. The `tokenizers` object encodes like SentencePiece,
 with one intended difference: a special token is recognised only where control text is allowed, and the text after it
-begins with the space that every text begins with. A second difference: the `tokenizers` library applies a normalisation
-table (NFKC) to whole grapheme clusters, so rare combining marks, and a carriage return before a line feed, give other
-tokens. The models of LLaMA and Mistral have no such table.
+begins with the space that every text begins with. A second difference: the `tokenizers` library applies a table of
+character replacements to whole grapheme clusters, and loses the combining marks of a replaced character. The tables of
+SentencePiece's rules NFKC are therefore applied after NFKC itself, which brings several marks of one letter into order,
+as SentencePiece does not. A table of one's own is applied as it is. The models of LLaMA and Mistral have no table.
 
 `Pieces` splits text by the `sentencepiece` package. Marian has a separate vocabulary for the ids of pieces, which may
 contain pieces unknown to the model, so it needs pieces as text.
@@ -25,6 +26,9 @@ from keifu.errors import UserError
 SPACE = "▁"  # U+2581, a space in pieces
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of pieces, in the file and in GGUF
 UNIGRAM, BPE = 1, 2  # kinds of models
+# names of SentencePiece's replacement tables → characters that they keep, unlike NFKC and lower case
+RULES = {"nfkc": "", "nmt_nfkc": "～", "nfkc_cf": "İ", "nmt_nfkc_cf": "～İ"}
+HIDING = "\ufdd0\ufdd1"  # no characters of any text
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class SentencePieceSettings:
     single_spaces: bool = False  # spaces at the ends are removed, runs become one space
     escape_spaces: bool = True  # a space becomes U+2581
     character_map: bytes = b""  # SentencePiece's compiled table of replacements, such as NFKC
+    rule: str = ""  # name of the table
 
 
 @dataclass
@@ -121,6 +126,7 @@ def parse(data: bytes, name: str) -> SentencePieceModel:
         single_spaces=bool(normalizer.get(4, True)),
         escape_spaces=bool(normalizer.get(5, True)),
         character_map=bytes(normalizer.get(2, b"")),
+        rule=bytes(normalizer.get(1, b"")).decode(errors="replace"),
     )
     special = {role: pieces[position].text for role, position in roles.items() if position < len(pieces)}
     return SentencePieceModel(pieces, settings, special)
@@ -248,7 +254,7 @@ def _normalizers(settings: SentencePieceSettings) -> list[normalizers.Normalizer
     escape."""
     steps: list[normalizers.Normalizer] = []
     if settings.character_map:
-        steps.append(normalizers.Precompiled(settings.character_map))
+        steps += _tabled(settings)
     if settings.single_spaces:
         steps.append(normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""))
         steps.append(normalizers.Replace(tokenizers.Regex(r" {2,}"), " "))
@@ -258,6 +264,22 @@ def _normalizers(settings: SentencePieceSettings) -> list[normalizers.Normalizer
     if settings.escape_spaces:
         steps.append(normalizers.Replace(" ", SPACE))
     return steps
+
+
+def _tabled(settings: SentencePieceSettings) -> list[normalizers.Normalizer]:
+    """Return the steps of the replacement table.
+
+    `Precompiled` looks up a whole grapheme cluster, and replaces it by the entry of its first character: the mark of
+    "？" with U+0349 would be lost, and か with U+3099 would not become が. So NFKC comes first, and lower case before a
+    folding table: it then finds almost nothing to replace. Characters that the table keeps are hidden from these steps.
+    """
+    table = normalizers.Precompiled(settings.character_map)
+    if settings.rule not in RULES:
+        return [table]
+    hidden = list(zip(RULES[settings.rule], HIDING, strict=False))
+    first = [normalizers.NFKC(), *([normalizers.Lowercase()] if settings.rule.endswith("_cf") else [])]
+    hide = [normalizers.Replace(character, mark) for character, mark in hidden]
+    return [*hide, *first, table, *[normalizers.Replace(mark, character) for character, mark in hidden]]
 
 
 def decoder(byte_fallback: bool, dummy_prefix: bool) -> decoders.Decoder:

@@ -41,10 +41,16 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bo
     cut: keep the first `limit` tokens of a longer text; the last of them is still the closing token. Otherwise a longer
     text raises `UserError` with both lengths. So does an empty text.
     """
-    rows = tokenizer.encode_batch(texts, special=True)
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise UserError(
+            f"The texts are {texts!r:.60}, which must be a list of texts: put one text in brackets, [text]."
+        )
     for at, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"Text {at + 1} of {len(texts)} is {text!r:.60}, which must be a str.")
         if not text.strip():
             raise UserError(f"Text {at + 1} of {len(texts)} is empty: give it words, or leave it out.")
+    rows = tokenizer.encode_batch(texts, special=True)
     longer = [index for index, row in enumerate(rows) if len(row) > limit]
     if longer and not cut:
         at = longer[0]

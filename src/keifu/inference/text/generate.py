@@ -3,10 +3,10 @@
 A seed belongs to a request: on a CPU the same prompt, settings and seed give the same text alone or in a batch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, Unpack, cast, overload
 
 from PIL import Image
 from torch import nn
@@ -15,7 +15,7 @@ from keifu.data.chat.thoughts import template_options
 from keifu.data.images.io import read_image
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.inference.chat.prompts import ImagePrompt, render
+from keifu.inference.chat.prompts import ImagePrompt, Messages, render
 from keifu.inference.text.draft import Draft
 from keifu.inference.text.engine import Engine
 from keifu.inference.text.model import PREFILL_TOKENS, MaskPredictor, text_model
@@ -116,14 +116,15 @@ def completion(request: Request, pieces: Sequence[Piece]) -> Completion:
 
 @overload
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str, *, raw: bool = False, **sampling: Unpack[GenerateOptions]
-) -> str: ...
+    model: nn.Module, tokenizer: Tokenizer, prompt: str | Messages, *, raw: bool = False,
+    **sampling: Unpack[GenerateOptions],
+) -> str: ...  # fmt: skip
 @overload
 def generate(
     model: nn.Module, tokenizer: Tokenizer, prompt: list[str], *, raw: bool = False, **sampling: Unpack[GenerateOptions]
 ) -> list[str]: ...
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompt: str | list[str], *, raw: bool = False,
+    model: nn.Module, tokenizer: Tokenizer, prompt: str | list[str] | Messages, *, raw: bool = False,
     **sampling: Unpack[GenerateOptions],
 ) -> str | list[str]:  # fmt: skip
     """Return the text that the model generates after the prompt (without the prompt), or after each of several.
@@ -132,7 +133,8 @@ def generate(
     that it would get alone, so equal prompts get equal texts.
 
     Args:
-        prompt: The text to answer or to continue, or a list of texts.
+        prompt: The text to answer or to continue, or a list of texts; or the messages of a conversation to answer, such
+            as [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}].
         raw: Whether the prompt is continued as plain text, without the chat template.
         **sampling: Fields of `SamplingParams`; images: picture files, for a model that sees.
             Missing ones come from generation_config.json. Without that file they are temperature=0 (greedy) for
@@ -152,31 +154,45 @@ def generate(
         ' town, there'
     """
     follow_load()
+    if not isinstance(tokenizer, Tokenizer):
+        raise UserError(f"The tokenizer is {tokenizer!r:.60}: give the one that keifu.load returned with the model.")
     images = [read_image(Path(file)).image for file in sampling.pop("images", ())]
-    several: Iterable[str] = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Iterable) else prompt
+    single = isinstance(prompt, str) or is_conversation(prompt) or not isinstance(prompt, Iterable)
+    several: Iterable[Any] = [prompt] if single else cast(Any, prompt)
     config = None if (masked := isinstance(model, MaskPredictor)) else text_model(model).config
     prompts: list[Any] = [as_prompt(tokenizer, one, raw, config, images) for one in several]
     if masked:
         texts = [write(model, tokenizer, one, Unmasking.of(sampling)) for one in prompts]
     else:
         texts = [done.text for done in generate_batch(model, tokenizer, prompts, sampling_for(tokenizer, sampling))]
-    return texts[0] if isinstance(prompt, str) else texts
+    return texts[0] if single else texts
+
+
+def is_conversation(prompt: Any) -> bool:
+    """Return whether a prompt is a list of messages."""
+    return isinstance(prompt, list | tuple) and bool(prompt) and all(isinstance(part, Mapping) for part in prompt)
 
 
 def as_prompt(
-    tokenizer: Tokenizer, text: str, raw: bool = False, config: Any = None, images: Sequence[Image.Image] = (),
-    **options: Any,
+    tokenizer: Tokenizer, text: str | Messages, raw: bool = False, config: Any = None,
+    images: Sequence[Image.Image] = (), **options: Any,
 ) -> str | list[int] | ImagePrompt:  # fmt: skip
     """Convert a text to a prompt: a message in the chat template if the tokenizer has one; otherwise, or if `raw`, the
-    text.
+    text. The messages of a conversation are converted by the chat template.
 
     config: of the model; decides whether it reads pictures. images: pictures of the message. options: of the chat
     template.
     """
     if options and (raw or tokenizer.chat_template is None):
         raise UserError(f"{', '.join(options)} belongs to a chat template: leave it out for a text without one.")
+    if is_conversation(text):
+        if raw or images:
+            raise UserError(
+                "A conversation goes through the chat template: leave out raw, and put pictures in messages."
+            )
+        return render(tokenizer, cast(Any, text), config, **options)
     if not isinstance(text, str) or (not images and (raw or tokenizer.chat_template is None)):
-        return text
+        return cast(Any, text)
     if raw:
         raise UserError("A picture's place in a prompt is the chat template's: leave out raw, or the pictures.")
     options = template_options(tokenizer, options)
