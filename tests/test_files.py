@@ -64,6 +64,8 @@ def test_a_failed_block_keeps_the_old_file_and_leaves_no_part(tmp_path: Path) ->
         raise KeyboardInterrupt
     assert (tmp_path / "new/x").read_bytes() == "old é".encode()
     assert os.listdir(tmp_path / "new") == ["x"]
+    files.write_atomic(tmp_path / "new/x", b"\xff")
+    assert (tmp_path / "new/x").read_bytes() == b"\xff"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -135,9 +135,11 @@ class BlockManager:
         """Allocate `count` blocks for one sequence. At least as many must be free.
 
         after: the last block of the sequence; new blocks follow it if possible. room: number of blocks that the
-        sequence will probably have; 0 if they need not be consecutive.
+        sequence will probably have; 0 if they need not be consecutive: then no cached block is emptied to follow it.
         """
         blocks: list[int] = []
+        if not room:
+            after = None
         last = after
         reach = 0 if after is None else self._reach.pop(after, after + room)
         while len(blocks) < count:
