@@ -532,7 +532,7 @@ def test_a_transformer_in_latents_draws_pictures_and_refuses_what_latents_cannot
 @pytest.mark.parametrize("recipe", [ddpm.Recipe, dit.Recipe])
 def test_documented_defaults_of_runs_on_pictures(recipe: Any) -> None:
     """Warm-up over a twentieth, validation twenty times, a sample at most every fifty steps; no two are equal."""
-    seen = [image_runs.image_settings(recipe(steps=steps), steps) for steps in (400, 8000)]
+    seen = [image_runs.image_settings(recipe(steps=steps).resolved(), steps) for steps in (400, 8000)]
     assert [each.warmup for each in seen] == [20, 400]
     assert [each.evaluate_every for each in seen] == [20, 400]
     assert [each.sample_every for each in seen] == [50, 800]

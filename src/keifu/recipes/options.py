@@ -11,10 +11,6 @@ import tyro
 
 from keifu.ranges import Positive, check_value, range_of
 
-# options that in every recipe have the meaning of `Settings`
-LOOP = ("steps", "batch_size", "micro_batch", "learning_rate", "weight_decay", "spikes", "ema", "precision", "compile",
-        "keep", "seed", "tensorboard", "wandb")  # fmt: skip
-
 
 @dataclass(frozen=True, kw_only=True)
 class Logging:
@@ -28,10 +24,9 @@ class Logging:
     wandb: bool = False
     """Log to Weights & Biases too."""
 
-    def loop(self, **usual: Any) -> dict[str, Any]:
-        """Return settings of the training loop: `usual`, replaced by options of the recipe that are set."""
-        chosen = {name: value for name in LOOP if (value := vars(self).get(name)) is not None}
-        return {"minutes": self.minutes, **usual, **chosen}
+    def logging(self) -> dict[str, Any]:
+        """Return these options as settings of the training loop."""
+        return {"minutes": self.minutes, "tensorboard": self.tensorboard, "wandb": self.wandb}
 
 
 def given(value: float | int | None, usual: float | int) -> float | int:

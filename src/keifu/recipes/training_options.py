@@ -42,8 +42,10 @@ class FinetuneOptions(Logging):
         return self.steps or max(1, round(self.epochs * steps_per_epoch))
 
     def settings(self, steps: int, **different: Any) -> Settings:
-        """Return settings: AdamW without weight decay, five validations and ten checkpoints. different: fields of
-        `Settings` with other values."""
-        usual = {"steps": steps, "weight_decay": 0.0, "betas": (0.9, 0.999), "keep_best": True}
-        every = {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
-        return Settings(**self.loop(**usual | every | different))
+        """Return settings: AdamW without weight decay, five validations and ten checkpoints. different: the learning
+        rate, and other fields of `Settings`."""
+        default = {"weight_decay": 0.0, "betas": (0.9, 0.999), "keep_best": True}
+        default |= {"evaluate_every": max(1, steps // 5), "save_every": max(1, steps // 10)}
+        return Settings(
+            steps=steps, micro_batch=self.micro_batch, seed=self.seed, **self.logging(), **default | different
+        )

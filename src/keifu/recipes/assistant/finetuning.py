@@ -115,7 +115,9 @@ def epoch_settings(recipe: Any, data: Any, rates: tuple[float, float], **differe
     adapters. different: fields of `Settings` with other values."""
     steps = recipe.total_steps(data.steps_per_epoch)
     warmup = round(recipe.warmup * steps)
-    return recipe.settings(steps, learning_rate=recipe.rate(*rates), warmup=warmup, **different)
+    return recipe.settings(
+        steps, batch_size=recipe.batch_size, learning_rate=recipe.rate(*rates), warmup=warmup, **different
+    )
 
 
 def finetuning_job(

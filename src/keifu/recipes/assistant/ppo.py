@@ -163,7 +163,9 @@ def settings(recipe: Recipe) -> Settings:
     value_rate = given(recipe.value_rate, 9e-5 if recipe.lora.rank else 9e-6)
     shares, often = (("value.", value_rate / rate),), max(1, steps // updates // 5) * updates
     rates = {"learning_rate": rate, "rate_shares": shares, "warmup": min(recipe.warmup, steps)}
-    return finetuning.rollout_settings(recipe, steps, 1, **rates, betas=(0.9, 0.95), evaluate_every=often)
+    return finetuning.rollout_settings(
+        recipe, steps, 1, **rates, betas=(0.9, 0.95), ema=recipe.ema, evaluate_every=often
+    )
 
 
 def job_of(recipe: Recipe, task: PPOTask) -> Job:

@@ -117,7 +117,9 @@ def job_of(recipe: Recipe, task: SFTTask, title: str | None = None, paper: str =
         if said := part.sentence(task.data.context_length):
             print(said)
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
-    settings = finetuning.epoch_settings(recipe, task.data, (2e-5, 2e-4), sample_every=often)
+    settings = finetuning.epoch_settings(
+        recipe, task.data, (2e-5, 2e-4), sample_every=often, weight_decay=recipe.weight_decay
+    )
     facts = RunFacts(
         title=title or f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
         about={"paper": paper},

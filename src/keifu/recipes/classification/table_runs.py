@@ -15,6 +15,7 @@ from keifu.files import write_atomic
 from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
+from keifu.recipes.options import given
 from keifu.recipes.training_options import FinetuneOptions
 from keifu.training.job import Job, RunFacts
 from keifu.training.protocols import Objective
@@ -90,7 +91,8 @@ def classifier_job(
     """Return the training of the task's model, with the confusion matrix of the held-out examples as its sample.
 
     The learning rate decreases linearly to 0, with two validations in an epoch. out: folder of the run, in which the
-    matrix is drawn. warmup: function from the number of steps to that of warm-up steps. facts: its options are values
+    matrix is drawn. learning_rate: the highest rate, unless the
+    recipe has one. warmup: function from the number of steps to that of warm-up steps. facts: its options are values
     that affect the result, in addition to the model's config and the cut.
     """
     if task.cut:
@@ -98,7 +100,8 @@ def classifier_job(
     rows = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
     steps, half = recipe.total_steps(rows.steps_per_epoch), rows.steps_per_epoch // 2
     settings = recipe.settings(
-        steps, learning_rate=learning_rate, warmup=warmup(steps), schedule="linear", final_ratio=0.0,
+        steps, batch_size=recipe.batch_size, learning_rate=given(recipe.learning_rate, learning_rate),
+        warmup=warmup(steps), schedule="linear", final_ratio=0.0, weight_decay=recipe.weight_decay,
         evaluate_every=max(1, half), save_every=max(50, half),
     )  # fmt: skip
     data = {

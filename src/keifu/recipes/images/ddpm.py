@@ -238,7 +238,7 @@ def settings(recipe: Recipe, steps: int) -> Settings:
     """Return the training settings for this number of steps."""
     paper = {"schedule": "constant", "warmup": min(5000, steps // 10), "weight_decay": 0.0, "betas": (0.9, 0.999)}
     different = paper if recipe.recipe_of == "paper" else {}
-    return image_settings(recipe, steps, **different, **keeps_best(recipe.start_from))
+    return image_settings(recipe, steps, micro_batch=recipe.micro_batch, **different, **keeps_best(recipe.start_from))
 
 
 def sampler(model: Any, seed: int) -> Callable[[int], bytes]:

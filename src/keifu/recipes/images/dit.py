@@ -86,7 +86,7 @@ def model_config(
 def jobs(recipe: Recipe) -> Jobs:
     """Yield the training, whose result keifu draw reads; diffusers reads its folders."""
     recipe = recipe.resolved()
-    settings = partial(image_settings, recipe, **keeps_best(recipe.start_from))
+    settings = partial(image_settings, recipe, micro_batch=recipe.micro_batch, **keeps_best(recipe.start_from))
     paper = "Peebles and Xie, Scalable Diffusion Models with Transformers (2022)"
     job = ddpm.job_of(recipe, prepare(recipe), settings, ("autoencoder",), "A diffusion Transformer", paper)
     ddpm.show_folder((yield job))

@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.inference.images.pipeline import TextToImagePipeline
 from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.ranges import BelowOne, Count, NotNegative, Positive, Seed, check
-from keifu.recipes.options import Logging
+from keifu.recipes.options import Logging, given
 from keifu.training.job import Budget, Job, JobStage, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.diffusion import add_draws
 from keifu.training.protocols import Data
@@ -170,9 +170,16 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
     other values.
     """
     often = max(1, steps // 20)
-    usual = {"steps": steps, "minutes": recipe.budget.limit, "warmup": steps // 20, "final_ratio": 0.0}
-    usual |= {"weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often, "sample_every": max(50, 2 * often)}
-    return Settings(**recipe.loop(**usual | {"save_every": min(often, 1000)} | different))
+    default = {
+        "warmup": steps // 20, "final_ratio": 0.0, "weight_decay": 0.01, "betas": (0.9, 0.99), "evaluate_every": often,
+        "sample_every": max(50, 2 * often), "save_every": min(often, 1000),
+    }  # fmt: skip
+    options = {
+        "batch_size": recipe.batch_size, "learning_rate": given(recipe.learning_rate, Settings.learning_rate),
+        "ema": recipe.ema, "precision": recipe.precision, "keep": recipe.keep, "seed": recipe.seed,
+    }  # fmt: skip
+    logging = recipe.logging() | {"minutes": recipe.budget.limit}
+    return Settings(steps=steps, **options, **logging, **default | different)
 
 
 def picture_facts(

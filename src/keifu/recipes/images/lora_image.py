@@ -178,10 +178,12 @@ def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]
 def settings(recipe: Recipe) -> Settings:
     """Return the training settings."""
     often = max(1, recipe.steps // 10)
-    every = {"evaluate_every": often, "sample_every": max(1, recipe.steps // 4), "save_every": often}
-    warmup = min(50, recipe.steps // 10)
-    usual = {"schedule": "constant", "weight_decay": 0.01, "betas": (0.9, 0.999), "warmup": warmup}
-    return Settings(**recipe.loop(**usual, **every))
+    return Settings(
+        steps=recipe.steps, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, schedule="constant",
+        warmup=min(50, recipe.steps // 10), weight_decay=0.01, betas=(0.9, 0.999), precision=recipe.precision,
+        seed=recipe.seed, evaluate_every=often, sample_every=max(1, recipe.steps // 4), save_every=often,
+        **recipe.logging(),
+    )  # fmt: skip
 
 
 def sampler(task: LoraImageTask, recipe: Recipe) -> Callable[[int], bytes]:

@@ -65,7 +65,7 @@ def jobs(recipe: Recipe) -> Jobs:
     """Yield the training, with validation on the whole held-out part."""
     require_known("recipe", recipe.recipe_of, WAYS)
     build, config, settings = WAYS[recipe.recipe_of]
-    warmup = min(settings.warmup, recipe.steps or settings.steps)
-    settings = replace(settings, **recipe.loop(warmup=warmup))
+    steps = recipe.steps or settings.steps
+    settings = replace(settings, steps=steps, warmup=min(settings.warmup, steps), seed=recipe.seed, **recipe.logging())
     task = prepare_text(Text(recipe.data, "characters", 65_536, **recipe.reading()))
     yield pretraining_job("characters", task, build, config, settings)

@@ -117,7 +117,7 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
     steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
     return settings_of(
-        recipe, steps, batch_size, optimizer="muon", learning_rate=scaled(3e-3, recipe.start_from),
+        recipe, steps, batch_size, scaled(3e-3, recipe.start_from), optimizer="muon", compile=recipe.compile,
         matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
         final_ratio=0.0, weight_decay=0.01, **keeps_best(recipe.start_from),
     )  # fmt: skip

@@ -15,7 +15,7 @@ Cost: printed before it starts; the default model has 6 M parameters and sees 16
 Expected: see docs/results.md, "PaLM's layer and optimizer: learning" and "Recovery from loss spikes".
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keifu.models import palm
 from keifu.ranges import NotNegative
@@ -58,4 +58,5 @@ def jobs(recipe: Recipe) -> Jobs:
     settings, default_z = WAYS[recipe.recipe_of]
     z_loss = default_z if recipe.z_loss is None else recipe.z_loss
     task = prepare_text(recipe.text, split_digits=recipe.text.tokenizer == "bpe")
-    yield pretraining_job("palm", task, palm.build, recipe.model, settings(recipe), prompt=recipe.prompt, z_loss=z_loss)
+    training = replace(settings(recipe), spikes=recipe.spikes)
+    yield pretraining_job("palm", task, palm.build, recipe.model, training, prompt=recipe.prompt, z_loss=z_loss)

@@ -27,7 +27,7 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.options import Logging
+from keifu.recipes.options import Logging, given
 from keifu.recipes.plan import check_plan
 from keifu.recipes.training_options import TrainingOptions
 from keifu.training.job import Job, RunFacts, parameters
@@ -269,23 +269,28 @@ class PretrainingOptions(Logging):
 
     def own_settings(self) -> Settings:
         """Return keifu's settings (see the function of that name)."""
-        return own_settings(self, self.steps, self.batch_size)
+        return own_settings(self, self.steps, self.batch_size, compile=self.compile)
 
-    def settings(self, **chosen: Any) -> Settings:
+    def settings(self, learning_rate: float, **different: Any) -> Settings:
         """Return the training settings (see `settings_of`)."""
-        return settings_of(self, self.steps, self.batch_size, **chosen)
+        return settings_of(self, self.steps, self.batch_size, learning_rate, compile=self.compile, **different)
 
 
-def settings_of(recipe: Logging, steps: int, batch_size: int, **usual: Any) -> Settings:
-    """Return settings for this number of steps, changed by the recipe's options: 20 validations, 10 samples and 10
-    checkpoints, fewer in a short run."""
-    every = {"evaluate_every": max(50, steps // 20), "sample_every": max(50, steps // 10)}
-    every["save_every"] = max(100, steps // 10)
-    return Settings(**recipe.loop(steps=steps, batch_size=batch_size, **every, **usual))
+def settings_of(recipe: Any, steps: int, batch_size: int, learning_rate: float, **different: Any) -> Settings:
+    """Return settings for this number of steps: 20 validations, 10 samples and 10 checkpoints, fewer in a short run.
+
+    learning_rate: the highest rate, unless the recipe has one. different: fields of `Settings` with other values.
+    """
+    return Settings(
+        steps=steps, batch_size=batch_size, micro_batch=recipe.micro_batch, seed=recipe.seed,
+        learning_rate=given(recipe.learning_rate, learning_rate), evaluate_every=max(50, steps // 20),
+        sample_every=max(50, steps // 10), save_every=max(100, steps // 10), **recipe.logging(), **different,
+    )  # fmt: skip
 
 
-def own_settings(recipe: Any, steps: int, batch_size: int) -> Settings:
+def own_settings(recipe: Any, steps: int, batch_size: int, **different: Any) -> Settings:
     """Return keifu's settings for this number of steps: Muon, with a linear decay of the rates to 0."""
-    usual = {"optimizer": "muon", "schedule": "linear", "learning_rate": 2e-3, "matrix_rate": recipe.matrix_rate}
-    usual |= {"warmup": min(100, -(-steps // 10)), "final_ratio": 0.0, "weight_decay": 0.01}
-    return settings_of(recipe, steps, batch_size, **usual)
+    return settings_of(
+        recipe, steps, batch_size, 2e-3, optimizer="muon", schedule="linear", matrix_rate=recipe.matrix_rate,
+        warmup=min(100, -(-steps // 10)), final_ratio=0.0, weight_decay=0.01, **different,
+    )  # fmt: skip

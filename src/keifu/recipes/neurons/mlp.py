@@ -130,12 +130,13 @@ def jobs(recipe: Recipe) -> Jobs:
 
 def settings(recipe: Recipe) -> Settings:
     """Return the training settings: AdamW with warm-up and a cosine to zero, in float32."""
-    full = recipe.resolved()
-    assert full.steps is not None
+    full: Any = recipe.resolved()  # so that no option is None
     often = max(1, full.steps // 12)
-    every = {"evaluate_every": often, "sample_every": full.steps if recipe.data == "mnist" else often}
-    usual = {"final_ratio": 0.0, "warmup": full.steps // 20, "betas": (0.9, 0.99), "precision": "float32"}
-    return Settings(**full.loop(**usual, **every))
+    return Settings(
+        steps=full.steps, batch_size=full.batch_size, learning_rate=full.learning_rate, final_ratio=0.0,
+        warmup=full.steps // 20, weight_decay=full.weight_decay, betas=(0.9, 0.99), precision="float32", seed=full.seed,
+        evaluate_every=often, sample_every=full.steps if recipe.data == "mnist" else often, **recipe.logging(),
+    )  # fmt: skip
 
 
 def check_learnable(recipe: Recipe) -> tables.ToyDataset:

@@ -225,11 +225,13 @@ def _fitting(task: TranslationTask, rows: list[Pair], context_length: int) -> En
 
 
 def settings_of(options: TranslationOptions, steps: int, **chosen: Any) -> Settings:
-    """Return settings for this number of steps: `chosen`, else the recipe's options, with 20 validations, 10 samples
-    and 50 checkpoints."""
-    every = {"evaluate_every": max(1, steps // 20), "sample_every": max(1, steps // 10)}
-    best = keeps_best(options.start_from)
-    return Settings(**options.loop(steps=steps, **every, save_every=max(1, steps // 50)) | best | chosen)
+    """Return settings for this number of steps, with 20 validations, 10 samples and 50 checkpoints. chosen: the
+    learning rate, and other fields of `Settings`."""
+    return Settings(
+        steps=steps, micro_batch=options.micro_batch, keep=options.keep, seed=options.seed,
+        evaluate_every=max(1, steps // 20), sample_every=max(1, steps // 10), save_every=max(1, steps // 50),
+        **options.logging(), **keeps_best(options.start_from), **chosen,
+    )  # fmt: skip
 
 
 def own_settings(options: Any, steps: int, warmup: int, **chosen: Any) -> Settings:
