@@ -79,6 +79,18 @@ def test_the_newest_loses_its_blocks_and_finds_the_oldest_of_them_again() -> Non
     assert second.request.cached == 0, "what it computed itself is no hit of the cache"
 
 
+def test_of_three_the_newest_goes_and_one_without_a_block_goes_itself() -> None:
+    steps = Steps(6, step_tokens=20)
+    texts = [steps.add(0, range(7)), steps.add(1, range(100, 105)), steps.add(2, range(200, 205))]
+    assert steps.step() == [(0, 0, 7, 1), (1, 0, 5, 1), (2, 0, 5, 1)] and steps.blocks.free == 0
+    steps.step()
+    assert steps.step() == [(0, 8, 1, 1), (1, 6, 1, 1)] and steps.scheduler.preempted == [texts[2]]
+    steps = Steps(4, step_tokens=20)
+    texts = [steps.add(0, range(5)), steps.add(1, range(100, 108))]
+    assert steps.step() == [(0, 0, 5, 1), (1, 0, 8, 1)] and steps.blocks.free == 0
+    assert steps.step() == [(0, 5, 1, 1)] and steps.scheduler.preempted == [texts[1]]
+
+
 def test_a_text_that_grows_leaves_what_is_cached_while_there_are_empty_blocks() -> None:
     """The block after its own has the beginning of a text that ended; four others are empty."""
     steps = Steps(7)
@@ -164,11 +176,26 @@ def test_guesses_are_computed_with_the_last_token_as_long_as_a_step_has_room() -
     [one] = steps.scheduler.schedule()
     assert (one.tokens, one.start, one.wanted) == ([900, 7, 8, 9], 3, 4), "four tokens, and nothing is left of the step"
     assert second.guesses == [7], "its turn has not come"
+    assert len(one.blocks) == 2, "for seven positions"
+    steps = Steps(40, max_running=2, step_tokens=3)
+    first, second = steps.add(0, [1]), steps.add(1, [101, 102, 103, 104, 105])
+    assert steps.step() == [(0, 0, 1, 1), (1, 0, 2, 0)]
+    second.guesses = [7]
+    assert steps.step() == [(0, 1, 1, 1), (1, 2, 2, 0)] and second.guesses == [], "a prompt has none"
+    assert steps.step() == [(0, 2, 1, 1), (1, 4, 1, 1)]
+    first.guesses, second.guesses = [8], [7]
+    assert [span.tokens for span in steps.scheduler.schedule()] == [[900, 8], [901]], "nothing is left for its guess"
 
 
-@pytest.mark.parametrize(("tokens", "limit", "room"), [(10, 50, 128), (600, 100, 256), (500, 13, 256), (700, 300, 256)])
-def test_room_is_a_power_of_two_that_the_rest_of_the_answer_fits(tokens: int, limit: int, room: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "limit", "written", "room"),
+    [(10, 50, 0, 128), (600, 100, 0, 256), (500, 13, 0, 256), (300, 300, 0, 256), (700, 300, 299, 256)],
+)
+def test_room_is_a_power_of_two_that_the_rest_of_the_answer_fits(
+    tokens: int, limit: int, written: int, room: int
+) -> None:
     """At least 512 tokens, and at most 256 beyond those that there are; 4 in a block."""
     scheduler = Scheduler(BlockManager(999, 4), 1, 1, None, contiguous=True)
     request = Request(range(tokens), SamplingParams(max_tokens=limit), None, 1000, 1000)
-    assert scheduler._room(Sequence(0, request, [*range(tokens)])) == room
+    request.tokens = [1] * written
+    assert scheduler._room(Sequence(0, request, [*request.prompt, *request.tokens])) == room
