@@ -47,10 +47,16 @@ def paper_settings(recipe: Recipe) -> Settings:
     return recipe.settings(
         batch_stages=tuple(zip(rows, until, strict=True)) if growing else (), optimizer="adafactor", learning_rate=1e-2,
         schedule="inverse_sqrt", hold=max(1, recipe.share(HELD / STEPS)), weight_decay=1.0, clip=1.0,
+        spikes=recipe.spikes,
     )  # fmt: skip
 
 
-WAYS = {"keifu": (PretrainingOptions.own_settings, 0.0), "paper": (paper_settings, 1e-4)}  # with their default z-loss
+def keifu_settings(recipe: Recipe) -> Settings:
+    """Return keifu's settings, with the treatment of spikes."""
+    return replace(recipe.own_settings(), spikes=recipe.spikes)
+
+
+WAYS = {"keifu": (keifu_settings, 0.0), "paper": (paper_settings, 1e-4)}  # with their default z-loss
 
 
 def jobs(recipe: Recipe) -> Jobs:
@@ -58,5 +64,4 @@ def jobs(recipe: Recipe) -> Jobs:
     settings, default_z = WAYS[recipe.recipe_of]
     z_loss = default_z if recipe.z_loss is None else recipe.z_loss
     task = prepare_text(recipe.text, split_digits=recipe.text.tokenizer == "bpe")
-    training = replace(settings(recipe), spikes=recipe.spikes)
-    yield pretraining_job("palm", task, palm.build, recipe.model, training, prompt=recipe.prompt, z_loss=z_loss)
+    yield pretraining_job("palm", task, palm.build, recipe.model, settings(recipe), prompt=recipe.prompt, z_loss=z_loss)
