@@ -28,6 +28,7 @@ from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
+from keifu.models.variants import t5
 from keifu.recipes.neurons.mlp import LOSSES
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
@@ -81,6 +82,7 @@ TRANSLATORS = {
     "seq2seq-fixed": (seq2seq, seq2seq.Config(**RECURRENT, context="fixed")),
     "seq2seq-plain": (seq2seq, seq2seq.Config(**RECURRENT, encoder="forward", context="none", output="state")),
     "transformer": (transformer, transformer.Config(**SMALL, dropout=0.0)),
+    "t5": (t5, t5.Config(**SMALL, head_dim=8, dropout=0.0)),
     "transformer-apart": (transformer, transformer.Config(**SMALL, dropout=0.0, shared=False, tied=False)),
 }
 

@@ -61,6 +61,7 @@ from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
+from keifu.models.variants import t5
 from keifu.recipes.neurons import mlp as mlp_recipe  # noqa: E402
 from keifu.training.objectives.autoencoders import (
     AutoencoderKLLoss,  # noqa: E402
@@ -102,6 +103,7 @@ TRANSLATORS = {
         seq2seq.Config(**RECURRENT, encoder="forward", context="none", output="state")
     ),
     "transformer": lambda: transformer.build(transformer.Config(**SMALL, dropout=0.0)),
+    "t5": lambda: t5.build(t5.Config(**SMALL, head_dim=8, dropout=0.0)),
 }
 DRAWERS = {
     "ddpm": lambda: ddpm.build(ddpm.Config(**NETWORK)),

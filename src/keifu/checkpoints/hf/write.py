@@ -38,8 +38,8 @@ ROLES = ("bos", "eos", "pad")
 # fields of a config that also belong there
 GENERATION = ("decoder_start_token_id", "forced_eos_token_id", "pad_token_id", "bad_words_ids")
 TOKENIZER_FILES = (
-    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
-    "merges.txt", "vocab.txt", "source.spm", "target.spm", "target_vocab.json", "tokenizer.json",
+    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
+    "vocab.json", "merges.txt", "vocab.txt", "source.spm", "target.spm", "target_vocab.json", "tokenizer.json",
     "target_tokenizer.json",
 )  # fmt: skip
 

@@ -160,10 +160,24 @@ def _sentencepiece(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     return backend, model.special
 
 
+def _t5_sentencepiece(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
+    """Read T5's spiece.model. Its sentinels <extra_id_N> follow the pieces, the highest first, and </s> ends a text."""
+    model = parse(plain_file(path).read_bytes(), str(path))
+    count = config.get("extra_ids", 100)
+    if type(count) is not int or not 0 <= count <= 10_000:
+        raise UserError(f"tokenizer_config.json gives {count!r} for extra_ids, which must be a number up to 10,000.")
+    backend = backend_from_pieces(model.pieces, model.settings)
+    sentinels = [f"<extra_id_{number}>" for number in reversed(range(count))]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in sentinels])
+    put_around_text(backend, model.special, bos=False, eos=True)
+    return backend, model.special
+
+
 Reader = Callable[[Path, Mapping[str, Any]], BackendWithRoles]
 READERS: dict[str, Reader] = {  # in the order in which a directory is searched
     "tokenizer.json": _tokenizer_json,
     "tokenizer.model": _sentencepiece,
+    "spiece.model": _t5_sentencepiece,
     "vocab.json": _vocabulary_and_merges,
     "encoder.json": _vocabulary_and_merges,
     "vocab.txt": _wordpiece_vocabulary,

@@ -33,8 +33,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load the tokenizer of a directory, of a file (with the other files of its folder), or of a catalogue name.
 
     A directory is searched for these, in order: Marian's source.spm with target.spm and vocab.json; tokenizer.json; a
-    SentencePiece tokenizer.model; the vocab.json with merges.txt of GPT-1, GPT-2 or CLIP (or encoder.json with
-    vocab.bpe); BERT's vocab.txt; OpenAI's file of CLIP's merges. A file may be any of these except Marian's, or a GGUF.
+    SentencePiece tokenizer.model, or T5's spiece.model; the vocab.json with merges.txt of GPT-1, GPT-2 or CLIP (or
+    encoder.json with vocab.bpe); BERT's vocab.txt; OpenAI's file of CLIP's merges. A file may be any of these except
+    Marian's, or a GGUF.
     Raises `UserError` with the reason if it cannot be read.
     """
     path = _found(path)

@@ -97,7 +97,8 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Visible, scoring: Scorin
     if visible == "causal":
         hidden = torch.full((length, k.shape[2]), -torch.inf, dtype=q.dtype, device=q.device).triu(1)
     elif isinstance(visible, Tensor):
-        hidden = hidden.where(visible, -torch.inf).expand(batch, heads, -1, -1).flatten(0, 1)
+        added = visible.to(q.dtype) if visible.is_floating_point() else hidden.where(visible, -torch.inf)
+        hidden = added.expand(batch, heads, -1, -1).flatten(0, 1)
     alpha = head_dim**-0.5 if scoring.scale is None else scoring.scale
     if cap := scoring.soft_cap:
         scores = cap * (q.flatten(0, 1) @ k.mT.flatten(0, 1) * (alpha / cap)).tanh() + hidden
@@ -303,15 +304,16 @@ class CrossAttention(nn.Module):
 
     def __init__(
         self, dim: int, n_heads: int, context_dim: int | None = None, bias: bool = True, dropout: float = 0.0,
-        out_bias: bool | None = None,
+        out_bias: bool | None = None, head_dim: int | None = None, scale: float | None = None,
     ):  # fmt: skip
         super().__init__()
-        if dim % n_heads:
+        if head_dim is None and dim % n_heads:
             raise UserError(f"n_heads ({n_heads}) must divide dim ({dim}); choose another number.")
-        self.n_heads, self.dropout = n_heads, Dropout(dropout)
-        self.q = Linear(dim, dim, bias)
-        self.kv: nn.Module = JoinedLinear(context_dim or dim, (dim, dim), bias)
-        self.out = Linear(dim, dim, bias if out_bias is None else out_bias)
+        self.n_heads, self.dropout, self.scale = n_heads, Dropout(dropout), scale
+        inner = n_heads * (head_dim or dim // n_heads)
+        self.q = Linear(dim, inner, bias)
+        self.kv: nn.Module = JoinedLinear(context_dim or dim, (inner, inner), bias)
+        self.out = Linear(inner, dim, bias if out_bias is None else out_bias)
 
     def project(self, context: Float[Tensor, "batch seen context_dim"]) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a context, (batch, heads, seen, head_dim) each, for use at every step."""
@@ -321,7 +323,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Hidden, keys_values: tuple[Tensor, Tensor], mask: Mask) -> Hidden:
         k, v = keys_values
         q = self.q(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        return self.out(attend(q, k, v, mask.visible(k.shape[2], None), Scoring(self.dropout)))
+        return self.out(attend(q, k, v, mask.visible(k.shape[2], None), Scoring(self.dropout, self.scale)))
 
 
 class KeysUnbiasedCross(CrossAttention):

@@ -111,7 +111,8 @@ def band(
     return Band(mask)
 
 
-Visible = Bool[Tensor, "#batch 1 #length seen"] | Band | Literal["causal"] | None
+Biases = Float[Tensor, "#batch heads #length seen"]  # added to the scores; -inf where a key is not visible
+Visible = Bool[Tensor, "#batch 1 #length seen"] | Biases | Band | Literal["causal"] | None
 
 
 @runtime_checkable
@@ -119,7 +120,7 @@ class Mask(Protocol):
     """Interface of a mask: which keys each query may attend to.
 
     `visible(seen, window)` returns None for all keys, "causal" for the lower triangle, a `Band` if there are more
-    queries than the window is wide, and otherwise a boolean tensor.
+    queries than the window is wide, and otherwise a tensor: boolean, or numbers that are added to the scores.
     """
 
     def visible(self, seen: int, window: int | None) -> Visible: ...

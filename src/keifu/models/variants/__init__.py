@@ -1,1 +1,1 @@
-"""Later models that differ from LLaMA in one or two points."""
+"""Models that differ from an earlier one, mostly LLaMA, in a few points."""
