@@ -324,6 +324,26 @@ def test_a_cache_that_cannot_be_written_is_named_with_its_variable(failing, monk
     assert said(capsys, "fail") == (1, told)
 
 
+def test_a_home_that_is_not_there_is_named_with_the_variable(failing, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("KEIFU_CACHE", raising=False)
+    monkeypatch.setenv("HOME", "/proc/nohome")
+    failing(FileNotFoundError(2, "No such file or directory", "/proc/nohome"))
+    told = "No such file or directory: /proc/nohome; KEIFU_CACHE names another folder for what keifu keeps."
+    assert said(capsys, "fail") == (1, told)
+
+
+def test_matplotlib_keeps_its_list_in_the_cache_if_home_cannot_be_written(failing, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("KEIFU_CACHE", str(tmp_path))
+    for home, place in (("/proc/nohome", str(tmp_path / "matplotlib")), (str(tmp_path), None)):
+        monkeypatch.setenv("HOME", home)
+        monkeypatch.setenv("MPLCONFIGDIR", "")
+        monkeypatch.delenv("MPLCONFIGDIR")
+        failing(UserError("no"))
+        with pytest.raises(SystemExit):
+            cli.main(["fail"])
+        assert os.environ.get("MPLCONFIGDIR") == place
+
+
 def test_debugging_shows_the_traceback(failing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEIFU_DEBUG", "1")
     failing(UserError("no"))

@@ -184,11 +184,13 @@ def test_it_was_trained_on_a_part_that_shares_nothing_with_the_test_pairs(name: 
     assert trained.isdisjoint(tested)
 
 
-@pytest.mark.parametrize(("clone", "package"), [(True, r"\./pretrained"), (False, "keifu-pretrained")])
+@pytest.mark.parametrize(
+    ("clone", "package"), [(True, r"\./pretrained"), (False, r"\./pretrained in keifu's checkout")]
+)
 def test_a_package_that_is_not_installed_is_named(
     clone: bool, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the way to install it: from the clone that keifu runs in, or from the index."""
+    """With the way to install it: from the clone that keifu runs in, or from a checkout."""
     if not clone:
         monkeypatch.setattr(catalogue, "CLONE", tmp_path)
     with pytest.raises(UserError, match=rf"keifu-pretrained-2 has it, and is not installed: pip install {package}\.$"):

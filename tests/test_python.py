@@ -330,6 +330,18 @@ def test_an_own_module_is_saved_and_filled_again(tmp_path: Path) -> None:
         keifu.load_weights(nn.Linear(3, 3), tmp_path / "nothing")
 
 
+def test_weights_that_are_not_finite_are_refused_but_masks_are_read(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    keifu.save(model, None, tmp_path)
+    keifu.load_weights(model, tmp_path)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    keifu.save(model, None, tmp_path)
+    with pytest.raises(UserError, match="has numbers in weight that are not finite: it is damaged"):
+        keifu.load_weights(model, tmp_path)
+
+
 def test_loading_an_own_module_says_how() -> None:
     _, tokenizer = LOADED_ONCE("smollm2")
     assert repr(tokenizer).startswith("Tokenizer(BPE, 49,152 tokens, bos '<|im_start|>'")

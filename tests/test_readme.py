@@ -201,6 +201,11 @@ def test_no_page_runs_or_installs_keifu_by_its_name_from_an_index(page: Path) ->
     assert FROM_AN_INDEX.findall(page.read_text(encoding="utf-8")) == []
 
 
+def test_no_message_installs_keifu_by_its_name_from_an_index() -> None:
+    files = (ROOT / "src").rglob("*.py")
+    assert [file.name for file in files if FROM_AN_INDEX.search(file.read_text(encoding="utf-8"))] == []
+
+
 def test_an_installation_by_name_would_be_seen() -> None:
     assert all(
         FROM_AN_INDEX.search(line) for line in ("uvx keifu chat", "pip install -U keifu", "pip install 'keifu[a]'")

@@ -15,6 +15,7 @@ from keifu import __version__
 from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.errors import require_known
 from keifu.files import WINDOWS
+from keifu.folders import place_matplotlib
 from keifu.threads import follow_load
 
 FAULT = 70  # exit status of sysexits.h for an internal error
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run `keifu` and exit: status 0; 1 after an error; 2 if the command line is wrong; 70 after a bug of keifu; 128 +
     n after signal n, so 130 after Ctrl-C."""
     _open_standard_streams()
+    place_matplotlib()
     follow_load()  # before the import of torch, which reads the number of threads
     words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)
     began = time.perf_counter()

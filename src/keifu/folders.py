@@ -22,6 +22,13 @@ def cache() -> Path:
     return Path(os.environ.get("KEIFU_CACHE") or "~/.cache/keifu").expanduser()
 
 
+def place_matplotlib() -> None:
+    """Let matplotlib keep its list of fonts in `KEIFU_CACHE` if it cannot write into the home folder. Otherwise it
+    prints several lines and makes the list anew each time."""
+    if (folder := os.environ.get("KEIFU_CACHE")) and not os.access(Path("~").expanduser(), os.W_OK):
+        os.environ.setdefault("MPLCONFIGDIR", str(Path(folder).expanduser() / "matplotlib"))
+
+
 def config() -> Path:
     """Return the folder for files that must not be lost with the cache: `KEIFU_CONFIG`, or keifu in XDG_CONFIG_HOME or
     ~/.config."""

@@ -258,6 +258,15 @@ def test_a_table_without_text_ends_with_its_first_problem(
         cli.main(["data", "check", str(tmp_path / "pairs.tsv"), "--tokenizer", model])
     said = capsys.readouterr().err
     assert "no text to train on: " in said and said.count("there is no field 'text'") == 1
+    assert said.count("\n") == 1 and "is empty" not in said
+
+
+def test_one_cause_gets_one_sentence(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", str(tmp_path / "a.jsonl"), "--tokenizer", model])
+    shown = capsys.readouterr()
+    assert "line 1: the field 'text' is int, not text" in shown.err and shown.err.count("\n") == 1 and not shown.out
 
 
 def test_data_lists_its_licences_and_checks_a_file(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

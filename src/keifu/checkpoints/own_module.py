@@ -50,7 +50,7 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
         The same module, ready for evaluation.
 
     Raises:
-        UserError: Tensors are missing, extra or of another shape. The module stays unchanged.
+        UserError: Tensors are missing, extra or of another shape, or not finite. The module stays unchanged.
 
     Examples:
         >>> import tempfile, keifu
@@ -65,7 +65,11 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
         raise UserError(f"There are no weights in {directory}: it has no {WEIGHTS}.")
     state = model.state_dict(keep_vars=True)
     file = open_weights(path)
+    weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # a buffer may be a mask of -inf
     stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    if damaged := [name for name in weights & stored.keys() if not bool(stored[name].isfinite().all())]:
+        names = ", ".join(sorted(damaged)[:3])
+        raise UserError(f"{path} has numbers in {names} that are not finite: it is damaged, or its training failed.")
     for name, same in (file.metadata() or {}).items():  # an omitted name → the stored name with the same numbers
         if name in state and same in stored:
             stored.setdefault(name, stored[same])

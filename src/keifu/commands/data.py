@@ -180,9 +180,11 @@ def _check(source: str, options: Options) -> None:
     if source not in CATALOGUE:
         paths(source, form)  # refuses a source without files before a tokenizer is loaded
     report = check_dataset(source, load_tokenizer(options.tokenizer or "gpt2-bpe"), form)
-    say(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
+    if report.documents or options.json:
+        say(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
     if not report.documents:
-        why = f": {report.problems[0]}" if report.problems else "."
+        others = f" There are {report.n_problems - 1:,} more faults." if report.n_problems > 1 else ""
+        why = f": {report.problems[0]}{others}" if report.problems else "."
         raise UserError(f"{source} holds no text to train on{why}")
 
 

@@ -79,6 +79,11 @@ def test_shards(tmp_path: Path) -> None:
     assert len(read_images(tmp_path / "s" / "1.tar")) == 1
 
 
+def test_a_nameless_file_of_a_shard_is_skipped(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", {".": "", "/": "x", "0.png": picture("red"), "0.txt": "red"})
+    assert read_images(tmp_path / "0.tar").texts() == ("red",)
+
+
 def test_shards_in_the_folders_of_parts(tmp_path: Path) -> None:
     for part, colour in (("train", "red"), ("test", "blue")):
         shard(tmp_path / "s" / part / "0.tar", {"0.png": picture(colour), "0.txt": colour})

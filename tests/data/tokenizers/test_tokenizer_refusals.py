@@ -46,8 +46,31 @@ def test_files_of_the_wrong_type_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab": 3}, r"tokenizer.json has the vocabulary 3, which must map tokens to ids\.$"),
+        ({"vocab": [3]}, r"tokenizer.json has the vocabulary \[3\]"),
+        ({"merges": [5]}, r"has the merge 5, which must be two tokens\.$"),
+        ({"merges": [["t", "zz"]]}, r"merges 't' and 'zz', which its vocabulary does not have\.$"),
+        ({"continuing_subword_prefix": "\0\0\0"}, r"merges 't' and 'h', which its vocabulary does not have\.$"),
+    ],
+)
+def test_damage_within_a_tokenizer_json_is_named(
+    tokenizer: Tokenizer, changes: dict[str, Any], message: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    tokenizer.save(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    described["model"] |= {"merges": [["t", "h"]], **changes}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+    assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("field", "value", "message"),
     [
+        ("tokenizer.ggml.merges", ["t zz"], "The GGUF merges 't' and 'zz', which its vocabulary does not have"),
         ("tokenizer.chat_template", 5, "The GGUF's tokenizer.chat_template is 5, and it must be a text"),
         ("tokenizer.ggml.token_type", [1, 1], "tokens but 2 entries in tokenizer.ggml.token_type"),
         ("tokenizer.ggml.eos_token_id", 10**6, "eos token has the id 1000000, but there are only"),

@@ -208,3 +208,11 @@ def test_the_nearest_are_those_of_all_comparisons() -> None:
     assert torch.equal(others[:7], expected.indices[:, 1:4])
     with pytest.raises(UserError, match="30 nearest texts were requested, but there are only 29"):
         nearest(points, points, 30, themselves=True)
+
+
+def test_embeddings_that_are_not_finite_are_refused(tiny: tuple[Any, Tokenizer]) -> None:
+    model = bert.build(tiny[0].config)
+    with torch.no_grad():
+        model.blocks[0].feedforward.up.weight.fill_(3e38)
+    with pytest.raises(UserError, match="numbers for the texts are not finite: its weights are damaged"):
+        embed(model, tiny[1], TEXTS[:2])

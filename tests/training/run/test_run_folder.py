@@ -137,7 +137,9 @@ def test_many_points_are_averaged(drawn_curves) -> None:
 def test_a_missing_logger_is_said_before_training(tmp_path: Path, monkeypatch) -> None:
     for name in ("tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(UserError, match=f"{name}=True needs the Python package {name}: pip install"):
+        with pytest.raises(
+            UserError, match=f"{name}=True needs the Python package {name}: run pip install '.\\[logging"
+        ):
             train(toy(), objective, Sequences(), settings(**{name: True}), run(tmp_path))
     assert not (tmp_path / "metrics.jsonl").exists()
 

@@ -43,15 +43,21 @@ def fault(error: Exception) -> str:
 
 def _system(error: OSError) -> str:
     """Return the operating system's error message with the file's name."""
-    if isinstance(error, FileNotFoundError):
+    of_cache = isinstance(error.filename, str) and _holds_cache(Path(error.filename))
+    if isinstance(error, FileNotFoundError) and not of_cache:
         gone = "The current folder is not there any more: it was removed or renamed."
         return f"There is no file {str(error.filename)!r}." if error.filename else gone
     reason = error.strerror or str(error) or type(error).__name__
     # the name of the output file, not of its temporary file
     suffix = re.sub(r"\.([^/]+)\.\d+\.part$", r"\1", f": {error.filename}" if error.filename else "")
-    if (file := Path(str(error.filename))) in cache().parents or cache() in file.parents:
+    if of_cache:
         suffix += "; KEIFU_CACHE names another folder for what keifu keeps"
     return f"{reason}{suffix}."
+
+
+def _holds_cache(file: Path) -> bool:
+    """Return whether a file is in keifu's cache, or is a folder above it."""
+    return file == cache() or file in cache().parents or cache() in file.parents
 
 
 def _memory(error: Exception) -> str | None:

@@ -123,9 +123,9 @@ def _folder(package: str) -> Path:
 
 
 def how_to_install() -> str:
-    """Return the command that installs the package of trained models. If keifu runs from a clone, the command uses the
-    clone."""
-    return f"pip install {'./pretrained' if (CLONE / 'pretrained/pyproject.toml').exists() else 'keifu-pretrained'}"
+    """Return the command that installs the package of trained models. It uses the checkout, because keifu is on no
+    package index, where somebody else could take its name."""
+    return "pip install ./pretrained" + " in keifu's checkout" * (not (CLONE / "pretrained/pyproject.toml").exists())
 
 
 def documents(name: str) -> Iterator[str]:

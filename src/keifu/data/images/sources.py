@@ -142,7 +142,7 @@ def _shards(paths: list[Path], root: Path, problem: Problem) -> Iterator[ImageIt
     for path in paths:
         name, part = _name_and_part(path, root if root.is_dir() else path.parent)
         with reading(path), tarfile.open(plain_file(path)) as archive:
-            plain = (member for member in archive if member.isfile())
+            plain = (member for member in archive if member.isfile() and PurePosixPath(member.name).name)
             for key, members in groupby(plain, lambda member: _key(member.name)[0]):
                 contents = {_key(member.name)[1]: _content(archive, member) for member in members}
                 if item := _sample(f"{name}/{key}", f"{path}, {key}", contents, part, problem):

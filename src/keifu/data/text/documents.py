@@ -60,11 +60,17 @@ def read_chunks(source: str | Path, form: TextFileFormat = PLAIN, problem: Probl
     field, a binary file, a source without text. If it returns, invalid bytes become U+FFFD, and a faulty record or file
     is skipped.
     """
-    blank = True
-    for piece in _all(source, form, problem):
+    blank, faulty = True, False
+
+    def noted(sentence: str) -> None:
+        nonlocal faulty
+        faulty = True
+        problem(sentence)
+
+    for piece in _all(source, form, noted):
         blank = blank and not piece.text.strip()
         yield piece
-    if blank:
+    if blank and not faulty:  # a fault says by itself why there is no text
         problem(f"There is no text in {source}: it is empty.")
 
 

@@ -35,13 +35,38 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
     if not isinstance(model, dict) or "vocab" not in model:
         raise UserError(f"{path} has no model with a vocabulary, so it is not a tokenizer.json.")
     vocabulary = model["vocab"]
+    listed = isinstance(vocabulary, list) and all(isinstance(row, list) and row for row in vocabulary)
+    if not isinstance(vocabulary, dict) and not listed:
+        raise UserError(f"{path} has the vocabulary {vocabulary!r:.60}, which must map tokens to ids.")
     _check_ids(vocabulary if isinstance(vocabulary, dict) else {row[0]: n for n, row in enumerate(vocabulary)}, path)
+    if model.get("continuing_subword_prefix"):
+        _check_merges(model, path)
     described |= {"truncation": None, "padding": None}  # keifu neither truncates nor pads here
     _check_parts(described, path)
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(described)), {}
     except Exception as error:  # `tokenizers` raises bare Exceptions
+        _check_merges(model, path)
         raise UserError(f"{path} is not a tokenizer that the tokenizers library reads: {error}.") from error
+
+
+def _check_merges(model: Mapping[str, Any], path: Path) -> None:
+    """Raise `UserError` for merges of tokens that do not exist, or that are shorter than the prefix which the
+    tokenizers library removes from them."""
+    if model.get("type", "BPE") != "BPE" or not isinstance(model.get("merges"), list):
+        return
+    if not isinstance(model["vocab"], dict) or not isinstance(model.get("continuing_subword_prefix"), str | None):
+        return  # the library refuses these
+    vocabulary, prefix = model["vocab"], model.get("continuing_subword_prefix") or ""
+    for merge in model["merges"]:
+        if isinstance(merge, str) and merge.startswith("#version"):
+            continue
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise UserError(f"{path} has the merge {merge!r:.60}, which must be two tokens.")
+        made = pair[0] + pair[1].removeprefix(prefix)
+        if not pair[1].startswith(prefix) or not {*pair, made} <= vocabulary.keys():
+            raise UserError(f"{path} merges {' and '.join(map(repr, pair))}, which its vocabulary does not have.")
 
 
 def _check_parts(described: Any, path: Path) -> None:

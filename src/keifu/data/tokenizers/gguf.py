@@ -105,7 +105,14 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[in
     vocabulary = sp.numbered(tokens, "The GGUF")
     cut = fields.get("tokenizer.ggml.pre", "default")
     merges = [(left, right) for left, _, right in (str(m).partition(" ") for m in _needed(fields, "merges"))]
-    backend = byte_level_backend(vocabulary, merges, cut)
+    try:
+        backend = byte_level_backend(vocabulary, merges, cut)
+    except Exception as error:  # `tokenizers` raises bare Exceptions
+        unknown = next((pair for pair in merges if not {*pair, "".join(pair)} <= vocabulary.keys()), None)
+        if unknown is None:
+            raise
+        what = " and ".join(map(repr, unknown))
+        raise UserError(f"The GGUF merges {what}, which its vocabulary does not have.") from error
     added = (pair for pair in zip(tokens, kinds, strict=True) if pair[1] in (sp.CONTROL, sp.USER_DEFINED))
     backend.add_tokens([AddedToken(token, normalized=False, special=role == sp.CONTROL) for token, role in added])
     return backend, CUTS[cut][0] in WHOLE_WORDS

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from keifu.data.images.preprocessing import Preprocessing
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.inference.embeddings.encoders import embed_rows, encode_texts
+from keifu.inference.embeddings.encoders import embed_rows, encode_texts, require_finite
 from keifu.inference.text.model import TwoTowers, evaluation_mode
 
 BATCH = 64  # pictures in a pass
@@ -69,7 +69,7 @@ def embed_bytes(model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channel
             points.append(F.normalize(seen.float(), dim=-1))
     if not points:
         raise UserError("There is no picture: give at least one.")
-    return torch.cat(points)
+    return require_finite(torch.cat(points), "pictures")
 
 
 def label_points(model: nn.Module, tokenizer: Tokenizer, labels: Sequence[str], templates: Sequence[str]) -> Labels:

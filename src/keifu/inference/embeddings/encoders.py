@@ -90,7 +90,15 @@ def in_batches(
             order += length_bucket
             if advance:
                 advance(len(order))
-    return torch.cat(parts)[torch.tensor(order, device=device).argsort()]  # of no inference mode, for training
+    found = require_finite(torch.cat(parts), "texts")
+    return found[torch.tensor(order, device=device).argsort()]  # of no inference mode, for training
+
+
+def require_finite(results: Tensor, what: str) -> Tensor:
+    """Return the results of a model. Raises `UserError` for NaN or infinity, for example from damaged weights."""
+    if not bool(results.isfinite().all()):
+        raise UserError(f"The model's numbers for the {what} are not finite: its weights are damaged, or need float32.")
+    return results
 
 
 SEARCHED = 2**24  # similarities that are computed at once

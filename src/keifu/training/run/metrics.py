@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keifu.errors import UserError
+from keifu.errors import UserError, install
 from keifu.files import FULL, write_atomic
 from keifu.processes import current
 from keifu.untrusted import plain_file
@@ -123,5 +123,5 @@ def _package(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
-        advice = "pip install 'keifu[logging]', or leave it out"
+        advice = f"run {install('logging')}, or leave it out"
         raise UserError(f"{name}=True needs the Python package {name}: {advice}.") from None
