@@ -13,6 +13,7 @@ from keifu.commands.shared.inputs import warn_of_language
 from keifu.data.text.passages import LONGEST, read_passages
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.inference.embeddings import encoders
+from keifu.inference.embeddings.reranker import rank
 from keifu.models import bert
 
 MARKDOWN = """# Notes
@@ -161,3 +162,24 @@ def test_a_question_that_is_no_text_is_refused_before_the_folder_is_embedded(
         cli.main(["search", "notes", "\udcff", "--model", model])
     error = capsys.readouterr().err
     assert "is half a surrogate pair, not text" in error and "Embedding" not in error
+
+
+def test_a_cross_encoder_sorts_the_nearest_passages(notes: Path, model: str, capsys: pytest.CaptureFixture) -> None:
+    torch.manual_seed(1)
+    encoder, tokenizer = checkpoints.load(model)
+    judge = bert.build(replace(encoder.config, labels=("relevant",)))
+    with torch.no_grad():
+        for parameter in judge.parameters():
+            parameter.mul_(8) if parameter.ndim > 1 else None
+    checkpoints.save(judge, tokenizer, notes.parent / "judge")
+    found = search(capsys, model, "the cat", "--rerank", "judge", "--count", "6")
+    passages = [f"{each['heading']}: {each['text']}" if each["heading"] else each["text"] for each in found]
+    ranking = rank(judge.eval(), tokenizer, "the cat", passages)
+    assert [each["score"] for each in found] == pytest.approx(ranking.scores.tolist(), abs=1e-5)
+    assert len(found) == 6 and sorted(ranking.scores.tolist(), reverse=True) == ranking.scores.tolist()
+    near = search(capsys, model, "the cat", "--count", "1")
+    assert found[0]["text"] != near[0]["text"], "the cross-encoder prefers another passage"
+    assert search(capsys, model, "the cat", "--rerank", "judge", "--count", "1")[0] == found[0]
+    with pytest.raises(SystemExit):
+        cli.main(["search", "notes", "the cat", "--model", model, "--rerank", model])
+    assert "gives no score for a query and a document" in capsys.readouterr().err

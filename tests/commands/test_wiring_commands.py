@@ -136,10 +136,12 @@ search = Table("search text.txt Hi", {
     "count": Row("--count 7", "command_wiring:passed", "value", 7),
     "model": Row("--model other", "keifu.commands.search:load_encoder", "name", "other"),
     "batch-size": Row("--batch-size 7", f"{SEARCH}:build_index", "batch_size", 7),
+    "rerank": Row("--rerank other", "keifu.commands.search:load_reranker", "name", "other"),
     "json": Row("--json", STDOUT, lambda text: text.startswith('{"similarity": 0.5, "file": "f"')),
 }, {"keifu.commands.search:load_encoder": ENCODED, "keifu.checkpoints.hub:weights_identity": "m",
     f"{SEARCH}:index_path": Path("i"), f"{SEARCH}:count_new": 0, f"{SEARCH}:build_index": Found(),
-    "keifu.commands.search:ids": [[1]],
+    "keifu.commands.search:ids": [[1]], "keifu.commands.search:load_reranker": ENCODED,
+    "keifu.inference.embeddings.reranker:rank": SimpleNamespace(shortened=0, scores=torch.ones(1)),
     EMBEDDED: torch.zeros(1, 3)})  # fmt: skip
 
 JUDGED = "keifu.commands.classify:_probabilities"

@@ -52,7 +52,10 @@ def test_labels_are_the_librarys(judging: Any) -> None:
 def test_what_cannot_be_classified_is_refused(judging: Any) -> None:
     served, _ = judging
     uses = {model.id: model.uses for model in served.openai.models.list()}
-    assert uses == {"judge": ["embedding", "classification", "inspection"], "encoder": ["embedding", "inspection"]}
+    assert uses == {
+        "judge": ["embedding", "rerank", "classification", "inspection"],
+        "encoder": ["embedding", "rerank", "inspection"],
+    }
     wrong = served.post("/v1/classify", {"model": "encoder", "input": "x"}).json()["error"]
     assert "for this, ask judge" in wrong["message"]
     long = {"model": "judge", "input": "cat " * 40}

@@ -14,15 +14,18 @@ import openai
 import pytest
 import torch
 from PIL import Image
-from serving_toys import WAIT, running
+from serving_toys import WAIT, running, sharp
 
 import keifu
 from keifu import cli
 from keifu.commands import serve
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.inference.embeddings.encoders import embed
+from keifu.inference.embeddings.reranker import rank
 from keifu.inference.text.draft import Draft
 from keifu.inference.text.translation import translate
+from keifu.models import bert
 from keifu.models.hybrid import qwen3_next
 from keifu.serving.app import Access
 from keifu.serving.metrics import Metrics
@@ -415,3 +418,24 @@ def test_openais_client_draws_a_class(served: Any, folder: Path) -> None:
         drawn("a tree", label=1)
     with pytest.raises(openai.BadRequestError, match="no class of this model .*'tree'"):
         drawn("tree")
+
+
+def test_documents_are_ranked_by_a_cross_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    words = train_tokenizer("wordpiece", [" ".join(TEXTS)] * 2, 200)
+    config = bert.Config(words.vocab_size, 32, 24, 40, 1, 3, words=False, next_sentence=False, labels=("relevant",))
+    keifu.save(sharp(bert.build(config)), words, tmp_path / "judge")
+    model, tokenizer = keifu.load(str(tmp_path / "judge"))
+    ranking = rank(model, tokenizer, "a cat", TEXTS)
+    order = ranking.scores.argsort(descending=True).tolist()
+    with running([str(tmp_path / "judge")], Limits(), Access()) as own:
+        found = own.post("/v1/rerank", {"query": "a cat", "documents": TEXTS, "top_n": 2}).json()
+        assert [each["index"] for each in found["results"]] == order[:2]
+        scores = [each["relevance_score"] for each in found["results"]]
+        assert scores == pytest.approx(ranking.scores[order[:2]].tolist(), abs=1e-6)
+        assert found["usage"]["prompt_tokens"] == ranking.tokens
+        long = {"query": "a cat", "documents": ["cat " * 50]}
+        assert "takes 32" in own.post("/v1/rerank", long).json()["error"]["message"]
+        assert own.post("/v1/rerank", {**long, "cut": True}).status_code == 200
+        refused = own.post("/v1/embeddings", {"model": "judge", "input": "x"}).json()["error"]["message"]
+        assert "is for /v1/rerank and /v1/inspect" in refused

@@ -10,18 +10,28 @@ from typing import Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import ask, at_terminal, ids, load_encoder, notice, read_pipe, warn_of_language
+from keifu.commands.shared.inputs import (
+    ask,
+    at_terminal,
+    ids,
+    load_encoder,
+    load_reranker,
+    notice,
+    read_pipe,
+    warn_of_language,
+)  # fmt: skip
 from keifu.data.text.passages import Passage, document_files, read_documents
 from keifu.errors import UserError, printable
 from keifu.ranges import Count, SmallCount
 
+CANDIDATES = 50  # nearest passages that a cross-encoder reads
 EXAMPLE = 'keifu search notes/ "How are logs rotated?"'
 
 
 @dataclass(frozen=True)
 class Options(flags.OnDevice):
     """Search documents by meaning: the passages of a folder's Markdown, text and HTML files that are nearest to a
-    question, with file, line and cosine similarity.
+    question, with file, line and cosine similarity, or with the score of --rerank.
 
     The embeddings are kept in the cache, so that only new and changed passages are embedded again. MiniLM, the encoder
     that comes with keifu, reads English.
@@ -35,6 +45,9 @@ class Options(flags.OnDevice):
     """Number of passages to print."""
     model: str = "minilm"
     """Encoder of passages and question: a run, a folder, a hub id or a catalogue name."""
+    rerank: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Cross-encoder (a BERT with one label) that reads the question together with each of the 50 nearest passages, and
+    sorts them by its score."""
     batch_size: Count = 256
     """Number of passages that go through the model together, at most."""
     json: bool = False
@@ -52,8 +65,10 @@ def run(options: Options) -> None:
     from keifu.checkpoints.hub import weights_identity
     from keifu.data.progress import counting
     from keifu.inference.embeddings.encoders import embed_rows
+    from keifu.inference.embeddings.reranker import rank
     from keifu.inference.embeddings.search import build_index, count_new, index_path
 
+    judge = load_reranker(options.rerank) if options.rerank else None
     notice(f"Loading {options.model} ...")
     model, tokenizer = load_encoder(options.model)
     # the question comes first: an error in it must not wait for the folder
@@ -62,13 +77,21 @@ def run(options: Options) -> None:
     new = count_new(passages, path)
     with counting("Embedding", new, "passages") if new else nullcontext() as advance:
         index = build_index(passages, (model, tokenizer), path, options.batch_size, advance)
-    _show(index.nearest(asked, options.count), options.json)
+    if judge is None:
+        return _show(index.nearest(asked, options.count), "similarity", options.json)
+    near = [passage for _, passage in index.nearest(asked, max(CANDIDATES, options.count))]
+    ranking = rank(*judge, question, [passage.whole for passage in near], True)
+    if ranking.shortened:
+        print(f"{ranking.shortened} of {len(near)} passages were cut for {options.rerank}.", file=sys.stderr)
+    best = ranking.scores.topk(min(options.count, len(near)))
+    hits = [(value, near[index]) for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    return _show(hits, "score", options.json)
 
 
-def _show(hits: list[tuple[float, Passage]], as_json: bool) -> None:
+def _show(hits: list[tuple[float, Passage]], measure: str, as_json: bool) -> None:
     for value, passage in hits:
         if as_json:
-            content: dict[str, Any] = {"similarity": round(value, 6), **asdict(passage)}
+            content: dict[str, Any] = {measure: round(value, 6), **asdict(passage)}
             print(json.dumps(content, ensure_ascii=False))
         else:
             print(f"{value:.3f}  {printable(str(passage.file))}:{passage.line}  {printable(passage.heading)}".rstrip())

@@ -6,7 +6,7 @@ Axes: batch, length = tokens, dim, vocab, labels.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,11 +27,12 @@ from keifu.ranges import BelowOne, Count, NotNegative
 Tokens = Int[Tensor, "batch length"]
 Mask = Bool[Tensor, "batch length"]
 Hidden = Float[Tensor, "batch length dim"]
+ScoreActivation = Literal["sigmoid", "identity"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """The defaults are BERT-base as pretrained. The last five fields are the heads on top of the encoder."""
+    """The defaults are BERT-base as pretrained. The last six fields are the heads on top of the encoder."""
 
     vocab_size: Count = 30_522  # tokens in the vocabulary
     context_length: Count = 512  # longest sequence in tokens
@@ -49,6 +50,7 @@ class Config:
     next_sentence: bool = True  # whether there is a head for the next sentence
     labels: tuple[str, ...] = ()  # labels of the classification head; empty: no head
     sentence_head: bool = False  # whether the classification head reads the sentence embedding, not the pooled state
+    score_activation: ScoreActivation = "sigmoid"  # function of a cross-encoder's score, the logit of a single label
 
 
 # The paper's 110 M and 340 M leave out the heads of pretraining.
@@ -209,7 +211,6 @@ UNSUPPORTED = {
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
-    "problem_type": "single_label_classification",
 }
 # architecture → pooled, words, next_sentence, labels; a BertModel's file shows whether it is pooled
 ARCHITECTURES = {
@@ -244,14 +245,16 @@ def from_published(json: dict[str, Any]) -> Config:
     pooled, words, next_sentence, labelled = ARCHITECTURES[architecture]
     if words and not json.get("tie_word_embeddings", True):
         raise ValueError("its head for words is not tied to the embedding (tie_word_embeddings is false).")
+    labels = _labels(json) if labelled or json.get("sentence_head") else ()
     return Config(
         **hf.read_fields(json, FIELDS),
         pooling=_pooling(json),
         pooled=json.get("add_pooling_layer", pooled),
         words=words,
         next_sentence=next_sentence,
-        labels=_labels(json) if labelled or json.get("sentence_head") else (),
+        labels=labels,
         sentence_head=bool(json.get("sentence_head")),
+        score_activation=_score_activation(json) if len(labels) == 1 else "sigmoid",
     )
 
 
@@ -265,6 +268,8 @@ def _pooling(json: dict[str, Any]) -> Pooling:
             raise ValueError(f"pooling is {pooling!r}, not among {', '.join(get_args(Pooling))}.")
         return pooling
     kinds = [str(module.get("type", "")).rpartition(".")[2] for module in modules]
+    if kinds == ["Transformer"] and json.get("architectures") == ["BertForSequenceClassification"]:
+        return "mean"  # a cross-encoder, which is not pooled so
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         raise ValueError(
             f"modules.json lists {', '.join(kinds)}, and keifu computes sentence embeddings by Transformer, Pooling "
@@ -281,9 +286,21 @@ def _pooling(json: dict[str, Any]) -> Pooling:
 
 def _labels(json: dict[str, Any]) -> tuple[str, ...]:
     names = json.get("id2label") or {str(n): f"LABEL_{n}" for n in range(json.get("num_labels", 2))}
-    if len(names) == 1:
-        raise ValueError("it has a single label, so it gives a score (regression), and keifu classifies.")
+    problem, only = json.get("problem_type"), "regression" if len(names) == 1 else "single_label_classification"
+    if problem not in (None, only):
+        raise ValueError(f"it sets problem_type to {problem!r}; with {len(names)} labels keifu implements {only!r}.")
     return tuple(names[key] for key in sorted(names, key=int))
+
+
+def _score_activation(json: dict[str, Any]) -> ScoreActivation:
+    """Return the function of a cross-encoder's score, in an entry of sentence-transformers 6, 4 or an older one."""
+    entries = json.get(hf.SENTENCES), json.get("sentence_transformers")
+    newer = [entry.get("activation_fn") for entry in entries if isinstance(entry, dict)]
+    path = next(filter(None, [*newer, json.get("sbert_ce_default_activation_function")]), "Sigmoid")
+    activations: dict[str, ScoreActivation] = {"Sigmoid": "sigmoid", "Identity": "identity"}
+    if (name := str(path).rpartition(".")[2]) not in activations:
+        raise ValueError(f"its score passes through {path}, and keifu implements Sigmoid and Identity.")
+    return activations[name]
 
 
 def to_published(config: Config) -> dict[str, Any]:
@@ -300,5 +317,7 @@ def to_published(config: Config) -> dict[str, Any]:
     # transformers ignores these two and reads only the encoder
     json |= {"sentence_head": True} if config.sentence_head else {}
     json |= {"pooling": config.pooling} if config.pooling != "mean" else {}
+    if config.score_activation == "identity":  # sentence-transformers reads it
+        json |= {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}}
     names = {"id2label": labels, "label2id": {label: n for n, label in enumerate(config.labels)}}
     return json | (names if labels else {})

@@ -67,7 +67,7 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
     elif (mask := tokenizer.special.get("mask_token")) and mask in body.input:
         masks = [[[g.word, g.probability] for g in some] for some in fill(model, tokenizer, body.input, body.top)]
         ids = tokenizer.encode(body.input, special=True, allow_special=True)
-    elif "embedding" in about.uses:
+    elif "rerank" in about.uses:
         ids = tokenizer.encode(body.input, special=True)
     else:
         ids = prompt_tokens(tokenizer, body.input)

@@ -21,6 +21,7 @@ from keifu.checkpoints.packing import bytes_in_blocks
 from keifu.devices import choose
 from keifu.errors import UserError, unknown
 from keifu.inference.embeddings.classifiers import text_classifier
+from keifu.inference.embeddings.reranker import is_reranker
 from keifu.inference.images.pipeline import image_pipeline
 from keifu.inference.text.draft import Draft, check_guesses
 from keifu.inference.text.model import Encoder, TwoTowers, explain_not_causal, has_fixed_states, is_writer
@@ -37,6 +38,7 @@ USES = {  # uses of a model, and the path of each
     "chat": "/v1/chat/completions",
     "completion": "/v1/completions",
     "embedding": "/v1/embeddings",
+    "rerank": "/v1/rerank",
     "classification": "/v1/classify",
     "translation": "/v1/translations",
     "transcription": "/v1/audio/transcriptions",
@@ -90,10 +92,10 @@ def _uses(model: nn.Module, tokenizer: Any) -> tuple[str, ...]:
     if is_writer(model) and tokenizer is not None:
         return (*(("completion",) if tokenizer.chat_template is None else ("chat", "completion")), *inside)
     if isinstance(model, TwoTowers) and tokenizer is not None:
-        return "embedding", "match"
+        return "embedding", "rerank", "match"
     labels = ("classification",) if tokenizer is not None and _is_classifier(model, tokenizer) else ()
     if isinstance(model, Encoder) and tokenizer is not None:
-        return "embedding", *labels, *inside
+        return *(() if is_reranker(model) else ("embedding",)), "rerank", *labels, *inside
     if labels:
         return labels
     if is_translator(model) and tokenizer is not None:

@@ -19,7 +19,7 @@ from keifu.checkpoints.plan import PLAIN, Source, StoredTensor
 from keifu.checkpoints.registry import Family
 from keifu.errors import UserError
 from keifu.layers.lazy import Index
-from keifu.models.hf.config import MODULES
+from keifu.models.hf.config import MODULES, SENTENCES
 from keifu.untrusted import parse_json, plain_file, read_json, read_json_object
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -108,8 +108,8 @@ def _with_preprocessor(where: Path) -> dict[str, Any]:
 
 
 def _modules(path: Path) -> dict[str, Any]:
-    """Return the modules of a sentence-transformers folder, each with its config if it has one. They say how sentence
-    embeddings are made."""
+    """Return the modules of a sentence-transformers folder, each with its config if it has one, and its settings. They
+    say how sentence embeddings are made, or scores of a cross-encoder."""
     if not (listing := path / MODULES).exists():
         return {}
     modules = read_json(listing)
@@ -121,7 +121,7 @@ def _modules(path: Path) -> dict[str, Any]:
             raise UserError(f"{listing} has the path {str(folder)[:99]!r}, and modules are folders inside {path}.")
         if folder and (config := path / folder / "config.json").exists():
             module["config"] = read_json_object(config)
-    return {MODULES: modules}
+    return {MODULES: modules} | ({SENTENCES: read_json_object(path / SENTENCES)} if (path / SENTENCES).exists() else {})
 
 
 def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:

@@ -163,6 +163,19 @@ def load_encoder(name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
+def load_reranker(name: str) -> tuple[Any, Any]:
+    """Load a cross-encoder and its tokenizer. Raises `UserError` for any other model."""
+    notice(f"Loading {name} ...")
+    from keifu.checkpoints import load
+    from keifu.inference.embeddings.reranker import reranker
+
+    model, tokenizer = load(name)
+    if tokenizer is None:
+        raise UserError(f"{name} has no tokenizer, so it reads no text: choose a cross-encoder with one.")
+    reranker(model, name)
+    return model, tokenizer
+
+
 def warn_of_language(model: str, *groups: Sequence[str]) -> None:
     """Warn if an English encoder cannot read most texts of a group."""
     from keifu.inference.embeddings.search import language_warning

@@ -177,6 +177,12 @@ class Tokenizer:
             encodings = left_by_a_stop(encode) if sum(map(len, texts)) > LONG else encode()
         return [encoding.ids for encoding in encodings]
 
+    def encodings(self, texts: Sequence[str]) -> tuple[tokenizers.Tokenizer, list[tokenizers.Encoding]]:
+        """Encode each text without special tokens, for `encode_pairs`. Return the backend that can join them, too."""
+        backend = self._shield.backend if self._spelled(texts) else self.backend
+        with self._explaining(texts):
+            return backend, backend.encode_batch(list(texts), add_special_tokens=False)
+
     def encode_target_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Encode each target text of a translation model, with the target vocabulary if there are two."""
         return self.encode_batch(texts, special)

@@ -60,6 +60,11 @@ def text_classifier(model: nn.Module, tokenizer: Tokenizer, name: str = "") -> T
             f"gpt1-finetune{option} --data TABLE), and classify with that run."
         )
     config = classifier(model, name).config
+    if len(config.labels) == 1:
+        raise UserError(
+            f"{name or 'This model'} gives a score for two texts and knows no labels: it reranks (keifu search "
+            "--rerank, and /v1/rerank of keifu serve)."
+        )
 
     def read(examples: Examples, limit: int, cut: bool) -> Encoded:
         return encode_texts(tokenizer, examples.texts, limit, cut)

@@ -278,6 +278,7 @@ def rope(default_theta: float = 10_000.0) -> FieldGroup:
 
 
 MODULES = "modules.json"  # sentence-transformers' list of modules, in the config under this name
+SENTENCES = "config_sentence_transformers.json"  # its settings, likewise
 _NO_WINDOW = {"sliding_window": None, "first_window_layer": 0}
 
 

@@ -25,6 +25,7 @@ from keifu.errors import UserError
 from keifu.inference.embeddings import clip
 from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.inference.embeddings.encoders import BATCH, embed_rows, encode_texts
+from keifu.inference.embeddings.reranker import is_reranker, rank
 from keifu.inference.embeddings.search import SearchIndex, build_index, index_path, language_warning
 from keifu.inference.text.model import TwoTowers
 from keifu.serving.errors import LOG, ApiError
@@ -141,9 +142,9 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     @app.post("/rerank", include_in_schema=False)  # where clients of vLLM also ask
     @app.post("/v1/rerank", summary="Documents by their nearness to a query", tags=["vectors"])
     async def rerank(body: RerankRequest) -> Response:
-        about = models.find(body.model, "embedding")
-        embeddings, tokens = await compute(about, [body.query, *body.documents], body.cut)
-        scores = embeddings[1:] @ embeddings[0]
+        about = models.find(body.model, "rerank")
+        scores, tokens = await models.worker(about.name).call(partial(_scores, about=about, body=body))
+        current().prompt_tokens = tokens
         best = scores.topk(min(body.top_n or len(scores), len(scores)))
         results = [
             {"index": index, "relevance_score": score}
@@ -161,6 +162,17 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         data = [_label(index, *row) for index, row in enumerate(zip(labels, shares.tolist(), strict=True))]
         head = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": name}
         return json_response({**head, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+
+
+def _scores(
+    model: nn.Module, tokenizer: Any, go_on: GoOn, about: Description, body: RerankRequest
+) -> tuple[Tensor, int]:
+    """Return the score of each document by a cross-encoder, or its cosine to the query; and the number of tokens."""
+    if is_reranker(model):
+        ranking = rank(model, tokenizer, body.query, body.documents, body.cut, go_on)
+        return ranking.scores, ranking.tokens
+    embeddings, tokens = embed_inputs(model, tokenizer, go_on, about, [body.query, *body.documents], body.cut)
+    return embeddings[1:] @ embeddings[0], tokens
 
 
 def search_route(app: FastAPI, models: ServedModels, folder: Path | None) -> None:
