@@ -6,8 +6,10 @@ States, metrics and samples are files of one word here: nothing is trained.
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from keifu.errors import UserError
@@ -102,6 +104,8 @@ def test_the_command_that_goes_on_names_the_users_code(tmp_path: Path) -> None:
         {"name": "gpt\x1b[2J", "options": {}}, {"name": "a\nb", "options": {}},
         {"name": "gpt", "options": {}, "named": {"a b": "x"}}, {"name": "gpt", "options": {}, "named": {"a": 3}},
         {"name": "gpt", "options": {}, "named": {"a": "'x"}}, {"name": "gpt", "options": {}, "named": {"a": "x\x07"}},
+        {"name": "gpt", "options": {}, "named": {"a": "x\x07", "b": "c"}},
+        {"name": "gpt", "options": {}, "named": ["a"]},
     ],
 )  # fmt: skip
 def test_a_damaged_record_is_one_sentence(record: Any, tmp_path: Path) -> None:
@@ -129,10 +133,10 @@ def test_a_replaced_run_comes_back_unless_the_new_one_has_a_state(saved: bool, t
         }
         run_directory.record(tmp_path, "gpt", {"word": "new"})
         (tmp_path / "metrics.jsonl").write_text("new")
-        if saved:
-            (tmp_path / "state").mkdir()
-            (tmp_path / "state/step-00000001.json").write_text("new")
+        (tmp_path / "state").mkdir()
+        (tmp_path / f"state/step-00000001.{'json' if saved else 'part'}").write_text("new")
         1 / 0  # noqa: B018
+    assert not [path.name for path in tmp_path.iterdir() if path.name[0] == "."]
     if not saved:
         assert words(tmp_path) == before
         return
@@ -186,6 +190,20 @@ def test_recipe_json_keeps_its_record_and_gets_the_steps_of_the_whole_run(tmp_pa
     run_directory.restore(out, {"name": "gpt", "options": {}})
     run_directory.write_recipe(run, {}, 25)
     assert "steps" not in run_directory.recorded(out), "steps that nobody changed are the option's"
+    run_directory.write_recipe(Run(tmp_path), {}, 25)
+    assert "recipe" not in run_directory.read_recipe(tmp_path), "a run of the Python interface has no record"
+    assert run_directory.versions()["numpy"] == np.__version__
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_run_keeps_the_tokenizers_that_it_learned(
+    resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+    learned: dict[str, Any] = {"a": SimpleNamespace(save=saved.append), "b": SimpleNamespace(save=saved.append)}
+    monkeypatch.setattr(run_directory, "LEARNED", learned)
+    run_directory.keep_tokenizers(Run(tmp_path, resume=resume))
+    assert saved == ([] if resume else [tmp_path / run_directory.KEPT / name for name in "ab"]) and learned == {}
 
 
 def test_samples_and_hashes_are_named_by_step_and_path(tmp_path: Path) -> None:
