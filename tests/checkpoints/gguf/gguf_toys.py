@@ -10,7 +10,7 @@ from model_entries import ENTRIES
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
 from keifu.models.mixture import mixtral, olmoe, qwen3_moe
-from keifu.models.variants import gemma2, granite, smollm3
+from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, smollm3
 
 SMALL = {"vocab_size": 320, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "context_length": 128}
 SCALINGS = {
@@ -18,6 +18,7 @@ SCALINGS = {
     "yarn": RopeScaling("yarn", 4.0, 16, attention_factor=1.1),
     "llama3": RopeScaling("llama3", 8.0, 24),
 }
+MINISTRAL3 = RopeScaling("yarn", 4.0, 16, mscale=1.0, mscale_all_dim=0.8)
 CONFIGS = {
     "gpt2": gpt2.Config(**SMALL, dropout=0.0),
     "gpt2-untied": gpt2.Config(**SMALL, dropout=0.0, tied=False),
@@ -52,6 +53,35 @@ CONFIGS = {
     "gemma2": gemma2.Config(
         **SMALL | {"n_layers": 5}, n_kv_heads=2, head_dim=32, sliding_window=8, attention_cap=5.0, logit_cap=8.0
     ),
+    "glm4": glm4.Config(**SMALL, n_kv_heads=2, head_dim=32, rope_dim=12),
+    "glm4-unbiased-yarn": glm4.Config(
+        **SMALL,
+        n_kv_heads=2,
+        head_dim=16,
+        rope_dim=16,
+        qkv_bias=False,
+        tied=True,
+        rope_scaling=RopeScaling("yarn", 4.0, 16),
+    ),
+    "exaone4-of-64-layers": exaone4.Config(
+        **SMALL | {"n_layers": 64},
+        n_kv_heads=2,
+        head_dim=16,
+        sliding_window=8,
+        rope_theta=1e4,
+        rope_scaling=SCALINGS["llama3"],
+    ),
+    "exaone4": exaone4.Config(**SMALL, n_kv_heads=4, head_dim=16, sliding_window=None, tied=True, rope_scaling=None),
+    "ministral3": ministral.Config(
+        **SMALL,
+        n_kv_heads=2,
+        head_dim=32,
+        sliding_window=None,
+        query_growth=0.1,
+        rope_scaling=MINISTRAL3,
+        rope_theta=1e4,
+    ),
+    "ministral": ministral.Config(**SMALL, n_kv_heads=2, head_dim=16, sliding_window=None, rope_theta=1e4),
     "olmoe": olmoe.Config(**SMALL, n_experts=9, n_experts_per_token=4),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
 }

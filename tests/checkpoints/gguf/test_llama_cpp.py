@@ -32,7 +32,8 @@ def greedy(model, tokens: list[int], count: int) -> list[int]:
 
 def run(path, tokens: list[int], count: int):
     """Return llama.cpp's logits [tokens, vocab] for a prompt, and the prompt continued greedily."""
-    engine = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=2)
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # keys and values are not rounded
+    engine = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=2, **exact)
     engine.eval(tokens)
     logits = torch.from_numpy(engine.scores[: len(tokens)].copy())
     for _ in range(count):

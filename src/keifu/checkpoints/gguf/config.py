@@ -11,6 +11,7 @@ Axes: pairs = half of a rotary head.
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -50,15 +51,25 @@ def read_scaling(
     size = float(metadata.get("rope.scaling.attn_factor", 1.0))
     attention_factor = None if size == 1.0 else size * (1 + 0.1 * math.log(factor))
     fast, slow = (float(metadata.get(f"rope.scaling.yarn_{key}", usual)) for key, usual in YARN.items())
-    return RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=attention_factor)
+    growth = metadata.get(LOG_MULTIPLIER)
+    if growth and attention_factor is not None:
+        raise UserError(f"{where} has both {LOG_MULTIPLIER} and rope.scaling.attn_factor; keifu implements one.")
+    scaling = RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=attention_factor)
+    return replace(scaling, mscale=1.0, mscale_all_dim=float(growth)) if growth else scaling
 
 
+LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # growth of the magnitude that yarn divides by
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's constants for LLaMA and Qwen2
 
 
-def write_scaling(scaling: RopeScaling | None, theta: float, head_dim: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_scaling(
+    scaling: RopeScaling | None, theta: float, head_dim: int, log_multiplier: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata, without the architecture's prefix, and the tensors of a scaling. Raises UserError if GGUF
-    cannot represent it."""
+    cannot represent it.
+
+    log_multiplier: whether llama.cpp reads yarn's growth of the magnitude for this architecture.
+    """
     if scaling is None:
         return {}, {}
     if scaling.kind == "llama3":
@@ -70,8 +81,10 @@ def write_scaling(scaling: RopeScaling | None, theta: float, head_dim: int) -> t
         return fields, {}
     if not scaling.truncate or {key: vars(scaling)[key] for key in YARN} != YARN:
         raise UserError(f"llama.cpp has yarn with {YARN} and truncate=True alone; write a directory (hf) instead.")
-    size = scaling.magnitude() / (1 + 0.1 * math.log(scaling.factor))
     fields |= {"rope.scaling.original_context_length": scaling.original_context_length}
+    if log_multiplier and scaling.mscale == 1.0 and scaling.mscale_all_dim and scaling.attention_factor is None:
+        return fields | {LOG_MULTIPLIER: scaling.mscale_all_dim}, {}
+    size = scaling.magnitude() / (1 + 0.1 * math.log(scaling.factor))
     return fields | ({} if math.isclose(size, 1.0) else {"rope.scaling.attn_factor": size}), {}
 
 
@@ -185,7 +198,7 @@ def read_config(
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
     values |= architecture.derive(values)
     if architecture.rotary:
-        values |= _rotary(metadata, values, freqs, where)
+        values |= _rotary(metadata, values, freqs, "rope_dim" in vars(config_class), where)
         values |= _head_size(values, vars(config_class), where)
     known = config_class.__dataclass_fields__
     return architecture, config_class(**{key: value for key, value in values.items() if key in known})
@@ -212,15 +225,22 @@ def _same_everywhere(key: str, value: Any, where: str) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _rotary(metadata: Mapping[str, Any], values: Mapping[str, Any], freqs: Tensor | None, where: str) -> dict[str, Any]:
+def _rotary(
+    metadata: Mapping[str, Any], values: Mapping[str, Any], freqs: Tensor | None, partial: bool, where: str
+) -> dict[str, Any]:
+    """Return the rotary fields of a Config. partial: whether the Config has `rope_dim`, the rotated part of a head."""
     usual = values["dim"] // values["n_heads"]
     size = metadata.get("attention.key_length", usual)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if metadata.get(key, size) != size:
-            raise UserError(f"{where} has {key} {metadata[key]} with heads of {size}; keifu turns whole heads.")
+    rotated = metadata.get("rope.dimension_count", size)
+    if metadata.get("attention.value_length", size) != size:
+        length = metadata["attention.value_length"]
+        raise UserError(f"{where} has attention.value_length {length} with heads of {size}; keifu has equal lengths.")
+    if not (0 < rotated <= size if partial else rotated == size):
+        raise UserError(f"{where} has rope.dimension_count {rotated} with heads of {size}; keifu turns whole heads.")
     theta = float(values.get("rope_theta", 10_000.0))
     scaling = read_scaling(metadata, theta, values["context_length"], freqs, where)
-    return {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
+    fields = {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
+    return fields | ({"rope_dim": rotated} if partial else {})
 
 
 def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
@@ -253,11 +273,12 @@ def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tupl
     fields |= {"vocab_size": config.vocab_size}
     if architecture.rotary:
         size = head_dim(config)
-        fields |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": size}
+        rotated = values.get("rope_dim") or size
+        fields |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": rotated}
         fields |= {"attention.key_length": size, "attention.value_length": size}
         if not architecture.windows:
             fields["context_length"] = min(config.context_length, values.get("sliding_window") or config.context_length)
-        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, size)
+        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, architecture.log_multiplier)
         if tensors and not architecture.divisors:
             scaling = f"the rotary scaling {config.rope_scaling.kind!r}"
             raise UserError(f"llama.cpp runs no {name} model with {scaling}; write a directory (hf) instead.")

@@ -21,6 +21,7 @@ class GgufArchitecture:
     - interleaved: whether the rows of q and k are stored with rotary pairs next to each other.
     - windows: whether llama.cpp applies sliding windows. Otherwise it ignores them.
     - divisors: whether llama.cpp reads divisors of the rotary frequencies, which llama3 scaling needs.
+    - log_multiplier: whether llama.cpp reads the growth of the magnitude of yarn (mscale_all_dim).
     - derive: computes further required values from the Config's values.
     - needed: fields that a file must have.
     """
@@ -32,6 +33,7 @@ class GgufArchitecture:
     interleaved: bool = False
     windows: bool = False
     divisors: bool = False
+    log_multiplier: bool = False
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     needed: tuple[str, ...] = ()
 
@@ -53,6 +55,10 @@ BLOCKS = {
 LLAMA = BLOCKS | {
     "blocks.*.attention.qkv": "blk.*.attn_[q,k,v]",
     "blocks.*.feedforward.gate_up": "blk.*.ffn_[gate,up]",
+}
+JOINED_GATE = BLOCKS | {
+    "blocks.*.attention.qkv": "blk.*.attn_[q,k,v]",
+    "blocks.*.feedforward.gate_up": "blk.*.ffn_up",
 }
 QK_NORM = {f"blocks.*.attention.{part}_norm": f"blk.*.attn_{part}_norm" for part in "qk"}
 POST_NORMS = {
@@ -85,3 +91,8 @@ SILU = {"activation": "silu", "attention_bias": False, "dropout": 0.0}
 def unit_offset(names: Mapping[str, str]) -> dict[str, str]:
     """Return the names with the mark that the files' norms are larger by one."""
     return {ours: f"{theirs}+1" if ours.endswith("norm") else theirs for ours, theirs in names.items()}
+
+
+def optional_window(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return that a file without a sliding window, or with one of 0, has none: the Config's default may have one."""
+    return {"sliding_window": values.get("sliding_window") or None}

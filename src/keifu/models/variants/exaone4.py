@@ -16,6 +16,7 @@ from keifu.layers.transformer.blocks import ReorderedNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, olmo2, qwen3
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,20 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "layers": hf.FieldGroup(_read_layers, _write_layers),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
-REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}
+
+
+def _required(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of llama.cpp's code, which gives windows and layers without positions to models of 64 layers
+    alone, and has matrices as wide as all heads."""
+    shape = {"head_dim": values["dim"] // values["n_heads"]}
+    if values["n_layers"] != 64:
+        return shape | {"sliding_window": None}
+    return shape | {"global_layers": None} | ({} if values.get("sliding_window") else {"sliding_window": 4096})
+
+
+GGUF = {
+    "exaone4": gguf.GgufArchitecture(
+        names=gguf.LLAMA | gguf.QK_NORM | gguf.REORDERED_NORMS, fields=gguf.WINDOW_FIELDS,
+        fixed={"activation": "silu", "dropout": 0.0}, windows=True, divisors=True, derive=_required,
+    ),
+}  # fmt: skip

@@ -14,6 +14,7 @@ from keifu.layers.transformer.blocks import SandwichNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -64,4 +65,10 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "rope": hf.partial_rope(128, 0.5),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
-REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}
+
+GGUF = {
+    "glm4": gguf.GgufArchitecture(
+        names=gguf.JOINED_GATE | gguf.POST_NORMS, fields=gguf.ROTARY_FIELDS,
+        fixed={"activation": "silu", "dropout": 0.0}, optional={"qkv_bias": "blk.0.attn_q.bias"},
+    ),
+}  # fmt: skip

@@ -14,6 +14,7 @@ from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -118,4 +119,18 @@ def to_published(config: Config) -> dict[str, Any]:
     return hf.write(config, {model_type: MODEL_TYPES[model_type]}, _TABLES[model_type])
 
 
-REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}
+def _required(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the window, and that queries do not grow if the scaling is another than yarn, of which llama.cpp takes the
+    trained length."""
+    scaling = values.get("rope_scaling")
+    growth = {} if scaling is None or scaling.kind == "yarn" else {"query_growth": None}
+    return gguf.optional_window(values) | growth
+
+
+GGUF = {
+    "mistral3": gguf.GgufArchitecture(
+        names=gguf.LLAMA, fields=gguf.WINDOW_FIELDS | {"attention.temperature_scale": "query_growth"},
+        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, divisors=True, log_multiplier=True,
+        derive=_required,
+    ),
+}  # fmt: skip
