@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "docs/_site"))
 import live as builder  # noqa: E402 (a file of docs/_site)
 from local_server import WAIT, serve  # noqa: E402
 
+from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
+
 WIDTHS = {"en": 1280, "ja": 390}
 
 
@@ -113,6 +115,7 @@ FIRST = {
     "network": ".live-side",
     "gpt-en": ".live-bars",
     "decoding": ".live-body",
+    "heads": ".live-body",
     "comparison": ".live-body",
     "bert-en": ".live-columns",
     "ja-en": ".live-output",
@@ -242,6 +245,70 @@ def test_each_way_of_decoding_has_its_own_candidates(element) -> None:
         "[...document.querySelectorAll('.live-side > p')].every(({ textContent }) => textContent)"
     )
     assert found.wait("done") and found.page.locator(".live-side > p").count() == 4
+
+
+@pytest.mark.parametrize("text", ["she sells sea shells by the sea shore", " low" * 5 + " lower" * 2 + " newest" * 6])
+def test_the_merges_of_the_page_are_those_of_keifu(element, text: str) -> None:
+    script = """
+    async (text) => {
+      const { cut, learnPairs } = await import("/live/elements/pairs.js");
+      const merges = learnPairs(text);
+      return [merges.map(([left, right]) => left + right), cut(text, merges)];
+    }
+    """
+    merges, tokens = element("pairs").page.evaluate(script, text)
+    keifu = train_tokenizer("bpe", [text], vocab_size=257 + len(merges))
+    names = [keifu.backend.id_to_token(number) for number in range(257, 257 + len(merges))]
+    assert names == [merge.replace(" ", "Ġ") for merge in merges]
+    assert [keifu.decode([token]) for token in keifu.encode(text)] == tokens
+
+
+@pytest.mark.parametrize("function", ["valley", "bend", "two"])
+def test_the_ways_of_the_page_are_those_of_pytorch(element, function: str) -> None:
+    script = """
+    async (name) => {
+      const { FUNCTIONS, OPTIMIZERS } = await import("/live/elements/descent.js");
+      const { slope, start, value } = FUNCTIONS[name];
+      return [start, value(...start), ...Object.values(OPTIMIZERS).map((walk) => walk(slope, start, 0.05, 30).at(-1))];
+    }
+    """
+    functions = {
+        "valley": lambda x, y: 0.025 * x**2 + y**2,
+        "bend": lambda x, y: 0.1 * (1 - x) ** 2 + (y - x**2 / 2) ** 2,
+        "two": lambda x, y: 0.5 * (x**2 - 1) ** 2 - 0.15 * x + y**2 / 2 + 0.15,
+    }
+    start, value, *ends = element("descent").page.evaluate(script, function)
+    assert value == pytest.approx(functions[function](*start))
+    optimizers = [
+        lambda w: torch.optim.SGD([w], lr=0.05),
+        lambda w: torch.optim.SGD([w], lr=0.05, momentum=0.9),
+        lambda w: torch.optim.Adam([w], lr=0.05),
+    ]
+    for make, end in zip(optimizers, ends, strict=True):
+        w = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+        optimizer = make(w)
+        for _ in range(30):
+            optimizer.zero_grad()
+            functions[function](*w).backward()
+            optimizer.step()
+        torch.testing.assert_close(w.detach(), torch.tensor(end, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_the_start_of_the_ways_is_moved_by_keys(element) -> None:
+    found = element("descent")
+    values = found.text(".live-ways")
+    found.page.locator("canvas").focus()
+    found.page.keyboard.press("ArrowRight")
+    assert found.text(".live-ways") != values
+
+
+def test_a_head_is_enlarged(element) -> None:
+    found = element("heads")
+    assert found.page.locator(".live-head").count() == 16 and "Layer 3, head 4" in found.text(".live-body")
+    found.page.locator(".live-head").nth(0).click()
+    assert "Layer 1, head 1" in found.text(".live-body")
+    found.page.fill("textarea", "A dog")
+    assert found.run() == "done" and found.page.locator(".live-matrix th[scope=row]").count() == 2
 
 
 def test_words_find_their_pictures(element) -> None:

@@ -29,14 +29,18 @@ function chatTokens({ tokenizer }, messages) { // ChatML; what people write is p
 }
 
 // The next token after a text: candidates before and after the settings (a list of them gives `others`), the attention
-// of the last token, and the candidates that the state after each layer gives. off: [layer, head] pairs that are switched off.
-function next(loaded, { text, settings = {}, off = [], count = 12 }) {
+// of the last token, and the candidates that the state after each layer gives. off: [layer, head] pairs that are switched off; every: the attention
+// of every token.
+function next(loaded, { text, settings = {}, off = [], count = 12, every = false }) {
   const { model, tokenizer } = loaded;
   const ids = tokensOf(loaded, text);
   const attention = Array.from({ length: model.nLayers }, () => []);
   const lens = [];
   const watch = {
-    attention: (layer, head, position, row) => { if (position === ids.length - 1) attention[layer][head] = [...row]; },
+    attention: (layer, head, position, row) => {
+      if (every) (attention[layer][head] ??= []).push([...row].slice(0, position + 1));
+      else if (position === ids.length - 1) attention[layer][head] = [...row];
+    },
     hidden: (layer, x) => lens.push(best(tokenizer, model.logits(x.slice(-model.dim)), 1)[0]),
   };
   const switched = (layer) => new Set(off.filter(([at]) => at === layer).map(([, head]) => head));

@@ -103,6 +103,15 @@ export class Plane {
     }
   }
 
+  line(points, colour) {
+    this.pen.strokeStyle = colour;
+    this.pen.lineWidth = 1.5;
+    this.pen.beginPath();
+    for (const point of points) this.pen.lineTo(...this.at(point));
+    this.pen.stroke();
+    this.dots(points.slice(-1), colour);
+  }
+
   arrow(from, to, colour) {
     this.pen.strokeStyle = this.pen.fillStyle = colour;
     this.pen.beginPath();
