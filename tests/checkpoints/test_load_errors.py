@@ -228,3 +228,9 @@ def test_names_that_are_nothing(sound, monkeypatch, tmp_path) -> None:
     refuses("someone/some-model", "someone/some-model", "the hub does not answer")
     refuses("model.gguf", "no model 'model.gguf'")
     refuses("/nowhere/at/all", "There is no file or folder '/nowhere/at/all'.")
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, ["llama"], 3, None])
+def test_a_model_type_that_is_no_name_is_told(folder, value) -> None:
+    edit(folder, model_type=value)
+    refuses(folder, "config.json has the model_type", "which must be a name")

@@ -64,6 +64,7 @@ def run(options: Options) -> None:
     """Print the text that the model writes, without the prompt."""
     rewards = check_drawing(options)
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
+    from keifu.inference.chat.prompts import refuse_pictures
     from keifu.inference.text.generate import as_prompt
     from keifu.inference.text.model import MaskPredictor, continues_text
 
@@ -74,6 +75,7 @@ def run(options: Options) -> None:
         raise UserError("--steps, --block and --gap are of masked diffusion, and this model writes from left to right.")
     sampling, line = choose_sampling(tokenizer, options.sampling, max_tokens=256)
     variables = flags.template_variables(options.thinking)
+    refuse_pictures(model.config, options.image)
     prompt = as_prompt(tokenizer, text, options.raw, model.config, read_pictures(options.image), **variables)
     notice(line if isinstance(prompt, str) else f"{line}; through the chat template, --raw leaves it out")
     guesses = proposer(options.draft, options.guesses, options.weights)

@@ -7,6 +7,7 @@ import torch
 
 from keifu.data.classification import tables
 from keifu.data.classification.batches import LabelledTensors, TensorBatches
+from keifu.data.classification.examples import sorted_labels
 from keifu.data.classification.tables import read_table, standardisation
 from keifu.data.images.augmentation import Distortion
 from keifu.errors import UserError
@@ -105,6 +106,11 @@ def test_a_label_that_two_columns_have_is_an_error(tmp_path):
     assert read_table(path).classes == ("a", "b")
     with pytest.raises(UserError, match="has 2 columns called 'kind'; rename all but one"):
         read_table(path, "kind")
+
+
+def test_labels_are_in_the_order_of_their_numbers_whatever_their_length():
+    long = "9" * 5000  # Python converts no more than 4,300 digits
+    assert sorted_labels(["b", long, "10", "9", "b"]) == ("9", "10", long, "b")
 
 
 def test_a_label_for_a_toy_set_is_an_error():

@@ -74,8 +74,17 @@ def test_faults_empty_and_repeated_documents(tmp_path: Path, monkeypatch) -> Non
     report = check_dataset(tmp_path, Bytes())
     assert (report.documents, report.empty, report.duplicates, report.n_problems) == (9, 3, 2, 3)
     assert report.lengths == {1: 3, 4: 5, 64: 1}
+    file = tmp_path / "a.jsonl"
+    assert report.repeats == [f"document {n} of {file} is a copy of document 1 of {file}" for n in (3, 8)]
     places = ["b.jsonl, line 1: 0xFF", "b.jsonl, line 2: there is no field", "c.txt is binary"]
     assert all(place in problem for place, problem in zip(places, report.problems, strict=True))
+
+
+def test_a_repeated_file_is_named(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "x"), ("b.txt", "same"), ("c.txt", "y"), ("d.txt", "same")):
+        (tmp_path / name).write_text(text)
+    printed = str(check_dataset(tmp_path, Bytes()))
+    assert f"\n  document 1 of {tmp_path / 'd.txt'} is a copy of document 1 of {tmp_path / 'b.txt'}\n" in printed
 
 
 def test_lengths_are_of_whole_documents(tmp_path: Path, monkeypatch) -> None:

@@ -18,7 +18,7 @@ from keifu.errors import UserError
 from keifu.inference.chat.conversation import Conversation
 from keifu.inference.chat.prompts import ImagePrompt, InsertedImages, preprocessing, render
 from keifu.inference.text.engine import Engine
-from keifu.inference.text.generate import generate_batch
+from keifu.inference.text.generate import generate, generate_batch
 from keifu.inference.text.runner import TorchRunner
 from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
@@ -213,6 +213,8 @@ def test_what_does_not_fit_is_refused(reader, seer) -> None:
         Engine(blind, reader).request(asked(reader, seer, "What?", 1), GREEDY)
     with pytest.raises(UserError, match="reads text alone"):
         Conversation(blind, reader).reply("What?", images=[picture(1)])
+    with pytest.raises(UserError, match="reads text alone"):  # before the file is opened
+        generate(blind, reader, "What?", images=["nothing.png"])
 
 
 @pytest.mark.parametrize("template", [CHATML, PLAIN])

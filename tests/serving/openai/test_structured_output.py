@@ -128,6 +128,13 @@ OTHER = {"type": "object", "properties": {"b": {"type": "integer"}}, "required":
         ({"type": ["string", "null"]}, '"' + "é" * 2000 + '"', '"' + "é" * 2001 + '"'),
         ({"type": "string", "maxLength": 3000}, '"' + "x" * 3000 + '"', '"' + "x" * 3001 + '"'),
         ({"type": "string", "minLength": 2500}, '"' + "x" * 2500 + '"', '"' + "x" * 2501 + '"'),
+        (
+            {"type": "array", "items": {"type": "null"}},
+            f"[{', '.join(['null'] * 64)}]",
+            f"[{', '.join(['null'] * 65)}]",
+        ),
+        ({"type": "array", "minItems": 70}, f"[{', '.join(['1'] * 70)}]", f"[{', '.join(['1'] * 71)}]"),
+        ({"type": "array", "maxItems": 90}, f"[{', '.join(['1'] * 90)}]", f"[{', '.join(['1'] * 91)}]"),
         ({"enum": [10**18]}, str(10**18), "1"),
     ],
 )

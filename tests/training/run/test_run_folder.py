@@ -25,7 +25,7 @@ from keifu.training.loop import train
 from keifu.training.objectives import language_modeling
 from keifu.training.optim.optimizers import Optimizers
 from keifu.training.run import checkpoint, metrics, progress
-from keifu.training.run.report import Curve, chart
+from keifu.training.run.report import Curve, chart, write_report
 from keifu.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -339,6 +339,16 @@ def test_odd_files_in_the_folder_do_not_end_a_finished_run(tmp_path: Path, drawn
             train(toy(), objective, Sequences(), settings(), run(tmp_path, resume=True))
         page = (tmp_path / "report.html").read_text(encoding="utf-8")
         assert "curves.json is not a list of charts, and is left out" in page and "\ufffd&lt;b&gt;" in page, charts
+
+
+def test_a_damaged_cost_of_a_recipe_is_one_sentence(tmp_path: Path) -> None:
+    train(toy(), objective, Sequences(), settings(), run(tmp_path))
+    content = json.loads((tmp_path / "recipe.json").read_text())
+    for value in ([1, 2], "x", {}):
+        content["cost"]["row_bytes"] = value
+        (tmp_path / "recipe.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"recipe.json is damaged, or of a form that keifu does not read"):
+            write_report(tmp_path)
 
 
 def test_an_extension_that_would_learn_nothing_is_refused_with_a_useful_number(tmp_path: Path) -> None:

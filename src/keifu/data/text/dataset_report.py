@@ -4,6 +4,7 @@ Coverage is the number of unknown tokens and lost characters, and for each scrip
 character.
 """
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -126,7 +127,8 @@ class Script:
 
 @dataclass
 class DatasetReport:
-    """Report on a data set. lengths: number of documents by their tokens; a key is the upper limit of its range.
+    """Report on a data set. repeats: sentences that name the first repeated documents. lengths: number of documents by
+    their tokens; a key is the upper limit of its range.
 
     A token with several scripts counts for the first of them in `SCRIPTS`. Spaces and marks in a token with letters
     count for the letters' script; without letters they are "common".
@@ -141,6 +143,7 @@ class DatasetReport:
     duplicates: int = 0
     n_problems: int = 0
     problems: list[str] = field(default_factory=list)
+    repeats: list[str] = field(default_factory=list)
     lengths: dict[int, int] = field(default_factory=dict)
     scripts: dict[str, Script] = field(default_factory=dict)
 
@@ -163,6 +166,7 @@ class DatasetReport:
         sizes = f"{self.characters:,} characters, {self.bytes:,} bytes, {rate}"
         yield f"{self.source}: {self.documents:,} documents, {sizes}"
         yield f"{self.empty:,} documents are empty, and {self.duplicates:,} repeat an earlier one exactly."
+        yield from (f"  {sentence}" for sentence in self.repeats)
         yield "\nDocuments by length in tokens"
         most = max(self.lengths.values(), default=1)
         for longest, count in self.lengths.items():
@@ -197,7 +201,8 @@ class _Documents:
 
     def __init__(self, report: DatasetReport):
         self.report = report
-        self.seen: set[bytes] = set()
+        self.seen: dict[bytes, int] = {}  # the number of the document with this hash, over all files
+        self.files: list[tuple[int, str]] = []  # the number of the first document of each file, and its path
         self.lengths: Counter[int] = Counter()
         self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True  # of the present document
 
@@ -211,13 +216,23 @@ class _Documents:
         self.tokens += tokens
         self.blank = self.blank and not piece.text.strip()
         if piece.ends:
+            number = self.report.documents
             self.report.documents += 1
+            if not self.files or self.files[-1][1] != piece.file:
+                self.files.append((number, piece.file))
             self.report.empty += self.blank
             self.lengths[1 << max(self.tokens - 1, 0).bit_length()] += 1  # the next power of two
             digest = self.hash.digest()
-            self.report.duplicates += digest in self.seen and not self.blank
-            self.seen.add(digest)
+            if (first := self.seen.setdefault(digest, number)) != number and not self.blank:
+                self.report.duplicates += 1
+                if len(self.report.repeats) < FAULTS_SHOWN:
+                    self.report.repeats.append(f"{self._place(number)} is a copy of {self._place(first)}")
             self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True
+
+    def _place(self, number: int) -> str:
+        """Return the file and the number in it, counted from 1, of a document that is numbered over all files."""
+        first, file = self.files[bisect_right(self.files, number, key=lambda start: start[0]) - 1]
+        return f"document {number - first + 1:,} of {file}" if file else f"document {number + 1:,}"
 
 
 class _Spelling:

@@ -46,6 +46,13 @@ def sees(config: Any) -> bool:
     return config is not None and isinstance(vars(config).get("image_token"), int)
 
 
+def refuse_pictures(config: Any, pictures: Sequence[Any]) -> None:
+    """Raise `UserError` if there are pictures and the model reads none. Call it before they are opened: an error in a
+    picture is of no use then."""
+    if pictures and not sees(config):
+        raise UserError("This model reads text alone, and sees no pictures: choose one that sees, such as a LLaVA.")
+
+
 def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: Any) -> list[int] | ImagePrompt:
     """Encode a conversation by the chat template. A message may have pictures in `images`; they come before its text.
 
@@ -53,8 +60,7 @@ def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: A
     """
     images = [image for message in messages for image in message.get("images", ())]
     if not sees(config):
-        if images:
-            raise UserError("This model reads text alone, and sees no pictures: choose one that sees, such as a LLaVA.")
+        refuse_pictures(config, images)
         return tokenizer.render_chat(messages, **variables)
     tokens = tokenizer.render_chat([in_parts(message) for message in messages], **variables)
     ready = preprocessing(config)

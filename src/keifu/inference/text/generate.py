@@ -15,7 +15,7 @@ from keifu.data.chat.thoughts import template_options
 from keifu.data.images.io import read_image
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.inference.chat.prompts import ImagePrompt, Messages, render
+from keifu.inference.chat.prompts import ImagePrompt, Messages, refuse_pictures, render
 from keifu.inference.text.draft import Draft
 from keifu.inference.text.engine import Engine
 from keifu.inference.text.model import PREFILL_TOKENS, MaskPredictor, text_model
@@ -156,10 +156,11 @@ def generate(
     follow_load()
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"The tokenizer is {tokenizer!r:.60}: give the one that keifu.load returned with the model.")
-    images = [read_image(Path(file)).image for file in sampling.pop("images", ())]
     single = isinstance(prompt, str) or is_conversation(prompt) or not isinstance(prompt, Iterable)
     several: Iterable[Any] = [prompt] if single else cast(Any, prompt)
     config = None if (masked := isinstance(model, MaskPredictor)) else text_model(model).config
+    refuse_pictures(config, files := sampling.pop("images", ()))
+    images = [read_image(Path(file)).image for file in files]
     prompts: list[Any] = [as_prompt(tokenizer, one, raw, config, images) for one in several]
     if masked:
         texts = [write(model, tokenizer, one, Unmasking.of(sampling)) for one in prompts]

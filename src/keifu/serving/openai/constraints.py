@@ -28,6 +28,7 @@ MOST_PARTS = 5000  # schemas of a request, with those inside them
 MOST_PROPERTIES = 1000  # of one object: the time of compiling grows with the square of their number
 LIMITS = LLParserLimits(max_grammar_size=200_000, verbose_errors=False)
 MOST_CHARACTERS = 2000  # maximum of a string without maxLength, pattern, format, enum or const
+MOST_ITEMS = 64  # maximum of a list without maxItems
 MOST_INTEGER = 10**16 - 1
 SMALLEST_STEP = 1e-10  # smallest difference between numbers
 LARGEST_LITERAL = 2**63
@@ -236,4 +237,7 @@ def _bounds(schema: Mapping[str, Any]) -> dict[str, Any]:
             bounds |= {} if {"maximum", "exclusiveMaximum"} & {*schema} else {"maximum": MOST_INTEGER}
         if "number" in kinds and "multipleOf" not in schema and all(limit == int(limit) for limit in given):
             bounds["multipleOf"] = SMALLEST_STEP
+    if "array" in kinds and "maxItems" not in schema:
+        asked = schema.get("minItems", 0), len(schema.get("prefixItems") or ())
+        bounds["maxItems"] = max(MOST_ITEMS, *(count for count in asked if isinstance(count, int)))
     return bounds

@@ -14,7 +14,7 @@ from typing import Any
 from keifu.data.chat.thoughts import ThoughtSplitter, opens_thoughts
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
-from keifu.inference.chat.prompts import ImagePrompt, InsertedImages
+from keifu.inference.chat.prompts import ImagePrompt, InsertedImages, refuse_pictures
 from keifu.inference.text.request import Piece, Request
 from keifu.inference.text.sampling_params import ANSWER_TOKENS, SamplingParams, sampling_for
 from keifu.serving.errors import ApiError, of_exception
@@ -187,6 +187,7 @@ def chat_prompts(
         if about.context_length is not None and len(messages) > about.context_length:
             counts = f"{len(messages):,} entries, and the context of this model has {about.context_length:,} tokens"
             raise ApiError(400, f"messages has {counts}: send fewer.", "messages", "context_length_exceeded")
+        refuse_pictures(about.config, [url for message in messages for url in message.get("images", ())])
         opened = open_images(messages, models.limits.pictures)
         return [render(about.tokenizer, opened, tools.functions if tools else (), about.config, **options)]
 
