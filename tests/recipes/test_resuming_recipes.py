@@ -101,6 +101,10 @@ TABLE: dict[str, tuple[str, int]] = {
         "--small 8 --crop 8 --prior-layers 1 --prior-heads 2 --head-dim 8 --widths 8 16 --attention 1 --context-dim 16 "
         "--upsampler-widths 8 16 --noise-steps 50 --steps 3", 3,
     ),
+    "word2vec": (
+        f"--data {{text}} --min-count 1 --dim 8 --neighbours.window 3 --neighbours.negatives 2 {STEPS} --warmup 2 "
+        "--batch-size 3 --words cat", 5,
+    ),
     "whisper": (
         f"--data {{spoken}} --held-out 0.25 --vocab-size 264 {MODEL} --model.audio-length 20 --model.n-mels 8 "
         "--model.dropout 0.2 --steps 4 --batch-size 3 --warmup 1", 4,

@@ -33,6 +33,7 @@ from keifu.recipes.language import (
     olmo2 as olmo2_recipe,
     palm as palm_recipe,
     palm2,
+    word2vec as word2vec_recipe,
 )
 from keifu.recipes.language.pretraining import Text
 from keifu.recipes.options import from_json, to_json
@@ -135,7 +136,7 @@ def format_rows(prefix: str) -> dict[str, Reach]:
 def validated(toys: Toys, base: Any) -> list[Group]:
     """Return a group for a separate validation text, for recipes that learn from a text."""
     name = "text.validation_data" if hasattr(base, "text") else "validation_data"
-    if not hasattr(base, "text") and not hasattr(base, "text_field"):
+    if not hasattr(base, "text") and not hasattr(base, "validation_data"):
         return []
     return [Group({name: Reach(toys.other, of_text("validation"), DIFFERENT)})]
 
@@ -424,10 +425,30 @@ def of_lstm(toys: Toys) -> tuple[Any, list[Group]]:
     ]
 
 
+def of_word2vec(toys: Toys) -> tuple[Any, list[Group]]:
+    base = word2vec_recipe.Recipe(toys.text, min_count=1, dim=8, words=("red",), training=SMALL)
+    rows = {
+        "data": Reach(toys.other, source),
+        "vocab_size": Reach(7, ("model.config.vocab_size", "tokenizer.vocab_size")),
+        "dim": Reach(12, "model.config.dim"),
+        "held_out": Reach(0.3, lambda r: round(len(r.data.held_out) / len(r.data.training), 2), 0.43),
+        "words": Reach(("blue",), lambda r: r.sample(0).partition(":")[0], "blue"),
+        "neighbours.window": Reach(3, "data.window"),
+        "neighbours.negatives": Reach(2, "data.negatives"),
+        "text_field": Reach("body", "run.options.text.field"),
+        "encoding": Reach("cp932", "run.options.text.encoding"),
+        "training": Reach(OTHER, "settings"),
+    }
+    thinned = {"neighbours.sample": Reach(0.01, lambda r: len(r.data.training), DIFFERENT)}
+    rare = {"min_count": Reach(235, "model.config.vocab_size", DIFFERENT)}
+    of_data = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.batch_size", weights), DIFFERENT)}
+    return base, [Group(rows), Group(thinned), Group(rare), Group(of_data)]
+
+
 TABLE = {
     "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "llada": of_llada,
     "olmo2": of_olmo2, "palm": of_palm, "palm2": of_palm2, "characters": of_characters, "bert": of_bert,
-    "lstm": of_lstm, "transformer": of_transformer, "seq2seq": of_seq2seq,
+    "lstm": of_lstm, "word2vec": of_word2vec, "transformer": of_transformer, "seq2seq": of_seq2seq,
 }  # fmt: skip
 
 

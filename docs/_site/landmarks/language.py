@@ -336,3 +336,22 @@ def whisper(drawing: Drawing) -> None:
         Part(("cross-attention", "交差注意"), ("sees the sound", "音声を見る"), "attention"), Join(), Fork(), NORM, Part(FEED, "GELU"), Join(), End(), Part(("next token", "次のトークン"), "", "goal"),
     ]  # fmt: skip
     encoder_decoder(drawing, left, right)
+
+
+def word2vec(drawing: Drawing) -> None:
+    center = drawing.box(70, 92, ("word", "単語"), "king", "data", 96)
+    vector = drawing.box(190, 92, ("its vector", "そのベクトル"), ("of the first table", "1つ目の表"), width=124)
+    drawing.line(center.right, vector.left)
+    for y, word, remark, tone in (
+        (12, "crown", ("neighbour: 1", "隣の単語：1"), "goal"),
+        (92, "table", ("noise: 0", "ノイズ：0"), "data"),
+        (172, "seven", ("noise: 0", "ノイズ：0"), "data"),
+    ):
+        other = drawing.box(311, y, word, remark, tone, 90)
+        drawing.line(vector.right, (258, vector.y), (258, other.y), other.left)
+    drawing.note(
+        MIDDLE, 240, ("a product with each word's vector in the second table", "2つ目の表の各単語のベクトルとの積")
+    )
+    drawing.note(
+        MIDDLE, 258, ("tells the neighbour from words drawn at random", "隣の単語を、ランダムに引いた単語から見分ける")
+    )

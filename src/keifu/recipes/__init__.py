@@ -15,6 +15,7 @@ FOLDERS = {
         "bert",
         "lstm",
         "ngram",
+        "word2vec",
     ),
     "translation": ("seq2seq", "transformer"),
     "speech": ("whisper",),
