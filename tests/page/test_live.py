@@ -1,5 +1,6 @@
 """The live elements of the documentation, in Chromium: a first frame, a click, what it shows, and what goes wrong."""
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -342,6 +343,28 @@ def test_any_text_is_answered(element, text: str) -> None:
     found = element("bert-en")
     found.page.fill("textarea", text)
     assert found.run() == "error" and found.message.endswith(".")
+
+
+def test_errors_are_in_the_language_of_the_page(element) -> None:
+    found = element("bert-en", "ja")
+    found.page.fill("textarea", "word " * 300)
+    assert found.run() == "error" and "語を選ぶか" in found.message
+    found = element("network", "ja")
+    found.page.route("**/model.safetensors", lambda route: route.abort())
+    assert found.run() == "error" and found.message.endswith("読み込めませんでした。もう一度試してください。")
+
+
+def test_every_error_of_the_engine_has_a_japanese_sentence(element) -> None:
+    sources = [path.read_text("utf-8") for path in sorted((builder.PAGE / "engine").glob("*.js"))]
+    pattern = r"(?:Error\(|sentence = .*?: )(`(?:[^`$]|\$\{.*?\})*`|\"[^\"]*\")"
+    templates = {found[1:-1] for source in sources for found in re.findall(pattern, source)}
+    sentences = sorted(re.sub(r"\$\{.*?\}", "7", template) for template in templates)
+    sentences += ["models/a.json could not be loaded (404): try again.", "The engine could not start: no workers."]
+    assert len(sentences) >= 35
+    script = "async (all) => { const { inJapanese } = await import('/live/japanese.js'); return all.map(inJapanese); }"
+    translated = element("perceptron").page.evaluate(script, sentences)
+    left = [there for here, there in zip(sentences, translated, strict=True) if here == there]
+    assert left == []
 
 
 @pytest.mark.slow

@@ -59,6 +59,11 @@ export class Live {
   get ready() { return !this.bytes || this.clients.length > 0; }
   get busy() { return ["loading", "running"].includes(this.root.dataset.state); }
 
+  async fail({ message }) {
+    const translated = this.language === "ja" && (await import("./japanese.js").catch(() => null));
+    this.set("error", translated ? translated.inJapanese(message) : message);
+  }
+
   // A click on the button: load the model, run, or stop what runs.
   async click() {
     if (this.root.dataset.state === "loading") return;
@@ -97,7 +102,7 @@ export class Live {
       return true;
     } catch (error) {
       for (const client of clients) client.end();
-      this.set("error", error.message);
+      await this.fail(error);
       return false;
     }
   }
@@ -116,7 +121,7 @@ export class Live {
       show(await this.clients[model].ask(action, options, progress));
       this.set("done", this.element.done?.(performance.now() - started) ?? "");
     } catch (error) {
-      this.set("error", error.message);
+      await this.fail(error);
     }
     this.button.textContent = this.text.run ?? this.words.again;
     const waiting = this.pending;
