@@ -224,7 +224,7 @@ GGUF = {
         fixed=gguf.PLAIN | {"qkv_bias": True, "out_bias": False, "feedforward_bias": False},
     ),
     "llama": gguf.GgufArchitecture(
-        names=gguf.LLAMA, fields=gguf.WINDOW_FIELDS, fixed=gguf.PLAIN, interleaved=True, divisors=True,
+        names=gguf.LLAMA, fields=gguf.WINDOW_FIELDS, fixed=gguf.PLAIN, interleaved=True, divisors="llama3",
         optional={
             "qkv_bias": "blk.0.attn_q.bias", "out_bias": "blk.0.attn_output.bias",
             "feedforward_bias": "blk.0.ffn_down.bias",

@@ -4,13 +4,15 @@ They are written, read again, and compared with llama.cpp, where it is installed
 """
 
 from dataclasses import replace
+from typing import Any
 
 from model_entries import ENTRIES
 
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
+from keifu.models.hybrid import lfm2
 from keifu.models.mixture import mixtral, olmoe, qwen3_moe
-from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, smollm3
+from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, phi3, smollm3
 
 SMALL = {"vocab_size": 320, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "context_length": 128}
 SCALINGS = {
@@ -18,6 +20,13 @@ SCALINGS = {
     "yarn": RopeScaling("yarn", 4.0, 16, attention_factor=1.1),
     "llama3": RopeScaling("llama3", 8.0, 24),
 }
+
+
+def longrope(factor: float, trained: int, **settings: Any) -> RopeScaling:
+    short, long = (1.0, 1.1, 1.2, 1.4, 1.7, 2.5), (1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
+    return RopeScaling("longrope", factor, trained, short_divisors=short, long_divisors=long, **settings)
+
+
 MINISTRAL3 = RopeScaling("yarn", 4.0, 16, mscale=1.0, mscale_all_dim=0.8)
 CONFIGS = {
     "gpt2": gpt2.Config(**SMALL, dropout=0.0),
@@ -82,6 +91,17 @@ CONFIGS = {
         rope_theta=1e4,
     ),
     "ministral": ministral.Config(**SMALL, n_kv_heads=2, head_dim=16, sliding_window=None, rope_theta=1e4),
+    "phi3": phi3.Config(**SMALL, n_kv_heads=2, sliding_window=None, tied=True),
+    "phi3-long": phi3.Config(**SMALL, n_kv_heads=2, sliding_window=None, rope_dim=12, rope_scaling=longrope(8.0, 16)),
+    "phi3-short": phi3.Config(
+        **SMALL | {"context_length": 1024},
+        n_kv_heads=2,
+        sliding_window=None,
+        rope_dim=12,
+        rope_scaling=longrope(4.0, 256, attention_factor=1.3),
+    ),
+    "lfm2": lfm2.Config(**SMALL | {"n_layers": 4}, n_kv_heads=2, global_layers=(1, 3)),
+    "lfm2-long-convolutions": lfm2.Config(**SMALL, n_kv_heads=4, global_layers=(0,), convolution=5, tied=False),
     "olmoe": olmoe.Config(**SMALL, n_experts=9, n_experts_per_token=4),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
 }

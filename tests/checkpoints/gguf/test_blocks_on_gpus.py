@@ -148,7 +148,7 @@ def test_a_llama_7b_in_q4_0_takes_less_than_5_gb() -> None:
     shapes |= {f"blk.{n}.ffn_down.weight": (4096, 11008) for n in range(32)}
     shapes |= {f"blk.{n}.{name}_norm.weight": (4096,) for n in range(32) for name in ("attn", "ffn")}
     shapes |= {f"{name}.weight": (32000, 4096) for name in ("token_embd", "output")} | {"output_norm.weight": (4096,)}
-    architecture, config = read_config(fields, shapes, None, "a file")
+    architecture, config = read_config(fields, shapes, {}, "a file")
     kinds = {name: "F32" if len(shape) == 1 else "Q4_0" for name, shape in shapes.items()} | {"output.weight": "Q6_K"}
     stored = {name: StoredTensor(shape, kinds[name], torch.float32) for name, shape in shapes.items()}
 

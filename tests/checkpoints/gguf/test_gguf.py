@@ -17,7 +17,7 @@ from keifu.layers import quantized
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, mlp, olmo2, qwen3
 from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
-from keifu.models.variants import gemma2, granite, smollm3
+from keifu.models.variants import exaone4, gemma2, granite, ministral, smollm3
 
 SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
 
@@ -277,6 +277,40 @@ def test_files_that_are_not_what_they_say(whole, changes, tensors, text, tmp_pat
     assert text in str(caught.value)
 
 
+SHORT = "rope_factors_short.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "tensors", "text"),
+    [
+        ("phi3-long", {}, {SHORT: None}, "has only one of rope_factors_short.weight and rope_factors_long.weight"),
+        ("phi3-long", {}, {SHORT: np.ones(5, np.float32)}, "longrope needs 6 factors"),
+        ("phi3-long", {"phi3.rope.dimension_count": 18}, {}, "rope.dimension_count 18 with heads of 16"),
+        ("lfm2", {"lfm2.attention.head_count_kv": 2}, {}, "a lfm2 model needs a number for each layer"),
+        ("lfm2", {"lfm2.attention.head_count_kv": [0, 2, 0]}, {}, "has [0, 2, 0] for lfm2.attention.head_count_kv"),
+        ("lfm2", {"lfm2.attention.head_count_kv": [0, 0, 0, 0]}, {}, "has [0, 0, 0, 0] for"),
+        ("lfm2", {"lfm2.attention.head_count_kv": [0, 2, 0, 4]}, {}, "another lfm2.attention.head_count_kv in each"),
+    ],
+)
+def test_other_architectures_that_are_not_what_they_say(name, changes, tensors, text, tmp_path) -> None:
+    path = tmp_path / "x.gguf"
+    checkpoints.save_gguf(random(CONFIGS[name]), None, path)
+    rewrite(path, changes, tensors)
+    with pytest.raises(UserError) as caught:
+        checkpoints.load_model(path)
+    assert text in str(caught.value)
+
+
+def test_a_short_convolution_is_an_exact_matrix(tmp_path) -> None:
+    """llama.cpp's operation takes float32 and no axis of size 1."""
+    model = random(CONFIGS["lfm2"])
+    checkpoints.save_gguf(model, None, tmp_path / "x.gguf", "f16")
+    file = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    stored = file["blk.0.shortconv.conv.weight"]
+    assert stored.tensor_type.name == "F32" and file["blk.0.shortconv.in_proj.weight"].tensor_type.name == "F16"
+    assert np.array_equal(stored.data, model.blocks[0].attention.convolution.weight.detach().squeeze(1).numpy())
+
+
 @pytest.mark.timeout(60)
 def test_a_tensor_without_numbers_is_not_split_into_experts(tmp_path) -> None:
     """A file of a few bytes can give it any number of them."""
@@ -352,6 +386,12 @@ def test_mixtures_that_are_not_what_they_say(changes, tensors, text, tmp_path) -
         (scaled("llama3", qkv_bias=True), "runs no qwen2 model with the rotary scaling 'llama3'"),
         (smollm3.Config(**SMALL, n_kv_heads=2, rope_scaling=LLAMA3), "runs no smollm3 model with the rotary scaling"),
         (gemma2.Config(**SMALL, n_kv_heads=2, rope_scaling=LLAMA3), "runs no gemma2 model with the rotary scaling"),
+        (exaone4.Config(**SMALL, n_kv_heads=2, head_dim=8, sliding_window=5), "exaone4 needs sliding_window=None"),
+        (exaone4.Config(**SMALL, n_kv_heads=2, head_dim=10, sliding_window=None), "exaone4 needs head_dim=8"),
+        (
+            ministral.Config(**SMALL, n_kv_heads=2, query_growth=0.1, rope_scaling=RopeScaling("linear", 2.0, 32)),
+            "mistral3 needs query_growth=None",
+        ),
         (mlp.Config(), "keifu.models.mlp"),
     ],
 )
@@ -383,7 +423,7 @@ def test_llama3_settings_are_found_from_their_divisors_alone(factor, length, low
     scaling = RopeScaling("llama3", factor, length, low_freq_factor=low, high_freq_factor=low * ratio)
     freqs = divisors(scaling, 500_000.0, head_dim)
     assume(1 < freqs.max() == factor and freqs.min() < factor)
-    found = read_scaling({}, 500_000.0, 4096, freqs, "x.gguf")
+    found = read_scaling({}, 500_000.0, 4096, {FREQS: freqs}, "x.gguf")
     assert found is not None and torch.allclose(divisors(found, 500_000.0, head_dim), freqs, rtol=1e-5)
     if (length, low, ratio) == (777, 1.0, 4.0):
         assert found == scaling

@@ -4,7 +4,9 @@ The row of each model says which architectures of llama.cpp run it, and how thei
 Config (`keifu/models/registration/gguf.py`).
 
 Rotary scaling: linear and yarn are metadata. llama3 is a tensor of divisors, one for each pair, and its formula has to
-be inferred: a formula is accepted only if it gives the same divisors. GGUF cannot represent dynamic scaling.
+be inferred: a formula is accepted only if it gives the same divisors. longrope is two such tensors: llama.cpp takes the
+long one if the context that it runs with is longer than the trained one, keifu if the sequence is. GGUF cannot
+represent dynamic scaling.
 
 Axes: pairs = half of a rotary head.
 """
@@ -26,23 +28,26 @@ from keifu.layers.attention.positions import RopeScaling
 from keifu.models.registration import row
 from keifu.models.registration.gguf import GgufArchitecture
 
-FREQS = "rope_freqs.weight"
+FREQS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
+DIVISORS = (FREQS, SHORT, LONG)  # tensors that are settings
 Divisors = Float[Tensor, " pairs"]
 
 
 def read_scaling(
-    metadata: Mapping[str, Any], theta: float, context: int, freqs: Divisors | None, where: str
+    metadata: Mapping[str, Any], theta: float, context: int, tensors: Mapping[str, Divisors], where: str
 ) -> RopeScaling | None:
-    """Return the rotary scaling of a file. metadata: its fields without the architecture's prefix. freqs: the tensor of
-    divisors, if the file has one. where: the file, for errors."""
+    """Return the rotary scaling of a file. metadata: its fields without the architecture's prefix. tensors: those of
+    `DIVISORS` that the file has. where: the file, for errors."""
+    if SHORT in tensors or LONG in tensors:
+        return _longrope(metadata, context, tensors, where)
     factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0)) or 1.0)
     scaling = metadata.get("rope.scaling.type", "linear")  # llama.cpp's default; a factor of 1 has no effect
     if scaling not in ("none", "linear", "yarn"):
         raise UserError(f"{where} has rope.scaling.type {scaling!r}, not linear or yarn, which keifu implements.")
-    if freqs is not None:
+    if FREQS in tensors:
         if scaling != "none" and factor != 1.0:
             raise UserError(f"{where} has both {FREQS} and a {scaling} scaling, which keifu does not implement.")
-        return _llama3(freqs, theta, context, where)
+        return _llama3(tensors[FREQS], theta, context, where)
     if scaling == "none" or factor == 1.0:
         return None
     original = int(metadata.get("rope.scaling.original_context_length", context))
@@ -70,13 +75,19 @@ def write_scaling(
 
     log_multiplier: whether llama.cpp reads yarn's growth of the magnitude for this architecture.
     """
+    fields: dict[str, Any]
     if scaling is None:
         return {}, {}
     if scaling.kind == "llama3":
         return {}, {FREQS: divisors(scaling, theta, head_dim)}
+    if scaling.kind == "longrope":
+        trained, size = scaling.original_context_length, scaling.magnitude()
+        pairs = {SHORT: scaling.short_divisors, LONG: scaling.long_divisors}
+        fields = {"rope.scaling.original_context_length": trained, "rope.scaling.attn_factor": size}
+        return fields, {name: torch.tensor(divisors) for name, divisors in pairs.items()}
     if scaling.kind not in ("linear", "yarn"):
         raise UserError(f"GGUF has no form for the rotary scaling {scaling.kind!r}; write a directory (hf) instead.")
-    fields: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
+    fields = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
     if scaling.kind == "linear":
         return fields, {}
     if not scaling.truncate or {key: vars(scaling)[key] for key in YARN} != YARN:
@@ -92,6 +103,16 @@ def divisors(scaling: RopeScaling, theta: float, head_dim: int) -> Divisors:
     """Return the divisor of each pair's frequency."""
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     return (frequencies / scaling.apply(frequencies, theta)).float()
+
+
+def _longrope(metadata: Mapping[str, Any], context: int, tensors: Mapping[str, Divisors], where: str) -> RopeScaling:
+    if SHORT not in tensors or LONG not in tensors:
+        raise UserError(f"{where} has only one of {SHORT} and {LONG}, which belong together.")
+    trained = int(metadata.get("rope.scaling.original_context_length", context))
+    short, long = (tuple(_rounded(value) for value in tensors[name].tolist()) for name in (SHORT, LONG))
+    scaling = RopeScaling("longrope", context / trained, trained, short_divisors=short, long_divisors=long)
+    size = float(metadata.get("rope.scaling.attn_factor", 1.0))
+    return scaling if math.isclose(scaling.magnitude(), size, rel_tol=1e-6) else replace(scaling, attention_factor=size)
 
 
 def _llama3(freqs: Divisors, theta: float, context: int, where: str) -> RopeScaling | None:
@@ -163,29 +184,34 @@ def _architectures() -> dict[str, tuple[str, ...]]:
 ARCHITECTURES: Mapping[str, tuple[str, ...]] = _architectures()
 
 
-def _architecture(name: str, metadata: Mapping[str, Any]) -> tuple[GgufArchitecture, Any]:
+def _architecture(name: str, fields: Mapping[str, Any]) -> tuple[GgufArchitecture, Any]:
     """Return the architecture of a file, and the class of its Config. Files of one architecture may be of two models,
     of which one has experts."""
     rows = [row(model) for model in ARCHITECTURES[name]]
-    with_experts = bool(metadata.get("expert_count"))
+    with_experts = bool(fields.get(f"{name}.expert_count"))
     rows = [one for one in rows if ("expert_count" in one.gguf[name].fields) == with_experts] or rows
     return rows[0].gguf[name], rows[0].config
 
 
 def read_config(
-    fields: Mapping[str, Any], tensors: Mapping[str, Any], freqs: Tensor | None, where: str
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], divisors: Mapping[str, Tensor], where: str
 ) -> tuple[GgufArchitecture, Any]:
     """Return the architecture and the Config of a file's metadata.
 
-    tensors: the shape of each tensor by name. freqs: the tensor rope_freqs.weight, if there is one. where: the file,
-    for errors.
+    tensors: the shape of each tensor by name. divisors: the tensors of `DIVISORS` in the file. where: the file, for
+    errors.
     """
     name = fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(f"{where} has the architecture {name!r}, which keifu does not read. It reads: {known}.")
+    architecture, config_class = _architecture(name, fields)
+    layers: dict[str, Any] = {}
+    if architecture.attention_layers:
+        heads = _layer_heads(name, fields, where)
+        layers = {architecture.attention_layers: tuple(layer for layer, count in enumerate(heads) if count)}
+        fields = {**fields, f"{name}.attention.head_count_kv": [count for count in heads if count]}
     metadata = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
-    architecture, config_class = _architecture(name, metadata)
     refused = [f"{name}.{key}" for key in REFUSED if metadata.get(key) and key not in architecture.fields]
     if refused:
         raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
@@ -196,12 +222,21 @@ def read_config(
     values = {ours: metadata[key] for key, ours in {**SIZES, **architecture.fields}.items() if key in metadata}
     values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
-    values |= architecture.derive(values)
+    values |= architecture.derive(values) | layers
     if architecture.rotary:
-        values |= _rotary(metadata, values, freqs, "rope_dim" in vars(config_class), where)
+        values |= _rotary(metadata, values, divisors, vars(config_class), where)
         values |= _head_size(values, vars(config_class), where)
     known = config_class.__dataclass_fields__
     return architecture, config_class(**{key: value for key, value in values.items() if key in known})
+
+
+def _layer_heads(name: str, fields: Mapping[str, Any], where: str) -> list[int]:
+    """Return the number of key and value heads of each layer: 0 in layers without attention."""
+    key = f"{name}.attention.head_count_kv"
+    heads = fields.get(key)
+    if not isinstance(heads, list) or not any(heads) or len(heads) != fields.get(f"{name}.block_count"):
+        raise UserError(f"{where} has {heads!r} for {key}; a {name} model needs a number for each layer.")
+    return heads
 
 
 def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -222,13 +257,21 @@ def _same_everywhere(key: str, value: Any, where: str) -> Any:
         if len(set(value)) > 1:
             raise UserError(f"{where} has another {key} in each layer ({value[:4]}), which keifu does not implement.")
         value = value[0]
-    return float(str(np.float32(value))) if isinstance(value, float) else value
+    return _rounded(value) if isinstance(value, float) else value
+
+
+def _rounded(value: float) -> float:
+    """Return a number with float32's digits."""
+    return float(str(np.float32(value)))
 
 
 def _rotary(
-    metadata: Mapping[str, Any], values: Mapping[str, Any], freqs: Tensor | None, partial: bool, where: str
-) -> dict[str, Any]:
-    """Return the rotary fields of a Config. partial: whether the Config has `rope_dim`, the rotated part of a head."""
+    metadata: Mapping[str, Any], values: Mapping[str, Any], divisors: Mapping[str, Tensor], defaults: Mapping[str, Any],
+    where: str,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the rotary fields of a Config. defaults: those of the Config; one with `rope_dim` may rotate a part of a
+    head."""
+    partial = "rope_dim" in defaults
     usual = values["dim"] // values["n_heads"]
     size = metadata.get("attention.key_length", usual)
     rotated = metadata.get("rope.dimension_count", size)
@@ -238,9 +281,10 @@ def _rotary(
     if not (0 < rotated <= size if partial else rotated == size):
         raise UserError(f"{where} has rope.dimension_count {rotated} with heads of {size}; keifu turns whole heads.")
     theta = float(values.get("rope_theta", 10_000.0))
-    scaling = read_scaling(metadata, theta, values["context_length"], freqs, where)
+    scaling = read_scaling(metadata, theta, values["context_length"], divisors, where)
     fields = {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
-    return fields | ({"rope_dim": rotated} if partial else {})
+    whole = rotated == size and defaults.get("rope_dim") is None
+    return fields | ({"rope_dim": None if whole else rotated} if partial else {})
 
 
 def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
@@ -278,8 +322,11 @@ def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tupl
         fields |= {"attention.key_length": size, "attention.value_length": size}
         if not architecture.windows:
             fields["context_length"] = min(config.context_length, values.get("sliding_window") or config.context_length)
+        if architecture.attention_layers:
+            heads, layers = fields["attention.head_count_kv"], values[architecture.attention_layers]
+            fields["attention.head_count_kv"] = [heads * (layer in layers) for layer in range(config.n_layers)]
         more, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, architecture.log_multiplier)
-        if tensors and not architecture.divisors:
+        if tensors and config.rope_scaling.kind != architecture.divisors:
             scaling = f"the rotary scaling {config.rope_scaling.kind!r}"
             raise UserError(f"llama.cpp runs no {name} model with {scaling}; write a directory (hf) instead.")
         fields |= more

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keifu.checkpoints.gguf.config import FREQS, read_config, rotary_head_dim
+from keifu.checkpoints.gguf.config import DIVISORS, read_config, rotary_head_dim
 from keifu.checkpoints.hf.native_config import check_types
 from keifu.checkpoints.plan import PLAIN, Source, StoredTensor, is_stack
 from keifu.checkpoints.registry import describe
@@ -257,14 +257,14 @@ def open_gguf(path: Path) -> Source:
         raise UserError(f"{path} is one of {parts!r} parts; join them first with llama.cpp's llama-gguf-split --merge.")
     file = replace(file, entries=dict(_unstack(file.entries)))
     shapes = {name: entry.shape for name, entry in file.entries.items()}
-    freqs = file.read(FREQS) if FREQS in shapes else None
-    architecture, config = read_config(file.fields, shapes, freqs, str(path))
+    divisors = {name: file.read(name) for name in DIVISORS if name in shapes}
+    architecture, config = read_config(file.fields, shapes, divisors, str(path))
     check_types(config, str(path))
     family, _ = describe(config)
-    stored = {key: tensor for key, tensor in file.stored().items() if key != FREQS}
+    stored = {key: tensor for key, tensor in file.stored().items() if key not in divisors}
     named = file.fields.get("general.name")
     notes = (f"The file calls itself {named!r}.",) if named else ()
-    notes += (f"{FREQS} gives the rotary scaling.",) if FREQS in file.entries else ()
+    notes += tuple(f"{name} gives the rotary scaling." for name in divisors)
     return Source(
         path, "GGUF", family, config, stored, file.read, partial(_read_tokenizer, file.fields), architecture.names,
         rotary_head_dim(architecture, config), notes, file.blocks,

@@ -25,7 +25,7 @@ from keifu.files import remove_abandoned, replacing
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 BLOCK = 32  # numbers per block of Q8_0
 UNUSED = 5  # the type of a token that never occurs
-ALWAYS_EXACT = re.compile(r"position_embd|.*\.ffn_gate_inp\.")
+ALWAYS_EXACT = re.compile(r"position_embd|.*\.(ffn_gate_inp|shortconv\.conv)\.")
 EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight)")
 
 

@@ -2,8 +2,8 @@
 
 A table maps our names (keifu's) to theirs (the file's). Each name is a module, with its `.weight` and `.bias`, or one
 tensor. `*` is a layer's number. `[a,b,c]` are several of theirs, joined by rows in one of ours. `.T` at the end:
-matrices are stored transposed. `+1`: the file's numbers are larger by one. None instead of a table: both sides have the
-same names.
+matrices are stored transposed. `.flat`: the file's tensor lacks our axes of size 1. `+1`: the file's numbers are larger
+by one. None instead of a table: both sides have the same names.
 
 Axes: rows = a matrix's outputs, columns = its inputs; a bias has only rows.
 """
@@ -29,6 +29,7 @@ class Link:
 
     shape: shape of our tensor. rows: for each of theirs, how many rows of ours it gives. turned: for each of theirs,
     the size of a rotary head whose two halves are stored interleaved (GGUF's LLaMA), or 0. offset: theirs minus ours.
+    flat: whether theirs lacks axes of size 1.
     """
 
     ours: str
@@ -38,10 +39,12 @@ class Link:
     transposed: bool = False
     turned: tuple[int, ...] = ()
     offset: float = 0.0
+    flat: bool = False
 
     def stored_shapes(self) -> list[tuple[int, ...]]:
         """Return the shape of each of theirs in the file."""
-        shapes = [(rows, *self.shape[1:]) if self.shape else () for rows in self.rows]
+        columns = [size for size in self.shape[1:] if size != 1 or not self.flat]
+        shapes = [(rows, *columns) if self.shape else () for rows in self.rows]
         return [shape[::-1] for shape in shapes] if self.transposed else shapes
 
     def subtract_offset(self, tensor: Tensor) -> Tensor:
@@ -55,7 +58,8 @@ class Link:
 
     def part(self, index: int, tensor: Tensor) -> Tensor:
         """Convert their tensor number `index` to the rows of ours that it makes."""
-        return halves(self._turn(tensor), self._heads()[index])
+        tensor = tensor.reshape(-1, *self.shape[1:]) if self.flat else self._turn(tensor)
+        return halves(tensor, self._heads()[index])
 
     def read(self, read: Callable[[str, Index], Tensor], index: Index) -> Tensor:
         """Return a part of our tensor: `index` is slices of its rows and columns; (): all. `read` reads a part of
@@ -64,7 +68,7 @@ class Link:
         parts = []
         for number, part in self.pieces(first.start, first.stop):
             name = self.theirs[number]
-            if self._heads()[number]:
+            if self._heads()[number] or self.flat:
                 parts.append(self.part(number, self.subtract_offset(read(name, ())))[(part, *columns)])
             else:
                 region = (part, *(columns or (slice(None),)))[::-1] if self.transposed else (part, *columns)
@@ -82,6 +86,8 @@ class Link:
         tensor = tensor.float() + self.offset if self.offset else tensor
         parts = tensor.split(list(self.rows)) if len(self.rows) > 1 else [tensor]
         turned = [pairs(part, size) for part, size in zip(parts, self._heads(), strict=True)]
+        if self.flat:
+            return [part.reshape(shape) for part, shape in zip(turned, self.stored_shapes(), strict=True)]
         return [self._turn(part).contiguous() for part in turned]
 
     def _turn(self, tensor: Tensor) -> Tensor:
@@ -118,7 +124,9 @@ def _link(ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], t
         if not isinstance(module, JoinedLinear) or len(module.parts) != len(theirs):
             raise ValueError(f"{ours} is no joined matrix of {len(theirs)} parts, but the table gives it {theirs}.")
         rows = module.parts
-    return Link(ours, shape, theirs, rows, transposed and len(shape) == 2, offset=offset)
+    return Link(
+        ours, shape, theirs, rows, transposed and len(shape) == 2, offset=offset, flat=pattern.endswith(".flat")
+    )
 
 
 def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
@@ -145,7 +153,7 @@ def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
 
 
 def _without_mark(pattern: str) -> str:
-    return pattern.removesuffix(".T").removesuffix("+1")
+    return pattern.removesuffix(".T").removesuffix(".flat").removesuffix("+1")
 
 
 def _alternatives(pattern: str) -> tuple[str, ...]:

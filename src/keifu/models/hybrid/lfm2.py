@@ -17,6 +17,7 @@ from keifu.layers.recurrent.gated_convolution import GatedConvolution
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,18 @@ FIELDS: hf.Fields = _SHARED | {
     "layers": hf.FieldGroup(_read_layers, _write_layers),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
-REFUSED = {
-    "gguf": "keifu lacks llama.cpp's names of its tensors",
-    "native": "GatedConvolution",
-    "tensor": "GatedConvolution",
-}
+
+GGUF = {
+    "lfm2": gguf.GgufArchitecture(
+        names=gguf.LLAMA | gguf.QK_NORM | {
+            "blocks.*.attention.inputs": "blk.*.shortconv.in_proj",
+            "blocks.*.attention.convolution": "blk.*.shortconv.conv.flat",
+            "blocks.*.attention.output": "blk.*.shortconv.out_proj",
+            "norm": "token_embd_norm",
+        },
+        fields=gguf.ROTARY_FIELDS | {"shortconv.l_cache": "convolution"},
+        fixed={"activation": "silu", "dropout": 0.0}, attention_layers="global_layers",
+        needed=("shortconv.l_cache",),
+    ),
+}  # fmt: skip
+REFUSED = {"native": "GatedConvolution", "tensor": "GatedConvolution"}

@@ -79,7 +79,7 @@ from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
 GGUF = {
     "llama": gguf.GgufArchitecture(  # llama.cpp runs a Mixtral as a LLaMA with experts
         names=gguf.LLAMA | gguf.EXPERTS, fields=gguf.WINDOW_FIELDS | gguf.EXPERT_COUNTS,
-        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, divisors=True,
+        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, divisors="llama3",
         needed=(*gguf.EXPERT_COUNTS,),
     ),
 }  # fmt: skip

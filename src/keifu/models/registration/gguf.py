@@ -20,8 +20,9 @@ class GgufArchitecture:
     - optional: boolean field of the Config → a tensor that exists only if it is True.
     - interleaved: whether the rows of q and k are stored with rotary pairs next to each other.
     - windows: whether llama.cpp applies sliding windows. Otherwise it ignores them.
-    - divisors: whether llama.cpp reads divisors of the rotary frequencies, which llama3 scaling needs.
+    - divisors: kind of rotary scaling whose divisors of the frequencies llama.cpp reads: llama3 or longrope.
     - log_multiplier: whether llama.cpp reads the growth of the magnitude of yarn (mscale_all_dim).
+    - attention_layers: field of the Config with the layers that have attention; the others have 0 heads in the file.
     - derive: computes further required values from the Config's values.
     - needed: fields that a file must have.
     """
@@ -32,8 +33,9 @@ class GgufArchitecture:
     optional: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     windows: bool = False
-    divisors: bool = False
+    divisors: str | None = None
     log_multiplier: bool = False
+    attention_layers: str | None = None
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     needed: tuple[str, ...] = ()
 

@@ -99,6 +99,6 @@ def _required(values: Mapping[str, Any]) -> dict[str, Any]:
 GGUF = {
     "exaone4": gguf.GgufArchitecture(
         names=gguf.LLAMA | gguf.QK_NORM | gguf.REORDERED_NORMS, fields=gguf.WINDOW_FIELDS,
-        fixed={"activation": "silu", "dropout": 0.0}, windows=True, divisors=True, derive=_required,
+        fixed={"activation": "silu", "dropout": 0.0}, windows=True, divisors="llama3", derive=_required,
     ),
 }  # fmt: skip

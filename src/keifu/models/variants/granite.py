@@ -72,7 +72,7 @@ GGUF = {
             "embedding_scale": "embedding_scale", "attention.scale": "attention_scale",
             "residual_scale": "residual_scale", "logit_scale": "logit_divisor",
         },
-        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, divisors=True,
+        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, divisors="llama3",
         optional={"attention_bias": "blk.0.attn_q.bias", "feedforward_bias": "blk.0.ffn_down.bias"},
         needed=("embedding_scale", "attention.scale", "residual_scale", "logit_scale"),
     ),

@@ -14,6 +14,7 @@ from keifu.layers.attention.positions import Rotary
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,10 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "rope": hf.FieldGroup(_read_rope, _write_rope),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
-REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}
+
+GGUF = {
+    "phi3": gguf.GgufArchitecture(
+        names=gguf.JOINED_GATE | {"blocks.*.attention.qkv": "blk.*.attn_qkv"}, fields=gguf.WINDOW_FIELDS,
+        fixed={"activation": "silu", "dropout": 0.0}, divisors="longrope", derive=gguf.optional_window,
+    ),
+}  # fmt: skip
