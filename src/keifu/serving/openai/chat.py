@@ -15,6 +15,7 @@ from keifu.serving.openai.generation import Answer, prepare_chat, token_bytes, t
 from keifu.serving.openai.schemas import ChatRequest
 from keifu.serving.openai.tools import THOUGHTS, Delta, Reply
 from keifu.serving.streaming import STREAM, EventStream, json_response
+from keifu.serving.tool_parsers.harmony import speaks_harmony
 
 
 def routes(app: FastAPI, models: ServedModels) -> None:
@@ -48,7 +49,7 @@ def thinking_options(about: Description, thinks: bool, field: str) -> dict[str, 
     template = about.tokenizer.chat_template
     if "enable_thinking" in template_variables(template):
         return {"enable_thinking": thinks}
-    if thinks and OPEN not in template:
+    if thinks and OPEN not in template and not speaks_harmony(about.tokenizer):
         raise ApiError(400, f"The chat template of this model has no thoughts: leave out {field}.", field)
     return None
 

@@ -20,10 +20,20 @@ from keifu.inference.text.sampling_params import ANSWER_TOKENS, SamplingParams, 
 from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.facts import Facts, current
 from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.constraints import constraints, schema_grammar
+from keifu.serving.openai.constraints import constraints
 from keifu.serving.openai.pictures import open_images
 from keifu.serving.openai.schemas import ChatRequest, ResponseRequest, Sampling
-from keifu.serving.openai.tools import THOUGHTS, Delta, Reply, ToolUse, render, tool_format
+from keifu.serving.openai.tools import (
+    THOUGHTS,
+    Delta,
+    HarmonyReply,
+    Reply,
+    ToolUse,
+    answer_grammar,
+    render,
+    tool_format,
+)
+from keifu.serving.tool_parsers.harmony import begun_message, speaks_harmony
 from keifu.serving.worker import Worker
 
 REASONS = {"stop": "stop", "length": "length", "context": "length"}
@@ -35,7 +45,10 @@ LARGE_POOL = ThreadPoolExecutor(2, "keifu-prepare-large")
 
 @dataclass
 class Answer:
-    """Answer of a model to one HTTP request. `requests` has the choices of the first prompt, then those of the next."""
+    """Answer of a model to one HTTP request. `requests` has the choices of the first prompt, then those of the next.
+
+    in_channels: whether the model answers in gpt-oss's channels.
+    """
 
     models: ServedModels
     description: Description
@@ -44,6 +57,7 @@ class Answer:
     seed: int
     prefix: str
     tools: ToolUse | None = None
+    in_channels: bool = False
     replies: list[Reply] = field(init=False)
     id: str = field(init=False)
     facts: Facts = field(default_factory=current)
@@ -93,11 +107,13 @@ class Answer:
     def _reply(self, prompt: Sequence[int]) -> Reply:
         """Return a splitter of a choice into thoughts, text and calls."""
         tokenizer = self.description.tokenizer
+        schemas = {tool["name"]: tool.get("parameters") or {} for tool in self.tools.functions} if self.tools else {}
+        if self.in_channels:
+            return HarmonyReply(functions=schemas, begun=begun_message(tokenizer, prompt))
         splitter = ThoughtSplitter(opens_thoughts(tokenizer, prompt))
         if not self.tools:
             return Reply(splitter=splitter)
         form = tool_format(tokenizer)
-        schemas = {tool["name"]: tool.get("parameters") or {} for tool in self.tools.functions}
         return Reply(form, form.trigger(tokenizer), splitter=splitter, functions=schemas)
 
     def push(self, choice: int, piece: Piece) -> list[Delta]:
@@ -141,10 +157,11 @@ async def prepare(
     pool, left = LARGE_POOL if schema or tools or current().size > LARGE else SMALL_POOL, threading.Event()
     try:
         sampling = sampling_for(description.tokenizer, body.options(), ANSWER_TOKENS).seeded()
-        work = partial(_requests, description, body, sampling, prompts, schema, tools, left)
+        in_channels = use == "chat" and speaks_harmony(description.tokenizer)
+        work = partial(_requests, description, body, sampling, prompts, schema, tools, in_channels, left)
         async with asyncio.timeout(PREPARE_SECONDS):
             requests = await asyncio.get_running_loop().run_in_executor(pool, work)
-        return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools)
+        return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools, in_channels)
     except TimeoutError:
         text = "The prompt and the schema were not read in {:.0f} s: make them shorter, or try again later."
         raise ApiError(503, text.format(PREPARE_SECONDS), code="preparation_timeout", retry=30) from None
@@ -196,7 +213,7 @@ def chat_prompts(
 
 def _requests(
     description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any,
-    tools: ToolUse | None, left: threading.Event,
+    tools: ToolUse | None, in_channels: bool, left: threading.Event,
 ) -> list[Request]:  # fmt: skip
     """Return the requests of all prompts and choices, each with a different seed. left: set if nobody waits for it."""
 
@@ -207,9 +224,9 @@ def _requests(
     tokenizer, config = description.tokenizer, description.config
     ids = prompts(description)
     go_on()
-    grammar = tools.grammar(tokenizer, schema) if tools else None if schema is None else schema_grammar(schema)
+    grammar = answer_grammar(tokenizer, tools, schema, in_channels)
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
-    shown = tool_format(tokenizer).special(tokenizer).values() if tools else ()
+    shown = tool_format(tokenizer).special(tokenizer).values() if tools or in_channels else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
     given = [InsertedImages(prompt, config) if isinstance(prompt, ImagePrompt) else prompt for prompt in ids]
     pairs = [(prompt.tokens, prompt) if isinstance(prompt, InsertedImages) else (prompt, None) for prompt in given]

@@ -20,8 +20,10 @@ from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.chat import prompts
 from keifu.inference.chat.prompts import ImagePrompt
-from keifu.serving.openai.constraints import COMBINED, LAYOUT, Grammar, checked
+from keifu.serving.openai.constraints import COMBINED, LAYOUT, Grammar, checked, schema_grammar
+from keifu.serving.tool_parsers import harmony
 from keifu.serving.tool_parsers.gemma import UnquotedObject, marked
+from keifu.serving.tool_parsers.harmony import HarmonySplitter, speaks_harmony
 from keifu.serving.tool_parsers.tagged import Tagged, probe_arguments, tagged
 
 Messages = Sequence[Mapping[str, Any]]
@@ -47,6 +49,7 @@ class ToolFormat:
 
     between: None if the template only writes one call at a time. native: whether the template supports tools.
     notation: of the arguments; None: JSON. objects: whether the template takes arguments as objects, not as JSON text.
+    marks: further tokens of the template that an answer may have.
     """
 
     opening: str
@@ -56,6 +59,7 @@ class ToolFormat:
     native: bool = True
     notation: Tagged | UnquotedObject | None = None
     objects: bool = True
+    marks: tuple[str, ...] = ()
 
     def trigger(self, tokenizer: Tokenizer) -> str:
         """Return the start of the opening, which distinguishes calls from text: one token, or everything before the
@@ -67,13 +71,18 @@ class ToolFormat:
     def special(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Return the special tokens in the format with their ids."""
         marks = self.notation.marks if self.notation else ""
-        whole = "\n".join((self.opening, self.middle, self.between or "", self.closing, marks))
+        whole = "\n".join((self.opening, self.middle, self.between or "", self.closing, marks, *self.marks))
         return {word: token for token in tokenizer.special_ids if (word := _token(tokenizer, token)) in whole}
 
 
 HERMES = ToolFormat(
     '<tool_call>\n{"name": "', '", "arguments": ', '}\n</tool_call>\n<tool_call>\n{"name": "', "}\n</tool_call>", False
 )
+
+HARMONY = ToolFormat(
+    f"{harmony.CHANNEL}commentary to=functions.", f" {harmony.CONSTRAIN}json{harmony.MESSAGE}", None, "",
+    marks=harmony.MARKS,
+)  # fmt: skip
 
 
 def _token(tokenizer: Tokenizer, number: int) -> str:
@@ -84,6 +93,8 @@ def _token(tokenizer: Tokenizer, number: int) -> str:
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:
     """Return the format of calls in the tokenizer's template; Hermes' format if it writes no calls, or in a notation
     that is not known."""
+    if speaks_harmony(tokenizer):
+        return HARMONY
     for find in (_json_format, _tagged_format, _marked_format):
         for count, objects in ((2, True), (1, True), (2, False), (1, False)):
             with suppress(UserError):
@@ -188,6 +199,8 @@ def render(
             raise UserError("The answer to be continued has a picture, and a model writes text alone: leave it out.")
         begun = render(tokenizer, messages[:-1], functions, config, **options)
         more = tokenizer.encode(messages[-1]["content"])
+        if speaks_harmony(tokenizer):
+            more = tokenizer.encode(harmony.marked_final(""), allow_special=True) + more
         return begun._replace(tokens=[*begun.tokens, *more]) if isinstance(begun, ImagePrompt) else begun + more
     if not functions and not any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
         return prompts.render(tokenizer, messages, config, **options)
@@ -197,8 +210,16 @@ def render(
     if form.native:
         tools = [{"type": "function", "function": {"parameters": {}, **function}} for function in functions]
         turns = with_objects(messages) if form.objects else messages
+        if form is HARMONY:
+            turns = [_with_thinking(message) for message in turns]
         return prompts.render(tokenizer, turns, config, tools=tools or None, **options)
     return prompts.render(tokenizer, _in_words(messages, functions), config, **options)
+
+
+def _with_thinking(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message with the thoughts before its calls under the name that gpt-oss's template reads."""
+    thoughts = message.get("reasoning_content") if message.get("tool_calls") and not message.get("content") else None
+    return {**message, "thinking": thoughts} if thoughts else message
 
 
 def _in_words(messages: Messages, functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -254,9 +275,12 @@ class ToolUse:
                 rules += form.notation.rules(f"a{index}", parameters, literal)
                 continue
             rules.append(f"a{index}: %json {json.dumps(parameters | {'x-guidance': LAYOUT})}")
-        return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *rules])), "tools")
+        field = "tools" if able else "response_format"
+        return Grammar(LLMatcher.grammar_from_lark("\n".join([*start, *(rules if able else ())])), field)
 
     def _start(self, form: ToolFormat, tokenizer: Tokenizer, literal: Any, schema: Any) -> list[str]:
+        if form is HARMONY:
+            return self._in_channels(literal, schema)
         if self.choice != "auto":
             return [f"start: {literal(form.opening)} calls"]
         if schema is not None:
@@ -267,6 +291,30 @@ class ToolUse:
         rest = literal(form.opening[len(trigger) :])
         before = "lead: TEXT" if trigger in form.special(tokenizer) else "lead[lazy]: /(.|\\n)*/"
         return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", f"{before} {literal(trigger)}"]
+
+    def _in_channels(self, literal: Any, schema: Any) -> list[str]:
+        """Return the rules of an answer of gpt-oss: any thoughts and announcements, then the text or a call."""
+        ends = [f"{literal(HARMONY.opening)} calls"] if self.functions else []
+        content = "TEXT"
+        if schema is not None:
+            (narrow,) = checked([schema], "response_format")
+            content = f"%json {json.dumps(narrow | {'x-guidance': LAYOUT})}"
+        ends += [f"{literal(harmony.marked_final(''))} content"] if self.choice == "auto" else []
+        before = f'{literal(harmony.CHANNEL)} ("analysis" | "commentary") {literal(harmony.MESSAGE)} TEXT'
+        after = f'{literal(harmony.END + harmony.START)} "assistant"'
+        return [
+            f"start: message* ({' | '.join(ends)})", f"message: {before} {after}", f"content: {content}",
+            "TEXT: /(.|\\n)*/",
+        ]  # fmt: skip
+
+
+def answer_grammar(
+    tokenizer: Tokenizer, tools: ToolUse | None, schema: dict[str, Any] | None, in_channels: bool
+) -> Grammar | None:
+    """Return the grammar of an answer that may call tools or must follow a schema; None for any text."""
+    if tools or (schema is not None and in_channels):
+        return (tools or ToolUse(())).grammar(tokenizer, schema)
+    return None if schema is None else schema_grammar(schema)
 
 
 THOUGHTS = -2  # value of the field `call` for thoughts
@@ -392,3 +440,43 @@ class Reply:
         """Remove `length` characters from the waiting text and return them as a delta; in the state text, unchanged."""
         text, self._held, self._state = self._held[:length], self._held[length:], state
         return Delta(text)
+
+
+@dataclass
+class HarmonyReply(Reply):
+    """Growing answer of gpt-oss, split by its channels. begun: the message that the prompt begins."""
+
+    begun: str = ""
+
+    def __post_init__(self) -> None:
+        self._channels = HarmonySplitter(self.functions)
+        for _ in self._channels(self.begun):
+            pass  # the client has it
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the arguments of the last call are incomplete, for example after a stop string."""
+        if self.calls:
+            with suppress(ValueError, RecursionError):
+                json.loads(self.calls[-1]["function"]["arguments"])
+                return False
+        return bool(self.calls)
+
+    def push(self, text: str, last: bool = False) -> list[Delta]:
+        """Add the text of a token. Return the parts that are now certain."""
+        self.thought, deltas, begun = "", [], self._channels.kind
+        for part in self._channels(text, last):
+            if part.kind == "thoughts":
+                self.thought += part.text
+            elif part.kind == "text":
+                self.text += part.text
+                deltas.append(Delta(part.text))
+            elif part.name:
+                self.calls.append(_call(part.name, "", f"{secrets.randbits(36):09x}"))
+                deltas.append(Delta(call=len(self.calls) - 1, name=part.name))
+            else:
+                self.calls[-1]["function"]["arguments"] += part.text
+                deltas.append(Delta(call=len(self.calls) - 1, arguments=part.text))
+        self.reasoning += self.thought
+        self.reasoning_tokens += "thoughts" in (begun, self._channels.kind)
+        return deltas

@@ -20,6 +20,7 @@ from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.body import Body, Neutral
 from keifu.serving.openai.vectors import check_dimensions, embed_inputs
 from keifu.serving.streaming import json_response
+from keifu.serving.tool_parsers.harmony import speaks_harmony
 
 USES = ("chat", "completion", "embedding")  # of models that a client of ollama can use
 CLIENTS: Any = {"tags": ["other clients"], "responses": TEXT_ERRORS}
@@ -121,7 +122,8 @@ def _facts(about: Description) -> dict[str, Any]:
 def _capabilities(about: Description) -> list[str]:
     """Return the abilities of a model by ollama's names."""
     template = (about.tokenizer.chat_template or "") if about.tokenizer is not None else ""
-    thinks = OPEN in template or "enable_thinking" in template_variables(template)
+    in_channels = about.tokenizer is not None and speaks_harmony(about.tokenizer)
+    thinks = OPEN in template or "enable_thinking" in template_variables(template) or in_channels
     abilities = {
         "completion": "completion" in about.uses, "tools": "chat" in about.uses, "vision": sees(about.config),
         "thinking": thinks, "embedding": "embedding" in about.uses,
