@@ -224,22 +224,22 @@ def _fitting(task: TranslationTask, rows: list[Pair], context_length: int) -> En
     return fitting
 
 
-def settings_of(options: TranslationOptions, steps: int, **chosen: Any) -> Settings:
-    """Return settings for this number of steps, with 20 validations, 10 samples and 50 checkpoints. chosen: the
+def settings_of(options: TranslationOptions, steps: int, **different: Any) -> Settings:
+    """Return settings for this number of steps, with 20 validations, 10 samples and 50 checkpoints. different: the
     learning rate, and other fields of `Settings`."""
     return Settings(
         steps=steps, micro_batch=options.micro_batch, keep=options.keep, seed=options.seed,
         evaluate_every=max(1, steps // 20), sample_every=max(1, steps // 10), save_every=max(1, steps // 50),
-        **options.logging(), **keeps_best(options.start_from), **chosen,
+        **options.logging(), **keeps_best(options.start_from), **different,
     )  # fmt: skip
 
 
-def own_settings(options: Any, steps: int, warmup: int, **chosen: Any) -> Settings:
+def own_settings(options: Any, steps: int, warmup: int, **different: Any) -> Settings:
     """Return keifu's settings for this number of steps: a warm-up of at most `warmup` steps, then a linear decay to
     0."""
     rate = given(options.learning_rate, scaled(2e-3, options.start_from))
     usual = {"warmup": min(warmup, -(-steps // 5)), "schedule": "linear", "final_ratio": 0.0, "weight_decay": 0.01}
-    return settings_of(options, steps, learning_rate=rate, betas=(0.9, 0.98), **usual, **chosen)
+    return settings_of(options, steps, learning_rate=rate, betas=(0.9, 0.98), **usual, **different)
 
 
 def _source(options: TranslationOptions, task: TranslationTask, data: PairData) -> dict[str, Any]:
