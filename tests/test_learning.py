@@ -25,12 +25,12 @@ from keifu.models import (
 )
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada, vq_vae
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 from keifu.models.variants import t5
 from keifu.recipes.neurons.mlp import LOSSES
-from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, discrete_vae_loss
+from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, VQLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
 from keifu.training.objectives.language_modeling import (
@@ -262,6 +262,19 @@ def test_dalle_learns_two_pictures_and_their_texts_by_heart():
     losses = learned(model, TextImageLoss(), replace(settings, steps=60), lambda step: batch)
     assert losses[0] > 1.5 and losses[-1] < 0.15
     assert (sample_image_tokens(model.eval(), tokens, real, [1, 2]) == codes).float().mean() > 0.95
+
+
+def test_a_codebook_learns_two_pictures_by_heart():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = vq_vae.build(vq_vae.Config(8, 1, 4, (8, 8), 1, codebook_size=8, norm_groups=4)).train()
+    settings = Settings(steps=80, batch_size=8, learning_rate=1e-2, warmup=10, weight_decay=0.0, final_ratio=0.0)
+    which = torch.arange(8) % 2
+    losses = learned(model, VQLoss(), settings, lambda step: {"pictures": halves()[which]})
+    with torch.no_grad():
+        again, codes = model(to_signed(halves())), model.encode(to_signed(halves()))
+    assert losses[-1] < losses[0] / 3 and (again - to_signed(halves())).square().mean() < 0.1
+    assert len(codes.unique()) > 1 and not torch.equal(*codes)
 
 
 def test_latent_diffusion_learns_two_pictures_by_heart():

@@ -59,13 +59,14 @@ from keifu.layers.diffusion.noise_schedule import Noise  # noqa: E402
 from keifu.models import bert, gpt1, llama, mlp, seq2seq, task_head, transformer
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, vq_vae
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 from keifu.models.variants import t5
 from keifu.recipes.neurons import mlp as mlp_recipe  # noqa: E402
 from keifu.training.objectives.autoencoders import (
     AutoencoderKLLoss,  # noqa: E402
     TextImageLoss,
+    VQLoss,
     discrete_vae_loss,  # noqa: E402
 )
 from keifu.training.objectives.contrastive import contrastive_loss  # noqa: E402
@@ -205,6 +206,11 @@ def autoencoder_case():
     )
 
 
+def codebook_case():
+    model = vq_vae.build(vq_vae.Config(8, 1, 4, (8, 8), 1, codebook_size=8, norm_groups=4))
+    return model, VQLoss(), {"pictures": pictures(3, 1, 8, 8)}
+
+
 def unclip_case():
     seen = Noise(schedule="cosine", steps=50, target="picture")
     config = unclip.Config(
@@ -268,6 +274,7 @@ CASES = {
     "dalle": dalle_case,
     "latent-diffusion": latent_case,
     "autoencoder": autoencoder_case,
+    "vq-vae": codebook_case,
     "unclip": unclip_case,
     "dpo": dpo_case,
     "grpo": grpo_case,

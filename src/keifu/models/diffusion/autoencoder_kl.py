@@ -6,7 +6,7 @@ distribution.
 Axes: batch, channels, height, width; latents have 1/factor of the sides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -132,6 +132,14 @@ class AutoencoderKL(nn.Module):
 
 def build(config: Config) -> AutoencoderKL:
     """Build a model with PyTorch's default initialisation, as in the released code."""
+    return AutoencoderKL(config, *coders(config, 2 * config.latent_channels))
+
+
+def coders(config: Any, outputs: int) -> tuple[PixelEncoder, PixelDecoder]:
+    """Build an encoder with this number of output channels, and a decoder of latents.
+
+    config: `Config`, or that of another autoencoder with the same fields of sizes.
+    """
     norm = partial(nn.GroupNorm, config.norm_groups, eps=1e-6)
     residual = partial(ResidualBlock, norm=norm, activation=activation(config.activation))
     widths, last, count = config.widths, len(config.widths) - 1, config.n_residual_blocks
@@ -151,13 +159,13 @@ def build(config: Config) -> AutoencoderKL:
         for n, width in reversed([*enumerate(widths)])
     ]
     conv, inner = partial(nn.Conv2d, kernel_size=3, padding=1), config.latent_channels
-    ends = (conv(config.channels, widths[0]), conv(widths[-1], 2 * inner))
+    ends = (conv(config.channels, widths[0]), conv(widths[-1], outputs))
     encoder = PixelEncoder(ends[0], down, middle(), norm(widths[-1]), ends[1])
     ends = (conv(inner, widths[-1]), conv(widths[0], config.channels))
-    return AutoencoderKL(config, encoder, PixelDecoder(ends[0], up, middle(), norm(widths[0]), ends[1]))
+    return encoder, PixelDecoder(ends[0], up, middle(), norm(widths[0]), ends[1])
 
 
-def _coder_names(way: str) -> dict[str, str]:
+def coder_names(way: str) -> dict[str, str]:
     """Return the weight names of the encoder (way "down") or of the decoder ("up")."""
     resample = {"levels.*.resample.conv": f"{way}_blocks.*.{way}samplers.0.conv"}
     levels = stage_names("levels.*", f"{way}_blocks.*", {})
@@ -165,8 +173,8 @@ def _coder_names(way: str) -> dict[str, str]:
 
 
 WEIGHT_NAMES = {
-    **nested("encoder", "encoder", _coder_names("down")),
-    **nested("decoder", "decoder", _coder_names("up")),
+    **nested("encoder", "encoder", coder_names("down")),
+    **nested("decoder", "decoder", coder_names("up")),
     "to_moments": "quant_conv",
     "from_latents": "post_quant_conv",
 }
@@ -178,7 +186,7 @@ UNSUPPORTED: dict[str, Any] = {
     "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
     "use_post_quant_conv": True, "mid_block_add_attention": True,
 }  # fmt: skip
-_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 FIELDS: hf.Fields = {
     "size": SIZE._replace(default=32),
@@ -195,16 +203,20 @@ FIELDS: hf.Fields = {
 def from_published(json: dict[str, Any]) -> Config:
     """Read the Config of diffusers' config.json of an AutoencoderKL."""
     fields = hf.read_fields(json, FIELDS)
-    levels, channels = len(fields["widths"]), fields["channels"]
-    for field, block in _BLOCKS.items():
+    check_blocks(json, len(fields["widths"]), fields["channels"])
+    return Config(**fields)
+
+
+def check_blocks(json: Mapping[str, Any], levels: int, channels: int) -> None:
+    """Raise ValueError if a published config has blocks that are not implemented, or changes the channels."""
+    for field, block in BLOCKS.items():
         if json.get(field, [block]) != [block] * levels:
             raise ValueError(f"its {field} are {json.get(field)}, and what is implemented is {levels} {block}.")
     if json.get("out_channels", 3) != channels:
         raise ValueError(f"it reads {channels} channels and gives {json.get('out_channels', 3)}.")
-    return Config(**fields)
 
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
-    blocks = {field: [block] * len(config.widths) for field, block in _BLOCKS.items()}
+    blocks = {field: [block] * len(config.widths) for field, block in BLOCKS.items()}
     return hf.write(config, MODEL_TYPES, FIELDS) | blocks

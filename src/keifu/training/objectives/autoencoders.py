@@ -1,5 +1,5 @@
-"""Objectives of image autoencoders and of models of their codes: the KL autoencoder of latent diffusion, DALL-E's
-discrete VAE, and DALL-E's decoder over text and image tokens.
+"""Objectives of image autoencoders and of models of their codes: the KL autoencoder of latent diffusion, VQ-VAE,
+DALL-E's discrete VAE, and DALL-E's decoder over text and image tokens.
 
 Axes: batch, channels, height, width; picture = index in a data set; codebook; rows, columns = axes of the grid of image
 tokens; text = tokens of a text.
@@ -61,6 +61,37 @@ def edge_difference(x: Values, y: Values) -> Float[Tensor, " batch"]:
     """
     parts = [(torch.diff(x, dim=way).abs() - torch.diff(y, dim=way).abs()).abs().flatten(1).mean(1) for way in (2, 3)]
     return parts[0] + parts[1]
+
+
+@dataclass(frozen=True)
+class VQLoss:
+    """Objective of VQ-VAE (van den Oord et al., 2017, equation 3), with a normal distribution of pixels.
+
+    The loss of a picture is a sum of three terms: the mean squared error of its reconstruction; the mean squared
+    distance of the codes from the encoder's vectors, which moves the codes; and `commitment` times the same distance,
+    which keeps the vectors near their codes. The gradient of the reconstruction passes straight from the decoder to the
+    encoder. A batch has "pictures" (bytes).
+    """
+
+    commitment: float = 0.25
+
+    def __call__(self, model: Any, batch: Batch) -> LossOutput:
+        """Return the loss, summed over pictures. Figures: `squared_error` of the reconstruction, of numbers from -1 to
+        1; `distance`, the mean squared distance of a vector's numbers from its code's; `used`, the number of different
+        codes of the batch."""
+        picture = to_signed(batch["pictures"])
+        vectors = model.vectors(picture)
+        codes = model.codebook.nearest(vectors)
+        chosen_codes = model.codebook.vectors(codes)
+        again = model.pictured(vectors + (chosen_codes - vectors).detach())
+        squared = (again - picture).square().flatten(1).mean(1)
+        codebook = (chosen_codes - vectors.detach()).square().flatten(1).mean(1)
+        commitment = (chosen_codes.detach() - vectors).square().flatten(1).mean(1)
+        total = (squared + codebook + self.commitment * commitment).sum()
+        used = torch.tensor(float(len(codes.unique())), device=total.device) * len(picture)
+        return LossOutput(
+            total, len(picture), {"squared_error": squared.sum(), "distance": codebook.sum(), "used": used}
+        )
 
 
 TEMPERATURE, KL_WEIGHT = "temperature", "kl_weight"
