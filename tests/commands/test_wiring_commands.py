@@ -454,6 +454,7 @@ plan = Table("plan gpt2", {
 lineage = Table("lineage", {
     "NAME": Row("gpt2", STDOUT, lambda text: "GPT-2" in text and "perceptron" not in text),
     "output": Row("-o page.html", "keifu.commands.reference.lineage:write_atomic", "path", Path("page.html")),
+    "language": Row("--language ja", STDOUT, lambda text: "新しい点" in text and "what was new" not in text),
 })  # fmt: skip
 eject = Table("eject", {"NAME": Row("gpt2", STDOUT, lambda text: text.startswith('"""GPT-2') and "def main" in text)})
 models = Table("models", {"NAME": Row("gpt2", STDOUT, lambda text: "gpt2-xl" in text and "llama" not in text)})

@@ -47,8 +47,11 @@ def test_the_lineage_is_a_page_whose_style_the_policy_allows(served: Any, langua
     assert len(style) == 1
 
 
-def test_the_lineage_is_english_unless_asked_and_knows_its_languages(served: Any) -> None:
+def test_the_lineage_is_in_the_browsers_language_and_knows_its_languages(served: Any) -> None:
     assert '<html lang="en">' in httpx.get(f"{served.url}/lineage").text
+    for accepted, expected in (("ja-JP,ja;q=0.9,en;q=0.8", "ja"), ("fr, en-GB;q=0.8, ja;q=0.5", "en"), ("de", "en")):
+        found = httpx.get(f"{served.url}/lineage", headers={"Accept-Language": accepted})
+        assert f'<html lang="{expected}">' in found.text
     assert "Did you mean 'ja'" in httpx.get(f"{served.url}/lineage?language=jp").json()["error"]["message"]
 
 

@@ -41,6 +41,12 @@ def in_language(page: bytes, language: str) -> bytes:
     return page.replace(b'<html lang="en"', f'<html lang="{language}" data-language="{language}"'.encode(), 1)
 
 
+def preferred(accepted: str) -> str:
+    """Return the first language of an Accept-Language header that the lineage has; else English."""
+    tags = (part.partition(";")[0].strip().lower().partition("-")[0] for part in accepted.split(","))
+    return next((tag for tag in tags if tag in lineage.LANGUAGES), "en")
+
+
 def with_controls(page: bytes) -> bytes:
     """Return the page with a control for each sampling setting that is one number."""
     controls = []
@@ -75,7 +81,8 @@ def routes() -> APIRouter:
     router.add_api_route("/docs", partial(answer, "docs.html"))
 
     @router.get("/lineage")
-    async def landmarks(language: str = default or "en") -> Response:
+    async def landmarks(request: Request, language: str = default) -> Response:
+        language = language or preferred(request.headers.get("accept-language", ""))
         try:
             page = lineage.page(language).replace("</h1>", f"</h1>{LINKS[language]}", 1)
         except UserError as error:

@@ -3,7 +3,7 @@ page."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -11,6 +11,13 @@ from keifu import lineage
 from keifu.commands.shared import tables
 from keifu.errors import unknown
 from keifu.files import write_atomic
+
+HEADINGS = {
+    "en": ("year", "landmark", "came from", "what was new", "result here", "baseline", "published", "repeat it",
+           "results"),
+    "ja": ("年", "ランドマーク", "元のモデル", "新しい点", "keifu での結果", "比べる基準", "論文の結果",
+           "再現するコマンド", "結果の節"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -21,24 +28,27 @@ class Options:
     """Only this landmark, such as gpt2, with all that is said of it."""
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Write one offline page with the arrows and pictures of all."""
+    language: Literal["en", "ja"] = "en"
+    """Language of the table and the page, English or Japanese."""
 
 
 def run(options: Options) -> None:
     """Print the table or one landmark's entry. Write the page if it is requested."""
-    known = {landmark.name: landmark for landmark in lineage.landmarks()}
+    known = {landmark.name: landmark for landmark in lineage.landmarks(options.language)}
+    year, title, parents, new, result, baseline, published, command, section = HEADINGS[options.language]
     if options.output is not None:
-        write_atomic(options.output, lineage.page())
+        write_atomic(options.output, lineage.page(options.language))
         print(f"The lineage is in {options.output}: open it in a browser.")
     elif options.name is None:
         rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.result, e.baseline) for e in known.values()]
-        tables.show(("year", "landmark", "came from", "what was new", "result here", "baseline"), rows)
+        tables.show((year, title, parents, new, result, baseline), rows)
     elif options.name not in known:
         raise unknown("landmark", options.name, known)
     else:
         one = known[options.name]
         facts = (
-            ("landmark", f"{one.title} ({one.authors}, {one.year})"), ("came from", ", ".join(one.parents) or "-"),
-            ("what was new", one.new), ("result here", one.result), ("baseline", one.baseline),
-            ("published", one.published), ("repeat it", one.command), ("results", f"{one.section} (docs/results.md)"),
+            (title, f"{one.title} ({one.authors}, {one.year})"), (parents, ", ".join(one.parents) or "-"),
+            (new, one.new), (result, one.result), (baseline, one.baseline),
+            (published, one.published), (command, one.command), (section, f"{one.section} (docs/results.md)"),
         )  # fmt: skip
         tables.show(("", ""), facts)
