@@ -47,6 +47,18 @@ def out(capsys: pytest.CaptureFixture, *words: str) -> str:
     return capsys.readouterr().out
 
 
+def test_a_missing_text_is_told_and_an_empty_one_begins_from_nothing(
+    model: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    with pytest.raises(SystemExit):
+        cli.main(["generate", model, "--max-tokens", "2"])
+    assert "There is no text: write it after the model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["generate", model, "", "--max-tokens", "2"])
+    assert "no token that begins a text" in capsys.readouterr().err  # others begin with it
+
+
 def test_the_argument_a_file_and_a_pipe_are_the_same_text(
     model: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import tyro
 
 from keifu.commands.shared import flags
-from keifu.commands.shared.inputs import ask, at_terminal, join_texts, load_writer, notice, proposer, read_pictures
+from keifu.commands.shared.inputs import (
+    ask,
+    at_terminal,
+    join_texts,
+    load_writer,
+    no_text,
+    notice,
+    proposer,
+    read_pictures,
+)
 from keifu.commands.shared.terminal import say
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion, print_text
 from keifu.errors import UserError
@@ -64,6 +73,8 @@ def run(options: Options) -> None:
     """Print the text that the model writes, without the prompt."""
     rewards = check_drawing(options)
     text = join_texts(options.prompt, options.file) or (ask("Prompt: ", EXAMPLE) if at_terminal() else "")
+    if not text and options.prompt is None:  # "" on the command line begins a text from nothing
+        no_text(EXAMPLE)
     from keifu.inference.chat.prompts import refuse_pictures
     from keifu.inference.text.generate import as_prompt
     from keifu.inference.text.model import MaskPredictor, continues_text
