@@ -58,7 +58,8 @@ def test_same_logits_and_greedy_tokens(kind, tokenizer, tmp_path) -> None:
     assert engine.detokenize(tokens).decode() == text
     assert engine.metadata["tokenizer.chat_template"] == CHATML
     expected = model(torch.tensor([tokens]))[0]
-    assert (logits - expected).abs().max() <= 2e-3 * expected.abs().max()  # llama.cpp's GELU and softmax use tables
+    tolerance = 2e-3 if model.config.activation == "gelu_tanh" else 1e-4  # llama.cpp's GELU uses a table
+    assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
     assert continued == greedy(model, tokens, 24)
 
 
