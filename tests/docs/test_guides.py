@@ -59,6 +59,7 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
     "latent-diffusion": "--clip-steps 2 --autoencoder-steps 2 --steps 2 --batch-size 4",
     "llama": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES}",
     "lstm": "--steps 2 --warmup 1 --batch-size 2 --model.dim 32 --model.n-layers 1",
+    "ngram": "",
     "palm": f"--steps 2 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
     "palm2": f"--steps 2 --warmup 1 --batch-size 2 {BLOCK_SIZES} --model.head-dim 16",
     "perceptron": "",
