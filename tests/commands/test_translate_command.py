@@ -19,6 +19,7 @@ from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.inference.text import generate
 from keifu.models import llama, perceptron, transformer
+from keifu.models.variants import t5
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz ABCI.,?!"
 
@@ -219,3 +220,17 @@ def test_unknown_tokens_are_counted_among_those_of_the_source(capsys: pytest.Cap
     parts = [SimpleNamespace(complete=True, unknown=number, source_tokens=9, tokens=5) for number in (2, 0)]
     translate._warn(cast(Any, [parts]))
     assert capsys.readouterr().err == "2 of 18 tokens are unknown to the model's vocabulary.\n"
+
+
+def test_a_t5_translates_and_its_refusals_name_this_command(tmp_path, capsys) -> None:
+    torch.manual_seed(0)
+    letters = tokenizer()
+    ids: dict[str, Any] = {"start_id": letters.pad_id, "end_id": letters.eos_id, "pad_id": letters.pad_id}
+    sizes: dict[str, Any] = dict(context_length=24, dim=16, hidden_dim=24, n_layers=1, n_heads=2, head_dim=8)
+    checkpoints.save(t5.build(t5.Config(letters.vocab_size, **sizes, **ids)), letters, tmp_path)
+    cli.main(["translate", str(tmp_path), "put it, an apple", "--max-tokens", "5", "--json"])
+    [sentence] = json.loads(capsys.readouterr().out)["sentences"]
+    assert sentence["source_tokens"] == 17 and sentence["tokens"] <= 5
+    with pytest.raises(SystemExit):
+        cli.main(["generate", str(tmp_path), "put it"])
+    assert "use keifu translate" in capsys.readouterr().err
