@@ -23,7 +23,8 @@ from keifu.serving.worker import Limits
 # the parts of gpt-oss's template that matter here: thoughts stay only before calls
 TEMPLATE = (
     "{% if tools %}<|start|>developer<|message|>{{ tools | tojson }}<|end|>{% endif %}{% for m in messages %}"
-    "{% if m.tool_calls %}{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% if 'tool_calls' in m and m.role == 'assistant' %}"
+    "{% if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
     "{% endif %}{% set c = m.tool_calls[0].function %}<|start|>assistant to=functions.{{ c.name }}"
     "<|channel|>commentary json<|message|>{{ c.arguments | tojson }}<|call|>{% elif m.role == 'tool' %}"
     "<|start|>functions.f to=assistant<|channel|>commentary<|message|>{{ m.content | tojson }}<|end|>{% else %}"
@@ -163,6 +164,8 @@ def test_thoughts_before_a_call_go_back_to_the_model_and_an_answer_is_continued(
     call = {"id": "1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "x"}'}}
     turns = [
         {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "Where?"},
+        {"role": "user", "content": "In x"},
         {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "1", "content": "sunny"},
     ]
