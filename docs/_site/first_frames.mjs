@@ -23,24 +23,24 @@ const QUESTION = "What is your favourite food?";
 
 async function written(name, prompt) {
   const settings = { temperature: 0.6, topP: 0.95, repetitionPenalty: 1.1 };
-  const { text, steps } = await ACTIONS.generate(load(name, TEXT), { ...prompt, settings, maxTokens: 60, seed: 1 }, go);
+  const { text, steps } = await ACTIONS.generate(await load(name, TEXT), { ...prompt, settings, maxTokens: 60, seed: 1 }, go);
   return { text, steps: steps.map(({ probability }) => ({ probability: Math.round(1e4 * probability) / 1e4 })) };
 }
 
 const FIRST = {
-  network: rounded(ACTIONS.classify(load("network", TEXT.slice(0, 2)), { pixels: centred(STROKES) })),
-  decoder: rounded(ACTIONS.next(load("gpt-en", TEXT), { text: "The city was founded in the" })),
-  decoding: rounded(ACTIONS.next(load("gpt-en", TEXT), { text: "The city was founded in the", settings: [{ temperature: 0.7 }, { topK: 5 }, { topP: 0.9 }, { minP: 0.1 }] })),
-  heads: rounded(ACTIONS.next(load("gpt-en", TEXT), { text: "The cat sat on the mat because it was tired", every: true })),
+  network: rounded(ACTIONS.classify(await load("network", TEXT.slice(0, 2)), { pixels: centred(STROKES) })),
+  decoder: rounded(ACTIONS.next(await load("gpt-en", TEXT), { text: "The city was founded in the" })),
+  decoding: rounded(ACTIONS.next(await load("gpt-en", TEXT), { text: "The city was founded in the", settings: [{ temperature: 0.7 }, { topK: 5 }, { topP: 0.9 }, { minP: 0.1 }] })),
+  heads: rounded(ACTIONS.next(await load("gpt-en", TEXT), { text: "The cat sat on the mat because it was tired", every: true })),
   steps: [],
   comparison: [await written("gpt-en", { text: `${QUESTION}\n` }), await written("chat-en", { messages: [{ role: "user", content: QUESTION }] })],
-  masked: rounded(ACTIONS.fill(load("bert-en", TEXT), { text: "The book was [MASK] by an American author." })),
-  translator: rounded(ACTIONS.translate(load("ja-en", TEXT), { text: "猫はテーブルの下で寝ています。" })),
-  digits: grey(await ACTIONS.digit(load("digits", DDPM), { label: 3, steps: 20, guidance: 2, seed: 1 }, go)),
+  masked: rounded(ACTIONS.fill(await load("bert-en", TEXT), { text: "The book was [MASK] by an American author." })),
+  translator: rounded(ACTIONS.translate(await load("ja-en", TEXT), { text: "猫はテーブルの下で寝ています。" })),
+  digits: grey(await ACTIONS.digit(await load("digits", DDPM), { label: 3, steps: 20, guidance: 2, seed: 1 }, go)),
 };
 const rows = (heads) => heads.map((head) => head.map((row) => row.map((share) => Math.round(1e3 * share) / 1e3)));
 FIRST.heads = { tokens: FIRST.heads.tokens, attention: FIRST.heads.attention.map(rows) };
-for (const steps of [1, 2, 4, 8, 16]) FIRST.steps.push(grey(await ACTIONS.digit(load("digits", DDPM), { label: 3, steps, guidance: 2, seed: 1 }, go)));
+for (const steps of [1, 2, 4, 8, 16]) FIRST.steps.push(grey(await ACTIONS.digit(await load("digits", DDPM), { label: 3, steps, guidance: 2, seed: 1 }, go)));
 FIRST.decoding = { candidates: FIRST.decoding.candidates };
 FIRST.network.hidden = FIRST.network.hidden.map((states) => states.map((state) => Math.ceil(100 * state) / 100));
 for (const [name, frame] of Object.entries(FIRST)) {

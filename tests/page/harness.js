@@ -1,7 +1,7 @@
 // What the tests call in the page: the engine's numbers as plain lists.
 
 import { readModel } from "/engine/models.js";
-import { normalise } from "/engine/clip.js";
+import { normalise } from "/engine/pictures.js";
 
 const FILES = { // of a model's folder
   text: ["config.json", "model.safetensors", "tokenizer.json", "generation_config.json"],
@@ -33,7 +33,7 @@ async function model(name, kernel) {
     const files = {};
     for (const file of FILES[KINDS[name] ?? "text"]) files[file] = await bytes(`/models/${name}/${file}`);
     loaded.clear(); // one at a time: memory is not what is tested here
-    loaded.set(key, readModel(files, await compiled(kernel)));
+    loaded.set(key, await readModel(files, await compiled(kernel)));
   }
   return loaded.get(key);
 }
@@ -131,7 +131,7 @@ export async function refusal(kernel, name, change) {
   if ("cut" in change) files[change.name] = files[change.name].slice(0, change.cut);
   if ("text" in change) files[change.name] = new TextEncoder().encode(change.text).buffer;
   try {
-    readModel(files, await compiled(kernel));
+    await readModel(files, await compiled(kernel));
     return null;
   } catch (error) {
     return `${error.constructor.name}: ${error.message}`;

@@ -98,6 +98,18 @@ def test_every_element_is_on_a_page_of_each_language() -> None:
         assert shown == set(builder.FILES)
 
 
+@pytest.mark.parametrize(
+    "landmark", re.findall(r'import\("\./(\w+)\.js"\)', (PAGE / "engine/models.js").read_text("utf-8"))
+)
+def test_the_engine_that_a_model_needs_is_small(landmark: str, tmp_path: Path) -> None:
+    files = scripts([PAGE / "engine/worker.js", PAGE / f"engine/{landmark}.js"])
+    if kernel.can_compile():
+        kernel.compile_kernel(tmp_path / "kernel.wasm")
+        files.add(tmp_path / "kernel.wasm")
+    sizes = {path.name: len(gzip.compress(path.read_bytes())) for path in files}
+    assert sum(sizes.values()) <= 30_000 and len(files) >= 8, sizes
+
+
 def test_no_model_is_large() -> None:
     sizes = {path: path.stat().st_size for path in MODELS.rglob("*.safetensors")}
     assert len(sizes) >= 10 and max(sizes.values()) <= 18_000_000
@@ -131,7 +143,7 @@ def test_memory_does_not_grow(page: Any) -> None:
       for (const file of ["config.json", "model.safetensors", "tokenizer.json"]) {
         files[file] = await read(`/live/models/bert-en/${file}`);
       }
-      const loaded = readModel(files, await WebAssembly.compile(await read("/engine/kernel.wasm")));
+      const loaded = await readModel(files, await WebAssembly.compile(await read("/engine/kernel.wasm")));
       const run = () => ACTIONS.fill(loaded, { text: "The book was [MASK] by an American author." });
       run();
       const before = loaded.tensors.memory.buffer.byteLength;

@@ -28,11 +28,11 @@ def test_kernel_that_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_engine_is_small(tmp_path: Path) -> None:
-    """Each file is compressed alone, as a server sends it."""
+    """All landmarks together; each file is compressed alone. No page loads them all: see test_budgets.py."""
     parts = [gzip.compress(path.read_bytes()) for path in sorted(ENGINE.glob("*.js"))]
     if kernel.can_compile():
         parts.append(gzip.compress(kernel.compile_kernel(tmp_path / "kernel.wasm").read_bytes()))
-    assert sum(map(len, parts)) <= 31_000
+    assert sum(map(len, parts)) <= 32_000
 
 
 def test_no_module_of_the_engine_is_long() -> None:

@@ -69,15 +69,6 @@ export class ImageTower extends Tower {
   }
 }
 
-// Bytes of RGBA (a canvas) of the right size as normalised pixels [3, side, side].
-export function normalise(rgba, { image_mean: mean, image_std: std }) {
-  const count = rgba.length / 4;
-  return Float32Array.from({ length: 3 * count }, (_, i) => {
-    const channel = Math.floor(i / count);
-    return (rgba[4 * (i % count) + channel] / 255 - mean[channel]) / std[channel];
-  });
-}
-
 const unit = (x) => {
   const length = Math.sqrt(x.reduce((sum, value) => sum + value * value, 0));
   return x.map((value) => value / length);

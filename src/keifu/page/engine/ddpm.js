@@ -213,15 +213,3 @@ export class DDPM {
     yield* ddim(predict, this.noise, x, steps);
   }
 }
-
-// Normal numbers from a seed (mulberry32, then Box and Muller). They are not keifu's: PyTorch's generator is another.
-export function normals(count, seed) {
-  let state = seed >>> 0;
-  const uniform = () => {
-    state = (state + 0x6d2b79f5) >>> 0;
-    let t = Math.imul(state ^ (state >>> 15), state | 1);
-    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
-    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
-  };
-  return Float32Array.from({ length: count }, () => Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform()));
-}

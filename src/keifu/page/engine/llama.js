@@ -1,7 +1,7 @@
 // LLaMA (Touvron et al., 2023): a decoder with RMSNorm, rotary positions and a gated feed-forward network. GPT-2's
 // place in the lineage is the same: read the tokens so far, predict the next one. Keys and values are kept in a state.
 
-import { ModelError, add, attend, rmsNorm, silu, softmax } from "./tensors.js";
+import { ModelError, add, attend, rmsNorm, silu } from "./tensors.js";
 
 export class Llama {
   // prefix: what comes before "model." in the names of the weights
@@ -85,36 +85,4 @@ export class Llama {
   next(ids, state, options) {
     return this.logits(this.hidden(ids, state, options).slice(-this.dim));
   }
-}
-
-// What may be drawn: probabilities after the settings, in keifu's order (repetition penalty, temperature, top-k, top-p,
-// min-p); tokens that a setting removes have 0.
-export function distribution(logits, { temperature = 1, topK = 0, topP = 1, minP = 0, repetitionPenalty = 1, seen = [] } = {}) {
-  const scores = Float32Array.from(logits);
-  if (repetitionPenalty !== 1) for (const id of new Set(seen)) scores[id] = scores[id] < 0 ? scores[id] * repetitionPenalty : scores[id] / repetitionPenalty;
-  if (temperature === 0) {
-    const best = scores.indexOf(scores.reduce((a, b) => Math.max(a, b), -Infinity));
-    return scores.map((_, id) => (id === best ? 1 : 0));
-  }
-  const cut = (least) => scores.forEach((score, id) => { if (score < least) scores[id] = -Infinity; });
-  scores.forEach((score, id) => { scores[id] = score / temperature; });
-  const descending = scores.slice().sort().reverse();
-  if (topK > 0 && topK < scores.length) cut(descending[topK - 1]);
-  if (topP < 1) {
-    const sorted = scores.slice().sort().reverse();
-    let [mass, last] = [0, 0];
-    for (const share of softmax(sorted)) if ((mass += share) < topP) last++;
-    cut(sorted[Math.min(last, sorted.length - 1)]);
-  }
-  if (minP > 0) cut(descending[0] + Math.log(minP));
-  return softmax(scores);
-}
-
-// Draw by the inverse transform: the first token at which the cumulative probability exceeds u, in [0, 1).
-export function draw(probabilities, u) {
-  let mass = 0;
-  for (const share of probabilities) mass += share;
-  let reached = 0;
-  for (let id = 0; id < probabilities.length; id++) if ((reached += probabilities[id]) > u * mass) return id;
-  return probabilities.length - 1;
 }

@@ -1,25 +1,16 @@
 // A model from the files of its folder: which landmark it is, its numbers, and its tokenizer.
 
-import { BERT } from "./bert.js";
-import { CLIP } from "./clip.js";
-import { DDPM } from "./ddpm.js";
-import { LatentDiffusion } from "./latent_diffusion.js";
-import { Llama } from "./llama.js";
-import { Llava } from "./llava.js";
-import { MLP } from "./mlp.js";
-import { Perceptron } from "./perceptron.js";
 import { ModelError, Tensors } from "./tensors.js";
 import { Tokenizer } from "./tokenizers.js";
-import { Transformer } from "./transformer.js";
 
-const KINDS = { // by the model_type of config.json
-  keifu_perceptron: Perceptron.load,
-  keifu_mlp: (tensors, config) => new MLP(tensors, config),
-  marian: (tensors, config) => new Transformer(tensors, config),
-  bert: (tensors, config) => new BERT(tensors, config),
-  llama: (tensors, config) => new Llama(tensors, config),
-  clip: (tensors, config) => new CLIP(tensors, config),
-  llava: (tensors, config) => new Llava(tensors, config),
+const KINDS = { // by the model_type of config.json; a landmark's module is loaded when a model needs it
+  keifu_perceptron: async (tensors) => (await import("./perceptron.js")).Perceptron.load(tensors),
+  keifu_mlp: async (tensors, config) => new (await import("./mlp.js")).MLP(tensors, config),
+  marian: async (tensors, config) => new (await import("./transformer.js")).Transformer(tensors, config),
+  bert: async (tensors, config) => new (await import("./bert.js")).BERT(tensors, config),
+  llama: async (tensors, config) => new (await import("./llama.js")).Llama(tensors, config),
+  clip: async (tensors, config) => new (await import("./clip.js")).CLIP(tensors, config),
+  llava: async (tensors, config) => new (await import("./llava.js")).Llava(tensors, config),
 };
 
 function parsed(files, name) {
@@ -37,7 +28,7 @@ const missing = (name) => { throw new ModelError(`The model's folder lacks ${nam
 
 // files: { "config.json": ArrayBuffer, ... } with the names inside the folder. kernel: a WebAssembly.Module, or null.
 // Returns { kind, model, tokenizer, tensors, config, generation, pixels }.
-export function readModel(files, kernel = null) {
+export async function readModel(files, kernel = null) {
   if ("model_index.json" in files) return readPipeline(files, kernel);
   const config = parsed(files, "config.json");
   const kind = config.model_type;
@@ -48,7 +39,7 @@ export function readModel(files, kernel = null) {
   const json = optional(files, "tokenizer.json");
   return {
     kind, config, tensors,
-    model: KINDS[kind](tensors, config),
+    model: await KINDS[kind](tensors, config),
     tokenizer: json && new Tokenizer(json),
     generation: optional(files, "generation_config.json") ?? {},
     pixels: optional(files, "preprocessor_config.json"),
@@ -56,12 +47,13 @@ export function readModel(files, kernel = null) {
 }
 
 // The folders of a diffusers pipeline: a DDPM, or latent diffusion.
-function readPipeline(files, kernel) {
+async function readPipeline(files, kernel) {
   const name = parsed(files, "model_index.json")._class_name;
   const unet = parsed(files, "unet/config.json");
   const scheduler = parsed(files, "scheduler/scheduler_config.json");
   if (name === "DDPMPipeline") {
     const tensors = new Tensors(weights(files, "unet/diffusion_pytorch_model.safetensors"), kernel);
+    const { DDPM } = await import("./ddpm.js");
     return { kind: "ddpm", config: unet, tensors, model: new DDPM(tensors, unet, scheduler), tokenizer: null };
   }
   if (name !== "StableDiffusionPipeline") throw new ModelError(`The engine does not know pipelines of the type ${name}.`);
@@ -69,6 +61,7 @@ function readPipeline(files, kernel) {
   const named = Object.entries(parts).map(([part, file]) => [weights(files, `${part}/${file}.safetensors`), `${part}.`]);
   const tensors = new Tensors(named, kernel);
   const [text, vae] = ["text_encoder", "vae"].map((part) => parsed(files, `${part}/config.json`));
+  const { LatentDiffusion } = await import("./latent_diffusion.js");
   const model = new LatentDiffusion(tensors, { text_encoder: text, unet, vae, scheduler });
   return { kind: "latent_diffusion", config: unet, tensors, model, tokenizer: new Tokenizer(parsed(files, "tokenizer/tokenizer.json")) };
 }

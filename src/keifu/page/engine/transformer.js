@@ -1,6 +1,7 @@
 // The Transformer (Vaswani et al., 2017): an encoder reads the source, a decoder writes the target and looks at it.
 // The names of the weights are Marian's. Translations are found by beam search.
 
+import { likeliest } from "./sampling.js";
 import { ModelError, add, attend, layerNorm, relu } from "./tensors.js";
 
 export class Transformer {
@@ -132,21 +133,4 @@ function append(a, b) {
   joined.set(a);
   joined.set(b, a.length);
   return joined;
-}
-
-// The tokens with the largest logits, and ln of their probabilities.
-export function likeliest(logits, count) {
-  const largest = logits.reduce((a, b) => Math.max(a, b), -Infinity);
-  let total = 0;
-  for (const logit of logits) total += Math.exp(logit - largest);
-  const logTotal = Math.log(total) + largest;
-  const ids = [];
-  for (let id = 0; id < logits.length; id++) { // kept in order, the largest first
-    if (ids.length === count && logits[id] <= logits[ids[count - 1]]) continue;
-    let at = ids.length;
-    while (at > 0 && logits[ids[at - 1]] < logits[id]) at--;
-    ids.splice(at, 0, id);
-    if (ids.length > count) ids.pop();
-  }
-  return ids.map((id) => ({ id, logP: logits[id] - logTotal }));
 }

@@ -18,7 +18,7 @@ function pause() { // let messages in, without the delay of timers
 
 async function answer({ id, load, kernel, ask, options }) {
   if (load) {
-    loaded = readModel(load, kernel ? await WebAssembly.compile(kernel).catch(() => null) : null);
+    loaded = await readModel(load, kernel ? await WebAssembly.compile(kernel).catch(() => null) : null);
     return { kind: loaded.kind, kernel: Boolean(loaded.tensors.kernel) };
   }
   if (!loaded) throw new ModelError("No model is loaded yet.");
