@@ -4,8 +4,11 @@
 10¹⁵ FLOP/s, moves 10¹² bytes/s of its memory, 0.7 · 10¹¹ to three others and 0.7 · 10¹⁰ beyond them.
 """
 
+from dataclasses import replace
+
 import pytest
 
+from keifu.errors import UserError
 from keifu.training.hardware import plan
 from keifu.training.hardware.plan import Architecture, DeviceKind, PodLayout, Trained
 
@@ -55,9 +58,12 @@ def test_two_machines_that_share_shards_and_matrices_and_compute_blocks_again() 
 
 
 def test_shards_beyond_a_machine_come_over_the_network() -> None:
-    made = plan._planned(MODEL, PodLayout(1, 8, 1, 1, "none"), 8, KIND, 800)
-    hidden = 100 * 6.036e9 / 5e14 + 100 * 1.02e6 / 1e12
-    assert made.seconds["other exchanges"] == pytest.approx(3 * 2e9 * 7 / 8 / 0.7e10 - 0.8 * hidden)
+    """Eight shards, four rows each in two passes; and four shards of half of each matrix, in one pass."""
+    hidden = 100 * 6.036e9 / 5e14 + 100 * 1.02e6 / 1e12  # of a row
+    eight = plan._planned(MODEL, PodLayout(1, 8, 1, 2, "none"), 8, KIND, 3200).seconds["other exchanges"]
+    assert eight == pytest.approx(2 * 3 * 2e9 * 7 / 8 / 0.7e10 - 0.8 * 4 * hidden)
+    four = plan._planned(MODEL, PodLayout(1, 4, 2, 2, "none"), 8, KIND, 800).seconds["other exchanges"]
+    assert four == pytest.approx(3 * 1e9 * 3 / 4 / 0.7e10 - 0.8 * hidden)
 
 
 def test_adapters_of_four_bits() -> None:
@@ -71,7 +77,9 @@ def test_adapters_of_four_bits() -> None:
         weights=8e6 + 4.5 / 8 * 996e6, gradients=4 * 3.52e6, optimizer=6 * 3.52e6, activations=activations,
         gathered_layers=0,
     )  # fmt: skip
-    seconds = plan._planned(MODEL, PodLayout(1, 1, 1, 2, "none"), 1, KIND, 800, trained).seconds
+    made = plan._planned(MODEL, PodLayout(1, 1, 1, 2, "none"), 1, KIND, 800, trained)
+    assert made.memory["weights"] == memory["weights"]
+    seconds = made.seconds
     assert seconds["products"] == pytest.approx(800 * (4e9 + 3 * 12e6) / 5e14)
     assert seconds["update"] == pytest.approx(3.52e6 * 20 / 1e12)
 
@@ -94,3 +102,12 @@ def test_writing_is_as_slow_as_reading_where_that_takes_longer() -> None:
     found = plan.inference(MODEL, 1, KIND, 1_000_000)
     assert found["sequences"] == 3 and found["cache_bytes"] == 2e10
     assert found["rate"] == pytest.approx(3 / ((2e9 + 3 * 1e10) / 0.8e12))
+
+
+def test_one_sequence_is_enough_and_less_is_refused() -> None:
+    """A cache of 10⁶ positions takes 20 GB, and 0.92 of 24 GB without the weights are 20.08."""
+    assert plan.inference(MODEL, 1, replace(KIND, memory=24e9), 1_000_000)["sequences"] == 1
+    with pytest.raises(UserError) as caught:
+        plan.inference(MODEL, 1, replace(KIND, memory=23.9e9), 1_000_000)
+    needed = "2 GB of weights and a cache of 20.00 GB do not fit into 1 x 24 GB"
+    assert str(caught.value) == f"{needed}; take more devices."
