@@ -456,7 +456,10 @@ lineage = Table("lineage", {
     "output": Row("-o page.html", "keifu.commands.reference.lineage:write_atomic", "path", Path("page.html")),
     "language": Row("--language ja", STDOUT, lambda text: "新しい点" in text and "what was new" not in text),
 })  # fmt: skip
-eject = Table("eject", {"NAME": Row("gpt2", STDOUT, lambda text: text.startswith('"""GPT-2') and "def main" in text)})
+eject = Table("eject", {
+    "NAME": Row("gpt2", STDOUT, lambda text: text.startswith('"""GPT-2') and "def main" in text),
+    "weights": Row("--weights w", "keifu.commands.reference.eject:model_file", "1", Path("w"), base="eject M"),
+})  # fmt: skip
 models = Table("models", {"NAME": Row("gpt2", STDOUT, lambda text: "gpt2-xl" in text and "llama" not in text)})
 completion = Table("completion bash", {
     "bash|zsh|fish": Row("", "keifu.commands.reference.completion:script", "shell", "fish", base="completion fish")

@@ -19,7 +19,7 @@ COMMANDS = {  # each is a module in keifu/commands or keifu/commands/reference
     "data": "list, fetch and check training data",
     "models": "every published size, parameters counted beside the paper's figure",
     "lineage": "the landmarks in order of years: what was new, the result here and its baseline",
-    "eject": "print the single-file edition of a landmark, to copy and change",
+    "eject": "print a model as one file that needs torch alone, to copy and change",
     "plan": "what training a published model would take on given devices, on paper",
     "demo": "train a small model, then talk with a published one",
     "completion": "what makes a shell complete keifu's words with Tab",
