@@ -174,7 +174,7 @@ def test_ollama_formats_calls_and_lists(served: Any) -> None:
     wrong = served.post("/api/chat", {**asked, "messages": turns})
     assert wrong.status_code == 400 and "messages.1.tool_calls.0.function" in wrong.text
     wrong = served.post("/api/chat", {"model": "chat", "messages": [{"role": "user", "content": "x", "images": ["y"]}]})
-    assert wrong.status_code == 400 and "data URL that cannot be read" in wrong.text
+    assert wrong.status_code == 400 and "sees no pictures" in wrong.text
 
 
 def loaded(served: Any) -> dict[str, bool]:
