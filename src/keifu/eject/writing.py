@@ -80,7 +80,7 @@ class FileWriter:
         if shapes:
             more = [word for word in shapes if word != "Float"]
             body = SHAPE_TEXT + ("\n\n\n" + " = ".join([*more, "Float"]) if more else "") + "\n\n\n" + body
-        used = [line for line in self.imports if self._is_used(line, body)]
+        used = [line for line in {*self.imports, "import torch"} if line == "import torch" or self._is_used(line, body)]
         return "\n".join(joined_imports(used)) + "\n\n\n" + body + "\n"
 
     def _is_used(self, line: str, body: str) -> bool:
