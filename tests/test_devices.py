@@ -3,6 +3,7 @@
 import dataclasses
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from keifu.commands.shared.recipe_options import has_option
 from keifu.devices import Choice, choose, choosing
 from keifu.errors import UserError
 from keifu.recipes import RECIPES
+from keifu.training.job import Jobs
 
 RUN_MODELS = ["chat", "classify", "compare", "draw", "embed", "evaluate", "generate", "translate"]
 EXIST = ["cuda", "cuda:0", "cuda:1", "mps", "cpu"]
@@ -87,6 +89,11 @@ def test_every_recipe_has_one_precision_and_one_compile() -> None:
 
 def test_the_command_lines_choice_reaches_the_recipe(tmp_path: Path, monkeypatch) -> None:
     seen = []
-    monkeypatch.setattr("keifu.recipes.assistant.dpo.run", lambda *given: seen.append(devices.chosen()))
+
+    def jobs(recipe: Any) -> Jobs:
+        seen.append(devices.chosen())
+        yield from ()
+
+    monkeypatch.setattr("keifu.recipes.assistant.dpo.jobs", jobs)
     cli.main(["train", "dpo", "--device", "cpu", "--precision", "bfloat16", "--compile", "--out", str(tmp_path)])
     assert seen == [Choice("cpu", "bfloat16", True)] and devices.chosen() == Choice()

@@ -136,7 +136,7 @@ def format_rows(prefix: str) -> dict[str, Reach]:
 def validated(toys: Toys, base: Any) -> list[Group]:
     """Return a group for a separate validation text, for recipes that learn from a text."""
     name = "text.validation_data" if hasattr(base, "text") else "validation_data"
-    if not hasattr(base, "text") and not hasattr(base, "validation_data"):
+    if not hasattr(base, "text") and (hasattr(base, "test_data") or not hasattr(base, "validation_data")):
         return []
     return [Group({name: Reach(toys.other, of_text("validation"), DIFFERENT)})]
 

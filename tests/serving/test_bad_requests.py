@@ -32,7 +32,7 @@ FIELDS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url' needs image_url alone", None),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "image_url is 'x', and this server reads data URLs",
+        "This model reads text alone, and sees no pictures",
         None,
     ),
     ({"temperature": "hot"}, 'temperature is "hot": input should be a valid number', "temperature"),

@@ -158,7 +158,12 @@ def smaller(config: Any) -> Any:
         largest = most.get(each.name, 64 if "hidden" in each.name or each.name.endswith("dim") else None)
         if largest and isinstance(value, int) and not isinstance(value, bool) and each.name not in ("dim", "head_dim"):
             changes[each.name] = min(value, largest)
-    n_heads = getattr(config, "n_heads", 1)
+    before = getattr(config, "n_heads", 1)
+    n_heads = min(before, 8)
+    if before > n_heads:
+        changes["n_heads"] = n_heads
+        if kv_heads := getattr(config, "n_kv_heads", None):
+            changes["n_kv_heads"] = max(1, kv_heads * n_heads // before)
     return replace(config, **changes, dim=64 if getattr(config, "head_dim", None) else 16 * n_heads)
 
 

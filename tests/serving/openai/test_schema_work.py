@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from serving_toys import WAIT, until
 
-from keifu.serving.openai import constraints, generation
+from keifu.serving.openai import constraints, generation, tools
 
 MESSAGES = [{"role": "user", "content": "Invent a person."}]
 NAMES = {f"p{number}": {"type": "string"} for number in range(2000)}
@@ -96,7 +96,7 @@ def test_no_schema_is_compiled_for_a_client_that_has_left(
 
     monkeypatch.setattr(generation, "render", waits)
     monkeypatch.setattr(generation, "_requests", watched)
-    monkeypatch.setattr(generation, "schema_grammar", lambda schema: compiled.append(schema))
+    monkeypatch.setattr(tools, "schema_grammar", lambda schema: compiled.append(schema))
     content = json.dumps(body(chat, {"enum": ["x"]})).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     before = left(served)

@@ -65,9 +65,20 @@ export class Element {
     });
   }
 
+  // A slider that was just moved is still being answered: write after it.
   async write() {
-    if (!this.live.ready && !(await this.live.load())) return;
-    if (this.live.busy) return;
+    if (this.writing) return;
+    this.writing = true;
+    try {
+      if (!this.live.ready && !(await this.live.load())) return;
+      while (this.live.busy) await new Promise((done) => setTimeout(done, 20));
+      await this.writeAll();
+    } finally {
+      this.writing = false;
+    }
+  }
+
+  async writeAll() {
     this.live.stopped = false;
     const [settings, seed] = [this.settings, Math.floor(2 ** 31 * Math.random())];
     for (const { written } of this.ways) written.textContent = "";
