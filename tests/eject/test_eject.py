@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from keifu import checkpoints
+from keifu import checkpoints, eject as eject_folder
 from keifu.cli import parse
 from keifu.commands.reference.eject import written_models
 from keifu.eject.models import eject, inputs_of, smaller
@@ -115,6 +116,41 @@ def like(tensor: torch.Tensor, generator: torch.Generator, most: int) -> torch.T
 def flat(output: Any) -> list[torch.Tensor]:
     """Return the tensors of an output."""
     return [output] if isinstance(output, torch.Tensor) else [part for each in output for part in flat(each)]
+
+
+PRUNED = '''class Toy:
+    """Class with é in a remark, branches of which one is taken, and a method that is never called."""
+
+    def __init__(self, wide: int, deep: list[int] | None = None):
+        self.wide = wide  # é
+        self.deep = [2 * n for n in range(wide)]
+        self.more = 2
+
+    def run(self, values: list[int | None]) -> int:
+        total = 0
+        for value in values:
+            total += value and self.more
+        return total'''
+
+
+@pytest.mark.parametrize("name", [sys.executable, "python3.12", "python3.13", "python3.14"])
+def test_each_version_of_python_records_the_same(name: str) -> None:
+    """Python 3.12 and 3.13 tell a trace function of instructions in other ways than 3.11."""
+    paths = [path for folder in os.get_exec_path() if (path := Path(folder) / name).exists()]
+    working = [path for path in paths if not subprocess.run([path, "-c", ""], capture_output=True).returncode]
+    if not working:
+        pytest.skip(f"{name} is not installed")
+    source = Path(eject_folder.__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(source), "PYTHONIOENCODING": "ascii"}
+    program = Path(__file__).with_name("toy_program.py")
+    run = subprocess.run([working[0], program], capture_output=True, env=environment)
+    assert run.stdout.decode() == PRUNED, run.stderr.decode()
+
+
+def test_a_python_that_records_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "settrace", lambda function: None)
+    with pytest.raises(UserError, match="records no instructions: run keifu eject with another version"):
+        eject("mlp", mlp.Config(dim=3), "mlp")
 
 
 def test_every_published_model_has_a_file() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
+from keifu.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 WATCHED = f"{ROOT}/"
 
@@ -51,24 +53,31 @@ class Executed:
 
 
 def record(work: Callable[[], object]) -> Executed:
-    """Call a function and return the instructions of keifu that were executed."""
+    """Call a function and return the instructions of keifu that were executed. Raises UserError if Python records
+    none, because everything would be left out."""
     counts: dict[CodeType, Counter[int]] = defaultdict(Counter)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if event == "call":
             if not frame.f_code.co_filename.startswith(WATCHED):
                 return None
+            frame.f_trace = trace  # from Python 3.13 on before `f_trace_opcodes`, which has no effect without
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
         elif event == "opcode":
             counts[frame.f_code][frame.f_lasti] += 1
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for such a frame when the trace function is set
     sys.settrace(trace)
     try:
         work()
     finally:
         sys.settrace(before)
+    if not counts:
+        raise UserError(
+            f"Python {sys.version.split()[0]} records no instructions: run keifu eject with another version."
+        )
     executed = Executed()
     for code, offsets in counts.items():
         executed.add(code, offsets)
