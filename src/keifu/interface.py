@@ -1,7 +1,7 @@
 """`keifu.generate` and `keifu.train`. They also accept the name of a model or of a recipe."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace as changed
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Unpack, cast, overload
 
@@ -17,7 +17,7 @@ from keifu.inference.chat.prompts import Messages
 from keifu.inference.text import generate as text
 from keifu.inference.text.generate import GenerateOptions
 from keifu.recipes import own, resuming
-from keifu.recipes.files import recipe_module
+from keifu.recipes.files import published_recipe, recipe_module
 from keifu.recipes.options import check_ranges, from_json, to_json
 from keifu.training.loop import Summary
 from keifu.training.protocols import Data
@@ -145,8 +145,7 @@ def _train_by_name(
         usual = stored_run.usual(words) if stored_run else recipe_class()
         resuming.go_on(stored_run, module, checked(usual), directory)
         return directory
-    of_paper = options.get("recipe_of") == "paper" and "PUBLISHED" in vars(module)
-    recipe = checked(changed(module.PUBLISHED, **options) if of_paper else recipe_class)
+    recipe = checked(published_recipe(module, options.get("recipe_of")) or recipe_class)
     check_ranges(recipe_class, to_json(recipe))
     resuming.begin(name, module, recipe, directory, replace)
     return directory

@@ -84,9 +84,11 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
         words = [*(word for word in words if word != "--replace"), "--resume"]
     if "--resume" in words:
         stored_run = resuming.stored(name, module, out)
-    usual = options_class(recipe=stored_run.usual(words)) if stored_run else None
-    if not stored_run and "PUBLISHED" in vars(module) and _value_of("--recipe-of", words) == "paper":
-        usual = options_class(recipe=module.PUBLISHED)
+    usual = None
+    if stored_run:
+        usual = options_class(recipe=stored_run.usual(words))
+    elif published := files.published_recipe(module, _value_of("--recipe-of", words)):
+        usual = options_class(recipe=published)
     options = flags.parse(options_class, words, program, usual=usual)
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")

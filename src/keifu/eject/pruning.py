@@ -42,16 +42,16 @@ class ModuleText:
 
 def place_of(node: ast.AST) -> Place:
     """Return the place of a node, with its decorators."""
-    found: ast.stmt = node  # type: ignore[assignment]
-    assert found.end_lineno is not None and found.end_col_offset is not None
-    first, column = found.lineno, found.col_offset
+    statement: ast.stmt = node  # type: ignore[assignment]
+    assert statement.end_lineno is not None and statement.end_col_offset is not None
+    first, column = statement.lineno, statement.col_offset
     if decorators := getattr(node, "decorator_list", None):
         first, column = decorators[0].lineno, decorators[0].col_offset - 1
-    return Place(first, column, found.end_lineno, found.end_col_offset)
+    return Place(first, column, statement.end_lineno, statement.end_col_offset)
 
 
 class Pruner:
-    """FileWriter of the executed part of definitions."""
+    """Writer of the executed part of definitions."""
 
     def __init__(
         self, source: ModuleText, executed: Executed, replace: Replace = lambda node, annotation: None,
@@ -122,6 +122,9 @@ class Pruner:
     def _entries(self, node: ast.Dict) -> Iterator[Edit]:
         """Yield the edits of a table: entries whose function or class was never used are left out."""
         pairs = [(key, value) for key, value in zip(node.keys, node.values, strict=True) if key is not None]
+        if len(pairs) < len(node.keys):  # it spreads another table, of which nothing is known
+            yield from self._children(node, False)
+            return
         if node.lineno == node.end_lineno and any(self.unused(value) for _, value in pairs):
             kept = [f"{self._inner(key)}: {self._inner(value)}" for key, value in pairs if not self.unused(value)]
             yield Edit(*self.source.span(node), f"{{{', '.join(kept)}}}")
@@ -156,19 +159,17 @@ class Pruner:
     def _block(self, parent: ast.AST, statements: list[ast.stmt]) -> Iterator[Edit]:
         """Yield the edits of a body: statements without an executed instruction are left out."""
         in_class = isinstance(parent, ast.ClassDef)
-        kept, edits = 0, list[Edit]()
+        is_empty, edits = True, list[Edit]()
         for number, statement in enumerate(statements):
             kept_edits = self._statement(statement, in_class, number == 0)
             if kept_edits is None:
                 edits.append(Edit(*self._lines(statement), ""))
             else:
                 edits += kept_edits
-                kept += 1
-        if kept:
-            yield from edits
-        else:
-            first, last = self.source.span(statements[0])[0], self.source.span(statements[-1])[1]
-            yield Edit(first, last, "pass")
+                is_empty = False
+        if is_empty:
+            edits = [Edit(self.source.span(statements[0])[0], self.source.span(statements[-1])[1], "pass")]
+        yield from edits
 
     def _statement(self, statement: ast.stmt, in_class: bool, first: bool) -> list[Edit] | None:
         """Return the edits of a statement, or None if it is left out."""

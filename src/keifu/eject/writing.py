@@ -65,6 +65,7 @@ class FileWriter:
     imports: set[str] = field(default_factory=set)
     titles: dict[Name, str] = field(default_factory=dict)  # names in the file
     begun: set[Name] = field(default_factory=set)
+    resolved: dict[tuple[str, str], "Name | str | None"] = field(default_factory=dict)
 
     def file(self, entries: list[Name]) -> str:
         """Return the text of all definitions, with the imports before them."""
@@ -108,7 +109,12 @@ class FileWriter:
 
     def resolve(self, module: str, name: str) -> Name | str | None:
         """Return the definition that a global name of a module refers to, or the import line of another package; None
-        for a builtin."""
+        for a builtin. Each is looked for once."""
+        if (module, name) not in self.resolved:
+            self.resolved[module, name] = self._resolve(module, name)
+        return self.resolved[module, name]
+
+    def _resolve(self, module: str, name: str) -> Name | str | None:
         here = self.module(module)
         if name in here.definitions:
             return Name(module, name)
@@ -165,8 +171,8 @@ class FileWriter:
         """Return a function from a name or attribute of a definition to its new text, or None to keep it."""
         scopes = Scopes(node)
 
-        def replace(found: ast.AST, annotation: bool) -> str | None:
-            target = self._target(module.name, found, scopes.at(found))
+        def replace(reference: ast.AST, annotation: bool) -> str | None:
+            target = self._target(module.name, reference, scopes.at(reference))
             if not isinstance(target, Name) or not target.name:
                 return None
             if target == Name("keifu.errors", "UserError"):
@@ -176,7 +182,7 @@ class FileWriter:
             if target not in self.titles:
                 return "Any" if annotation or self._is_alias_node(node) else None
             title = self.titles[target]
-            return None if isinstance(found, ast.Name) and found.id == title else title
+            return None if isinstance(reference, ast.Name) and reference.id == title else title
 
         return replace
 
@@ -239,7 +245,7 @@ class FileWriter:
         seen, texts = dict[str, Name](), dict[str, str]()
         for name in [*entries, *(each for each in self.order if each not in entries)]:
             title, text = name.name, re.sub(r"\s+", " ", self._text(name))
-            if texts.get(title) == text:
+            if texts.get(title) == text and self._is_alias(name):
                 self.titles[name] = title
                 self.order.remove(name)
             else:

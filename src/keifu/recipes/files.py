@@ -39,6 +39,11 @@ def path_of(name: str) -> Path:
     return Path(__file__).parent / f"{RECIPES[name].replace('.', '/')}.py"
 
 
+def published_recipe(module: Any, recipe_of: object) -> Any | None:
+    """Return the recipe with a paper's size and settings, if it is asked for and the module has one."""
+    return vars(module).get("PUBLISHED") if recipe_of == "paper" else None
+
+
 def recipe_module(name: str) -> Any:
     """Execute a recipe's file and return its module. `Recipe` has the options, and `jobs(recipe)` yields the jobs."""
     path = path_of(name)

@@ -67,8 +67,8 @@ def model_file(name: str, weights: Path | None) -> str:
 
     from keifu.eject.models import eject
 
-    sizes = {size.name: size.model for size in published_sizes()}
-    models = {name: name for name in written_models()} | {name.rpartition(".")[2]: name for name in written_models()}
+    sizes, written = {size.name: size.model for size in published_sizes()}, written_models()
+    models = {name: name for name in written} | {name.rpartition(".")[2]: name for name in written}
     short = name.replace("-", "_")
     kind = sizes.get(name, short).rpartition(".")[2]
     if parts := PIPELINES.get(kind):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from keifu.errors import UserError
 from keifu.layers.attention.kv_cache import KVState
-from keifu.layers.attention.masks import CausalMask, PaddingMask
+from keifu.layers.attention.masks import CausalMask, Mask, PaddingMask
 from keifu.layers.attention.positions import SinusoidalPositions
 from keifu.layers.dropout import Dropout
 from keifu.layers.linear import linear
@@ -80,9 +80,12 @@ def read_source(
     return [attention.project(x) for attention in cross_attention]
 
 
-def write_target(x: Hidden, state: EncoderDecoderState, decoder: Iterable[nn.Module]) -> Hidden:
-    """Run the decoder's blocks on embedded tokens. With a capacity, the tokens follow those in the state."""
-    mask, before = CausalMask(0, x.shape[1], None, x.device), state.targets
+def write_target(
+    x: Hidden, state: EncoderDecoderState, decoder: Iterable[nn.Module], mask: Mask | None = None
+) -> Hidden:
+    """Run the decoder's blocks on embedded tokens. With a capacity, the tokens follow those in the state. mask: of the
+    decoder's self-attention; None: causal."""
+    mask, before = mask or CausalMask(0, x.shape[1], None, x.device), state.targets
     if before is not None:
         before.positions(x.shape[1])
     for i, block in enumerate(decoder):

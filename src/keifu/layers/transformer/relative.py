@@ -19,7 +19,15 @@ from keifu.layers.attention.positions import Positions
 from keifu.layers.dropout import Dropout
 from keifu.layers.feedforward import GatedFeedForward
 from keifu.layers.linear import linear
-from keifu.layers.transformer.encoder_decoder import EncoderDecoderState, Hidden, Logits, Source, SourceMask, Target
+from keifu.layers.transformer.encoder_decoder import (
+    EncoderDecoderState,
+    Hidden,
+    Logits,
+    Source,
+    SourceMask,
+    Target,
+    write_target,
+)
 
 
 class RelativeBias(nn.Embedding):
@@ -148,18 +156,11 @@ class RelativeEncoderDecoder(nn.Module):
         tokens."""
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
-        first, length, before = state.length, target.shape[1], state.targets
+        first, length = state.length, target.shape[1]
         seen = first + length
         causal = torch.ones(length, seen, dtype=torch.bool, device=target.device).tril(first)[None, None]
         mask = BiasedMask(self.decoder_bias.biases(first, length, seen), causal)
-        x = self.target_dropout(self.embedding(target))
-        if before is not None:
-            before.positions(length)
-        for i, block in enumerate(self.decoder):
-            cache = None if before is None else before.layer(i)
-            x = block(x, memory=state.memory[i], memory_mask=state.mask, mask=mask, cache=cache)
-        if before is not None:
-            before.advance()
+        x = write_target(self.target_dropout(self.embedding(target)), state, self.decoder, mask)
         return self.output_dropout(self.norm(x)) * self.scale
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:

@@ -172,9 +172,12 @@ def coder_names(way: str) -> dict[str, str]:
     return ENDS | levels | resample | stage_names("middle", "mid_block", ATTENTION)
 
 
-WEIGHT_NAMES = {
+CODER_NAMES = {
     **nested("encoder", "encoder", coder_names("down")),
     **nested("decoder", "decoder", coder_names("up")),
+}
+WEIGHT_NAMES = {
+    **CODER_NAMES,
     "to_moments": "quant_conv",
     "from_latents": "post_quant_conv",
 }
@@ -216,7 +219,11 @@ def check_blocks(json: Mapping[str, Any], levels: int, channels: int) -> None:
         raise ValueError(f"it reads {channels} channels and gives {json.get('out_channels', 3)}.")
 
 
+def block_types(levels: int) -> dict[str, list[str]]:
+    """Return the fields of a published config that name the blocks of each level."""
+    return {field: [block] * levels for field, block in BLOCKS.items()}
+
+
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
-    blocks = {field: [block] * len(config.widths) for field, block in BLOCKS.items()}
-    return hf.write(config, MODEL_TYPES, FIELDS) | blocks
+    return hf.write(config, MODEL_TYPES, FIELDS) | block_types(len(config.widths))

@@ -17,9 +17,16 @@ from torch import Tensor, nn
 
 from keifu.layers.unet.conv import Pixels
 from keifu.layers.unet.unet import check_sides
-from keifu.models.diffusion.autoencoder_kl import BLOCKS, PixelDecoder, PixelEncoder, check_blocks, coder_names, coders
+from keifu.models.diffusion.autoencoder_kl import (
+    CODER_NAMES,
+    PixelDecoder,
+    PixelEncoder,
+    block_types,
+    check_blocks,
+    coders,
+)
 from keifu.models.hf import config as hf
-from keifu.models.hf.unet import OLD_ATTENTION, SIZE, nested
+from keifu.models.hf.unet import OLD_ATTENTION, SIZE
 
 Vectors = Float[Tensor, "batch code_dim rows columns"]
 Codes = Int[Tensor, "batch rows columns"]
@@ -118,8 +125,7 @@ def build(config: Config) -> VQVAE:
 
 
 WEIGHT_NAMES = {
-    **nested("encoder", "encoder", coder_names("down")),
-    **nested("decoder", "decoder", coder_names("up")),
+    **CODER_NAMES,
     "to_vectors": "quant_conv",
     "codebook": "quantize.embedding",
     "from_vectors": "post_quant_conv",
@@ -152,5 +158,4 @@ def from_published(json: dict[str, Any]) -> Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that diffusers reads."""
-    blocks = {field: [block] * len(config.widths) for field, block in BLOCKS.items()}
-    return hf.write(config, MODEL_TYPES, FIELDS) | blocks
+    return hf.write(config, MODEL_TYPES, FIELDS) | block_types(len(config.widths))

@@ -33,9 +33,9 @@ class ChannelPart(NamedTuple):
 
 def speaks_harmony(tokenizer: Tokenizer) -> bool:
     """Return whether the chat template writes messages in channels."""
-    template = tokenizer.chat_template or ""
-    added = {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
-    return f"{CHANNEL}analysis" in template and {*MARKS} <= added
+    if f"{CHANNEL}analysis" not in (tokenizer.chat_template or ""):
+        return False  # at once, because every chat asks
+    return {*MARKS} <= {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
 
 
 def begun_message(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
