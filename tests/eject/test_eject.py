@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+import keifu
 from keifu import checkpoints, eject as eject_folder
 from keifu.cli import parse
 from keifu.commands.reference.eject import written_models
+from keifu.eject import executed as executed_code
 from keifu.eject.models import eject, inputs_of, smaller
-from keifu.eject.writing import STANDARD
+from keifu.eject.writing import STANDARD, FileWriter, Name
 from keifu.errors import UserError
 from keifu.models import bert, mlp, perceptron, seq2seq, transformer
 from keifu.models.classic import lstm, word2vec
@@ -151,6 +153,24 @@ def test_a_python_that_records_nothing_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "settrace", lambda function: None)
     with pytest.raises(UserError, match="records no instructions: run keifu eject with another version"):
         eject("mlp", mlp.Config(dim=3), "mlp")
+
+
+def test_functions_of_the_same_text_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have the same text, and the name in it means another number in each module. A table may spread another."""
+    for name, factor in (("toy_left", 2), ("toy_right", 3)):
+        (tmp_path / f"{name}.py").write_text(f"FACTOR = {factor}\n\n\ndef scaled(x):\n    return FACTOR * x\n")
+    lines = [
+        "from keifu import toy_left, toy_right", "BASE = {'left': toy_left.scaled}",
+        "TABLE = {**BASE, 'right': toy_right.scaled}", "def build(x):",
+        "    return TABLE['left'](x) + 10 * TABLE['right'](x)",
+    ]  # fmt: skip
+    (tmp_path / "toy_both.py").write_text("\n".join(lines))
+    monkeypatch.setattr(keifu, "__path__", [*keifu.__path__, str(tmp_path)])
+    monkeypatch.setattr(executed_code, "WATCHED", str(tmp_path))
+    module = import_module("keifu.toy_both")
+    found = executed_code.record(lambda: module.build(1))
+    text = FileWriter(found).file([Name("keifu.toy_both", "build")])
+    assert executed(text, tmp_path, "ejected_toy").build(1) == 32
 
 
 def test_every_published_model_has_a_file() -> None:

@@ -55,7 +55,8 @@ class Executed:
 def record(work: Callable[[], object]) -> Executed:
     """Call a function and return the instructions of keifu that were executed. Raises UserError if Python records
     none, because everything would be left out."""
-    counts: dict[CodeType, Counter[int]] = defaultdict(Counter)
+    # by file too: code objects of equal functions are equal, also those of two files
+    counts: dict[tuple[str, CodeType], Counter[int]] = defaultdict(Counter)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         if event == "call":
@@ -64,7 +65,7 @@ def record(work: Callable[[], object]) -> Executed:
             frame.f_trace = trace  # from Python 3.13 on before `f_trace_opcodes`, which has no effect without
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
         elif event == "opcode":
-            counts[frame.f_code][frame.f_lasti] += 1
+            counts[frame.f_code.co_filename, frame.f_code][frame.f_lasti] += 1
         return trace
 
     before = sys.gettrace()
@@ -79,6 +80,6 @@ def record(work: Callable[[], object]) -> Executed:
             f"Python {sys.version.split()[0]} records no instructions: run keifu eject with another version."
         )
     executed = Executed()
-    for code, offsets in counts.items():
+    for (_, code), offsets in counts.items():
         executed.add(code, offsets)
     return executed
