@@ -158,11 +158,11 @@ def test_a_python_that_records_nothing_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_functions_of_the_same_text_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have the same text, and the name in it means another number in each module. A table may spread another."""
     for name, factor in (("toy_left", 2), ("toy_right", 3)):
-        (tmp_path / f"{name}.py").write_text(f"FACTOR = {factor}\n\n\ndef scaled(x):\n    return FACTOR * x\n")
+        lines = [f"FACTOR = {factor}", "def scaled(x):", "    return FACTOR * x", "BASE = {'left': scaled}"]
+        (tmp_path / f"{name}.py").write_text("\n".join(lines))
     lines = [
-        "from keifu import toy_left, toy_right", "BASE = {'left': toy_left.scaled}",
-        "TABLE = {**BASE, 'right': toy_right.scaled}", "def build(x):",
-        "    return TABLE['left'](x) + 10 * TABLE['right'](x)",
+        "from keifu import toy_left, toy_right", "TABLE = {**toy_left.BASE, 'right': toy_right.scaled}",
+        "def build(x):", "    return TABLE['left'](x) + 10 * TABLE['right'](x)",
     ]  # fmt: skip
     (tmp_path / "toy_both.py").write_text("\n".join(lines))
     monkeypatch.setattr(keifu, "__path__", [*keifu.__path__, str(tmp_path)])
