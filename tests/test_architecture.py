@@ -156,22 +156,6 @@ def crowded_folders(files: list[File]) -> list[str]:
     return [f"{folder}: {n} files" for folder, n in counts.items() if n > MOST_FILES]
 
 
-def repeated_lines(files: list[File], window: int = 6) -> tuple[float, list[str]]:
-    """Return the fraction and the positions of lines in a run of `window` that also occurs elsewhere. Blank lines,
-    comments and imports do not count."""
-    seen: dict[tuple[str, ...], list[tuple[str, int]]] = defaultdict(list)
-    total = 0
-    for file in files:
-        numbered = [(n, re.sub(r"\s+", " ", line).strip()) for n, line in enumerate(file.text.splitlines(), 1)]
-        kept = [(n, line) for n, line in numbered if line and not re.match(r"#|import |from \S+ import ", line)]
-        total += len(kept)
-        for start in range(len(kept) - window + 1):
-            run = kept[start : start + window]
-            seen[tuple(line for _, line in run)] += [(file.module, n) for n, _ in run]
-    places = {place for at in seen.values() if len(at) > window for place in at}
-    return len(places) / max(total, 1), sorted(f"{module}:{line}" for module, line in places)
-
-
 def model_kinds(files: list[File]) -> tuple[set[str], set[str]]:
     """Return the names by which code could ask for a model's kind: classes of model files, and names of families."""
     own = [file for file in files if re.fullmatch(r"keifu\.models\.(?!hf|sizes)[a-z][\w.]*", file.module)]
@@ -242,11 +226,6 @@ def without_docstring(files: list[File]) -> list[str]:
     return [file.module for file in files if file.text.strip() and not ast.get_docstring(file.tree)]
 
 
-def too_much_repeated(files: list[File]) -> list[str]:
-    share, places = repeated_lines(files)
-    return [f"{share:.1%} of the lines are repeated: {', '.join(places)}"] if share > 0.03 else []
-
-
 def function(lines: int) -> str:
     return "def long():\n" + "    pass\n" * (lines - 1)
 
@@ -275,7 +254,6 @@ BAD = {  # for each rule the smallest tree that breaks it
     long_files: [File("keifu.a", "\n" * 501)],
     long_functions: [File("keifu.a", function(61))],
     crowded_folders: [File(f"keifu.data.a{number}", "") for number in range(MOST_FILES + 1)],
-    too_much_repeated: [File("keifu.a", "".join(f"x{i} = {i}\n" for i in range(6)) * 2)],
     branches_on_kind: [File("keifu.models.zebra", "class Zebra: ..."), File("keifu.data.a", "isinstance(y, Zebra)")],
     unpickling: [File("keifu.a", "import torch\ntorch.load(path)")],
     without_docstring: [File("keifu.a", "x = 1")],

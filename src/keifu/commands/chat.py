@@ -222,7 +222,7 @@ class Chat:
     def _system(self, text: str) -> None:
         if text:
             self.conversation.instruct(text)
-        print(self.conversation.system or "(The model is told what its chat template says, if anything.)")
+        print(self.conversation.system or "(The model reads the system prompt of its chat template, if that has one.)")
 
     def _save(self, name: str) -> None:
         """Write the conversation to a file as JSON. Only a file that this conversation has written is replaced."""

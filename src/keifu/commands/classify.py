@@ -76,7 +76,9 @@ def run(options: Options) -> None:
     if options.on is None and options.picture:
         raise UserError("--picture draws a table's confusion matrix: name the table with --on.")
     if options.on is not None and (options.texts or options.file):
-        raise UserError(f"There are two sources of texts, {options.on} and those beside it: give one of them.")
+        raise UserError(
+            f"There are two sources of texts, {options.on} and the texts of the command line: give one of them."
+        )
     from keifu.data.images.catalogued import CATALOGUED
 
     on_pictures = options.on is not None and (options.on in CATALOGUED or Path(options.on).is_dir())

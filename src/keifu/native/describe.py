@@ -136,7 +136,7 @@ def describe(model: nn.Module) -> ModelPart:
     """
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
-            raise Unavailable(f"{name} has adapters (LoRA) beside it, which must be merged first")
+            raise Unavailable(f"{name} has adapters (LoRA) next to it, which must be merged first")
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unavailable(f"{name or 'the model'} has hooks, which native code does not call")
     if isinstance(model, EncoderDecoder):

@@ -48,7 +48,7 @@ class MatchRequest(Body):
 def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes for these models."""
 
-    @app.post("/v1/inspect", summary="What happens inside a model while it reads", tags=["insight"])
+    @app.post("/v1/inspect", summary="Values inside a model while it reads", tags=["insight"])
     async def inspect(body: InspectRequest) -> Response:
         about = models.find(body.model, "inspection")
         return json_response(await models.inspector(about.name).call(partial(_inspect, body=body, about=about)))

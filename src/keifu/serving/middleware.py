@@ -20,7 +20,7 @@ from keifu.serving.facts import Facts, begin, current
 from keifu.serving.metrics import Metrics
 
 ACCESS = logging.getLogger("keifu.serving.access")
-BODY_SECONDS, BODY_RATE = 10.0, 1000  # time limit for a body in seconds, plus one second for each so many bytes
+BODY_SECONDS, BODY_RATE = 10.0, 1000  # time limit for a body in seconds, and bytes for which another second is added
 LEFT = 499  # status of nginx: the client has left
 MOST_LOGGED = 200  # maximal characters of a reason
 

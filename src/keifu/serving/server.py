@@ -20,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from keifu.errors import UserError
 
-BACKLOG = 128  # asyncio accepts so many at once
+BACKLOG = 128  # connections that asyncio accepts at once
 HEAD_SECONDS = 10.0  # time limit for the head of a request, from its first byte or from the connection
 FEWEST, MOST = 64, 4096  # connections
 

@@ -110,6 +110,6 @@ def test_what_is_too_long_is_said() -> None:
     assert [len(each.ids) for each in fit_conversations(turns(5, 9, 7), 6, "drop").kept] == [5]
     cut = fit_conversations(turns(5, 9, 7), 6, "truncate")
     assert [len(each.ids) for each in cut.kept] == [5, 6, 6] and cut.shortened == 2
-    assert cut.sentence(6) == "Of 3 conversations 2 were cut to their first 6 tokens, being longer."
+    assert cut.sentence(6) == "3 conversations: 2 were cut to their first 6 tokens, because they are longer."
     late = [TurnMasks([1] * 9, [False] * 8 + [True])]
     assert fit_conversations(late, 6, "truncate") == ([], 1, 0)

@@ -49,7 +49,7 @@ class Options:
     lora: Adapters = Adapters()
     """Low-rank adapters that are trained instead of the whole model, as in keifu train."""
     inference: bool = False
-    """Plan how the devices write with the model, in place of its training."""
+    """Plan how the devices write with the model, instead of its training."""
 
 
 def run(options: Options) -> None:

@@ -17,7 +17,7 @@ COMMANDS = {  # each is a module in keifu/commands or keifu/commands/reference
     "convert": "write a model as a Hugging Face directory or as GGUF",
     "inspect": "the load report: every tensor of a model, and the settings in use",
     "data": "list, fetch and check training data",
-    "models": "every published size, parameters counted beside the paper's figure",
+    "models": "every published size, its parameters and the paper's figure",
     "lineage": "the landmarks in order of years: what was new, the result here and its baseline",
     "eject": "print a model as one file that needs torch alone, to copy and change",
     "plan": "what training a published model would take on given devices, on paper",

@@ -26,7 +26,7 @@ class Options(flags.OnDevice):
     """A run, a diffusers directory or hub id, or a catalogue name."""
     text: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[TEXT]", help="Text to draw.")] = None
     out: Annotated[Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH")] = None
-    """The PNG file; of several pictures it is a sheet of all, beside PATH-1.png, PATH-2.png and so on. Unset:
+    """The PNG file; of several pictures it is a sheet of all, next to PATH-1.png, PATH-2.png and so on. Unset:
     picture-SEED.png."""
     sampler: str | None = None
     """Sampler that removes the noise. Unset: ddim, for a text dpm++-2m (unCLIP: ddim)."""

@@ -67,7 +67,7 @@ MADE_OF = {
     "translation-instructions": SyntheticSource("tatoeba-ja-en", PHRASED, translations),
     "arithmetic-instructions": SyntheticSource("", "sums drawn and worked out here", arithmetic),
     "chitchat-preferences": SyntheticSource(
-        "chitchat", "whole talks rated by who had them; nobody saw two beside each other"
+        "chitchat", "whole talks rated by their speakers; nobody compared two of them"
     ),
 }
 INSTRUCTIONS = {name: source.make for name, source in MADE_OF.items() if source.make}

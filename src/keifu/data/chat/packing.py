@@ -52,7 +52,7 @@ class FittedConversations(NamedTuple):
         counts = [(self.dropped, "left out"), (self.shortened, f"cut to their first {context_length} tokens")]
         parts = [f"{count:,} were {what}" for count, what in counts if count]
         total = len(self.kept) + self.dropped
-        return f"Of {total:,} conversations {' and '.join(parts)}, being longer." if parts else ""
+        return f"{total:,} conversations: {' and '.join(parts)}, because they are longer." if parts else ""
 
 
 def fit_conversations(

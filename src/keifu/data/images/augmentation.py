@@ -30,7 +30,7 @@ class Augmentation:
     flip: bool = False
     """Mirror every second one from left to right; not for letters and digits."""
     shift: Natural = 0
-    """Move by at most so many whole pixels in each direction; the edge is repeated."""
+    """Move by at most this number of whole pixels in each direction; the edge is repeated."""
     crop: NotNegative = 0.0
     """Cut away at most this share of each side, and enlarge what is left."""
     rotation: NotNegative = 0.0

@@ -250,7 +250,7 @@ class ImageDataset:
         return f"{self.source}: {len(self):,} {colours} pictures of {width} x {height}{captions}{classes}."
 
 
-CAPTIONED = "metadata.jsonl with file_name and text", "000.txt beside 000.png in a .tar shard"
+CAPTIONED = "metadata.jsonl with file_name and text", "000.txt next to 000.png in a .tar shard"
 
 
 def read_images(

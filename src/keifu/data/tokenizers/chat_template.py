@@ -308,8 +308,8 @@ def render_marked(
             answered = render(template, messages[: index + 1], False, variables)
             if not (whole.startswith(answered) and answered.startswith(asked)):
                 raise UserError(
-                    f"This chat template writes a conversation otherwise once message {index} has been answered, so it "
-                    "cannot be told which words are the assistant's: mark them in it with {% generation %}."
+                    f"This chat template writes a conversation otherwise once message {index} has been answered, so "
+                    "the words of the assistant are not known: mark them in it with {% generation %}."
                 )
             turn = answered.rstrip()
             spans.append((len(asked), len(turn if turn.endswith(ends) else answered)))

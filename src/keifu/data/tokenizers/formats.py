@@ -108,7 +108,7 @@ def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> BackendWith
     beside = [path.with_name(name) for name in ("merges.txt", "vocab.bpe")]
     merges_path = next((other for other in beside if other.exists()), None)
     if merges_path is None:
-        raise UserError(f"{path} is a vocabulary without merges: put merges.txt (or vocab.bpe) beside it.")
+        raise UserError(f"{path} is a vocabulary without merges: put merges.txt (or vocab.bpe) next to it.")
     lines = read_text(merges_path).split("\n")
     halves = (line.strip("\r").partition(" ") for line in lines[lines[0].startswith("#version") :])
     merges = [(left, right) for left, _, right in halves if right]

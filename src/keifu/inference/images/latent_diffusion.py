@@ -76,9 +76,9 @@ class TextPipeline(Pipeline):
         super().__init__(model)
         self.tokenizer, self.colours = tokenizer, int(model.config.colours)
 
-    def fingerprint(self, beside: str = "") -> str:
+    def fingerprint(self, more_text: str = "") -> str:
         """Return the fingerprint of the model and the tokenizer."""
-        return super().fingerprint(self.tokenizer.fingerprint + beside)
+        return super().fingerprint(self.tokenizer.fingerprint + more_text)
 
     def label(self, name: str) -> int:
         """Raise `UserError`: the model has no labels."""

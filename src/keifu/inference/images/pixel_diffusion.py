@@ -231,12 +231,12 @@ class Pipeline:
         """Device of the model."""
         return next(self.model.parameters()).device
 
-    def fingerprint(self, beside: str = "") -> str:
-        """Return the SHA-256 of every tensor's name, dtype, shape and bytes, of the config, and of `beside`.
+    def fingerprint(self, more_text: str = "") -> str:
+        """Return the SHA-256 of every tensor's name, dtype, shape and bytes, of the config, and of `more_text`.
 
         Models with equal fingerprints generate the same images.
         """
-        digest = hashlib.sha256((repr(self.model.config) + beside).encode())
+        digest = hashlib.sha256((repr(self.model.config) + more_text).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"|{name} {tensor.dtype} {tuple(tensor.shape)}|".encode())
             flat = tensor.detach().cpu().contiguous().flatten()

@@ -73,7 +73,7 @@ def _predictions(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Itera
         yield writer.logits(states).float()
 
 
-BLOCK = 4  # tokens of a PyTorch block: up to so many tokens of a common beginning are computed again
+BLOCK = 4  # tokens of a PyTorch block: at most this number of tokens of a common beginning is computed again
 Tokens = tuple[int, ...]
 Advance = Callable[[int], object]
 ENCODED = 512  # texts with tokens in memory

@@ -45,7 +45,7 @@ class SpikeSettings:
 
     @property
     def reach(self) -> int:
-        """The most steps from such a checkpoint to the end of a spike. Checkpoints are kept for so many steps."""
+        """The most steps from such a checkpoint to the end of a spike; a checkpoint is kept for as many steps."""
         return self.rewind + self.every + self.steps
 
 
