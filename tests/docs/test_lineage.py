@@ -119,14 +119,11 @@ def test_the_landmarks_are_in_order_of_years_and_come_from_earlier_ones() -> Non
 
 
 @pytest.mark.parametrize("ending", [".md", ".ja.md"])
-def test_pages_are_linked_forwards_and_backwards(ending: str) -> None:
+def test_pages_are_linked_to_those_they_came_from_and_back(ending: str) -> None:
     links = {}
     for name in NAMES:
         head = (DOCS / f"lineage/{name}{ending}").read_text(encoding="utf-8").partition("\n## ")[0]
         links[name] = set(re.findall(r"\]\((\w+)(?:\.ja)?\.md\)", head))
-    for before, after in pairwise(NAMES):
-        assert after in links[before]
-        assert before in links[after]
     for each in LANDMARKS:
         assert {*each.parents, "index"} <= links[each.name]
         assert all(each.name in links[parent] for parent in each.parents)

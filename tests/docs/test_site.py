@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -60,17 +58,6 @@ def fetched(site: Path) -> list[str]:
     """Return the links of other sites that pages would load."""
     pages = [Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")]
     return [link for page in pages for link in page.loaded if outside(link) and not link.startswith("data:")]
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the site as `make docs` does, and return its folder."""
-    out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "NO_MKDOCS_2_WARNING": "1"}
-    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert not built.returncode, built.stdout + built.stderr
-    return out
 
 
 built = pytest.mark.slow  # the site is built, as by `make docs`, which also refuses dead links and anchors
