@@ -213,7 +213,7 @@ MODELS = {
         terms="the pictures are CC BY 4.0: name Twemoji and its contributors (github.com/jdecked/twemoji) where you "
         "pass this on; the names are Unicode's (Unicode-3.0)",
         data="emoji: 3,550 of Twemoji's pictures, with their names in English, Japanese and Chinese",
-        command="keifu train clip --languages en ja zh --hard-negatives --seed 1",
+        command="keifu train clip --languages en ja zh --hard-negatives --seed 1 --steps 2000",
         evaluation="keifu evaluate emoji-clip --on emoji --json",
         held_out="73 emoji, each once, none of whose relatives it learned from; intervals resample families",
         figures=(

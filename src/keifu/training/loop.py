@@ -299,10 +299,11 @@ class _Loop:
             return  # a split model is not sampled from
         self.loader.wait()
         self.trainer.model.eval()
-        with self._leaving_on_stop(), self._saving_on_failure(), self.state.optimizers.averaged(), self.at_once():
-            sample = self.sample(self.state.step)
+        with self._leaving_on_stop(), self._saving_on_failure(), self.recorder.tolerating("sample", "made"):
+            with self.state.optimizers.averaged(), self.at_once():
+                sample = self.sample(self.state.step)
+            self.recorder.write_sample(sample)
         self.trainer.model.train()
-        self.recorder.write_sample(sample)
 
     @contextmanager
     def _leaving_on_stop(self) -> Iterator[None]:

@@ -119,8 +119,7 @@ class Recorder:
 
     def write_sample(self, sample: str | bytes) -> None:
         """Write a sample, and show it if it is text."""
-        with self.tolerating("sample"):
-            run_directory.write_sample(self.run.directory, self.state.step, sample)
+        run_directory.write_sample(self.run.directory, self.state.step, sample)
         if isinstance(sample, str):
             self.display.note(textwrap.indent(sample, "  | "))
 
@@ -150,12 +149,13 @@ class Recorder:
         return step == self.state.length.steps or bool(every and step % every == 0) or self.state.spikes.due(step)
 
     @contextmanager
-    def tolerating(self, name: str) -> Iterator[None]:
-        """Run a block in which a failed write does not stop the run: it is reported, and tried again when next due."""
+    def tolerating(self, name: str, what: str = "saved") -> Iterator[None]:
+        """Run a block whose failure does not stop the run, such as a full disk, or a prompt of the samples that is longer
+        than the context. It is reported, and tried again when next due."""
         try:
             yield
         except (OSError, UserError) as error:
-            self.display.note(f"The {name} of step {self.state.step:,} was not saved: {error} Training goes on.")
+            self.display.note(f"The {name} of step {self.state.step:,} was not {what}: {error} Training goes on.")
 
     def close(self, is_finished: bool) -> None:
         """Write the model, the results into recipe.json, and the report."""

@@ -1,6 +1,7 @@
 """`keifu train bert`: a run from a text to a checkpoint that others load, the same bits when resumed, and going on."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,19 @@ def test_without_pairs_and_on_from_there_with_them(text: Path, tmp_path: Path) -
     assert second.config.next_sentence and second.config.dim == 32
     kept = second.state_dict()
     assert all(torch.equal(kept[name], value) for name, value in first.state_dict().items())
+
+
+def test_a_sentence_that_is_longer_than_the_context_does_not_end_the_run(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    sizes = ["--masking.length", "12", "--model.context-length", "12"]
+    gaps = ["--gaps", "The cat [MASK].", "The cat sees the dog and the dog sees the cat and the fish in the [MASK]."]
+    train(text, tmp_path, *sizes, *gaps, steps=1)
+    said = capsys.readouterr().err
+    for step in (0, 1):
+        reason = r"The text has \d\d tokens, and the model reads 12: shorten it\. Training goes on\."
+        assert re.search(rf"The sample of step {step} was not made: {reason}", said)
+    assert keifu.load(tmp_path)[0].config.context_length == 12
 
 
 @pytest.mark.parametrize(

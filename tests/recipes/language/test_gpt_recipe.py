@@ -77,11 +77,28 @@ def test_its_rates_are_a_tenth_unless_they_are_given() -> None:
 
 
 def test_a_short_text_is_read_at_most_four_times() -> None:
-    recipe = gpt.Recipe(batch_size=10)
+    recipe = gpt.Recipe(batch_size=10, recipe_of="chinchilla")
     # 20 tokens a parameter are 2,000,000; 4 passes over 300,000 tokens are 1,200,000, in steps of 10 · 100 tokens
     assert gpt.settings(recipe, 100_000, 100, 300_000).steps == 1200
     assert gpt.settings(recipe, 100_000, 100, 600_000).steps == 2000  # here the parameters decide
     assert gpt.settings(recipe, 100_000, 100, 10_000).steps == 100  # the least
+
+
+def test_the_default_ends_within_minutes_and_says_what_the_law_asks_for(capsys: pytest.CaptureFixture) -> None:
+    config, tokens = gpt.model_config(4, 8192), 10**8
+    size = gpt.parameters(config)
+    settings = gpt.settings(gpt.Recipe(), size, config.context_length, tokens)
+    assert settings.batch_size * config.context_length == 8192
+    operations = 6 * size * 8192 * settings.steps
+    assert operations == pytest.approx(8e13, rel=0.01)  # 10 minutes of two cores have 1.8e14 (3e11 FLOP/s)
+    said = capsys.readouterr().out
+    law = gpt.settings(gpt.Recipe(recipe_of="chinchilla"), size, config.context_length, tokens)
+    assert law.steps == round(20 * size / 8192) and f"asks for {law.steps:,} steps" in said
+    assert f"this run makes {settings.steps:,}," in said and not capsys.readouterr().out
+    assert gpt.settings(gpt.Recipe(depth=8), 10**9, 2048, tokens).steps == 100  # the least
+    assert gpt.settings(gpt.Recipe(steps=7), size, config.context_length, tokens).steps == 7
+    small = [gpt.settings(gpt.Recipe(1, recipe_of=source), 10_000, 100, tokens) for source in ("keifu", "chinchilla")]
+    assert small[0] == small[1]  # a small model follows the law
 
 
 def test_every_kind_of_language_model_goes_on_in_rows_that_it_takes(

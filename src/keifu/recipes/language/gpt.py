@@ -1,11 +1,12 @@
 """A language model whose size one option sets: --depth decides width, heads, context, learning rate, batch and steps.
 
 The model consists of LLaMA's blocks (Touvron et al., 2023); the optimiser is Muon with AdamW. One option for all sizes
-is nanochat's idea. The number of tokens follows Hoffmann et al. (2022): 20 a parameter, but at most 4 passes over the
-text (Muennighoff et al., 2023). With `--distill.teacher` the model learns all probabilities of a larger model with the
-same tokenizer.
+is nanochat's idea. `--recipe-of chinchilla` trains on the number of tokens of Hoffmann et al. (2022), 20 per parameter, but
+at most 4 passes over the text (Muennighoff et al., 2023). The default stops at 80 TFLOP, a few minutes on 2 cores. With
+`--distill.teacher` the model learns all probabilities of a larger model with the same tokenizer.
 Command: keifu train gpt --depth 4 --data english
-Cost: printed before it starts, measured on the machine; depth 4 is about 5 M parameters and an hour on 2 cores.
+Cost: printed before it starts, measured on the machine; depth 4 has about 5 M parameters and takes a few minutes on 2
+cores, and an hour or more with --recipe-of chinchilla.
 Expected: see docs/results.md, "Loss and size".
 """
 
@@ -29,6 +30,8 @@ from keifu.training import job
 from keifu.training.settings import Settings
 
 HEAD_DIM = 64
+OPERATIONS = 8e13  # FLOP of a default run: a few minutes on two cores
+FEWEST_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class Recipe(TextOptions, Logging):
     context_length: Count | None = None
     """Context length of a new model. If you continue a model, the tokens of a row."""
     steps: Count | None = None
-    """Updates of the weights."""
+    """Updates of the weights; unset: see --recipe-of."""
+    recipe_of: Literal["keifu", "chinchilla"] = "keifu"
+    """Source of the number of steps: keifu, a few minutes on two cores, or Chinchilla's law, 20 tokens per parameter.
+    Neither makes more than 4 passes over the text, nor fewer than 100 steps."""
     batch_size: Count | None = None
     """Rows of context_length tokens in a step."""
     micro_batch: Count | None = None
@@ -115,12 +121,24 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     """Return batch size, steps and rates for this depth. size: number of parameters. row: tokens of a row."""
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
-    steps = recipe.steps or max(100, round(min(20 * size, 4 * training_tokens) / (batch_size * row)))
+    steps = recipe.steps or default_steps(recipe, size, batch_size * row, training_tokens)
     return settings_of(
         recipe, steps, batch_size, scaled(3e-3, recipe.start_from), optimizer="muon", compile=recipe.compile,
         matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
         final_ratio=0.0, weight_decay=0.01, **keeps_best(recipe.start_from),
     )  # fmt: skip
+
+
+def default_steps(recipe: Recipe, size: int, tokens_a_step: int, training_tokens: int) -> int:
+    """Return the number of steps by Chinchilla's law, or those of them that fit the default's number of operations."""
+    by_law = max(FEWEST_STEPS, round(min(20 * size, 4 * training_tokens) / tokens_a_step))
+    if recipe.recipe_of == "chinchilla":
+        return by_law
+    steps = min(by_law, max(FEWEST_STEPS, round(OPERATIONS / (6 * size * tokens_a_step))))  # 6 per token and parameter
+    if steps < by_law:
+        law = f"Chinchilla's law asks for {by_law:,} steps of {tokens_a_step:,} tokens (--recipe-of chinchilla)"
+        print(f"{law}; this run makes {steps:,}, to end within minutes.", flush=True)
+    return steps
 
 
 def prepare(recipe: Recipe) -> tuple[TextTask, llama.Config, Settings]:
