@@ -344,6 +344,17 @@ def test_matplotlib_keeps_its_list_in_the_cache_if_home_cannot_be_written(failin
         assert os.environ.get("MPLCONFIGDIR") == place
 
 
+def test_matplotlib_is_silent_about_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("KEIFU_CACHE", "MPLCONFIGDIR", "XDG_CACHE_HOME")}
+    command = ["-m", "keifu", "train", "perceptron", "--data", "and", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, *command], env={**environment, "HOME": "/proc/nohome"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert (tmp_path / "run/report.html").exists()
+    assert "atplotlib" not in done.stderr + done.stdout and "font" not in done.stderr
+
+
 def test_debugging_shows_the_traceback(failing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KEIFU_DEBUG", "1")
     failing(UserError("no"))

@@ -1,6 +1,7 @@
 """Folders: keifu's cache, configuration and packaged files, and names of files in a folder of the user."""
 
 import glob
+import logging
 import os
 from pathlib import Path
 
@@ -23,9 +24,12 @@ def cache() -> Path:
 
 
 def place_matplotlib() -> None:
-    """Let matplotlib keep its list of fonts in `KEIFU_CACHE` if it cannot write into the home folder. Otherwise it
-    prints several lines and makes the list anew each time."""
-    if (folder := os.environ.get("KEIFU_CACHE")) and not os.access(Path("~").expanduser(), os.W_OK):
+    """Let matplotlib keep its list of fonts in `KEIFU_CACHE` if it cannot write into the home folder. Without that
+    variable it makes the list anew each time, in a temporary folder, and does not print the lines that say so."""
+    if os.access(Path("~").expanduser(), os.W_OK):
+        return
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    if folder := os.environ.get("KEIFU_CACHE"):
         os.environ.setdefault("MPLCONFIGDIR", str(Path(folder).expanduser() / "matplotlib"))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from keifu.checkpoints.diffusers.pipeline import PIPELINE, is_diffusers, open_diffusers
 from keifu.checkpoints.gguf.read import is_gguf, open_gguf
-from keifu.checkpoints.gguf.write import save_gguf
+from keifu.checkpoints.gguf.write import PACKED, save_gguf
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PICKLED, WEIGHTS, open_directory, pickled_only
 from keifu.checkpoints.hf.write import MOVING, STAGE, save
 from keifu.checkpoints.hub import locate
@@ -133,13 +133,15 @@ def convert(
     """Write a model in another format: "hf" (a Hugging Face directory), "gguf" (one file for llama.cpp), or for a CLIP
     model "open_clip" (a directory that open_clip loads).
 
-    dtype: f32, f16, bf16 or, for gguf, q8_0. None keeps the smallest type that represents the stored numbers exactly.
+    dtype: f32, f16, bf16 or, for gguf, q8_0, q4_0 and q4_1. None keeps the smallest type that represents the stored
+    numbers exactly.
     """
     require_known("format", to, ["hf", "gguf", "open_clip"])
-    if dtype is not None and dtype not in (*DTYPES, "q8_0"):
-        raise unknown("number format", dtype, [*DTYPES, "q8_0"])
-    if to != "gguf" and dtype == "q8_0":
-        raise UserError("A Hugging Face directory cannot hold q8_0; write it as gguf, or choose f32, f16 or bf16.")
+    packed = [name.lower() for name in PACKED]
+    if dtype is not None and dtype not in (*DTYPES, *packed):
+        raise unknown("number format", dtype, [*DTYPES, *packed])
+    if to != "gguf" and dtype in packed:
+        raise UserError(f"A Hugging Face directory cannot hold {dtype}; write it as gguf, or choose f32, f16 or bf16.")
     model, tokenizer = _to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
     if to == "gguf":
         save_gguf(model, tokenizer, Path(out), dtype)

@@ -20,9 +20,9 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder or .gguf file to write.")]
     to: Literal["hf", "gguf", "open_clip", "web"] | None = None
     """Format; web is a folder with a page. Unset: gguf if OUT ends in .gguf, else hf."""
-    dtype: Literal["f32", "f16", "bf16", "q8_0", "int8"] | None = None
-    """Number format of the matrices, by default one that holds the stored numbers, and int8 for web; q8_0 is for gguf
-    alone, and int8 for web alone."""
+    dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "int8"] | None = None
+    """Number format of the matrices, by default one that holds the stored numbers, and int8 for web. q8_0 and
+    the formats of 4 bits, q4_0 and q4_1, are for gguf alone, and int8 for web alone."""
     replace: bool = False
     """Whether to write over the model that OUT holds."""
 
@@ -49,8 +49,8 @@ def _write_page(options: Options) -> None:
     from keifu.checkpoints.web import write_web
 
     int8 = options.dtype in (None, "int8")
-    if options.dtype == "q8_0":
-        raise UserError("A page cannot hold q8_0: choose int8, f32, f16 or bf16.")
+    if options.dtype is not None and options.dtype.startswith("q"):
+        raise UserError(f"A page cannot hold {options.dtype}: choose int8, f32, f16 or bf16.")
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         convert(options.model, model, "hf", "f32" if int8 else options.dtype)

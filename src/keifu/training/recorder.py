@@ -150,8 +150,8 @@ class Recorder:
 
     @contextmanager
     def tolerating(self, name: str, what: str = "saved") -> Iterator[None]:
-        """Run a block whose failure does not stop the run, such as a full disk, or a prompt of the samples that is longer
-        than the context. It is reported, and tried again when next due."""
+        """Run a block whose failure does not stop the run, such as a full disk, or a prompt of samples that is longer
+        than the context. The failure is reported, and the block is tried again when next due."""
         try:
             yield
         except (OSError, UserError) as error:

@@ -87,7 +87,7 @@ def test_written_and_read_again_is_the_same(name, tmp_path) -> None:
         assert torch.allclose(model(tokens), again(tokens), rtol=0, atol=1e-6 if not unit_offset else 1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"])
 def test_each_format_is_what_its_name_says(dtype, tmp_path) -> None:
     model = random(CONFIGS["gpt2"])
     path = tmp_path / "model.gguf"
@@ -95,10 +95,12 @@ def test_each_format_is_what_its_name_says(dtype, tmp_path) -> None:
     reader = gguf.GGUFReader(path)  # the reference
     for tensor in reader.tensors:
         vector = len(tensor.shape) == 1 or tensor.name == "position_embd.weight"
-        assert tensor.tensor_type.name == ("F32" if vector else dtype.upper())
-    assert reader.fields["general.file_type"].contents() == {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}[dtype]
+        matrix = "q8_0" if dtype.startswith("q4") and tensor.name in ("token_embd.weight", "output.weight") else dtype
+        assert tensor.tensor_type.name == ("F32" if vector else matrix.upper())
+    numbers = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3}  # llama.h, enum llama_ftype
+    assert reader.fields["general.file_type"].contents() == numbers[dtype]
     again = checkpoints.load_model(path)
-    error = {"f32": 0, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2}[dtype]
+    error = {"f32": 0, "f16": 1e-3, "bf16": 1e-2, "q8_0": 2e-2, "q4_0": 0.13, "q4_1": 0.07}[dtype]
     for key, tensor in model.state_dict().items():
         assert (again.state_dict()[key] - tensor).abs().max() <= error * tensor.abs().max(), key
 
@@ -483,15 +485,17 @@ def test_tokenizer_travels_with_the_model(tokenizer, tmp_path) -> None:
     assert (same.bos_id, same.eos_id) == (tokenizer.bos_id, tokenizer.eos_id)
 
 
-@pytest.mark.parametrize(("to", "dtype"), [("hf", None), ("hf", "bf16"), ("gguf", None), ("gguf", "q8_0")])
+@pytest.mark.parametrize(
+    ("to", "dtype"), [("hf", None), ("hf", "bf16"), ("gguf", None), ("gguf", "q8_0"), ("gguf", "q4_1")]
+)
 def test_convert(to, dtype, tokenizer, tmp_path) -> None:
     model = random(CONFIGS["qwen2"]).half()
     checkpoints.save(model, tokenizer, tmp_path / "source")
     out = tmp_path / ("out.gguf" if to == "gguf" else "out")
     checkpoints.convert(tmp_path / "source", out, to, dtype)
-    held = {None: torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float32}[dtype]
+    held = {None: torch.float16, "bf16": torch.bfloat16}.get(dtype, torch.float32)
     again = checkpoints.load_model(out, held)
-    error = {None: 0, "bf16": 1e-2, "q8_0": 2e-2}[dtype]
+    error = {None: 0, "bf16": 1e-2, "q8_0": 2e-2, "q4_1": 0.07}[dtype]
     for key, tensor in model.state_dict().items():
         assert (again.state_dict()[key].float() - tensor.float()).abs().max() <= error * tensor.float().abs().max()
     if to == "gguf" and dtype is None:
@@ -501,7 +505,8 @@ def test_convert(to, dtype, tokenizer, tmp_path) -> None:
 
 def test_convert_says_what_it_cannot(tmp_path) -> None:
     checkpoints.save(random(CONFIGS["llama"]), None, tmp_path / "source")
-    wrong = [("hf", "q8_0", "cannot hold q8_0"), ("gguf", "q4", "'q4'"), ("hf", "q8", "Did you mean 'q8_0'")]
+    wrong = [("hf", "q8_0", "cannot hold q8_0"), ("hf", "q4_0", "cannot hold q4_0"), ("gguf", "q3", "'q3'")]
+    wrong += [("hf", "q8", "Did you mean 'q8_0'"), ("gguf", "q4", "Did you mean 'q4_")]
     for to, dtype, text in wrong:
         with pytest.raises(UserError, match=text):
             checkpoints.convert(tmp_path / "source", tmp_path / "out", to, dtype)

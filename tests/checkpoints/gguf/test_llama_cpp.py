@@ -63,7 +63,7 @@ def test_same_logits_and_greedy_tokens(kind, tokenizer, tmp_path) -> None:
     assert continued == greedy(model, tokens, 24)
 
 
-@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0", "q4_1"])
 @torch.no_grad()
 def test_other_number_formats(dtype, tokenizer, tmp_path) -> None:
     model = random(CONFIGS["llama"])

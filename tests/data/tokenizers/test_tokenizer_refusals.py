@@ -1,11 +1,13 @@
 """Damaged files of a tokenizer: ids and templates of the wrong type are refused with the file and the value."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from keifu.data.tokenizers.chat_template import compile_template
 from keifu.data.tokenizers.gguf import gguf_tokenizer, to_gguf_fields
@@ -65,6 +67,40 @@ def test_damage_within_a_tokenizer_json_is_named(
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
     assert "panicked" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("version", "9.0", "has the version '9.0'"),
+        ("normalizer", "x", "has the normalizer 'x'"),
+        (
+            "pre_tokenizer",
+            {"type": "Foo"},
+            "has a pre_tokenizer of type 'Foo', which is unknown or has a damaged entry",
+        ),
+        ("decoder", [1], r"has the decoder \[1\]"),
+        ("added_tokens", [5], r"has the added_tokens \[5\]"),
+        ("dropout", 7.0, "has a model whose dropout is 7.0"),
+        ("merges", 5, "has a model whose merges is 5"),
+        ("unk_token", 5, "has a model whose unk_token is 5"),
+    ],
+)
+def test_a_part_that_the_library_does_not_read_is_named(
+    tokenizer: Tokenizer, part: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    if part in described:
+        described[part] = value
+    else:
+        described["model"][part] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=message) as raised:
+        load_tokenizer(tmp_path)
+    sentence = str(raised.value)
+    assert sentence.endswith(f": the file is damaged, or newer than tokenizers {tokenizers.__version__}.")
+    assert not re.search("untagged|variant|line 1|expected|u32", sentence)  # words of the tokenizers library
 
 
 @pytest.mark.parametrize(

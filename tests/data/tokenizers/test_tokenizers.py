@@ -188,7 +188,7 @@ def model_json(vocabulary: dict[str, int]) -> str:
         ("tokenizer.json", model_json({"a": 0, "b": 0}), "gives the id 0 to the token 'b', as to 'a'"),
         ("vocab.json", '{"a": [0], "b": 1}', "gives the id \\[0\\] to the token 'a': ids are whole"),
         ("tokenizer.json", model_json({"a": 0, "b": 2}).replace("[]", '[], "x": 1'), "none with the id 1|not a token"),
-        ("tokenizer.json", '{"model": {"type": "Riddle", "vocab": {"a": 0}}}', "not a tokenizer that"),
+        ("tokenizer.json", '{"model": {"type": "Riddle", "vocab": {"a": 0}}}', "has the model of type 'Riddle'"),
         ("vocab.json", "[]", "holds no vocabulary"),
         ("vocab.json", '{"a": 0}', "a vocabulary without merges: put merges.txt"),
         ("vocab.txt", "[UNK]\na\na\n", "has the token 'a' twice, in the lines 2 and 3"),

@@ -22,9 +22,11 @@ from keifu.errors import unknown
 from keifu.files import remove_abandoned, replacing
 
 # llama.cpp's number for the type of most matrices of a file
-FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
-BLOCK = 32  # numbers per block of Q8_0
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
+PACKED = ("Q4_0", "Q4_1", "Q8_0")
+BLOCK = 32  # numbers per block of a packed format
 UNUSED = 5  # the type of a token that never occurs
+EMBEDDINGS = re.compile(r"(token_embd|output)\.weight")  # 4 bits would change too many predictions
 ALWAYS_EXACT = re.compile(r"position_embd|.*\.(ffn_gate_inp|shortconv\.conv)\.")
 EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight)")
 
@@ -32,8 +34,9 @@ EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight)")
 def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = None) -> None:
     """Write a model and its tokenizer as one GGUF file.
 
-    dtype: f32, f16, bf16 or q8_0 for the matrices; None: the model's dtype. Vectors, positions and routers stay
-    float32, as llama.cpp requires. With q8_0, matrices whose rows are not a multiple of 32 are float32.
+    dtype: f32, f16, bf16, q8_0, q4_0 or q4_1 for the matrices; None: the model's dtype. Vectors, positions and routers
+    stay float32, as llama.cpp requires, and so do matrices whose rows are not a multiple of 32, with the packed formats
+    (q). With 4 bits, the embedding and the output layer have q8_0.
     """
     config: Any = model.config
     name, architecture = architecture_for(config)
@@ -139,7 +142,9 @@ def tensor_format(name: str, shape: tuple[int, ...], format: str) -> str:
     """Return the number type of one tensor in a file whose matrices have the type `format`."""
     if len(shape) == 1 or ALWAYS_EXACT.match(name):
         return "F32"
-    return "F32" if format == "Q8_0" and shape[-1] % BLOCK else format
+    if format in PACKED and shape[-1] % BLOCK:
+        return "F32"
+    return "Q8_0" if format in PACKED and EMBEDDINGS.fullmatch(name) else format
 
 
 def encode_tensor(tensor: Tensor, format: str) -> np.ndarray:

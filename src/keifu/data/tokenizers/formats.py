@@ -47,7 +47,40 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
         return tokenizers.Tokenizer.from_str(json.dumps(described)), {}
     except Exception as error:  # `tokenizers` raises bare Exceptions
         _check_merges(model, path)
-        raise UserError(f"{path} is not a tokenizer that the tokenizers library reads: {error}.") from error
+        library = f"tokenizers {tokenizers.__version__}"
+        raise UserError(f"{path} {_damage(described)}: the file is damaged, or newer than {library}.") from error
+
+
+EMPTY: dict[str, Any] = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    "pre_tokenizer": None, "post_processor": None, "decoder": None,
+    "model": {"type": "WordLevel", "vocab": {UNKNOWN: 0}, "unk_token": UNKNOWN},
+}  # fmt: skip
+
+
+def _damage(described: Mapping[str, Any]) -> str:
+    """Return a phrase with the part of a tokenizer.json that the tokenizers library does not read, and its entry."""
+    for name in EMPTY:
+        if name not in described or _is_read({**EMPTY, name: described[name]}):
+            continue
+        part = described[name]
+        for entry in part if isinstance(part, dict) else ():
+            without = {**part, entry: []} if entry == "merges" else {k: v for k, v in part.items() if k != entry}
+            if _is_read({**EMPTY, name: without}):
+                return f"has a {name} whose {entry} is {part[entry]!r:.60}"
+        if isinstance(part, dict) and isinstance(part.get("type"), str) and name != "model":
+            return f"has a {name} of type {part['type']!r}, which is unknown or has a damaged entry"
+        kind = f" of type {part['type']!r:.60}" if isinstance(part, dict) and "type" in part else f" {part!r:.60}"
+        return f"has the {name}{kind}"
+    return "has parts that do not fit together"
+
+
+def _is_read(described: Mapping[str, Any]) -> bool:
+    try:
+        tokenizers.Tokenizer.from_str(json.dumps(described))
+    except Exception:  # `tokenizers` raises bare Exceptions
+        return False
+    return True
 
 
 def _check_merges(model: Mapping[str, Any], path: Path) -> None:

@@ -1,9 +1,9 @@
 """A language model whose size one option sets: --depth decides width, heads, context, learning rate, batch and steps.
 
 The model consists of LLaMA's blocks (Touvron et al., 2023); the optimiser is Muon with AdamW. One option for all sizes
-is nanochat's idea. `--recipe-of chinchilla` trains on the number of tokens of Hoffmann et al. (2022), 20 per parameter, but
-at most 4 passes over the text (Muennighoff et al., 2023). The default stops at 80 TFLOP, a few minutes on 2 cores. With
-`--distill.teacher` the model learns all probabilities of a larger model with the same tokenizer.
+is nanochat's idea. `--recipe-of chinchilla` trains on the number of tokens of Hoffmann et al. (2022), 20 per parameter,
+but at most 4 passes over the text (Muennighoff et al., 2023). The default stops at 80 TFLOP, a few minutes on 2 cores.
+With `--distill.teacher` the model learns all probabilities of a larger model with the same tokenizer.
 Command: keifu train gpt --depth 4 --data english
 Cost: printed before it starts, measured on the machine; depth 4 has about 5 M parameters and takes a few minutes on 2
 cores, and an hour or more with --recipe-of chinchilla.
