@@ -77,7 +77,7 @@ def test_damage_within_a_tokenizer_json_is_named(
         (
             "pre_tokenizer",
             {"type": "Foo"},
-            "has a pre_tokenizer of type 'Foo', which is unknown or has a damaged entry",
+            "has a pre_tokenizer of type 'Foo' that cannot be read",
         ),
         ("decoder", [1], r"has the decoder \[1\]"),
         ("added_tokens", [5], r"has the added_tokens \[5\]"),

@@ -68,10 +68,9 @@ def _damage(described: Mapping[str, Any]) -> str:
             without = {**part, entry: []} if entry == "merges" else {k: v for k, v in part.items() if k != entry}
             if _is_read({**EMPTY, name: without}):
                 return f"has a {name} whose {entry} is {part[entry]!r:.60}"
-        if isinstance(part, dict) and isinstance(part.get("type"), str) and name != "model":
-            return f"has a {name} of type {part['type']!r}, which is unknown or has a damaged entry"
-        kind = f" of type {part['type']!r:.60}" if isinstance(part, dict) and "type" in part else f" {part!r:.60}"
-        return f"has the {name}{kind}"
+        if isinstance(part, dict) and "type" in part:
+            return f"has a {name} of type {part['type']!r:.60} that cannot be read"
+        return f"has the {name} {part!r:.60}"
     return "has parts that do not fit together"
 
 
