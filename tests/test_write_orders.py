@@ -20,6 +20,7 @@ from keifu.distributed.checkpoint import States
 from keifu.distributed.layout import Layout
 from keifu.distributed.pod import Pod
 from keifu.files import replacing, write_atomic
+from keifu.inference.text.paged.folder import ENDING, CacheFolder
 from keifu.layers.lora import LoraSettings
 from keifu.models import llama
 from keifu.models.diffusion import ddpm
@@ -85,6 +86,12 @@ def once(folder: Path) -> None:
     build_once(folder / "made", (folder / "made").exists, make)
 
 
+def keys_and_values(folder: Path) -> None:
+    cache = CacheFolder(folder / "cache", 2**30)
+    cache.write(f"{0:064x}{ENDING}", TENSORS, 0)
+    cache.flush()
+
+
 SAVES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file": (twice, "file"),
     "a folder of the cache": (once, "made"),
@@ -97,6 +104,7 @@ SAVES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "state": (lambda folder: checkpoint.save(folder, 3, TENSORS, {}, lambda step: None), "step-00000003.json"),
     "state of a split model": (split_state, "step-00000003.json"),
     "best weights": (best, "best.json"),
+    "keys and values": (keys_and_values, f"{0:064x}{ENDING}"),
     "prepared text": (prepared, "00000.json"),
 }
 

@@ -7,7 +7,9 @@ import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,16 @@ def hash_of(parts: Iterable[str | bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def hash_buffers(buffers: Iterable[Any]) -> str:
+    """Return the SHA-256 of the SHA-256 of each buffer, in hexadecimal. Several are hashed at the same time."""
+    digest, remaining = hashlib.sha256(), iter(buffers)
+    with ThreadPoolExecutor() as threads:
+        while batch := [*islice(remaining, 8)]:  # buffers may be copies, which should not all be in memory
+            for inner in threads.map(lambda buffer: hashlib.sha256(buffer).digest(), batch):
+                digest.update(inner)
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ import random
 from copy import deepcopy
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from quick import quick
 
 from keifu.inference.text.draft import Draft
 from keifu.inference.text.engine import Engine
+from keifu.inference.text.paged import stored
+from keifu.inference.text.paged.folder import CacheFolder
 from keifu.inference.text.sampling_params import SamplingParams
+from keifu.native.library import INSTRUCTIONS
 from keifu.native.model import BLOCK_SIZE, NativeLM, pack
 
 pytestmark = pytest.mark.usefixtures("opened")
@@ -71,6 +75,40 @@ def test_a_block_is_known_by_all_tokens_before_it(weights: str) -> None:
         while engine.work:
             found[-1] += [(each.token, each.log_probability, each.sampled_log_probability) for each in engine.step()]
     assert found == [write(Engine(packed, None, packed.runner(4)), [each], None)[0] for each in asked]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_a_cache_folder_changes_no_bit(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new engine reads two blocks of the first question from the folder. Other weights, formats and instruction sets
+    do not."""
+    monkeypatch.setattr(stored, "TOKENS", BLOCK_SIZE)
+    model, document = toy("qwen2", 0.3), [(3 * place) % 101 for place in range(66)]
+    sampling = SamplingParams(temperature=0, max_tokens=6, seed=1, log_probabilities=True)
+
+    def restarted(packed: NativeLM, question: list[int]) -> tuple[list[Written], int]:
+        folder = CacheFolder(tmp_path, 2**30)
+        engine = Engine(packed, None, packed.runner(20), folder=folder)
+        request = engine.request([*document, *question], sampling)
+        engine.add(request)
+        found = [(each.token, each.log_probability, each.sampled_log_probability) for each in engine.pieces()]
+        folder.flush()
+        return [found], request.cached
+
+    packed = pack(model, weights)
+    for question, cached in (([1, 2], 0), ([3], 64), ([1, 2], 64)):
+        assert restarted(packed, question) == (alone(packed, [([*document, *question], sampling)]), cached)
+    with torch.no_grad():
+        next(model.parameters())[5, 5] += 1
+    assert restarted(pack(model, weights), [3])[1] == 0
+    assert restarted(pack(toy("qwen2", 0.3), "bf16" if weights == "f32" else "f32"), [3])[1] == 0
+    assert restarted(pack(toy("qwen2", 0.3), weights), [3])[1] == 64
+    library = packed.library
+    before = library.call("instructions")
+    library.call("use_instructions", INSTRUCTIONS.index("portable"))
+    try:
+        assert restarted(packed, [3])[1] == 0 or before == INSTRUCTIONS.index("portable")
+    finally:
+        library.call("use_instructions", before)
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -122,15 +122,18 @@ _ARGUMENTS = {
     "create": (POINTER(ModelDescription), c_int32, c_int32, c_int32),
     "destroy": (c_void_p,),
     "copy_block": (c_void_p, c_int32, c_int32),
+    **dict.fromkeys(("read_block", "write_block"), (c_void_p, c_int32, c_void_p)),
     "store_source": (c_void_p, c_int32, c_void_p, c_void_p, c_int32, c_void_p),
     "forward": (c_void_p, POINTER(Batch)),
 }
 
 
 class Library:
-    """The functions of the C header without their prefix: `library.call("pack", ...)`."""
+    """The functions of the C header without their prefix: `library.call("pack", ...)`. key: the name of its file, a
+    hash of everything that it was built from."""
 
     def __init__(self, path: str):
+        self.key = Path(path).stem
         self._functions: dict[str, Any] = {}
         loaded = ctypes.CDLL(path)
         for name, arguments in _ARGUMENTS.items():
@@ -190,6 +193,13 @@ def is_open() -> bool:
     to be compiled.
     """
     return switched_off() or _loaded.cache_info().currsize > 0
+
+
+def numbers_of(struct: Structure) -> list[Any]:
+    """Return the numbers of a struct and of those inside it, without pointers."""
+    fields = [(kind, getattr(struct, name)) for name, kind, *_ in struct._fields_]
+    plain = [value for kind, value in fields if kind in (c_int32, c_int64, c_float)]
+    return [*plain, *(numbers_of(value) for _, value in fields if isinstance(value, Structure))]
 
 
 def use_threads(count: int) -> None:

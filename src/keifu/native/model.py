@@ -5,7 +5,7 @@ Axes: batch, length, vocab; wanted = tokens whose logits are requested.
 
 import ctypes
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 from weakref import finalize
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from keifu.errors import UserError
+from keifu.files import hash_buffers, hash_of
 from keifu.native import library as native
 from keifu.native.compiler import Unavailable
 from keifu.native.describe import LayerPart, ModelPart, describe
@@ -95,6 +96,15 @@ class NativeLM(nn.Module):
         """The dtype of keys and values."""
         return torch.float32 if self.description.embedding.format == native.F32 else torch.bfloat16
 
+    def fingerprint(self) -> str:
+        """Return a hash of all that the results depend on: the packed weights, the numbers of the description, the
+        config, the library and the instruction set."""
+        experts = [expert for layer in self._layers for expert in layer.experts[: layer.n_experts]]
+        numbers = [native.numbers_of(struct) for struct in (self.description, *self._layers, *experts)]
+        code = self.library.key, native.INSTRUCTIONS[self.library.call("instructions")]
+        about = code, numbers, type(self.config).__module__, self.config
+        return hash_of([repr(about), hash_buffers(self.packer.buffers())])
+
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """Raise UserError: packed weights have no published format."""
         raise UserError(f"Weights packed as {self.weights} cannot be saved: load it without weights, and save that.")
@@ -156,6 +166,24 @@ class NativeRunner:
             n_wanted=len(wanted), wanted=at(wanted), logits=logits.data_ptr(),
         )  # fmt: skip
         self.model.library.call("forward", self._handle, ctypes.byref(batch))
+
+    def read_blocks(self, blocks: Sequence[int]) -> dict[str, Tensor]:
+        """Copy blocks out of the cache, with their keys and values in the order of native code. The first axis of each
+        tensor is the block."""
+        width = self.token_bytes * self.block_size // self.model.cache_dtype.itemsize
+        copied = torch.empty(len(blocks), width, dtype=self.model.cache_dtype, device="cpu")
+        for block, row in zip(blocks, copied, strict=True):
+            self.model.library.call("read_block", self._handle, block, row.data_ptr())
+        return {"keys_and_values": copied}
+
+    def write_blocks(self, blocks: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of `read_blocks` into the cache."""
+        for block, row in zip(blocks, tensors["keys_and_values"].contiguous(), strict=True):
+            self.model.library.call("write_block", self._handle, block, row.data_ptr())
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the keys and values depend on."""
+        return self.model.fingerprint()
 
     def forget(self, sequence: int) -> None:
         """Forget a sequence: nothing to do, since only the sequence's blocks contain its state."""

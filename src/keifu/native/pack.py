@@ -8,6 +8,7 @@ import mmap
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -105,6 +106,11 @@ class Arena:
         self.size += size
         return self._next - size
 
+    def buffers(self) -> list[memoryview]:
+        """Return the memory in use."""
+        views = [memoryview(mapped) for mapped in self._maps]
+        return [*views[:-1], *(view[: len(view) - (self._end - self._next)] for view in views[-1:])]
+
 
 class Packer:
     """Packer of one model's parameters. It keeps all memory that the native code points to alive.
@@ -119,6 +125,10 @@ class Packer:
         self._kept: dict[bytes, Tensor] = {}
         self.matrices: dict[tuple[str, int], native.Matrix] = {}
         self._experts: list[ctypes.Array[native.Expert]] = []
+
+    def buffers(self) -> list[Any]:
+        """Return all memory that the native code reads: matrices, norms, biases and frequencies."""
+        return [*self.arena.buffers(), *(x.numpy() for x in (*self._floats.values(), *self._kept.values()))]
 
     def address(self, numbers: str | Tensor | None, offset: float = 0.0) -> int | None:
         """Return the address of a parameter plus `offset`, or of given numbers, in float32. Equal numbers share one

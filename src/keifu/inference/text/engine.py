@@ -21,6 +21,8 @@ from keifu.errors import UserError
 from keifu.inference.chat.prompts import ImagePrompt, insert_images
 from keifu.inference.text.draft import Draft, Drafter, check_guesses
 from keifu.inference.text.model import evaluation_mode
+from keifu.inference.text.paged.folder import CacheFolder
+from keifu.inference.text.paged.stored import stored_prefixes
 from keifu.inference.text.request import Piece, Request, prompt_tokens
 from keifu.inference.text.runner import Runner, Span, TorchRunner, blocks_of, runner_of
 from keifu.inference.text.sampler import Chosen, Sampler
@@ -80,12 +82,12 @@ class Engine:
     prompts faster, but delays running texts. guesses: maximal number of tokens to guess from the text after an earlier
     occurrence of the last three tokens (prompt lookup, Saxena, 2023); they do not change the text. None: guess for few
     sequences, as long as it is faster, and only in native code, whose bits do not depend on guesses. A `Draft` guesses
-    by a smaller model instead.
+    by a smaller model instead. folder: keeps keys and values between runs of the program; None: nothing is kept.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer | None, runner: Runner | None = None, max_running: int = 32,
-        step_tokens: int = 512, guesses: int | Draft | None = 0,
+        step_tokens: int = 512, guesses: int | Draft | None = 0, folder: CacheFolder | None = None,
     ):  # fmt: skip
         reuse_freed()
         self.model, self.tokenizer = model, tokenizer
@@ -96,7 +98,8 @@ class Engine:
         runner = self.runner
         draft, wanted = (guesses, guesses.most) if isinstance(guesses, Draft) else (None, guesses)
         check_guesses(guesses, tokenizer, runner.vocab_size, bool(runner.state_bytes))
-        self.scheduler = Scheduler(blocks_of(runner), max_running, step_tokens, runner.window, runner.contiguous)
+        stored = stored_prefixes(folder, runner, blocks := blocks_of(runner))
+        self.scheduler = Scheduler(blocks, max_running, step_tokens, runner.window, runner.contiguous, stored)
         usual = 0 if isinstance(runner, TorchRunner) and draft is None else MOST_GUESSES
         most = min(usual if wanted is None else wanted, self.scheduler.step_tokens // max_running - 1)
         self.guessing = Guessing(most, wanted is None)

@@ -6,16 +6,17 @@ in block `blocks[p // block_size]` of the sequence's block table, at index p % b
 to sequences. Axes: wanted = tokens whose logits are needed, vocab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from keifu.files import hash_buffers, hash_of
 from keifu.inference.text.model import Model, causal, device_of
 from keifu.inference.text.paged.blocks import BlockManager
 from keifu.inference.text.paged.graphs import StepGraphs
@@ -107,6 +108,26 @@ class TorchRunner:
         more: dict[str, Any] = {} if inserted is None else {"inserted": inserted}
         hidden = self._form.hidden(step.tokens, step, **more)
         return self._form.logits(hidden[0, step.wanted]).float()
+
+    def read_blocks(self, blocks: Sequence[int]) -> dict[str, Tensor]:
+        """Copy blocks out of the pool. The first axis of each tensor is the block."""
+        return self._pool.read(blocks, self.block_size)
+
+    def write_blocks(self, blocks: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of `read_blocks` into the pool."""
+        self._pool.write(blocks, tensors, self.block_size)
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the keys and values depend on: the weights, the modules, the config, PyTorch's
+        version and the device."""
+        model, config, device = cast(nn.Module, self.model), self.model.config, self.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        code = torch.__version__, device.type, name, torch.get_float32_matmul_precision(), self.packs
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        kinds = [(name, tensor.dtype, tensor.shape) for name, tensor in tensors]
+        about = code, kinds, str(model), type(config).__module__, config
+        data = (x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, x in tensors)
+        return hash_of([repr(about), hash_buffers(data)])
 
     def forget(self, sequence: int) -> None:
         """Free the data of a sequence, except blocks. The sequence has ended or was preempted."""

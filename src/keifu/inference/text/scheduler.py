@@ -7,11 +7,13 @@ are blocks for its whole prompt. If blocks run out, the newest sequence loses it
 frees blocks that no later token attends to.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence as Tokens
 from dataclasses import dataclass, field, replace
 
 from keifu.inference.text.paged.blocks import BlockManager
+from keifu.inference.text.paged.stored import StoredPrefixes
 from keifu.inference.text.request import Piece, Request
 from keifu.native.model import Span
 
@@ -39,6 +41,8 @@ class Sequence:
     sources: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
+    stored: int = 0
+    began: int = field(default_factory=time.time_ns)
     _after: dict[tuple[int, ...], int] = field(default_factory=dict)  # position after three tokens,
     _known: int = NGRAM  # number of tokens in `_after`
 
@@ -78,10 +82,15 @@ class Scheduler:
     """Scheduler of waiting and running sequences. step_tokens, max_running: maximal tokens and sequences of a step.
 
     window: the largest number of tokens that a token attends to in any layer, including itself; None: all. contiguous:
-    whether the runner is fastest if a sequence's blocks are consecutive.
+    whether the runner is fastest if a sequence's blocks are consecutive. stored: beginnings of texts in a cache folder;
+    None: there is none.
     """
 
-    def __init__(self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None, contiguous: bool):
+    def __init__(
+        self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None, contiguous: bool,
+        stored: StoredPrefixes | None = None,
+    ):  # fmt: skip
+        self.stored = stored
         self.window = window or 1 << 62
         self.contiguous = contiguous
         self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)
@@ -157,6 +166,8 @@ class Scheduler:
             full = slice(before, sequence.computed // size)
             for block, digest in zip(sequence.blocks[full], sequence.hashes[full], strict=False):
                 self.blocks.remember(block, digest)
+        if self.stored is not None:
+            self._store(sequence, self.stored)
         passed = max(0, sequence.computed - self.window + 1) // size
         self.blocks.release(sequence.blocks[sequence.passed : passed])
         sequence.passed = passed
@@ -169,6 +180,8 @@ class Scheduler:
                 return
             self._hash(sequence)
             wanted = sequence.hashes[: (len(sequence.tokens) - 1) // self.blocks.block_size]  # without the last
+            if self.stored is not None and not sequence.admitted:
+                self._restore(sequence, wanted, self.stored)
             shared = self.blocks.shared(wanted)
             if any(digest in filling for digest in wanted[len(shared) :][:1]):
                 continue  # a running sequence computes the same block: wait for it
@@ -187,6 +200,32 @@ class Scheduler:
             count = min(sequence.left, budget)
             budget -= count
             yield sequence.span(count)
+
+    def _restore(self, sequence: Sequence, hashes: list[bytes], stored: StoredPrefixes) -> None:
+        """Read blocks of a sequence's beginning from the cache folder if they fit the memory. They are then cached
+        blocks that no sequence uses yet."""
+        known = self.blocks.shared(hashes)
+        lacking = stored.reach(hashes, len(known)) - len(known)
+        needed = self._blocks_for(len(sequence.tokens)) - len(known) + self.blocks.unused(known)
+        if lacking <= 0 or needed > self.blocks.free:
+            return
+        self.blocks.share(known)
+        blocks = self.blocks.allocate(lacking, known[-1] if known else None, self._room(sequence))
+        try:
+            count = stored.restore(self._identity(sequence), hashes, len(known), blocks)
+            for block, digest in zip(blocks[:count], hashes[len(known) :], strict=False):
+                self.blocks.remember(block, digest)
+        finally:
+            self.blocks.release(known + blocks)
+
+    def _store(self, sequence: Sequence, stored: StoredPrefixes) -> None:
+        """Give the full groups of a sequence's blocks to the cache folder, except those that are not its own any
+        more."""
+        full = sequence.computed // self.blocks.block_size // stored.count
+        groups = range(sequence.stored, full)
+        if groups and groups[0] * stored.count >= sequence.passed:
+            stored.save(self._identity(sequence), sequence.hashes, sequence.blocks, groups, sequence.began)
+            sequence.stored = full
 
     def _extend(self, sequence: Sequence, length: int) -> bool:
         """Allocate blocks up to `length` tokens of a running sequence. Return False if it was preempted instead."""
@@ -233,9 +272,13 @@ class Scheduler:
         sequence.passed = sequence.computed = 0
 
     def _hash(self, sequence: Sequence) -> None:
-        images, start = sequence.request.images, len(sequence.hashes) * self.blocks.block_size
-        known = sequence.tokens if images is None else images.identity(sequence.tokens, start)
-        sequence.hashes = self.blocks.digests(known, sequence.hashes)
+        start = len(sequence.hashes) * self.blocks.block_size
+        sequence.hashes = self.blocks.digests(self._identity(sequence, start), sequence.hashes)
+
+    def _identity(self, sequence: Sequence, start: int = 0) -> Tokens[int]:
+        """Return the tokens of a sequence, correct from index `start` on, with pictures identified by their content."""
+        images = sequence.request.images
+        return sequence.tokens if images is None else images.identity(sequence.tokens, start)
 
     def _unfilled(self, sequence: Sequence) -> list[bytes]:
         """Return the hashes of the blocks that a sequence will fill while its prompt is read."""

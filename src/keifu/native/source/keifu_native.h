@@ -190,6 +190,11 @@ KeifuModel *keifu_create(const KeifuModelDescription *description, int32_t n_blo
 void keifu_destroy(KeifuModel *model);
 int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to); /* all layers */
 
+/* Copies a block of all layers, keifu_cache_bytes(description, 1, block_size) bytes, out of the cache or into it. The
+ * bytes have the cache's own order, which is the same for all instruction sets. */
+int32_t keifu_read_block(KeifuModel *model, int32_t block, void *data);
+int32_t keifu_write_block(KeifuModel *model, int32_t block, const void *data);
+
 /* Writes a source's keys and values for the cross-attention of one layer, [n_positions, kv_heads·head_dim] each in
  * the cache's type, into the blocks of `table`, in order. */
 int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, const void *values, int32_t n_positions,

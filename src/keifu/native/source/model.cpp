@@ -392,6 +392,22 @@ int32_t keifu_copy_block(KeifuModel *model, int32_t from, int32_t to) {
     return 0;
 }
 
+int32_t keifu_read_block(KeifuModel *model, int32_t block, void *data) {
+    const Cache &c = model->cache;
+    if (check_blocks(c, &block, 1)) return -1;
+    for (int layer = 0; layer < model->about.n_layers; layer++)
+        std::memcpy((uint8_t *)data + layer * c.block, c.data + layer * c.layer + block * c.block, (size_t)c.block);
+    return 0;
+}
+
+int32_t keifu_write_block(KeifuModel *model, int32_t block, const void *data) {
+    const Cache &c = model->cache;
+    if (check_blocks(c, &block, 1)) return -1;
+    for (int layer = 0; layer < model->about.n_layers; layer++)
+        std::memcpy(c.data + layer * c.layer + block * c.block, (const uint8_t *)data + layer * c.block, (size_t)c.block);
+    return 0;
+}
+
 int32_t keifu_store_source(KeifuModel *model, int32_t layer, const void *keys, const void *values, int32_t n_positions,
                            const int32_t *table) {
     if (layer < 0 || layer >= model->about.n_layers) return fail("Layer %d is not one of %d.", layer, model->about.n_layers);

@@ -2,11 +2,11 @@
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, count
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from keifu.layers.attention.kv_cache import KVState
@@ -55,10 +55,33 @@ class Pool:
 
     def copy(self, sources: Sequence[int], blocks: Sequence[int], size: int) -> None:
         """Copy whole blocks. sources, blocks: their numbers. size: tokens of a block."""
-        pair = torch.tensor([sources, blocks], device="cpu")[:, :, None] * size + torch.arange(size, device="cpu")
-        start, into = pair.flatten(1).to(self.device)
+        start, into = self._slots(sources, size), self._slots(blocks, size)
         for x in (*self.keys, *self.values):
             x.index_copy_(1, into, x.index_select(1, start))
+
+    def read(self, blocks: Sequence[int], size: int) -> dict[str, Float[Tensor, "blocks heads size head_dim"]]:
+        """Return copies of whole blocks on the CPU, by the name of each layer's keys or values."""
+        self.reserve(size * (1 + max(blocks)))
+        slots = self._slots(blocks, size)
+        parts = {name: x.index_select(1, slots).unflatten(1, (-1, size)) for name, x in self._named().items()}
+        return {name: part.transpose(0, 1).contiguous().cpu() for name, part in parts.items()}
+
+    def write(self, blocks: Sequence[int], tensors: Mapping[str, Tensor], size: int) -> None:
+        """Copy the tensors of `read` into these blocks."""
+        self.reserve(size * (1 + max(blocks)))
+        slots = self._slots(blocks, size)
+        for name, x in self._named().items():
+            x.index_copy_(1, slots, tensors[name].transpose(0, 1).flatten(1, 2).to(self.device))
+
+    def _named(self) -> dict[str, Tensor]:
+        """Return the tensors of all layers by name."""
+        kinds = {"keys": self.keys, "values": self.values}
+        return {f"{kind}.{index}": x for kind, tensors in kinds.items() for index, x in enumerate(tensors)}
+
+    def _slots(self, blocks: Sequence[int], size: int) -> Int[Tensor, " tokens"]:
+        """Return the positions of the tokens of whole blocks in the pool."""
+        slots = torch.tensor(blocks, device="cpu")[:, None] * size + torch.arange(size, device="cpu")
+        return slots.flatten().to(self.device)
 
 
 class FixedStates:
