@@ -242,28 +242,30 @@ class FileWriter:
 
     def _choose_titles(self, entries: list[Name]) -> None:
         """Give definitions of the same name different ones, the entries first. Equal types become one."""
-        seen, texts = dict[str, Name](), dict[str, str]()
+        seen, texts, hidden = dict[str, Name](), dict[str, str](), self._hidden()
         for name in [*entries, *(each for each in self.order if each not in entries)]:
             title, text = name.name, re.sub(r"\s+", " ", self._text(name))
             if texts.get(title) == text and self._is_alias(name):
                 self.titles[name] = title
                 self.order.remove(name)
             else:
-                self.titles[name] = longer(name) if title in seen or self._is_hidden(name) else title
+                self.titles[name] = longer(name) if title in seen or name in hidden else title
                 seen[self.titles[name]], texts[title] = name, text
 
-    def _is_hidden(self, name: Name) -> bool:
-        """Return whether a definition that reads this one by its module has a variable of the same name."""
-        for other in self.order:
-            module = self.module(other.module)
-            node = module.definitions[other.name]
+    def _hidden(self) -> set[Name]:
+        """Return the definitions of which one that reads them by their module has a variable of the same name."""
+        hidden = set[Name]()
+        for name in self.order:
+            node = self.module(name.module).definitions[name.name]
             scopes = Scopes(node)
-            parts = [part for part in ast.walk(node) if isinstance(part, ast.Attribute)]
-            for part in parts:
+            for part in ast.walk(node):
+                if not isinstance(part, ast.Attribute):
+                    continue
                 local = scopes.at(part)
-                if name.name in local and self._target(other.module, part, local) == name:
-                    return True
-        return False
+                target = self._target(name.module, part, local)
+                if isinstance(target, Name) and target.name in local:
+                    hidden.add(target)
+        return hidden
 
 
 def longer(name: Name) -> str:
