@@ -7,6 +7,9 @@ from keifu.data.chat.conversations import MADE_OF
 def attribution_of(data: str) -> dict[str, str]:
     """Return licence and attribution of a catalogue entry, also for data derived from one; {} for other data."""
     made = MADE_OF.get(data)
-    entries = [row for row in catalogue.rows() if row["name"] == (made.entry if made else data)]
+    name = made.entry if made else data
     facts = {"how it was made": made.how} if made else {}
-    return facts | {key: row[key] for row in entries for key in ("licence", "attribution")}
+    for table in (catalogue.MODELS, catalogue.DATA):
+        if name in table:
+            facts |= {"licence": table[name].licence, "attribution": table[name].attribution}
+    return facts
