@@ -75,13 +75,10 @@ def test_written_and_read_again_is_the_same(name, tmp_path) -> None:
     expected = vars(model.config.rope_scaling) | changes if changes else None
     assert again.config == model.config if expected is None else vars(again.config.rope_scaling) == expected
     unit_offset = {"norm"} if type(CONFIGS[name]) in (gemma2.Config, gemma3.Config) else set()
+    found = again.state_dict()
     for key, tensor in model.state_dict().items():
         exact = key.rpartition(".")[0][-4:] not in unit_offset
-        assert (
-            torch.equal(again.state_dict()[key], tensor)
-            if exact
-            else torch.allclose(again.state_dict()[key], tensor, rtol=0, atol=1.2e-7)
-        )
+        assert torch.equal(found[key], tensor) if exact else torch.allclose(found[key], tensor, rtol=0, atol=1.2e-7)
     tokens = torch.randint(0, 320, (1, 50))
     with torch.no_grad():
         assert torch.allclose(model(tokens), again(tokens), rtol=0, atol=1e-6 if not unit_offset else 1e-5)
