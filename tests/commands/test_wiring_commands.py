@@ -278,14 +278,15 @@ bench = Table("bench M", {
     "keifu.commands.bench:_check_room": None, "keifu.commands.bench:_speeds": {"decode": 1},
     "keifu.commands.bench:_memory": {}, "keifu.commands.bench:_report": "told"})  # fmt: skip
 
-CONVERTED = "keifu.checkpoints:convert"
+CONVERTED, PAGE = "keifu.checkpoints:convert", "keifu.checkpoints.web:write_web"
 convert = Table("convert M out", {
     "MODEL": Row("", CONVERTED, "0", "other", base="convert other out"),
     "OUT": Row("", CONVERTED, "1", Path("other"), base="convert M other"),
     "to": Row("--to gguf", CONVERTED, "2", "gguf"),
     "dtype": Row("--dtype f16", CONVERTED, "3", "f16"),
+    "single-file": Row("--single-file", PAGE, "4", True, base="convert M page.html --to web"),
     "replace": Row("--replace", CONVERTED, "1", Path("text.txt"), base="convert M text.txt"),
-})  # fmt: skip
+}, {CONVERTED: None})  # fmt: skip
 
 inspect = Table("inspect M", {
     "MODEL": Row("", "keifu.checkpoints:inspect", "0", "other", base="inspect other"),

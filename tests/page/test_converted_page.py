@@ -15,6 +15,7 @@ from keifu.checkpoints import web
 from keifu.cli import main
 from keifu.errors import UserError
 from keifu.models import gpt2, llama
+from keifu.page import kernel
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ROOT / "pretrained/src/keifu_pretrained"
@@ -72,6 +73,50 @@ def test_each_packaged_kind_runs(chromium: Any, tmp_path: Path, name: str) -> No
     page.wait_for_selector("[data-live][data-state=done]")
     page.close()
     next(server, None)
+
+
+def first_words(page: Any, address: str) -> list[str]:
+    """Return the candidates that a page names for the next word."""
+    page.goto(address)
+    page.wait_for_selector("[data-live][data-state=idle]")
+    page.fill("textarea", "The city")
+    page.click("[data-live-run]")
+    page.wait_for_selector("[data-live][data-state=done]")
+    return page.locator(".live-bar").all_inner_texts()
+
+
+def test_a_single_file_opens_from_a_disk(chromium: Any, toy: Path, tmp_path: Path) -> None:
+    assert not convert(toy, tmp_path / "web") and not convert(toy, tmp_path / "page.html", "--single-file")
+    assert [*tmp_path.glob("page*")] == [tmp_path / "page.html"]
+    server, page, asked = serve(tmp_path / "web"), chromium.new_page(), list[str]()
+    page.set_default_timeout(WAIT)
+    page.on("request", lambda request: asked.append(request.url.partition(":")[0]))
+    alone = first_words(page, (tmp_path / "page.html").as_uri())
+    assert asked.count("file") == 1 and set(asked) <= {"file", "data"}
+    assert page.get_attribute("[data-live]", "data-kernel") == str(kernel.can_compile()).lower()
+    assert alone == first_words(page, next(server)) and len(alone) == 12
+    page.close()
+    next(server, None)
+
+
+def test_a_single_file_draws(chromium: Any, tmp_path: Path) -> None:
+    """The diffusion model's modules are loaded while the page runs."""
+    assert not convert(PACKAGED / "digits", tmp_path / "page.html", "--single-file")
+    page = chromium.new_page()
+    page.set_default_timeout(WAIT)
+    page.goto((tmp_path / "page.html").as_uri())
+    page.wait_for_selector("[data-live][data-state=idle]")
+    page.get_by_label("Steps").fill("2")
+    page.click("[data-live-run]")
+    page.wait_for_selector("[data-live][data-state=done]")
+    page.close()
+
+
+def test_a_single_file_must_be_a_page(capsys: pytest.CaptureFixture, toy: Path, tmp_path: Path) -> None:
+    assert convert(toy, tmp_path / "page", "--single-file") == 1
+    assert "ends in .html" in capsys.readouterr().err
+    assert convert(toy, tmp_path / "page.html", "--single-file", "--to", "hf") == 1
+    assert "add --to web" in capsys.readouterr().err and not [*tmp_path.glob("page*")]
 
 
 @pytest.mark.parametrize("name", ["f32", "bf16", "int8"])

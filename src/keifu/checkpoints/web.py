@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from keifu.errors import UserError
 from keifu.page import kernel
+from keifu.page.single_file import single_file
 
 PAGE = Path(kernel.__file__).parent
 ELEMENTS = {"llama": "gpt-en", "marian": "ja-en", "bert": "bert-en", "keifu_mlp": "network", "DDPMPipeline": "digits"}
@@ -43,7 +44,7 @@ h1 {{ font-size: 1.5rem; }} .live {{ font-size: 1rem !important; }}
 </style>
 <h1>{title}</h1>
 <div data-live="{element}" data-own {data}>
-<p>This page needs JavaScript and a web server: python -m http.server</p></div>
+<p>This page needs JavaScript, and as a folder a web server: python -m http.server</p></div>
 <script type="module" src="live/live.js"></script>
 </html>
 """
@@ -58,8 +59,8 @@ class Exported:
     data: dict[str, str]
 
 
-def write_web(model: Path, out: Path, title: str, int8: bool) -> None:
-    """Write the page of the model in the folder `model` into the folder `out`.
+def write_web(model: Path, out: Path, title: str, int8: bool, one_file: bool = False) -> None:
+    """Write the page of the model in the folder `model` into the folder `out`, or into the HTML file `out`.
 
     int8: whether the matrices, which must be float32 in the folder, are stored in int8 with a scale for each output.
     Raises `UserError` for a model or tokenizer that the engine does not read.
@@ -67,28 +68,38 @@ def write_web(model: Path, out: Path, title: str, int8: bool) -> None:
     exported = known(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        place = Path(folder)
-        shutil.copytree(PAGE / "live", place / "live")
-        shutil.copytree(PAGE / "engine", place / "engine", ignore=shutil.ignore_patterns("*.c"))
-        if kernel.can_compile():
-            kernel.compile_kernel(place / "engine/kernel.wasm")
-        for file in exported.files:
-            target = place / "live/models/own" / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if int8 and file.endswith(".safetensors"):
-                save_file(dict(in_int8(model / file)), target)
-            else:
-                shutil.copyfile(model / file, target)
-        size = sum((place / "live/models/own" / file).stat().st_size for file in exported.files)
-        data = {**exported.data, "files": " ".join(f"own/{file}" for file in exported.files), "bytes": str(size)}
-        attributes = " ".join(f'data-{name}="{html.escape(value)}"' for name, value in data.items())
-        page = PAGE_HTML.format(title=html.escape(title), element=exported.element, data=attributes)
-        (place / "index.html").write_text(page, encoding="utf-8")
+        place = Path(folder) / "page"
+        _write_folder(model, place, exported, title, int8)
+        if one_file:
+            text = Path(folder) / "page.html"
+            text.write_text(single_file(place), encoding="utf-8")
+            text.replace(out)
+            return
         out.mkdir(exist_ok=True)
         for part in place.iterdir():
             if (out / part.name).is_dir():
                 shutil.rmtree(out / part.name)
             part.replace(out / part.name)
+
+
+def _write_folder(model: Path, place: Path, exported: Exported, title: str, int8: bool) -> None:
+    """Write the page, the engine and the model's files into a new folder."""
+    shutil.copytree(PAGE / "live", place / "live")
+    shutil.copytree(PAGE / "engine", place / "engine", ignore=shutil.ignore_patterns("*.c"))
+    if kernel.can_compile():
+        kernel.compile_kernel(place / "engine/kernel.wasm")
+    for file in exported.files:
+        target = place / "live/models/own" / file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if int8 and file.endswith(".safetensors"):
+            save_file(dict(in_int8(model / file)), target)
+        else:
+            shutil.copyfile(model / file, target)
+    size = sum((place / "live/models/own" / file).stat().st_size for file in exported.files)
+    data = {**exported.data, "files": " ".join(f"own/{file}" for file in exported.files), "bytes": str(size)}
+    attributes = " ".join(f'data-{name}="{html.escape(value)}"' for name, value in data.items())
+    page = PAGE_HTML.format(title=html.escape(title), element=exported.element, data=attributes)
+    (place / "index.html").write_text(page, encoding="utf-8")
 
 
 def known(model: Path) -> Exported:

@@ -23,6 +23,8 @@ class Options:
     dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "int8"] | None = None
     """Number format of the matrices, by default one that holds the stored numbers, and int8 for web. q8_0 and
     the formats of 4 bits, q4_0 and q4_1, are for gguf alone, and int8 for web alone."""
+    single_file: bool = False
+    """With --to web: write one HTML file, which a browser opens from a disk without a server."""
     replace: bool = False
     """Whether to write over the model that OUT holds."""
 
@@ -36,6 +38,10 @@ def run(options: Options) -> None:
     if not options.replace and out.exists() and (out.is_file() or may_be_model(out)):
         raise UserError(f"{out} is there already: give another name, or write over it with --replace.")
     to = options.to or ("gguf" if out.suffix == ".gguf" else "hf")
+    if options.single_file and to != "web":
+        raise UserError(f"--single-file is for a page, and this writes {to}: add --to web.")
+    if options.single_file and out.suffix != ".html":
+        raise UserError(f"With --single-file OUT is a file that ends in .html, and {out} does not.")
     if to == "web":
         _write_page(options)
     else:
@@ -54,4 +60,4 @@ def _write_page(options: Options) -> None:
     with TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         convert(options.model, model, "hf", "f32" if int8 else options.dtype)
-        write_web(model, options.out, Path(options.model).name, int8)
+        write_web(model, options.out, Path(options.model).name, int8, options.single_file)

@@ -1,10 +1,11 @@
-// The engine from a page: a worker that loads a model's files and answers one question after the other.
+// The engine from a page: a worker that loads a model's files and answers one question after the other. A page that is
+// one file (single_file.py) holds the worker and the files itself, in keifuFiles by their paths.
 
 export class Client {
   // root: the address of the folder with models/, next to engine/
   constructor(root) {
     this.root = root;
-    this.worker = new Worker(new URL("../engine/worker.js", root), { type: "module" });
+    this.worker = new Worker(this.address("../engine/worker.js"), { type: globalThis.keifuFiles ? "classic" : "module" });
     this.waiting = new Map();
     this.number = 0;
     this.worker.onmessage = ({ data: { id, progress, result, error } }) => {
@@ -20,6 +21,8 @@ export class Client {
     };
   }
 
+  address(path) { return globalThis.keifuFiles?.[path] ?? new URL(path, this.root); }
+
   send(message, onProgress = null, transfer = []) {
     const id = ++this.number;
     const answer = new Promise((resolve, reject) => this.waiting.set(id, { resolve, reject, onProgress }));
@@ -31,7 +34,7 @@ export class Client {
   async load(name, names, onBytes, cache = "default") {
     let total = 0;
     const read = async (path) => {
-      const response = await fetch(new URL(path, this.root), { cache }).catch(() => null);
+      const response = await fetch(this.address(path), { cache }).catch(() => null);
       if (!response?.ok) throw new Error(`${path} could not be loaded${response ? ` (${response.status})` : ""}: try again.`);
       const parts = [];
       for (let reader = response.body.getReader(), part; !(part = await reader.read()).done;) {
@@ -40,7 +43,7 @@ export class Client {
       }
       return new Blob(parts).arrayBuffer();
     };
-    const kernel = await fetch(new URL("../engine/kernel.wasm", this.root)).then((response) => (response.ok ? response.arrayBuffer() : null), () => null);
+    const kernel = await fetch(this.address("../engine/kernel.wasm")).then((response) => (response.ok ? response.arrayBuffer() : null), () => null);
     const files = {};
     for (const file of names) files[file] = await read(`models/${name}/${file}`);
     return this.send({ load: files, kernel }, null, Object.values(files));
