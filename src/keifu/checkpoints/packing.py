@@ -96,7 +96,8 @@ def bytes_in_blocks(load_plan: LoadPlan) -> int:
 def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
     """Return whether a parameter is the matrix of a linear layer whose blocks have known types."""
     name, _, leaf = link.ours.rpartition(".")
-    plain = link.transposed or link.offset or leaf != "weight" or load_plan.source.blocks is None
+    changed = link.transposed or link.offset or link.arrangement is not None
+    plain = changed or leaf != "weight" or load_plan.source.blocks is None
     known = {load_plan.source.stored[theirs].format for theirs in link.theirs} <= FORMATS.keys()
     return not plain and known and type(load_plan.model.get_submodule(name)) in (Linear, JoinedLinear)
 

@@ -7,7 +7,7 @@ are the model's tensors, "theirs" the file's. Axes: those of the stored tensors.
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from keifu.devices import chosen, has_bfloat16
 from keifu.errors import UserError
 from keifu.layers.lazy import Index, LazyTensor, TensorReader
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.models.registration.gguf import Arrangement
 from keifu.native.compiler import Unavailable
 from keifu.native.describe import describe
 from keifu.native.library import switched_off
@@ -55,7 +56,8 @@ class Source:
 
     read: returns one tensor by its name in the file. tokenizer: loads the tokenizer. names: the file's table of weight
     names. head_dim: the size of a rotary head if the rows of q and k are stored with interleaved pairs. part: reads
-    some rows and columns of a tensor. blocks: returns the stored blocks of a quantised tensor (GGUF).
+    some rows and columns of a tensor. blocks: returns the stored blocks of a quantised tensor (GGUF). arrangements:
+    those of tensors that the file arranges in another way.
     """
 
     path: Path
@@ -70,6 +72,7 @@ class Source:
     notes: tuple[str, ...] = ()
     blocks: Callable[[str], Blocks | None] | None = None
     part: Callable[[str, Index], Tensor] | None = None
+    arrangements: Mapping[str, Arrangement] = field(default_factory=dict)
 
     def read_part(self, name: str, index: Index) -> Tensor:
         """Return some rows and columns of a tensor of the file. If the file has no function for parts, read the whole
@@ -180,7 +183,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     model = build(source.family, source.config, str(source.path))
     all_links = [
         replace(link, theirs=tuple(map(source.stored_name, link.theirs)))
-        for link in permute_rotary(links(model, source.names), source.head_dim)
+        for link in permute_rotary(links(model, source.names, source.arrangements), source.head_dim)
     ]
     used = {name for link in all_links for name in link.theirs}
     patterns = tuple(pattern.format(**vars(source.config)) for pattern in source.family.not_weights)
@@ -425,6 +428,7 @@ def _row(link: Link, plan: LoadPlan) -> Row:
         "dequantised": any(stored[one].format not in (*PLAIN, "I64") for one in link.theirs),
         "joined": len(link.theirs) > 1,
         "transposed": link.transposed,
+        "rearranged": link.arrangement is not None,
         f"{link.offset:g} subtracted": bool(link.offset),
         "rotary pairs moved to halves": any(link.turned),
         f"cast to {name_of(dtype)}": any(stored[one].dtype != dtype for one in link.theirs),

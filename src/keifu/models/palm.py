@@ -7,7 +7,10 @@ No PaLM weights were published. Cohere's Command-R has the same layer, and its f
 pairs are interleaved, as in Cohere's code; the paper does not mention this, nor the norms' ε.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +21,7 @@ from keifu.layers.transformer.blocks import Parallel
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
+from keifu.models.registration import gguf
 from keifu.ranges import Count, NotNegative, Positive
 
 
@@ -81,4 +85,36 @@ FIELDS: hf.Fields = llama.DECODER_FIELDS | {
     "rope": hf.rope(500_000.0),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
-REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors"}
+
+
+def _read_scale(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    scale, usual = metadata["logit_scale"], metadata["embedding_length"] ** -0.5
+    return {"logit_scale": None if math.isclose(scale, usual, rel_tol=1e-6) else scale}
+
+
+def _write_scale(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"logit_scale": values["dim"] ** -0.5 if values["logit_scale"] is None else values["logit_scale"]}
+
+
+def _required_heads(values: Mapping[str, Any]) -> dict[str, Any]:
+    usual = values["dim"] // values["n_heads"]
+    return {"head_dim": usual if values.get("head_dim") == usual else None}
+
+
+def _limit(values: Mapping[str, Any]) -> str:
+    return "fewer than 64 layers (with more it expects norms of queries and keys)" if values["n_layers"] >= 64 else ""
+
+
+GGUF = {
+    "command-r": gguf.GgufArchitecture(
+        names={ours: theirs for ours, theirs in gguf.LLAMA.items() if not ours.endswith("_norm")} | {
+            "blocks.*.norm": "blk.*.attn_norm"
+        },
+        fields={
+            "attention.head_count_kv": "n_kv_heads", "attention.layer_norm_epsilon": "norm_eps",
+            "rope.freq_base": "rope_theta",
+        },
+        fixed={"activation": "silu", "tied": True, "dropout": 0.0},
+        derive=_required_heads, limit=_limit, read=_read_scale, write=_write_scale, needed=("logit_scale",),
+    ),
+}  # fmt: skip

@@ -9,9 +9,9 @@ from typing import Any
 from model_entries import ENTRIES
 
 from keifu.layers.attention.positions import RopeScaling
-from keifu.models import gemma3, gpt2, llama, olmo2, qwen3
+from keifu.models import gemma3, gpt2, llama, olmo2, palm, qwen3
 from keifu.models.hybrid import lfm2
-from keifu.models.mixture import mixtral, olmoe, qwen3_moe
+from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, phi3, smollm3
 
 SMALL = {"vocab_size": 320, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "context_length": 128}
@@ -102,6 +102,11 @@ CONFIGS = {
     ),
     "lfm2": lfm2.Config(**SMALL | {"n_layers": 4}, n_kv_heads=2, global_layers=(1, 3)),
     "lfm2-long-convolutions": lfm2.Config(**SMALL, n_kv_heads=4, global_layers=(0,), convolution=5, tied=False),
+    "command-r": palm.Config(**SMALL, n_kv_heads=2, head_dim=16, logit_scale=0.3),
+    "command-r-multi-query": palm.Config(**SMALL, head_dim=16, rope_theta=5e5),
+    "gpt-oss": gpt_oss.Config(
+        **SMALL, n_kv_heads=2, head_dim=32, n_experts=6, n_experts_per_token=2, sliding_window=7, rope_scaling=None
+    ),
     "olmoe": olmoe.Config(**SMALL, n_experts=9, n_experts_per_token=4),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
 }

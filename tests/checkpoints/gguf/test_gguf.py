@@ -15,7 +15,7 @@ from keifu.checkpoints.gguf.read import open_file, read_blocks
 from keifu.errors import UserError
 from keifu.layers import quantized
 from keifu.layers.attention.positions import RopeScaling
-from keifu.models import gemma3, gpt2, llama, mlp, olmo2, qwen3
+from keifu.models import gemma3, gpt2, llama, mlp, olmo2, palm, qwen3
 from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import exaone4, gemma2, granite, ministral, smollm3
 
@@ -376,7 +376,10 @@ def test_mixtures_that_are_not_what_they_say(changes, tensors, text, tmp_path) -
         (qwen3_moe.Config(**SMALL, normalised=False), "qwen3moe needs normalised=True"),
         (olmoe.Config(**SMALL, normalised=True), "olmoe needs normalised=False"),
         (olmoe.Config(**SMALL, n_kv_heads=2), "olmoe needs n_kv_heads=4"),
-        (gpt_oss.Config(**SMALL, n_kv_heads=2), "keifu.models.mixture.gpt_oss"),
+        (gpt_oss.Config(**SMALL, n_kv_heads=2, gate_limit=5.0), "gpt-oss needs gate_limit=7.0"),
+        (gpt_oss.Config(**SMALL, n_kv_heads=2, rope_scaling=RopeScaling("yarn", 4.0, 16)), "truncate=False"),
+        (palm.Config(**SMALL, head_dim=10), "command-r needs head_dim=None"),
+        (palm.Config(**SMALL | {"n_layers": 64}, head_dim=8), "command-r needs fewer than 64 layers"),
         (gpt2.Config(**SMALL, activation="relu"), "gpt2 needs activation='gelu_tanh'"),
         (gpt2.Config(**SMALL, bias=False), "gpt2 needs bias=True"),
         (llama.Config(**SMALL, activation="gelu"), "llama needs activation='silu'"),

@@ -1,6 +1,7 @@
 """llama.cpp loads the GGUF files that keifu writes and picks the same tokens; without llama-cpp-python, left out."""
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from gguf_toys import CONFIGS
 from keifu import checkpoints
 from keifu.checkpoints.gguf.config import ARCHITECTURES, architecture_for
 from keifu.data.tokenizers.chat_template import CHATML
+from keifu.layers.attention.positions import RopeScaling
+from keifu.models.mixture import gpt_oss
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 
@@ -58,9 +61,25 @@ def test_same_logits_and_greedy_tokens(kind, tokenizer, tmp_path) -> None:
     assert engine.detokenize(tokens).decode() == text
     assert engine.metadata["tokenizer.chat_template"] == CHATML
     expected = model(torch.tensor([tokens]))[0]
-    tolerance = 2e-3 if model.config.activation == "gelu_tanh" else 1e-4  # llama.cpp's GELU uses a table
+    tolerance = 2e-3 if vars(model.config).get("activation") == "gelu_tanh" else 1e-4  # llama.cpp's GELU uses a table
     assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
     assert continued == greedy(model, tokens, 24)
+
+
+@torch.no_grad()
+def test_yarn_of_gpt_oss_differs_only_in_rounded_bounds(tokenizer, tmp_path, capsys) -> None:
+    """llama.cpp rounds the bounds of every yarn, which gpt-oss does not: the notice says so."""
+    yarn = RopeScaling("yarn", 4.0, 16, truncate=False)
+    model = random(replace(CONFIGS["gpt-oss"], rope_scaling=yarn, rope_theta=1e4))
+    checkpoints.save_gguf(model, tokenizer, tmp_path / "x.gguf")
+    assert "llama.cpp rounds the bounds of this model's yarn" in capsys.readouterr().err
+    assert checkpoints.load_model(tmp_path / "x.gguf").config == model.config
+    tokens = tokenizer.encode("The capital of Japan is 東京")
+    _, logits, _ = run(tmp_path / "x.gguf", tokens, 0)
+    rounded = gpt_oss.build(replace(model.config, rope_scaling=replace(yarn, truncate=True))).eval()
+    rounded.load_state_dict(model.state_dict())
+    exact, expected = (one(torch.tensor([tokens]))[0] for one in (model, rounded))
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max() < (exact - expected).abs().max()
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q4_0", "q4_1"])

@@ -34,10 +34,14 @@ Divisors = Float[Tensor, " pairs"]
 
 
 def read_scaling(
-    metadata: Mapping[str, Any], theta: float, context: int, tensors: Mapping[str, Divisors], where: str
-) -> RopeScaling | None:
-    """Return the rotary scaling of a file. metadata: its fields without the architecture's prefix. tensors: those of
-    `DIVISORS` that the file has. where: the file, for errors."""
+    metadata: Mapping[str, Any], theta: float, context: int, tensors: Mapping[str, Divisors], where: str,
+    log_multiplier: float = 1.0, truncate: bool = True,
+) -> RopeScaling | None:  # fmt: skip
+    """Return the rotary scaling of a file.
+
+    metadata: its fields without the architecture's prefix. tensors: those of `DIVISORS` that the file has. where: the
+    file, for errors. log_multiplier, truncate: those of the `GgufArchitecture`.
+    """
     if SHORT in tensors or LONG in tensors:
         return _longrope(metadata, context, tensors, where)
     factor = float(metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 1.0)) or 1.0)
@@ -60,7 +64,8 @@ def read_scaling(
     if growth and attention_factor is not None:
         raise UserError(f"{where} has both {LOG_MULTIPLIER} and rope.scaling.attn_factor; keifu implements one.")
     scaling = RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=attention_factor)
-    return replace(scaling, mscale=1.0, mscale_all_dim=float(growth)) if growth else scaling
+    scaling = replace(scaling, truncate=truncate)
+    return replace(scaling, mscale=1.0, mscale_all_dim=_rounded(growth / log_multiplier)) if growth else scaling
 
 
 LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # growth of the magnitude that yarn divides by
@@ -68,12 +73,12 @@ YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's constants for LLaMA 
 
 
 def write_scaling(
-    scaling: RopeScaling | None, theta: float, head_dim: int, log_multiplier: bool = False
+    scaling: RopeScaling | None, theta: float, head_dim: int, log_multiplier: float = 0.0, truncate: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata, without the architecture's prefix, and the tensors of a scaling. Raises UserError if GGUF
     cannot represent it.
 
-    log_multiplier: whether llama.cpp reads yarn's growth of the magnitude for this architecture.
+    log_multiplier, truncate: those of the `GgufArchitecture`.
     """
     fields: dict[str, Any]
     if scaling is None:
@@ -90,11 +95,12 @@ def write_scaling(
     fields = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
     if scaling.kind == "linear":
         return fields, {}
-    if not scaling.truncate or {key: vars(scaling)[key] for key in YARN} != YARN:
-        raise UserError(f"llama.cpp has yarn with {YARN} and truncate=True alone; write a directory (hf) instead.")
+    if scaling.truncate != truncate or {key: vars(scaling)[key] for key in YARN} != YARN:
+        only = f"{YARN} and truncate={truncate}"
+        raise UserError(f"llama.cpp has yarn with {only} alone for this model; write a directory (hf) instead.")
     fields |= {"rope.scaling.original_context_length": scaling.original_context_length}
     if log_multiplier and scaling.mscale == 1.0 and scaling.mscale_all_dim and scaling.attention_factor is None:
-        return fields | {LOG_MULTIPLIER: scaling.mscale_all_dim}, {}
+        return fields | {LOG_MULTIPLIER: log_multiplier * scaling.mscale_all_dim}, {}
     size = scaling.magnitude() / (1 + 0.1 * math.log(scaling.factor))
     return fields | ({} if math.isclose(size, 1.0) else {"rope.scaling.attn_factor": size}), {}
 
@@ -212,7 +218,11 @@ def read_config(
         layers = {architecture.attention_layers: tuple(layer for layer, count in enumerate(heads) if count)}
         fields = {**fields, f"{name}.attention.head_count_kv": [count for count in heads if count]}
     metadata = {key.removeprefix(f"{name}."): _same_everywhere(key, value, where) for key, value in fields.items()}
-    refused = [f"{name}.{key}" for key in REFUSED if metadata.get(key) and key not in architecture.fields]
+    refused = [
+        f"{name}.{key}"
+        for key in REFUSED
+        if metadata.get(key) and key not in (*architecture.fields, *architecture.needed)
+    ]
     if refused:
         raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
     missing = [f"{name}.{key}" for key in (*SIZES, *architecture.needed) if key not in metadata]
@@ -224,8 +234,9 @@ def read_config(
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
     values |= architecture.derive(values) | layers
     if architecture.rotary:
-        values |= _rotary(metadata, values, divisors, vars(config_class), where)
+        values |= _rotary(metadata, values, divisors, vars(config_class), where, architecture)
         values |= _head_size(values, vars(config_class), where)
+    values |= architecture.read(metadata)
     known = config_class.__dataclass_fields__
     return architecture, config_class(**{key: value for key, value in values.items() if key in known})
 
@@ -267,21 +278,25 @@ def _rounded(value: float) -> float:
 
 def _rotary(
     metadata: Mapping[str, Any], values: Mapping[str, Any], divisors: Mapping[str, Tensor], defaults: Mapping[str, Any],
-    where: str,
+    where: str, architecture: GgufArchitecture,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return the rotary fields of a Config. defaults: those of the Config; one with `rope_dim` may rotate a part of a
-    head."""
+    """Return the rotary fields of a Config.
+
+    defaults: those of the Config; one with `rope_dim` may rotate a part of a head, and the heads of values may have
+    another size in one with `value_dim`.
+    """
     partial = "rope_dim" in defaults
     usual = values["dim"] // values["n_heads"]
     size = metadata.get("attention.key_length", usual)
     rotated = metadata.get("rope.dimension_count", size)
-    if metadata.get("attention.value_length", size) != size:
+    if metadata.get("attention.value_length", size) != size and "value_dim" not in defaults:
         length = metadata["attention.value_length"]
         raise UserError(f"{where} has attention.value_length {length} with heads of {size}; keifu has equal lengths.")
     if not (0 < rotated <= size if partial else rotated == size):
         raise UserError(f"{where} has rope.dimension_count {rotated} with heads of {size}; keifu turns whole heads.")
     theta = float(values.get("rope_theta", 10_000.0))
-    scaling = read_scaling(metadata, theta, values["context_length"], divisors, where)
+    how = architecture.log_multiplier or 1.0, architecture.truncate
+    scaling = read_scaling(metadata, theta, values["context_length"], divisors, where, *how)
     fields = {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
     whole = rotated == size and defaults.get("rope_dim") is None
     return fields | ({"rope_dim": None if whole else rotated} if partial else {})
@@ -295,9 +310,12 @@ def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
     for name, architecture in model.gguf.items() if model else ():
         required = {**architecture.fixed, **architecture.derive(values)}
         wrong = [key for key, value in required.items() if key != "dropout" and values[key] != value]
-        if not wrong:
+        needs = [f"{key}={required[key]!r}" for key in wrong] + [
+            limit for limit in [architecture.limit(values)] if limit
+        ]
+        if not needs:
             return name, architecture
-        reasons.append(f"{name} needs " + ", ".join(f"{key}={required[key]!r}" for key in wrong))
+        reasons.append(f"{name} needs {', '.join(needs)}")
     if not reasons:
         reason = f", because {model.refused['gguf']}" if model and "gguf" in model.refused else ""
         raise UserError(
@@ -318,18 +336,21 @@ def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tupl
     if architecture.rotary:
         size = head_dim(config)
         rotated = values.get("rope_dim") or size
-        fields |= {"attention.head_count_kv": config.n_kv_heads or config.n_heads, "rope.dimension_count": rotated}
+        kv_heads = values.get("n_kv_heads") or config.n_heads
+        fields |= {"attention.head_count_kv": kv_heads, "rope.dimension_count": rotated}
         fields |= {"attention.key_length": size, "attention.value_length": size}
         if not architecture.windows:
             fields["context_length"] = min(config.context_length, values.get("sliding_window") or config.context_length)
         if architecture.attention_layers:
             heads, layers = fields["attention.head_count_kv"], values[architecture.attention_layers]
             fields["attention.head_count_kv"] = [heads * (layer in layers) for layer in range(config.n_layers)]
-        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, architecture.log_multiplier)
+        how = architecture.log_multiplier, architecture.truncate
+        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, *how)
         if tensors and config.rope_scaling.kind != architecture.divisors:
             scaling = f"the rotary scaling {config.rope_scaling.kind!r}"
             raise UserError(f"llama.cpp runs no {name} model with {scaling}; write a directory (hf) instead.")
         fields |= more
+    fields |= architecture.write(values)
     return {f"{name}.{key}": value for key, value in fields.items()}, tensors
 
 

@@ -267,7 +267,7 @@ def open_gguf(path: Path) -> Source:
     notes += tuple(f"{name} gives the rotary scaling." for name in divisors)
     return Source(
         path, "GGUF", family, config, stored, file.read, partial(_read_tokenizer, file.fields), architecture.names,
-        rotary_head_dim(architecture, config), notes, file.blocks,
+        rotary_head_dim(architecture, config), notes, file.blocks, arrangements=architecture.arrangements(vars(config)),
     )  # fmt: skip
 
 
@@ -275,7 +275,8 @@ def _unstack(entries: Mapping[str, TensorEntry]) -> Iterator[tuple[str, TensorEn
     """Yield the tensors of a file, with stacked experts split into single ones: blk.0.ffn_up_exps.3.weight."""
     for name, entry in entries.items():
         stack, _, leaf = name.rpartition(".")
-        if not stack.endswith("_exps") or len(entry.shape) != 3 or not is_stack(entry.shape):
+        axes = 2 if leaf == "bias" else 3
+        if not stack.endswith("_exps") or len(entry.shape) != axes or not is_stack(entry.shape):
             yield name, entry
             continue
         experts, *shape = entry.shape

@@ -27,8 +27,8 @@ PACKED = ("Q4_0", "Q4_1", "Q8_0")
 BLOCK = 32  # numbers per block of a packed format
 UNUSED = 5  # the type of a token that never occurs
 EMBEDDINGS = re.compile(r"(token_embd|output)\.weight")  # 4 bits would change too many predictions
-ALWAYS_EXACT = re.compile(r"position_embd|.*\.(ffn_gate_inp|shortconv\.conv)\.")
-EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight)")
+ALWAYS_EXACT = re.compile(r"position_embd|.*\.(ffn_gate_inp|shortconv\.conv)\.|.*_exps\.bias")
+EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight|\.bias)")
 
 
 def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = None) -> None:
@@ -47,7 +47,13 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
             f"{length:,} and not {config.context_length:,}: within it the results agree.",
             file=sys.stderr,
         )
-    tensor_links = permute_rotary(links(model, architecture.names), rotary_head_dim(architecture, config))
+    if settings.get(f"{name}.rope.scaling.type") == "yarn" and not architecture.truncate:
+        print(
+            "llama.cpp rounds the bounds of this model's yarn scaling, so its logits differ slightly from keifu's.",
+            file=sys.stderr,
+        )
+    arrangements = architecture.arrangements(vars(config))
+    tensor_links = permute_rotary(links(model, architecture.names, arrangements), rotary_head_dim(architecture, config))
     format = _format(dtype, next(model.parameters()).dtype)
     fields = {
         "general.type": "model",

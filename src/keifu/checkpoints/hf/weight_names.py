@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.layers.lazy import Index
 from keifu.layers.linear import JoinedLinear
+from keifu.models.registration.gguf import Arrangement
 
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a layer's number in a name
 Table = Mapping[str, str] | None
 
 
@@ -29,7 +31,7 @@ class Link:
 
     shape: shape of our tensor. rows: for each of theirs, how many rows of ours it gives. turned: for each of theirs,
     the size of a rotary head whose two halves are stored interleaved (GGUF's LLaMA), or 0. offset: theirs minus ours.
-    flat: whether theirs lacks axes of size 1.
+    flat: whether theirs lacks axes of size 1. arrangement: another arrangement, instead of all these.
     """
 
     ours: str
@@ -40,9 +42,12 @@ class Link:
     turned: tuple[int, ...] = ()
     offset: float = 0.0
     flat: bool = False
+    arrangement: Arrangement | None = None
 
     def stored_shapes(self) -> list[tuple[int, ...]]:
         """Return the shape of each of theirs in the file."""
+        if self.arrangement:
+            return [tuple(part.shape) for part in self.arrangement.split(torch.empty(self.shape, device="meta"))]
         columns = [size for size in self.shape[1:] if size != 1 or not self.flat]
         shapes = [(rows, *columns) if self.shape else () for rows in self.rows]
         return [shape[::-1] for shape in shapes] if self.transposed else shapes
@@ -53,6 +58,8 @@ class Link:
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Make our tensor from theirs. If nothing has to be done, return the same tensor without a copy."""
+        if self.arrangement:
+            return self.arrangement.join(tensors).contiguous()
         parts = [self.part(index, tensor) for index, tensor in enumerate(tensors)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
@@ -64,6 +71,8 @@ class Link:
     def read(self, read: Callable[[str, Index], Tensor], index: Index) -> Tensor:
         """Return a part of our tensor: `index` is slices of its rows and columns; (): all. `read` reads a part of
         theirs by name."""
+        if self.arrangement:
+            return self.join([read(name, ()) for name in self.theirs])[index]
         first, *columns = index or (slice(0, sum(self.rows)),)
         parts = []
         for number, part in self.pieces(first.start, first.stop):
@@ -83,6 +92,8 @@ class Link:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Split our tensor into the published ones."""
+        if self.arrangement:
+            return [part.contiguous() for part in self.arrangement.split(tensor)]
         tensor = tensor.float() + self.offset if self.offset else tensor
         parts = tensor.split(list(self.rows)) if len(self.rows) > 1 else [tensor]
         turned = [pairs(part, size) for part, size in zip(parts, self._heads(), strict=True)]
@@ -107,18 +118,29 @@ def pairs(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2) if head_dim else rows
 
 
-def links(model: nn.Module, table: Table) -> list[Link]:
+def links(model: nn.Module, table: Table, arrangements: Mapping[str, Arrangement] | None = None) -> list[Link]:
     """Return a link for every tensor of the model, in the model's order. Raises UserError for a tensor that the table
-    lacks."""
+    lacks.
+
+    arrangements: arrangements of tensors, by the name with `*` for numbers.
+    """
     modules, state = dict(model.named_modules()), model.state_dict(keep_vars=True)
-    return [_link(name, tuple(tensor.shape), modules, table) for name, tensor in state.items()]
+    arranged = arrangements or {}
+    return [
+        _link(name, tuple(tensor.shape), modules, table, arranged.get(NUMBER.sub("*", name)))
+        for name, tensor in state.items()
+    ]
 
 
-def _link(ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], table: Table) -> Link:
+def _link(
+    ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], table: Table, arrangement: Arrangement | None
+) -> Link:
     pattern = ours if table is None else _their_pattern(ours, table)
     transposed, offset = pattern.endswith(".T"), 1.0 if pattern.endswith("+1") else 0.0
     theirs = _alternatives(_without_mark(pattern))
     rows = (shape[0] if shape else 1,)
+    if arrangement:
+        return Link(ours, shape, theirs, rows, arrangement=arrangement)
     module = modules[ours.rpartition(".")[0]]
     if len(theirs) > 1:
         if not isinstance(module, JoinedLinear) or len(module.parts) != len(theirs):
@@ -132,8 +154,7 @@ def _link(ours: str, shape: tuple[int, ...], modules: Mapping[str, nn.Module], t
 def _their_pattern(ours: str, table: Mapping[str, str]) -> str:
     """Return the published name of a tensor, with layer numbers filled in. Alternatives `[a,b]` and marks (.T, +1)
     stay."""
-    numbers = re.findall(r"(?<![^.])\d+(?![^.])", ours)
-    general = re.sub(r"(?<![^.])\d+(?![^.])", "*", ours)
+    numbers, general = NUMBER.findall(ours), NUMBER.sub("*", ours)
     module, _, leaf = general.rpartition(".")
     if general in table:
         pattern, mark = table[general], ""

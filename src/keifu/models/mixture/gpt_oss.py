@@ -5,6 +5,7 @@ A sink is a learned score of each head for an extra key with the value 0, so tha
 up are clamped, and every layer has biases. The files stack the experts of a layer in one tensor, in MXFP4.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
 from keifu.models.mixture import mixtral
+from keifu.models.registration import gguf
 
 
 @dataclass(frozen=True)
@@ -97,4 +99,22 @@ FIELDS: hf.Fields = {name: field for name, field in llama.FIELDS.items() if name
     "global_layers": llama.published_layers(2),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
-REFUSED = {"gguf": "keifu lacks llama.cpp's names of its tensors", "tensor": "SinkAttention"}
+
+
+def _required_layers(values: Mapping[str, Any]) -> dict[str, Any]:
+    usual = tuple(range(1, values["n_layers"], 2))
+    return {"global_layers": usual if values.get("global_layers") == usual else None}
+
+
+GGUF = {
+    "gpt-oss": gguf.GgufArchitecture(
+        names=gguf.LLAMA | gguf.EXPERTS | {
+            "blocks.*.attention.sinks": "blk.*.attn_sinks.weight",
+            "blocks.*.feedforward_norm": "blk.*.post_attention_norm",
+        },
+        fields=gguf.WINDOW_FIELDS | gguf.EXPERT_COUNTS | {"expert_feed_forward_length": "hidden_dim"},
+        fixed={"gate_slope": 1.702, "gate_limit": 7.0, "attention_bias": True, "tied": False, "dropout": 0.0},
+        windows=True, truncate=False, derive=_required_layers, needed=(*gguf.EXPERT_COUNTS,),
+    ),
+}  # fmt: skip
+REFUSED = {"tensor": "SinkAttention"}

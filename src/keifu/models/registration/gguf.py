@@ -5,9 +5,18 @@ activation, for example) are not in the file: a `GgufArchitecture` lists them, a
 written.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Arrangement(NamedTuple):
+    """Another arrangement of one of our tensors in a file. split: returns the file's tensors. join: its inverse."""
+
+    split: Callable[[Tensor], list[Tensor]]
+    join: Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +30,14 @@ class GgufArchitecture:
     - interleaved: whether the rows of q and k are stored with rotary pairs next to each other.
     - windows: whether llama.cpp applies sliding windows. Otherwise it ignores them.
     - divisors: kind of rotary scaling whose divisors of the frequencies llama.cpp reads: llama3 or longrope.
-    - log_multiplier: whether llama.cpp reads the growth of the magnitude of yarn (mscale_all_dim).
+    - log_multiplier: factor of the growth of the magnitude of yarn (mscale_all_dim) in the file; 0: it is not read.
+    - truncate: whether the model's yarn rounds its bounds. llama.cpp always does.
     - attention_layers: field of the Config with the layers that have attention; the others have 0 heads in the file.
     - derive: computes further required values from the Config's values.
+    - read: computes further values of the Config from a file's fields, without the architecture's prefix.
+    - write: computes further fields of the file from the Config's values.
+    - arrangements: from the Config's values, our tensors that the file arranges in another way.
+    - limit: from the Config's values, a property that llama.cpp requires and the model lacks; "" if there is none.
     - needed: fields that a file must have.
     """
 
@@ -34,9 +48,14 @@ class GgufArchitecture:
     interleaved: bool = False
     windows: bool = False
     divisors: str | None = None
-    log_multiplier: bool = False
+    log_multiplier: float = 0.0
+    truncate: bool = True
     attention_layers: str | None = None
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
+    read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda metadata: {}
+    write: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
+    arrangements: Callable[[Mapping[str, Any]], Mapping[str, Arrangement]] = lambda values: {}
+    limit: Callable[[Mapping[str, Any]], str] = lambda values: ""
     needed: tuple[str, ...] = ()
 
     @property

@@ -130,7 +130,7 @@ def _required(values: Mapping[str, Any]) -> dict[str, Any]:
 GGUF = {
     "mistral3": gguf.GgufArchitecture(
         names=gguf.LLAMA, fields=gguf.WINDOW_FIELDS | {"attention.temperature_scale": "query_growth"},
-        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, divisors="llama3", log_multiplier=True,
+        fixed={"activation": "silu", "dropout": 0.0}, interleaved=True, divisors="llama3", log_multiplier=1.0,
         derive=_required,
     ),
 }  # fmt: skip
