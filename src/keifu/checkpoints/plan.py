@@ -21,7 +21,7 @@ from keifu.devices import chosen, has_bfloat16
 from keifu.errors import UserError
 from keifu.layers.lazy import Index, LazyTensor, TensorReader
 from keifu.layers.transformer.decoder import DecoderLM
-from keifu.models.registration.gguf import Arrangement
+from keifu.models.registration.arrangement import Arrangement
 from keifu.native.compiler import Unavailable
 from keifu.native.describe import describe
 from keifu.native.library import switched_off

@@ -11,7 +11,7 @@ from model_entries import ENTRIES
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, olmo2, palm, qwen3
 from keifu.models.hybrid import lfm2
-from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
+from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, phi3, smollm3
 
 SMALL = {"vocab_size": 320, "dim": 64, "hidden_dim": 96, "n_layers": 3, "n_heads": 4, "context_length": 128}
@@ -20,6 +20,10 @@ SCALINGS = {
     "yarn": RopeScaling("yarn", 4.0, 16, attention_factor=1.1),
     "llama3": RopeScaling("llama3", 8.0, 24),
 }
+LATENT = {
+    "expert_dim": 32, "n_dense_layers": 1, "head_dim": 16, "rope_dim": 8, "value_dim": 12, "q_rank": 24, "kv_rank": 32,
+    "n_experts": 8, "n_experts_per_token": 3, "n_groups": 4, "n_groups_per_token": 2,
+}  # fmt: skip
 
 
 def longrope(factor: float, trained: int, **settings: Any) -> RopeScaling:
@@ -104,6 +108,17 @@ CONFIGS = {
     "lfm2-long-convolutions": lfm2.Config(**SMALL, n_kv_heads=4, global_layers=(0,), convolution=5, tied=False),
     "command-r": palm.Config(**SMALL, n_kv_heads=2, head_dim=16, logit_scale=0.3),
     "command-r-multi-query": palm.Config(**SMALL, head_dim=16, rope_theta=5e5),
+    "deepseek-v3": deepseek_v3.Config(**SMALL, **LATENT, rope_scaling=None),
+    "deepseek-v3-yarn-normalised-by-nothing": deepseek_v3.Config(
+        **SMALL | LATENT | {"n_groups": 1, "n_groups_per_token": 1},
+        normalised=False,
+        n_shared_experts=2,
+        rope_scaling=RopeScaling("yarn", 4.0, 16, mscale=0.7, mscale_all_dim=0.7),
+        rope_theta=1e4,
+    ),
+    "deepseek-v3-one-matrix-of-queries": deepseek_v3.Config(
+        **SMALL | LATENT | {"n_layers": 27, "q_rank": None}, rope_scaling=None
+    ),
     "gpt-oss": gpt_oss.Config(
         **SMALL, n_kv_heads=2, head_dim=32, n_experts=6, n_experts_per_token=2, sliding_window=7, rope_scaling=None
     ),

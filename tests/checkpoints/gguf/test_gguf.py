@@ -16,12 +16,15 @@ from keifu.errors import UserError
 from keifu.layers import quantized
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, mlp, olmo2, palm, qwen3
-from keifu.models.mixture import gpt_oss, mixtral, olmoe, qwen3_moe
+from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import exaone4, gemma2, granite, ministral, smollm3
 
 SMALL = {"vocab_size": 320, "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "context_length": 64}
 
-
+DEEPSEEK = SMALL | {
+    "expert_dim": 24, "n_dense_layers": 1, "head_dim": 8, "rope_dim": 6, "value_dim": 10, "q_rank": 20, "kv_rank": 12,
+    "n_experts": 6, "n_groups": 3, "n_groups_per_token": 2, "n_experts_per_token": 3,
+}  # fmt: skip
 LLAMA3 = RopeScaling("llama3", 8.0, 24)
 
 
@@ -285,6 +288,13 @@ SHORT = "rope_factors_short.weight"
         ("phi3-long", {}, {SHORT: None}, "has only one of rope_factors_short.weight and rope_factors_long.weight"),
         ("phi3-long", {}, {SHORT: np.ones(5, np.float32)}, "longrope needs 6 factors"),
         ("phi3-long", {"phi3.rope.dimension_count": 18}, {}, "rope.dimension_count 18 with heads of 16"),
+        (
+            "deepseek-v3-yarn-normalised-by-nothing",
+            {"deepseek2.rope.scaling.yarn_log_multiplier": None},
+            {},
+            "lacks rope.scaling.yarn_log_multiplier",
+        ),
+        ("deepseek-v3", {"deepseek2.attention.key_length_mla": None}, {}, "lacks deepseek2.attention.key_length_mla"),
         ("lfm2", {"lfm2.attention.head_count_kv": 2}, {}, "a lfm2 model needs a number for each layer"),
         ("lfm2", {"lfm2.attention.head_count_kv": [0, 2, 0]}, {}, "has [0, 2, 0] for lfm2.attention.head_count_kv"),
         ("lfm2", {"lfm2.attention.head_count_kv": [0, 0, 0, 0]}, {}, "has [0, 0, 0, 0] for"),
@@ -378,6 +388,13 @@ def test_mixtures_that_are_not_what_they_say(changes, tensors, text, tmp_path) -
         (olmoe.Config(**SMALL, n_kv_heads=2), "olmoe needs n_kv_heads=4"),
         (gpt_oss.Config(**SMALL, n_kv_heads=2, gate_limit=5.0), "gpt-oss needs gate_limit=7.0"),
         (gpt_oss.Config(**SMALL, n_kv_heads=2, rope_scaling=RopeScaling("yarn", 4.0, 16)), "truncate=False"),
+        (deepseek_v3.Config(**DEEPSEEK, rope_interleaved=False), "deepseek2 needs rope_interleaved=True"),
+        (deepseek_v3.Config(**DEEPSEEK | {"q_rank": None}), "deepseek2 needs q_rank=None with 26 or 27 layers"),
+        (deepseek_v3.Config(**DEEPSEEK | {"n_layers": 27}), "deepseek2 needs q_rank=None with 26 or 27 layers"),
+        (
+            deepseek_v3.Config(**DEEPSEEK, rope_scaling=RopeScaling("yarn", 4.0, 16, mscale=1.0, mscale_all_dim=0.7)),
+            "it has mscale=1.0, mscale_all_dim=0.7",
+        ),
         (palm.Config(**SMALL, head_dim=10), "command-r needs head_dim=None"),
         (palm.Config(**SMALL | {"n_layers": 64}, head_dim=8), "command-r needs fewer than 64 layers"),
         (gpt2.Config(**SMALL, activation="relu"), "gpt2 needs activation='gelu_tanh'"),
@@ -425,7 +442,7 @@ def test_llama3_settings_are_found_from_their_divisors_alone(factor, length, low
     scaling = RopeScaling("llama3", factor, length, low_freq_factor=low, high_freq_factor=low * ratio)
     freqs = divisors(scaling, 500_000.0, head_dim)
     assume(1 < freqs.max() == factor and freqs.min() < factor)
-    found = read_scaling({}, 500_000.0, 4096, {FREQS: freqs}, "x.gguf")
+    found = read_scaling({}, 500_000.0, 4096, {FREQS: freqs}, "x.gguf", llama.GGUF["llama"])
     assert found is not None and torch.allclose(divisors(found, 500_000.0, head_dim), freqs, rtol=1e-5)
     if (length, low, ratio) == (777, 1.0, 4.0):
         assert found == scaling

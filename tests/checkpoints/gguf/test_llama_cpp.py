@@ -22,6 +22,8 @@ def random(config) -> torch.nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += torch.randn_like(parameter) * 0.15
+        for buffer in model.buffers():  # the corrections of DeepSeek-V3's routers
+            buffer += torch.randn_like(buffer) * 0.1
     return model
 
 
@@ -36,7 +38,8 @@ def greedy(model, tokens: list[int], count: int) -> list[int]:
 def run(path, tokens: list[int], count: int):
     """Return llama.cpp's logits [tokens, vocab] for a prompt, and the prompt continued greedily."""
     exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # keys and values are not rounded
-    engine = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, n_threads=2, **exact)
+    alone = {"n_threads": 1, "n_threads_batch": 1}  # several threads wait for each other on a busy machine
+    engine = llama_cpp.Llama(str(path), n_ctx=128, logits_all=True, verbose=False, **alone, **exact)
     engine.eval(tokens)
     logits = torch.from_numpy(engine.scores[: len(tokens)].copy())
     for _ in range(count):

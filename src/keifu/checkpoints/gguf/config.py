@@ -35,12 +35,12 @@ Divisors = Float[Tensor, " pairs"]
 
 def read_scaling(
     metadata: Mapping[str, Any], theta: float, context: int, tensors: Mapping[str, Divisors], where: str,
-    log_multiplier: float = 1.0, truncate: bool = True,
+    architecture: GgufArchitecture,
 ) -> RopeScaling | None:  # fmt: skip
     """Return the rotary scaling of a file.
 
     metadata: its fields without the architecture's prefix. tensors: those of `DIVISORS` that the file has. where: the
-    file, for errors. log_multiplier, truncate: those of the `GgufArchitecture`.
+    file, for errors.
     """
     if SHORT in tensors or LONG in tensors:
         return _longrope(metadata, context, tensors, where)
@@ -64,8 +64,13 @@ def read_scaling(
     if growth and attention_factor is not None:
         raise UserError(f"{where} has both {LOG_MULTIPLIER} and rope.scaling.attn_factor; keifu implements one.")
     scaling = RopeScaling("yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=attention_factor)
-    scaling = replace(scaling, truncate=truncate)
-    return replace(scaling, mscale=1.0, mscale_all_dim=_rounded(growth / log_multiplier)) if growth else scaling
+    scaling = replace(scaling, truncate=architecture.truncate)
+    if not growth:
+        if architecture.mscale is None:
+            raise UserError(f"{where} lacks {LOG_MULTIPLIER}, which this model's yarn needs.")
+        return scaling
+    growth = _rounded(growth / (architecture.log_multiplier or 1.0))
+    return replace(scaling, mscale=architecture.mscale or growth, mscale_all_dim=growth)
 
 
 LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # growth of the magnitude that yarn divides by
@@ -73,13 +78,10 @@ YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's constants for LLaMA 
 
 
 def write_scaling(
-    scaling: RopeScaling | None, theta: float, head_dim: int, log_multiplier: float = 0.0, truncate: bool = True
+    scaling: RopeScaling | None, theta: float, head_dim: int, architecture: GgufArchitecture
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the metadata, without the architecture's prefix, and the tensors of a scaling. Raises UserError if GGUF
-    cannot represent it.
-
-    log_multiplier, truncate: those of the `GgufArchitecture`.
-    """
+    cannot represent it."""
     fields: dict[str, Any]
     if scaling is None:
         return {}, {}
@@ -95,12 +97,20 @@ def write_scaling(
     fields = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": scaling.factor}
     if scaling.kind == "linear":
         return fields, {}
+    truncate, growth = architecture.truncate, scaling.mscale_all_dim
     if scaling.truncate != truncate or {key: vars(scaling)[key] for key in YARN} != YARN:
         only = f"{YARN} and truncate={truncate}"
         raise UserError(f"llama.cpp has yarn with {only} alone for this model; write a directory (hf) instead.")
     fields |= {"rope.scaling.original_context_length": scaling.original_context_length}
-    if log_multiplier and scaling.mscale == 1.0 and scaling.mscale_all_dim and scaling.attention_factor is None:
-        return fields | {LOG_MULTIPLIER: log_multiplier * scaling.mscale_all_dim}, {}
+    expected = architecture.mscale or growth
+    if architecture.log_multiplier and growth and scaling.mscale == expected and scaling.attention_factor is None:
+        return fields | {LOG_MULTIPLIER: architecture.log_multiplier * growth}, {}
+    if architecture.mscale is None:
+        settings = f"mscale={scaling.mscale}, mscale_all_dim={growth} and attention_factor={scaling.attention_factor}"
+        raise UserError(
+            f"llama.cpp runs this model with equal mscale and mscale_all_dim in yarn, and it has {settings}; write a "
+            "directory (hf) instead."
+        )
     size = scaling.magnitude() / (1 + 0.1 * math.log(scaling.factor))
     return fields | ({} if math.isclose(size, 1.0) else {"rope.scaling.attn_factor": size}), {}
 
@@ -295,8 +305,7 @@ def _rotary(
     if not (0 < rotated <= size if partial else rotated == size):
         raise UserError(f"{where} has rope.dimension_count {rotated} with heads of {size}; keifu turns whole heads.")
     theta = float(values.get("rope_theta", 10_000.0))
-    how = architecture.log_multiplier or 1.0, architecture.truncate
-    scaling = read_scaling(metadata, theta, values["context_length"], divisors, where, *how)
+    scaling = read_scaling(metadata, theta, values["context_length"], divisors, where, architecture)
     fields = {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
     whole = rotated == size and defaults.get("rope_dim") is None
     return fields | ({"rope_dim": None if whole else rotated} if partial else {})
@@ -344,8 +353,7 @@ def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tupl
         if architecture.attention_layers:
             heads, layers = fields["attention.head_count_kv"], values[architecture.attention_layers]
             fields["attention.head_count_kv"] = [heads * (layer in layers) for layer in range(config.n_layers)]
-        how = architecture.log_multiplier, architecture.truncate
-        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, *how)
+        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, architecture)
         if tensors and config.rope_scaling.kind != architecture.divisors:
             scaling = f"the rotary scaling {config.rope_scaling.kind!r}"
             raise UserError(f"llama.cpp runs no {name} model with {scaling}; write a directory (hf) instead.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from keifu.errors import UserError
 from keifu.layers.lazy import Index
 from keifu.layers.linear import JoinedLinear
-from keifu.models.registration.gguf import Arrangement
+from keifu.models.registration.arrangement import Arrangement
 
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a layer's number in a name
 Table = Mapping[str, str] | None

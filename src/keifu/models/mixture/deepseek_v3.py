@@ -5,11 +5,13 @@ The cache has 576 numbers per token and layer; keys and values of 128 heads woul
 Multi-token prediction, a further layer of the published training, is not implemented.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from keifu.layers.attention.latent import LatentAttention, LowRankLinear
 from keifu.layers.attention.positions import RopeScaling, Rotary
@@ -19,6 +21,8 @@ from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
 from keifu.models.hf import config as hf
 from keifu.models.mixture import qwen3_moe
+from keifu.models.registration import gguf
+from keifu.models.registration.arrangement import Arrangement
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,82 @@ FIELDS: hf.Fields = {name: field for name, field in llama.BIAS_FIELDS.items() if
     "routing": hf.constants(**_ROUTING, num_nextn_predict_layers=0),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
+
+
+def _read_heads(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    size = metadata["attention.key_length_mla"] - metadata["rope.dimension_count"]
+    return {"head_dim": size, "value_dim": metadata["attention.value_length_mla"]}
+
+
+def _write_heads(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of heads. llama.cpp caches latents: they are the keys and values of one head."""
+    rank, rotated = values["kv_rank"], values["rope_dim"]
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": rank + rotated,
+        "attention.value_length": rank,
+        "attention.key_length_mla": values["head_dim"] + rotated,
+        "attention.value_length_mla": values["value_dim"],
+        "expert_gating_func": SIGMOID,
+    }
+
+
+def _absent(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of fields that a file may lack."""
+    usual = {"n_groups": 1, "n_groups_per_token": 1, "normalised": False, "expert_scale": 1.0, "q_rank": None}
+    return {name: values.get(name) or value for name, value in usual.items()}
+
+
+def _limit(values: Mapping[str, Any]) -> str:
+    """Return that llama.cpp recognises a model with one matrix of queries by its number of layers."""
+    lite = values["n_layers"] in (26, 27)
+    return "" if lite == (values["q_rank"] is None) else "q_rank=None with 26 or 27 layers, and with no other number"
+
+
+def _arrangements(values: Mapping[str, Any]) -> dict[str, Arrangement]:
+    """Return the matrices from latents to keys, transposed in each head, and to values as two tensors."""
+    sizes = [values["head_dim"], values["value_dim"]]
+
+    def split(kv: Tensor) -> list[Tensor]:
+        to_keys, to_values = kv.unflatten(0, (-1, sum(sizes))).split(sizes, 1)
+        return [to_keys.mT, to_values]
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensors[0].mT, tensors[1]], 1).flatten(0, 1)
+
+    return {"blocks.*.attention.kv.weight": Arrangement(split, join)}
+
+
+SIGMOID = 2  # llama.cpp's number for a router with sigmoid scores
+_GGUF = {
+    "q": "attn_q", "q.down": "attn_q_a", "q.norm": "attn_q_a_norm", "q.up": "attn_q_b", "latent": "attn_kv_a_mqa",
+    "latent_norm": "attn_kv_a_norm", "kv": "attn_[k,v]_b",
+}  # fmt: skip
+GGUF = {
+    "deepseek2": gguf.GgufArchitecture(  # llama.cpp takes norm_eps for the norms of latents too, instead of 1e-6
+        names=gguf.LLAMA | gguf.EXPERTS | {
+            **{f"blocks.*.attention.{ours}": f"blk.*.{theirs}" for ours, theirs in _GGUF.items()},
+            "blocks.*.feedforward.router.correction": "blk.*.exp_probs_b.bias",
+            "blocks.*.feedforward.shared.gate_up": "blk.*.ffn_[gate,up]_shexp",
+            "blocks.*.feedforward.shared.down": "blk.*.ffn_down_shexp",
+        },
+        fields=gguf.EXPERT_COUNTS | gguf.EXPERT_DIM | {
+            "attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq_base": "rope_theta",
+            "leading_dense_block_count": "n_dense_layers", "attention.kv_lora_rank": "kv_rank",
+            "attention.q_lora_rank": "q_rank", "expert_shared_count": "n_shared_experts",
+            "expert_group_count": "n_groups", "expert_group_used_count": "n_groups_per_token",
+            "expert_weights_norm": "normalised", "expert_weights_scale": "expert_scale",
+        },
+        fixed=gguf.SILU | {"rope_interleaved": True},
+        log_multiplier=0.1, mscale=None, derive=_absent, limit=_limit, read=_read_heads, write=_write_heads,
+        arrangements=_arrangements,
+        needed=(
+            *gguf.EXPERT_COUNTS, *gguf.EXPERT_DIM, "expert_shared_count", "attention.kv_lora_rank",
+            "rope.dimension_count", "attention.key_length_mla", "attention.value_length_mla",
+        ),
+    ),
+}  # fmt: skip
 REFUSED = {
-    "gguf": "keifu lacks llama.cpp's names of its tensors",
     "native": "LatentAttention",
     "tensor": "LatentAttention",
 }

@@ -5,18 +5,9 @@ activation, for example) are not in the file: a `GgufArchitecture` lists them, a
 written.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-from torch import Tensor
-
-
-class Arrangement(NamedTuple):
-    """Another arrangement of one of our tensors in a file. split: returns the file's tensors. join: its inverse."""
-
-    split: Callable[[Tensor], list[Tensor]]
-    join: Callable[[Sequence[Tensor]], Tensor]
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +22,13 @@ class GgufArchitecture:
     - windows: whether llama.cpp applies sliding windows. Otherwise it ignores them.
     - divisors: kind of rotary scaling whose divisors of the frequencies llama.cpp reads: llama3 or longrope.
     - log_multiplier: factor of the growth of the magnitude of yarn (mscale_all_dim) in the file; 0: it is not read.
+    - mscale: of yarn in such a file; None: it equals mscale_all_dim.
     - truncate: whether the model's yarn rounds its bounds. llama.cpp always does.
     - attention_layers: field of the Config with the layers that have attention; the others have 0 heads in the file.
     - derive: computes further required values from the Config's values.
     - read: computes further values of the Config from a file's fields, without the architecture's prefix.
     - write: computes further fields of the file from the Config's values.
-    - arrangements: from the Config's values, our tensors that the file arranges in another way.
+    - arrangements: from the Config's values, the `Arrangement` of each tensor that is stored in another way.
     - limit: from the Config's values, a property that llama.cpp requires and the model lacks; "" if there is none.
     - needed: fields that a file must have.
     """
@@ -49,12 +41,13 @@ class GgufArchitecture:
     windows: bool = False
     divisors: str | None = None
     log_multiplier: float = 0.0
+    mscale: float | None = 1.0
     truncate: bool = True
     attention_layers: str | None = None
     derive: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     read: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda metadata: {}
     write: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
-    arrangements: Callable[[Mapping[str, Any]], Mapping[str, Arrangement]] = lambda values: {}
+    arrangements: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda values: {}
     limit: Callable[[Mapping[str, Any]], str] = lambda values: ""
     needed: tuple[str, ...] = ()
 
