@@ -24,6 +24,7 @@ from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
+from keifu.inference.text.paged.folder import CacheFolder
 from keifu.inference.text.sampling_params import SamplingParams
 from keifu.models import llama
 
@@ -92,6 +93,23 @@ def test_generate_gives_a_chat_model_a_message(model: str, capsys: pytest.Captur
 def test_an_answer_that_is_cut_says_so(model: str, capsys: pytest.CaptureFixture) -> None:
     cli.main(["chat", model, "Who?", "--max-tokens", "1"])
     assert capsys.readouterr().err == "(The answer was cut by --max-tokens.)\n"
+
+
+def test_a_second_question_about_a_file_uses_what_the_first_stored(
+    model: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are those without the folder, and the second one writes only the end of its prompt."""
+    (tmp_path / "report.txt").write_text("long " * 20)
+    about = (model, "--file", str(tmp_path / "report.txt"), *FEW)
+    folder = ("--cache-folder", str(tmp_path / "prompts"), "--cache-size", "1M")
+    written = list[int]()
+    write = CacheFolder._write
+    monkeypatch.setattr(CacheFolder, "_write", lambda *given: written.append(1) or write(*given))
+    counts = []
+    for question in ("Why?", "When?"):
+        assert out(capsys, question, *about, *folder) == out(capsys, question, *about)
+        counts.append(len(written))
+    assert counts == [2, 2]
 
 
 def test_an_option_that_cannot_act_is_told(model: str, capsys: pytest.CaptureFixture) -> None:

@@ -89,6 +89,8 @@ OTHER = [  # exit status, words
     (1, "data check /dev/zero"), (1, "inspect {loop}"), (1, "data check {loop}"), (2, "train --resume --replace"),
     (1, "embed {model} --file nosuch"), (1, "translate {model} Hi"), (2, "completion nosuch"), (2, "completion"),
     (1, f"serve {{model}} --memory {'9' * 400}G"), (1, "serve {model} --cache 9e9G"), (1, "serve {model} --memory ²G"),
+    (1, "serve {model} --cache-size 1G"), (1, "chat {model} Hi --cache-folder {text}"),
+    (1, "chat {model} Hi --cache-folder {new} --cache-size 1X"),
     (1, "serve {model} --max-body 99999999999999T"), (1, "plan gpt3-175b --devices ²xA100-80G"),
     (1, f"plan gpt3-175b --devices {'9' * 30}xA100-80G"), (1, "plan gpt3-175b --devices 0xA100-80G"),
     (2, "train {leaves}"), (2, "draw {model} --out /proc/x.png"), (2, "train gpt --out /proc/run"),

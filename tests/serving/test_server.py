@@ -14,7 +14,8 @@ import pytest
 from serving_toys import WAIT, until
 
 from keifu import cli
-from keifu.commands.serve import Options, found_models, keys_of, size_of
+from keifu.commands.serve import Options, found_models, keys_of
+from keifu.commands.shared.inputs import size_of
 from keifu.errors import UserError
 from keifu.serving.server import Address
 

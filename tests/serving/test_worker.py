@@ -17,6 +17,7 @@ from keifu.inference.text.request import Piece, Request
 from keifu.inference.text.runner import TorchRunner
 from keifu.inference.text.sampling_params import SamplingParams
 from keifu.native import library
+from keifu.inference.text.paged.folder import CacheFolder
 from keifu.serving import worker
 from keifu.serving.app import Access
 from keifu.serving.metrics import Metrics
@@ -47,6 +48,20 @@ def test_pytorch_answers_while_the_native_step_is_compiled(
         second = served.post("/v1/completions", ask).json()["choices"][0]["text"]
         assert not isinstance(served.models.workers["base"]._engine.runner, TorchRunner)
     assert first == second
+
+
+def test_a_server_that_starts_again_reads_what_the_first_one_stored(folder: Path, tmp_path: Path) -> None:
+    ask = {"prompt": "A long document, " * 9, "max_tokens": 8, "temperature": 0}
+    answers = []
+    for kept in (None, tmp_path, tmp_path):
+        limits = Limits(folder=kept and CacheFolder(kept, 2**30))
+        with running([str(folder / "base")], limits, Access()) as served:
+            until(library.is_open)
+            answers.append(served.post("/v1/completions", ask).json())
+        if limits.folder:
+            limits.folder.flush()
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, 0, 128]
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
 
 
 def test_a_model_writes_while_another_is_loaded(folder: Path) -> None:

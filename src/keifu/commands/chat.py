@@ -47,6 +47,8 @@ class Options(flags.Packed):
     """Print the answer, tokens, log-probabilities, seed, sampling and the reason for the end as JSON."""
     guesses: flags.Guesses = None
     draft: flags.Drafting = None
+    cache_folder: flags.CacheFolder = None
+    cache_size: flags.CacheSize = None
     thinking: flags.Thinking = None
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
@@ -56,6 +58,7 @@ def run(options: Options) -> None:
     question = inputs.join_texts(options.question, options.file)
     if not question and (options.json or options.image or not inputs.at_terminal()):
         inputs.no_text(EXAMPLE)
+    folder = inputs.open_cache_folder(options.cache_folder, options.cache_size)
     model, tokenizer = inputs.load_writer(options.model, options.weights)
     if tokenizer.chat_template is None:
         name = shell(options.model)
@@ -68,7 +71,8 @@ def run(options: Options) -> None:
     from keifu.inference.chat.prompts import sees
 
     guesses = inputs.proposer(options.draft, options.guesses, options.weights)
-    conversation = Conversation(model, tokenizer, options.system, guesses, flags.template_variables(options.thinking))
+    variables = flags.template_variables(options.thinking)
+    conversation = Conversation(model, tokenizer, options.system, guesses, variables, folder)
     if not question:
         print(f"{options.model}: {line}.")
         Chat(conversation, sampling).talk()

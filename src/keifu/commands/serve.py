@@ -17,8 +17,6 @@ from keifu.ranges import Count, Port, Positive
 from keifu.untrusted import read_text
 
 KEYS = "KEIFU_API_KEY"
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-LARGEST_SIZE = 2**60  # bytes
 USUAL = "smollm2"  # default model
 OPEN = "WARNING: anyone who can reach {host} may use this server: it asks for no key. Give one with --api-key-file."
 
@@ -51,6 +49,8 @@ class Options(flags.Packed):
     """Memory for the weights of all models and of a draft, such as 4G: the model not used longest is unloaded."""
     cache: str | None = None
     """Memory for the keys and values of each model, such as 1G. Unset: a quarter of the free memory."""
+    cache_folder: flags.CacheFolder = None
+    cache_size: flags.CacheSize = None
     slots: Count = 16
     """Number of texts that a model writes at the same time."""
     guesses: flags.Guesses = None
@@ -85,7 +85,7 @@ class Options(flags.Packed):
 def run(options: Options) -> None:
     """Run the server until a signal ends it."""
     from keifu.checkpoints.lora.peft import is_adapter
-    from keifu.commands.shared.inputs import proposer
+    from keifu.commands.shared.inputs import open_cache_folder, proposer, size_of
     from keifu.native.pack import formats
     from keifu.serving.access import LOCAL
     from keifu.serving.app import Access, application
@@ -101,7 +101,8 @@ def run(options: Options) -> None:
     memory = None if options.memory is None else size_of(options.memory, "--memory")
     cache = None if options.cache is None else size_of(options.cache, "--cache")
     numbers = options.slots, options.queue, options.timeout, cache, options.keep_alive
-    limits = Limits(*numbers, proposer(options.draft, options.guesses, options.weights), options.pictures)
+    folder = open_cache_folder(options.cache_folder, options.cache_size)
+    limits = Limits(*numbers, proposer(options.draft, options.guesses, options.weights), options.pictures, folder)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
     named = aliases((*options.name, *options.lora))
     if wrong := [lora for lora in options.lora if not is_adapter(Path(lora.partition("=")[2]))]:
@@ -148,15 +149,6 @@ def check_encoder(uses: Sequence[str]) -> None:
     """Raise `UserError` if no served model can search."""
     if "embedding" not in uses:
         raise UserError("--search needs an encoder, and none is served: name one more model, such as minilm.")
-
-
-def size_of(text: str, option: str) -> int:
-    """Parse a size such as "4G" or "500M". Return the number of bytes."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT])?(?:i?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1)) if match else 0
-    if not 0 < size < LARGEST_SIZE:
-        raise UserError(f"{option} is {text[:60]!r}, which must be a size such as 500M or 4G.")
-    return size
 
 
 def keys_of(options: Options) -> tuple[str, ...]:

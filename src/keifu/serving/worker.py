@@ -20,6 +20,7 @@ from torch import nn
 from keifu.errors import UserError
 from keifu.inference.text.draft import Draft
 from keifu.inference.text.engine import Engine
+from keifu.inference.text.paged.folder import CacheFolder
 from keifu.inference.text.request import Piece, Request
 from keifu.inference.text.runner import runner_of
 from keifu.native.compiler import Unavailable
@@ -42,7 +43,8 @@ class Limits:
     slots: maximal requests that are generated at once. queue: maximal waiting requests. timeout: seconds after which an
     answer is aborted. cache: bytes for keys and values; None: a quarter of the free memory. keep_alive: seconds without
     requests after which a model is unloaded; None: never. guesses: number of guessed tokens; None: as many as are
-    worthwhile. pictures: folder of files that a message may use; None: none.
+    worthwhile. pictures: folder of files that a message may use; None: none. folder: keeps keys and values for later
+    runs of the server; None: none.
     """
 
     slots: int = 16
@@ -52,6 +54,7 @@ class Limits:
     keep_alive: float | None = None
     guesses: int | Draft | None = None
     pictures: Path | None = None
+    folder: CacheFolder | None = None
 
 
 @dataclass(eq=False)
@@ -219,8 +222,9 @@ class Worker:
         """Return the engine of the model; load the model if necessary."""
         model, tokenizer = self._loaded()
         if self._engine is None:  # a cached property would make all workers wait for one load
-            runner = runner_of(model, self.limits.cache, native=not self._is_interim)
-            self._engine = Engine(model, tokenizer, runner, self.limits.slots, guesses=self.limits.guesses)
+            limits, folder = self.limits, None if self._is_interim else self.limits.folder
+            runner = runner_of(model, limits.cache, native=not self._is_interim)
+            self._engine = Engine(model, tokenizer, runner, limits.slots, guesses=limits.guesses, folder=folder)
             self._guesses = 0, 0
         return self._engine
 

@@ -74,6 +74,17 @@ Drafting = Annotated[str | None, tyro.conf.arg(metavar="MODEL", help=(
 ))]  # fmt: skip
 
 
+CacheFolder = Annotated[Path | None, tyro.conf.arg(metavar="FOLDER", help=(
+    "Folder that keeps the keys and values of long prompts, so that a later run does not read them again. It holds the "
+    "prompts themselves. Unset: none."
+))]  # fmt: skip
+
+
+CacheSize = Annotated[str | None, tyro.conf.arg(metavar="SIZE", help=(
+    "Size of the cache folder, such as 500M or 20G; what was not used for the longest time is removed. Unset: 4G."
+))]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Packed(OnDevice):
     """Options of commands whose model may be packed."""

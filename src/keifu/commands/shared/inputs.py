@@ -1,5 +1,6 @@
 """Inputs of commands: models with tokenizers, texts from arguments, files, pipes and a terminal, and image files."""
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from keifu.errors import UserError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from keifu.inference.text.paged.folder import CacheFolder
+
 QUOTES = '"""'
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+LARGEST_SIZE = 2**60  # bytes
+CACHE_SIZE = "4G"  # default limit of a cache folder
 MORE = "... "  # prompt for further lines of a text
 
 
@@ -38,6 +47,27 @@ def proposer(draft: str | None, guesses: int | None, weights: str | None) -> Any
     from keifu.inference.text.draft import Draft
 
     return Draft(*load_writer(draft, weights), guesses)
+
+
+def size_of(text: str, option: str) -> int:
+    """Parse a size such as "4G" or "500M". Return the number of bytes."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*([KMGT])?(?:i?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * UNITS.get((match[2] or "").upper(), 1)) if match else 0
+    if not 0 < size < LARGEST_SIZE:
+        raise UserError(f"{option} is {text[:60]!r}, which must be a size such as 500M or 4G.")
+    return size
+
+
+def open_cache_folder(path: Path | None, size: str | None) -> "CacheFolder | None":
+    """Return the folder in which keys and values are kept. None: none was named."""
+    if path is None:
+        if size is not None:
+            raise UserError("--cache-size limits the cache folder, and none is named: give one with --cache-folder.")
+        return None
+    limit = size_of(size or CACHE_SIZE, "--cache-size")
+    from keifu.inference.text.paged.folder import CacheFolder
+
+    return CacheFolder(path, limit)
 
 
 def notice(line: str) -> None:
@@ -193,10 +223,6 @@ def ids(model: Any, tokenizer: Any, texts: Sequence[str], cut: bool) -> Any:
     if shortened:
         print(f"{shortened} of {len(texts)} texts were cut to the model's {limit} tokens.", file=sys.stderr)
     return rows
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def is_picture(text: str) -> bool:

@@ -15,6 +15,7 @@ from keifu.inference.text.draft import Draft
 from keifu.inference.text.engine import Engine
 from keifu.inference.text.generate import Completion, completion
 from keifu.inference.text.model import text_model
+from keifu.inference.text.paged.folder import CacheFolder
 from keifu.inference.text.request import Piece, Request
 from keifu.inference.text.sampling_params import ANSWER_TOKENS, SamplingOptions, SamplingParams, sampling_for
 
@@ -31,18 +32,18 @@ class Conversation:
     last answer ended, as in `Piece`; None while it continues or if it was interrupted.
 
     Keys and values of earlier turns are reused: only the tokens after the common beginning of the two prompts are
-    computed.
+    computed. folder: keeps them for later runs of the program.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Tokenizer, system: str | None = None,
         guesses: int | Draft | None = None,
-        options: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None, folder: CacheFolder | None = None,
     ):  # fmt: skip
         self.model, self.thinking = model, False
         self.options = template_options(tokenizer, options or {})
         self.config = text_model(model).config
-        self.tokenizer, self.system, self.guesses = tokenizer, system, guesses
+        self.tokenizer, self.system, self.guesses, self.folder = tokenizer, system, guesses, folder
         self.reset()
 
     def reset(self) -> None:
@@ -50,7 +51,7 @@ class Conversation:
         self.messages: History = []
         self.instruct(self.system)
         self.finish_reason: str | None = None
-        self.engine = Engine(self.model, self.tokenizer, guesses=self.guesses)
+        self.engine = Engine(self.model, self.tokenizer, guesses=self.guesses, folder=self.folder)
 
     def instruct(self, system: str | None) -> None:
         """Change or remove the system prompt. The other messages stay."""
