@@ -98,18 +98,17 @@ def test_an_answer_that_is_cut_says_so(model: str, capsys: pytest.CaptureFixture
 def test_a_second_question_about_a_file_uses_what_the_first_stored(
     model: str, capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The answers are those without the folder, and the second one writes only the end of its prompt."""
+    """The question comes after the file, and the answers are those to this text without the folder."""
     (tmp_path / "report.txt").write_text("long " * 20)
-    about = (model, "--file", str(tmp_path / "report.txt"), *FEW)
-    folder = ("--cache-folder", str(tmp_path / "prompts"), "--cache-size", "1M")
+    options = ("--file", str(tmp_path / "report.txt"), "--cache-folder", str(tmp_path / "prompts"), *FEW)
     written = list[int]()
-    write = CacheFolder._write
-    monkeypatch.setattr(CacheFolder, "_write", lambda *given: written.append(1) or write(*given))
+    write = CacheFolder.write
+    monkeypatch.setattr(CacheFolder, "write", lambda *given: written.append(1) or write(*given))
     counts = []
     for question in ("Why?", "When?"):
-        assert out(capsys, question, *about, *folder) == out(capsys, question, *about)
+        assert out(capsys, model, question, *options) == out(capsys, model, f"{'long ' * 20}\n\n{question}", *FEW)
         counts.append(len(written))
-    assert counts == [2, 2]
+    assert counts == [2, 3]  # of the two groups of 64 tokens, the first has nothing of the question
 
 
 def test_an_option_that_cannot_act_is_told(model: str, capsys: pytest.CaptureFixture) -> None:

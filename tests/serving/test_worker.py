@@ -13,11 +13,11 @@ pytest.importorskip("fastapi")
 from serving_toys import WAIT, running, until
 
 from keifu.checkpoints.loading import load_model
+from keifu.inference.text.paged.folder import CacheFolder
 from keifu.inference.text.request import Piece, Request
 from keifu.inference.text.runner import TorchRunner
 from keifu.inference.text.sampling_params import SamplingParams
 from keifu.native import library
-from keifu.inference.text.paged.folder import CacheFolder
 from keifu.serving import worker
 from keifu.serving.app import Access
 from keifu.serving.metrics import Metrics

@@ -27,7 +27,8 @@ EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 @dataclass(frozen=True)
 class Options(flags.Packed):
     """Talk with a model: without a question in the terminal, where /help lists the commands, and with one for one
-    answer. A file and a pipe are one question too; if there are several of these, an empty line joins them.
+    answer. A file and a pipe are one question too; if there are several of these, an empty line joins them. With
+    --cache-folder the file comes first and the question last, so that the next question finds the file already read.
 
     Sampling options that are not given have the model's own values (of its generation_config.json, or of the
     catalogue). Where there are none: chat models are greedy, and base models have temperature 0.8, top-k 40, top-p 0.95
@@ -55,7 +56,7 @@ class Options(flags.Packed):
 
 def run(options: Options) -> None:
     """Print the answer to one question, or start a conversation."""
-    question = inputs.join_texts(options.question, options.file)
+    question = inputs.join_texts(options.question, options.file, argument_last=options.cache_folder is not None)
     if not question and (options.json or options.image or not inputs.at_terminal()):
         inputs.no_text(EXAMPLE)
     folder = inputs.open_cache_folder(options.cache_folder, options.cache_size)

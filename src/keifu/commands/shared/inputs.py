@@ -128,9 +128,13 @@ def text_from(file: Path | None, example: str) -> str:
     return _of_file(file) if file else read_pipe()
 
 
-def join_texts(argument: str | None, file: Path | None) -> str:
-    """Join the argument, the file's text and the piped text, with an empty line between them."""
-    parts = [argument, _of_file(file) if file else None, None if at_terminal() else read_pipe()]
+def join_texts(argument: str | None, file: Path | None, argument_last: bool = False) -> str:
+    """Join the argument, the file's text and the piped text, with an empty line between them.
+
+    argument_last: whether the argument comes after the others, which then are a common beginning of several prompts.
+    """
+    others = [_of_file(file) if file else None, None if at_terminal() else read_pipe()]
+    parts = [*others, argument] if argument_last else [argument, *others]
     return "\n\n".join(part for part in parts if part)
 
 
