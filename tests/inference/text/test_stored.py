@@ -251,7 +251,7 @@ def test_the_file_of_another_model_under_this_name_is_not_used(tmp_path: Path, l
     for mine, others in zip(*both, strict=True):
         mine.write_bytes(others.read_bytes())
     assert after_restart(models[0], tmp_path / "0", PROMPT) == (answers[0], 0)
-    assert "was made by another model" in logged[0] and len(logged) == 1
+    assert 1 <= len(logged) <= 3 and all("was made by another model" in message for message in logged)
 
 
 def test_the_folder_keeps_its_limit_and_what_was_used_last(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class CacheFolder:
             LOG.warning("The cache folder stores nothing for the next %.0f seconds: %s", PAUSE, error)
         finally:
             with self._lock:
-                del self._waiting[name]
+                self._waiting.pop(name, None)
 
     def _set_times(self, times: Sequence[tuple[str, int]]) -> None:
         for name, used in times:

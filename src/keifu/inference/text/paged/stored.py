@@ -7,6 +7,10 @@ reading.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from itertools import takewhile
+from threading import Lock
 
 import torch
 from jaxtyping import Int
@@ -17,8 +21,10 @@ from keifu.files import hash_of
 from keifu.inference.text.paged.blocks import BlockManager
 from keifu.inference.text.paged.folder import ENDING, LOG, CacheFolder
 from keifu.inference.text.runner import Runner
+from keifu.native.model import NativeRunner
 
 TOKENS = 64
+READERS = 4  # threads that read files
 LAYOUT = 1  # version of the files' content
 IDENTITY, TEXT = "identity", "tokens"  # names of tensors that are not of the runner
 MILLISECOND = 10**6  # nanoseconds
@@ -34,6 +40,7 @@ class StoredPrefixes:
         self._layout = {name: (x.dtype, x.shape) for name, x in example.items()}
         self._bytes = sum(x.nbytes for x in example.values())
         about = LAYOUT, __version__, runner.block_size, self._layout
+        self._lock = nullcontext() if isinstance(runner, NativeRunner) else Lock()  # PyTorch's pool may grow
         self._key = bytes.fromhex(hash_of([repr(about), runner.fingerprint()]))
         self._identity = torch.tensor([*self._key], dtype=torch.uint8, device="cpu")
 
@@ -49,21 +56,30 @@ class StoredPrefixes:
         """Read blocks of a text, from its block `start` on, into these blocks of the runner. Return how many were
         read. tokens: of the text; they must be those of the files."""
         text = torch.tensor(tokens, device="cpu")
-        done = 0
-        while done < len(blocks):
-            group, skipped = divmod(start + done, self.count)
+        groups = range(start // self.count, (start + len(blocks)) // self.count)
+
+        def read(group: int) -> bool:
             end = (group + 1) * self.count
-            name = self._name(hashes, group)
-            tensors = self.folder.read(name, self._bytes + text.nbytes)
-            if tensors is None:
-                break
-            if problem := self._problem(tensors, text[: end * self.runner.block_size]):
-                self.folder.ignore(name, f"{name} {problem}.")
-                break
-            own = blocks[done : done + self.count - skipped]
-            self.runner.write_blocks(own, {each: tensors[each][skipped:] for each in self._layout})
-            done += len(own)
-        return done
+            own = blocks[max(0, group * self.count - start) : end - start]
+            return self._read(self._name(hashes, group), text[: end * self.runner.block_size], own)
+
+        with ThreadPoolExecutor(READERS) as threads:  # new memory for the blocks takes longer than reading the files
+            count = sum(1 for _ in takewhile(bool, threads.map(read, groups)))
+        return max(0, (groups[0] + count) * self.count - start)
+
+    @torch.inference_mode()
+    def _read(self, name: str, text: Int[Tensor, " tokens"], blocks: Sequence[int]) -> bool:
+        """Read the last blocks of a file into these blocks. Return whether the file is usable for this text."""
+        tensors = self.folder.read(name, self._bytes + text.nbytes)
+        if tensors is None:
+            return False
+        if problem := self._problem(tensors, text):
+            self.folder.ignore(name, f"{name} {problem}.")
+            return False
+        with self._lock:
+            skipped = self.count - len(blocks)
+            self.runner.write_blocks(blocks, {each: tensors[each][skipped:] for each in self._layout})
+        return True
 
     def save(
         self, tokens: Sequence[int], hashes: Sequence[bytes], blocks: Sequence[int], groups: range, used: int
