@@ -131,7 +131,7 @@ def write(found: Sequence[dict[str, Any]]) -> None:
 def groups(task: recipe.ClipTask, name: str, pictures: ImageDataset) -> None:
     """Print zero-shot accuracy over the groups for which this file has words."""
     known = [place for place, label in enumerate(pictures.labels) if pictures.classes[label] in GROUPS]
-    pictures, labels = pictures.chosen(known), [*GROUPS]
+    pictures, labels = pictures.subset(known), [*GROUPS]
     points = torch.stack([label_points(task.model, task.tokenizer, words, ["{}"]).mean(0) for words in GROUPS.values()])
     given = label_shares(task.model, vectors(task.model, pictures), torch.nn.functional.normalize(points, dim=-1))
     right = torch.tensor([labels.index(pictures.classes[label]) for label in pictures.labels])
@@ -144,7 +144,7 @@ def draw(task: recipe.ClipTask, pictures: ImageDataset, path: Path, count: int =
     font_manager.fontManager.addfont(str(catalogue.fetch("japanese-font")))
     plt.rcParams["font.family"] = ["DejaVu Sans", "IPAexGothic"]
     some = pictures.distinct()
-    some = some.chosen(np.linspace(0, len(some) - 1, count).astype(int))
+    some = some.subset(np.linspace(0, len(some) - 1, count).astype(int))
     points, thumbnails = vectors(task.model, some), some.take(slice(0, count)).permute(0, 2, 3, 1).numpy()
     figure, axes = plt.subplots(1, 2, figsize=(15, 8), layout="constrained")
     for panel, language in zip(axes, LANGUAGES, strict=True):
@@ -177,7 +177,7 @@ def ready(options: argparse.Namespace) -> recipe.ClipTask:
 
 
 def shown(names: Sequence[str], size: int) -> ImageDataset:
-    return read_images("openmoji", size, 3).named(names)
+    return read_images("openmoji", size, 3).with_names(names)
 
 
 def main() -> None:

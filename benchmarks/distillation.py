@@ -70,7 +70,9 @@ def measure(options: argparse.Namespace, model: str, steps: int) -> Figures:
     """Return the figures of a model on the held-out conversations that fit its context."""
     task = sft.prepare(recipe(options, model))
     nats = validation(task.model, task.data)
-    learned = [[id for id, mine in zip(turns.ids, turns.learned, strict=True) if mine] for turns in task.held.kept]
+    learned = [
+        [id for id, mine in zip(turns.ids, turns.learned, strict=True) if mine] for turns in task.held_out.fitting
+    ]
     size = sum(len(task.tokenizer.decode(ids).encode()) for ids in learned)
     return Figures(nats, nats / math.log(2) * sum(map(len, learned)) / size, steps)
 

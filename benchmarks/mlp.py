@@ -49,7 +49,7 @@ def ours(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[float
         seconds = time.perf_counter() - start
         model = checkpoints.load_model(out)
     assert isinstance(model, MLP)
-    return mlp.accuracy(model, learned.held), seconds
+    return mlp.accuracy(model, learned.held_out), seconds
 
 
 def fitted(inputs: Tensor, targets: Tensor, hidden: tuple[int, ...], seed: int, **settings: float) -> MLPClassifier:
@@ -73,8 +73,8 @@ def tuned(learned: ToyDataset, hidden: tuple[int, ...], seeds: int) -> tuple[dic
     found = []
     for seed in range(seeds):
         model = fitted(inputs, targets, hidden, seed, **settings)
-        found.append(int((model.predict(learned.held.inputs.numpy()) == learned.held.targets.numpy()).sum()))
-        print(f"seed {seed}: {found[-1]} of {len(learned.held)}", flush=True)
+        found.append(int((model.predict(learned.held_out.inputs.numpy()) == learned.held_out.targets.numpy()).sum()))
+        print(f"seed {seed}: {found[-1]} of {len(learned.held_out)}", flush=True)
     return settings, {"of 800, by setting": list(right.values()), "of 1,000, by seed": found}
 
 
@@ -83,7 +83,7 @@ def theirs(learned: ToyDataset, hidden: tuple[int, ...], seed: int) -> tuple[flo
     start = time.perf_counter()
     model = fitted(learned.training.inputs, learned.training.targets, hidden, seed)
     seconds = time.perf_counter() - start
-    return float(model.score(learned.held.inputs.numpy(), learned.held.targets.numpy())), seconds
+    return float(model.score(learned.held_out.inputs.numpy(), learned.held_out.targets.numpy())), seconds
 
 
 def ratio(run: list[tuple[float, float]], beside: list[tuple[float, float]]) -> str:

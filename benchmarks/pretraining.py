@@ -131,7 +131,7 @@ def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, op
     )  # fmt: skip
     task = telling.ready(recipe, training, held)
     with tempfile.TemporaryDirectory() as directory:
-        silent = replace(task, held=replace(task.held, rows=[], targets=[]))
+        silent = replace(task, held_out=replace(task.held_out, rows=[], targets=[]))
         train_job(telling.job_of(recipe, silent, Path(directory)), Path(directory))
     return evaluate(task)
 
@@ -192,7 +192,7 @@ def compare(options: argparse.Namespace, bases: dict[bool, str], training: Examp
     for name in options.only:
         way = WAYS[name]
         for count in options.labels:
-            some, start = training.chosen(range(min(count, len(training)))), time.perf_counter()
+            some, start = training.subset(range(min(count, len(training)))), time.perf_counter()
             found = [tuned(way, bases[way.pretrained], some, held, seed, options) for seed in options.seeds]
             seconds = (time.perf_counter() - start) / len(found)
             share, accuracies[name][count] = found[0].majority[1], mean(each.accuracy for each in found)

@@ -88,7 +88,7 @@ def trained(
 ) -> Confusion:
     """Train by the recipe, and return the figures on the held-out texts."""
     recipe = Recipe(cut=options.tokens, epochs=times * passes(training, options), seed=options.seed, **choice)
-    task = classifier.ready(recipe, training, held.chosen(()))
+    task = classifier.ready(recipe, training, held.subset(()))
     with tempfile.TemporaryDirectory() as directory:
         out = (options.out or Path(directory)) / f"{recipe.model}-{len(training)}"
         train_job(classifier.job_of(recipe, task, out), out)
@@ -117,7 +117,7 @@ def left_to_right(training: Examples, held: Examples, options: argparse.Namespac
     )  # fmt: skip
     task = gpt1_finetune.ready(recipe, training, held)
     with tempfile.TemporaryDirectory() as directory:
-        silent = replace(task, held=replace(task.held, rows=[], targets=[]))
+        silent = replace(task, held_out=replace(task.held_out, rows=[], targets=[]))
         train_job(gpt1_finetune.job_of(recipe, silent, Path(directory)), Path(directory))
     return evaluate(task)
 
@@ -167,7 +167,7 @@ def main() -> None:
     options.only = options.only or [name for name in WAYS if name != "left" or options.left]
     training, held = read("wiki-summaries").split(options.held_out)
     if options.choose:
-        held = training.chosen(range(len(training) - 1000, len(training)))
+        held = training.subset(range(len(training) - 1000, len(training)))
     majority, share = judged(held.labels, held.labels).majority
     print(f"{machine()}; {len(held)} held-out summaries, always {majority!r}: {share:.1%}\n", flush=True)
     print("| | labels | accuracy | macro F1 | seconds |\n|---|---:|---:|---:|---:|", flush=True)
@@ -179,7 +179,7 @@ def main() -> None:
             start, found = time.perf_counter(), list[Confusion]()
             for seed in options.seeds:
                 options.seed = seed
-                found.append(way(training.chosen(range(min(count, len(training)))), held, options))
+                found.append(way(training.subset(range(min(count, len(training)))), held, options))
             seconds = (time.perf_counter() - start) / len(found)
             by_seed[title].append([each.accuracy for each in found])
             accuracies[name][count] = mean(by_seed[title][-1])

@@ -483,7 +483,7 @@ def hash_of_data(record: dict) -> str:
     if hashed := record.get("data", [{}])[0].get("fingerprint") or record.get("data_fingerprint"):
         return hashed
     table = toy_dataset(record["recipe"]["options"]["data"])
-    return TensorBatches(table.training, table.held, len(table.training), 0).fingerprint
+    return TensorBatches(table.training, table.held_out, len(table.training), 0).fingerprint
 
 
 def details(rows: list[dict[str, object]]) -> str:

@@ -38,8 +38,8 @@ def test_a_name_goes_before_the_command_line_and_that_before_the_environment(sev
     with choosing(Choice("cuda:1")):
         assert choose() == torch.device("cuda:1") and choose("cpu") == torch.device("cpu")
         with choosing(Choice(precision="float32")):
-            assert choose() == torch.device("cuda:1") and devices.chosen().precision == "float32"
-    assert choose() == torch.device("mps") and devices.chosen() == Choice()
+            assert choose() == torch.device("cuda:1") and devices.device_choice().precision == "float32"
+    assert choose() == torch.device("mps") and devices.device_choice() == Choice()
 
 
 @pytest.mark.parametrize("name", ["cuda:2", "gpu", "cpu:1", "CPU", ""])
@@ -91,9 +91,9 @@ def test_the_command_lines_choice_reaches_the_recipe(tmp_path: Path, monkeypatch
     seen = []
 
     def jobs(recipe: Any) -> Jobs:
-        seen.append(devices.chosen())
+        seen.append(devices.device_choice())
         yield from ()
 
     monkeypatch.setattr("keifu.recipes.assistant.dpo.jobs", jobs)
     cli.main(["train", "dpo", "--device", "cpu", "--precision", "bfloat16", "--compile", "--out", str(tmp_path)])
-    assert seen == [Choice("cpu", "bfloat16", True)] and devices.chosen() == Choice()
+    assert seen == [Choice("cpu", "bfloat16", True)] and devices.device_choice() == Choice()

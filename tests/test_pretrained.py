@@ -167,7 +167,7 @@ def test_it_draws_the_digit_that_is_asked_for() -> None:
 @pytest.mark.parametrize(("name", "data"), [("network", "mnist"), ("neuron", "and")])
 def test_the_card_has_the_hash_of_the_table(name: str, data: str) -> None:
     table = toy_dataset(data)
-    assert card(name)["data_sha256"] == TensorBatches(table.training, table.held, 1, seed=0).fingerprint
+    assert card(name)["data_sha256"] == TensorBatches(table.training, table.held_out, 1, seed=0).fingerprint
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from keifu import threads
-from keifu.threads import TAKE, IdleTeam, Placement, move, quota, used
+from keifu.threads import TAKE, IdleTeam, Placement, busy_seconds, move, quota
 
 TICK = 0.5
 TWO = frozenset({0, 1})
@@ -22,7 +22,7 @@ def test_a_process_alone_keeps_all_cores_however_it_computes() -> None:
     placement = Placement(TWO)
     for number, own in enumerate((2.0, 1.9, 1.3, 0.4, 2.0, 0.0)):
         assert not placement.read(TICK * number, {0: own / 2 + 0.05, 1: own / 2 + 0.05}, own)
-    assert placement.held is None
+    assert placement.held_cores is None
 
 
 def test_cores_are_given_to_a_program_that_uses_one_and_taken_back_when_it_has_ended() -> None:
@@ -30,11 +30,11 @@ def test_cores_are_given_to_a_program_that_uses_one_and_taken_back_when_it_has_e
     for number in range(20):
         ended = number >= 10
         busy = dict.fromkeys(TWO, 1.0)
-        if placement.held:
-            busy = {core: 1.0 if core in placement.held else 0.0 if ended else 1.0 for core in TWO}
-        own = 1.0 if placement.held else 2.0 if ended else 1.3
+        if placement.held_cores:
+            busy = {core: 1.0 if core in placement.held_cores else 0.0 if ended else 1.0 for core in TWO}
+        own = 1.0 if placement.held_cores else 2.0 if ended else 1.3
         if placement.read(TICK * number, busy, own):
-            changes.append((TICK * number, len(placement.held or TWO)))
+            changes.append((TICK * number, len(placement.held_cores or TWO)))
     assert changes == [(0.5, 1), (5.0 + TAKE, 2)]
 
 
@@ -61,8 +61,8 @@ def test_a_process_that_waits_for_work_holds_no_cores() -> None:
     placement = Placement(TWO)
     for number in range(2):
         placement.read(TICK * number, dict.fromkeys(TWO, 1.0), 1.0)
-    assert placement.held
-    assert placement.read(2 * TICK, dict.fromkeys(TWO, 1.0), 0.0) and placement.held is None
+    assert placement.held_cores
+    assert placement.read(2 * TICK, dict.fromkeys(TWO, 1.0), 0.0) and placement.held_cores is None
     assert not placement.read(3 * TICK, dict.fromkeys(TWO, 1.0), 0.0)
 
 
@@ -71,12 +71,12 @@ def test_of_many_cores_those_that_others_use_are_left_to_them() -> None:
     placement = Placement(cores)
     for number in range(3):
         placement.read(TICK * number, dict.fromkeys(cores, 1.0), 5.0)
-    assert placement.held and len(placement.held) == 5
-    others = cores - placement.held
+    assert placement.held_cores and len(placement.held_cores) == 5
+    others = cores - placement.held_cores
     for number in range(3, 20):  # one of three programs ends: its core is taken back
-        busy = {core: 1.0 if core in placement.held or core in sorted(others)[:2] else 0.0 for core in cores}
-        placement.read(TICK * number, busy, float(len(placement.held)))
-    assert len(placement.held) == 6 and not placement.held & {*sorted(others)[:2]}
+        busy = {core: 1.0 if core in placement.held_cores or core in sorted(others)[:2] else 0.0 for core in cores}
+        placement.read(TICK * number, busy, float(len(placement.held_cores)))
+    assert len(placement.held_cores) == 6 and not placement.held_cores & {*sorted(others)[:2]}
 
 
 def test_processes_that_follow_the_load_find_different_cores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,13 +92,15 @@ def test_processes_that_follow_the_load_find_different_cores(monkeypatch: pytest
                     continue
                 last[number] = now
                 other = both[1 - number]
-                alone = placement.held and other.held and placement.held != other.held
-                own = 1.0 if alone else 0.5 if placement.held == other.held and placement.held else 1.0
+                alone = placement.held_cores and other.held_cores and placement.held_cores != other.held_cores
+                own = (
+                    1.0 if alone else 0.5 if placement.held_cores == other.held_cores and placement.held_cores else 1.0
+                )
                 busy = dict.fromkeys(TWO, 1.0)
-                if placement.held and placement.held == other.held:
-                    busy = {core: float(core in placement.held) for core in TWO}
+                if placement.held_cores and placement.held_cores == other.held_cores:
+                    busy = {core: float(core in placement.held_cores) for core in TWO}
                 placement.read(now, busy, own)
-        assert both[0].held and both[1].held and both[0].held != both[1].held
+        assert both[0].held_cores and both[1].held_cores and both[0].held_cores != both[1].held_cores
 
 
 def test_used_counts_what_competes_on_each_core(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_used_counts_what_competes_on_each_core(tmp_path: Path) -> None:
     row = [1 * tick, 5 * tick, 2 * tick, 90 * tick, 7 * tick, 3 * tick, 4 * tick, 8 * tick, 0, 0]
     lines = ["cpu  1 2 3 4 5 6 7 8 9 10", "cpu0 " + " ".join(map(str, row)), "cpu13 " + "0 " * 10, "intr 5 6"]
     (tmp_path / "stat").write_text("\n".join(lines))
-    assert used(tmp_path / "stat") == {0: 1 + 2 + 3 + 4 + 5 * (os.nice(0) > 0), 13: 0}
+    assert busy_seconds(tmp_path / "stat") == {0: 1 + 2 + 3 + 4 + 5 * (os.nice(0) > 0), 13: 0}
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen on Linux alone")

@@ -55,7 +55,7 @@ def split_state(folder: Path) -> None:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         pod = Pod.__new__(Pod)
-        pod.layouts, pod.coordinate = {"w": Layout.whole(TENSORS["model.w"], 1)}, (0, 0)
+        pod.layouts, pod.coordinate = {"w": Layout.unsplit(TENSORS["model.w"], 1)}, (0, 0)
         states = States(True)
         states.save(pod, folder, 3, TENSORS, {}, lambda step: None)
         states.flush()

@@ -39,18 +39,18 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
     `UserError` for an unknown command or option."""
     if all(word in ("-h", "--help", "help") for word in arguments):
         return lambda: print(help_text())
-    command, *rest = arguments
+    command, *further = arguments
     if command == "help":
-        return parse([*rest, "--help"])
+        return parse([*further, "--help"])
     if command in ("-V", "--version", "version"):
         return lambda: print(f"keifu {__version__}")
     require_known("command", command, COMMANDS)
     module = import_module(module_of(command))
     if command in OF_RECIPES:
-        return module.parse(rest)
+        return module.parse(further)
     from keifu.commands.shared.flags import parse_command
 
-    return parse_command(module, rest, f"keifu {command}")
+    return parse_command(module, further, f"keifu {command}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -97,16 +97,16 @@ def without_volume(arguments: Sequence[str]) -> tuple[list[str], bool, bool]:
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
     quiet, verbose = ({*words[:end]} & {*names} for names in (("-q", "--quiet"), ("-v", "--verbose")))
-    kept = [word for index, word in enumerate(words) if index >= end or word not in quiet | verbose]
-    return kept, bool(quiet), bool(verbose)
+    remaining_words = [word for index, word in enumerate(words) if index >= end or word not in quiet | verbose]
+    return remaining_words, bool(quiet), bool(verbose)
 
 
 def _versions() -> str:
     import platform
 
     torch = sys.modules.get("torch")
-    used = f", torch {torch.__version__}" if torch else ""
-    return f"keifu {__version__}, Python {platform.python_version()}{used}"
+    torch_version = f", torch {torch.__version__}" if torch else ""
+    return f"keifu {__version__}, Python {platform.python_version()}{torch_version}"
 
 
 def _work(arguments: Sequence[str], quiet: bool, traceback: bool) -> None:

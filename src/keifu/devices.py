@@ -46,7 +46,7 @@ class Choice:
 _choice = Choice()
 
 
-def chosen() -> Choice:
+def device_choice() -> Choice:
     """Return the device options of this process."""
     return _choice
 
@@ -86,11 +86,11 @@ def choose(name: "str | torch.device | None" = None) -> "torch.device":
         return name
     variable = os.environ.get(VARIABLE)
     said = name or _choice.device
-    wanted, exist = said or variable, available()
-    if wanted and wanted not in exist:
+    device_name, exist = said or variable, available()
+    if device_name and device_name not in exist:
         start = "There" if said else f"{VARIABLE}: there"
-        raise UserError(f"{start} is no device {wanted!r} on this machine, which has {', '.join(exist)}.")
-    return torch.device(wanted or exist[0])
+        raise UserError(f"{start} is no device {device_name!r} on this machine, which has {', '.join(exist)}.")
+    return torch.device(device_name or exist[0])
 
 
 def device_name(device: "torch.device") -> str:

@@ -26,18 +26,18 @@ def shell(*words: object) -> str:
     return shlex.join(map(str, words))
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown(kind: str, name: str, known_names: Iterable[str]) -> UserError:
     """Return the error for a name that does not exist. It suggests the nearest known name, and lists all if they are
     few."""
-    names = sorted(known)
-    folded = {known.casefold(): known for known in names}
+    names = sorted(known_names)
+    folded = {known_names.casefold(): known_names for known_names in names}
     near = get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
     guess = f" Did you mean {folded[near[0]]!r}?" if near else ""
     listing = f" Known: {', '.join(names)}." if len(names) <= 30 else f" There are {len(names)} known ones."
     return UserError(f"There is no {kind} {name!r}.{guess}{listing if names else ''}")
 
 
-def require_known(kind: str, name: object, known: Collection[str]) -> None:
-    """Raise the error `unknown` if `name` is not in `known`."""
-    if name not in known:
-        raise unknown(kind, str(name), known)
+def require_known(kind: str, name: object, known_names: Collection[str]) -> None:
+    """Raise the error `unknown` if `name` is not in `known_names`."""
+    if name not in known_names:
+        raise unknown(kind, str(name), known_names)

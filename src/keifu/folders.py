@@ -36,8 +36,8 @@ def place_matplotlib() -> None:
 def config() -> Path:
     """Return the folder for files that must not be lost with the cache: `KEIFU_CONFIG`, or keifu in XDG_CONFIG_HOME or
     ~/.config."""
-    usual = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "keifu"
-    return Path(os.environ.get("KEIFU_CONFIG") or usual).expanduser()
+    default_folder = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "keifu"
+    return Path(os.environ.get("KEIFU_CONFIG") or default_folder).expanduser()
 
 
 def neighbours(path: Path, pattern: str = "*") -> list[str]:
@@ -51,8 +51,8 @@ def matching(source: str | Path) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file() and not hidden(file.relative_to(path)))
-    found = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-    return sorted(file for file in found if file.is_file())
+    paths = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+    return sorted(file for file in paths if file.is_file())
 
 
 def hidden(path: Path) -> bool:

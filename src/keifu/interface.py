@@ -133,17 +133,17 @@ def _train_by_name(
     directory = as_path(out or Path("runs") / Path(name).stem, "out")
     plain = {option: value.item() if isinstance(value, np.generic) else value for option, value in options.items()}
 
-    def checked(usual: Any) -> Any:
+    def checked(default_recipe: Any) -> Any:
         """Return the recipe with the options, whose types are right. Lists become tuples, and texts paths."""
-        recipe = from_json(usual, plain)
+        recipe = from_json(default_recipe, plain)
         check_kinds(recipe, f"keifu.train({name!r})")
         return recipe
 
     if resume:
         stored_run = resuming.stored(name, module, directory)
         words = [f"--{option.replace('_', '-')}" for option in options]
-        usual = stored_run.usual(words) if stored_run else recipe_class()
-        resuming.go_on(stored_run, module, checked(usual), directory)
+        default_recipe = stored_run.recipe_for(words) if stored_run else recipe_class()
+        resuming.go_on(stored_run, module, checked(default_recipe), directory)
         return directory
     recipe = checked(published_recipe(module, options.get("recipe_of")) or recipe_class)
     check_ranges(recipe_class, to_json(recipe))

@@ -67,9 +67,9 @@ def landmarks(language: str = "en") -> list[Landmark]:
 def page(language: str = "en") -> str:
     """Return an HTML page that needs no network: a drawing of the lineage, then a section with a picture for each
     landmark."""
-    shown, words = landmarks(language), WORDS[language]
-    parts = "\n".join(_part(entry, words) for entry in shown)
-    body = f"<h1>keifu <span lang='ja'>系譜</span>: {words['title']}</h1>\n{drawing(shown, words['drawing'])}{parts}"
+    entries, words = landmarks(language), WORDS[language]
+    parts = "\n".join(_part(entry, words) for entry in entries)
+    body = f"<h1>keifu <span lang='ja'>系譜</span>: {words['title']}</h1>\n{drawing(entries, words['drawing'])}{parts}"
     return (
         f'<!doctype html>\n<html lang="{language}"><head><meta charset="utf-8"><title>keifu: {words["title"]}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
@@ -94,13 +94,13 @@ def style() -> str:
     return (resources.files("keifu.training.run") / "report.css").read_text(encoding="utf-8") + STYLE
 
 
-def drawing(shown: list[Landmark], label: str) -> str:
+def drawing(entries: list[Landmark], label: str) -> str:
     """Return the lineage as SVG: one box in each row, and arrows from parents to children."""
-    boxes = "".join(_box(entry, *corner(row, entry.lane)) for row, entry in enumerate(shown))
-    paths = ("L".join(f"{x} {y}" for x, y in points) for points in routes(shown))
+    boxes = "".join(_box(entry, *corner(row, entry.lane)) for row, entry in enumerate(entries))
+    paths = ("L".join(f"{x} {y}" for x, y in points) for points in routes(entries))
     arrows = "".join(f'<path d="M{path}" marker-end="url(#head)"/>' for path in paths)
-    width = 2 * MARGIN + ACROSS * max(entry.lane for entry in shown) + WIDTH
-    height = 2 * MARGIN + DOWN * (len(shown) - 1) + HEIGHT
+    width = 2 * MARGIN + ACROSS * max(entry.lane for entry in entries) + WIDTH
+    height = 2 * MARGIN + DOWN * (len(entries) - 1) + HEIGHT
     return (
         f'<div class="drawing"><svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{label}">'
         f"<defs>{HEAD}</defs>{arrows}{boxes}</svg></div>\n"
@@ -118,23 +118,23 @@ def _box(entry: Landmark, x: int, y: int) -> str:
     return f'<a href="#{entry.name}">{frame}<text x="{x + 9}" y="{y + 20}">{text}</text></a>'
 
 
-def routes(shown: list[Landmark]) -> list[list[tuple[int, int]]]:
+def routes(entries: list[Landmark]) -> list[list[tuple[int, int]]]:
     """Return the corner points of each arrow, from the bottom of a parent's box to the top of a child's. No arrow
     crosses a box or overlaps another arrow.
 
     Each row has one box, so an arrow may run sideways between two rows. It runs down in the child's or the parent's
     column if no box is in the way, else between two columns.
     """
-    rows = {entry.name: row for row, entry in enumerate(shown)}
-    between = dict.fromkeys(range(-1, 1 + max(entry.lane for entry in shown)), 0)  # lines so far right of a column
+    rows = {entry.name: row for row, entry in enumerate(entries)}
+    between = dict.fromkeys(range(-1, 1 + max(entry.lane for entry in entries)), 0)  # lines so far right of a column
     arrows = []
-    for row, child in enumerate(shown):
-        for number, name in enumerate(sorted(child.parents, key=lambda name: shown[rows[name]].lane)):
-            parent = shown[rows[name]]
+    for row, child in enumerate(entries):
+        for number, name in enumerate(sorted(child.parents, key=lambda name: entries[rows[name]].lane)):
+            parent = entries[rows[name]]
             left, top = corner(row, child.lane)
             x2 = left + WIDTH // 2 + 24 * number - 12 * (len(child.parents) - 1)
             x1, y1 = corner(rows[name], parent.lane)
-            passed = {entry.lane for entry in shown[rows[name] + 1 : row]}
+            passed = {entry.lane for entry in entries[rows[name] + 1 : row]}
             aside = (child.lane > parent.lane) - (child.lane < parent.lane)
             x1 += WIDTH // 2 + EXIT * (aside or 1)
             if child.lane not in passed:

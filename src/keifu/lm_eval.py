@@ -82,16 +82,17 @@ class KeifuLM(LM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Generate a continuation of each context. It ends before one of the stop strings."""
-        asked = [request.args for request in requests]
-        settings = [_sampling(given, seed, self.tokenizer) for seed, (_, given) in enumerate(asked)]
-        texts = [text for text, _ in asked]
+        arguments = [request.args for request in requests]
+        settings = [_sampling(options, seed, self.tokenizer) for seed, (_, options) in enumerate(arguments)]
+        texts = [text for text, _ in arguments]
         front = likelihood.first_context(self.tokenizer, texts)
         ids = self.tokenizer.encode_batch(texts, allow_special=True)
         prompts = [
-            self._room(likelihood.open_prefixes(front, own), each) for own, each in zip(ids, settings, strict=True)
+            self._room(likelihood.open_prefixes(front, front_ids), each)
+            for front_ids, each in zip(ids, settings, strict=True)
         ]
         done = self.runner.write(prompts, settings, "lm-eval, writing")
-        for args, answer in zip(asked, done, strict=True):
+        for args, answer in zip(arguments, done, strict=True):
             self.cache_hook.add_partial("generate_until", args, answer.text)
         return [answer.text for answer in done]
 
@@ -133,19 +134,19 @@ class KeifuLM(LM):
         return prompt[-room:] or likelihood.common_beginning(self.tokenizer)
 
 
-def _sampling(given: dict[str, Any], seed: int, tokenizer: Tokenizer) -> SamplingParams:
+def _sampling(options: dict[str, Any], seed: int, tokenizer: Tokenizer) -> SamplingParams:
     """Convert a task's settings to `SamplingParams`. Decoding is greedy unless the task samples.
 
     As in transformers, the repetition penalty is that of the model's generation_config.json unless the task gives one.
     Raises `UserError` for a setting that would change the result and is not supported, such as beams.
     """
-    until = given.get("until") or ()
+    until = options.get("until") or ()
     stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
-    if given.get("num_beams", 1) != 1:
-        raise UserError(f"num_beams is {given['num_beams']}, and keifu samples or decodes greedily: leave it out.")
-    most = next((given[name] for name in MOST if given.get(name) is not None), WRITTEN)
-    penalty = given.get("repetition_penalty", defaults(tokenizer).sampling.repetition_penalty)
+    if options.get("num_beams", 1) != 1:
+        raise UserError(f"num_beams is {options['num_beams']}, and keifu samples or decodes greedily: leave it out.")
+    most = next((options[name] for name in MOST if options.get(name) is not None), WRITTEN)
+    penalty = options.get("repetition_penalty", defaults(tokenizer).sampling.repetition_penalty)
     settings = SamplingParams(max_tokens=int(most), temperature=0, repetition_penalty=penalty, stop=stop, seed=seed)
-    if not given.get("do_sample", bool(given.get("temperature"))):
+    if not options.get("do_sample", bool(options.get("temperature"))):
         return settings
-    return replace(settings, **{"temperature": 1.0, **{name: given[name] for name in SAMPLING & given.keys()}})
+    return replace(settings, **{"temperature": 1.0, **{name: options[name] for name in SAMPLING & options.keys()}})

@@ -60,11 +60,11 @@ def container(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[int]:
     count as free."""
     limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own_group)]
     limits.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
-    return [left for limit in limits if (left := _left(*limit)) is not None]
+    return [left for limit in limits if (left := _free_bytes(*limit)) is not None]
 
 
-def _left(group: Path, most: str, used: str, droppable: str) -> int | None:
-    limit, usage, statistics = group / most, group / used, group / "memory.stat"
+def _free_bytes(group: Path, most: str, usage_file: str, droppable: str) -> int | None:
+    limit, usage, statistics = group / most, group / usage_file, group / "memory.stat"
     if not (limit.exists() and usage.exists()) or limit.read_text().strip() == "max":
         return None
     lines = statistics.read_text().splitlines() if statistics.exists() else []

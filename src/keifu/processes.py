@@ -170,20 +170,20 @@ class Processes:
         from torch.distributed.tensor import DTensor  # importing it takes a second
 
         computed = [p.grad is not None and id(p) not in self.filled for p in parameters.values()]
-        used = torch.tensor(computed, dtype=torch.int32)
+        used_flags = torch.tensor(computed, dtype=torch.int32)
         if self.data_size > 1:
-            used = used.to(next(iter(parameters.values())).device)
-            distributed.all_reduce(used, distributed.ReduceOp.MAX, group=self.data_group)
-        for p, wanted in zip(parameters.values(), used.tolist(), strict=True):
-            p.grad = None if not wanted else torch.zeros_like(p) if p.grad is None else p.grad
+            used_flags = used_flags.to(next(iter(parameters.values())).device)
+            distributed.all_reduce(used_flags, distributed.ReduceOp.MAX, group=self.data_group)
+        for p, is_used in zip(parameters.values(), used_flags.tolist(), strict=True):
+            p.grad = None if not is_used else torch.zeros_like(p) if p.grad is None else p.grad
         sharded = {name: p.grad.to_local() for name, p in parameters.items() if isinstance(p.grad, DTensor)}
-        whole = {name: p.grad for name, p in parameters.items() if p.grad is not None and name not in sharded}
+        unsharded = {name: p.grad for name, p in parameters.items() if p.grad is not None and name not in sharded}
         if self.pod:
-            self.pod.sum_partial(whole | sharded)
+            self.pod.sum_partial(unsharded | sharded)
         if not self.overlaps:
-            sum_in_order([*whole.values()], self.data_size, self.data_group)
+            sum_in_order([*unsharded.values()], self.data_size, self.data_group)
             sum_in_order([*sharded.values()], self.pods, self.pods_group)
-        gradients = whole | sharded
+        gradients = unsharded | sharded
         norm = self.pod.norm(gradients) if self.pod else get_total_norm([*gradients.values()])
         return [*gradients.values()], norm
 
@@ -211,14 +211,14 @@ class Processes:
         """
         if self.data_size == 1:
             return batch
-        whole = {}
+        gathered = {}
         for name, tensor in batch.items():
             longest = max(self.counts(tensor.mT)) if tensor.dim() == 2 else 0
-            more = (0, longest - tensor.shape[1]) if tensor.dim() == 2 else (0, 0)
-            padded = F.pad(tensor, more, value=padding.get(name, 0))
+            pad_sizes = (0, longest - tensor.shape[1]) if tensor.dim() == 2 else (0, 0)
+            padded = F.pad(tensor, pad_sizes, value=padding.get(name, 0))
             rows = self.gather_rows(padded.byte() if tensor.dtype == torch.bool else padded)
-            whole[name] = rows.to(tensor.dtype)
-        return whole
+            gathered[name] = rows.to(tensor.dtype)
+        return gathered
 
 
 _processes = Processes()

@@ -67,49 +67,54 @@ def on_threads(count: int) -> Iterator[None]:
 
 @dataclass
 class Placement:
-    """Choice of cores for this process's threads: all, or the cores `held` while other programs use the rest.
+    """Choice of cores for this process's threads: all, or the cores `held_cores` while other programs use the rest.
 
     Several such processes find different cores, because each moves to cores that it sees unused, at a random moment.
     """
 
     cores: frozenset[int]
-    held: frozenset[int] | None = None
+    held_cores: frozenset[int] | None = None
     since: float = math.inf  # time at which readings began to ask for a change
 
-    def read(self, now: float, busy: Mapping[int, float], used: float) -> bool:
+    def read(self, now: float, busy: Mapping[int, float], used_cores: float) -> bool:
         """Update the choice by one reading, and return whether it changed. now: time in seconds. busy: share of time
-        that each core was used by any process. used: number of cores that this process used."""
-        if self.held and used < UNUSED:  # a waiting process gives up its choice
-            self.held, self.since = None, math.inf
+        that each core was used by any process. used_cores: number of cores that this process used."""
+        if self.held_cores and used_cores < UNUSED:  # a waiting process gives up its choice
+            self.held_cores, self.since = None, math.inf
             return True
-        others = max(0.0, math.fsum(busy.values()) - used)
-        wanted = max(1, len(self.cores) - max(1, round(others)))
-        if not self._asks(busy, used, others, wanted):
+        used_by_others = max(0.0, math.fsum(busy.values()) - used_cores)
+        n_cores = max(1, len(self.cores) - max(1, round(used_by_others)))
+        if not self._asks(busy, used_cores, used_by_others, n_cores):
             self.since = math.inf
             return False
         self.since = min(self.since, now)
-        if now - self.since < (GIVE if self.held is None else TAKE):
+        if now - self.since < (GIVE if self.held_cores is None else TAKE):
             return False
         self.since = math.inf
-        if self.held and others < FREE:
-            self.held = None
+        if self.held_cores and used_by_others < FREE:
+            self.held_cores = None
         else:
             shares = (
-                {core: busy[core] - (used / len(self.held) if core in self.held else 0.0) for core in busy}
-                if self.held
+                {
+                    core: busy[core] - (used_cores / len(self.held_cores) if core in self.held_cores else 0.0)
+                    for core in busy
+                }
+                if self.held_cores
                 else dict.fromkeys(self.cores, 0.0)
             )
-            self.held = frozenset(sorted(self.cores, key=lambda core: (shares[core] > TAKEN, random.random()))[:wanted])
+            self.held_cores = frozenset(
+                sorted(self.cores, key=lambda core: (shares[core] > TAKEN, random.random()))[:n_cores]
+            )
         return True
 
-    def _asks(self, busy: Mapping[int, float], used: float, others: float, wanted: int) -> bool:
+    def _asks(self, busy: Mapping[int, float], used_cores: float, used_by_others: float, n_cores: int) -> bool:
         """Return whether a reading asks for other cores than the present ones."""
-        if self.held is None:
+        if self.held_cores is None:
             full = math.fsum(busy.values()) > len(self.cores) - FULL
-            return len(self.cores) > 1 and full and others > TAKEN and used > IDLE
-        disturbed = math.fsum(busy[core] for core in self.held) - used > TAKEN
-        elsewhere = min((busy[core] for core in self.cores - self.held), default=1.0) < FREE
-        return others < FREE or wanted != len(self.held) or (disturbed and elsewhere)
+            return len(self.cores) > 1 and full and used_by_others > TAKEN and used_cores > IDLE
+        disturbed = math.fsum(busy[core] for core in self.held_cores) - used_cores > TAKEN
+        elsewhere = min((busy[core] for core in self.cores - self.held_cores), default=1.0) < FREE
+        return used_by_others < FREE or n_cores != len(self.held_cores) or (disturbed and elsewhere)
 
 
 class IdleTeam(threading.Thread):
@@ -141,26 +146,26 @@ def _watch() -> None:
         clocks = _clocks()
         passed = clocks[0] - before[0]
         busy = {core: (clocks[2][core] - before[2].get(core, 0.0)) / passed for core in placement.cores & {*clocks[2]}}
-        last = placement.held
+        last = placement.held_cores
         changed = placement.read(clocks[0], busy, (clocks[1] - before[1]) / passed)
         before = clocks
         if not changed:
             continue
-        if placement.held and team is None and (openmp := _openmp()):
+        if placement.held_cores and team is None and (openmp := _openmp()):
             team = IdleTeam(openmp)
             team.start()
-        elif team and not placement.held:
+        elif team and not placement.held_cores:
             team.stop()
             team = None
-        move(last or placement.cores, placement.held or placement.cores)
+        move(last or placement.cores, placement.held_cores or placement.cores)
 
 
 def _clocks() -> tuple[float, float, dict[int, float]]:
     """Return seconds of wall-clock time, seconds of this process's CPU time, and the used seconds of each core."""
-    return time.perf_counter(), time.process_time(), used()
+    return time.perf_counter(), time.process_time(), busy_seconds()
 
 
-def used(statistics: Path = STATISTICS) -> dict[int, float]:
+def busy_seconds(statistics: Path = STATISTICS) -> dict[int, float]:
     """Return the seconds for which each core was used so far, by processes whose priority competes with this one's."""
     fields = [line.split() for line in statistics.read_text().splitlines() if line[:3] == "cpu" and line[3].isdigit()]
     lower = os.nice(0) > 0  # the second number counts lower priorities, which yield to others

@@ -108,7 +108,7 @@ def test_a_student_comes_near_its_teacher(
 def test_own_answers_follow_the_questions_of_the_data(base: Path, talks: Path) -> None:
     distill = DistillAnswers(teacher=str(base), on_policy=0.5, max_tokens=5)
     task = sft.prepare(sft.Recipe(model=str(base), data=str(talks), held_out=0.0, batch_size=2, distill=distill))
-    prompts = {tuple(turns.ids[: turns.last_answer]) for turns in task.training.kept}
+    prompts = {tuple(turns.ids[: turns.last_answer]) for turns in task.training.fitting}
     own = 0
     for step in range(8):
         batch = task.data.batch(step)

@@ -84,7 +84,7 @@ def test_copies_of_a_gpu_wait_for_nothing_and_use_their_memory_again(one_process
     with simulated():
         weight, bias = (torch.rand(shape, device=device()) for shape in ((6, 4), (3,)))
         pod = Pod.__new__(Pod)
-        pod.layouts, pod.coordinate = {"w": Layout.whole(weight, 1)}, (0, 0)
+        pod.layouts, pod.coordinate = {"w": Layout.unsplit(weight, 1)}, (0, 0)
         states, expected, memory = States(True), {}, set[int]()
         for step in (1, 2):
             expected[step] = {"model.w": weight.held.clone(), "sums.total": bias.held.clone()}

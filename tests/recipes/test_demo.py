@@ -77,10 +77,10 @@ def test_the_packaged_chat_model_answers(capsys: pytest.CaptureFixture) -> None:
 @pytest.mark.parametrize(
     ("name", "function", "answer"),
     [
-        ("network", "_seen", ["1 (100%)"] * 8),
+        ("network", "_readings", ["1 (100%)"] * 8),
         ("ja-en", "translate_texts", [[SimpleNamespace(source="川", text="できません")]] * 2),
         ("bert-en", "fill", [[Guess("the", 1, 0.5)]]),
-        ("digits", "_seen", ["1 (100%)"]),
+        ("digits", "_readings", ["1 (100%)"]),
     ],
 )
 def test_a_model_that_answers_otherwise_is_named(
@@ -118,5 +118,5 @@ def test_the_demonstration_fails_by_name(
 def test_a_character_is_two_pixels() -> None:
     digit = torch.zeros(1, 28, 28)
     digit[0, 0, 0] = digit[0, 3, 2] = 1  # the first line's upper half, the second's lower half
-    lines = landmarks._drawn(digit.flatten(1)).split("\n")
+    lines = landmarks._character_picture(digit.flatten(1)).split("\n")
     assert lines[:3] == ["▀" + " " * 13, " ▄" + " " * 12, " " * 14]

@@ -104,7 +104,7 @@ def template(record: Any) -> str | None:
 def counts(record: Any) -> tuple[int, int]:
     """Count the rows to learn from, and held out."""
     data = record.data
-    parts = data.parts if hasattr(data, "parts") else (data.training, data.held)
+    parts = data.parts if hasattr(data, "parts") else (data.training, data.held_out)
     return len(parts[0]), len(parts[1])
 
 
@@ -228,7 +228,7 @@ def of_see(toys: Toys) -> tuple[Any, list[Group]]:
         "seed": Reach(5, ("settings.seed", "data.seed")),
         "image": Reach(replace(image, patch_size=6), "model.config.image.patch_size", 6),
         "tower_rate": Reach(0.5, "settings.rate_shares", (("tower.", 0.5),)),
-        "names_first": Reach(False, lambda r: bool(r.data._named.any())),
+        "names_first": Reach(False, lambda r: bool(r.data._names_picture.any())),
     }
     tower = Group({"tower": Reach(toys["clip"], "model.config.image.patch_size", 3)}, {"image": see.Recipe.image})
     left_out = {"left_out": Reach(("red", "round"), lambda r: sum(sides(r)), DIFFERENT)}

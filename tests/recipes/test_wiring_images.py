@@ -180,7 +180,7 @@ def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
         "times": Reach("logit_normal", "objective.sampling"),
         "flip": Reach(False, lambda r: _pictures(r).augmentation.flip),
         "micro_batch": Reach(2, "settings.micro_batch"),
-        "held_out": Reach(0.3, lambda r: len(_pictures(r).held), DIFFERENT),
+        "held_out": Reach(0.3, lambda r: len(_pictures(r).held_out), DIFFERENT),
     }
     classes = {"classes": Reach(True, ("model.config.n_classes"), 2)}
     dropout = {"label_dropout": Reach(0.35, "objective.label_dropout")}
@@ -218,7 +218,7 @@ def of_dit(toys: Toys) -> tuple[Any, list[Group]]:
         "times": Reach("logit_normal", "objective.sampling"),
         "flip": Reach(False, lambda r: _pictures(r).augmentation.flip),
         "micro_batch": Reach(2, "settings.micro_batch"),
-        "held_out": Reach(0.3, lambda r: len(_pictures(r).held), DIFFERENT),
+        "held_out": Reach(0.3, lambda r: len(_pictures(r).held_out), DIFFERENT),
     }
     linear = {"schedule": Reach("linear", ("model.config.noise.target", "objective.noise.target"), "noise")}
     classes = {"classes": Reach(True, ("model.config.n_classes"), 2)}

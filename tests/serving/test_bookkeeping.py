@@ -71,7 +71,7 @@ def test_a_model_that_writes_is_counted_twice(folder: Path, kind: str, times: in
 def test_a_model_that_writes_is_counted_once_on_a_gpu(folder: Path) -> None:
     with simulated():
         about, parameters = describe(str(folder / "base")), keifu.load(str(folder / "base"))[0].parameters()
-        assert about.size == about.whole == sum(each.nbytes for each in parameters)
+        assert about.size == about.weight_bytes == sum(each.nbytes for each in parameters)
 
 
 @pytest.mark.parametrize(("given", "expected"), [(-2, None), (-1, None), (0, 0), (5, 5), (None, None)])

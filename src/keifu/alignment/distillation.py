@@ -87,11 +87,11 @@ def native_logits(model: NativeLM, tokens: Tokens, documents: Tokens | None) -> 
     for row, ids in enumerate(tokens.tolist()):
         numbers = [0] * len(ids) if documents is None else documents[row].tolist()
         starts = [i for i, (one, other) in enumerate(pairwise([None, *numbers])) if one != other]
-        spans, used = [], 0
+        spans, used_blocks = [], 0
         for start, stop in pairwise([*starts, len(ids)]):
-            blocks = range(used, used := used - (start - stop) // BLOCK_SIZE)
+            blocks = range(used_blocks, used_blocks := used_blocks - (start - stop) // BLOCK_SIZE)
             spans.append(Span(start, ids[start:stop], 0, blocks, stop - start))
-        rows.append(model.runner(used).run(spans))
+        rows.append(model.runner(used_blocks).run(spans))
     return torch.stack(rows)
 
 
@@ -103,8 +103,8 @@ class StudentAnswers(PackedConversations, StatelessBatches):
     answers.
     """
 
-    def __init__(self, student: nn.Module, tokenizer: Tokenizer, share: float, max_tokens: int, *given: Any):
-        super().__init__(*given)
+    def __init__(self, student: nn.Module, tokenizer: Tokenizer, share: float, max_tokens: int, *plan_and_data: Any):
+        super().__init__(*plan_and_data)
         self.student, self.tokenizer, self.share, self.max_tokens = student, tokenizer, share, max_tokens
         self.fingerprint += f"-{share}-{max_tokens}"
 

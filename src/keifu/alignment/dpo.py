@@ -61,8 +61,8 @@ def losses(
     if loss == "ipo":
         return (gap - 1 / (2 * beta)).square()
     if loss == "orpo":
-        others = [(-log.clamp(max=-1e-7).expm1()).log() for log in (better, worse)]  # ln(1 - p)
-        return -better - beta * F.logsigmoid(gap - others[0] + others[1])
+        complements = [(-log.clamp(max=-1e-7).expm1()).log() for log in (better, worse)]  # ln(1 - p)
+        return -better - beta * F.logsigmoid(gap - complements[0] + complements[1])
     right, wrong = -F.logsigmoid(beta * gap - margin), -F.logsigmoid(margin - beta * gap)
     if loss == "robust":
         return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)

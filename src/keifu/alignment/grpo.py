@@ -117,8 +117,8 @@ class GRPOBatches(Rollouts):
         if len(batches) == 1:
             return batches[0]
         order = torch.argsort(varied, descending=True, stable=True)[: plan.answers]
-        chosen = {name: _stack([batch[name] for batch in batches])[order] for name in batches[0]}
-        return chosen | {"share": token_shares(chosen["mask"], self.variant, plan.max_tokens)}
+        rollout = {name: _stack([batch[name] for batch in batches])[order] for name in batches[0]}
+        return rollout | {"share": token_shares(rollout["mask"], self.variant, plan.max_tokens)}
 
     def _targets(self, rollout: Batch, group: int) -> Batch:
         rewards, mask = rollout["reward"], rollout["mask"]

@@ -60,4 +60,4 @@ class DivergenceMonitor:
 def describe(normal: Mapping[str, Healthy]) -> str:
     """Return the ranges as text, for a report."""
     spans = {name: (r.least, r.largest, " times the first" if r.relative else "") for name, r in normal.items()}
-    return "; ".join(f"{n.replace('_', ' ')} {low:.3g} to {high:.3g}{more}" for n, (low, high, more) in spans.items())
+    return "; ".join(f"{n.replace('_', ' ')} {low:.3g} to {high:.3g}{note}" for n, (low, high, note) in spans.items())

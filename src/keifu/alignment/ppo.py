@@ -55,8 +55,8 @@ class PPOSettings:
         if min(self.kl_coef, self.value_clip, self.value_weight, self.text_weight, self.missing_eos_penalty) < 0:
             raise UserError(f"The weights of PPO must be 0 or more: {self}.")
         if not (0 < self.clip < 1 and 0 <= self.discount <= 1 and 0 <= self.gae_lambda <= 1):
-            given = f"clip {self.clip}, discount {self.discount} and gae_lambda {self.gae_lambda}"
-            raise UserError(f"clip, discount and gae_lambda must be between 0 and 1, not {given}.")
+            settings = f"clip {self.clip}, discount {self.discount} and gae_lambda {self.gae_lambda}"
+            raise UserError(f"clip, discount and gae_lambda must be between 0 and 1, not {settings}.")
 
 
 class ActorCritic(nn.Module):
@@ -95,10 +95,10 @@ def advantages(rewards: Places, values: Places, mask: Mask, discount: float = 1.
 
 def whiten(values: Places, mask: Mask) -> Float[Tensor, "batch length"]:
     """Return the values with mean 0 and variance 1 over the mask, and 0 elsewhere. A single value is not changed."""
-    chosen = values[mask].double()
-    if len(chosen) < 2:
+    masked_values = values[mask].double()
+    if len(masked_values) < 2:
         return torch.where(mask, values, 0.0)
-    whitened = (values.double() - chosen.mean()) / (chosen.var() + 1e-8).sqrt()
+    whitened = (values.double() - masked_values.mean()) / (masked_values.var() + 1e-8).sqrt()
     return torch.where(mask, whitened, 0.0).float()
 
 

@@ -86,10 +86,12 @@ def calibration(margins: Float[Tensor, " pairs"], bins: int = 10) -> Calibration
     sure, right = torch.sigmoid(margins.double().abs()), (margins > 0).double()
     bin_index = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     count = torch.bincount(bin_index, minlength=bins)
-    used = count > 0
-    means = [torch.bincount(bin_index, values, minlength=bins)[used] / count[used] for values in (sure, right)]
-    error = ((means[0] - means[1]).abs() * count[used]).sum() / max(1, len(margins))
-    return Calibration(means[0].tolist(), means[1].tolist(), count[used].tolist(), float(error))
+    has_pairs = count > 0
+    means = [
+        torch.bincount(bin_index, values, minlength=bins)[has_pairs] / count[has_pairs] for values in (sure, right)
+    ]
+    error = ((means[0] - means[1]).abs() * count[has_pairs]).sum() / max(1, len(margins))
+    return Calibration(means[0].tolist(), means[1].tolist(), count[has_pairs].tolist(), float(error))
 
 
 @torch.no_grad()

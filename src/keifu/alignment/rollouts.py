@@ -190,8 +190,8 @@ class Rollouts:
         greedy = SamplingParams(max_tokens=self.plan.max_tokens, temperature=0, seed=0, log_probabilities=True)
         rows = range(len(self.parts[1]))
         for start in rows[:: self.at_a_time]:
-            chosen = rows[start : start + self.at_a_time]
-            yield self._generate(1, chosen, [greedy] * len(chosen), 1)
+            prompts = rows[start : start + self.at_a_time]
+            yield self._generate(1, prompts, [greedy] * len(prompts), 1)
 
     def largest(self) -> Batch:
         """Return a batch of the largest possible size, filled with zeros, to measure memory before a run."""
@@ -204,8 +204,8 @@ class Rollouts:
 
     def _generate_rollout(self, number: int) -> Batch:
         plan = self.plan
-        chosen = self._epochs.batch(number).tolist()
-        rows = [row for row in chosen for _ in range(plan.group)]
+        prompt_rows = self._epochs.batch(number).tolist()
+        rows = [row for row in prompt_rows for _ in range(plan.group)]
         seeds = np.random.SeedSequence([plan.seed, number]).generate_state(len(rows), np.uint32)
         how = SamplingParams(max_tokens=plan.max_tokens, temperature=plan.temperature, log_probabilities=True)
         return self._generate(0, rows, [replace(how, seed=int(seed)) for seed in seeds], plan.group)

@@ -118,17 +118,17 @@ def _config(arrays: Mapping[str, np.ndarray], path: Path) -> whisper.Config:
         raise UserError(f"{path} lacks a variable of Whisper's: {error}.") from error
 
 
-def _tokenizer(folder: Path, several: bool) -> Tokenizer:
+def _tokenizer(folder: Path, is_multilingual: bool) -> Tokenizer:
     """Return the tokenizer with the generation settings that transformers would read from generation_config.json.
-    several: whether it has several languages."""
-    given, tokenizer = read_json_object(folder / "config.json"), load_tokenizer(folder / "tokenizer.json")
+    is_multilingual: whether it has several languages."""
+    config, tokenizer = read_json_object(folder / "config.json"), load_tokenizer(folder / "tokenizer.json")
     settings: dict[str, Any] = {
-        "is_multilingual": several, "no_timestamps_token_id": tokenizer.token_id("<|notimestamps|>"),
-        "suppress_tokens": given.get("suppress_ids"), "begin_suppress_tokens": given.get("suppress_ids_begin"),
+        "is_multilingual": is_multilingual, "no_timestamps_token_id": tokenizer.token_id("<|notimestamps|>"),
+        "suppress_tokens": config.get("suppress_ids"), "begin_suppress_tokens": config.get("suppress_ids_begin"),
         "max_initial_timestamp_index": 50,
     }  # fmt: skip
-    if several:
-        settings["lang_to_id"] = {tokenizer.backend.id_to_token(token): token for token in given.get("lang_ids", [])}
+    if is_multilingual:
+        settings["lang_to_id"] = {tokenizer.backend.id_to_token(token): token for token in config.get("lang_ids", [])}
         settings["task_to_id"] = {task: tokenizer.token_id(f"<|{task}|>") for task in ("transcribe", "translate")}
     return tokenizer.replace(special=dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>"),
                          generation_config=settings)  # fmt: skip

@@ -22,8 +22,8 @@ def locate(name: str | Path) -> Path:
     Raises UserError, with the nearest known name, for any other name.
     """
     if not isinstance(name, str | Path) or not str(name).strip() or "\0" in str(name):
-        shown = repr(str(name) if isinstance(name, Path) else name)[:60]
-        raise UserError(f"{shown} is no name of a model: give a path, a catalogue name or a hub id.")
+        short_name = repr(str(name) if isinstance(name, Path) else name)[:60]
+        raise UserError(f"{short_name} is no name of a model: give a path, a catalogue name or a hub id.")
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -35,8 +35,8 @@ def locate(name: str | Path) -> Path:
     if HUB_ID.fullmatch(text) and not path.parent.is_dir() and path.suffix != ".gguf":
         return download(text)
     nearby = [str(path.parent / other.name) for other in path.parent.glob("*") if may_be_model(other)]
-    known = nearby if path.parent != Path() else [*MODELS, *nearby]
-    raise unknown("model", text, known) if known else UserError(f"There is no file or folder {text!r}.")
+    candidates = nearby if path.parent != Path() else [*MODELS, *nearby]
+    raise unknown("model", text, candidates) if candidates else UserError(f"There is no file or folder {text!r}.")
 
 
 def weights_identity(name: str) -> str:

@@ -92,10 +92,10 @@ def _device_for(weights: str | None, device: torch.device | str | None) -> torch
     if weights in (None, OWN):
         return choose(device)
     formats(weights)
-    chosen = choose(device or "cpu")
-    if chosen.type != "cpu":
-        raise UserError(f"Weights are packed for the CPU, not {chosen}: leave out weights={weights}, or the device.")
-    return chosen
+    target = choose(device or "cpu")
+    if target.type != "cpu":
+        raise UserError(f"Weights are packed for the CPU, not {target}: leave out weights={weights}, or the device.")
+    return target
 
 
 def load_model(

@@ -54,10 +54,10 @@ PAD, UNKNOWN, END, START = "<pad>", "<unk>", "</s>", "<s>"
 def open_npz(path: Path) -> Source:
     """Open the model in an archive. Raises UserError for another kind of file, or other arrays than g2p-en's."""
     arrays, config = _read(path), seq2seq.SIZES["g2p-en"]
-    missing = [name for name in NAMES.values() if name not in arrays]
-    if missing:
+    missing_names = [name for name in NAMES.values() if name not in arrays]
+    if missing_names:
         raise UserError(
-            f"{path} is not g2p-en's archive, the only .npz that keifu reads: it lacks {', '.join(missing[:5])}; "
+            f"{path} is not g2p-en's archive, the only .npz that keifu reads: it lacks {', '.join(missing_names[:5])}; "
             "give weights as safetensors, with a config.json that describes them."
         )
     family, _ = describe(config)
@@ -109,9 +109,9 @@ def letters_to_phonemes() -> TwoSidedTokenizer:
     return TwoSidedTokenizer(letters, phonemes)
 
 
-def _words(vocabulary: Sequence[str], more: dict[str, str]) -> Tokenizer:
+def _words(vocabulary: Sequence[str], more_tokens: dict[str, str]) -> Tokenizer:
     """Return a tokenizer whose tokens are whole words, numbered in this order, with an end token after a text."""
-    special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END, **more}
+    special = {"pad_token": PAD, "unk_token": UNKNOWN, "eos_token": END, **more_tokens}
     backend = tokenizers.Tokenizer(models.WordLevel({word: n for n, word in enumerate(vocabulary)}, UNKNOWN))
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special.values()])
     put_around_text(backend, special, bos=False, eos=True)

@@ -78,8 +78,8 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
         raise UserError(f"The tensors of {path} are not those of this module: {wrong}.")
     last = {id(tensor): name for name, tensor in state.items()}  # one name of each shared tensor
     pairs = [(name, last[id(tensor)]) for name, tensor in state.items() if stored[name] is not stored[last[id(tensor)]]]
-    if apart := [f"{one} and {other}" for one, other in pairs if not torch.equal(stored[one], stored[other])]:
-        raise UserError(f"{path} holds different numbers for what this module shares: {', '.join(apart)}.")
+    if unequal_pairs := [f"{one} and {other}" for one, other in pairs if not torch.equal(stored[one], stored[other])]:
+        raise UserError(f"{path} holds different numbers for what this module shares: {', '.join(unequal_pairs)}.")
     with torch.no_grad():
         for name, tensor in state.items():
             tensor.copy_(stored[name])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link
 from keifu.checkpoints.plan import LoadPlan, read_finite
-from keifu.devices import chosen
+from keifu.devices import device_choice
 from keifu.layers.linear import JoinedLinear, Linear
 from keifu.layers.quantized import FORMATS, QuantizedLinear, unpack
 from keifu.layers.transformer.decoder import DecoderLM
@@ -50,9 +50,9 @@ def load_packed(load_plan: LoadPlan, weights: str) -> nn.Module:
         return load_plan.fill("cpu")
     try:
         described, source = describe(load_plan.model), FileWeights(load_plan)
-        computed = chosen().weights not in (None, "auto")  # the user chose a type, which blocks do not have
+        computed = device_choice().weights not in (None, "auto")  # the user chose a type, which blocks do not have
         if weights == OWN and (computed or not (load_plan.source.blocks and _has_native_blocks(described, source))):
-            if load_plan.dtype != torch.float32 or chosen().allow_nonfinite:
+            if load_plan.dtype != torch.float32 or device_choice().allow_nonfinite:
                 return load_plan.fill("cpu")
             weights = "f32"
         if with_source:
@@ -108,7 +108,7 @@ def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) 
     format, blocks = source.stored[name].format, source.blocks(name) if source.blocks else None
     assert blocks is not None
     part = link.part(number, blocks.data).reshape(-1, FORMATS[format].bytes).to(device)
-    if not chosen().allow_nonfinite:
+    if not device_choice().allow_nonfinite:
         read_finite(lambda _: unpack(part, format, load_plan.dtype_of(link)), source.path, name)
     return format, part
 

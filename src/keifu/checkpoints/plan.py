@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.hf.weight_names import Link, Table, links, matches
 from keifu.checkpoints.registry import Family, build
-from keifu.devices import chosen, has_bfloat16
+from keifu.devices import device_choice, has_bfloat16
 from keifu.errors import UserError
 from keifu.layers.lazy import Index, LazyTensor, TensorReader
 from keifu.layers.transformer.decoder import DecoderLM
@@ -163,7 +163,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
-    if not chosen().allow_nonfinite:
+    if not device_choice().allow_nonfinite:
         read, part = (partial(read_finite, reader, source.path) for reader in (source.read, source.read_part))
         source = replace(source, read=read, part=part)
     source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
@@ -210,7 +210,7 @@ def _usual_dtype(
 
     A CPU multiplies float16 very slowly, and bfloat16 too if it has no instructions for it and PyTorch computes.
     """
-    wanted, matrices = chosen().weights, {x: source.stored[x] for x in usual if len(source.stored[x].shape) > 1}
+    wanted, matrices = device_choice().weights, {x: source.stored[x] for x in usual if len(source.stored[x].shape) > 1}
     if device.type != "cpu" and source.format == "GGUF" and matrices:
         exact = _exact_dtype(matrices, source.path)  # in every GGUF file vectors are in F32
     if wanted not in (None, "auto"):

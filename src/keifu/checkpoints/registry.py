@@ -156,8 +156,10 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
     if not isinstance(model_type, str):
         raise UserError(f"{where} has no model_type, so nothing says which model it is.")
     if model_type not in FAMILIES:  # no suggestion: the nearest name would be another architecture
-        known = ", ".join(sorted(name for name in FAMILIES if not name.startswith("keifu_")))
-        raise UserError(f"{where} has the model_type {model_type!r}, which keifu does not implement. It has: {known}.")
+        known_types = ", ".join(sorted(name for name in FAMILIES if not name.startswith("keifu_")))
+        raise UserError(
+            f"{where} has the model_type {model_type!r}, which keifu does not implement. It has: {known_types}."
+        )
     family = FAMILIES[model_type]
     check_settings(json, {**UNSUPPORTED, **family.unsupported}, where)
     try:

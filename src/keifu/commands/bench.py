@@ -130,8 +130,10 @@ def _memory(engine: "Engine", model: Any, options: Options, decode: float) -> di
 
     cached = options.streams * (options.prompt + options.tokens) * engine.runner.token_bytes
     weights, idle = _weight_bytes(model, options.streams)
-    read = weights - idle
-    step = read + cached - options.streams * options.tokens // 2 * engine.runner.token_bytes  # half of them, on average
+    weight_bytes = weights - idle
+    step = (
+        weight_bytes + cached - options.streams * options.tokens // 2 * engine.runner.token_bytes
+    )  # half of them, on average
     bandwidth, peak = step * decode / options.streams / 1e9, read_bandwidth(device_of(model)) / 1e9
     return {"bandwidth": bandwidth, "peak": peak, "share": bandwidth / peak, "memory": weights + cached}
 

@@ -180,7 +180,7 @@ class Chat:
         try:
             if line.startswith("/"):
                 self._obey(line)
-            elif message := self._whole(line).strip():
+            elif message := self._read_message(line).strip():
                 images, self.images = self.images, []
                 self._answer(message, images)
         except EOFError:  # end of input inside a message of several lines
@@ -193,7 +193,7 @@ class Chat:
         except KeyboardInterrupt:
             print("Stopped.", file=sys.stderr)
 
-    def _whole(self, line: str) -> str:
+    def _read_message(self, line: str) -> str:
         """Return the message that begins with this line, reading its further lines. Return "" after Ctrl-C."""
         try:
             return inputs.read_rest(line)

@@ -92,13 +92,13 @@ def run(options: Options) -> None:
 def _show_choices(classified: Iterable[Choices], pictures: bool, as_json: bool) -> None:
     """Print a line for each input with its most likely labels, or all probabilities as JSON."""
     rows, column = [], "picture" if pictures else "text"
-    for labels, shares, name, shown in classified:
+    for labels, shares, name, input_text in classified:
         order = sorted(range(len(labels)), key=lambda index: -shares[index])
-        others = ", ".join(f"{labels[index]} {shares[index]:.3f}" for index in order[1:3])
-        rows.append([labels[order[0]], f"{shares[order[0]]:.3f}", others, shown])
+        runners_up = ", ".join(f"{labels[index]} {shares[index]:.3f}" for index in order[1:3])
+        rows.append([labels[order[0]], f"{shares[order[0]]:.3f}", runners_up, input_text])
         if as_json:
-            named = {label: round(share, 8) for label, share in zip(labels, shares, strict=False)}
-            say(json.dumps({column: name, "label": rows[-1][0], "probabilities": named}, ensure_ascii=False))
+            share_by_label = {label: round(share, 8) for label, share in zip(labels, shares, strict=False)}
+            say(json.dumps({column: name, "label": rows[-1][0], "probabilities": share_by_label}, ensure_ascii=False))
     if not as_json:
         tables.show(["label", "probability", "next", column], rows)
 
@@ -139,16 +139,16 @@ def _of_pictures(options: Options) -> Iterable[Choices]:
         raise UserError(f"{wrong[0]!r} is no picture's file, and --labels are for pictures: name a .png or .jpg file.")
     if not files:
         raise UserError('There is no picture: keifu classify MODEL picture.png --labels "a dog,a cat".')
-    given = None if options.labels is None else _labels(options.labels)  # checked before loading
+    own_labels = None if options.labels is None else _labels(options.labels)  # checked before loading
     model, tokenizer = checkpoints.load(options.model)
     if isinstance(model, RowClassifier):
-        if given is not None:
+        if own_labels is not None:
             raise UserError(f"{options.model} has labels of its own: leave --labels out.")
         labels: Sequence[str] = model.classes
         shares = [model.predict_proba(row_of(model, one))[0].tolist() for one in open_image(files)]
     else:
         two_towers(model)
-        labels = given or _labels(None)
+        labels = own_labels or _labels(None)
         points = embed_pictures(model, open_image(files))
         texts = label_points(model, tokenizer, labels, options.template or PLAIN)
         shares = label_shares(model, points, texts).tolist()
@@ -175,20 +175,20 @@ def _compare_pictures(options: Options) -> "Confusion":
         raise UserError(f"{len(labels)} labels were given for the classes {', '.join(pictures.classes)}: one for each.")
     points = clip.embed_pictures(model, retrieval.images(on, pictures, size))
     texts = clip.label_points(model, tokenizer, labels, options.template or PLAIN)
-    chosen = clip.label_shares(model, points, texts).argmax(-1).cpu()
-    return Confusion.of(torch.from_numpy(pictures.labels), chosen, pictures.classes)
+    predictions = clip.label_shares(model, points, texts).argmax(-1).cpu()
+    return Confusion.of(torch.from_numpy(pictures.labels), predictions, pictures.classes)
 
 
-def _labels(given: str | None) -> list[str]:
+def _labels(argument: str | None) -> list[str]:
     """Split labels at commas, or read a .txt file with one on each line."""
-    if given is None:
+    if argument is None:
         raise UserError('A CLIP has no labels of its own: give some, such as --labels "a dog,a cat".')
-    file = Path(given)
+    file = Path(argument)
     lines = file.suffix == ".txt" and file.is_file()
-    parts = decode_utf8(file.read_bytes(), str(file)).split("\n") if lines else given.split(",")
+    parts = decode_utf8(file.read_bytes(), str(file)).split("\n") if lines else argument.split(",")
     labels = [part.strip() for part in parts if part.strip()]
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise UserError(f"The labels {given!r} are {len(set(labels))} different ones: give two at least, each once.")
+        raise UserError(f"The labels {argument!r} are {len(set(labels))} different ones: give two at least, each once.")
     return labels
 
 
@@ -198,8 +198,8 @@ def _of_texts(options: Options) -> Iterable[Choices]:
     judge = _load(options.model)
     examples = examples_of(texts_from(options.texts, options.file, EXAMPLE), judge.form)
     for row, share in zip(examples.rows, _probabilities(judge, examples, options.cut).tolist(), strict=True):
-        shown = " | ".join(row.texts[:1] if judge.form.answers else row.texts)
-        yield judge.choices(row), share, "\t".join(row.texts), shown
+        shown_text = " | ".join(row.texts[:1] if judge.form.answers else row.texts)
+        yield judge.choices(row), share, "\t".join(row.texts), shown_text
 
 
 def _compare_texts(options: Options) -> "Confusion":
@@ -220,8 +220,8 @@ def _compare_texts(options: Options) -> "Confusion":
 
 
 def _some(labels: Sequence[str]) -> str:
-    rest = len(labels) - NAMED
-    return ", ".join(map(repr, labels[:NAMED])) + (f" and {rest} more" if rest > 0 else "")
+    n_omitted = len(labels) - NAMED
+    return ", ".join(map(repr, labels[:NAMED])) + (f" and {n_omitted} more" if n_omitted > 0 else "")
 
 
 def _load(name: str) -> "TextClassifier":

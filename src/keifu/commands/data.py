@@ -55,8 +55,8 @@ def show(source: str, model: str, count: int, as_json: bool) -> None:
             marked = piece if console.is_terminal or not answer else f"{ENDS[0]}{piece}{ENDS[1]}"
             text.append(marked, LEARNED if answer else "dim")
         console.print(text, end="\n\n")
-    whole = f"{len(talks):,} conversation{'s' * (len(talks) != 1)}, {total:,} tokens"
-    tokens = f"{whole}, of which {learned:,} ({learned / max(1, total):.0%}) are learned."
+    summary = f"{len(talks):,} conversation{'s' * (len(talks) != 1)}, {total:,} tokens"
+    tokens = f"{summary}, of which {learned:,} ({learned / max(1, total):.0%}) are learned."
     print(tokens, file=sys.stderr if as_json else sys.stdout)
 
 
@@ -183,8 +183,8 @@ def _check(source: str, options: Options) -> None:
     if report.documents or options.json:
         say(json.dumps(report.to_json(), ensure_ascii=False, indent=2) if options.json else report)
     if not report.documents:
-        others = f" There are {report.n_problems - 1:,} more faults." if report.n_problems > 1 else ""
-        why = f": {report.problems[0]}{others}" if report.problems else "."
+        further_faults = f" There are {report.n_problems - 1:,} more faults." if report.n_problems > 1 else ""
+        why = f": {report.problems[0]}{further_faults}" if report.problems else "."
         raise UserError(f"{source} holds no text to train on{why}")
 
 
@@ -198,8 +198,8 @@ def _prepare(source: str, options: Options) -> None:
     tokenizer = load_tokenizer(options.tokenizer or "gpt2-bpe")
     options.output.mkdir(parents=True, exist_ok=True)
     form = TextFileFormat(options.text_field, options.encoding)
-    made = prepare_files(source, tokenizer, options.output, form, options.rank, options.of)
-    print(f"{made} new shard{'s' * (made != 1)} in {options.output}.")
+    n_new = prepare_files(source, tokenizer, options.output, form, options.rank, options.of)
+    print(f"{n_new} new shard{'s' * (n_new != 1)} in {options.output}.")
 
 
 def _show(source: str, options: Options) -> None:
@@ -221,8 +221,8 @@ def _show(source: str, options: Options) -> None:
         rows = [(name, f"{(pictures.labels == index).sum():,}") for index, name in enumerate(pictures.classes)]
         tables.show(("class", "pictures"), rows)
     if options.output:
-        shown = {"all": pictures, "train": parted.train, "validation": parted.validation, "test": parted.test}
-        _write_sheet(shown[options.part], options.output, options)
+        part_pictures = {"all": pictures, "train": parted.train, "validation": parted.validation, "test": parted.test}
+        _write_sheet(part_pictures[options.part], options.output, options)
 
 
 def _is_text(source: str, options: Options) -> bool:
@@ -247,17 +247,17 @@ def _show_text(source: str, options: Options) -> None:
 
     form = TextFileFormat(options.text_field, options.encoding)
     parted = split_documents(source, options.held_out, form=form, split=stored_rule(source, "spread"))
-    sizes, files, shown = [0, 0], (set[str](), set[str]()), list[tuple[str, str]]()
+    sizes, files, examples = [0, 0], (set[str](), set[str]()), list[tuple[str, str]]()
     for piece in parted.pieces:
         sizes[piece.part] += len(piece.text)
         files[piece.part].add(piece.file)
-        if piece.part == (options.part == "validation") and len(shown) < options.count:
-            shown.append((piece.file, piece.text))
+        if piece.part == (options.part == "validation") and len(examples) < options.count:
+            examples.append((piece.file, piece.text))
     share, of_files = sizes[1] / max(1, sum(sizes)), len(files[0] | files[1])
     print(f"{parted.documents:,} documents, {sum(sizes):,} characters in {of_files} file{'s' * (of_files != 1)}.")
     print(f"Held out for validation: {sizes[1]:,} characters ({share:.1%}) from {len(files[1])} of the files.")
     if options.part in ("train", "validation"):
-        for file, text in shown:
+        for file, text in examples:
             print(f"\n--- {file}\n{text}")
 
 
@@ -267,10 +267,10 @@ def _write_sheet(pictures: "ImageDataset", output: Path, options: Options) -> No
 
     if not len(pictures):
         raise UserError(f"There is nothing to show: no picture of {pictures.source} is for {options.part}.")
-    chosen = pictures.spread(options.count)
-    if options.language or chosen.captions:
-        captions = chosen.texts(options.language)
+    sample = pictures.spread(options.count)
+    if options.language or sample.captions:
+        captions = sample.texts(options.language)
     else:
-        captions = [chosen.classes[label] if label >= 0 else "" for label in chosen.labels]
-    write_atomic(output, grid(chosen.take(slice(None)), captions))
-    print(f"{len(chosen)} of {len(pictures):,} pictures are in {output}.", file=sys.stderr)
+        captions = [sample.classes[label] if label >= 0 else "" for label in sample.labels]
+    write_atomic(output, grid(sample.take(slice(None)), captions))
+    print(f"{len(sample)} of {len(pictures):,} pictures are in {output}.", file=sys.stderr)

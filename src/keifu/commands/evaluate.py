@@ -66,14 +66,14 @@ def run(options: Options) -> None:
     check_known(options.on)
     model, tokenizer = load(options.model, weights=options.weights)
     task = select_task(model, options.on)
-    given = {field.name: vars(options)[field.name] for field in fields(EvalOptions)}
+    eval_options = {field.name: vars(options)[field.name] for field in fields(EvalOptions)}
     check_options(options, task)
     for lora in map(select_lora, options.lora):
         apply_lora(model, lora.place, lora.scale)
     towers = load(options.clip) if options.clip else None
     judge = load(options.judge)[0] if options.judge else None
-    asked = EvalRequest(**given, towers=towers, judge=judge, **training_facts(locate(options.model)))
-    result = task.evaluate(model, tokenizer, asked)
+    request = EvalRequest(**eval_options, towers=towers, judge=judge, **training_facts(locate(options.model)))
+    result = task.evaluate(model, tokenizer, request)
     if options.output and result.picture and options.output.suffix == ".png":
         write_atomic(options.output, result.picture)
     elif options.output and options.output.suffix == ".json" and result.items:
@@ -158,9 +158,11 @@ def _columns(items: ResultTable) -> Iterator[str]:
 
 def _as_file(options: Options, result: Any) -> str:
     """Return the figures, the tables and all items as JSON, one item on each line."""
-    given = {field.name: vars(options)[field.name] for field in fields(options)}
-    usual = {field.name: field.default for field in fields(options)}
-    changed = {name: value for name, value in given.items() if value != usual[name] and name not in ("json", "output")}
+    values = {field.name: vars(options)[field.name] for field in fields(options)}
+    defaults = {field.name: field.default for field in fields(options)}
+    changed = {
+        name: value for name, value in values.items() if value != defaults[name] and name not in ("json", "output")
+    }
     tables = {name: list(_objects(table)) for name, table in result.tables.items()}
     about = {"options": changed, "figures": result.figures, "tables": tables, "columns": result.items.columns}
     rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in result.items.rows)

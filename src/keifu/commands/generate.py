@@ -130,8 +130,8 @@ def print_unmasked(options: Options, model: Any, tokenizer: Any, text: str) -> N
         raise UserError(f"{', '.join(idle)} is of models that write from left to right, and this is masked diffusion.")
     if options.gap and options.sampling.max_tokens is not None:
         raise UserError("--gap says how many tokens a gap gets: leave out --max-tokens.")
-    given = {name: vars(options)[name] for name in ("steps", "block") if vars(options)[name]}
-    how = unmasking.Unmasking.of({**options.sampling.given(), **given})
+    settings = {name: vars(options)[name] for name in ("steps", "block") if vars(options)[name]}
+    how = unmasking.Unmasking.of({**options.sampling.changes(), **settings})
     if options.gap:
         return say(unmasking.fill_gaps(model, tokenizer, text, options.gap, how))
     prompt: Any = as_prompt(tokenizer, text, options.raw)
@@ -155,16 +155,16 @@ def print_chosen(
     ids = prompt.tokens if isinstance(prompt, ImagePrompt) else [] if isinstance(prompt, str) else prompt
     texts = [with_opening(tokenizer, ids, one.text) for one in done]
     if rewards is None:
-        chosen = majority(texts)
-        notice(f"The answer of text {chosen + 1} of {len(done)} is the most frequent.")
+        index = majority(texts)
+        notice(f"The answer of text {index + 1} of {len(done)} is the most frequent.")
     else:
         from keifu.data.chat.prompts import Prompt
 
-        asked = Prompt([{"role": "user", "content": text}], {"prompt": text})
-        scores = rewards([asked] * len(done), texts)
-        chosen = max(range(len(done)), key=scores.__getitem__)
-        notice(f"Text {chosen + 1} of {len(done)} has the highest reward, {scores[chosen]:.3g}.")
+        message = Prompt([{"role": "user", "content": text}], {"prompt": text})
+        scores = rewards([message] * len(done), texts)
+        index = max(range(len(done)), key=scores.__getitem__)
+        notice(f"Text {index + 1} of {len(done)} has the highest reward, {scores[index]:.3g}.")
     if options.json:
-        print_completion(done[chosen], sampling)
+        print_completion(done[index], sampling)
     else:
-        say(done[chosen].text)
+        say(done[index].text)

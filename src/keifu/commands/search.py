@@ -72,15 +72,15 @@ def run(options: Options) -> None:
     notice(f"Loading {options.model} ...")
     model, tokenizer = load_encoder(options.model)
     # the question comes first: an error in it must not wait for the folder
-    asked = embed_rows(model, ids(model, tokenizer, [question], True), tokenizer.pad_id or 0).cpu()
+    question_embedding = embed_rows(model, ids(model, tokenizer, [question], True), tokenizer.pad_id or 0).cpu()
     path = index_path(options.folder, weights_identity(options.model), model)
     new = count_new(passages, path)
     with counting("Embedding", new, "passages") if new else nullcontext() as advance:
         index = build_index(passages, (model, tokenizer), path, options.batch_size, advance)
     if judge is None:
-        return _show(index.nearest(asked, options.count), "similarity", options.json)
-    near = [passage for _, passage in index.nearest(asked, max(CANDIDATES, options.count))]
-    ranking = rank(*judge, question, [passage.whole for passage in near], True)
+        return _show(index.nearest(question_embedding, options.count), "similarity", options.json)
+    near = [passage for _, passage in index.nearest(question_embedding, max(CANDIDATES, options.count))]
+    ranking = rank(*judge, question, [passage.full_text for passage in near], True)
     if ranking.shortened:
         print(f"{ranking.shortened} of {len(near)} passages were cut for {options.rerank}.", file=sys.stderr)
     best = ranking.scores.topk(min(options.count, len(near)))

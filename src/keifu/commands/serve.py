@@ -104,10 +104,10 @@ def run(options: Options) -> None:
     folder = open_cache_folder(options.cache_folder, options.cache_size)
     limits = Limits(*numbers, proposer(options.draft, options.guesses, options.weights), options.pictures, folder)
     keys, body = keys_of(options), size_of(options.max_body, "--max-body")
-    named = aliases((*options.name, *options.lora))
+    given_names = aliases((*options.name, *options.lora))
     if wrong := [lora for lora in options.lora if not is_adapter(Path(lora.partition("=")[2]))]:
         raise UserError(f"--lora is {wrong[0]!r}, which names no folder of adapters: serve a whole model with --name.")
-    sources = public_names(options.models or (() if named else found_models()), named)
+    sources = public_names(options.models or (() if given_names else found_models()), given_names)
     address.check()  # models are read after this, which takes seconds
     if options.search is not None:
         check_documents(options.search)
@@ -166,8 +166,8 @@ def found_models() -> tuple[str, ...]:
     from keifu.data.catalogue.catalogue import MODELS, is_cached
 
     runs = sorted(map(str, Path("runs").glob("*/")))
-    others = (name for name in MODELS if name == USUAL or (is_cached(name, MODELS) and _able(name)))
-    return (*filter(_able, runs), *others)
+    catalogue_models = (name for name in MODELS if name == USUAL or (is_cached(name, MODELS) and _able(name)))
+    return (*filter(_able, runs), *catalogue_models)
 
 
 def _able(name: str) -> bool:

@@ -56,9 +56,13 @@ def _folder_of_resume(arguments: Sequence[str]) -> list[str]:
     words = [piece for word in arguments for piece in (word.split("=", 1) if word.startswith("--resume=") else [word])]
     position = words.index("--resume") + 1 if "--resume" in words else len(words)
     if position < len(words) and not words[position].startswith("-"):
-        named = ["--out", words[position], "--resume"]
-        rest = [*words[: position - 1], *words[position + 1 :]]
-        return [*named, *rest] if words[0].startswith("-") else [rest[0], *named, *rest[1:]]
+        folder_words = ["--out", words[position], "--resume"]
+        other_words = [*words[: position - 1], *words[position + 1 :]]
+        return (
+            [*folder_words, *other_words]
+            if words[0].startswith("-")
+            else [other_words[0], *folder_words, *other_words[1:]]
+        )
     return words
 
 
@@ -70,8 +74,8 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
     run is always started over.
     """
     if flags.asks_for_help(arguments):
-        known, about = recipe_options.arguments(name), files.docstring(files.path_of(name))
-        flags.show_help(known, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
+        known_arguments, about = recipe_options.arguments(name), files.docstring(files.path_of(name))
+        flags.show_help(known_arguments, program, re.sub(r"\n(?=[A-Z]\w+: )", "\n\n", about))
     from keifu.recipes import resuming, trust
     from keifu.training.run.run_directory import last_step
 
@@ -84,12 +88,12 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
         words = [*(word for word in words if word != "--replace"), "--resume"]
     if "--resume" in words:
         stored_run = resuming.stored(name, module, out)
-    usual = None
+    default_options = None
     if stored_run:
-        usual = options_class(recipe=stored_run.usual(words))
+        default_options = options_class(recipe=stored_run.recipe_for(words))
     elif published := files.published_recipe(module, _value_of("--recipe-of", words)):
-        usual = options_class(recipe=published)
-    options = flags.parse(options_class, words, program, usual=usual)
+        default_options = options_class(recipe=published)
+    options = flags.parse(options_class, words, program, default_options=default_options)
     if options.resume and options.replace:
         raise UserError("--resume goes on with a run and --replace starts over: give one of them.")
     if stored_run:
@@ -103,7 +107,7 @@ def parse_recipe(name: str, arguments: Sequence[str], program: str, replaces: bo
         work = partial(resuming.go_on, stored_run, module, options.recipe, options.out)
     else:
         work = partial(resuming.begin, name, module, options.recipe, options.out, options.replace or replaces)
-    return flags.placed(choice, partial(together, options.mesh, work) if is_started() else work)
+    return flags.on_device(choice, partial(together, options.mesh, work) if is_started() else work)
 
 
 def _value_of(option: str, words: Sequence[str]) -> str | None:

@@ -48,13 +48,13 @@ def run(options: Options) -> None:
     from keifu.inference.text.translation import TranslationParams, join_sentences, translate_texts
 
     settings = TranslationParams(options.beam, options.alpha, options.max_tokens, options.batch_size)
-    shown = options.file is not None and sys.stderr.isatty()
-    with counting("Translating", None, "sentences") if shown else nullcontext() as progress:
+    show_progress = options.file is not None and sys.stderr.isatty()
+    with counting("Translating", None, "sentences") if show_progress else nullcontext() as progress:
         translations = translate_texts(model, tokenizer, lines, settings, progress=progress)
     for line, parts in zip(lines, translations, strict=True):
         text = join_sentences(part.text for part in parts)
-        whole = {"source": line, "translation": text, "sentences": [asdict(part) for part in parts]}
-        say(json.dumps(whole, ensure_ascii=False) if options.json else text)
+        record = {"source": line, "translation": text, "sentences": [asdict(part) for part in parts]}
+        say(json.dumps(record, ensure_ascii=False) if options.json else text)
     _warn(translations)
 
 
@@ -87,8 +87,8 @@ def _warn(translations: Sequence[Sequence[Any]]) -> None:
     """Warn on stderr about problems that are not visible in the translations."""
     cut = sorted({n for n, parts in enumerate(translations, 1) for part in parts if not part.complete})
     if cut:
-        shown = ", ".join(map(str, cut[:10])) + (", ..." if len(cut) > 10 else "")
-        print(f"The translation reached its limit of tokens before its end in line {shown}.", file=sys.stderr)
+        lines = ", ".join(map(str, cut[:10])) + (", ..." if len(cut) > 10 else "")
+        print(f"The translation reached its limit of tokens before its end in line {lines}.", file=sys.stderr)
     unknown = sum(part.unknown for parts in translations for part in parts)
     if unknown:
         total = sum(part.source_tokens for parts in translations for part in parts)

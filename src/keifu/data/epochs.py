@@ -142,12 +142,14 @@ class OwnBatches(EpochBatches):
         """Return the training examples with these indices, or the held-out ones at these positions."""
         numbers = self.held_out[items] if validating else items
         if isinstance(self.source, Mapping):
-            chosen = torch.from_numpy(numbers)
-            return {name: tensor[chosen] for name, tensor in self.source.items()}
+            indices = torch.from_numpy(numbers)
+            return {name: tensor[indices] for name, tensor in self.source.items()}
         rows = [self.source[int(number)] for number in numbers]
         if not isinstance(rows[0], Mapping):
-            given = type(rows[0]).__name__
-            raise UserError(f"An example of the data is a {given}; it must be a dict of tensors or numbers by name.")
+            type_name = type(rows[0]).__name__
+            raise UserError(
+                f"An example of the data is a {type_name}; it must be a dict of tensors or numbers by name."
+            )
         return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
 
@@ -276,11 +278,11 @@ def linear_batch_size(first: int, over: int, last: int) -> BatchSizeSchedule:
     """
     if not 1 <= first <= last:
         raise UserError(f"A batch that grows to {last} rows must start with 1 to {last} rows, not {first}.")
-    starts, rows, seen = [0], [first], 0
+    starts, rows, seen_rows = [0], [first], 0
     while rows[-1] < last:
         next_at = -(-(rows[-1] + 1 - first) * over // (last - first))  # rows after which the batch grows
-        steps = max(1, -(-(next_at - seen) // rows[-1]))
-        seen += steps * rows[-1]
+        steps = max(1, -(-(next_at - seen_rows) // rows[-1]))
+        seen_rows += steps * rows[-1]
         starts.append(starts[-1] + steps)
-        rows.append(min(last, first + (last - first) * seen // max(1, over)))
+        rows.append(min(last, first + (last - first) * seen_rows // max(1, over)))
     return BatchSizeSchedule(tuple(starts), tuple(rows))

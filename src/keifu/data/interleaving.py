@@ -29,8 +29,8 @@ def interleave(shares: np.ndarray, start: int, stop: int) -> InterleaveState:
     whose = np.repeat(np.arange(count), lengths)
     numbers = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths - first, lengths)
     order = np.lexsort((whose, (numbers + 0.5) / shares[whose]))
-    wanted = order[start - int(first.sum()) : stop - int(first.sum())]
-    return InterleaveState(whose[wanted], numbers[wanted])
+    indices = order[start - int(first.sum()) : stop - int(first.sum())]
+    return InterleaveState(whose[indices], numbers[indices])
 
 
 def source_of_row(shares: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -29,15 +29,15 @@ def build_once(folder: Path, is_whole: Callable[[], bool], make: Callable[[Path]
     if is_whole():
         return folder
     with locks.locked(folder):
-        for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for unfinished in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         temporary = TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-", ignore_cleanup_errors=True)
         with temporary as path, files.disk_space(f"nothing of {folder.name} was kept"):
             if not is_whole():
                 new = Path(path, "new")
                 make(new)
-                for written in sorted(new.rglob("*"), reverse=True):
-                    files.sync(written)
+                for new_path in sorted(new.rglob("*"), reverse=True):
+                    files.sync(new_path)
                 files.sync(new)
                 shutil.rmtree(folder, ignore_errors=True)  # exists only if it was damaged
                 new.rename(folder)

@@ -61,17 +61,17 @@ def counting(label: str, total: int | None, unit: str = "B") -> Iterator[Advance
     The function takes the amount reached so far, not the difference. In a terminal there is a bar. Otherwise a line is
     printed at each tenth of the total (without a total: every ten seconds) and at the end.
     """
-    shown, started, last = 0, time.monotonic(), 0
+    shown_tenths, started, last = 0, time.monotonic(), 0
     with ProgressBar(label, total, TimeElapsedColumn(), TimeRemainingColumn()) as bar:
 
         def advance(reached: int) -> None:
-            nonlocal shown, last
+            nonlocal shown_tenths, last
             last = reached
             bar.update(reached, _amount(reached, total, unit))
             tenths = 10 * reached // total if total else int(time.monotonic() - started) // 10
-            if tenths > shown and not bar.is_shown:
+            if tenths > shown_tenths and not bar.is_shown:
                 bar.note(f"{label}: {_amount(reached, total, unit)}")
-            shown = max(shown, tenths)
+            shown_tenths = max(shown_tenths, tenths)
 
         yield advance
         if not bar.is_shown:

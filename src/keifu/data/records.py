@@ -169,10 +169,10 @@ def cell(where: str, record: Mapping[str, Any], field: str) -> str:
     value = content(where, record, field)
     if isinstance(value, dict | list):
         raise UserError(f"{where}: the column {field!r} holds a {type(value).__name__} where text is needed.")
-    written = "" if value is None else str(value).strip()
-    if not written:
+    text = "" if value is None else str(value).strip()
+    if not text:
         raise UserError(f"{where}: the column {field!r} is empty; fill it in, or leave the row out.")
-    return written
+    return text
 
 
 def read_parts(folder: Path, file: str, fields: Sequence[str], thing: str) -> tuple[list[Record], list[Record]]:
@@ -223,9 +223,9 @@ def _jsonl(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple
 def _json(path: Path, problem: Problem, encoding: str | None) -> Iterator[tuple[str, Any]]:
     content = _parse_json("".join(lines(path, problem, encoding)) or "[]", path)
     if not isinstance(content, list):
-        given = "object" if isinstance(content, dict) else type(content).__name__
+        type_name = "object" if isinstance(content, dict) else type(content).__name__
         advice = "a list of objects is needed; or write one object a line into a .jsonl file"
-        raise UserError(f"{path} holds one {given}, where {advice}.")
+        raise UserError(f"{path} holds one {type_name}, where {advice}.")
     yield from ((f"{path}, entry {number}", record) for number, record in enumerate(content, 1))
 
 

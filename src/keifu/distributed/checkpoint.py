@@ -40,23 +40,23 @@ class Chunks(Tensor):
     """Shards of one larger tensor, in the form that torch.distributed.checkpoint reads and writes: offset → chunk."""
 
     chunks: dict[torch.Size, Tensor]
-    whole: torch.Size
+    full_shape: torch.Size
 
     @classmethod
-    def of(cls, chunks: Mapping[tuple[int, ...], Tensor], whole: tuple[int, ...]) -> "Chunks":
+    def of(cls, chunks: Mapping[tuple[int, ...], Tensor], full_shape: tuple[int, ...]) -> "Chunks":
         """Create a `Chunks` from chunks by their offsets in the whole tensor, and the shape of the whole tensor."""
         self = torch.Tensor._make_subclass(cls, torch.empty(0))
         self.chunks = {torch.Size(offset): chunk for offset, chunk in chunks.items()}
-        self.whole = torch.Size(whole)
+        self.full_shape = torch.Size(full_shape)
         return self
 
     def size(self) -> torch.Size:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the size of the whole tensor: the reader compares it with the stored size."""
-        return self.whole
+        return self.full_shape
 
     def __create_write_items__(self, name: str, tensor: "Chunks") -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(next(iter(self.chunks.values())))
-        data = [TensorWriteData(chunk, properties, self.whole) for chunk in self.__create_chunk_list__()]
+        data = [TensorWriteData(chunk, properties, self.full_shape) for chunk in self.__create_chunk_list__()]
         return [WriteItem(MetadataIndex(name, x.chunk.offsets), WriteItemType.SHARD, tensor_data=x) for x in data]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
@@ -78,7 +78,7 @@ class Staging:
         """Copy a tensor to the host and return the copy. The copy of a GPU tensor is asynchronous (see `mark`)."""
         if isinstance(tensor, Chunks):
             chunks = tensor.chunks.items()
-            return Chunks.of({offset: self.copy((name, offset), chunk) for offset, chunk in chunks}, tensor.whole)
+            return Chunks.of({offset: self.copy((name, offset), chunk) for offset, chunk in chunks}, tensor.full_shape)
         if tensor.device.type == "cpu":
             return tensor.clone()
         buffer = self.buffers.get(name)
@@ -140,9 +140,9 @@ class Writer(HuggingFaceStorageWriter):
     def write_data(self, plan: Any, planner: Any) -> futures.Future[list[WriteResult]]:
         """Write the file. Send only its hash to rank 0, not the position of every tensor."""
         super().write_data(plan, planner).wait()
-        written = futures.Future[list[WriteResult]]()
-        written.set_result([WriteResult(MetadataIndex(name), 0, digest) for name, digest in self.fs.hashes.items()])
-        return written
+        result = futures.Future[list[WriteResult]]()
+        result.set_result([WriteResult(MetadataIndex(name), 0, digest) for name, digest in self.fs.hashes.items()])
+        return result
 
     def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
         self.hashes = {result.index.fqn: result.storage_data for part in results for result in part}
@@ -156,7 +156,7 @@ class States:
         # a group for the thread, separate from the groups of training
         self.group: Any = distributed.new_group(backend="gloo")
         self.thread = ThreadPoolExecutor(1)
-        self.written: Future[None] | None = None
+        self.pending_write: Future[None] | None = None
         self.staging = Staging()
         # the key of torch's cached plan: most checkpoints have the same plan as the one before
         self.plans = uuid4().hex
@@ -172,16 +172,16 @@ class States:
         if self.main:
             shutil.rmtree(_temporary(checkpoint.folder(directory, step)), ignore_errors=True)
         distributed.barrier(self.group)
-        parts = chunked(pod, tensors, apart=True)
+        parts = chunked(pod, tensors, by_part=True)
         copies = {name: self.staging.copy(name, tensor) for name, tensor in parts.items()}
         copied = self.staging.mark(tensors.values())
         commit = partial(checkpoint.commit, directory, step, prune=prune)
         folder = checkpoint.folder(directory, step)
-        self.written = self.thread.submit(self._write, folder, copies, copied, dict(facts), commit)
+        self.pending_write = self.thread.submit(self._write, folder, copies, copied, dict(facts), commit)
 
     def flush(self) -> None:
         """Wait until the last checkpoint is on disk. Raises UserError if it was not written."""
-        error, self.written = self.written and self.written.exception(), None
+        error, self.pending_write = self.pending_write and self.pending_write.exception(), None
         self.plans = uuid4().hex if error else self.plans  # some ranks may not have cached the plan
         if isinstance(error, dcp.api.CheckpointException):
             number, (reason, _) = next(iter(error.failures.items()))
@@ -224,8 +224,8 @@ def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         return checkpoint.read_sharded(Path(folder) if path.is_file() else path, chunked(pod, tensors, path.is_dir()))
 
 
-def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, Tensor]:
-    """Convert a run's tensors to `Chunks` of the whole tensors, by their names in the checkpoint. apart: give each
+def chunked(pod: Pod, tensors: Mapping[str, Tensor], by_part: bool) -> dict[str, Tensor]:
+    """Convert a run's tensors to `Chunks` of the whole tensors, by their names in the checkpoint. by_part: give each
     joined matrix a name (`name#0`, ...).
     """
     joined: dict[str, Tensor] = {}
@@ -238,9 +238,9 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
         layout, chunks = pod.layouts[owner], {}
         starts = [min(rows[number].start for rows in layout.rows) for number in range(len(layout.parts))]
         for piece in layout.pieces(*pod.coordinate):
-            several = apart and len(starts) > 1
-            key = f"{name}#{piece.part}" if several else name
-            offset = piece.row - several * starts[piece.part], piece.column, *[0] * (local.dim() - 2)
+            has_parts = by_part and len(starts) > 1
+            key = f"{name}#{piece.part}" if has_parts else name
+            offset = piece.row - has_parts * starts[piece.part], piece.column, *[0] * (local.dim() - 2)
             chunks.setdefault(key, {})[offset[: local.dim()]] = local[piece.start : piece.stop]
         for key, parts in chunks.items():
             rows = layout.parts[int(key.rpartition("#")[2])] if key != name else layout.shape[0]
@@ -250,8 +250,8 @@ def chunked(pod: Pod, tensors: Mapping[str, Tensor], apart: bool) -> dict[str, T
 
 def _inner(name: str) -> str:
     """Remove the prefix of a parameter's name: `model.`, `optimisers.average.` or `optimisers.KIND.`."""
-    first, _, rest = name.partition(".")
-    return rest if first == "model" else rest.partition(".")[2]
+    first, _, inner_name = name.partition(".")
+    return inner_name if first == "model" else inner_name.partition(".")[2]
 
 
 def _temporary(folder: Path) -> Path:

@@ -54,8 +54,8 @@ def explained(group: Processes, store: Any, explain: Callable[[Exception], str |
 def exchange_failed(error: BaseException | None) -> bool:
     """Return whether an exception says that another process could not be reached."""
     while error is not None:
-        named = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
-        if named or isinstance(error, distributed.DistError):
+        names_backend = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "Gloo"))
+        if names_backend or isinstance(error, distributed.DistError):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -86,10 +86,10 @@ class Signs:
             if self.store.check([FAILED]):
                 return self._sentence()
             time.sleep(BEAT / 5)
-        others = range(1, self.count)
-        gone = [n for n, beats in enumerate(self._counts()) if n in others and beats == before[n]]
+        other_ranks = range(1, self.count)
+        gone = [n for n, beats in enumerate(self._counts()) if n in other_ranks and beats == before[n]]
         steps = [int(self._text(f"step/{n}") or -1) for n in range(self.count)]
-        late = gone or [n for n in others if steps[n] < max(steps)] or [*others]
+        late = gone or [n for n in other_ranks if steps[n] < max(steps)] or [*other_ranks]
         what = "has died or stands still" if gone else "did not answer within the time limit"
         return self._gone(late, what)
 
@@ -101,7 +101,7 @@ class Signs:
         for rank, sign in enumerate(self._counts()):
             if since.get(rank, ("", 0.0))[0] != sign:
                 since[rank] = sign, now
-        silent = [rank for rank, (sign, seen) in since.items() if sign != ENDED and now - seen > DEAD]
+        silent = [rank for rank, (sign, seen_at) in since.items() if sign != ENDED and now - seen_at > DEAD]
         return [rank for rank in silent if rank != self.number]
 
     def _beat(self) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 
-from keifu.devices import choose, chosen
+from keifu.devices import choose, device_choice
 from keifu.distributed import checkpoint
 from keifu.distributed.failures import exchange_failed
 from keifu.distributed.mesh import Mesh
@@ -93,7 +93,9 @@ class Group(Processes):
         self.devices = init_device_mesh(device.type, (pods, shard, tensor), mesh_dim_names=self.shape._fields)
         self.data_group = None if tensor == 1 else self.devices["pods", "shard"]._flatten("data").get_group()
         self.pods, self.pods_group = pods, None if self.is_replicated else self.devices.get_group("pods")
-        sums = mesh.gradient_sum or ("ordered" if device.type != "cuda" or chosen().deterministic else "overlapped")
+        sums = mesh.gradient_sum or (
+            "ordered" if device.type != "cuda" or device_choice().deterministic else "overlapped"
+        )
         self.overlaps = pods > 1 and sums == "overlapped"
         self.pod_group = None if pods == 1 else self.devices["shard", "tensor"]._flatten("pod").get_group()
         self.states = checkpoint.States(self.is_main)
@@ -137,11 +139,11 @@ class Group(Processes):
     @contextmanager
     def backward(self, module: Any, last: bool) -> Iterator[None]:
         summed = module.parameters() if last and self.overlaps else ()
-        whole = [p for p in summed if p.requires_grad and not (self.shape.shard > 1 and p.dim())]
+        unsharded = [p for p in summed if p.requires_grad and not (self.shape.shard > 1 and p.dim())]
         if isinstance(module, FSDPModule):
             module.set_requires_gradient_sync(last or self.mesh.sync_each)
             module.set_is_last_backward(last)
-        with OverlappedSum(whole, self.data_group) as self.filled:
+        with OverlappedSum(unsharded, self.data_group) as self.filled:
             yield
 
     def discard_gradients(self, module: Any) -> None:
@@ -170,15 +172,17 @@ def _fresh_store(store: Any, number: int, count: int, seconds: float) -> Any:
     Each process draws a random number and stores it. Rank 0 answers each number it reads with its own number, which
     becomes the prefix of all keys of this start. It also answers dead processes' numbers; nobody reads those answers.
     """
-    drawn, end = uuid4().hex, time.monotonic() + seconds
-    store.set(f"drawn/{number}", drawn)
-    name = drawn if number == 0 else store.get(f"start/{drawn}").decode()
+    random_name, end = uuid4().hex, time.monotonic() + seconds
+    store.set(f"drawn/{number}", random_name)
+    name = random_name if number == 0 else store.get(f"start/{random_name}").decode()
     store.set(f"{name}/{number}", "")
-    missing = [*range(1, count)] if number == 0 else []
-    while missing := [other for other in missing if not store.check([f"{name}/{other}"])]:
+    absent_ranks = [*range(1, count)] if number == 0 else []
+    while absent_ranks := [other for other in absent_ranks if not store.check([f"{name}/{other}"])]:
         if time.monotonic() > end:
-            raise UserError(f"Process {missing[0]} of {count} (counted from 0) has not come in {seconds:g} seconds.")
-        for other in missing:
+            raise UserError(
+                f"Process {absent_ranks[0]} of {count} (counted from 0) has not come in {seconds:g} seconds."
+            )
+        for other in absent_ranks:
             if store.check([f"drawn/{other}"]):
                 store.set(f"start/{store.get(f'drawn/{other}').decode()}", name)
         time.sleep(0.02)

@@ -42,7 +42,7 @@ class Layout:
     shards: int = 1
 
     @classmethod
-    def whole(cls, tensor: Tensor, processes: int, parts: Sequence[int] = ()) -> "Layout":
+    def unsplit(cls, tensor: Tensor, processes: int, parts: Sequence[int] = ()) -> "Layout":
         """Return the layout of a tensor that is not split along the mesh axis `tensor`. parts: row counts of its joined
         matrices.
         """
@@ -74,12 +74,12 @@ class Layout:
             below += len(part)
         return shards
 
-    def take(self, whole: Tensor, shard: int, tensor: int) -> Tensor:
+    def take(self, full_tensor: Tensor, shard: int, tensor: int) -> Tensor:
         """Return the shard of a whole tensor that belongs to the rank (shard, tensor)."""
         if not self.shape:
-            return whole
-        parts = [self._part(whole, piece, tensor) for piece in self.pieces(shard, tensor)]
-        return torch.cat(parts) if parts else whole[:0]
+            return full_tensor
+        parts = [self._part(full_tensor, piece, tensor) for piece in self.pieces(shard, tensor)]
+        return torch.cat(parts) if parts else full_tensor[:0]
 
     def join(self, local: Tensor, ranks: Sequence[tuple[int, int]], group: Any) -> Tensor:
         """Gather the whole tensor on every rank of a pod. ranks: the mesh coordinates (shard, tensor) of each rank."""
@@ -89,16 +89,16 @@ class Layout:
         longest = max(torch.Size(size).numel() for size in sizes)
         padded = local.new_zeros(longest)
         padded[: local.numel()] = local.reshape(-1)
-        whole = local.new_zeros(self.shape)
+        full_tensor = local.new_zeros(self.shape)
         for rank, size, flat in zip(ranks, sizes, of_all(padded, len(ranks), group), strict=True):
             part = flat[: torch.Size(size).numel()].view(size)
             for piece in self.pieces(*rank):
-                self._part(whole, piece, rank[1]).copy_(part[piece.start : piece.stop])
-        return whole
+                self._part(full_tensor, piece, rank[1]).copy_(part[piece.start : piece.stop])
+        return full_tensor
 
     def _width(self, tensor: int) -> tuple[int, ...]:
         return (len(self.columns[tensor]), *self.shape[2:]) if self.columns else self.shape[1:]
 
-    def _part(self, whole: Tensor, piece: ShardPiece, tensor: int) -> Tensor:
-        rows = whole[piece.row : piece.row + piece.stop - piece.start]
+    def _part(self, full_tensor: Tensor, piece: ShardPiece, tensor: int) -> Tensor:
+        rows = full_tensor[piece.row : piece.row + piece.stop - piece.start]
         return rows[:, piece.column : piece.column + len(self.columns[tensor])] if self.columns else rows

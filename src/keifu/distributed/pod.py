@@ -41,18 +41,18 @@ class Pod:
         joined = joined_rows(model)
         self.layouts: dict[str, Layout] = {}
         for name, p in model.named_parameters():
-            layout = layouts.get(name) or Layout.whole(p, self.size, joined.get(p, ()))
+            layout = layouts.get(name) or Layout.unsplit(p, self.size, joined.get(p, ()))
             self.layouts[name] = replace(layout, shards=shard.size() if isinstance(p, DTensor) else 1)
 
     def full_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """Gather a parameter, or a tensor of its shape. Return scalars and other tensors unchanged."""
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        known = name in self.layouts and tensor.dim()
-        return self.layouts[name].join(local, self.coordinates, self.group) if known else local
+        is_sharded = name in self.layouts and tensor.dim()
+        return self.layouts[name].join(local, self.coordinates, self.group) if is_sharded else local
 
-    def take(self, name: str, whole: Tensor) -> Tensor:
+    def take(self, name: str, full_tensor: Tensor) -> Tensor:
         """Return this rank's shard of the whole tensor `name`."""
-        return self.layouts[name].take(whole, *self.coordinate)
+        return self.layouts[name].take(full_tensor, *self.coordinate)
 
     def sum_partial(self, gradients: Mapping[str, Tensor]) -> None:
         """Sum gradients over the mesh axis `tensor`, in place.
@@ -109,8 +109,8 @@ def parallelize(module: nn.Module, mesh: Mesh, devices: Any, dtype: torch.dtype 
         return module
     scalars = {parameter for parameter in module.parameters() if not parameter.dim()}  # FSDP cannot shard scalars
     offload = CPUOffloadPolicy() if mesh.offload else OffloadPolicy()
-    apart = [part.kv for part in module.modules() if isinstance(part, CROSS)]
-    units = [part for part in (*apart, *blocks) if any(p.dim() for p in part.parameters())]
+    cross_projections = [part.kv for part in module.modules() if isinstance(part, CROSS)]
+    units = [part for part in (*cross_projections, *blocks) if any(p.dim() for p in part.parameters())]
     half = None if dtype in (None, torch.float32) else dtype
     total = torch.float32 if half else None
     for part in (*units, module):  # inner modules first

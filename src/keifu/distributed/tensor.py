@@ -79,8 +79,8 @@ class Tokens:
         """Redistribute x from the placement `before` to `after`. gradient: the placement of the gradient of the result;
         None: `after`.
         """
-        whole = DTensor.from_local(x, self.axis, [before], run_check=False).redistribute(placements=[after])
-        return whole.to_local(grad_placements=[gradient or after])
+        distributed = DTensor.from_local(x, self.axis, [before], run_check=False).redistribute(placements=[after])
+        return distributed.to_local(grad_placements=[gradient or after])
 
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
         """Scatter the tokens of a block's input. This is a forward pre-hook of the first block."""
@@ -152,9 +152,9 @@ class Head(Tensor):
                     return head.look_up(tokens)
                 case cross_entropy.linear_cross_entropy, (hidden, Head() as head, bias, *options):
                     return head.loss(hidden, bias, options)
-            return func(*(arg.whole() if isinstance(arg, Head) else arg for arg in args), **(kwargs or {}))
+            return func(*(arg.full_weight() if isinstance(arg, Head) else arg for arg in args), **(kwargs or {}))
 
-    def whole(self) -> Tensor:
+    def full_weight(self) -> Tensor:
         """Gather the matrix of all classes: (classes, dim). Each rank computes its whole gradient."""
         sizes = [len(rows[0]) for rows in self.classes.rows]
         padded = F.pad(self.as_subclass(Tensor), (0, 0, 0, max(sizes) - len(self.indices)))
@@ -291,10 +291,10 @@ def _check_head_norms(attention: Attention, names: Mapping[nn.Module, str]) -> N
             raise _unknown(norm, names, " over all heads")
 
 
-def _unknown(layer: nn.Module, names: Mapping[nn.Module, str], more: str = "") -> UserError:
+def _unknown(layer: nn.Module, names: Mapping[nn.Module, str], detail: str = "") -> UserError:
     article = "an" if type(layer).__name__[0] in "AEIOU" else "a"
     return UserError(
-        f"{names[layer]} is {article} {type(layer).__name__}{more}, which tensor parallelism cannot split: leave "
+        f"{names[layer]} is {article} {type(layer).__name__}{detail}, which tensor parallelism cannot split: leave "
         "--mesh.tensor out, or use --mesh.shard."
     )
 
@@ -395,9 +395,9 @@ def _of_columns(parameter: Tensor, columns: list[range]) -> Layout:
 
 def _take(layer: nn.Module, name: str, layout: Layout, tokens: Tokens) -> Layout:
     """Replace a layer's parameter by this rank's shard, and return the layout."""
-    whole = getattr(layer, name)
-    part = layout.take(whole.detach(), 0, tokens.index).clone()
-    setattr(layer, name, nn.Parameter(part, whole.requires_grad))
+    parameter = getattr(layer, name)
+    part = layout.take(parameter.detach(), 0, tokens.index).clone()
+    setattr(layer, name, nn.Parameter(part, parameter.requires_grad))
     return layout
 
 

@@ -44,11 +44,11 @@ class Executed:
 
     def within(self, file: str, place: Place) -> bool:
         """Return whether anything within the place was executed."""
-        return any(place.holds(found) for found, *_ in self.places[file])
+        return any(place.holds(where) for where, *_ in self.places[file])
 
     def times(self, file: str, place: Place) -> int:
         """Return how often the place was entered: the times of its first executed instruction."""
-        inside = [(offset, times) for found, offset, times in self.places[file] if place.holds(found)]
+        inside = [(offset, times) for where, offset, times in self.places[file] if place.holds(where)]
         return min(inside)[1] if inside else 0
 
 

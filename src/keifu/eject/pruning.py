@@ -71,8 +71,8 @@ class Pruner:
 
     def _remark(self, end: int) -> str:
         """Return the remark at the end of a line."""
-        rest = self.source.text[end : self.source.text.find("\n", end)]
-        return rest if rest.lstrip().startswith("#") else ""
+        line_end = self.source.text[end : self.source.text.find("\n", end)]
+        return line_end if line_end.lstrip().startswith("#") else ""
 
     @staticmethod
     def _tidy(text: str) -> str:
@@ -126,8 +126,10 @@ class Pruner:
             yield from self._children(node, False)
             return
         if node.lineno == node.end_lineno and any(self.unused(value) for _, value in pairs):
-            kept = [f"{self._inner(key)}: {self._inner(value)}" for key, value in pairs if not self.unused(value)]
-            yield Edit(*self.source.span(node), f"{{{', '.join(kept)}}}")
+            used_entries = [
+                f"{self._inner(key)}: {self._inner(value)}" for key, value in pairs if not self.unused(value)
+            ]
+            yield Edit(*self.source.span(node), f"{{{', '.join(used_entries)}}}")
             return
         for key, value in pairs:
             if self.unused(value):
@@ -197,8 +199,8 @@ class Pruner:
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
             edits = [*self._children(statement, False)]
             start, end = self.source.span(statement)
-            left, _, right = self._apply(start, end, edits).partition(" = ")
-            return None if left == right else edits
+            target, _, right = self._apply(start, end, edits).partition(" = ")
+            return None if target == right else edits
         return [*self._children(statement, False)]
 
     def _choice(self, node: ast.If) -> list[Edit] | None:

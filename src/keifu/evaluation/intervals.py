@@ -36,8 +36,8 @@ def bootstrap(values: Values, clusters: Numbers = None, sizes: Numbers = None) -
     numbers = np.arange(len(items)) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     sums, counts = np.bincount(numbers, items), np.bincount(numbers, sizes)
     generator = np.random.default_rng(0)
-    chosen = (generator.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
-    low, high = np.percentile([sums[some].sum() / counts[some].sum() for some in chosen], [2.5, 97.5])
+    samples = (generator.integers(0, len(sums), len(sums)) for _ in range(RESAMPLES))
+    low, high = np.percentile([sums[some].sum() / counts[some].sum() for some in samples], [2.5, 97.5])
     return float(low), float(high)
 
 

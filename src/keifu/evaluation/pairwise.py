@@ -72,19 +72,23 @@ class Judgements:
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any]):
-        self.path, self.about, self.made = directory / JUDGEMENTS, dict(about), list[Judgement]()
+        self.path, self.about, self.judgements = directory / JUDGEMENTS, dict(about), list[Judgement]()
         if lines := self._lines():
-            first, *rest = lines
+            first, *judgement_lines = lines
             then = {name: first.get(name) for name in about}
             differs = [f"{name} {then[name]} → {value}" for name, value in about.items() if then[name] != value]
             if differs:
                 raise UserError(f"{directory} holds another comparison ({', '.join(differs)}): choose another --out.")
-            self.made = [Judgement(line["prompt"], tuple(line["answers"]), line["choice"]) for line in rest]
-        write_atomic(self.path, _lines([self.about, *map(Judgement._asdict, self.made)]))  # without a truncated line
+            self.judgements = [
+                Judgement(line["prompt"], tuple(line["answers"]), line["choice"]) for line in judgement_lines
+            ]
+        write_atomic(
+            self.path, _lines([self.about, *map(Judgement._asdict, self.judgements)])
+        )  # without a truncated line
 
     def holds(self, prompt: Conversation) -> bool:
         """Return whether there is already a vote for this prompt."""
-        return any(judgement.prompt == prompt for judgement in self.made)
+        return any(judgement.prompt == prompt for judgement in self.judgements)
 
     def add(self, judgement: Judgement) -> None:
         """Add a vote and write it to disk."""
@@ -92,25 +96,29 @@ class Judgements:
             file.write(_lines([judgement._asdict()]))
             file.flush()
             os.fsync(file.fileno())
-        self.made.append(judgement)
-        decided = [judgement for judgement in self.made if judgement.choice in ("A", "B") and all(judgement.answers)]
+        self.judgements.append(judgement)
+        decided = [
+            judgement for judgement in self.judgements if judgement.choice in ("A", "B") and all(judgement.answers)
+        ]
         write_atomic(self.path.parent / PREFERENCES, _lines(map(self._preference, decided)))
 
     def tally(self) -> Tally:
         """Count the votes."""
-        choices = [judgement.choice for judgement in self.made]
+        choices = [judgement.choice for judgement in self.judgements]
         return Tally(*(choices.count(choice) for choice in ("A", "B", "even", "skipped")))
 
     def _preference(self, judgement: Judgement) -> dict[str, Any]:
-        chosen, rejected = judgement.answers if judgement.choice == "A" else judgement.answers[::-1]
-        return {"prompt": judgement.prompt, "chosen": chosen, "rejected": rejected, "by": self.about.get("by")}
+        preferred, rejected = judgement.answers if judgement.choice == "A" else judgement.answers[::-1]
+        return {"prompt": judgement.prompt, "chosen": preferred, "rejected": rejected, "by": self.about.get("by")}
 
     def _lines(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
-        *whole, _ = self.path.read_bytes().split(b"\n")  # after the last line break there may be a truncated line
+        *complete_lines, _ = self.path.read_bytes().split(
+            b"\n"
+        )  # after the last line break there may be a truncated line
         try:
-            return [json.loads(line) for line in whole]
+            return [json.loads(line) for line in complete_lines]
         except json.JSONDecodeError as error:
             raise UserError(f"{self.path} is damaged ({error.msg}): repair it, or choose another folder.") from error
 

@@ -43,9 +43,9 @@ class UniformStreams:
 
     def next(self) -> Float[Tensor, " rows"]:
         """Draw the next number of each seed."""
-        drawn = _unit(_mix(self._keys + self._counts))
+        uniform = _unit(_mix(self._keys + self._counts))
         self._counts = self._counts + STEP
-        return narrow(drawn, self._device)
+        return narrow(uniform, self._device)
 
 
 def bits16(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
@@ -69,9 +69,9 @@ def normal(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
     deviations.
     """
     count = math.prod(shape)
-    drawn = _first_bits(seeds, (count + 1) // 2)
-    radius = (_half(drawn, 32)).log_().mul_(-2).sqrt_()
-    angle = _half(drawn, 0).mul_(2 * math.pi)
+    random_bits = _first_bits(seeds, (count + 1) // 2)
+    radius = (_half(random_bits, 32)).log_().mul_(-2).sqrt_()
+    angle = _half(random_bits, 0).mul_(2 * math.pi)
     pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1)
     return pairs.flatten(1)[:, :count].float().reshape(-1, *shape).to(seeds.device)
 
@@ -82,8 +82,8 @@ def gumbel(seeds: Int[Tensor, " rows"], shape: Sequence[int]) -> Float[Tensor, "
 
     The index of the largest sum of such a number and a log-probability is a sample of the distribution (Gumbel, 1954).
     """
-    drawn = _half(_first_bits(seeds, math.prod(shape)), 32)
-    return drawn.log_().neg_().log_().neg_().float().reshape(-1, *shape).to(seeds.device)
+    uniform = _half(_first_bits(seeds, math.prod(shape)), 32)
+    return uniform.log_().neg_().log_().neg_().float().reshape(-1, *shape).to(seeds.device)
 
 
 def _first_bits(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows count"]:
@@ -92,13 +92,13 @@ def _first_bits(seeds: Int[Tensor, " rows"], count: int) -> Int[Tensor, "rows co
     return bits(seeds[:, None].expand(-1, count), torch.arange(count, device=seeds.device)[None])
 
 
-def _half(drawn: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
+def _half(random_bits: Int[Tensor, "*shape"], shift: int) -> Float[Tensor, "*shape"]:
     """Return 32 of the bits as a float64 number between 0 and 1, both excluded."""
-    return ((drawn >> shift) & (2**32 - 1)).double().add_(0.5).mul_(2.0**-32)
+    return ((random_bits >> shift) & (2**32 - 1)).double().add_(0.5).mul_(2.0**-32)
 
 
-def _unit(drawn: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return _shift(drawn, 64 - BITS).double() * 2.0**-BITS
+def _unit(random_bits: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return _shift(random_bits, 64 - BITS).double() * 2.0**-BITS
 
 
 def _mix(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:

@@ -70,11 +70,11 @@ class DropoutKeys:
     def __init__(self, model: nn.Module, seed: int, device: torch.device):
         self.seed, self.device = seed, device
         self.table: Int[Tensor, "layers rows"] | None = None
-        named = [(name, module) for name, module in model.named_modules() if isinstance(module, Dropout)]
-        for index, (_, module) in enumerate(named):
+        dropouts = [(name, module) for name, module in model.named_modules() if isinstance(module, Dropout)]
+        for index, (_, module) in enumerate(dropouts):
             module.keys, module.index = self, index
-        self.layers = torch.tensor([_hash(name) for name, _ in named], dtype=torch.int64, device=device)
-        self.drops = any(module.p > 0 for _, module in named)
+        self.layers = torch.tensor([_hash(name) for name, _ in dropouts], dtype=torch.int64, device=device)
+        self.drops = any(module.p > 0 for _, module in dropouts)
 
     def set(self, step: int, first: int, rows: int) -> None:
         """Set the keys for `rows` rows of a step's batch, from row `first` on."""

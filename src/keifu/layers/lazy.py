@@ -27,7 +27,7 @@ class TensorReader:
         self.read, self.writable = read, False
         self.tensor: Tensor | None = None
 
-    def whole(self, like: Tensor, writable: bool) -> Tensor:
+    def load(self, like: Tensor, writable: bool) -> Tensor:
         """Return the whole tensor, with the dtype and device of `like`, and keep it from now on."""
         tensor = (self.read(()) if self.tensor is None else self.tensor).to(like.device, like.dtype)
         self.tensor = tensor.clone() if writable and not self.writable else tensor
@@ -62,7 +62,7 @@ class LazyTensor(Tensor):
             return self.blank.clone()
         if self.index and not writable and self.reader.tensor is None:
             return self.reader.read(self.index).to(self.device, self.dtype)
-        return self.reader.whole(self.blank, writable)[self.index]
+        return self.reader.load(self.blank, writable)[self.index]
 
     def part(self, axis: int, start: int, stop: int) -> "LazyTensor":
         """Return a lazy slice of rows (axis 0) or columns (axis 1)."""
@@ -83,10 +83,10 @@ class LazyTensor(Tensor):
                 return lazy
             if schema.name.startswith("aten::new_") or schema.name.endswith("_like"):
                 return func(args[0].blank, *args[1:], **kwargs)
-        written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]
-        read = [tree_map_only(LazyTensor, lambda x, writable=writable: x.value(writable), arg)
-                for arg, writable in zip(args, written, strict=False)]  # fmt: skip
-        return func(*read, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))
+        is_written = [bool(argument.alias_info and argument.alias_info.is_write) for argument in schema.arguments]
+        arguments = [tree_map_only(LazyTensor, lambda x, writable=writable: x.value(writable), arg)
+                for arg, writable in zip(args, is_written, strict=False)]  # fmt: skip
+        return func(*arguments, **tree_map_only(LazyTensor, lambda x: x.value(True), kwargs))
 
     def _lazily(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Compute an operation that needs no numbers: a slice, the parts of a split, a copy of an unmodified tensor.
@@ -182,18 +182,23 @@ class _Trace(TorchDispatchMode):
             self.operations[-1].run({})
         return result
 
-    def value(self, wanted: Tensor) -> Tensor:
+    def value(self, tensor: Tensor) -> Tensor:
         """Compute a tensor, from only those operations on which it depends."""
-        needed, chosen, memory, state = {_key(wanted)}, list[_Operation](), dict[int, Tensor](), torch.get_rng_state()
+        needed_keys, operations, memory, state = (
+            {_key(tensor)},
+            list[_Operation](),
+            dict[int, Tensor](),
+            torch.get_rng_state(),
+        )
         for operation in reversed(self.operations):
-            if _key(operation.result) in needed:
-                chosen.append(operation)
-                needed |= {*map(_key, operation.inputs)}
-                needed -= {_key(operation.result)} if operation.replaces else set()
-        for operation in reversed(chosen):
+            if _key(operation.result) in needed_keys:
+                operations.append(operation)
+                needed_keys |= {*map(_key, operation.inputs)}
+                needed_keys -= {_key(operation.result)} if operation.replaces else set()
+        for operation in reversed(operations):
             operation.run(memory)
         torch.set_rng_state(state)
-        return _view(memory, wanted)
+        return _view(memory, tensor)
 
 
 class _NoMetaChecks(TorchFunctionMode):

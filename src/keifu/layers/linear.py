@@ -81,11 +81,11 @@ class _OneDnn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), (wanted,) = ctx.saved_tensors, upstream
-        rows = wanted.flatten(0, -2)
+        (x, weight), (gradient,) = ctx.saved_tensors, upstream
+        rows = gradient.flatten(0, -2)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            product(wanted, weight) if needs_x else None,
+            product(gradient, weight) if needs_x else None,
             product(rows.mT, x.flatten(0, -2)) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )

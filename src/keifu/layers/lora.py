@@ -119,11 +119,11 @@ class AdaptedLinear(nn.Module):
         pieces = [self._piece(adapter, x, y) for adapter in self.parts]
         if len(pieces) == 1 and pieces[0].shape == y.shape:
             return pieces[0]
-        whole, at = [], 0
+        outputs, at = [], 0
         for adapter, piece in zip(self.parts, pieces, strict=True):
-            whole += [y[..., at : adapter.rows.start], piece]
+            outputs += [y[..., at : adapter.rows.start], piece]
             at = adapter.rows.stop
-        return torch.cat([*whole, y[..., at:]], -1)
+        return torch.cat([*outputs, y[..., at:]], -1)
 
     @property
     def weight(self) -> Tensor:
@@ -194,11 +194,11 @@ def attach(model: nn.Module, targets: Mapping[Target, LoraSettings]) -> nn.Modul
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear | nn.Conv2d)
         ordered = sorted(parts, key=lambda part: part.start)
-        made = [Adapter(base.weight[p.start : p.start + p.rows], p, targets[p]) for p in ordered]
+        new_adapters = [Adapter(base.weight[p.start : p.start + p.rows], p, targets[p]) for p in ordered]
         if isinstance(base, nn.Linear) and not isinstance(base, PixelLinear):
-            model.set_submodule(name, AdaptedLinear(base, made))
+            model.set_submodule(name, AdaptedLinear(base, new_adapters))
         else:
-            parametrize.register_parametrization(base, "weight", ReweightedLinear(made[0]))
+            parametrize.register_parametrization(base, "weight", ReweightedLinear(new_adapters[0]))
     return model
 
 

@@ -100,8 +100,8 @@ class GroupedSigmoidRouter(Router):
         scores = self.gate(x).sigmoid()
         corrected = (scores + self.correction).unflatten(-1, (self.n_groups, -1))
         best = corrected.topk(min(2, corrected.shape[-1]), -1).values.sum(-1)
-        chosen = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(self.k_groups, -1).indices, True)
-        experts = corrected.masked_fill(~chosen[..., None], -torch.inf).flatten(-2).topk(self.k, -1).indices
+        group_mask = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(self.k_groups, -1).indices, True)
+        experts = corrected.masked_fill(~group_mask[..., None], -torch.inf).flatten(-2).topk(self.k, -1).indices
         weights = scores.gather(-1, experts)
         if self.normalised:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -161,12 +161,12 @@ class MixtureOfExperts(nn.Module):
         """
         order = experts.flatten().argsort(stable=True)
         parts = tokens[order // experts.shape[1]].split(counts.tolist())
-        used = [
+        outputs = [
             expert(part)
             for expert, part in zip(self.experts, parts, strict=True)
             if len(part) or torch.is_grad_enabled()
         ]
-        joined = torch.cat(used) if used else tokens[:0]
+        joined = torch.cat(outputs) if outputs else tokens[:0]
         return torch.empty_like(joined).index_copy(0, order, joined).unflatten(0, experts.shape)
 
     @property

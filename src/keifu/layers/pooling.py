@@ -33,8 +33,8 @@ def pool(hidden: Hidden, mask: Mask | None, pooling: Pooling = "mean") -> Float[
     if pooling == "cls":
         return hidden[:, 0].float()
     if pooling == "max":
-        shown = hidden if mask is None else hidden.masked_fill(~mask[..., None], -torch.inf)
-        return shown.amax(1).float()
+        visible = hidden if mask is None else hidden.masked_fill(~mask[..., None], -torch.inf)
+        return visible.amax(1).float()
     mean = mean_pool(hidden, mask)
     if pooling == "mean":
         return mean

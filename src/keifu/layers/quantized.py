@@ -99,13 +99,13 @@ def unpack(stored: Stored, format: str, dtype: torch.dtype = torch.float32) -> N
     kernels = triton_kernels(stored.device)
     if kernels is not None and format in kernels.KINDS:
         return kernels.unpack(stored, kernels.KINDS[format], dtype)
-    size, _, read = FORMATS[format]
+    size, _, read_blocks = FORMATS[format]
     numbers = stored.new_empty(len(stored), size, dtype=dtype)
     step = (IN_CACHE if stored.device.type == "cpu" else AT_A_TIME) // size
     for start in range(0, len(stored), step):
         part = numbers[start : start + step]
         exact = part if dtype == torch.float32 else part.new_empty(part.shape, dtype=torch.float32)
-        read(stored[start : start + step], exact)
+        read_blocks(stored[start : start + step], exact)
         if exact is not part:
             part.copy_(exact)
     return numbers
@@ -123,8 +123,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         if parts is None and layer.in_features % SIZE:
             raise UserError(f"{layer.in_features} inputs are no whole blocks of {SIZE}: leave --lora.base at float.")
-        whole = groupby(parts or [("Q4_0", pack(layer.weight))], key=lambda part: part[0])
-        joined = [(format, [blocks for _, blocks in group]) for format, group in whole]
+        by_format = groupby(parts or [("Q4_0", pack(layer.weight))], key=lambda part: part[0])
+        joined = [(format, [blocks for _, blocks in group]) for format, group in by_format]
         self.shape, self.kinds = layer.weight.shape, [format for format, _ in joined]
         for number, (_, blocks) in enumerate(joined):
             self.register_buffer(f"blocks{number}", torch.cat(blocks), persistent=False)

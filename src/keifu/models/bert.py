@@ -279,8 +279,8 @@ def _pooling(json: dict[str, Any]) -> Pooling:
     chosen: Any = settings.get("pooling_mode") or [name for name, key in POOLING_KEYS.items() if settings.get(key)]
     chosen = chosen if isinstance(chosen, list) else [chosen]
     if len(chosen) != 1 or chosen[0] not in get_args(Pooling):
-        known = ", ".join(get_args(Pooling))
-        raise ValueError(f"its sentence embeddings are pooled by {chosen}, and keifu implements one of {known}.")
+        known_kinds = ", ".join(get_args(Pooling))
+        raise ValueError(f"its sentence embeddings are pooled by {chosen}, and keifu implements one of {known_kinds}.")
     return chosen[0]
 
 
@@ -306,11 +306,11 @@ def _score_activation(json: dict[str, Any]) -> ScoreActivation:
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers reads."""
     heads = (config.words, config.next_sentence, bool(config.labels) and not config.sentence_head)
-    named = {has[1:]: name for name, has in ARCHITECTURES.items()}
+    name_of_heads = {has[1:]: name for name, has in ARCHITECTURES.items()}
     labels = {str(n): label for n, label in enumerate(config.labels)}
     json = {
         **hf.write(config, MODEL_TYPES, FIELDS),
-        "architectures": [named.get(heads, "BertForPreTraining")],
+        "architectures": [name_of_heads.get(heads, "BertForPreTraining")],
         "add_pooling_layer": config.pooled,
         "tie_word_embeddings": True,
     }

@@ -118,8 +118,8 @@ def _write_scale(config: Any) -> dict[str, Any]:
         return {"query_pre_attn_scalar": config.head_dim}
     if not scale > 0:
         raise UserError(f"attention_scale is {scale}, and config.json holds 1 / its square: it must be above 0.")
-    scalar, whole = scale**-2, max(1, round(scale**-2))
-    return {"query_pre_attn_scalar": whole if abs(whole**-0.5 - scale) < 1e-12 else scalar}
+    scalar, whole_number = scale**-2, max(1, round(scale**-2))
+    return {"query_pre_attn_scalar": whole_number if abs(whole_number**-0.5 - scale) < 1e-12 else scalar}
 
 
 GEMMA_FIELDS: hf.Fields = llama.BIAS_FIELDS | {  # of Gemma 2 and 3

@@ -96,21 +96,23 @@ def from_published(json: dict[str, Any]) -> Config:
 def _read_band(json: dict[str, Any]) -> int | None:
     """Return the width of the band. attention_types, such as [[["global", "local"], 6]], lists the types of layers and
     their repetitions."""
-    written, n_layers = json["attention_types"], hf.check_layers(json, "num_layers")
+    attention_types, n_layers = json["attention_types"], hf.check_layers(json, "num_layers")
     # one layer too many is enough for the error below
-    layers = [layer for kinds, times in written for layer in kinds * min(times, n_layers + 1)]
+    layers = [layer for kinds, times in attention_types for layer in kinds * min(times, n_layers + 1)]
     if layers == ["global"] * n_layers:
         return None
     if layers != (["global", "local"] * n_layers)[:n_layers]:
-        raise UserError(f"attention_types {written} is not supported: {n_layers} layers, all global or every other.")
+        raise UserError(
+            f"attention_types {attention_types} is not supported: {n_layers} layers, all global or every other."
+        )
     return json.get("window_size", 256)
 
 
 def _attention_types(n_layers: int, banded: bool) -> list[list[Any]]:
     """Return the value that `_read_band` reads."""
     pairs = n_layers // 2 if banded else 0
-    written = [[["global", "local"], pairs], [["global"], n_layers - 2 * pairs]]
-    return [entry for entry in written if entry[1]]
+    entries = [[["global", "local"], pairs], [["global"], n_layers - 2 * pairs]]
+    return [entry for entry in entries if entry[1]]
 
 
 def to_published(config: Config) -> dict[str, Any]:

@@ -208,14 +208,14 @@ def from_published(json: dict[str, Any]) -> Config:
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers, vLLM and llama.cpp's converter read."""
     model_type = "llama"
-    more: dict[str, Any] = {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
+    further_fields: dict[str, Any] = {"attention_bias": config.out_bias, "mlp_bias": config.feedforward_bias}
     if config.sliding_window:
         model_type = "mistral"
-        more = {"sliding_window": config.sliding_window}
+        further_fields = {"sliding_window": config.sliding_window}
     if config.qkv_bias and not config.out_bias:
         model_type = "qwen2"
-        more = hf.write_window(config.sliding_window, config.first_window_layer)
-    return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS) | more
+        further_fields = hf.write_window(config.sliding_window, config.first_window_layer)
+    return hf.write(config, {model_type: MODEL_TYPES[model_type]}, FIELDS) | further_fields
 
 
 GGUF = {

@@ -177,9 +177,9 @@ def absorb(
 
 def affine_weights(points: Float[Tensor, "few dim1"]) -> Float[Tensor, "few"]:
     """Return the weights (sum 1, any sign) of the point nearest to zero in the affine hull of the points."""
-    first, more = points[0], points[1:]
-    others = torch.linalg.lstsq((more - first).T, -first[:, None], driver="gelsd").solution.flatten()
-    return torch.cat([1 - others.sum(dim=0, keepdim=True), others])
+    first, further_points = points[0], points[1:]
+    other_weights = torch.linalg.lstsq((further_points - first).T, -first[:, None], driver="gelsd").solution.flatten()
+    return torch.cat([1 - other_weights.sum(dim=0, keepdim=True), other_weights])
 
 
 def exact_mixture(points: list[list[float]]) -> list[Fraction] | None:

@@ -70,8 +70,8 @@ class Config:
     pad_id: Natural = 2  # token that pads shorter sequences
 
     def __post_init__(self) -> None:
-        for field, known in (("encoder", ENCODERS), ("context", CONTEXTS), ("output", OUTPUTS)):
-            require_known(field, vars(self)[field], known)
+        for field, known_names in (("encoder", ENCODERS), ("context", CONTEXTS), ("output", OUTPUTS)):
+            require_known(field, vars(self)[field], known_names)
 
 
 class Maxout(nn.Module):

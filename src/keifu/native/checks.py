@@ -37,18 +37,18 @@ class Checks:
 
         A forced set is used although it fails. A set that fails causes one warning, which names it and the format.
         """
-        chosen, wrong = which, []
-        while failed := self.wrong_format(chosen):
-            wrong.append(f"{failed} weights with {self._sets[chosen]}")
+        index, wrong = which, []
+        while failed := self.wrong_format(index):
+            wrong.append(f"{failed} weights with {self._sets[index]}")
             if is_forced:
                 break
-            chosen = next(n for n in range(chosen - 1, -1, -1) if self._call("has_instructions", n))
-        if wrong and (which, chosen) not in self._warned:
-            self._warned.add((which, chosen))
+            index = next(n for n in range(index - 1, -1, -1) if self._call("has_instructions", n))
+        if wrong and (which, index) not in self._warned:
+            self._warned.add((which, index))
             reason = " because KEIFU_NATIVE names it" if is_forced else ""
-            message = f"computes wrong numbers of {' and '.join(wrong)}. keifu uses {self._sets[chosen]}{reason}."
+            message = f"computes wrong numbers of {' and '.join(wrong)}. keifu uses {self._sets[index]}{reason}."
             print(f"Warning: on this CPU the native step {message}", file=sys.stderr, flush=True)
-        return chosen
+        return index
 
     def wrong_format(self, which: int) -> str:
         """Return the first weight format in which an instruction set differs from the portable one; "" if none does."""

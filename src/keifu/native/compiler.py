@@ -32,12 +32,12 @@ class Unavailable(Exception):
 
 def find_compiler() -> list[str]:
     """Return the C++ compiler as a command: the environment variable CXX, or the first installed one of `COMPILERS`."""
-    named = shlex.split(os.environ.get("CXX", ""), posix=sys.platform != "win32")
-    installed = [name for name in (named[:1] or COMPILERS) if shutil.which(name)]
+    words = shlex.split(os.environ.get("CXX", ""), posix=sys.platform != "win32")
+    installed = [name for name in (words[:1] or COMPILERS) if shutil.which(name)]
     if not installed:
-        looked = f"CXX, {named[0]}, is not there" if named else f"none of {', '.join(COMPILERS)} is there"
+        looked = f"CXX, {words[0]}, is not there" if words else f"none of {', '.join(COMPILERS)} is there"
         raise Unavailable(f"it needs a C++ compiler, and {looked}")
-    return [installed[0], *named[1:]]
+    return [installed[0], *words[1:]]
 
 
 def version_of(compiler: list[str]) -> str:
@@ -45,9 +45,9 @@ def version_of(compiler: list[str]) -> str:
     return _run(*compiler, "--version").stdout
 
 
-def source_key(*more: str) -> str:
-    """Return a hash of the source, the flags, the system, the machine type, and the strings `more`."""
-    key = sha256(repr((*more, FLAGS, sys.platform, platform.machine())).encode())
+def source_key(*further_words: str) -> str:
+    """Return a hash of the source, the flags, the system, the machine type, and the strings `further_words`."""
+    key = sha256(repr((*further_words, FLAGS, sys.platform, platform.machine())).encode())
     for file in sorted(SOURCE.iterdir()):
         key.update(sha256(file.read_bytes().replace(b"\r\n", b"\n")).digest())
     return key.hexdigest()[:16]

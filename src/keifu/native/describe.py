@@ -219,8 +219,8 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
     return {part: replace(whole, first=first, rows=count, bias_first=first) for part, first, count in matrices}
 
 
-def _norm(model: nn.Module, name: str, *more: type[nn.LayerNorm] | type[norms.RMSNorm]) -> NormPart:
-    norm = known_layer(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *more)
+def _norm(model: nn.Module, name: str, *norm_types: type[nn.LayerNorm] | type[norms.RMSNorm]) -> NormPart:
+    norm = known_layer(model, name, *RMS_NORMS, nn.LayerNorm, nn.Identity, *norm_types)
     if isinstance(norm, nn.Identity):
         return IDENTITY
     weight, bias = (f"{name}.{key}" if key in dict(norm.named_parameters()) else None for key in ("weight", "bias"))

@@ -158,7 +158,7 @@ class Targets:
                 self._call("store_source", layer, *source, length, at(self.source_tables[row]))
         self._logits = torch.empty(rows, model.description.vocab_size, dtype=torch.float32, device="cpu")
 
-    def write(self, tokens: Int[Tensor, "rows length"], wanted: Sequence[int]) -> Float[Tensor, "rows wanted vocab"]:
+    def write(self, tokens: Int[Tensor, "rows length"], positions: Sequence[int]) -> Float[Tensor, "rows wanted vocab"]:
         """Add tokens to each row and return the logits after the wanted ones. The next call may overwrite the returned
         memory.
         """
@@ -167,13 +167,13 @@ class Targets:
         first, end = -(-self.length // BLOCK_SIZE), -(-(self.length + length) // BLOCK_SIZE)
         free = self._free(self.tables[:, :first])[: rows * (end - first)]
         self.tables[:, first:end] = free.reshape(rows, end - first)
-        enough = rows * len(wanted) <= len(self._logits)
-        logits = self._logits if enough else torch.empty(rows * len(wanted), self._logits.shape[1])
-        logits = logits[: rows * len(wanted)].view(rows, len(wanted), -1)
+        enough = rows * len(positions) <= len(self._logits)
+        logits = self._logits if enough else torch.empty(rows * len(positions), self._logits.shape[1])
+        logits = logits[: rows * len(positions)].view(rows, len(positions), -1)
         step = self.most // length
         for row in range(0, rows, step):
             piece = slice(row, row + step)
-            self._forward(ids[piece], self.tables[piece], self.sources[piece], wanted, logits[piece])
+            self._forward(ids[piece], self.tables[piece], self.sources[piece], positions, logits[piece])
         self.length += length
         return logits
 
@@ -189,35 +189,43 @@ class Targets:
         """Continue with these rows: (kept,). The first row that continues a target takes over its last block; other
         rows copy it.
         """
-        kept = rows.numpy()
-        self.sources, tables = self.sources[kept], self.tables[kept]
+        kept_rows = rows.numpy()
+        self.sources, tables = self.sources[kept_rows], self.tables[kept_rows]
         column, offset = divmod(self.length, BLOCK_SIZE)
         if offset:
             last = tables[:, column].copy()
-            others = np.setdiff1d(np.arange(len(kept)), np.unique(last, return_index=True)[1])
-            for row, block in zip(others, self._free(tables[:, : column + 1]), strict=False):
+            other_rows = np.setdiff1d(np.arange(len(kept_rows)), np.unique(last, return_index=True)[1])
+            for row, block in zip(other_rows, self._free(tables[:, : column + 1]), strict=False):
                 self._call("copy_block", int(last[row]), int(block))
                 tables[row, column] = block
         self.tables = tables
 
-    def _free(self, used: np.ndarray) -> np.ndarray:
-        """Return the numbers of all blocks that neither a source nor the tables `used` contain."""
+    def _free(self, used_tables: np.ndarray) -> np.ndarray:
+        """Return the numbers of all blocks that neither a source nor the `used_tables` contain."""
         free = np.ones(self.n_blocks, bool)
         free[: self.source_tables.size] = False
-        free[used] = False
+        free[used_tables] = False
         return np.flatnonzero(free)
 
     def _forward(
-        self, tokens: np.ndarray, tables: np.ndarray, sources: np.ndarray, wanted: Sequence[int], logits: Tensor
+        self,
+        tokens: np.ndarray,
+        tables: np.ndarray,
+        sources: np.ndarray,
+        output_positions: Sequence[int],
+        logits: Tensor,
     ) -> None:
         rows, length = tokens.shape
         indices, tables = np.arange(rows * length, dtype=np.int32).reshape(rows, length), np.ascontiguousarray(tables)
         positions, owners = self.length + indices % length, indices // length
-        asked, sources = np.ascontiguousarray(indices[:, list(wanted)]), np.ascontiguousarray(sources)
+        output_indices, sources = (
+            np.ascontiguousarray(indices[:, list(output_positions)]),
+            np.ascontiguousarray(sources),
+        )
         batch = native.Batch(
             tokens.size, at(tokens), at(positions), at(owners), *tables.shape, at(tables),
             *self.source_tables.shape, at(self.source_tables), at(self.lengths), at(sources),
-            asked.size, at(asked), logits.data_ptr(),
+            output_indices.size, at(output_indices), logits.data_ptr(),
         )  # fmt: skip
         self._call("forward", ctypes.byref(batch))
 
@@ -236,7 +244,7 @@ class NativeHearer:
         return Targets(self._model, memory, [memory[0][0].shape[1]], capacity, self._rows)
 
     def write(
-        self, tokens: Int[Tensor, "rows length"], state: Targets, wanted: Sequence[int]
+        self, tokens: Int[Tensor, "rows length"], state: Targets, positions: Sequence[int]
     ) -> Float[Tensor, "rows wanted vocab"]:
         """Add new tokens to `state` and return the logits after the wanted ones."""
-        return state.write(tokens, wanted)
+        return state.write(tokens, positions)

@@ -16,7 +16,7 @@ from keifu.alignment.distillation import CAPPED, Distillation
 from keifu.checkpoints.loading import planned
 from keifu.data.tokenizers.bpe import first_merges, ids_of_cut, keep_tokens
 from keifu.data.tokenizers.tokenizer import Tokenizer
-from keifu.devices import choose, chosen
+from keifu.devices import choose, device_choice
 from keifu.errors import UserError
 from keifu.inference.text.model import causal, text_model
 from keifu.layers.lora import merge
@@ -50,17 +50,19 @@ class Distill:
 
     def __post_init__(self) -> None:
         if self.teacher is None:
-            given = [field.name for field in fields(self) if vars(self)[field.name] != field.default]
-            if given:
-                raise UserError(f"distill.{given[0]} needs a teacher: give --distill.teacher, or leave it out.")
+            changed_options = [field.name for field in fields(self) if vars(self)[field.name] != field.default]
+            if changed_options:
+                raise UserError(
+                    f"distill.{changed_options[0]} needs a teacher: give --distill.teacher, or leave it out."
+                )
         if self.beta is not None and self.divergence in ("forward", "reverse"):
             raise UserError(f"The divergence {self.divergence} has no beta: leave it out, or choose jsd.")
 
     @property
     def strength(self) -> float:
         """β of the generalised Jensen-Shannon divergence: the option, or the value of the chosen divergence."""
-        usual = {"reverse": 1.0, "jsd": 0.5}
-        return usual.get(self.divergence or "forward", 0.0) if self.beta is None else self.beta
+        defaults = {"reverse": 1.0, "jsd": 0.5}
+        return defaults.get(self.divergence or "forward", 0.0) if self.beta is None else self.beta
 
     def options(self) -> dict[str, Any]:
         """Return the values that affect the result of a run; empty without a teacher."""
@@ -99,7 +101,7 @@ class Distill:
                 f"The teacher {name} has another tokenizer than the student, so their probabilities are of other "
                 "tokens: start the student with the teacher's tokenizer."
             )
-        dtype = None if self.weights else resolve_dtype(chosen().precision or "auto", choose())
+        dtype = None if self.weights else resolve_dtype(device_choice().precision or "auto", choose())
         loaded: Any = merge(checkpoints.load(name, dtype, weights=self.weights if same else None)[0])
         if ids is not None:
             keep_rows(loaded, ids)
@@ -118,20 +120,20 @@ class DistillAnswers(Distill):
     """Most tokens of an answer that the student writes."""
 
 
-def evenly(layers: int, kept: int) -> list[int]:
-    """Return the indices of `kept` evenly spaced layers, with the first and the last."""
-    if not (least := min(2, layers)) <= kept <= layers:
-        raise UserError(f"A student of {kept} layers cannot be made of {layers}: choose {least} to {layers}.")
-    return [round(number * (layers - 1) / max(1, kept - 1)) for number in range(kept)]
+def evenly(layers: int, n_kept: int) -> list[int]:
+    """Return the indices of `n_kept` evenly spaced layers, with the first and the last."""
+    if not (least := min(2, layers)) <= n_kept <= layers:
+        raise UserError(f"A student of {n_kept} layers cannot be made of {layers}: choose {least} to {layers}.")
+    return [round(number * (layers - 1) / max(1, n_kept - 1)) for number in range(n_kept)]
 
 
-def keep_layers(model: Any, kept: Sequence[int]) -> None:
-    """Remove all layers except `kept` from a LLaMA-like model with uniform layers."""
+def keep_layers(model: Any, kept_layers: Sequence[int]) -> None:
+    """Remove all layers except these from a LLaMA-like model with uniform layers."""
     if vars(model.config).keys() != vars(llama.Config()).keys():
         raise UserError("Only the layers of a model of LLaMA's type can be removed: choose another one.")
-    model.blocks = nn.ModuleList(model.blocks[layer] for layer in kept)
-    below = sum(layer < model.config.first_window_layer for layer in kept)
-    model.config = replace(model.config, n_layers=len(kept), first_window_layer=below)
+    model.blocks = nn.ModuleList(model.blocks[layer] for layer in kept_layers)
+    below = sum(layer < model.config.first_window_layer for layer in kept_layers)
+    model.config = replace(model.config, n_layers=len(kept_layers), first_window_layer=below)
 
 
 @torch.no_grad()

@@ -55,9 +55,11 @@ def recipe_module(name: str) -> Any:
     sys.modules[spec.name] = module  # dataclasses look up the types of their fields here
     with _blaming(path):
         spec.loader.exec_module(module)
-    if missing := [name for name in ("Recipe", "jobs") if name not in vars(module)]:
+    if missing_names := [name for name in ("Recipe", "jobs") if name not in vars(module)]:
         older = ", and its function run is of an earlier version" if "run" in vars(module) else ""
-        raise UserError(f"{path} is no recipe: it lacks {' and '.join(missing)}{older} (docs/python.md shows one).")
+        raise UserError(
+            f"{path} is no recipe: it lacks {' and '.join(missing_names)}{older} (docs/python.md shows one)."
+        )
     if not (isinstance(module.Recipe, type) and is_dataclass(module.Recipe)):
         raise UserError(f"{path} is no recipe: its Recipe is no dataclass (docs/python.md shows one).")
     return module

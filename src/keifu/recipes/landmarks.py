@@ -49,16 +49,16 @@ class Shown(NamedTuple):
 def show() -> tuple[dict[str, bytes], list[str]]:
     """Show the landmarks in order of years, each by a model of the package. Print the names of missing models. Return
     PNG pictures by name, and the names of the models whose answer is not the known one."""
-    missing = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
+    missing_names = [name for name in SHOWN if not catalogue.is_cached(name, catalogue.MODELS)]
     pictures: dict[str, bytes] = {}
     differing_models: list[str] = []
-    for name in [name for name in SHOWN if name not in missing]:
-        shown = SHOWN[name](name)
-        pictures |= shown.pictures
-        if not shown.is_right:
+    for name in [name for name in SHOWN if name not in missing_names]:
+        result = SHOWN[name](name)
+        pictures |= result.pictures
+        if not result.is_right:
             differing_models.append(name)
-    if missing:
-        print(f"   Left out: {', '.join(missing)} ({catalogue.how_to_install()} brings them).")
+    if missing_names:
+        print(f"   Left out: {', '.join(missing_names)} ({catalogue.how_to_install()} brings them).")
     return pictures, differing_models
 
 
@@ -77,17 +77,17 @@ def _learn(name: str) -> Shown:
 
 
 def _read_digits(name: str) -> Shown:
-    table = toy_dataset("mnist").held
+    table = toy_dataset("mnist").held_out
     digits = table.inputs[:8]
     print("   1986, a network reads digits that it has not seen before:", flush=True)
-    print(_drawn(digits))
-    seen = _seen(name, digits)
-    print("".join(f"{word:^{WIDE + 1}}" for word in seen))
-    right = sum(text.split()[0] == str(label) for text, label in zip(seen, table.targets[:8].tolist(), strict=True))
-    return Shown({"1986 a network reads digits": grid(_pixels(digits), seen, columns=8)}, right >= 7)
+    print(_character_picture(digits))
+    readings = _readings(name, digits)
+    print("".join(f"{word:^{WIDE + 1}}" for word in readings))
+    right = sum(text.split()[0] == str(label) for text, label in zip(readings, table.targets[:8].tolist(), strict=True))
+    return Shown({"1986 a network reads digits": grid(_pixels(digits), readings, columns=8)}, right >= 7)
 
 
-def _seen(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
+def _readings(name: str, digits: Float[Tensor, "digit pixels"]) -> list[str]:
     """Return a text for each digit: the class predicted by the model of that name, and its probability."""
     network: Any = checkpoints.load(name)[0]
     shares, predicted = network.predict_proba(digits).max(-1)
@@ -101,9 +101,11 @@ def _translate(name: str) -> Shown:
     for pair in translations:
         print(f"   2017, a Transformer, a sentence that it has not seen before: {pair.source} → {pair.text}")
     sentence, config = translations[-1].source, cast(Any, translator).config
-    seen = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
-    rows, columns = ([tokenizer.decode([token]) or "(end)" for token in ids] for ids in (seen.rows, seen.columns))
-    last = {"last layer, mean of its heads": [*seen.attention.values()][-1].mean(0)}
+    inspected = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
+    rows, columns = (
+        [tokenizer.decode([token]) or "(end)" for token in ids] for ids in (inspected.rows, inspected.columns)
+    )
+    last = {"last layer, mean of its heads": [*inspected.attention.values()][-1].mean(0)}
     picture = draw_maps(last, rows, columns, f"{sentence}\n→ {translations[-1].text}")
     is_right = all(word in translations[0].text for word in KNOWN_WORDS[name])
     return Shown({f"2017 attention of {name}": picture}, is_right)
@@ -131,17 +133,17 @@ def _bars(fillings: dict[str, list[Guess]]) -> bytes:
 
 def _draw(name: str) -> Shown:
     painter = PixelPipeline(checkpoints.load(name)[0])
-    wanted = ImageRequest("dpm++-2m", seed=SEED, label=painter.label(DIGIT), guidance=2.0)
-    states = list(painter.drawing(painter.resolved(wanted), [SEED]))
+    request = ImageRequest("dpm++-2m", seed=SEED, label=painter.label(DIGIT), guidance=2.0)
+    states = list(painter.drawing(painter.resolved(request), [SEED]))
     indices = [round(index * (len(states) - 1) / 7) for index in range(8)]
     pictures = to_pixels(torch.cat([states[index].x for index in indices])).flatten(1) / 255
     print(f"   2020, a diffusion model: a {DIGIT} forms from noise, in {len(states)} steps:", flush=True)
-    print(_drawn(pictures))
+    print(_character_picture(pictures))
     is_right = True
     if catalogue.is_cached("network", catalogue.MODELS):
-        seen = _seen("network", pictures[-1:])[0]
-        print(f"   The network of 1986 sees in the last one: {seen}")
-        is_right = seen.split()[0] == DIGIT
+        reading = _readings("network", pictures[-1:])[0]
+        print(f"   The network of 1986 sees in the last one: {reading}")
+        is_right = reading.split()[0] == DIGIT
     sheet = grid(_pixels(pictures), [f"step {index + 1}" for index in indices], 8)
     return Shown({"2020 a digit forms from noise": sheet}, is_right)
 
@@ -149,17 +151,17 @@ def _draw(name: str) -> Shown:
 def _draw_emoji(name: str) -> Shown:
     """Draw emoji for a few names, and print which of them CLIP recognises in each."""
     painter = text_to_image_pipeline(*checkpoints.load(name))
-    wanted = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
-    drawn = painter.draw(wanted, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
+    request = painter.resolved(ImageRequest("dpm++-2m", 20, SEED, guidance=3.0, text=PROMPTS[0]))
+    pictures = painter.draw(request, range(SEED, SEED + len(PROMPTS)), texts=PROMPTS)
     print(f"   2022, latent diffusion draws {', '.join(LEARNED)}; not in its training data: {', '.join(UNSEEN)}.")
     captions, is_right = list(PROMPTS), True
     if catalogue.is_cached("emoji-clip", catalogue.MODELS):
-        nearest = cosines(*checkpoints.load("emoji-clip"), drawn, PROMPTS).argmax(1).tolist()
+        nearest = cosines(*checkpoints.load("emoji-clip"), pictures, PROMPTS).argmax(1).tolist()
         right = [index == number for number, index in enumerate(nearest)]
         print(f"   2021, CLIP finds the name of {sum(right[:4])} of the first and {sum(right[4:])} of the others.")
         is_right = sum(right[:4]) >= 3
-        captions = [f"{asked} → {PROMPTS[index]}" for asked, index in zip(PROMPTS, nearest, strict=True)]
-    return Shown({"2022 emoji from their names": grid(drawn, captions, columns=4)}, is_right)
+        captions = [f"{prompt} → {PROMPTS[index]}" for prompt, index in zip(PROMPTS, nearest, strict=True)]
+    return Shown({"2022 emoji from their names": grid(pictures, captions, columns=4)}, is_right)
 
 
 SHOWN: dict[str, Callable[[str], Shown]] = {
@@ -173,7 +175,7 @@ def _pixels(digits: Float[Tensor, "digit pixels"]) -> Tensor:
     return (digits.clamp(0, 1) * 255).round().to(torch.uint8).view(len(digits), 1, 2 * WIDE, 2 * WIDE)
 
 
-def _drawn(digits: Float[Tensor, "digit pixels"]) -> str:
+def _character_picture(digits: Float[Tensor, "digit pixels"]) -> str:
     """Draw the digits side by side with characters; a line of text is two rows of pixels."""
     halves = digits.view(len(digits), WIDE, 2, WIDE, 2).amax(-1).transpose(0, 1)  # row, digit, its half, column
     lines = ((zip(*digit, strict=True) for digit in line) for line in halves.gt(0.4).tolist())

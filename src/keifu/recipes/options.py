@@ -29,9 +29,9 @@ class Logging:
         return {"minutes": self.minutes, "tensorboard": self.tensorboard, "wandb": self.wandb}
 
 
-def given(value: float | int | None, usual: float | int) -> float | int:
-    """Return the value of an option, or `usual` if it is unset."""
-    return usual if value is None else value
+def value_or(value: float | int | None, default: float | int) -> float | int:
+    """Return the value of an option, or `default` if it is unset."""
+    return default if value is None else value
 
 
 ARGUMENT: Any = type(tyro.conf.arg())  # class of annotations that rename an option; tyro does not export it
@@ -42,18 +42,18 @@ def to_json(recipe: Any) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(recipe), default=str))
 
 
-def from_json(usual: Any, json: Mapping[str, Any]) -> Any:
-    """Return a recipe with options from `to_json`. Missing options are those of `usual`, a recipe or a class with
+def from_json(defaults: Any, json: Mapping[str, Any]) -> Any:
+    """Return a recipe with options from `to_json`. Missing options are those of `defaults`, a recipe or a class with
     defaults."""
-    hints = get_type_hints(usual if isinstance(usual, type) else type(usual))
-    known = {field.name for field in fields(usual)} & json.keys()
-    values = {name: _value(hints[name], json[name], getattr(usual, name, None)) for name in known}
-    return usual(**values) if isinstance(usual, type) else replace(usual, **values)
+    hints = get_type_hints(defaults if isinstance(defaults, type) else type(defaults))
+    field_names = {field.name for field in fields(defaults)} & json.keys()
+    values = {name: _value(hints[name], json[name], getattr(defaults, name, None)) for name in field_names}
+    return defaults(**values) if isinstance(defaults, type) else replace(defaults, **values)
 
 
-def _value(hint: Any, value: Any, usual: Any) -> Any:
+def _value(hint: Any, value: Any, default: Any) -> Any:
     """Convert a JSON value to the type of its field: a tuple, a path or a dataclass."""
-    if isinstance(value, dict) and (nested := usual if is_dataclass(usual) else _dataclass(hint)):
+    if isinstance(value, dict) and (nested := default if is_dataclass(default) else _dataclass(hint)):
         return from_json(nested, value)
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return Path(value) if isinstance(value, str) and Path in kinds and str not in kinds else _tupled(value)
@@ -97,8 +97,8 @@ def _walk(
 def _option(field: str, hint: Any, prefix: str) -> str:
     """Return a field's name on the command line. tyro omits a field that is annotated with an empty name."""
     notes = get_args(hint)[1:] if get_origin(hint) is Annotated else ()
-    given = [note.name for note in notes if isinstance(note, ARGUMENT)]
-    word = given[0] if given and given[0] is not None else field.replace("_", "-")
+    option_names = [note.name for note in notes if isinstance(note, ARGUMENT)]
+    word = option_names[0] if option_names and option_names[0] is not None else field.replace("_", "-")
     return ".".join(part for part in (prefix, word) if part)
 
 

@@ -22,17 +22,17 @@ def check_plan(size: int, operations: int | float, settings: Settings, yes: bool
     """
     device, processes = choose(), current()
     # float32: weights, gradients, and the optimizer's states: two of each weight, or Muon's one
-    needed = 4 * size * (3 if settings.optimizer == "muon" else 4)
+    needed_bytes = 4 * size * (3 if settings.optimizer == "muon" else 4)
     free = available_memory(device)
-    if needed < free and operations < DAY * SLOWEST:
+    if needed_bytes < free and operations < DAY * SLOWEST:
         return
     speed = SHARE_OF_PEAK * peak(device, resolve_dtype(settings.precision, device)) * processes.world_size
     days = operations / speed / DAY
     plan = (
         f"The plan: {format_count(size)} parameters, {settings.steps:,} steps{detail}; about {days:,.0f} days here, "
-        f"and {format_bytes(needed)} for weights, gradients and optimizer"
+        f"and {format_bytes(needed_bytes)} for weights, gradients and optimizer"
     )
-    if needed > free and processes.is_replicated:
+    if needed_bytes > free and processes.is_replicated:
         raise UserError(
             f"{plan}, of which {format_bytes(free)} are free. Give smaller sizes, or split the model over several "
             "processes (docs/cluster.md)."

@@ -46,13 +46,19 @@ class StoredRun:
         """Number of steps of the whole run if it was changed after the start, else None."""
         return self.record.get("steps")
 
-    def usual(self, words: Sequence[str]) -> Any:
+    def recipe_for(self, words: Sequence[str]) -> Any:
         """Return the recipe with stored values for options that are not given. Of --steps and --minutes only one is
         kept."""
         values, fresh = to_json(self.then), type(self.then)()
-        given = trust.given_options(words)
+        given_options = trust.given_options(words)
         where, unset = paths(type(self.then), values), by_option(type(self.then), to_json(fresh))
-        gone = {"minutes"} if "steps" in given or self.steps else {"steps"} if "minutes" in given else set[str]()
+        gone = (
+            {"minutes"}
+            if "steps" in given_options or self.steps
+            else {"steps"}
+            if "minutes" in given_options
+            else set[str]()
+        )
         if self.steps and "steps" in where:
             put(values, where["steps"], self.steps)
         for option in gone & where.keys():
@@ -63,7 +69,7 @@ class StoredRun:
 
 def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
     """Return the run in a folder, or None. Raises `UserError` for a run of another recipe."""
-    content, usual = run_directory.read_recipe(out), module.Recipe()
+    content, default_recipe = run_directory.read_recipe(out), module.Recipe()
     if not content:
         return None
     if (record := content.get(run_directory.RECORD)) is None:
@@ -74,7 +80,7 @@ def stored(name: str, module: ModuleType, out: Path) -> StoredRun | None:
             f"{out} holds a run of keifu train {shell(record['name'])}, not of {name}: go on with it by "
             f"{run_directory.command(out)}, or choose another folder with --out."
         )
-    check_kinds(then := from_json(usual, _completed(record["options"])), str(out / run_directory.RECIPE))
+    check_kinds(then := from_json(default_recipe, _completed(record["options"])), str(out / run_directory.RECIPE))
     return StoredRun(name, then, record)
 
 
@@ -107,7 +113,7 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             if may_be_model(out) and not run_directory.read_recipe(out):
                 raise UserError(f"{out} holds a model of no run: name another --out, or write over it by --replace.")
         with run_directory.replaced(out) if replace else nullcontext():
-            code = {"code": trust.code_hashes(name, recipe), "named": trust.named(recipe)}
+            code = {"code": trust.code_hashes(name, recipe), "named": trust.options_with_code(recipe)}
             run_directory.record(out, name, to_json(recipe), place=str(Path.cwd()), **code)
             trust.show_code(name, recipe, {})
             try:
@@ -123,28 +129,28 @@ def begin(name: str, module: ModuleType, recipe: Any, out: Path, replace: bool) 
             run_directory.close(out)
 
 
-def go_on(run: StoredRun | None, module: ModuleType, wanted: Any, out: Path) -> None:
-    """Resume a run. Options that may change have their values in `wanted`."""
+def go_on(run: StoredRun | None, module: ModuleType, recipe: Any, out: Path) -> None:
+    """Resume a run. Options that may change have their values in `recipe`."""
     if run is None:
         raise UserError(f"There is no run in {out}: it has no {run_directory.RECIPE}. Start without --resume.")
     with run_directory.owned(out):
-        _go_on(run, module, wanted, out)
+        _go_on(run, module, recipe, out)
 
 
-def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
-    lengths, wanted = _check(run, wanted), _moved(run, wanted)
-    recipe, steps = _lengthened(run, wanted, lengths, out)
+def _go_on(run: StoredRun, module: ModuleType, requested: Any, out: Path) -> None:
+    lengths, requested = _check(run, requested), _moved(run, requested)
+    recipe, steps = _lengthened(run, requested, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
     begun_in = run.record.get("place", "")  # used if it is still there, and this user started the run
     usable = begun_in and is_signed(run.record) and Path(begun_in).is_dir()
     directory = begun_in if usable else str(Path.cwd())
-    more: dict[str, Any] = {"place": directory} | ({} if steps is None else {"steps": steps})
+    facts: dict[str, Any] = {"place": directory} | ({} if steps is None else {"steps": steps})
     if step is None:
         print(f"No state of the run in {out} was saved: it starts from its first step.", flush=True)
     out = out if Path(directory) == Path.cwd() else out.absolute()
     with chdir(directory):  # relative paths in the options refer to the directory of the start
-        more |= {"code": trust.code_hashes(run.name, recipe), "named": trust.named(recipe)}
-        run_directory.record(out, run.name, to_json(recipe), **more)
+        facts |= {"code": trust.code_hashes(run.name, recipe), "named": trust.options_with_code(recipe)}
+        run_directory.record(out, run.name, to_json(recipe), **facts)
         trust.show_code(run.name, recipe, run.record)
         try:
             run_jobs(module.jobs(recipe), out, step is not None)
@@ -157,21 +163,21 @@ def _go_on(run: StoredRun, module: ModuleType, wanted: Any, out: Path) -> None:
     run_directory.close(out)
 
 
-def _moved(run: StoredRun, wanted: Any) -> Any:
+def _moved(run: StoredRun, recipe: Any) -> Any:
     """Return the recipe with absolute paths for data files that have moved."""
-    recipe_class, values = type(wanted), to_json(wanted)
+    recipe_class, values = type(recipe), to_json(recipe)
     then, now = by_option(recipe_class, to_json(run.then)), by_option(recipe_class, values)
     for option, path in paths(recipe_class, values).items():
         if _last(option) == "data" and now[option] and now[option] != then[option]:
             files = now[option].split(",")  # --data may name two files
             put(values, path, ",".join(str(Path(file).absolute()) if Path(file).exists() else file for file in files))
-    return from_json(wanted, values)
+    return from_json(recipe, values)
 
 
-def _check(run: StoredRun, wanted: Any) -> dict[str, tuple[Any, Any]]:
+def _check(run: StoredRun, requested: Any) -> dict[str, tuple[Any, Any]]:
     """Return the changed options of the run's length, each with both values. Raises `UserError` for any other option
     that must not change."""
-    then, now = (by_option(type(wanted), to_json(recipe)) for recipe in (run.usual(()), wanted))
+    then, now = (by_option(type(requested), to_json(recipe)) for recipe in (run.recipe_for(()), requested))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
     rollout = run.name in OF_A_ROLLOUT
     free = {name for name in now if _last(name) in FREE - {"steps"} and not (_last(name) == "prompts" and rollout)}
@@ -198,7 +204,7 @@ def _last(option: str) -> str:
 
 
 def _lengthened(
-    run: StoredRun, wanted: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
+    run: StoredRun, requested: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
 ) -> tuple[Any, int | None]:
     """Return the recipe with its length at the start, and the new number of steps of the whole run; None if it is
     unchanged.
@@ -206,8 +212,8 @@ def _lengthened(
     Before the last part of a run has begun, a new length simply replaces the old one.
     """
     if not (facts := checkpoint.latest_facts(out)):
-        return wanted, run.steps if not lengths else None
-    recipe_class, values = type(wanted), to_json(wanted)
+        return requested, run.steps if not lengths else None
+    recipe_class, values = type(requested), to_json(requested)
     then = by_option(recipe_class, to_json(run.then))
     for name, path in paths(recipe_class, values).items():
         if name == "steps" and "steps" in lengths:
@@ -217,7 +223,7 @@ def _lengthened(
     steps = _steps(lengths, facts)
     if steps is not None and steps < facts["step"]:
         raise UserError(f"{facts['step']:,} steps are done, so the run cannot end at step {steps:,}.")
-    return from_json(wanted, values), run.steps if steps is None else steps
+    return from_json(requested, values), run.steps if steps is None else steps
 
 
 def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> int | None:
@@ -241,5 +247,5 @@ def _stop(out: Path, stop: KeyboardInterrupt) -> NoReturn:
     if isinstance(stop, Interrupted):
         raise stop
     step = run_directory.last_step(out)
-    kept = " before a state was saved" if step is None else f"; the state of step {step:,} is saved"
-    raise KeyboardInterrupt(f"Stopped{kept}. To go on:\n{run_directory.command(out)}") from stop
+    saved_state = " before a state was saved" if step is None else f"; the state of step {step:,} is saved"
+    raise KeyboardInterrupt(f"Stopped{saved_state}. To go on:\n{run_directory.command(out)}") from stop

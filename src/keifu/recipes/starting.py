@@ -42,9 +42,9 @@ def scaled(rate: float, start_from: str | None) -> float:
     return rate if start_from is None else SHARE * rate
 
 
-def keeps_best(start_from: str | None, wanted: bool = True) -> dict[str, Any]:
+def keeps_best(start_from: str | None, keep: bool = True) -> dict[str, Any]:
     """Return the settings that keep the best weights of a run, if it starts from a trained model and this is wanted."""
-    return {} if start_from is None else {"keep_best": wanted}
+    return {} if start_from is None else {"keep_best": keep}
 
 
 def holds_families(start_from: str | None) -> bool:

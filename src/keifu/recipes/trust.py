@@ -34,7 +34,7 @@ def code_hashes(name: str, recipe: Any) -> dict[str, str]:
     return {option: sha256(file) for option, file in files.items() if file.is_file()}
 
 
-def named(recipe: Any) -> dict[str, str]:
+def options_with_code(recipe: Any) -> dict[str, str]:
     """Return the options that execute code, with their values. A resumed run needs them on its command line."""
     return {option: shell(*_strings(value)) for option, value in _values(recipe).items() if _code(value)}
 
@@ -50,11 +50,11 @@ def refuse_recipe_file(out: Path, name: str, record: Mapping[str, Any]) -> None:
 
 def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequence[str]) -> None:
     """Refuse options that only the folder gives: code in any run, and paths in a run that this user did not start."""
-    given = given_options(words)
+    options_on_line = given_options(words)
     values = _values(recipe)
-    usual = _values(type(recipe)())
+    default_values = _values(type(recipe)())
     is_mine = is_signed(record)
-    for option in sorted(values.keys() - given):
+    for option in sorted(values.keys() - options_on_line):
         value = values[option]
         named_again = f"keifu train --resume {shell(out)} --{option} {shell(*_strings(value))}"
         if code := _code(value):
@@ -62,7 +62,7 @@ def check_resumed(out: Path, record: Mapping[str, Any], recipe: Any, words: Sequ
                 f"The run in {out} executes the code of {code} (--{option}), and a folder never starts code by itself. "
                 f"If you trust that file{_was(record, option)}, name it: {named_again}."
             )
-        if not is_mine and value != usual.get(option) and (path := _path(value)):
+        if not is_mine and value != default_values.get(option) and (path := _path(value)):
             raise UserError(
                 f"The run in {out} was not begun by you on this machine (or your key {config() / KEY} is gone), "
                 f"and its options name {path}. If you trust that path, name it: {named_again}."
@@ -87,8 +87,8 @@ def _was(record: Mapping[str, Any], option: str) -> str:
 
 def hashes(record: Mapping[str, Any]) -> dict[str, str]:
     """Return the hashes stored in a record. Values that are not strings are ignored."""
-    kept = record.get("code")
-    pairs = kept.items() if isinstance(kept, dict) else ()
+    recorded_hashes = record.get("code")
+    pairs = recorded_hashes.items() if isinstance(recorded_hashes, dict) else ()
     return {name: value for name, value in pairs if isinstance(value, str)}
 
 

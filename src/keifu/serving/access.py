@@ -46,10 +46,10 @@ class Hosts(Gate):
     def refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         """Return an error, with the option to use, for a host name that is not in `names`."""
         name = host_name(headers.get("host", ""))
-        if any(known in ("*", name) or (known[:2] == "*." and name.endswith(known[1:])) for known in self.names):
+        if any(host in ("*", name) or (host[:2] == "*." and name.endswith(host[1:])) for host in self.names):
             return None
-        shown = name[:100] or "(none)"
-        text = f"This server does not answer to the host name {shown!r}: start it with --allowed-host NAME."
+        short_name = name[:100] or "(none)"
+        text = f"This server does not answer to the host name {short_name!r}: start it with --allowed-host NAME."
         return ApiError(400, text, code="unknown_host")
 
 
@@ -95,11 +95,11 @@ class ApiKeys(Gate):
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")  # sent by Anthropic's clients
         digest = hashlib.sha256(key.strip().encode("utf-8", "replace")).digest()
-        return any([hmac.compare_digest(digest, known) for known in self.digests])  # in constant time
+        return any([hmac.compare_digest(digest, key_digest) for key_digest in self.digests])  # in constant time
 
 
 def host_name(netloc: str) -> str:
     """Return the host name without the port, in lower case: "[::1]:8000" gives "[::1]". It is "" if there is more than
     a name and a port."""
-    found = NETLOC.fullmatch(netloc)
-    return found[1].lower() if found else ""
+    match = NETLOC.fullmatch(netloc)
+    return match[1].lower() if match else ""

@@ -113,11 +113,11 @@ def of_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, str(first["msg"]), f"{path}.{name}" if path else name, error_type)
     if isinstance(first.get("input"), bytes):  # the body was not parsed as JSON
         return ApiError(400, "The body is not declared as JSON: send the header Content-Type: application/json.")
-    seen = json.dumps(first.get("input"), default=str)
-    shown = seen if len(seen) <= 60 else f"{seen[:60]}…"
+    value = json.dumps(first.get("input"), default=str)
+    short_value = value if len(value) <= 60 else f"{value[:60]}…"
     sentence = f"{message[:1].lower()}{message[1:]}."
     subject = path or "The body"
-    return ApiError(400, f"{subject} is {shown}: {sentence}", path or None, reason=f"{subject}: {sentence}")
+    return ApiError(400, f"{subject} is {short_value}: {sentence}", path or None, reason=f"{subject}: {sentence}")
 
 
 def _of_http(request: Request, error: HTTPException) -> ApiError:

@@ -45,15 +45,15 @@ class BodyLimit:
             return
         length = int(Headers(scope=scope).get("content-length", "0"))  # uvicorn has refused values that are not numbers
         reader = BodyReader(receive, send, self.limit)
-        left = False
+        client_left = False
         if length <= self.limit:
             with suppress(Refused):
-                left = await reader.cancel_if_left(self.app(scope, reader.receive, reader.send))
+                client_left = await reader.cancel_if_left(self.app(scope, reader.receive, reader.send))
         else:
             reader.error = reader.too_large()
         if reader.error is not None and not reader.began:
             await reader.error.response()(scope, receive, send)
-        elif left and not reader.began:
+        elif client_left and not reader.began:
             await Response(status_code=LEFT)(scope, receive, send)
 
 
@@ -123,8 +123,8 @@ class JsonBodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request (ASGI)."""
         if scope["type"] == "http" and scope["path"].startswith("/api/"):
-            others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-            scope = {**scope, "headers": [*others, (b"content-type", b"application/json")]}
+            other_headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+            scope = {**scope, "headers": [*other_headers, (b"content-type", b"application/json")]}
         await self.app(scope, receive, send)
 
 

@@ -53,8 +53,8 @@ PACKED_TOO = "translation", "transcription"  # uses of packed models that keep P
 class Description:
     """Facts about a model that are known before it is loaded.
 
-    name: its id for clients. source: the path or name to load. size: maximal bytes of its weights in all forms. whole:
-    bytes of the PyTorch weights. fixed_states: whether it has states of fixed size.
+    name: its id for clients. source: the path or name to load. size: maximal bytes of its weights in all forms.
+    weight_bytes: of the PyTorch weights. fixed_states: whether it has states of fixed size.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Description:
     uses: tuple[str, ...]
     context_length: int | None
     size: int
-    whole: int
+    weight_bytes: int
     tokenizer: Any
     config: Any
     fixed_states: bool
@@ -77,12 +77,12 @@ def describe(source: str, name: str | None = None) -> Description:
     uses = _uses(plan.model, tokenizer)
     if not uses:
         raise UserError(f"{source} cannot be served: {explain_not_causal(plan.model)}")
-    size = whole = plan.parameters * plan.dtype.itemsize
+    size = weight_bytes = plan.parameters * plan.dtype.itemsize
     if device.type == "cpu" and {"completion", *PACKED_TOO} & {*uses}:
-        size = 2 * whole  # for PyTorch, and packed for native code
+        size = 2 * weight_bytes  # for PyTorch, and packed for native code
     elif device.type != "cpu" and not is_adapter(locate(source)):
         size = bytes_in_blocks(plan)
-    facts = getattr(config, "context_length", None), size, whole, tokenizer, config, has_fixed_states(plan.model)
+    facts = getattr(config, "context_length", None), size, weight_bytes, tokenizer, config, has_fixed_states(plan.model)
     return Description(name or source, source, uses, *facts)
 
 
@@ -116,7 +116,7 @@ def _is_classifier(model: nn.Module, tokenizer: Any) -> bool:
     return False
 
 
-def public_names(sources: Sequence[str], named: Mapping[str, str]) -> dict[str, str]:
+def public_names(sources: Sequence[str], given_names: Mapping[str, str]) -> dict[str, str]:
     """Return the path or name of each model by its id for clients.
 
     The id is the source. For an absolute path, or one that leaves the folder, it is only the last part, so that clients
@@ -124,9 +124,9 @@ def public_names(sources: Sequence[str], named: Mapping[str, str]) -> dict[str, 
 
     Args:
         sources: models without a chosen id.
-        named: models with a chosen id, by id.
+        given_names: models with a chosen id, by id.
     """
-    paths = dict(named)
+    paths = dict(given_names)
     for source in sources:
         path = Path(source)
         name = path.resolve().name if path.is_absolute() or ".." in path.parts else source
@@ -142,7 +142,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {part: name for part, name in parts if short.count(part) == 1 and part not in names}
 
 
-def _whole(name: str) -> str:
+def _torch_key(name: str) -> str:
     """Return the key of the worker with the PyTorch weights of a model that otherwise is only packed."""
     return f"{name} (inspection)"
 
@@ -152,9 +152,9 @@ def _load_both(source: str) -> tuple[nn.Module, Any]:
     model, tokenizer = load(source, weights=OWN)
     if not isinstance(model, NativeLM):
         return model, tokenizer
-    whole = load_model(source)
-    attach_native(whole, "f32", lambda *_: model)
-    return whole, tokenizer
+    torch_model = load_model(source)
+    attach_native(torch_model, "f32", lambda *_: model)
+    return torch_model, tokenizer
 
 
 class ServedModels:
@@ -176,7 +176,7 @@ class ServedModels:
         self._sizes, self._other_names = dict[str, int](), dict[str, str]()
         self.began = int(time.time())
         self.workers: dict[str, Worker] = {}
-        self._used: dict[str, float] = {}
+        self._last_use: dict[str, float] = {}
         for name, source in sources.items():
             self._add(describe(source, name))
 
@@ -188,8 +188,8 @@ class ServedModels:
         if self.weights and (writes or {*PACKED_TOO} & {*model.uses}):
             self.packed[name] = self.weights
         if self.weights and writes:
-            model = replace(model, size=model.whole)  # in memory only once
-            self._sizes[_whole(name)] = model.size
+            model = replace(model, size=model.weight_bytes)  # in memory only once
+            self._sizes[_torch_key(name)] = model.size
         if self.memory is not None and model.size + self._draft > self.memory:
             draft = f" and the draft {self._draft / 2**20:,.0f} MiB" if self._draft else ""
             allowed = f"--memory allows {self.memory / 2**20:,.0f}: raise it, or choose a smaller model"
@@ -206,7 +206,7 @@ class ServedModels:
         if name in inside:
             self._add(describe(str(self.folder / name), name))
 
-    def named(self, name: str, use: str | None = None) -> Description:
+    def description_of(self, name: str, use: str | None = None) -> Description:
         """Return the model with that id or short name.
 
         An empty name selects the only model, or the only one for this use. Raises `ApiError`, with the nearest name,
@@ -226,14 +226,14 @@ class ServedModels:
 
     def reader(self, name: str) -> Description:
         """Return the model of that name. Raises `ApiError` if it does not read text."""
-        about = self.named(name)
+        about = self.description_of(name)
         if about.tokenizer is None:
             raise ApiError(400, f"The model {name!r} reads no text, so it has no tokens.", "model", "wrong_model")
         return about
 
     def find(self, name: str, use: str) -> Description:
         """Return the model of that name. Raises `ApiError` if it does not have this use."""
-        about = self.named(name, use)
+        about = self.description_of(name, use)
         if use not in about.uses:
             able = [description.name for description in self.descriptions.values() if use in description.uses]
             here = f"for this, ask {' or '.join(able)}" if able else "none of this server's models is for this"
@@ -250,12 +250,12 @@ class ServedModels:
 
     def inspector(self, name: str) -> Worker:
         """Return the thread with the model's PyTorch weights: a second one if the model is only packed."""
-        if _whole(name) not in self._sizes:
+        if _torch_key(name) not in self._sizes:
             return self.worker(name)
-        return self._worker(_whole(name), partial(load, self.descriptions[name].source))
+        return self._worker(_torch_key(name), partial(load, self.descriptions[name].source))
 
     def _worker(self, key: str, loading: Callable[[], Loaded], interim: Callable[[], Loaded] | None = None) -> Worker:
-        self._used[key] = time.monotonic()
+        self._last_use[key] = time.monotonic()
         if key not in self.workers:
             self._make_room(self._sizes[key])
             self.workers[key] = Worker(key, loading, self.limits, self.metrics, interim)
@@ -276,21 +276,21 @@ class ServedModels:
             await asyncio.sleep(min(seconds / 4, 10))
             for key in list(self.workers):
                 if self.workers[key].pending:
-                    self._used[key] = time.monotonic()
-                elif time.monotonic() - self._used[key] > seconds:
+                    self._last_use[key] = time.monotonic()
+                elif time.monotonic() - self._last_use[key] > seconds:
                     self.unload(key)
 
-    def _make_room(self, wanted: int) -> None:
-        """Unload models without requests, the least recently used first, until `wanted` bytes are free."""
+    def _make_room(self, needed_bytes: int) -> None:
+        """Unload models without requests, the least recently used first, until `needed_bytes` bytes are free."""
         if self.memory is None:
             return
-        taken = self._draft + sum(self._sizes[name] for name in self.workers)
-        for name in sorted(self.workers, key=self._used.__getitem__):
-            if taken + wanted <= self.memory:
+        used_bytes = self._draft + sum(self._sizes[name] for name in self.workers)
+        for name in sorted(self.workers, key=self._last_use.__getitem__):
+            if used_bytes + needed_bytes <= self.memory:
                 return
             if self.unload(name):
-                taken -= self._sizes[name]
-        if taken + wanted > self.memory:
+                used_bytes -= self._sizes[name]
+        if used_bytes + needed_bytes > self.memory:
             raise ApiError(503, "All memory is taken by models that are at work: try again.", None, "no_memory", 5)
 
     async def close(self) -> None:

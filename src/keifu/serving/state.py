@@ -48,18 +48,18 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.get("/v1/models/{name:path}", summary="One model", tags=["state"])
     async def one_model(name: str) -> Response:
-        return json_response(entry(models.named(name).name))
+        return json_response(entry(models.description_of(name).name))
 
     @app.post("/v1/models/load", summary="Load a model now", tags=["state"])
     async def load_model(body: ModelRequest) -> Response:
         await run_in_threadpool(models.add_from_folder, body.model)
-        name = models.named(body.model).name
+        name = models.description_of(body.model).name
         await models.worker(name).call(lambda *_: None)
         return json_response(entry(name))
 
     @app.post("/v1/models/unload", summary="Free the memory of a model", tags=["state"])
     async def unload_model(body: ModelRequest) -> Response:
-        name = models.named(body.model).name
+        name = models.description_of(body.model).name
         if name in models.workers and not models.unload(name):
             raise ApiError(409, f"The model {name!r} is at work: try again later.", "model", "model_busy", 5)
         return json_response(entry(name))

@@ -28,10 +28,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None], timeout: float, named: bool = False):
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], timeout: float, names_events: bool = False):
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.timeout, self.named = events, timeout, named
+        self.events, self.timeout, self.names_events = events, timeout, names_events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request (ASGI)."""
@@ -47,11 +47,11 @@ class EventStream(Response):
         except Exception as error:
             body = of_exception(error).body()
             await send({"type": "http.response.body", "body": self._framed(body), "more_body": True})
-        last = b"" if self.named else b"data: [DONE]\n\n"
+        last = b"" if self.names_events else b"data: [DONE]\n\n"
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _framed(self, event: dict[str, Any]) -> bytes:
-        name = f"event: {event.get('type', 'error')}\n" if self.named else ""
+        name = f"event: {event.get('type', 'error')}\n" if self.names_events else ""
         return f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
 
 

@@ -56,9 +56,13 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         pairs = enumerate((join_sentences(part.text for part in parts), parts) for parts in translated)
         data = [{"object": "translation", "index": n, "text": t, "sentences": [*map(asdict, e)]} for n, (t, e) in pairs]
         every = [part for parts in translated for part in parts]
-        read, written = sum(part.source_tokens for part in every), sum(part.tokens for part in every)
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        current().prompt_tokens, current().completion_tokens = read, written
+        input_tokens, output_tokens = sum(part.source_tokens for part in every), sum(part.tokens for part in every)
+        usage = {
+            "prompt_tokens": input_tokens,
+            "completion_tokens": output_tokens,
+            "total_tokens": input_tokens + output_tokens,
+        }
+        current().prompt_tokens, current().completion_tokens = input_tokens, output_tokens
         return json_response({"object": "list", "data": data, "model": name, "usage": usage})
 
     @app.post("/v1/tokenize", summary="A text as tokens", tags=["text"])
@@ -71,6 +75,6 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             messages = open_images([message.plain() for message in body.messages], models.limits.pictures)
             rendered = render(tokenizer, messages, about.config)
             ids = InsertedImages(rendered, about.config).tokens if isinstance(rendered, ImagePrompt) else rendered
-        known = {n: {"text": token_text(tokenizer, n), "bytes": [*token_bytes(tokenizer, n)]} for n in {*ids}}
-        entries = [known[token] for token in ids]
+        entry_of = {n: {"text": token_text(tokenizer, n), "bytes": [*token_bytes(tokenizer, n)]} for n in {*ids}}
+        entries = [entry_of[token] for token in ids]
         return json_response({"object": "tokens", "model": about.name, "ids": ids, "tokens": entries})

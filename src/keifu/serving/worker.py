@@ -117,10 +117,10 @@ class Worker:
         result.
         """
         self.check_room(1)
-        future, left = Future[Result](), threading.Event()
+        future, client_left = Future[Result](), threading.Event()
 
         def go_on(*_: object) -> None:
-            if left.is_set():
+            if client_left.is_set():
                 raise ApiError(499, "The client has left.")
 
         def command() -> None:
@@ -136,7 +136,7 @@ class Worker:
             async with asyncio.timeout(self.limits.timeout):
                 return await asyncio.wrap_future(future)
         finally:
-            left.set()
+            client_left.set()
             self.pending -= 1
 
     def check_room(self, count: int) -> None:
@@ -249,14 +249,14 @@ class Worker:
         """Do one step of the engine. If it fails, every request in it gets the error."""
         engine = self._started()
         try:
-            written = engine.step()
+            new_pieces = engine.step()
         except Exception as error:
             for job in {job for job, _ in self._jobs.values()}:
                 self._abort(job)
                 job.put(ApiError(500, str(error)) if isinstance(error, UserError) else error)
             return
         pieces: dict[QueuedJob, Pieces] = {}
-        for piece in written:
+        for piece in new_pieces:
             job, index = self._jobs[piece.index]
             pieces.setdefault(job, []).append((index, piece))
             if piece.finish_reason is not None:
@@ -267,7 +267,7 @@ class Worker:
                 job.started = True
                 self.metrics.cached.labels(self.name).inc(sum(request.cached for request in job.requests))
             job.put(job_pieces)
-        self.metrics.generated.labels(self.name).inc(len(written))
+        self.metrics.generated.labels(self.name).inc(len(new_pieces))
         counts = engine.guessed, engine.accepted
         metrics = self.metrics.guessed, self.metrics.accepted
         for metric, now, before in zip(metrics, counts, self._guesses, strict=True):

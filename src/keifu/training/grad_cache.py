@@ -50,27 +50,29 @@ def whole_batch_outputs(
     local = _cache_outputs(objective, model, call, passes)
     keeps = torch.is_grad_enabled()
     outputs = tuple(ranks.gather_rows(rows).requires_grad_(keeps) for rows in local)
-    whole = call(objective.loss, outputs)
+    batch_output = call(objective.loss, outputs)
     counted = 0.0 if ranks.data_rank else 1.0  # every rank computes the whole loss, and data rank 0 counts it
     if not keeps:
-        yield _share_of(whole, counted)
+        yield _share_of(batch_output, counted)
         return
     part_of_scale = scale / ranks.data_size  # the gradient of the loss's parameters is divided equally among the ranks
-    (whole.total * part_of_scale).backward()
+    (batch_output.total * part_of_scale).backward()
     first = sum(ranks.counts(local[0])[: ranks.data_rank])
     mine = (output.grad[first : first + len(local[0])].split(list(sizes)) for output in outputs)  # pyright: ignore
     for number, (part, gradients) in enumerate(zip(passes(), zip(*mine, strict=True), strict=True)):
         rows = call(objective.rows, part)
         sums = [(row.float() * gradient.float()).sum() for row, gradient in zip(rows, gradients, strict=True)]
         carrier = torch.stack(sums).sum() / part_of_scale
-        share = _share_of(whole, 0.0 if number else counted)  # the first micro-batch carries all sums, the others none
+        share = _share_of(
+            batch_output, 0.0 if number else counted
+        )  # the first micro-batch carries all sums, the others none
         yield share._replace(total=carrier - carrier.detach() + share.total)
 
 
-def _share_of(whole: LossOutput, share: float) -> LossOutput:
+def _share_of(output: LossOutput, share: float) -> LossOutput:
     """Return a share of the sums, detached."""
-    figures = {name: value * share for name, value in whole.figures.items()}
-    return LossOutput(share * whole.total.detach(), whole.weight * share, figures)
+    figures = {name: value * share for name, value in output.figures.items()}
+    return LossOutput(share * output.total.detach(), output.weight * share, figures)
 
 
 def _cache_outputs(

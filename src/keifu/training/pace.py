@@ -90,8 +90,8 @@ class Clock:
         """
         between = sum(t / (self.interval(name, planned) or math.inf) for name, t in self.lasted.items())
         limit = self.limit or math.inf
-        left = limit - self.passed - sum(t for name, t in self.lasted.items() if not self.skips(name))
-        return step + max(1, int(min(left / max(pace + between, 1e-9), 1e12)))
+        remaining = limit - self.passed - sum(t for name, t in self.lasted.items() if not self.skips(name))
+        return step + max(1, int(min(remaining / max(pace + between, 1e-9), 1e12)))
 
     def skips(self, name: str) -> bool:
         """Return whether a sample takes too much of a time limit to be repeated at the end."""

@@ -81,12 +81,12 @@ class Recorder:
 
         Return None if the new peak is exceeded too: other work slowed the machine down during the measurement.
         """
-        used = rate * self.cost.flops_per_unit
-        if used > self.peak and self.peak_trials:
+        flops_per_second = rate * self.cost.flops_per_unit
+        if flops_per_second > self.peak and self.peak_trials:
             self.peak_trials -= 1
             with self.state.clock.paused():
                 self.peak = max(self.peak, measure_peak(self.trainer.device, self.trainer.dtype))
-        return used / self.peak if used <= self.peak else None
+        return flops_per_second / self.peak if flops_per_second <= self.peak else None
 
     def validated(self, means: Mapping[str, float]) -> None:
         """Write validation figures, and store the weights if they are the best ones so far."""

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from keifu.data.epochs import BatchSizeSchedule, batch_size_stages, linear_batch_size
-from keifu.devices import chosen
+from keifu.devices import device_choice
 from keifu.errors import UserError
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive, PositiveShare, Seed, Share, check
 from keifu.training.optim.loss_spikes import SpikeSettings
@@ -150,7 +150,7 @@ COMPUTING = "precision", "compile", "activation_checkpointing", "optimizer_state
 
 def as_chosen(settings: Settings) -> Settings:
     """Return the settings with the command line's general computing options, such as --precision, if these are set."""
-    options = {name: vars(chosen())[name] for name in COMPUTING}
+    options = {name: vars(device_choice())[name] for name in COMPUTING}
     return replace(settings, **{name: value for name, value in options.items() if value is not None})
 
 
@@ -169,8 +169,8 @@ def _listed(value: Any) -> Any:
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences between two flat mappings, as `name 1 → 2`."""
-    missing = "(unset)"
-    pairs = {name: (then.get(name, missing), now.get(name, missing)) for name in {**then, **now}}
+    unset = "(unset)"
+    pairs = {name: (then.get(name, unset), now.get(name, unset)) for name in {**then, **now}}
     return [f"{name} {a} → {b}" for name, (a, b) in pairs.items() if a != b]
 
 
@@ -185,10 +185,10 @@ def check_resumed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     # a run of an older version did not use a setting that it lacks
     before = flat(asdict(Settings())) | then["settings"]
     split = [
-        {name: value for name, value in chosen.items() if name not in ADJUSTABLE}
+        {name: value for name, value in settings.items() if name not in ADJUSTABLE}
         # the data's path does not matter
         | {name: value for name, value in flat(options).items() if name.split(".")[-1] != "data"}
-        for chosen, options in ((before, then["options"]), (now["settings"], now["options"]))
+        for settings, options in ((before, then["options"]), (now["settings"], now["options"]))
     ]
     if (new := sorted(split[1].keys() - split[0].keys())) and len(new) == len(compare(*split)):
         lacking = f"The run was started without {', '.join(new)}, or by an older version that lacks this setting"

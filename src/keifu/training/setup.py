@@ -75,8 +75,8 @@ def check_alike(described: dict[str, Any]) -> None:
     """Raise UserError if a rank has other data, settings or versions than rank 0."""
     versions = {"keifu": __version__, "torch": torch.__version__}
     here = flat({"version": versions, **described}) | {"data": described["data"]}
-    first, *others = map(json.loads, current().gather(json.dumps(here, default=str)))
-    for number, other in enumerate(others, 1):
+    first, *other_descriptions = map(json.loads, current().gather(json.dumps(here, default=str)))
+    for number, other in enumerate(other_descriptions, 1):
         if changed := compare(first, other):
             ways = "Start all of them from the same files, with the same options and versions"
             raise UserError(f"Process {number} differs from process 0: {', '.join(changed)}. {ways}.")
@@ -88,14 +88,16 @@ def _limit_validations(settings: Settings, data: Data, batch: Batch, tell: Calla
     An element of a validation costs a third of one in a step: the backward pass takes twice as long as the forward pass
     (Kaplan et al., 2020, section 2.1). Rollouts, which are generated for each validation, are not counted.
     """
-    wanted, share = settings.evaluate_every, settings.evaluate_share
-    if not wanted or isinstance(data, OnPolicy):
+    requested, share = settings.evaluate_every, settings.evaluate_share
+    if not requested or isinstance(data, OnPolicy):
         return settings
     elements = sum(rows_of(part) * row_elements(part) for part in data.validation())
     steps = elements / (3 * rows_of(batch) * row_elements(batch))
-    every = max(wanted, math.ceil(steps * (1 / share - 1)))
-    if every > wanted:
-        tell(f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {wanted}.")
+    every = max(requested, math.ceil(steps * (1 / share - 1)))
+    if every > requested:
+        tell(
+            f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {requested}."
+        )
     return replace(settings, evaluate_every=every)
 
 
@@ -131,8 +133,8 @@ def _length(saved: checkpoint.SavedState, settings: Settings, directory: Path) -
     """Return the length of a resumed run. It is a new one if the settings have other steps than the run started with,
     or if its recipe.json requests others. Raises UserError for an extension that would learn next to nothing."""
     length = length_of(saved.facts)
-    asked = run_directory.recorded(directory).get("steps") or length.scheduled
-    steps = asked if settings.steps == length.begun else settings.steps
+    requested_steps = run_directory.recorded(directory).get("steps") or length.scheduled
+    steps = requested_steps if settings.steps == length.begun else settings.steps
     if steps == length.scheduled:
         return length
     changed = length.changed(saved.step, steps, settings.warmup)

@@ -31,7 +31,7 @@ def test_work_that_sees_one_pixel_is_the_same_in_pieces() -> None:
     torch.testing.assert_close(decode_tiled(lambda piece, _: 2 * piece, x, 8, 2), 2 * x, rtol=0, atol=1e-6)
     small = decode_tiled(lambda piece, _: piece[..., ::2, ::2], x[..., :36], 5, 1, cell=2)
     torch.testing.assert_close(small, x[..., :36:2][..., ::2, :], rtol=0, atol=1e-6)
-    assert decode_tiled(lambda piece, _: piece.repeat(1, 1, 2, 2), x, 8, 2, made=2).shape == (2, 3, 44, 74)
+    assert decode_tiled(lambda piece, _: piece.repeat(1, 1, 2, 2), x, 8, 2, result_cell=2).shape == (2, 3, 44, 74)
     places = torch.arange(22.0)[:, None] * 100 + torch.arange(37.0)
     given = places.expand(2, 3, -1, -1)
     assert torch.allclose(decode_tiled(lambda _, place: given[(..., *place)], x, 8, 2), given, atol=1e-2)

@@ -107,9 +107,9 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
 def test_what_is_too_long_is_said() -> None:
     with pytest.raises(UserError, match=r"2 of 3 conversations are longer than the 6 tokens.*longest has 9"):
         fit_conversations(turns(5, 9, 7), 6, "error")
-    assert [len(each.ids) for each in fit_conversations(turns(5, 9, 7), 6, "drop").kept] == [5]
+    assert [len(each.ids) for each in fit_conversations(turns(5, 9, 7), 6, "drop").fitting] == [5]
     cut = fit_conversations(turns(5, 9, 7), 6, "truncate")
-    assert [len(each.ids) for each in cut.kept] == [5, 6, 6] and cut.shortened == 2
+    assert [len(each.ids) for each in cut.fitting] == [5, 6, 6] and cut.shortened == 2
     assert cut.sentence(6) == "3 conversations: 2 were cut to their first 6 tokens, because they are longer."
     late = [TurnMasks([1] * 9, [False] * 8 + [True])]
     assert fit_conversations(late, 6, "truncate") == ([], 1, 0)

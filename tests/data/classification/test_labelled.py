@@ -98,7 +98,7 @@ def test_the_held_out_rows_are_as_many_as_asked_and_share_no_text() -> None:
 
 def test_the_text_alone_decides_who_is_held_out() -> None:
     order = random.Random(0).sample(range(200), 200)
-    shuffled = TABLE.chosen(order).split(50)[1]
+    shuffled = TABLE.subset(order).split(50)[1]
     assert sorted(shuffled.texts) == sorted(TABLE.split(50)[1].texts)
     assert TABLE.split(0)[1].texts == ()
     with pytest.raises(UserError, match="200 of 200 rows cannot be held out"):

@@ -155,7 +155,7 @@ def test_the_other_style_is_drawn_at_the_size_asked_for_and_held_out() -> None:
     assert found.texts() == ("waving hand", "red heart") and found.shape == (3, 16, 16)
     assert found.take([0])[0, :, 3, 3].tolist() == [255, 0, 0] and found.take([0])[0, :, 12, 3].tolist() == [255] * 3
     assert len(split(found).test) == 2
-    assert found.named(read_images("emoji").names).names == found.names
+    assert found.with_names(read_images("emoji").names).names == found.names
 
 
 def test_without_resvg_a_sentence_says_what_to_install(monkeypatch) -> None:

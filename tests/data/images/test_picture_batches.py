@@ -156,8 +156,8 @@ def test_the_language_of_a_caption_is_drawn_anew() -> None:
 def test_the_fingerprint_follows_all_that_decides_a_batch() -> None:
     tokens = torch.zeros(1, 10, 2, dtype=torch.int64)
     made = [
-        ImageBatches(toys(10), toys(3), 4), ImageBatches(toys(10), toys(2).chosen([0]), 4),
-        ImageBatches(toys(10).chosen(range(9)), toys(3), 4), ImageBatches(toys(10), toys(3), 5),
+        ImageBatches(toys(10), toys(3), 4), ImageBatches(toys(10), toys(2).subset([0]), 4),
+        ImageBatches(toys(10).subset(range(9)), toys(3), 4), ImageBatches(toys(10), toys(3), 5),
         ImageBatches(toys(10), toys(3), 4, seed=1), ImageBatches(toys(10), toys(3), 4, augmentation=ALL),
         ImageBatches(toys(10), toys(3), 4, training_tokens=tokens),
         ImageBatches(toys(10), toys(3), 4, training_tokens=tokens + 1),
@@ -169,7 +169,7 @@ def test_refusals() -> None:
     with pytest.raises(UserError, match="batch_size is 0"):
         ImageBatches(toys(2), toys(2), 0)
     with pytest.raises(UserError, match="No picture of toys is for training: all of them are held out"):
-        ImageBatches(toys(2).chosen([]), toys(2), 1)
+        ImageBatches(toys(2).subset([]), toys(2), 1)
     with pytest.raises(UserError, match="The step is -1"):
         ImageBatches(toys(2), toys(2), 1).batch(-1)
     for field, value in (("crop", 1.0), ("rotation", 181.0), ("shift", -1), ("contrast", 1.5)):

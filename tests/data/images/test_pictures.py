@@ -220,7 +220,7 @@ def test_every_class_gives_its_share_and_the_seed_decides_which() -> None:
     parted, again, other = split(whole), split(whole), split(whole, seed=1)
     assert np.bincount(parted.test.labels).tolist() == [5, 5, 5] == np.bincount(parted.validation.labels).tolist()
     assert parted.test.names == again.test.names != other.test.names
-    turned = split(whole.chosen(range(299, -1, -1)))
+    turned = split(whole.subset(range(299, -1, -1)))
     assert set(turned.test.names) == set(parted.test.names)  # the order in the source does not count
 
 
@@ -250,8 +250,8 @@ def test_relatives_are_held_out_together_and_what_was_held_out_stays() -> None:
 
 def test_choosing() -> None:
     whole = toys(["a", "b", "c", "d"], [0, 1, 1, 3])
-    assert whole.distinct().names == ("a", "b", "d") and whole.named(["d", "b", "x"]).names == ("b", "d")
-    some = whole.chosen([3, 1])
+    assert whole.distinct().names == ("a", "b", "d") and whole.with_names(["d", "b", "x"]).names == ("b", "d")
+    some = whole.subset([3, 1])
     assert some.take(slice(None))[:, 0, 0, 0].tolist() == [3, 1] and some.captions == {"en": ("d", "b")}
-    assert torch.equal(some.chosen([1]).take([0]), whole.take([1]))
-    assert len({whole.fingerprint, some.fingerprint, some.chosen([1, 0]).fingerprint}) == 3
+    assert torch.equal(some.subset([1]).take([0]), whole.take([1]))
+    assert len({whole.fingerprint, some.fingerprint, some.subset([1, 0]).fingerprint}) == 3

@@ -130,8 +130,8 @@ def test_bahdanaus_batches_are_cut_from_sorted_pools() -> None:
 def test_pairs_too_long_for_the_model_are_counted() -> None:
     every = pairs(100, 12)
     found = every.fitting(9)
-    assert 0 < len(found) < 100 and {*found.kept} <= {*range(100)}
-    assert found.target.lengths.tolist() == [every.target.lengths[place] for place in found.kept]
+    assert 0 < len(found) < 100 and {*found.indices} <= {*range(100)}
+    assert found.target.lengths.tolist() == [every.target.lengths[place] for place in found.indices]
     assert max(found.source.lengths.max(), found.target.lengths.max()) == 8  # and a start or an end
     with pytest.raises(UserError, match="All 100 pairs have a side longer than 1 tokens, .* the shortest needs"):
         pairs(100).fitting(1)

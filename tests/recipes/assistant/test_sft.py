@@ -131,7 +131,7 @@ def test_packing_changes_no_loss(base: Path, talks: Path) -> None:
     found = {}
     for packed in (True, False):
         task = sft.prepare(sft.Recipe(model=str(base), data=str(talks), held_out=0.0))
-        rows = task.training.kept
+        rows = task.training.fitting
         data = sft.PackedConversations(rows, [], 64, 4, 0, 0, packed)
         assert len(data.rows) == (2 if packed else 4)
         total, weight, _ = causal_language_modeling(task.model.train(), data.batch(0))

@@ -83,10 +83,10 @@ def open_diffusers(path: Path) -> Source:
         files = _files(path, class_name, ("unet", SCHEDULER))
         return _network(path, path / "unet", {SCHEDULER: read_json_object(files[SCHEDULER])}, ())
     pipeline = PIPELINES[KINDS[class_name]]
-    wanted = (*pipeline.models, *pipeline.others)
-    there = [part for part in wanted if part not in pipeline.optional or any(index.get(part) or ())]
+    part_names = (*pipeline.models, *pipeline.others)
+    there = [part for part in part_names if part not in pipeline.optional or any(index.get(part) or ())]
     files = _files(path, class_name, there if KINDS[class_name] == DIT else (*there, TOKENIZER))
-    left_out = [part for part in LEFT_OUT if any(index.get(part) or ()) and part not in wanted]
+    left_out = [part for part in LEFT_OUT if any(index.get(part) or ()) and part not in part_names]
     notes = (f"Left out, since they do not draw: {', '.join(left_out)}.",) if left_out else ()
     labels = {LABELS: index[LABELS]} if LABELS in index else {}
     return _pipeline(path, KINDS[class_name], {part: files[part] for part in there}, labels, notes)
@@ -95,9 +95,9 @@ def open_diffusers(path: Path) -> Source:
 def _files(path: Path, class_name: str, parts: Sequence[str]) -> dict[str, Path]:
     """Return the description file of each part. Raises UserError that names the missing ones."""
     files = {part: path / part / FILES.get(part, CONFIG) for part in parts}
-    missing = [f"{part} ({file.relative_to(path)})" for part, file in files.items() if not file.exists()]
-    if missing:
-        raise UserError(f"{path} is a {class_name} and lacks its {' and its '.join(missing)}.")
+    missing_parts = [f"{part} ({file.relative_to(path)})" for part, file in files.items() if not file.exists()]
+    if missing_parts:
+        raise UserError(f"{path} is a {class_name} and lacks its {' and its '.join(missing_parts)}.")
     return files
 
 
@@ -106,8 +106,8 @@ def _network(path: Path, folder: Path, extra: Mapping[str, Any], notes: tuple[st
     json = read_json_object(folder / CONFIG)
     model_type = _model_type(json)
     if model_type not in FAMILIES or not _is_network(model_type):
-        known = [name for name in FAMILIES if _is_network(name) and name != SIMPLE]
-        raise unknown("model of diffusers", model_type, known)
+        network_names = [name for name in FAMILIES if _is_network(name) and name != SIMPLE]
+        raise unknown("model of diffusers", model_type, network_names)
     family, config = read_config({**json, **extra, "model_type": model_type}, str(folder / CONFIG))
     notes = notes if "/" in family.files[0] else ()  # the notes are about a network outside a pipeline
     return source_of(path, "diffusers", family, config, dict.fromkeys(weight_files(folder, WEIGHTS), ""), notes)
@@ -133,15 +133,15 @@ def _pipeline(
 ) -> Source:
     """Open a pipeline of several models: their tensors, each with the name of its part as prefix. extra: settings of
     the pipeline itself."""
-    whole, models = dict[str, Any]({"model_type": model_type, **extra}), PIPELINES[model_type].models
+    merged, models = dict[str, Any]({"model_type": model_type, **extra}), PIPELINES[model_type].models
     for part, file in files.items():
-        whole[part] = read_json_object(file)
+        merged[part] = read_json_object(file)
         if part in models:
-            if (named := _model_type(whole[part])) != models[part]:
-                raise UserError(f"{file} describes a {named}, and what is implemented as {part} is {models[part]}.")
-            if named != TRANSFORMER:
-                read_config({**whole[part], "model_type": named}, str(file))
-    family, config = read_config(whole, str(path))
+            if (part_type := _model_type(merged[part])) != models[part]:
+                raise UserError(f"{file} describes a {part_type}, and what is implemented as {part} is {models[part]}.")
+            if part_type != TRANSFORMER:
+                read_config({**merged[part], "model_type": part_type}, str(file))
+    family, config = read_config(merged, str(path))
     weights = {
         file: f"{part}." for part in files if part in models
         for file in weight_files(files[part].parent, TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS)
@@ -203,8 +203,8 @@ def _of_pipeline(model_type: str, config: Mapping[str, Any], dtype: str) -> dict
     for part in PIPELINES[model_type].others:
         if file := config[part]:
             files[f"{part}/{FILES[part]}"] = file if part == PIXELS else _with_version(file)
-            known = ["transformers", file["image_processor_type"]] if part == PIXELS else None
-            index[part] = known or ["diffusers", file["_class_name"]]
+            class_names = ["transformers", file["image_processor_type"]] if part == PIXELS else None
+            index[part] = class_names or ["diffusers", file["_class_name"]]
     if model_type == DIT:
         index |= {"vae": index.get("vae", [None, None])} | ({LABELS: config[LABELS]} if LABELS in config else {})
         return files | {PIPELINE: _with_version(index)}
@@ -222,5 +222,5 @@ def _describe(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return the config.json of one model, diffusers' or transformers'."""
     if "architectures" in config:
         return {**config, "dtype": dtype, "torch_dtype": dtype}
-    rest = {name: value for name, value in config.items() if name not in ("model_type", SCHEDULER)}
-    return {"_class_name": config["model_type"].partition("/")[0], "_diffusers_version": VERSION, **rest}
+    fields = {name: value for name, value in config.items() if name not in ("model_type", SCHEDULER)}
+    return {"_class_name": config["model_type"].partition("/")[0], "_diffusers_version": VERSION, **fields}

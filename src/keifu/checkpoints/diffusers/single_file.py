@@ -82,14 +82,14 @@ def open_single_file(path: Path) -> Source:
     names = [*file.keys()]
     _check(path, names)
     gone = [name for name in names if "." not in name or name.startswith(LEFT_OUT)]
-    kept = {name: stored_of(file.get_slice(name)) for name in names if name not in gone}
-    shapes = {name: tensor.shape for name, tensor in kept.items()}
+    file_tensors = {name: stored_of(file.get_slice(name)) for name in names if name not in gone}
+    shapes = {name: tensor.shape for name, tensor in file_tensors.items()}
     try:
         config = config_of(shapes, {name: file.get_tensor(name) for name in ("betas", "scale_factor") if name in gone})
-        sources = {rename_weights(name, config): name for name in kept}
+        sources = {rename_weights(name, config): name for name in file_tensors}
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{path} is no Stable Diffusion 1 as keifu knows it: {error} cannot be read.") from error
-    stored = {new: _flat(new, kept[old]) for new, old in sources.items()}
+    stored = {new: _flat(new, file_tensors[old]) for new, old in sources.items()}
     notes = (f"Left out, as not part of the model: {len(gone)} tensors of the training.",) if gone else ()
     family = FAMILIES[LATENT]
 
@@ -106,11 +106,11 @@ def _check(path: Path, names: Sequence[str]) -> None:
     for start, what in OTHERS.items():
         if any(name.startswith(start) for name in names):
             raise UserError(f"{path} is {what}; keifu reads single files of Stable Diffusion 1 only.")
-    missing = [what for what, start in PARTS.items() if not any(name.startswith(start) for name in names)]
-    if len(missing) == len(PARTS):
+    missing_parts = [what for what, start in PARTS.items() if not any(name.startswith(start) for name in names)]
+    if len(missing_parts) == len(PARTS):
         raise UserError(f"{path} holds no Stable Diffusion; of another model, give the folder with its config.json.")
-    if missing:
-        raise UserError(f"{path} lacks its {' and its '.join(missing)} ({PARTS[missing[0]]}*).")
+    if missing_parts:
+        raise UserError(f"{path} lacks its {' and its '.join(missing_parts)} ({PARTS[missing_parts[0]]}*).")
 
 
 def config_of(shapes: Shapes, extra: Mapping[str, Tensor]) -> latent_diffusion.Config:

@@ -93,18 +93,22 @@ def source_of(
 
     tokenizer = partial(_read_tokenizer, texts or path, family)
     sliced = any("_slice" in name for name in (family.names or {}).values())
-    stored, read = (unstack if sliced else unstack_rows)(stored, read_stored)
-    return Source(path, layout, family, config, stored, read, tokenizer, family.names, notes=notes, part=read)
+    stored, read_tensor = (unstack if sliced else unstack_rows)(stored, read_stored)
+    return Source(
+        path, layout, family, config, stored, read_tensor, tokenizer, family.names, notes=notes, part=read_tensor
+    )
 
 
 def _with_preprocessor(where: Path) -> dict[str, Any]:
     """Return a config, with the image settings of the file next to it."""
     model_type, json = CONFIGS[where.name], read_json_object(where)
     json |= {"model_type": model_type} if model_type else {}
-    separate, whole = where.with_name(f"{PREPROCESSOR}.json"), where.with_name(f"{PROCESSOR}.json")
+    separate, processor_file = where.with_name(f"{PREPROCESSOR}.json"), where.with_name(f"{PROCESSOR}.json")
     if separate.exists():
         return json | {PREPROCESSOR: read_json_object(separate)}
-    return json | {PREPROCESSOR: read_json_object(whole).get("image_processor") if whole.exists() else None}
+    return json | {
+        PREPROCESSOR: read_json_object(processor_file).get("image_processor") if processor_file.exists() else None
+    }
 
 
 def _modules(path: Path) -> dict[str, Any]:
@@ -136,11 +140,13 @@ def weight_files(path: Path, weights: str = WEIGHTS) -> list[Path]:
             raise UserError(f"{listing} has no weight_map, so it names no shards.")
         for name in index.values():
             if not isinstance(name, str) or not 0 < len(name) < 200 or Path(name).name != name:
-                shown = str(name)[:99]
-                raise UserError(f"{listing} names the shard {shown!r}, and shards are files of the same folder.")
+                short_name = str(name)[:99]
+                raise UserError(f"{listing} names the shard {short_name!r}, and shards are files of the same folder.")
         files = sorted({path / name for name in index.values()})
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{path} lacks {len(missing)} of its {len(files)} shards: {', '.join(missing[:10])}.")
+        if missing_files := [file.name for file in files if not file.is_file()]:
+            raise UserError(
+                f"{path} lacks {len(missing_files)} of its {len(files)} shards: {', '.join(missing_files[:10])}."
+            )
         return files
     if pickled := sorted(file.name for file in path.iterdir() if file.suffix in PICKLED):
         raise pickled_only(path, pickled)
@@ -151,8 +157,10 @@ def pickled_only(path: Path, names: Sequence[str]) -> UserError:
     """Return the error for weights that could only be unpickled, which could run any program."""
     where = path / "config.json"
     json = read_json_object(where) if where.exists() else {}
-    named, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
-    reader = json.get("_class_name") or (named[0] if isinstance(named, list) and named else "AutoModelForCausalLM")
+    architectures, library = json.get("architectures"), "diffusers" if "_class_name" in json else "transformers"
+    reader = json.get("_class_name") or (
+        architectures[0] if isinstance(architectures, list) and architectures else "AutoModelForCausalLM"
+    )
     return UserError(
         f"{path} has only {', '.join(names[:3])}, which keifu never unpickles, since a pickle can run any program; if "
         f"you trust its makers, let {library} convert it: "

@@ -56,8 +56,8 @@ def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[s
     def read_slice(name: str, index: Index = ()) -> Tensor:
         if name not in slice_of:
             return read(name, index)
-        whole, number, rows = slice_of[name]
-        matrix = read(whole, (slice(number, number + 1), rows))[0]
+        stack_name, number, rows = slice_of[name]
+        matrix = read(stack_name, (slice(number, number + 1), rows))[0]
         return (matrix[index] if index else matrix).contiguous()
 
     return slices, read_slice
@@ -85,11 +85,13 @@ def unstack(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, S
     def read_slice(name: str, index: Index = ()) -> Tensor:
         if not (match := SLICE.fullmatch(name)):
             return read(name, index)
-        whole, number = stack_of(name), slice(int(match[2]), int(match[2]) + 1)
-        if f"{whole}_blocks" in stored:
-            matrix = unpack_mxfp4(read(f"{whole}_blocks", (number,))[0], read(f"{whole}_scales", (number,))[0])
+        stack_name, number = stack_of(name), slice(int(match[2]), int(match[2]) + 1)
+        if f"{stack_name}_blocks" in stored:
+            matrix = unpack_mxfp4(
+                read(f"{stack_name}_blocks", (number,))[0], read(f"{stack_name}_scales", (number,))[0]
+            )
         else:
-            matrix = read(whole, (number,))[0]
+            matrix = read(stack_name, (number,))[0]
             matrix = matrix.mT if match[4] == "weight" else matrix
         rows = matrix[ROWS[match[3]]]
         return (rows[index] if index else rows).contiguous()
@@ -114,17 +116,17 @@ def stack(
     """
     waiting: dict[str, list[Tensor]] = {}
     for name, tensor in chain(tensors, [("", torch.empty(0))]):
-        if (whole := stack_of(name)) != name:
-            waiting.setdefault(whole, []).append(tensor)
+        if (stack_name := stack_of(name)) != name:
+            waiting.setdefault(stack_name, []).append(tensor)
             continue
-        yield from ((whole, join(whole, torch.stack(parts))) for whole, parts in waiting.items())
+        yield from ((stack_name, join(stack_name, torch.stack(parts))) for stack_name, parts in waiting.items())
         waiting.clear()
         if name:
             yield name, tensor
 
 
-def join_slices(name: str, whole: Tensor) -> Tensor:
+def join_slices(name: str, tensor: Tensor) -> Tensor:
     """Return the stack of an expert's slices in the file's form: the columns of gate and up alternate."""
     if ".gate_up_proj" in name:
-        whole = whole.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
-    return (whole if name.endswith("_bias") else whole.mT).contiguous()
+        tensor = tensor.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+    return (tensor if name.endswith("_bias") else tensor.mT).contiguous()

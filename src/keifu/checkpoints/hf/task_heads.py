@@ -75,8 +75,8 @@ def _published(json: Mapping[str, Any], where: str) -> str:
     names = json.get("architectures") or [""]
     if not isinstance(names, list):
         raise UserError(f"{where} has {names!r} as architectures: it must be a list of class names.")
-    named = names[0]
-    return next((head for head, stems in CLASSES.items() if named in {stem + head for stem in stems}), "")
+    class_name = names[0]
+    return next((head for head, stems in CLASSES.items() if class_name in {stem + head for stem in stems}), "")
 
 
 def _family(base: Family, head: str | None) -> Family:
@@ -96,9 +96,9 @@ def _tie(config: task_head.Config, tied: bool) -> task_head.Config:
 def _config(json: Mapping[str, Any], decoder: Any, facts: Mapping[str, Any], where: str) -> task_head.Config:
     """Read the Config from the fields of the file's class (`facts`) and from its field `TASK`, if it has one."""
     task = _object(json, TASK, where) if TASK in json or not facts else {}
-    given = {name: value for name, value in {**facts, **task}.items() if name in FIELDS}
+    options = {name: value for name, value in {**facts, **task}.items() if name in FIELDS}
     try:
-        config = task_head.Config(decoder, labels=tuple(facts.get("labels", task.get("labels", ()))), **given)
+        config = task_head.Config(decoder, labels=tuple(facts.get("labels", task.get("labels", ()))), **options)
     except TypeError as error:
         raise UserError(f"{where} cannot be read as a model for a task: {error}") from error
     check_types(config, where)

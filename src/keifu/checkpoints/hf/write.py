@@ -106,8 +106,8 @@ def published_tensors(model: nn.Module, links: Sequence[Link]) -> Iterator[tuple
     """Yield every tensor of the file by its published name, on the CPU, in the model's order."""
     state = model.state_dict()
     for link in links:
-        whole = current().full_tensor(link.ours, state[link.ours].detach())
-        yield from zip(link.theirs, link.split(whole.cpu()), strict=True)
+        full_tensor = current().full_tensor(link.ours, state[link.ours].detach())
+        yield from zip(link.theirs, link.split(full_tensor.cpu()), strict=True)
 
 
 def shards(sizes: Mapping[str, int], limit: int | float) -> list[list[str]]:
@@ -157,8 +157,8 @@ def _write_texts(config: dict[str, Any], dtype: str, tokenizer: Any, stage: Path
     if tokenizer is not None:
         tokenizer.save(stage)
         ids = dict(zip(ids, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id), strict=True))
-        given = generation_config(tokenizer) | {key: config[key] for key in GENERATION if key in config}
-        _write_json(stage / GENERATION_CONFIG, given)
+        settings = generation_config(tokenizer) | {key: config[key] for key in GENERATION if key in config}
+        _write_json(stage / GENERATION_CONFIG, settings)
     for part in (PREPROCESSOR, PROCESSOR):
         if (content := config.pop(part, None)) is not None:
             _write_json(stage / f"{part}.json", content)
@@ -196,24 +196,26 @@ def _move(stage: Path, directory: Path) -> None:
     The weights are renamed first. The files that identify the model are renamed last, after the others' names are on
     disk.
     """
-    named = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
+    new_files = {file.relative_to(stage): file for file in stage.rglob("*") if file.is_file()}
     groups: dict[int, list[Path]] = {0: [], 1: [], 2: []}
-    for name in sorted(named, key=lambda name: (".safetensors" not in name.name, name.name)):
+    for name in sorted(new_files, key=lambda name: (".safetensors" not in name.name, name.name)):
         groups[2 if name.name == pipeline.PIPELINE else name.name in CONFIGS].append(name)
     new = [name for group in groups.values() for name in group]
     for name in new:
-        with named[name].open("rb+") as file:
+        with new_files[name].open("rb+") as file:
             os.fsync(file.fileno())
     (stage / MOVING).touch()
     for group in groups.values():
         for name in group:
             (directory / name).parent.mkdir(exist_ok=True)
-            named[name].replace(directory / name)
+            new_files[name].replace(directory / name)
         for folder in {directory, *((directory / name).parent for name in group)}:
             sync(folder)
     stale = [*directory.glob("model-*-of-*.safetensors")]
     stale += [old for part in pipeline.OF_TRANSFORMERS for old in directory.glob(f"{part}/model*.safetensors*")]
-    folders = {part for known in pipeline.PIPELINES.values() for part in known.models} - {*pipeline.OF_TRANSFORMERS}
+    folders = {part for files_of_pipeline in pipeline.PIPELINES.values() for part in files_of_pipeline.models} - {
+        *pipeline.OF_TRANSFORMERS
+    }
     stale += [old for part in (".", *folders) for old in directory.glob(f"{part}/diffusion_pytorch_model*")]
     stale += [directory / name for name in (WEIGHTS, INDEX, pipeline.PIPELINE, *CONFIGS)]
     if Path("tokenizer_config.json") in new:  # otherwise files of an older tokenizer would be read too

@@ -51,9 +51,9 @@ def attach_lora(model: nn.Module, path: str | Path, scale: float = 1.0) -> nn.Mo
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors file, and keifu reads LoRAs from no other.")
-    known = layers(model)
-    parse = partial(_parse, {_weight_name(label): label for label in known})
-    return attach_tensors(model, path, known, read_tensors(path), parse, partial(_low, scale), _unknown_weight)
+    layer_of = layers(model)
+    parse = partial(_parse, {_weight_name(label): label for label in layer_of})
+    return attach_tensors(model, path, layer_of, read_tensors(path), parse, partial(_low, scale), _unknown_weight)
 
 
 def _low(scale: float, label: str, parts: dict[str, Tensor]) -> LoraSettings:
@@ -102,15 +102,17 @@ def save_lora(model: nn.Module, path: str | Path, style: str = "peft") -> None:
     from safetensors.torch import save
 
     require_known("spelling of a LoRA", style, WRITTEN)
-    made = whole_tensors(model)
-    if not made:
+    adapters = whole_tensors(model)
+    if not adapters:
         raise UserError("This model has no adapters to save.")
-    if strange := [adapter.target.label for adapter in made if adapter.target.label.partition(".")[0] not in KOHYA]:
+    if strange := [adapter.target.label for adapter in adapters if adapter.target.label.partition(".")[0] not in KOHYA]:
         raise UserError(f"A LoRA's file holds adapters of the U-Net and the text's encoder, not of {strange[0]}.")
-    if style == "diffusers" and any(adapter.length is not None for adapter in made):
+    if style == "diffusers" and any(adapter.length is not None for adapter in adapters):
         raise UserError("The older spelling of diffusers has no word for DoRA's lengths: write it as peft or kohya.")
     if current().is_main:
-        tensors = {name: t.contiguous() for item in made.items() for name, t in _format_weights(*item, style).items()}
+        tensors = {
+            name: t.contiguous() for item in adapters.items() for name, t in _format_weights(*item, style).items()
+        }
         write_atomic(Path(path), save(tensors, metadata={"format": "pt"}))
 
 
@@ -122,8 +124,8 @@ def _format_weights(adapter: Adapter, weights: Mapping[str, Tensor], style: str)
     a, b = weights["a"], weights["b"]
     scale = adapter.low.scale
     if style == "kohya":
-        part, _, rest = label.partition(".")
-        label = KOHYA[part] + rest.replace(".", "_")
+        part, _, path = label.partition(".")
+        label = KOHYA[part] + path.replace(".", "_")
     elif scale != 1:
         b = b * scale
     kernel = adapter.kernel

@@ -18,7 +18,7 @@ from keifu.checkpoints.hf.read import open_weights
 from keifu.checkpoints.hf.weight_names import links
 from keifu.checkpoints.plan import read_finite
 from keifu.checkpoints.registry import describe
-from keifu.devices import chosen
+from keifu.devices import device_choice
 from keifu.errors import UserError, unknown
 from keifu.files import write_atomic
 from keifu.layers.lora import Adapter, LoraSettings, Target, adapters, attach
@@ -61,22 +61,23 @@ def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn
 def adapt(model: nn.Module, targets: Sequence[str], low: LoraSettings) -> nn.Module:
     """Attach new adapters, in place, to the linear layers of these names (see `match_targets`), or to all for
     "all-linear"."""
-    known = linears(model)
-    if not known:
+    layer_of = linears(model)
+    if not layer_of:
         raise UserError("This model has no linear layers in its blocks, so that it takes no adapters.")
-    chosen_layers = known.values() if [*targets] == [ALL] else match_targets(known, targets, ALL)
+    chosen_layers = layer_of.values() if [*targets] == [ALL] else match_targets(layer_of, targets, ALL)
     return attach(model, dict.fromkeys(chosen_layers, low))
 
 
-def match_targets(known: Mapping[str, Target], names: Sequence[str], *more: str) -> list[Target]:
+def match_targets(targets: Mapping[str, Target], names: Sequence[str], *extra_words: str) -> list[Target]:
     """Return the layers whose published names end in one of `names`.
 
-    Raises UserError for a name that matches no layer, such as q_prjo, with the nearest known name or word of `more`.
+    Raises UserError for a name that matches no layer, such as q_prjo, with the nearest known name or word
+    of `extra_words`.
     """
-    for wanted in names:
-        if not any(_ends(label, wanted) for label in known):
-            raise unknown("layer", wanted, [*{_last(label) for label in known}, *more])
-    return [target for label, target in known.items() if any(_ends(label, wanted) for wanted in names)]
+    for name in names:
+        if not any(_ends(label, name) for label in targets):
+            raise unknown("layer", name, [*{_last(label) for label in targets}, *extra_words])
+    return [target for label, target in targets.items() if any(_ends(label, name) for name in names)]
 
 
 def _last(label: str) -> str:
@@ -86,29 +87,29 @@ def _last(label: str) -> str:
     return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])
 
 
-def _ends(label: str, wanted: str) -> bool:
-    return label == wanted or label.endswith(f".{wanted}")
+def _ends(label: str, name: str) -> bool:
+    return label == name or label.endswith(f".{name}")
 
 
 def save_adapter(model: nn.Module, directory: str | Path, base: str) -> None:
     """Write only a model's adapters, as PEFT does. base: path or hub id of the model itself."""
     from safetensors.torch import save
 
-    whole = whole_tensors(model)
-    if not whole:
+    adapters = whole_tensors(model)
+    if not adapters:
         raise UserError("This model has no adapters to save: save it whole.")
     if not current().is_main:
         return
     tensors = {
         f"{PREFIX}{adapter.target.label}.{end}": parts[ours]
-        for adapter, parts in whole.items()
+        for adapter, parts in adapters.items()
         for end, ours in ENDS.items()
         if ours in parts
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_atomic(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-    write_atomic(directory / CONFIG, json.dumps(_config(model, [*whole], base), indent=2) + "\n")
+    write_atomic(directory / CONFIG, json.dumps(_config(model, [*adapters], base), indent=2) + "\n")
 
 
 def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
@@ -118,18 +119,18 @@ def whole_tensors(model: nn.Module) -> dict[Adapter, dict[str, Tensor]]:
             for name, part in model.named_modules() if isinstance(part, Adapter)}  # fmt: skip
 
 
-def _config(model: nn.Module, whole: Sequence[Adapter], base: str) -> dict[str, Any]:
+def _config(model: nn.Module, adapters: Sequence[Adapter], base: str) -> dict[str, Any]:
     """Return PEFT's config. Ranks and alphas that differ from the first adapter's are listed by layer."""
     family, config = describe(model.config)
     transposed = any(name.endswith(".T") for name in (family.table(config) or {}).values())
-    low, ends = whole[0].low, sorted({adapter.target.label.rpartition(".")[2] for adapter in whole})
+    low, ends = adapters[0].low, sorted({adapter.target.label.rpartition(".")[2] for adapter in adapters})
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
         "r": low.rank, "lora_alpha": low.alpha, "lora_dropout": low.dropout, "use_dora": low.dora,
         "use_rslora": low.root, "bias": "none", "target_modules": ends, "modules_to_save": None,
         "fan_in_fan_out": transposed, "init_lora_weights": True,
-        "rank_pattern": {a.target.label: a.low.rank for a in whole if a.low.rank != low.rank},
-        "alpha_pattern": {a.target.label: a.low.alpha for a in whole if a.low.alpha != low.alpha},
+        "rank_pattern": {a.target.label: a.low.rank for a in adapters if a.low.rank != low.rank},
+        "alpha_pattern": {a.target.label: a.low.alpha for a in adapters if a.low.alpha != low.alpha},
     }  # fmt: skip
 
 
@@ -161,7 +162,7 @@ ParsedName = tuple[str, str, str]
 
 
 def attach_tensors(
-    model: nn.Module, path: Path, known: Mapping[str, Target], tensors: Mapping[str, Tensor],
+    model: nn.Module, path: Path, targets: Mapping[str, Target], tensors: Mapping[str, Tensor],
     parse: Callable[[str], ParsedName], settings: Callable[[str, dict[str, Tensor]], LoraSettings],
     strange: Callable[[str], str] = lambda name: "belongs to no layer of this model",
 ) -> nn.Module:  # fmt: skip
@@ -169,28 +170,28 @@ def attach_tensors(
     missing or misshapen.
 
     parse: splits a tensor's name. settings: returns the settings of a layer's adapter from its tensors, which it may
-    change. strange: says what is wrong with a tensor whose layer is not `known`.
+    change. strange: says what is wrong with a tensor whose layer is not in `targets`.
     """
     parts_of = defaultdict[str, dict[str, Tensor]](dict)
     names = defaultdict[str, dict[str, str]](dict)
     wrong = list[str]()
     for name, tensor in tensors.items():
-        label, part, shown = parse(name)
-        if label not in known or not part:
+        label, part, file_name = parse(name)
+        if label not in targets or not part:
             wrong.append(f"{name} {strange(name)}")
         elif part in parts_of[label]:
             wrong.append(f"{name} is the same as {names[label][part]}, in another spelling")
         else:
             parts_of[label][part] = tensor
-            names[label][part] = shown
+            names[label][part] = file_name
     lows = {label: settings(label, parts) for label, parts in parts_of.items()}
     for label, parts in parts_of.items():
-        wrong += _misfits(model, known[label], lows[label], parts, names[label])
+        wrong += _misfits(model, targets[label], lows[label], parts, names[label])
     if wrong or not parts_of:
-        more = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-        reason = "; ".join(wrong[:10]) + more if wrong else "they are empty"
+        omission = f"; and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        reason = "; ".join(wrong[:10]) + omission if wrong else "they are empty"
         raise UserError(f"The adapters in {path} do not fit this {type(model).__name__}: {reason}.")
-    attach(model, {known[label]: low for label, low in lows.items()})
+    attach(model, {targets[label]: low for label, low in lows.items()})
     with torch.no_grad():
         for adapter in adapters(model):
             for ours, tensor in parts_of[adapter.target.label].items():
@@ -221,8 +222,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise UserError(f"{path.parent} holds no {path.name}: keifu reads adapters as safetensors alone.")
     file = open_weights(path)
-    read = file.get_tensor if chosen().allow_nonfinite else partial(read_finite, file.get_tensor, path)
-    return {name: read(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    read_tensor = file.get_tensor if device_choice().allow_nonfinite else partial(read_finite, file.get_tensor, path)
+    return {name: read_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 def _parse(name: str) -> ParsedName:
@@ -234,7 +235,7 @@ def _parse(name: str) -> ParsedName:
 def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> LoraSettings:
     """Return the settings of one layer's adapter. A pattern is the end of a name, or a regular expression for it."""
 
-    def chosen(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+    def value_for(patterns: Mapping[str, Any] | None, default: Any) -> Any:
         for pattern in patterns or {}:
             check_pattern(pattern, CONFIG)
         fits = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", label))
@@ -242,8 +243,8 @@ def _low(config: Mapping[str, Any], label: str, parts: Mapping[str, Tensor]) -> 
 
     rank, alpha = config.get("r", 8), config.get("lora_alpha", 8)
     return LoraSettings(
-        rank=_number("r", chosen(config.get("rank_pattern"), rank), int),
-        alpha=float(_number("lora_alpha", chosen(config.get("alpha_pattern"), alpha), (int, float))),
+        rank=_number("r", value_for(config.get("rank_pattern"), rank), int),
+        alpha=float(_number("lora_alpha", value_for(config.get("alpha_pattern"), alpha), (int, float))),
         dropout=float(_number("lora_dropout", config.get("lora_dropout", 0.0), (int, float))),
         dora="length" in parts,
         root=bool(config.get("use_rslora")),
@@ -264,8 +265,8 @@ def _misfits(
     assert isinstance(weight, Tensor)
     shapes = {"a": (low.rank, weight[0].numel()), "b": (target.rows, low.rank), "length": (target.rows,)}
     names = {ours: f"{target.label}.{end}" for end, ours in ENDS.items()} | {**labels}
-    missing = [f"{names[part]} is missing" for part in ("a", "b") if part not in parts]
-    return missing + [
+    problems = [f"{names[part]} is missing" for part in ("a", "b") if part not in parts]
+    return problems + [
         f"{names[part]} has the shape {tuple(tensor.shape)} where {shapes[part]} is needed"
         for part, tensor in parts.items()
         if tuple(tensor.shape) != shapes[part]

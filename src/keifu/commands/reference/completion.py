@@ -42,29 +42,33 @@ class Options:
 
 def script(shell: str, commands: dict[str, str]) -> str:
     """Return the completion script for a shell."""
-    others = [command for command in commands if command not in ("train", "demo")]
-    given = {command: arguments_of(import_module(module_of(command)).Options) for command in others}
-    given |= {f"train {name}": arguments for name, arguments in stored().items()}
+    plain_commands = [command for command in commands if command not in ("train", "demo")]
+    arguments_by_command = {
+        command: arguments_of(import_module(module_of(command)).Options) for command in plain_commands
+    }
+    arguments_by_command |= {f"train {name}": arguments for name, arguments in stored().items()}
     if shell == "fish":
-        return "\n".join(_fish(given, commands))
-    cases = {key: flags.names_of(arguments) for key, arguments in given.items()} | {"train": recipe_names()}
+        return "\n".join(_fish(arguments_by_command, commands))
+    cases = {key: flags.names_of(arguments) for key, arguments in arguments_by_command.items()} | {
+        "train": recipe_names()
+    }
     lines = [f'            "{key}") words="{" ".join(words)}";;' for key, words in cases.items()]
     text = BASH.format(commands=" ".join([*commands, "help", "version"]), cases="\n".join(lines))
     return f"{ZSH}{text}" if shell == "zsh" else text
 
 
-def _fish(given: dict[str, list[Argument]], commands: dict[str, str]) -> list[str]:
+def _fish(arguments_by_command: dict[str, list[Argument]], commands: dict[str, str]) -> list[str]:
     begin = "complete -c keifu -n"
     lines = [f"{begin} __fish_use_subcommand -a {command} -d {_quoted(line)}" for command, line in commands.items()]
     second = "__fish_seen_subcommand_from train; and test (count (commandline -opc)) -eq 2"
     lines.append(f"{begin} {_quoted(second)} -a {_quoted(' '.join(recipe_names()))}")
-    for key, arguments in given.items():
+    for key, arguments in arguments_by_command.items():
         command, _, recipe = key.partition(" ")
-        seen = f"__fish_seen_subcommand_from {command}"
-        seen += f"; and contains -- {recipe} (commandline -opc)" if recipe else ""
+        condition = f"__fish_seen_subcommand_from {command}"
+        condition += f"; and contains -- {recipe} (commandline -opc)" if recipe else ""
         for argument in arguments:
             for name in flags.names_of([argument]):
-                lines.append(f"{begin} {_quoted(seen)} -l {name[2:]} -d {_quoted(argument.help[:80])}")
+                lines.append(f"{begin} {_quoted(condition)} -l {name[2:]} -d {_quoted(argument.help[:80])}")
     return lines
 
 

@@ -67,8 +67,8 @@ def model_file(name: str, weights: Path | None) -> str:
 
     from keifu.eject.models import eject
 
-    sizes, written = {size.name: size.model for size in published_sizes()}, written_models()
-    models = {name: name for name in written} | {name.rpartition(".")[2]: name for name in written}
+    sizes, model_names = {size.name: size.model for size in published_sizes()}, written_models()
+    models = {name: name for name in model_names} | {name.rpartition(".")[2]: name for name in model_names}
     short = name.replace("-", "_")
     kind = sizes.get(name, short).rpartition(".")[2]
     if parts := PIPELINES.get(kind):
@@ -82,7 +82,7 @@ def model_file(name: str, weights: Path | None) -> str:
     return loaded_file(name, weights, [*sorted(editions), *OTHER_NAMES, *models, *sizes])
 
 
-def loaded_file(name: str, weights: Path | None, known: list[str]) -> str:
+def loaded_file(name: str, weights: Path | None, names: list[str]) -> str:
     """Return the file of a model that keifu loads, and write its weights."""
     import torch
     from safetensors.torch import save_file
@@ -94,7 +94,7 @@ def loaded_file(name: str, weights: Path | None, known: list[str]) -> str:
     from keifu.eject.models import eject
 
     if not (may_be_model(Path(name)) or name in catalogue.CATALOGUE or "/" in name or Path(name).suffix == ".gguf"):
-        raise unknown("model", name, [*known, *catalogue.MODELS])
+        raise unknown("model", name, [*names, *catalogue.MODELS])
     model: Any = checkpoints.load_model(name, dtype=torch.float32)
     text = eject(model_name(model.config), model.config, name)
     if weights is not None:

@@ -34,18 +34,21 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the table or one landmark's entry. Write the page if it is requested."""
-    known = {landmark.name: landmark for landmark in lineage.landmarks(options.language)}
+    landmark_of = {landmark.name: landmark for landmark in lineage.landmarks(options.language)}
     year, title, parents, new, result, baseline, published, command, section = HEADINGS[options.language]
     if options.output is not None:
         write_atomic(options.output, lineage.page(options.language))
         print(f"The lineage is in {options.output}: open it in a browser.")
     elif options.name is None:
-        rows = [(str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.result, e.baseline) for e in known.values()]
+        rows = [
+            (str(e.year), e.name, ", ".join(e.parents) or "-", e.new, e.result, e.baseline)
+            for e in landmark_of.values()
+        ]
         tables.show((year, title, parents, new, result, baseline), rows)
-    elif options.name not in known:
-        raise unknown("landmark", options.name, known)
+    elif options.name not in landmark_of:
+        raise unknown("landmark", options.name, landmark_of)
     else:
-        one = known[options.name]
+        one = landmark_of[options.name]
         facts = (
             (title, f"{one.title} ({one.authors}, {one.year})"), (parents, ", ".join(one.parents) or "-"),
             (new, one.new), (result, one.result), (baseline, one.baseline),

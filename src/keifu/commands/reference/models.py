@@ -20,17 +20,17 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the table."""
-    rows = [(size.name, f"{size.parameters:,}", *_beside(size)) for size in chosen(options.name)]
+    rows = [(size.name, f"{size.parameters:,}", *_beside(size)) for size in matching_sizes(options.name)]
     tables.show(("model", "parameters", "paper", "difference"), rows)
 
 
-def chosen(name: str | None) -> list[Size]:
+def matching_sizes(name: str | None) -> list[Size]:
     """Return the published sizes that a name selects. Raises `UserError`, with the nearest names, if there is none."""
     sizes = published_sizes()
-    wanted = (name or "").lower()
-    matching = [size for size in sizes if wanted in size.name.lower() or wanted == size.model]
+    query = (name or "").lower()
+    matching = [size for size in sizes if query in size.name.lower() or query == size.model]
     if not matching:
-        raise unknown("published size", wanted, [size.name for size in sizes])
+        raise unknown("published size", query, [size.name for size in sizes])
     return matching
 
 

@@ -90,33 +90,39 @@ def run(options: Options) -> None:
     if options.lora.base != "float" and not options.lora.rank:
         raise UserError("--lora.base needs adapters: set --lora.rank too, such as 16.")
     trained = plan.Trained(options.lora.rank, options.lora.base, options.optimizer_state)
-    made = plan.plan(model, devices, kind, batch, trained)
+    training_plan = plan.plan(model, devices, kind, batch, trained)
     rows = [("trained", f"{trained.parameters(model):,} parameters of adapters")] if trained.rank else []
-    rows += _training(made, tokens, "patches" if pictures else "tokens")
+    rows += _training(training_plan, tokens, "patches" if pictures else "tokens")
     tables.show((f"{size.name} on {options.devices}", ""), rows)
 
 
-def _training(made: "Plan", tokens: float | int, unit: str) -> list[tuple[str, str]]:
-    layout, days = made.layout, made.hours(tokens) / 24 / made.devices
+def _training(training_plan: "Plan", tokens: float | int, unit: str) -> list[tuple[str, str]]:
+    layout, days = training_plan.layout, training_plan.hours(tokens) / 24 / training_plan.devices
     mesh = f"--mesh.pods {layout.pods} --mesh.shard {layout.shard} --mesh.tensor {layout.tensor}"
     mesh += " --mesh.sync-each" * (layout.shard > 1) + " --mesh.gradient-sum overlapped" * (layout.pods > 1)
     mesh += f" --activation-checkpointing {layout.checkpointing}" * (layout.checkpointing != "none")
-    memory = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in made.memory.items())
-    seconds = ", ".join(f"{name} {value:,.2f}" for name, value in made.seconds.items() if value >= 0.005)
+    memory = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in training_plan.memory.items())
+    seconds = ", ".join(f"{name} {value:,.2f}" for name, value in training_plan.seconds.items() if value >= 0.005)
     from keifu.training.hardware.plan import POWER
 
-    energy = made.hours(tokens) * made.kind.watts * POWER / 1e6
+    energy = training_plan.hours(tokens) * training_plan.kind.watts * POWER / 1e6
     return [
         ("mesh", mesh),
-        ("a device's memory", f"{sum(made.memory.values()) / 1e9:,.1f} GB of {made.kind.memory / 1e9:,.0f} ({memory})"),
-        ("a step", f"{made.tokens:,.0f} {unit} in {made.step:,.2f} s ({seconds})"),
-        ("speed", f"{made.rate:,.0f} {unit}/s on each device, {made.utilisation:.1%} of its peak (MFU)"),
+        (
+            "a device's memory",
+            f"{sum(training_plan.memory.values()) / 1e9:,.1f} GB of {training_plan.kind.memory / 1e9:,.0f} ({memory})",
+        ),
+        ("a step", f"{training_plan.tokens:,.0f} {unit} in {training_plan.step:,.2f} s ({seconds})"),
+        (
+            "speed",
+            f"{training_plan.rate:,.0f} {unit}/s on each device, {training_plan.utilisation:.1%} of its peak (MFU)",
+        ),
         (
             "all",
-            f"{tokens:.3g} {unit}: {days:,.1f} days, {made.hours(tokens):,.0f} device hours"
+            f"{tokens:.3g} {unit}: {days:,.1f} days, {training_plan.hours(tokens):,.0f} device hours"
             + f", {energy:,.3g} MWh" * (energy > 0),
         ),
-        ("computation", f"{tokens * made.flops / 8.64e19:,.4g} PF-days"),
+        ("computation", f"{tokens * training_plan.flops / 8.64e19:,.4g} PF-days"),
     ]
 
 
@@ -129,8 +135,8 @@ def architecture(size: Size, context_length: int | None = None) -> "Architecture
     if size.model == "diffusion.dit":
         return _of_patches(published.transformer, context_length)
     config = vars(published)
-    needed = ("vocab_size", "context_length", "dim", "n_layers", "n_heads")
-    if any(not isinstance(config.get(name), int) for name in needed):
+    size_names = ("vocab_size", "context_length", "dim", "n_layers", "n_heads")
+    if any(not isinstance(config.get(name), int) for name in size_names):
         raise UserError(f"{size.name} is no Transformer of tokens alone: plans are of such models and of DiT.")
     head_dim = config.get("head_dim") or config["dim"] // config["n_heads"]
     heads, kv_heads = config["n_heads"], config.get("n_kv_heads") or config["n_heads"]

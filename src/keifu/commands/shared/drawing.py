@@ -26,7 +26,7 @@ from keifu.commands.shared.drawing_options import Options
 from keifu.data.images import grid
 from keifu.data.images.io import open_image, to_image
 from keifu.data.progress import counting
-from keifu.devices import choose, chosen, has_bfloat16
+from keifu.devices import choose, device_choice, has_bfloat16
 from keifu.errors import UserError, require_known, unknown
 from keifu.evaluation.images.text_to_image import best, cosines
 from keifu.files import sha256, write_atomic
@@ -55,7 +55,7 @@ def usual_dtype(load_plan: LoadPlan) -> str | None:
     multiplies it natively, else None (the stored dtype)."""
     names = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
     large = has_bfloat16(choose()) and load_plan.parameters >= LARGE
-    return names.get(chosen().weights or "", "bf16" if large else None)
+    return names.get(device_choice().weights or "", "bf16" if large else None)
 
 
 def load(load_plan: LoadPlan, dtype: str | None, loras: Sequence[LoraRecord] = ()) -> ImagePipeline:
@@ -168,13 +168,13 @@ def draw(options: Options) -> None:
     states: list[SamplerStep] = []
     pictures = draw_images(model, record, states if options.strip else None)
     out = options.out or Path(f"picture-{record.drawing.seed}.png")
-    kept = range(record.count)
+    kept_indices = range(record.count)
     if options.best_of and options.clip:
-        kept = best_of(pictures, options.text or "", options.clip, options.count)
-        record = replace(record, kept=tuple(kept))
-    for path, index in _files(out, len(kept)):
-        chosen = pictures[list(kept)] if index is None else pictures[kept[index]][None]
-        write_atomic(path, png(chosen, replace(record, number=None if index is None else kept[index])))
+        kept_indices = best_of(pictures, options.text or "", options.clip, options.count)
+        record = replace(record, kept=tuple(kept_indices))
+    for path, index in _files(out, len(kept_indices)):
+        image = pictures[list(kept_indices)] if index is None else pictures[kept_indices[index]][None]
+        write_atomic(path, png(image, replace(record, number=None if index is None else kept_indices[index])))
         print(path)
     if options.strip:
         write_atomic(options.strip, _strip(model, pictures[0], states))
@@ -196,21 +196,23 @@ def _prepare(options: Options, name: str) -> tuple[ImageRecord, ImagePipeline]:
         raise UserError("--best-of chooses among pictures of one text, and --towards makes a series: leave one out.")
     if options.towards is not None and options.init:
         settings["towards"] = read_input_image(options.towards)
-    wanted = model.resolved(ImageRequest(**{**settings, "size": _size(options.size)}))
-    named = str(Path(name).resolve()) if Path(name).exists() else name
+    request = model.resolved(ImageRequest(**{**settings, "size": _size(options.size)}))
+    model_name = str(Path(name).resolve()) if Path(name).exists() else name
     count = options.best_of or options.count
     number, size = 0 if count == 1 else None, min(options.batch_size, count)
-    record = ImageRecord(named, model.fingerprint(), wanted, count, size, number, dtype, choose().type, loras=loras)
+    record = ImageRecord(
+        model_name, model.fingerprint(), request, count, size, number, dtype, choose().type, loras=loras
+    )
     return record, model
 
 
-def _size(given: str | None) -> tuple[int, int] | None:
+def _size(argument: str | None) -> tuple[int, int] | None:
     """Parse `64` or `64x48` (width first). Return (height, width)."""
-    if given is None:
+    if argument is None:
         return None
-    sides = given.lower().split("x")
+    sides = argument.lower().split("x")
     if len(sides) > 2 or not all(re.fullmatch("[0-9]{1,9}", side) and int(side) for side in sides):
-        raise UserError(f"--size is {given!r}, which must be pixels of a side (64) or WIDTHxHEIGHT (64x48).")
+        raise UserError(f"--size is {argument!r}, which must be pixels of a side (64) or WIDTHxHEIGHT (64x48).")
     return int(sides[-1]), int(sides[0])
 
 
@@ -230,9 +232,9 @@ def _strip(model: ImagePipeline, picture: Tensor, states: Sequence[SamplerStep])
 def again(path: Path, options: Options) -> None:
     """Repeat a drawing from its record. Print whether it differs, and the likely reason. The options give new paths of
     the model, the LoRAs and the pictures that it used (init, mask, towards), if they have moved."""
-    given = [name for name, value in vars(options).items() if value != vars(Options())[name]]
-    if more := [f"--{name.replace('_', '-')}" for name in given if name not in OF_AGAIN]:
-        raise UserError(f"--again takes every setting from {path}: leave out {' and '.join(more)}.")
+    changed_options = [name for name, value in vars(options).items() if value != vars(Options())[name]]
+    if superfluous := [f"--{name.replace('_', '-')}" for name in changed_options if name not in OF_AGAIN]:
+        raise UserError(f"--again takes every setting from {path}: leave out {' and '.join(superfluous)}.")
     record = read_record(path)
     check_kinds(record, f"The record of {path}")
     check_limits(record, path)
@@ -293,9 +295,9 @@ def _difference(before: Path, after: Path) -> str:
     old, new = (np.asarray(open_image(path)) for path in (before, after))
     if old.shape != new.shape:
         return f"it has {new.shape} numbers and not {old.shape}."
-    apart = np.abs(old.astype(int) - new)
-    said = f"{(apart > 0).sum():,} of {apart.size:,} numbers differ, by {apart.max()} of 255 at most."
-    return said if apart.any() else ""
+    differences = np.abs(old.astype(int) - new)
+    said = f"{(differences > 0).sum():,} of {differences.size:,} numbers differ, by {differences.max()} of 255 at most."
+    return said if differences.any() else ""
 
 
 def _apply_changes(record: ImageRecord) -> str:

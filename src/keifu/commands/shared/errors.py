@@ -62,11 +62,11 @@ def _holds_cache(file: Path) -> bool:
 
 def _memory(error: Exception) -> str | None:
     """Describe a lack of memory reported by Python or by PyTorch (CPU or GPU). Return None for any other error."""
-    known = re.search("out of memory|can't allocate memory|not enough memory", str(error))
-    if not known and not isinstance(error, MemoryError):
+    is_out_of_memory = re.search("out of memory|can't allocate memory|not enough memory", str(error))
+    if not is_out_of_memory and not isinstance(error, MemoryError):
         return None
-    asked = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]iB))", str(error))
-    amount = f": {_readable(asked[1])} more were asked for" if asked else ""
+    amount_match = re.search(r"allocate ([\d.]+ ?(?:bytes|[KMGT]iB))", str(error))
+    amount = f": {_readable(amount_match[1])} more were asked for" if amount_match else ""
     return f"There is not enough memory{amount}; lower the batch, the context length or the model's size."
 
 

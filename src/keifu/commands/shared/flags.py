@@ -120,7 +120,7 @@ def parse_command(module: Any, arguments: Sequence[str], program: str) -> Callab
     if options.precision == "float16" and choose(options.device).type == "cpu":
         raise UserError("float16 is for GPUs, and a CPU multiplies it very slowly: choose bfloat16 or float32.")
     nonfinite = options.allow_nonfinite or None
-    return placed(Choice(options.device, weights=options.precision or "auto", allow_nonfinite=nonfinite), work)
+    return on_device(Choice(options.device, weights=options.precision or "auto", allow_nonfinite=nonfinite), work)
 
 
 def without_dtype(words: Sequence[str]) -> list[str]:
@@ -134,7 +134,7 @@ def without_dtype(words: Sequence[str]) -> list[str]:
     return parts
 
 
-def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
+def on_device(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
     """Return `work` as a function that runs with the device options of `choice`. Raises `UserError` at once for a
     missing device."""
     if choice.device is not None:
@@ -147,14 +147,19 @@ def placed(choice: Choice, work: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def parse(cls: type[Options], arguments: Sequence[str], program: str, usual: Options | None = None) -> Options:
+def parse(
+    cls: type[Options], arguments: Sequence[str], program: str, default_options: Options | None = None
+) -> Options:
     """Parse words into the options dataclass. Raises `UserError` for wrong words; `--help` prints and exits.
 
-    usual: values of options that are not given, instead of the defaults of `cls`.
+    default_options: values of options that are not given, instead of the defaults of `cls`.
     """
     if asks_for_help(arguments):
         show_help(arguments_of(cls), program, inspect.cleandoc(cls.__doc__ or ""))
-    default, args = tyro.MISSING_NONPROP if usual is None else usual, [*_parts(cls, arguments), *arguments]
+    default, args = (
+        tyro.MISSING_NONPROP if default_options is None else default_options,
+        [*_parts(cls, arguments), *arguments],
+    )
     with errors.on_parse_error(partial(_refuse, cls, arguments, program)):
         options, extra = tyro.cli(cls, default=default, prog=program, args=args, return_unknown_args=True, config=ORDER)
     if extra:
@@ -166,9 +171,13 @@ def parse(cls: type[Options], arguments: Sequence[str], program: str, usual: Opt
 
 def _parts(cls: type, words: Sequence[str]) -> set[str]:
     """Return tyro's words that create nested options whose default is None, for those of which an option is given."""
-    given = {word.partition("=")[0] for word in words if word.count(".") > 1}
-    used = {argument.group for argument in arguments_of(cls) if given & {*argument.names}} if given else set[str]()
-    return {group for group in used if ":" in group and group not in words}
+    given_options = {word.partition("=")[0] for word in words if word.count(".") > 1}
+    groups = (
+        {argument.group for argument in arguments_of(cls) if given_options & {*argument.names}}
+        if given_options
+        else set[str]()
+    )
+    return {group for group in groups if ":" in group and group not in words}
 
 
 def show_help(arguments: Sequence[Argument], program: str, about: str) -> NoReturn:
@@ -205,8 +214,8 @@ def flags(cls: type) -> list[str]:
 
 def names_of(arguments: Sequence[Argument]) -> list[str]:
     """Return every `--name` of these options; `--[no-]name` gives two."""
-    given = [name for argument in arguments for name in argument.names if name.startswith("--")]
-    return [name.replace("[no-]", word) for name in given for word in (("", "no-") if "[no-]" in name else ("",))]
+    long_names = [name for argument in arguments for name in argument.names if name.startswith("--")]
+    return [name.replace("[no-]", word) for name in long_names for word in (("", "no-") if "[no-]" in name else ("",))]
 
 
 def _unrecognised(cls: type, words: Sequence[str], program: str) -> UserError:
@@ -219,14 +228,14 @@ def _unrecognised(cls: type, words: Sequence[str], program: str) -> UserError:
 
 def _refuse(cls: type, arguments: Sequence[str], program: str, event: errors.ParseErrorEvent) -> NoReturn:
     """Convert tyro's parse error to a `UserError`. An unknown option is reported first."""
-    known = {flag.replace("_", "-") for flag in flags(cls)}
-    given = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
-    if strange := [word for word in given if word.replace("_", "-") not in known]:
+    known_options = {flag.replace("_", "-") for flag in flags(cls)}
+    given_options = [word.partition("=")[0] for word in arguments if re.match(r"--[a-zA-Z]", word)]
+    if strange := [word for word in given_options if word.replace("_", "-") not in known_options]:
         raise _unrecognised(cls, strange, program)
     match event:
-        case errors.MissingArgs(missing_arguments=missing):
-            needed = " and ".join(_name(error.arg) for error in missing)
-            raise UserError(f"{program} needs {needed}: see {program} --help.")
+        case errors.MissingArgs(missing_arguments=missing_arguments):
+            needed_names = " and ".join(_name(error.arg) for error in missing_arguments)
+            raise UserError(f"{program} needs {needed_names}: see {program} --help.")
         case errors.InvalidChoice(argument=argument, value=value, choices=choices):
             raise unknown(f"{_name(argument)} called", value, {*choices} - {"None"})
         case errors.BadValue(argument=argument):

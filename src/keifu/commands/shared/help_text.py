@@ -90,13 +90,13 @@ def _sentence(text: str) -> str:
 def _value(metavar: str, choices: Sequence[str]) -> tuple[str, str]:
     """Return the value for the left column, and the list of choices if it is too long for that column."""
     if choices:
-        shown = "|".join(choices)
-        shown = f"[{shown}]" if metavar.startswith("[") else shown
-        return (shown, "") if len(shown) <= 22 else ("NAME", ", ".join(choices))
-    shown = re.sub(r"\{None\}\|?|\|?\{None\}", "", metavar)
-    shown = VALUES.get(shown, shown)
-    shown = re.sub(r"\bSTR\b", "TEXT", shown).strip("{}")
-    return re.sub(r"\[(\w+(?: \w+)*) \[\1 \.\.\.\]\]", r"\1 ...", shown), ""
+        value_text = "|".join(choices)
+        value_text = f"[{value_text}]" if metavar.startswith("[") else value_text
+        return (value_text, "") if len(value_text) <= 22 else ("NAME", ", ".join(choices))
+    value_text = re.sub(r"\{None\}\|?|\|?\{None\}", "", metavar)
+    value_text = VALUES.get(value_text, value_text)
+    value_text = re.sub(r"\bSTR\b", "TEXT", value_text).strip("{}")
+    return re.sub(r"\[(\w+(?: \w+)*) \[\1 \.\.\.\]\]", r"\1 ...", value_text), ""
 
 
 def help_text(arguments: Sequence[Argument], program: str, about: str, width: int | None = None) -> str:
@@ -104,14 +104,14 @@ def help_text(arguments: Sequence[Argument], program: str, about: str, width: in
     width = width or min(WIDEST, shutil.get_terminal_size().columns)
     positional = [argument.value for argument in arguments if not argument.names]
     usage = f"Usage: {' '.join([program, '[OPTIONS]', *positional])}"
-    left = min(LEFT, max(len(argument.spelled) for argument in arguments) + 2)
+    column = min(LEFT, max(len(argument.spelled) for argument in arguments) + 2)
     lines = [usage, "", *_paragraphs(about, width)]
     for group in dict.fromkeys(argument.group for argument in arguments):
         title = {"positional arguments": "Arguments"}.get(group, re.sub(":.*", " options", group))
         lines += ["", f"{title[:1].upper()}{title[1:]}:"]
         for argument in arguments:
             if argument.group == group:
-                lines += _entry(argument, left, width)
+                lines += _entry(argument, column, width)
     return "\n".join(lines)
 
 
@@ -121,10 +121,10 @@ def _paragraphs(text: str, width: int) -> Iterator[str]:
         yield from textwrap.wrap(re.sub(r"\s+", " ", paragraph), width, break_on_hyphens=False)
 
 
-def _entry(argument: Argument, left: int, width: int) -> list[str]:
+def _entry(argument: Argument, column: int, width: int) -> list[str]:
     spelled = argument.spelled
-    text = textwrap.wrap(argument.help, max(20, width - left - 2), break_on_hyphens=False) or [""]
-    if len(spelled) + 2 > left:
-        return [f"  {spelled}", *(f"  {'':{left}}{line}" for line in text)]
-    first, *rest = text
-    return [f"  {spelled:{left}}{first}".rstrip(), *(f"  {'':{left}}{line}" for line in rest)]
+    text = textwrap.wrap(argument.help, max(20, width - column - 2), break_on_hyphens=False) or [""]
+    if len(spelled) + 2 > column:
+        return [f"  {spelled}", *(f"  {'':{column}}{line}" for line in text)]
+    first, *further_lines = text
+    return [f"  {spelled:{column}}{first}".rstrip(), *(f"  {'':{column}}{line}" for line in further_lines)]

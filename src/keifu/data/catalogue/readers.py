@@ -32,8 +32,8 @@ def plays(folder: Path) -> Iterator[str]:
     """Yield one document for each play, without titles and stage directions. A speech is the speaker's name with a
     colon, the lines, and an empty line."""
     for file in sorted(folder.glob("*.md")):
-        named = re.sub(r"\*\*(.+)\*\*", r"\1:", read_text(file))
-        yield re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^#.*$|[_*]((?!\n\n)[^_*])+[_*]?|\\| +$", "", named)).strip()
+        marked_text = re.sub(r"\*\*(.+)\*\*", r"\1:", read_text(file))
+        yield re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^#.*$|[_*]((?!\n\n)[^_*])+[_*]?|\\| +$", "", marked_text)).strip()
 
 
 def summaries(file: Path) -> Iterator[str]:
@@ -79,8 +79,8 @@ def dictionary(file: Path) -> Iterator[tuple[str, str]]:
     words, meanings, marks = list[str](), list[str](), set[str]()
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         for line in lines:
-            tag, _, rest = line.partition(">")
-            text = re.sub(r" ?\([^)]*\)", "", html.unescape(rest.partition("</")[0])).strip()
+            tag, _, entry_text = line.partition(">")
+            text = re.sub(r" ?\([^)]*\)", "", html.unescape(entry_text.partition("</")[0])).strip()
             if tag in ("<keb", "<reb"):
                 words.append(text)
             elif tag in ("<ke_pri", "<re_pri", "<pos", "<misc"):

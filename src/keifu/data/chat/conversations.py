@@ -38,10 +38,10 @@ def titled(entry: str, question: str) -> Iterator[Conversation]:
 
 def translations() -> Iterator[Conversation]:
     """Yield requests to translate a sentence into Japanese, with Tatoeba's translation. Each sentence occurs once."""
-    seen = set()
+    seen_sentences = set()
     for japanese, english in catalogue.pairs("tatoeba-ja-en"):
-        if english not in seen:
-            seen.add(english)
+        if english not in seen_sentences:
+            seen_sentences.add(english)
             yield question_and_answer(f"Translate into Japanese: {english}", japanese)
 
 
@@ -119,13 +119,13 @@ def form_of(record: Mapping[str, Any], forms: Mapping[tuple[str, ...], Form], wh
     for fields, form in forms.items():
         if {*fields} <= record.keys():
             return form
-    known = "; ".join(" and ".join(fields) for fields in forms)
-    raise UserError(f"{where}: {what} one of these sets of fields: {known}. This has {listed(record)}.")
+    known_forms = "; ".join(" and ".join(fields) for fields in forms)
+    raise UserError(f"{where}: {what} one of these sets of fields: {known_forms}. This has {listed(record)}.")
 
 
-def prompt_of(given: Any, where: str) -> Conversation:
+def prompt_of(prompt: Any, where: str) -> Conversation:
     """Convert a prompt (a string or a list of messages) to messages that expect an answer."""
-    messages = given if isinstance(given, list) else [{"role": "user", "content": given}]
+    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     return validate_messages([*messages, {"role": "assistant", "content": "?"}], where)[:-1]
 
 
@@ -158,9 +158,9 @@ def _sharegpt(record: Mapping[str, Any]) -> Any:
 
 def _alpaca(record: Mapping[str, Any]) -> Any:
     parts = [part for part in (record["instruction"], record.get("input")) if part]
-    asked = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
+    question = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else parts
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": record["output"]}]
+    return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
 
 
 def _from_prompt(answer: str, record: Mapping[str, Any], prompt: str = "prompt") -> Any:

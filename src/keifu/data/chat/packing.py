@@ -43,7 +43,7 @@ def hash_turns(facts: str, conversations: Iterable[TurnMasks]) -> str:
 class FittedConversations(NamedTuple):
     """Conversations that fit the context, with the numbers of those left out and of those shortened."""
 
-    kept: list[TurnMasks]
+    fitting: list[TurnMasks]
     dropped: int
     shortened: int
 
@@ -51,7 +51,7 @@ class FittedConversations(NamedTuple):
         """Return a sentence about the conversations that were too long; "" if there were none."""
         counts = [(self.dropped, "left out"), (self.shortened, f"cut to their first {context_length} tokens")]
         parts = [f"{count:,} were {what}" for count, what in counts if count]
-        total = len(self.kept) + self.dropped
+        total = len(self.fitting) + self.dropped
         return f"{total:,} conversations: {' and '.join(parts)}, because they are longer." if parts else ""
 
 
@@ -68,16 +68,16 @@ def fit_conversations(
         count = f"{len(long):,} of {len(conversations):,} conversations are longer than the {context_length} tokens"
         ways = "choose --too-long drop or truncate, or a longer --context-length"
         raise UserError(f"{count} of a row, the longest has {max(long)}: {ways}.")
-    kept, dropped, shortened = [], 0, 0
+    fitting, dropped, shortened = [], 0, 0
     for turns in conversations:
         cut = TurnMasks(turns.ids[:context_length], turns.learned[:context_length])
         over = len(turns.ids) > context_length
         if (over and too_long == "drop") or not any(cut.learned[1:]):
             dropped += 1
         else:
-            kept.append(cut)
+            fitting.append(cut)
             shortened += over
-    return FittedConversations(kept, dropped, shortened)
+    return FittedConversations(fitting, dropped, shortened)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -87,12 +87,12 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     room: list[tuple[int, int]] = []  # free tokens of each row that has some, sorted
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         at = bisect_left(room, (lengths[index], -1))  # the smallest free space that is large enough
-        left, row = room.pop(at) if at < len(room) else (capacity, len(rows))
+        free_tokens, row = room.pop(at) if at < len(room) else (capacity, len(rows))
         if row == len(rows):
             rows.append([])
         rows[row].append(index)
-        if left > lengths[index]:
-            insort(room, (left - lengths[index], row))
+        if free_tokens > lengths[index]:
+            insort(room, (free_tokens - lengths[index], row))
     return rows
 
 
@@ -105,17 +105,17 @@ class PackedConversations(EpochBatches):
     """
 
     def __init__(
-        self, training: Sequence[TurnMasks], held: Sequence[TurnMasks], context_length: int, batch_size: int, seed: int,
-        pad_id: int, packed: bool = True,
+        self, training: Sequence[TurnMasks], validation: Sequence[TurnMasks], context_length: int, batch_size: int,
+        seed: int, pad_id: int, packed: bool = True,
     ):  # fmt: skip
         if not training:
             raise UserError("There is no conversation to train on.")
         self.pad_id, self.context_length = pad_id, context_length
-        self.training, self.held = list(training), list(held)
-        self.rows, self.held_rows = (self._rows(part, packed) for part in (training, held))
+        self.training, self.held_out = list(training), list(validation)
+        self.rows, self.held_rows = (self._rows(part, packed) for part in (training, validation))
         super().__init__(len(self.rows), len(self.held_rows), min(batch_size, len(self.rows)), seed)
         facts = f"{self.rows} {self.held_rows} {seed} {pad_id}"
-        self.fingerprint = hash_turns(facts, (*self.training, *self.held))
+        self.fingerprint = hash_turns(facts, (*self.training, *self.held_out))
 
     def _rows(self, part: Sequence[TurnMasks], packed: bool) -> list[list[int]]:
         lengths = [len(turns.ids) for turns in part]
@@ -129,7 +129,7 @@ class PackedConversations(EpochBatches):
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return the batch of these packed rows. The first token of each conversation is not trained, because nothing
         precedes it."""
-        part, rows = (self.held, self.held_rows) if validating else (self.training, self.rows)
+        part, rows = (self.held_out, self.held_rows) if validating else (self.training, self.rows)
         packed = [[part[index] for index in rows[item]] for item in items]
         tokens = [[*chain.from_iterable(turns.ids for turns in row)] for row in packed]
         learned = [[*chain.from_iterable((False, *turns.learned[1:]) for turns in row)] for row in packed]

@@ -56,8 +56,8 @@ def chitchat_preferences() -> Iterator[dict[str, Any]]:
         for worse, better in zip(order, reversed(order), strict=True):
             if better[0] - worse[0] < APART:
                 break
-            asked = f"Write a talk between two people, A and B, that begins with this question: {question}"
-            yield {"prompt": asked, "chosen": better[1], "rejected": worse[1]}
+            prompt = f"Write a talk between two people, A and B, that begins with this question: {question}"
+            yield {"prompt": prompt, "chosen": better[1], "rejected": worse[1]}
 
 
 PREFERENCES: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {"chitchat-preferences": chitchat_preferences}
@@ -90,18 +90,22 @@ def read_preferences(source: str | Path, single: bool = False) -> Iterator[Ranke
     Raises `UserError`, with the line, if no format fits, two conversations begin differently, answers are equal, or the
     number of scores is wrong.
     """
-    path, made = Path(source), PREFERENCES.get(str(source))
-    if made is None and not path.is_file():
+    path, make_records = Path(source), PREFERENCES.get(str(source))
+    if make_records is None and not path.is_file():
         raise unknown("file or set of preferences", str(source), [*PREFERENCES, *neighbours(path, "*.json*")])
-    named = ((f"{source}, entry {number}", record) for number, record in enumerate(made(), 1)) if made else ()
-    for where, record in named if made else objects(path, "preference"):
+    named_records = (
+        ((f"{source}, entry {number}", record) for number, record in enumerate(make_records(), 1))
+        if make_records
+        else ()
+    )
+    for where, record in named_records if make_records else objects(path, "preference"):
         preference = form_of(record, FORMS, where, "preferences have")(record, where)
-        several = len(preference.answers) > 1
-        if not several and not single:
+        has_several_answers = len(preference.answers) > 1
+        if not has_several_answers and not single:
             raise UserError(f"{where}: one answer with a mark makes no pair: learn it by keifu train dpo --loss kto.")
-        if several and len({*preference.answers}) < len(preference.answers):
+        if has_several_answers and len({*preference.answers}) < len(preference.answers):
             raise UserError(f"{where}: two answers are equal, so there is nothing to prefer; leave one out.")
-        if several and not preference.pairs():
+        if has_several_answers and not preference.pairs():
             raise UserError(f"{where}: no answer is better than another; leave the prompt out.")
         yield preference
 
@@ -116,9 +120,9 @@ def _two_conversations(record: Mapping[str, Any], where: str) -> RankedResponses
     (hh-rlhf)."""
 
     def messages(name: str) -> Conversation:
-        given = record[name]
+        value = record[name]
         side = f"{where}, {name}"
-        return validate_messages(parse_transcript(given, side) if isinstance(given, str) else given, side)
+        return validate_messages(parse_transcript(value, side) if isinstance(value, str) else value, side)
 
     better, worse = messages("chosen"), messages("rejected")
     if better[:-1] != worse[:-1]:
@@ -127,10 +131,10 @@ def _two_conversations(record: Mapping[str, Any], where: str) -> RankedResponses
 
 
 def _list(record: Mapping[str, Any], where: str) -> RankedResponses:
-    given = record["answers"]
-    if not isinstance(given, list) or len(given) < 2:
-        raise UserError(f"{where}: answers must be a list of at least two, not {str(given)[:40]!r}.")
-    answers = [_answer(answer, f"{where}, answer {number}") for number, answer in enumerate(given, 1)]
+    value = record["answers"]
+    if not isinstance(value, list) or len(value) < 2:
+        raise UserError(f"{where}: answers must be a list of at least two, not {str(value)[:40]!r}.")
+    answers = [_answer(answer, f"{where}, answer {number}") for number, answer in enumerate(value, 1)]
     scores = record.get("scores", [-number for number in range(len(answers))])
     if not isinstance(scores, list) or len(scores) != len(answers):
         raise UserError(f"{where}: {len(answers)} answers need {len(answers)} scores.")
@@ -156,12 +160,12 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], RankedResponses]
 }
 
 
-def _answer(given: Any, where: str) -> str:
+def _answer(value: Any, where: str) -> str:
     """Return the text of an answer, which may also be a list of one message."""
-    alone = isinstance(given, list) and len(given) == 1 and isinstance(given[0], dict)
-    text = given[0].get("content") if alone else given
+    alone = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
+    text = value[0].get("content") if alone else value
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{where}: an answer must be a text, not {str(given)[:40]!r}.")
+        raise UserError(f"{where}: an answer must be a text, not {str(value)[:40]!r}.")
     return text
 
 
@@ -192,12 +196,18 @@ class PreferencePairs(EpochBatches):
     BESIDE = "reference"
 
     def __init__(
-        self, training: Responses, held: Responses, batch_size: int, seed: int, pad_id: int, references: References
+        self,
+        training: Responses,
+        validation: Responses,
+        batch_size: int,
+        seed: int,
+        pad_id: int,
+        references: References,
     ):
         if not training:
             raise UserError("There is no preference to train on.")
-        super().__init__(len(training), len(held), min(batch_size, len(training)), seed)
-        self.parts, self.references, self.pad_id = (list(training), list(held)), references, pad_id
+        super().__init__(len(training), len(validation), min(batch_size, len(training)), seed)
+        self.parts, self.references, self.pad_id = (list(training), list(validation)), references, pad_id
         turns = (answer for part in self.parts for pair in part for answer in pair)
         self.fingerprint = hash_turns(f"{seed} {pad_id}", turns)
 
@@ -208,8 +218,8 @@ class PreferencePairs(EpochBatches):
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return the batch of these pairs, with their reference log-probabilities."""
-        made = stack_rows([self.parts[validating][item] for item in items], self.pad_id)
-        return made | {self.BESIDE: self.references[validating][items, : made["tokens"].shape[1]]}
+        batch = stack_rows([self.parts[validating][item] for item in items], self.pad_id)
+        return batch | {self.BESIDE: self.references[validating][items, : batch["tokens"].shape[1]]}
 
 
 class RankedAnswers(PreferencePairs):
@@ -220,14 +230,20 @@ class RankedAnswers(PreferencePairs):
 
     BESIDE = "levels"
 
-    def __init__(self, training: Sequence[Ranking], held: Sequence[Ranking], batch_size: int, seed: int, pad_id: int):
-        most = max((len(ranking.answers) for ranking in (*training, *held)), default=2)
+    def __init__(
+        self, training: Sequence[Ranking], validation: Sequence[Ranking], batch_size: int, seed: int, pad_id: int
+    ):
+        most = max((len(ranking.answers) for ranking in (*training, *validation)), default=2)
         levels = [
-            torch.tensor([[*made.levels, *[torch.nan] * (most - len(made.levels))] for made in part]).view(-1, most)
-            for part in (training, held)
+            torch.tensor([[*ranked.levels, *[torch.nan] * (most - len(ranked.levels))] for ranked in part]).view(
+                -1, most
+            )
+            for part in (training, validation)
         ]
-        learned, kept = ([ranking.answers for ranking in part] for part in (training, held))
-        super().__init__(learned, kept, batch_size, seed, pad_id, (levels[0], levels[1]))
+        training_answers, validation_answers = (
+            [ranking.answers for ranking in part] for part in (training, validation)
+        )
+        super().__init__(training_answers, validation_answers, batch_size, seed, pad_id, (levels[0], levels[1]))
         self.fingerprint = hash_of([self.fingerprint, *(part.numpy().tobytes() for part in levels)])
 
 

@@ -76,12 +76,12 @@ def reasoning_gym() -> Any:
 def gym_problems(source: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Yield `count` problems: {"prompt", "answer", "entry": the package's item}. The same seed gives the same
     problems."""
-    name, *given = source.removeprefix(PREFIX).split(",")
-    known = import_module(f"{reasoning_gym().__name__}.factory").DATASETS
-    require_known("generator of reasoning-gym", name, known)
+    name, *settings = source.removeprefix(PREFIX).split(",")
+    generators = import_module(f"{reasoning_gym().__name__}.factory").DATASETS
+    require_known("generator of reasoning-gym", name, generators)
     try:
-        made = reasoning_gym().create_dataset(name, size=count, seed=seed, **dict(map(_setting, given)))
-        for item in made:
+        problems = reasoning_gym().create_dataset(name, size=count, seed=seed, **dict(map(_setting, settings)))
+        for item in problems:
             yield {"prompt": item["question"], "answer": str(item["answer"]), "entry": item}
     except (TypeError, ValueError, AssertionError) as error:
         raise UserError(f"reasoning-gym refuses {source}: {error}.") from error
@@ -96,10 +96,10 @@ def gym_score(prompt: str, answer: str, example: Mapping[str, Any]) -> float:
     return float(score(answer_of(answer).strip(), entry))
 
 
-def _setting(given: str) -> tuple[str, Any]:
-    name, equals, value = given.partition("=")
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
     if not equals:
-        raise UserError(f"A setting of reasoning-gym must be name=value, not {given!r}.")
+        raise UserError(f"A setting of reasoning-gym must be name=value, not {text!r}.")
     try:
         return name, json.loads(value.lower())  # a number, or true or false
     except ValueError:

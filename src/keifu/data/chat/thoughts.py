@@ -45,9 +45,9 @@ class ThoughtSplitter:
             if closing:
                 self.part, thoughts = "gap", thoughts.rstrip()
             else:
-                whole = next((n for n in range(len(CLOSE) - 1, 0, -1) if thoughts.endswith(CLOSE[:n])), 0)
-                shown = thoughts[: len(thoughts) - whole].rstrip()
-                thoughts, self.waiting = shown, thoughts[len(shown) :]
+                partial_length = next((n for n in range(len(CLOSE) - 1, 0, -1) if thoughts.endswith(CLOSE[:n])), 0)
+                complete = thoughts[: len(thoughts) - partial_length].rstrip()
+                thoughts, self.waiting = complete, thoughts[len(complete) :]
             self.empty = self.empty and not thoughts
         if self.part == "gap":
             text = text.lstrip()
@@ -56,8 +56,10 @@ class ThoughtSplitter:
 
     def end(self) -> ThoughtSplit:
         """Return the withheld text, which was not a mark."""
-        rest, self.waiting = self.waiting, ""
-        return ThoughtSplit(rest.rstrip(), "") if self.part == "thoughts" else ThoughtSplit("", rest)
+        remaining_text, self.waiting = self.waiting, ""
+        return (
+            ThoughtSplit(remaining_text.rstrip(), "") if self.part == "thoughts" else ThoughtSplit("", remaining_text)
+        )
 
 
 def split_thoughts(text: str, thinking: bool = False) -> ThoughtSplit:
@@ -82,7 +84,7 @@ def with_opening(tokenizer: Tokenizer, prompt: Sequence[int], completion: str) -
     return f"{OPEN}\n{completion}" if opens_thoughts(tokenizer, prompt) else completion
 
 
-def template_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str, Any]:
+def template_options(tokenizer: Tokenizer, options: Mapping[str, Any]) -> dict[str, Any]:
     """Check variables for the chat template, such as `enable_thinking`, and return them.
 
     Raises `UserError` for a name that the template does not read, a special token, or a name that keifu or Jinja
@@ -90,7 +92,7 @@ def template_options(tokenizer: Tokenizer, given: Mapping[str, Any]) -> dict[str
     """
     from keifu.data.tokenizers.chat_template import template_variables
 
-    for name in given:
+    for name in options:
         if name in RESERVED or name not in template_variables(tokenizer.chat_template or ""):
             raise UserError(f"The chat template of this model has no option {name}: leave it out.")
-    return dict(given)
+    return dict(options)

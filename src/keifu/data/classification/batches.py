@@ -64,12 +64,12 @@ class LabelledBatches:
     be smaller.
     """
 
-    def __init__(self, training: EncodedTexts, held: EncodedTexts, batch_size: int, seed: int, pad_id: int):
-        self.training, self.held, self.batch_size, self.pad_id = training, held, batch_size, pad_id
+    def __init__(self, training: EncodedTexts, validation: EncodedTexts, batch_size: int, seed: int, pad_id: int):
+        self.training, self.held_out, self.batch_size, self.pad_id = training, validation, batch_size, pad_id
         self.batching = by_rows(np.array(training.lengths)[:, None], batch_size, POOL * batch_size)
         self._epochs = self.batching.epochs(seed, last=int(len(training) % batch_size > 0))
         self.steps_per_epoch = self._epochs.n
-        self.fingerprint = f"{training.fingerprint}|{held.fingerprint}"
+        self.fingerprint = f"{training.fingerprint}|{validation.fingerprint}"
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Return the batch of a step, counted from 0."""
@@ -81,8 +81,8 @@ class LabelledBatches:
 
     def validation(self) -> Iterator[dict[str, Tensor]]:
         """Yield the held-out rows in batches, always the same."""
-        for indices in length_buckets(self.held.lengths, VALIDATION_TOKENS, rows=256):
-            yield self.held.batch(indices, self.pad_id)
+        for indices in length_buckets(self.held_out.lengths, VALIDATION_TOKENS, rows=256):
+            yield self.held_out.batch(indices, self.pad_id)
 
 
 Sequences = Sequence[list[Ids]]  # the token sequences of each example
@@ -149,22 +149,27 @@ class TensorBatches(EpochBatches):
     """
 
     def __init__(
-        self, training: LabelledTensors, held: LabelledTensors, batch_size: int, seed: int, augment: Augment = None
+        self,
+        training: LabelledTensors,
+        validation: LabelledTensors,
+        batch_size: int,
+        seed: int,
+        augment: Augment = None,
     ):
-        super().__init__(len(training), len(held), min(batch_size, len(training)), seed, self._order)
-        self.training, self.held, self.augment = training, held, augment
+        super().__init__(len(training), len(validation), min(batch_size, len(training)), seed, self._order)
+        self.training, self.held_out, self.augment = training, validation, augment
 
     @property
     def fingerprint(self) -> str:
         """Hash of the training and the held-out rows."""
-        tensors = self.training.inputs, self.training.targets, self.held.inputs, self.held.targets
+        tensors = self.training.inputs, self.training.targets, self.held_out.inputs, self.held_out.targets
         facts = ((f"{tuple(tensor.shape)}{tensor.dtype}", tensor.contiguous().numpy().tobytes()) for tensor in tensors)
         return hash_of(chain.from_iterable(facts))
 
     def make_batch(self, validating: bool, items: np.ndarray) -> Batch:
         """Return these rows without augmentation."""
-        rows, chosen = self.held if validating else self.training, torch.from_numpy(items)
-        return {"inputs": rows.inputs[chosen], "targets": rows.targets[chosen]}
+        rows, indices = self.held_out if validating else self.training, torch.from_numpy(items)
+        return {"inputs": rows.inputs[indices], "targets": rows.targets[indices]}
 
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0, changed by `augment`."""
@@ -175,7 +180,7 @@ class TensorBatches(EpochBatches):
 
     def validation(self) -> Iterator[Batch]:
         """Yield all held-out rows as one batch."""
-        yield self.make_batch(True, np.arange(len(self.held)))
+        yield self.make_batch(True, np.arange(len(self.held_out)))
 
     def _order(self, epoch: int) -> np.ndarray:
         return torch.randperm(len(self.training), generator=self._generator("order", epoch)).numpy()

@@ -43,7 +43,7 @@ class Examples:
         """Every label once, sorted; numbers by value."""
         return sorted_labels(self.labels)
 
-    def chosen(self, indices: Iterable[int]) -> "Examples":
+    def subset(self, indices: Iterable[int]) -> "Examples":
         """Return the rows with these indices."""
         return Examples(self.source, tuple(self.rows[index] for index in indices))
 
@@ -63,10 +63,10 @@ class Examples:
         validation, training = list[int](), list[int]()
         for _, indices in sorted(groups.items()):
             (validation if len(validation) + len(indices) <= held_out else training).extend(indices)
-        known = {self.rows[index].label for index in training}
-        alone = {keys[index] for index in validation if self.rows[index].label not in known}
+        training_labels = {self.rows[index].label for index in training}
+        alone = {keys[index] for index in validation if self.rows[index].label not in training_labels}
         training += [index for index in validation if keys[index] in alone]
-        return self.chosen(training), self.chosen(index for index in validation if keys[index] not in alone)
+        return self.subset(training), self.subset(index for index in validation if keys[index] not in alone)
 
 
 DIGITS = 100  # maximal length of a label that is read as a number: Python refuses long ones

@@ -38,8 +38,8 @@ class Delimiters(NamedTuple):
 
     def sequence(self, *parts: Sequence[int]) -> Ids:
         """Return start, the texts with a delimiter between any two, extract."""
-        rest = (token for part in parts[1:] for token in (*self.delimiter, *part))
-        return [*self.start, *parts[0], *rest, *self.extract]
+        later_parts = (token for part in parts[1:] for token in (*self.delimiter, *part))
+        return [*self.start, *parts[0], *later_parts, *self.extract]
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Form:
         return [self._sequence([texts[index] for index in order], marks, limit) for order in self.orders(len(texts))]
 
     def _sequence(self, parts: list[Ids], marks: Delimiters, limit: int | None) -> Ids:
-        whole = marks.sequence(*parts)
-        if limit is None or len(whole) <= limit:
-            return whole
-        room = limit - (len(whole) - sum(map(len, parts)))
-        return marks.sequence(*(part[:kept] for part, kept in zip(parts, kept_lengths(parts, room), strict=True)))
+        full_sequence = marks.sequence(*parts)
+        if limit is None or len(full_sequence) <= limit:
+            return full_sequence
+        room = limit - (len(full_sequence) - sum(map(len, parts)))
+        return marks.sequence(*(part[:length] for part, length in zip(parts, kept_lengths(parts, room), strict=True)))
 
 
 def kept_lengths(parts: Sequence[Ids], room: int) -> list[int]:
@@ -108,8 +108,8 @@ def add_delimiters(tokenizer: Tokenizer) -> tuple[Tokenizer, list[int]]:
     single, pair = f"{START} $A {EXTRACT}", f"{START} $A {DELIMITER} $B {EXTRACT}"
     vocabulary = backend.get_vocab()
     ids = [vocabulary[token] for token in TOKENS]
-    given = list(zip(TOKENS, ids, strict=True))
-    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=given)
+    special_tokens = list(zip(TOKENS, ids, strict=True))
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special_tokens)
     return tokenizer.replace(backend=backend, special={"pad_token": START} | tokenizer.special), ids
 
 
@@ -119,9 +119,9 @@ def delimiters_of(tokenizer: Tokenizer, ids: Sequence[int | None]) -> Delimiters
     A missing id gives no token there; the tokenizer may still add its special tokens around a text.
     """
     if ids[0] is None and ids[2] is None:
-        bare, whole = tokenizer.encode("a"), tokenizer.encode("a", special=True)
-        first = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
-        return Delimiters(tuple(whole[:first]), (), tuple(whole[first + len(bare) :]))
+        bare, encoded = tokenizer.encode("a"), tokenizer.encode("a", special=True)
+        first = next((n for n in range(len(encoded)) if encoded[n : n + len(bare)] == bare), 0)
+        return Delimiters(tuple(encoded[:first]), (), tuple(encoded[first + len(bare) :]))
     start, delimiter, extract = (() if token is None else (token,) for token in ids)
     return Delimiters(start, delimiter, extract)
 
@@ -138,8 +138,10 @@ def read_examples(
     """
     names, most = tuple(columns) or form.columns, None if form.answers else len(form.columns)
     if not len(form.columns) <= len(names) <= (most or len(names)):
-        wanted = f"at least {len(form.columns)}" if form.answers else str(most)
-        raise UserError(f"The form {form.name} has {wanted} columns of text ({', '.join(form.columns)}), not {names}.")
+        allowed_columns = f"at least {len(form.columns)}" if form.answers else str(most)
+        raise UserError(
+            f"The form {form.name} has {allowed_columns} columns of text ({', '.join(form.columns)}), not {names}."
+        )
     rows = table_rows(source, encoding)
     _check_columns(rows[0], form, (*names, label), str(source))
     examples = (Example(where, _texts(where, cells, form, names), cell(where, cells, label)) for where, cells in rows)
@@ -148,10 +150,10 @@ def read_examples(
 
 def examples_of(texts: Sequence[str], form: Form) -> Examples:
     """Return examples without labels. If the form has several texts, each input is split at tabs."""
-    several, rows = len(form.columns) > 1, []
+    has_several_texts, rows = len(form.columns) > 1, []
     for number, text in enumerate(texts, 1):
         where = f"Text {number} of {len(texts)}"
-        parts = tuple(part.strip() for part in text.split("\t")) if several else (text,)
+        parts = tuple(part.strip() for part in text.split("\t")) if has_several_texts else (text,)
         least = len(form.columns) + form.answers
         if not all(parts) or len(parts) < least or (len(parts) > least and not form.answers):
             names = " and ".join((form.columns[0], "two answers or more") if form.answers else form.columns)
@@ -163,12 +165,14 @@ def examples_of(texts: Sequence[str], form: Form) -> Examples:
 def _check_columns(first: Row, form: Form, names: Sequence[str], source: str) -> None:
     """Raise `UserError` if a table lacks a column of this form but has the columns of another form."""
     where, cells = first
-    missing = [name for name in names if name not in cells]
+    missing_columns = [name for name in names if name not in cells]
     fits = [other.name for other in FORMS.values() if {*other.columns, names[-1]} <= cells.keys()]
-    if missing and fits and form.name not in fits:
-        needed = f"the form {form.name} needs the columns {', '.join(map(repr, names))}"
-        lacking = f"{source} has no {' and no '.join(map(repr, missing))}"
-        raise UserError(f"{where}: {needed}, and {lacking}: its columns are those of the form {' or '.join(fits)}.")
+    if missing_columns and fits and form.name not in fits:
+        requirement = f"the form {form.name} needs the columns {', '.join(map(repr, names))}"
+        lacking = f"{source} has no {' and no '.join(map(repr, missing_columns))}"
+        raise UserError(
+            f"{where}: {requirement}, and {lacking}: its columns are those of the form {' or '.join(fits)}."
+        )
 
 
 def _texts(where: str, cells: dict[str, Any], form: Form, names: Sequence[str]) -> tuple[str, ...]:

@@ -157,16 +157,16 @@ def spirals(rows: int, noise: float = 0.04, seed: int = 0) -> tuple[Float[Tensor
 TOYS = (*LOGIC, "moons", "spirals")
 
 
-def toy_table(name: str, label: str | None = None, known: Sequence[str] = TOYS) -> Table:
+def toy_table(name: str, label: str | None = None, known_names: Sequence[str] = TOYS) -> Table:
     """Return the toy set of that name (moons and spirals have 400 rows), or the CSV file of that path (see
     `read_table`).
 
-    known: names that the error for an unknown name lists.
+    known_names: names that the error for an unknown name lists.
     """
     if name not in TOYS:
         path = Path(name)
         if not path.exists() and path.name == path.stem == name:
-            raise unknown("data set or CSV file", name, known)
+            raise unknown("data set or CSV file", name, known_names)
         return read_table(path, label)
     _refuse_label(name, label)
     inputs, targets = logic(name) if name in LOGIC else moons(400) if name == "moons" else spirals(400)
@@ -196,7 +196,7 @@ class ToyDataset:
     """
 
     training: LabelledTensors
-    held: LabelledTensors
+    held_out: LabelledTensors
     mean: Float[Tensor, " dim"]
     scale: Float[Tensor, " dim"]
     columns: tuple[str, ...]
@@ -209,7 +209,7 @@ def toy_dataset(name: str, label: str | None = None) -> ToyDataset:
     if name == "mnist":
         _refuse_label(name, label)
         return _digits()
-    table = toy_table(name, label, known=NAMES)
+    table = toy_table(name, label, known_names=NAMES)
     if len(table.classes) == 1:
         raise UserError(f"There is nothing to classify in {name}: all its rows have the label {table.classes[0]!r}.")
     rows = LabelledTensors(table.inputs.float(), table.targets)

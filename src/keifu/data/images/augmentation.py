@@ -69,8 +69,10 @@ class Augmentation:
         sign = torch.where(chance[0] < 0.5, -1.0, 1.0) if self.flip else torch.ones(len(values))
         scale = 1 - self.crop * chance[1]
         angle = math.radians(self.rotation) * (2 * chance[2] - 1)
-        whole = ((2 * self.shift + 1) * chance[3:5]).floor().clamp(max=2 * self.shift) - self.shift
-        moved = 2 * whole / torch.tensor([[width], [height]]) + (1 - scale) * (2 * chance[5:7] - 1) * (self.crop > 0)
+        whole_pixels = ((2 * self.shift + 1) * chance[3:5]).floor().clamp(max=2 * self.shift) - self.shift
+        moved = 2 * whole_pixels / torch.tensor([[width], [height]]) + (1 - scale) * (2 * chance[5:7] - 1) * (
+            self.crop > 0
+        )
         # Positions are in [-1, 1] on both axes, so a rotation must use the picture's proportions.
         across, down = scale * angle.cos(), scale * angle.sin()
         rows = [

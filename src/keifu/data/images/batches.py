@@ -37,7 +37,7 @@ class ImageBatches(EpochBatches):
     """
 
     def __init__(
-        self, training: ImageDataset, held: ImageDataset, batch_size: int, seed: int = 0,
+        self, training: ImageDataset, validation: ImageDataset, batch_size: int, seed: int = 0,
         augmentation: Augmentation | None = None, training_tokens: Tokens | None = None,
         held_tokens: HeldTokens | None = None, *, evenly: bool = False, hard_negatives: bool = False,
     ):  # fmt: skip
@@ -45,7 +45,7 @@ class ImageBatches(EpochBatches):
             raise UserError(f"batch_size is {batch_size}, but it must be at least 1.")
         if not len(training):
             raise UserError(f"No picture of {training.source} is for training: all of them are held out.")
-        self.training, self.held = training, held
+        self.training, self.held_out = training, validation
         self.evenly, self.hard_negatives = evenly, hard_negatives
         self.augmentation = augmentation or Augmentation()
         self.training_tokens, self.held_tokens = training_tokens, held_tokens
@@ -53,8 +53,8 @@ class ImageBatches(EpochBatches):
         self._members = np.argsort(groups, kind="stable")
         _, self._first, self._sizes = np.unique(groups[self._members], return_index=True, return_counts=True)
         order = partial(_group_order, training.groups, seed) if hard_negatives else None
-        super().__init__(len(self._first), len(held), batch_size, seed, order)
-        facts = [training.fingerprint, held.fingerprint, batch_size, seed, self.augmentation]
+        super().__init__(len(self._first), len(validation), batch_size, seed, order)
+        facts = [training.fingerprint, validation.fingerprint, batch_size, seed, self.augmentation]
         facts += ["evenly"] * evenly + ["hard negatives"] * hard_negatives
         captions = ("|" if tokens is None else tokens.numpy().tobytes() for tokens in (training_tokens, held_tokens))
         self.fingerprint = hash_of([repr(facts), *captions])
@@ -76,14 +76,14 @@ class ImageBatches(EpochBatches):
         batch = self.make_batch(False, indices)
         batch["pictures"] = self.augmentation(batch["pictures"], self.seed, step, indices)
         if self.training_tokens is not None:
-            drawn = uniform(self.seed + 1, step, indices, 1)[:, 0]
-            languages = (drawn * len(self.training_tokens)).astype(np.int64)
+            draws = uniform(self.seed + 1, step, indices, 1)[:, 0]
+            languages = (draws * len(self.training_tokens)).astype(np.int64)
             batch |= _caption_tokens(self.training_tokens, indices, languages)
         return batch, first, self.batch_size
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return these pictures without augmentation; held-out ones with their captions."""
-        pictures = self.held if validating else self.training
+        pictures = self.held_out if validating else self.training
         batch = {"pictures": pictures.take(items), "indices": torch.from_numpy(items)}
         if pictures.classes:
             batch["labels"] = torch.from_numpy(pictures.labels[items])

@@ -120,10 +120,10 @@ def _arrays(
 
 def family(name: str) -> str:
     """Return an English emoji name without skin tone, gender and direction; equal for all of one family."""
-    rest = TONE_NAMES.sub("", name).lower()
+    base_name = TONE_NAMES.sub("", name).lower()
     for pattern, replacement in FAMILIES:
-        rest = re.sub(pattern, replacement, rest)
-    return " ".join(rest.split()) or "person"
+        base_name = re.sub(pattern, replacement, base_name)
+    return " ".join(base_name.split()) or "person"
 
 
 @cache
@@ -181,8 +181,8 @@ def _join_names(entry: str, folder: str, suffix: str, draw: Draw, part: str = ""
             where = f"{sign} ({names['en']})"
             alike = f"signs {TONES.sub('', sign)}", f"name {TONE_NAMES.sub('', names['en'])}"
             relatives = (f"family {family(names['en'])}",)
-            read = partial(draw, drawings[sign], where)
-            yield ImageItem(sign, where, read, names, group, alike, part, relatives)
+            read_picture = partial(draw, drawings[sign], where)
+            yield ImageItem(sign, where, read_picture, names, group, alike, part, relatives)
 
 
 def _plain(sign: str) -> str:

@@ -59,8 +59,8 @@ def _index(items: Sequence[ImageItem], remarked: Mapping[str, list[str]], faults
         many = f"{len(paths):,} pictures ({paths[0]}, ...) are" if len(paths) > 1 else f"1 picture ({paths[0]}) is"
         notes.append(f"{many} {remark}.")
     if faults:
-        rest = f" And {len(faults) - SHOWN:,} more." if len(faults) > SHOWN else ""
-        notes.append(f"Left out: {len(faults):,}. {' '.join(faults[:SHOWN])}{rest}")
+        omission = f" And {len(faults) - SHOWN:,} more." if len(faults) > SHOWN else ""
+        notes.append(f"Left out: {len(faults):,}. {' '.join(faults[:SHOWN])}{omission}")
     return {
         "names": [item.name for item in items], "parts": [item.part for item in items], "classes": classes,
         "labels": [classes.index(item.label) if item.label else -1 for item in items],
@@ -207,39 +207,39 @@ class ImageDataset:
         """Yield the pixels of all pictures, `size` pictures at a time."""
         return (self.take(slice(first, first + size)) for first in range(0, len(self), size))
 
-    def chosen(self, indices: Iterable[int] | np.ndarray) -> "ImageDataset":
+    def subset(self, indices: Iterable[int] | np.ndarray) -> "ImageDataset":
         """Return a data set of these pictures, in the given order."""
-        chosen = np.array(list(indices), np.int64)
+        rows = np.array(list(indices), np.int64)
 
         def pick(values: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(values[index] for index in chosen)
+            return tuple(values[index] for index in rows)
 
         captions = {language: pick(texts) for language, texts in self.captions.items()}
         return replace(
-            self, rows=self.rows[chosen], names=pick(self.names), captions=captions, labels=self.labels[chosen],
-            groups=self.groups[chosen], families=self.families[chosen], parts=pick(self.parts),
+            self, rows=self.rows[rows], names=pick(self.names), captions=captions, labels=self.labels[rows],
+            groups=self.groups[rows], families=self.families[rows], parts=pick(self.parts),
         )  # fmt: skip
 
     def spread(self, count: int) -> "ImageDataset":
         """Return at most `count` pictures, evenly spaced over the set."""
-        return self.chosen(sorted({n * len(self) // count for n in range(count if len(self) else 0)}))
+        return self.subset(sorted({n * len(self) // count for n in range(count if len(self) else 0)}))
 
-    def named(self, names: Iterable[str]) -> "ImageDataset":
+    def with_names(self, names: Iterable[str]) -> "ImageDataset":
         """Return the pictures with one of these names, for example the same emoji in another style."""
-        wanted = set(names)
-        return self.chosen(index for index, name in enumerate(self.names) if name in wanted)
+        wanted_names = set(names)
+        return self.subset(index for index, name in enumerate(self.names) if name in wanted_names)
 
     def distinct(self) -> "ImageDataset":
         """Return the first picture of each group; for emoji, those without a skin tone."""
-        return self.chosen(np.sort(np.unique(self.groups, return_index=True)[1]))
+        return self.subset(np.sort(np.unique(self.groups, return_index=True)[1]))
 
     def texts(self, language: str | None = None) -> tuple[str, ...]:
         """Return the captions in a language, by default the first language. Raises `UserError` if there are none."""
         if not self.captions:
             raise UserError(f"The pictures of {self.source} have no captions; add them as {', '.join(CAPTIONED)}.")
-        wanted = next(iter(self.captions)) if language is None else language
-        require_known(f"language of the captions of {self.source}", wanted, self.captions)
-        return self.captions[wanted]
+        caption_language = next(iter(self.captions)) if language is None else language
+        require_known(f"language of the captions of {self.source}", caption_language, self.captions)
+        return self.captions[caption_language]
 
     def sentence(self) -> str:
         """Describe the set in a sentence."""

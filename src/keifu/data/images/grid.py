@@ -73,18 +73,18 @@ def png(image: Image.Image, about: Mapping[str, str] | None = None) -> bytes:
 
 def wrap(text: str, width: int) -> str:
     """Break a caption into lines of at most `width` pixels, at spaces if possible. Further lines are cut off."""
-    font, rest, lines = _font(text), " ".join(text.split()), []
-    while rest and len(lines) < LINES:
-        size = len(rest)  # number of leading characters that fit, at least one
-        while size > 1 and font.getlength(rest[:size]) > width:
+    font, remaining_text, lines = _font(text), " ".join(text.split()), []
+    while remaining_text and len(lines) < LINES:
+        size = len(remaining_text)  # number of leading characters that fit, at least one
+        while size > 1 and font.getlength(remaining_text[:size]) > width:
             size -= 1
-        if size < len(rest) and len(lines) == LINES - 1:
-            lines.append(rest[: max(size - 1, 0)].rstrip() + "…")
+        if size < len(remaining_text) and len(lines) == LINES - 1:
+            lines.append(remaining_text[: max(size - 1, 0)].rstrip() + "…")
             break
-        end = size if size == len(rest) else rest.rfind(" ", 1, size + 1)
+        end = size if size == len(remaining_text) else remaining_text.rfind(" ", 1, size + 1)
         end = size if end < 1 else end
-        lines.append(rest[:end].rstrip())
-        rest = rest[end:].lstrip()
+        lines.append(remaining_text[:end].rstrip())
+        remaining_text = remaining_text[end:].lstrip()
     return "\n".join(lines)
 
 

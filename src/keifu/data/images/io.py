@@ -64,7 +64,7 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
             warnings.simplefilter("ignore")
             with open_image(content) as image:
                 check_size(image, where, largest)
-                several = _is_animated(image)
+                is_animated = _is_animated(image)
                 image.load()
                 decoded, remarks = _plain(ImageOps.exif_transpose(image), where)
     except (UserError, MemoryError):
@@ -76,7 +76,7 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
     except Exception as error:  # Pillow raises many types of error for a truncated file
         reason = str(error).rstrip(".") or type(error).__name__
         raise UserError(f"{where} is damaged or cut off: {reason}.") from error
-    return DecodedImage(decoded, (FIRST,) * several + remarks)
+    return DecodedImage(decoded, (FIRST,) * is_animated + remarks)
 
 
 def check_size(image: Image.Image, where: str, largest: int = LARGEST) -> None:
@@ -84,8 +84,8 @@ def check_size(image: Image.Image, where: str, largest: int = LARGEST) -> None:
     per_pixel = 8 if image.mode.startswith(("I", "F")) else 1 if image.mode in ("1", "L") else 4
     width, height = image.size
     if (size := width * height * per_pixel) > largest:
-        needed = f"{where} has {width:,} x {height:,} pixels and would take {size / 1e6:,.0f} MB of memory"
-        raise UserError(f"{needed}; at most {largest / 1e6:,.0f} MB are allowed: make it smaller.")
+        size_text = f"{where} has {width:,} x {height:,} pixels and would take {size / 1e6:,.0f} MB of memory"
+        raise UserError(f"{size_text}; at most {largest / 1e6:,.0f} MB are allowed: make it smaller.")
 
 
 def fit_image(

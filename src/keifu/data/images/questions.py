@@ -57,27 +57,29 @@ class Questions:
     def words(self) -> dict[str, set[str]]:
         """For each picture the words of its questions and answers, except "yes" and "no"."""
         words_of: dict[str, set[str]] = defaultdict(set)
-        for asked in (*self.learned, *self.tested):
-            if asked.answer not in CLOSED:
-                words_of[asked.image] |= {*re.findall(r"\w+", f"{asked.question} {asked.answer}")}
+        for question in (*self.learned, *self.tested):
+            if question.answer not in CLOSED:
+                words_of[question.image] |= {*re.findall(r"\w+", f"{question.question} {question.answer}")}
         return words_of
 
     def without(self, words: Sequence[str]) -> list[Question]:
         """Return the training questions without those about pictures that may show all of these words. A picture may
         show a word unless one of its questions has another answer."""
         answers: dict[str, set[str]] = defaultdict(set)
-        for asked in self.learned:
-            answers[asked.question] |= {asked.answer} - CLOSED
-        others = [set[str]().union(*(some for some in answers.values() if word in some)) - {word} for word in words]
-        if not all(others):
+        for question in self.learned:
+            answers[question.question] |= {question.answer} - CLOSED
+        other_answers = [
+            set[str]().union(*(some for some in answers.values() if word in some)) - {word} for word in words
+        ]
+        if not all(other_answers):
             raise UserError(f"--left-out {' '.join(words)} needs words that are answers, among others, to a question.")
-        return [row for row in self.learned if not words or any(self.words[row.image] & some for some in others)]
+        return [row for row in self.learned if not words or any(self.words[row.image] & some for some in other_answers)]
 
     def commonest(self) -> tuple[str, dict[str, str]]:
         """Return the most frequent training answer, and the most frequent answer to each question."""
         counts: dict[str, Counter[str]] = defaultdict(Counter)
-        for asked in self.learned:
-            counts[asked.question][asked.answer] += 1
+        for learned_row in self.learned:
+            counts[learned_row.question][learned_row.answer] += 1
         first = {question: count.most_common(1)[0][0] for question, count in counts.items()}
         return Counter(row.answer for row in self.learned).most_common(1)[0][0], first
 
@@ -99,7 +101,7 @@ def _easy_vqa(archive: Path) -> Questions:
 
     def part(name: str) -> list[Question]:
         rows = json.loads(files.read(f"easy_vqa/data/{name}/questions.json"))
-        return [Question(f"{name}/images/{number}.png", asked, answer) for asked, answer, number in rows]
+        return [Question(f"{name}/images/{number}.png", text, answer) for text, answer, number in rows]
 
     return Questions(part("train"), part("test"), lambda name: files.read(f"easy_vqa/data/{name}"))
 
@@ -115,22 +117,25 @@ class QuestionBatches(EpochBatches):
 
     def __init__(
         self, rows: Sequence[Sequence[tuple[list[int], list[bool], str]]], questions: Questions, ready: Preprocessing,
-        batch_size: int, seed: int, pad_id: int, named: Sequence[bool],
+        batch_size: int, seed: int, pad_id: int, names_picture: Sequence[bool],
     ):  # fmt: skip
         self.rows, self.pad_id = rows, pad_id
         names = sorted({name for part in rows for *_, name in part})
         self._place = {name: index for index, name in enumerate(names)}
         self._pictures = torch.stack([ready.cut(questions.picture(name)) for name in names])
-        self._named, self._shown = np.array(named), np.array([self._place[name] for *_, name in rows[0]])
+        self._names_picture, self._picture_numbers = (
+            np.array(names_picture),
+            np.array([self._place[name] for *_, name in rows[0]]),
+        )
         self.fingerprint = hash_of([json.dumps(rows), self._pictures.numpy().tobytes()])
         super().__init__(len(rows[0]), len(rows[1]), batch_size, seed, self._order)
 
     def _order(self, epoch: int) -> np.ndarray:
         """Return the indices of all rows in the order of an epoch."""
         random = np.random.default_rng([self.seed, epoch])
-        rows = random.permutation(len(self._shown))
-        first = self._named[rows] & (epoch == 0)
-        keys = 2 * self._shown[rows] + first
+        rows = random.permutation(len(self._picture_numbers))
+        first = self._names_picture[rows] & (epoch == 0)
+        keys = 2 * self._picture_numbers[rows] + first
         by_key = np.argsort(keys, kind="stable")
         rank = np.empty_like(keys)
         rank[by_key] = np.arange(len(keys)) - np.searchsorted(keys[by_key], keys[by_key])

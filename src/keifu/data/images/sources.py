@@ -54,12 +54,12 @@ def items(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
 
 def files(source: str | Path) -> list[Path]:
     """List the files of a source that is not in the catalogue, in order. Raises `UserError` if there are none."""
-    path, found = Path(source).expanduser(), matching(source)
+    path, matches = Path(source).expanduser(), matching(source)
     if path.is_file() and path.suffix.lower() != ".tar":
         raise UserError(f"{path} is one file, and pictures come in a folder or in .tar shards: name its folder.")
     if path.is_dir() or path.is_file():
-        return found
-    if shards := [file for file in found if file.name.endswith(".tar")]:
+        return matches
+    if shards := [file for file in matches if file.name.endswith(".tar")]:
         return shards
     nearby = [str(path.with_name(file.name)) for file in path.parent.glob("[!.]*")] if path.parent.is_dir() else []
     raise unknown("folder of pictures, .tar shard or catalogue entry", str(source), [*CATALOGUED, *nearby])
@@ -76,8 +76,8 @@ def _all(source: str | Path, problem: Problem) -> Iterator[ImageItem]:
     if shards:
         return _shards(shards, root, problem)
     if not pictures and not tables:
-        others = sorted({path.suffix or path.name for path in paths})[:8]
-        holds = f"holds {', '.join(others)}" if others else "is empty"
+        endings = sorted({path.suffix or path.name for path in paths})[:8]
+        holds = f"holds {', '.join(endings)}" if endings else "is empty"
         raise UserError(f"There is no picture in {source}: it {holds}; pictures end in {', '.join(SUFFIXES)}.")
     return _from_tables(root, tables, pictures, problem) if tables else _by_folder(root, pictures)
 
@@ -93,7 +93,7 @@ def _lacking(item: ImageItem, first: ImageItem) -> str:
 def _from_tables(root: Path, tables: list[Path], pictures: list[Path], problem: Problem) -> Iterator[ImageItem]:
     """Yield the pictures that the tables name. Pictures outside `root`, or that no table names, are reported by
     `problem`."""
-    named = set()
+    named_paths = set()
     for table in tables:
         for where, cells in read_records(table):
             if not isinstance(name := cells.get("file_name"), str):
@@ -103,13 +103,13 @@ def _from_tables(root: Path, tables: list[Path], pictures: list[Path], problem: 
                 problem(f"{where}: file_name {name!r} leaves the folder {root}; name a picture inside it.")
                 continue
             path = root / relative
-            named.add(path)
+            named_paths.add(path)
             if path.is_file():
                 yield _item(path, root, _captions(cells), _text(cells.get("label")))
             else:
                 problem(f"{where}: there is no picture {path}.")
     for path in pictures:
-        if path not in named:
+        if path not in named_paths:
             problem(f"{path} has no caption: no {tables[0].name} names it.")
 
 
@@ -152,8 +152,8 @@ def _shards(paths: list[Path], root: Path, problem: Problem) -> Iterator[ImageIt
 def _key(name: str) -> tuple[str, str]:
     """Split a file name into the key of its sample and the extension: "a/000.png" into "a/000" and ".png"."""
     path = PurePosixPath(name)
-    stem, dot, rest = path.name.partition(".")
-    return str(path.with_name(stem or path.name)), (dot + rest).lower()
+    stem, dot, ending = path.name.partition(".")
+    return str(path.with_name(stem or path.name)), (dot + ending).lower()
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

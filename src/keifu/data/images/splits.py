@@ -38,7 +38,7 @@ class ImageSplit:
 
         These are all test pictures, unless the split was made with whole_families=False.
         """
-        return self.test.chosen(np.flatnonzero(~np.isin(self.test.families, self.train.families)))
+        return self.test.subset(np.flatnonzero(~np.isin(self.test.families, self.train.families)))
 
 
 def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_families: bool = True) -> ImageSplit:
@@ -69,7 +69,7 @@ def split(pictures: ImageDataset, share: float = 0.05, seed: int = 0, whole_fami
         of_family = np.zeros(len(firsts), np.int8)
         np.maximum.at(of_family, family, part)
         part = of_family[family]
-    train, validation, test = (pictures.chosen(np.flatnonzero(part[group] == number)) for number in range(3))
+    train, validation, test = (pictures.subset(np.flatnonzero(part[group] == number)) for number in range(3))
     return ImageSplit(train, validation, test, whole_families)
 
 
@@ -95,6 +95,6 @@ def split_of_run(pictures: ImageDataset, held_out: Mapping[str, Any]) -> ImageSp
     held_out: the entry of the run's recipe.json: the share, whether only distinct pictures were used, and whether whole
     families were held out. Missing settings have the defaults of `split`.
     """
-    chosen = pictures.distinct() if held_out.get("distinct") else pictures
-    parts = split(chosen, held_out.get("share", 0.05), whole_families=held_out.get("whole_families", True))
+    distinct_pictures = pictures.distinct() if held_out.get("distinct") else pictures
+    parts = split(distinct_pictures, held_out.get("share", 0.05), whole_families=held_out.get("whole_families", True))
     return replace(parts, test=parts.clean_test())

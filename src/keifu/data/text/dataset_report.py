@@ -44,11 +44,11 @@ class TokenizerCoverage:
         """Return a sentence with the share of a text that the vocabulary covers."""
         if not self.missing:
             return f"Every character of {name} stands in the tokenizer's vocabulary."
-        rest = "are spelled in bytes, so nothing is unknown"
+        consequence = "are spelled in bytes, so nothing is unknown"
         if self.lost:
-            rest = f"are not, and {self.lost:,} of {self.characters:,} characters become unknown"
+            consequence = f"are not, and {self.lost:,} of {self.characters:,} characters become unknown"
         stand = f"{self.share:.2%} of the characters of {name} stand in the tokenizer's vocabulary"
-        return f"{stand}; the others ({self.examples}) {rest}."
+        return f"{stand}; the others ({self.examples}) {consequence}."
 
 
 def coverage(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerCoverage:
@@ -57,13 +57,15 @@ def coverage(tokenizer: Tokenizer, texts: Iterable[str]) -> TokenizerCoverage:
     for text in texts:
         counts.update(text)
     spelled = "".join(tokenizer.token_bytes(n).decode(errors="ignore") for n in range(tokenizer.vocab_size))
-    known = {character for character in counts if character.isspace()} | set(spelled)
-    missing = [c for c, _ in counts.most_common() if not set(_normalize(tokenizer, c)) <= known]
-    lost = [c for c in missing if _is_lost(tokenizer, c)]
+    known_characters = {character for character in counts if character.isspace()} | set(spelled)
+    missing_characters = [c for c, _ in counts.most_common() if not set(_normalize(tokenizer, c)) <= known_characters]
+    lost = [c for c in missing_characters if _is_lost(tokenizer, c)]
     characters = sum(n for c, n in counts.items() if not c.isspace())
-    named = lost or missing
-    examples = "".join(named[:CHARACTERS_SHOWN]) + "..." * (len(named) > CHARACTERS_SHOWN)
-    return TokenizerCoverage(characters, sum(counts[c] for c in missing), sum(counts[c] for c in lost), examples)
+    listed_characters = lost or missing_characters
+    examples = "".join(listed_characters[:CHARACTERS_SHOWN]) + "..." * (len(listed_characters) > CHARACTERS_SHOWN)
+    return TokenizerCoverage(
+        characters, sum(counts[c] for c in missing_characters), sum(counts[c] for c in lost), examples
+    )
 
 
 def _normalize(tokenizer: Tokenizer, character: str) -> str:
@@ -201,7 +203,7 @@ class _Documents:
 
     def __init__(self, report: DatasetReport):
         self.report = report
-        self.seen: dict[bytes, int] = {}  # the number of the document with this hash, over all files
+        self.first_numbers: dict[bytes, int] = {}  # the number of the document with this hash, over all files
         self.files: list[tuple[int, str]] = []  # the number of the first document of each file, and its path
         self.lengths: Counter[int] = Counter()
         self.hash, self.tokens, self.blank = blake2b(digest_size=16), 0, True  # of the present document
@@ -223,7 +225,7 @@ class _Documents:
             self.report.empty += self.blank
             self.lengths[1 << max(self.tokens - 1, 0).bit_length()] += 1  # the next power of two
             digest = self.hash.digest()
-            if (first := self.seen.setdefault(digest, number)) != number and not self.blank:
+            if (first := self.first_numbers.setdefault(digest, number)) != number and not self.blank:
                 self.report.duplicates += 1
                 if len(self.report.repeats) < FAULTS_SHOWN:
                     self.report.repeats.append(f"{self._place(number)} is a copy of {self._place(first)}")
@@ -255,6 +257,6 @@ class _Spelling:
 
     def scripts(self) -> dict[str, Script]:
         """Return the counts by script, the scripts with most bytes first."""
-        used = ((n, name) for n, name in enumerate(SCRIPTS) if self.tokens[n])
-        counts = {name: Script(int(self.bytes[n]), int(self.tokens[n])) for n, name in used}
+        used_scripts = ((n, name) for n, name in enumerate(SCRIPTS) if self.tokens[n])
+        counts = {name: Script(int(self.bytes[n]), int(self.tokens[n])) for n, name in used_scripts}
         return dict(sorted(counts.items(), key=lambda item: -item[1].bytes))

@@ -46,8 +46,8 @@ class TextFileFormat:
 
     def settings(self) -> dict[str, str]:
         """Return the settings that differ from the defaults, for the fingerprint of a prepared text."""
-        named = {} if self.field in (None, "text") else {"field": self.field}
-        return named if self.encoding == UTF8 else named | {"encoding": self.encoding}
+        changed = {} if self.field in (None, "text") else {"field": self.field}
+        return changed if self.encoding == UTF8 else changed | {"encoding": self.encoding}
 
 
 PLAIN = TextFileFormat()
@@ -183,8 +183,8 @@ def _in_chunks(text: str) -> Iterator[TextChunk]:
 
 
 def _nothing(folder: Path, inside: list[Path]) -> list[Path]:
-    others = sorted({file.suffix or file.name for file in inside})[:8]
+    endings = sorted({file.suffix or file.name for file in inside})[:8]
     start = f"The folder {folder} holds no {', '.join(SUFFIXES)} file; it "
-    if not others:
+    if not endings:
         raise UserError(f"{start}is empty.")
-    raise UserError(f"{start}holds {', '.join(others)}: name them with a pattern such as {folder}/**/*{others[0]}.")
+    raise UserError(f"{start}holds {', '.join(endings)}: name them with a pattern such as {folder}/**/*{endings[0]}.")

@@ -150,13 +150,13 @@ def _near(text: str, position: int, reach: int) -> int:
 
 def _by_document(pieces: Iterable[TextChunk], share: float, seed: int) -> Iterator[TextChunk]:
     """Yield the chunks with their parts: one of every 1 / share consecutive documents goes to validation."""
-    number, first_after, chosen, block = 0, 0, 0, 0
+    number, first_after, held_out_number, block = 0, 0, 0, 0
     for piece in pieces:
         if number >= first_after:
             first, first_after = math.ceil(block / share), math.ceil((block + 1) / share)
-            chosen = first + int(np.random.default_rng([seed, block]).integers(first_after - first))
+            held_out_number = first + int(np.random.default_rng([seed, block]).integers(first_after - first))
             block += 1
-        yield replace(piece, part=int(number == chosen))
+        yield replace(piece, part=int(number == held_out_number))
         number += piece.ends
 
 

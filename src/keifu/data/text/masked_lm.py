@@ -59,23 +59,23 @@ class RowPlanner:
             target = self._target(chance)
             end = bisect_left(starts, starts[position] + target, position + 1, last)
             end = max(end, min(position + 2, last))
-            rest = end - position == 1 and position > first  # one sentence is left: repeat the one before it
-            begin = position - rest
+            repeats_last = end - position == 1 and position > first  # one sentence is left: repeat the one before it
+            begin = position - repeats_last
             cut = chance.randrange(begin + 1, end) if end - begin > 1 else end
             elsewhere = cut == end or chance.random() < 0.5
-            wanted = target - (starts[cut] - starts[begin])
-            second = self._elsewhere(document, wanted, chance) if elsewhere else (starts[cut], starts[end])
+            length = target - (starts[cut] - starts[begin])
+            second = self._elsewhere(document, length, chance) if elsewhere else (starts[cut], starts[end])
             rows.append(((starts[begin], starts[cut], *second), elsewhere))
-            position = cut if elsewhere and not rest else end
+            position = cut if elsewhere and not repeats_last else end
         return rows
 
-    def _elsewhere(self, document: int, wanted: int, chance: Random) -> tuple[int, int]:
-        """Return the bounds of sentences of another document, of about `wanted` tokens."""
+    def _elsewhere(self, document: int, length: int, chance: Random) -> tuple[int, int]:
+        """Return the bounds of sentences of another document, of about `length` tokens."""
         other = chance.randrange(len(self.documents) - 2)
         other += other >= document
         first, last = self.documents[other], self.documents[other + 1]
         position = chance.randrange(first, last)
-        end = bisect_left(self.starts, self.starts[position] + wanted, position + 1, last)
+        end = bisect_left(self.starts, self.starts[position] + length, position + 1, last)
         return self.starts[position], self.starts[end]
 
     def _runs(self, document: int, chance: Random) -> list[tuple[Bounds, bool]]:
@@ -108,8 +108,8 @@ def _truncate(bounds: np.ndarray, room: int, random: np.random.Generator) -> np.
     excess = np.maximum(sizes.sum(1) - room, 0)
     levelled = np.minimum(excess, np.abs(sizes[:, 0] - sizes[:, 1]))  # until both have the same length
     longer = np.where(sizes[:, 0] > sizes[:, 1], 0, 1)[:, None] == np.arange(2)
-    rest = excess - levelled  # then alternately
-    lost = longer * levelled[:, None] + np.stack([rest // 2, rest - rest // 2], 1)
+    remaining_excess = excess - levelled  # then alternately
+    lost = longer * levelled[:, None] + np.stack([remaining_excess // 2, remaining_excess - remaining_excess // 2], 1)
     front = random.binomial(lost, 0.5)
     result = bounds.copy()
     result[:, ::2] += front
@@ -164,8 +164,10 @@ class MaskingVocabulary:
     def of(cls, tokenizer: Tokenizer) -> "MaskingVocabulary":
         """Return the tokenizer's vocabulary. Raises `UserError` if [CLS], [SEP], [PAD] or [MASK] is missing."""
         roles = ("cls_token", "sep_token", "pad_token", "mask_token")
-        if missing := [role for role in roles if role not in tokenizer.special]:
-            raise UserError(f"The tokenizer has no {', '.join(missing)}: BERT needs one such as wordpiece or minilm's.")
+        if missing_roles := [role for role in roles if role not in tokenizer.special]:
+            raise UserError(
+                f"The tokenizer has no {', '.join(missing_roles)}: BERT needs one such as wordpiece or minilm's."
+            )
         ids = [tokenizer.token_id(tokenizer.special[role]) for role in roles]
         ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.special_ids))
         mark = tokenizer.description()["model"].get("continuing_subword_prefix") or ""
@@ -222,10 +224,10 @@ class MaskedText:
         random = np.random.default_rng(VALIDATION)
         bounds, elsewhere = self._row_planner(self.shards.validation).rows(random)
         count = min(len(bounds), self.validation_rows)
-        chosen = np.arange(count) * len(bounds) // count
-        parts = [chosen[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
-        made = [self._make_batch(self.shards.validation, bounds[part], elsewhere[part], random) for part in parts]
-        return _loss_weights(made)
+        row_indices = np.arange(count) * len(bounds) // count
+        parts = [row_indices[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
+        batches = [self._make_batch(self.shards.validation, bounds[part], elsewhere[part], random) for part in parts]
+        return _loss_weights(batches)
 
     def _row_planner(self, sentences: Sentences) -> RowPlanner:
         masking = self.masking
@@ -269,16 +271,16 @@ class MaskedText:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mask some words in `tokens`, in place. Return their positions and their original ids."""
         masking, v = self.masking, self.vocabulary
-        wanted = np.clip(np.rint(masking.share * total), 1, masking.most).astype(np.int64)
+        n_hidden = np.clip(np.rint(masking.share * total), 1, masking.most).astype(np.int64)
         if masking.whole_words:
-            chosen = whole_words(words, words & ~(v.goes_on[tokens] & np.roll(words, 1, 1)), wanted, random)
+            hidden = whole_words(words, words & ~(v.goes_on[tokens] & np.roll(words, 1, 1)), n_hidden, random)
         else:
-            chosen = single_tokens(words, wanted, random)
-        count = chosen.sum(1)
-        positions = np.argsort(~chosen, axis=1, kind="stable")[:, : max(1, count.max())]
+            hidden = single_tokens(words, n_hidden, random)
+        count = hidden.sum(1)
+        positions = np.argsort(~hidden, axis=1, kind="stable")[:, : max(1, count.max())]
         there = np.arange(positions.shape[1]) < count[:, None]
         targets = np.where(there, np.take_along_axis(tokens, positions, 1), NOT_COUNTED)
-        tokens[chosen] = _replacement(tokens[chosen], v, random)
+        tokens[hidden] = _replacement(tokens[hidden], v, random)
         return np.where(there, positions, 0), targets
 
 
@@ -287,33 +289,33 @@ def _sizes(bounds: np.ndarray) -> np.ndarray:
     return (bounds[:, 1::2] - bounds[:, ::2]).sum(1)
 
 
-def single_tokens(words: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return a mask [row, position] of tokens to hide: `wanted` words of each row, or all if it has fewer."""
+def single_tokens(words: np.ndarray, n_words: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return a mask [row, position] of tokens to hide: `n_words` of each row, or all if it has fewer."""
     scores = np.where(words, random.random(words.shape), 2.0)
     ranks = np.argsort(np.argsort(scores, axis=1), axis=1)
-    return words & (ranks < wanted[:, None])
+    return words & (ranks < n_words[:, None])
 
 
-def whole_words(words: np.ndarray, starts: np.ndarray, wanted: np.ndarray, random: np.random.Generator) -> np.ndarray:
+def whole_words(words: np.ndarray, starts: np.ndarray, n_words: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Return a mask of tokens to hide that contains all tokens of a word or none. Words come in a random order; a word
-    that would exceed `wanted` is skipped."""
+    that would exceed `n_words` is skipped."""
     numbers = np.where(words, np.cumsum(starts, axis=1), 0)
-    chosen = np.zeros_like(words)
+    hidden = np.zeros_like(words)
     for row, number in enumerate(numbers):
-        sizes, left = np.bincount(number), wanted[row]
+        sizes, remaining = np.bincount(number), n_words[row]
         for word in 1 + random.permutation(len(sizes) - 1):
-            if sizes[word] <= left:
-                chosen[row] |= number == word
-                left -= sizes[word]
-            if not left:
+            if sizes[word] <= remaining:
+                hidden[row] |= number == word
+                remaining -= sizes[word]
+            if not remaining:
                 break
-    return chosen
+    return hidden
 
 
 def _replacement(tokens: np.ndarray, vocabulary: MaskingVocabulary, random: np.random.Generator) -> np.ndarray:
     """Replace hidden tokens: 80% by [MASK], 10% by a random ordinary token; 10% stay."""
-    draw, others = random.random(len(tokens)), random.choice(vocabulary.ordinary, len(tokens))
-    return np.where(draw < 0.8, vocabulary.mask, np.where(draw < 0.9, others, tokens))
+    draw, random_tokens = random.random(len(tokens)), random.choice(vocabulary.ordinary, len(tokens))
+    return np.where(draw < 0.8, vocabulary.mask, np.where(draw < 0.9, random_tokens, tokens))
 
 
 def _loss_weights(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -323,5 +325,7 @@ def _loss_weights(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     targets = sum(int((batch["targets"] != NOT_COUNTED).sum()) for batch in batches)
     rows = sum(len(batch["tokens"]) for batch in batches)
     weights = {"word_weight": tokens / max(targets, 1), "pair_weight": tokens / rows}
-    own = [{name: torch.full((len(batch["tokens"]),), weight) for name, weight in weights.items()} for batch in batches]
-    return [batch | more for batch, more in zip(batches, own, strict=True)]
+    weight_tensors = [
+        {name: torch.full((len(batch["tokens"]),), weight) for name, weight in weights.items()} for batch in batches
+    ]
+    return [batch | weight_fields for batch, weight_fields in zip(batches, weight_tensors, strict=True)]

@@ -103,40 +103,40 @@ class Mixture:
 MIXTURES = {"multilingual": Path(__file__).with_name("multilingual.yaml")}
 
 
-def is_mixture(given: str) -> bool:
+def is_mixture(source: str) -> bool:
     """Return whether a name is that of a mixture, or of a file that can contain one."""
-    return given in MIXTURES or (Path(given).suffix.lower() in SUFFIXES and Path(given).is_file())
+    return source in MIXTURES or (Path(source).suffix.lower() in SUFFIXES and Path(source).is_file())
 
 
-def read_mixture(given: str) -> Mixture:
+def read_mixture(name_or_path: str) -> Mixture:
     """Read the mixture of that name or in that file. Raises `UserError`, with the source's name, for an error in it."""
-    path = MIXTURES.get(given, Path(given).expanduser())
+    path = MIXTURES.get(name_or_path, Path(name_or_path).expanduser())
     if not path.is_file():
-        raise unknown("mixture, and no file,", given, MIXTURES)
+        raise unknown("mixture, and no file,", name_or_path, MIXTURES)
     content = parse_yaml(read_text(path), path)
     if not isinstance(content, dict) or not isinstance(content.get("sources"), dict):
         raise UserError(f"{path} is no mixture: it needs `sources:`, and under it each source's name, data and weight.")
     for key in content:
         require_known(f"field of the mixture {path},", key, FIELDS)
-    named = [_source(str(name), facts, path) for name, facts in content["sources"].items()]
-    total = sum(source.weight for source in named) if content.get("normalise") else 1.0
-    shares = (replace(source, weight=source.weight / total) for source in named)
+    sources = [_source(str(name), facts, path) for name, facts in content["sources"].items()]
+    total = sum(source.weight for source in sources) if content.get("normalise") else 1.0
+    shares = (replace(source, weight=source.weight / total) for source in sources)
     held_out = content.get("held_out", HELD_OUT)
     if not isinstance(held_out, float):
         raise UserError(f"{path}: held_out is {held_out!r}, and it must be a share such as {HELD_OUT}.")
-    return Mixture(given if given in MIXTURES else str(path), tuple(shares), held_out)
+    return Mixture(name_or_path if name_or_path in MIXTURES else str(path), tuple(shares), held_out)
 
 
-def _source(name: str, given: Any, path: Path) -> MixtureSource:
-    known = [field.name for field in fields(MixtureSource)][1:]
-    if not isinstance(given, Mapping):
+def _source(name: str, description: Any, path: Path) -> MixtureSource:
+    field_names = [field.name for field in fields(MixtureSource)][1:]
+    if not isinstance(description, Mapping):
         raise UserError(f"{path}: the source {name!r} needs data and weight: {{data: wiki-summaries, weight: 1}}.")
-    for key in given:
-        require_known(f"field of the source {name!r} in {path},", key, known)
+    for key in description:
+        require_known(f"field of the source {name!r} in {path},", key, field_names)
     for key in ("data", "weight"):
-        if given.get(key) in (None, ""):
+        if description.get(key) in (None, ""):
             raise UserError(f"{path}: the source {name!r} has no {key}; it needs data and weight.")
-    data, weight, languages = str(given["data"]), given["weight"], given.get("languages") or []
+    data, weight, languages = str(description["data"]), description["weight"], description.get("languages") or []
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e9:
         wrong = f"The weight of the source {name!r} is {weight!r}, and it must be a number above 0"
         raise UserError(f"{wrong}: correct it, or leave the source out.")
@@ -144,8 +144,8 @@ def _source(name: str, given: Any, path: Path) -> MixtureSource:
         raise UserError(f"{path}: languages of the source {name!r} is {languages!r}: write [German, English].")
     beside = not Path(data).expanduser().is_absolute() and glob(data, root_dir=path.parent, recursive=True)
     data = str(path.parent / data) if beside else data
-    field = None if given.get("field") is None else str(given["field"])
-    encoding = str(given.get("encoding", sources.UTF8))
+    field = None if description.get("field") is None else str(description["field"])
+    encoding = str(description.get("encoding", sources.UTF8))
     return MixtureSource(name, data, weight, tuple(map(str, languages)), field, encoding)
 
 
@@ -153,35 +153,37 @@ def prepare_mixture(mixture: Mixture, tokenizer: Tokenizer) -> list[Shards]:
     """Return the tokenized sources, from the cache if possible. The share `held_out` of each is held out. No tokens are
     added around texts."""
     tokenizer = tokenizer.replace(backend=nothing_around_text(tokenizer.backend))
-    made = []
+    shards = []
     for source in mixture.sources:
         with _parts_of(source, mixture.held_out) as (parts, content):
             if parts is None:
-                made.append(prepare(source.data, tokenizer, mixture.held_out, form=source.form, split=mixture.split))
+                shards.append(prepare(source.data, tokenizer, mixture.held_out, form=source.form, split=mixture.split))
             else:
-                made.append(prepare_parts(source.data, content, parts, tokenizer))
+                shards.append(prepare_parts(source.data, content, parts, tokenizer))
     tatoeba.rows.cache_clear()  # it is large
-    return made
+    return shards
 
 
 def texts(mixture: Mixture, characters: int) -> Iterator[str]:
     """Yield the first documents of each source, in all about `characters` by the weights, for training a tokenizer."""
     for source in mixture.sources:
-        left = round(characters * source.weight)
+        remaining = round(characters * source.weight)
         with _parts_of(source, mixture.held_out) as (parts, _):
             for document in sources.documents(source.data, source.form) if parts is None else parts()[0]:
-                if left <= 0:
+                if remaining <= 0:
                     break
-                yield from (document[start : start + 10_000] for start in range(0, min(len(document), left), 10_000))
-                left -= len(document)
+                yield from (
+                    document[start : start + 10_000] for start in range(0, min(len(document), remaining), 10_000)
+                )
+                remaining -= len(document)
 
 
 def content_hash(mixture: Mixture) -> str:
     """Return a hash of the texts and weights of all sources."""
     parts = []
     for source in mixture.sources:
-        with _parts_of(source, mixture.held_out) as (made, content):
-            content = sources.content_hash(source.data, source.form) if made is None else content
+        with _parts_of(source, mixture.held_out) as (own_parts, content):
+            content = sources.content_hash(source.data, source.form) if own_parts is None else content
             parts.append(f"{source.weight} {content}{source.form.settings() or ''}")
     return "\n".join(parts)
 
@@ -199,8 +201,8 @@ def _parts(source: MixtureSource, held_out: float) -> tuple[Parts | None, str]:
     if source.data in pair_names():
         raise UserError(f"{source.data} holds pairs: give its languages, as in languages: [Japanese, English].")
     exists = Path(source.data).expanduser().exists() or glob(source.data, recursive=True)
-    known = source.data in catalogue.CATALOGUE or exists
-    if not known and not Path(source.data).is_absolute():
+    is_resolved = source.data in catalogue.CATALOGUE or exists
+    if not is_resolved and not Path(source.data).is_absolute():
         raise unknown("file, folder, catalogue entry or other source", source.data, source_names())
     return None, ""
 
@@ -210,8 +212,10 @@ def _pairs(source: MixtureSource, held_out: float) -> tuple[Parts, str]:
 
     def parts() -> tuple[Iterable[str], Iterable[str]]:
         divided = split(pairs, held_out=max(1, round(held_out * len(pairs))))
-        learned, kept = (tatoeba.translations(rows, source.languages) for rows in (divided.train, divided.validation))
-        return learned, kept
+        training, validation = (
+            tatoeba.translations(rows, source.languages) for rows in (divided.train, divided.validation)
+        )
+        return training, validation
 
     return parts, f"{pairs.fingerprint} {source.languages} {held_out}"
 
@@ -283,9 +287,9 @@ class MixedText:
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
         calls."""
-        taken = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
-        windows = self._windows(taken.whose, lambda packed, rows: packed.windows(taken.numbers[rows]))
-        return _tensors(self.task.rows(windows, taken.numbers, np.random.default_rng([self.seed, step])))
+        interleaved = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
+        windows = self._windows(interleaved.whose, lambda packed, rows: packed.windows(interleaved.numbers[rows]))
+        return _tensors(self.task.rows(windows, interleaved.numbers, np.random.default_rng([self.seed, step])))
 
     def largest(self) -> Batch:
         """Return a batch with the most rows."""
@@ -301,21 +305,21 @@ class MixedText:
 
     def validation(self) -> Iterator[Batch]:
         """Yield the batches described in the class, always the same."""
-        yield from self._own
-        units = float(sum(elements(batch) for batch in self._own))
+        yield from self._loss_windows
+        units = float(sum(elements(batch) for batch in self._loss_windows))
         for index, (check, source) in enumerate((c, s) for c in self.checks.values() for s in self.sources):
             windows = held_out(source.shards, self.context_length, self.check_rows)[:, : check.task.width]
-            made = batches(check.task, windows, max(self.growth.rows))
-            factor = check.scale(source.shards) * units / sum(elements(batch) for batch in made)
-            yield from (_mark(batch, index + 1, factor) for batch in made)
+            validation_batches = batches(check.task, windows, max(self.growth.rows))
+            factor = check.scale(source.shards) * units / sum(elements(batch) for batch in validation_batches)
+            yield from (_mark(batch, index + 1, factor) for batch in validation_batches)
 
     @cached_property
-    def _own(self) -> list[Batch]:
+    def _loss_windows(self) -> list[Batch]:
         """Held-out windows of all sources by their weights, for the task's loss."""
 
         def spread(packed: PackedText, rows: np.ndarray) -> np.ndarray:
-            kept = packed.held_out
-            return kept[np.arange(len(rows)) * max(1, len(kept) // len(rows)) % len(kept)]
+            windows = packed.held_out
+            return windows[np.arange(len(rows)) * max(1, len(windows) // len(rows)) % len(windows)]
 
         windows = self._windows(source_of_row(self.weights, np.arange(self.validation_rows)), spread)
         return [_mark(batch, 0, 1.0) for batch in batches(self.task, windows, max(self.growth.rows))]
@@ -338,9 +342,9 @@ def held_out(shards: Shards, context_length: int, rows: int) -> np.ndarray:
 def batches(task: CorruptionTask, windows: np.ndarray, size: int) -> list[Batch]:
     """Convert windows to batches of `size` rows, always the same."""
     random, numbers = np.random.default_rng(VALIDATION), np.arange(len(windows))
-    whole = _tensors(task.rows(windows.astype(np.int64), numbers, random))
+    tensors = _tensors(task.rows(windows.astype(np.int64), numbers, random))
     starts = range(0, len(windows), size)
-    return [{name: tensor[start : start + size] for name, tensor in whole.items()} for start in starts]
+    return [{name: tensor[start : start + size] for name, tensor in tensors.items()} for start in starts]
 
 
 def elements(batch: Batch) -> int:

@@ -70,13 +70,13 @@ class HeldOut:
 
     def near(self, sentence: str) -> set[int]:
         """Return the indices of the held-out sentences that are within one edit of `sentence`."""
-        whole = units(sentence)
+        key = units(sentence)
         candidates = set[int]()
-        for length in {len(whole) - 1, len(whole), len(whole) + 1}:  # length of the held-out sentence
+        for length in {len(key) - 1, len(key), len(key) + 1}:  # length of the held-out sentence
             middle = length // 2
-            candidates |= self.by_half.get(("first", whole[:middle]), set())
-            candidates |= self.by_half.get(("second", whole[len(whole) - (length - middle) :]), set())
-        return {index for index in candidates if within_one_edit(self.sentences[index], whole)}
+            candidates |= self.by_half.get(("first", key[:middle]), set())
+            candidates |= self.by_half.get(("second", key[len(key) - (length - middle) :]), set())
+        return {index for index in candidates if within_one_edit(self.sentences[index], key)}
 
 
 def within_one_edit(one: Sequence[str], other: Sequence[str]) -> bool:

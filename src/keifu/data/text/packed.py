@@ -93,18 +93,18 @@ class PackedText(EpochBatches):
 
 def _check_lengths(shards: Shards, context_length: int) -> None:
     """Raise a `UserError`, with remedies, if a part is shorter than a window."""
-    training, validation, needed = len(shards.tokens), len(shards.validation), context_length + 1
-    if min(training, validation) >= needed:
+    training, validation, least_tokens = len(shards.tokens), len(shards.validation), context_length + 1
+    if min(training, validation) >= least_tokens:
         return
     total = training + validation
     ways = ["give more text"]
-    if total >= 2 * needed:
-        ways.append(f"hold out a share of {math.ceil(100 * needed / total) / 100:g}")
+    if total >= 2 * least_tokens:
+        ways.append(f"hold out a share of {math.ceil(100 * least_tokens / total) / 100:g}")
     longest, longest_with_half = min(training, validation) - 1, total // 2 - 1
     if longest >= min(SHORT, longest_with_half) > 0:
         ways.append(f"lower the context length to {longest} or less")
     elif longest_with_half > 0:
         ways.append(f"lower the context length to {longest_with_half} or less and hold out a share of 0.5")
     lengths = f"{shards.index['source']} has {training:,} tokens to train on and {validation:,} held out"
-    least = f"a context of {context_length} needs at least {needed} of each"
+    least = f"a context of {context_length} needs at least {least_tokens} of each"
     raise UserError(f"{lengths}, but {least}: {', or '.join(ways)}.")

@@ -61,9 +61,9 @@ class _Page(HTMLParser):
         if data:
             self.parts.append(HtmlPart(data, line))
 
-    def _break(self, tag: str, shown: str) -> None:
+    def _break(self, tag: str, text: str) -> None:
         if tag in BLOCKS:
-            self.parts.append(HtmlPart("\n", self.getpos()[0], shown))
+            self.parts.append(HtmlPart("\n", self.getpos()[0], text))
 
 
 def html_parts(lines: Iterable[str], left_out: Collection[str] = LEFT_OUT) -> list[HtmlPart]:
@@ -99,7 +99,7 @@ class Passage:
     text: str
 
     @property
-    def whole(self) -> str:
+    def full_text(self) -> str:
         """Text with its heading before it. This is what is embedded."""
         return f"{self.heading}: {self.text}" if self.heading else self.text
 
@@ -175,13 +175,13 @@ def _html_blocks(text: str) -> Iterator[tuple[str, list[Line]]]:
 
 def _pieces(lines: list[Line]) -> Iterator[Line]:
     """Split a block into passages of at most `LONGEST` characters. Yield (number of the first line, text)."""
-    first, kept = lines[0][0], ""
+    first, piece = lines[0][0], ""
     for number, text in lines:
         for part in (text[at : at + LONGEST] for at in range(0, len(text), LONGEST)):
-            if kept and len(kept) + len(part) + 1 > LONGEST:
-                yield first, kept
-                first, kept = number, ""
-            first = first if kept else number
-            kept = f"{kept} {part}".strip()
-    if kept:
-        yield first, kept
+            if piece and len(piece) + len(part) + 1 > LONGEST:
+                yield first, piece
+                first, piece = number, ""
+            first = first if piece else number
+            piece = f"{piece} {part}".strip()
+    if piece:
+        yield first, piece

@@ -52,16 +52,16 @@ def prepare_files(
     """
     if not rank < of:
         raise UserError(f"--rank {rank} is not below --of {of}: ranks are counted from 0.")
-    kept = folder / TOKENIZER
-    for place in (folder, kept):
+    tokenizer_folder = folder / TOKENIZER
+    for place in (folder, tokenizer_folder):
         remove_abandoned(place)
-    if not kept.is_dir():
-        made = folder / f".{TOKENIZER}-{rank}"
-        tokenizer.save(made)
+    if not tokenizer_folder.is_dir():
+        temporary = folder / f".{TOKENIZER}-{rank}"
+        tokenizer.save(temporary)
         try:
-            made.rename(kept)
+            temporary.rename(tokenizer_folder)
         except OSError:  # another rank has just written the file
-            shutil.rmtree(made)
+            shutil.rmtree(temporary)
     if tokenizer_of(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{folder} holds shards of another tokenizer: choose another folder.")
     files = [*enumerate(documents.paths(source, form))][rank::of]
@@ -76,7 +76,7 @@ def _prepare_file(path: Path, tokenizer: Tokenizer, target: Path, form: TextFile
         return False
     with counting(f"Tokenising {path.name}", size, "bytes") as advance, replacing(target) as temporary:
         pieces = documents.read_chunks(path, form)
-        [totals] = token_shards.write(pieces, tokenizer, [temporary], lambda _, written: advance(min(size, written)))
+        [totals] = token_shards.write(pieces, tokenizer, [temporary], lambda _, n_bytes: advance(min(size, n_bytes)))
         content = sha256(temporary)
     facts = {"file": path.name, **_format(tokenizer), "sha256": content, **totals}
     write_atomic(index, json.dumps(facts, indent=1) + "\n")
@@ -148,7 +148,7 @@ def _join(
             files[part % 2].write(block[begin:])
             position = after
     text = sum(index["bytes"] for _, index in shards)
-    written = {path.stem: path.stat().st_size for path in paths}
+    size_of = {path.stem: path.stat().st_size for path in paths}
     of_files = {"files": len(shards), "of_files": len(shards)}
     facts = {"rule": "passages" if split == "spread" else "end", "passages": len(spans), **of_files}
     return (
@@ -156,7 +156,7 @@ def _join(
         | {"held_out": facts}
         | {
             part: {"tokens": size // width, "bytes": round(text * size / max(total, 1)), "documents": 0}
-            for part, size in written.items()
+            for part, size in size_of.items()
         }
     )
 

@@ -37,14 +37,14 @@ class Sentences:
     starts: np.ndarray
     documents: np.ndarray
 
-    def take(self, chosen: np.ndarray) -> "Sentences":
+    def take(self, indices: np.ndarray) -> "Sentences":
         """Return only these documents."""
-        first, last = self.documents[chosen], self.documents[chosen + 1]
+        first, last = self.documents[indices], self.documents[indices + 1]
         sizes = np.diff(self.starts)
         spans = zip(self.starts[first], self.starts[last], strict=True)
-        kept = [sizes[a:b] for a, b in zip(first, last, strict=True)]
+        sentence_sizes = [sizes[a:b] for a, b in zip(first, last, strict=True)]
         tokens = [self.tokens[a:b] for a, b in spans]
-        return Sentences(_join(tokens, np.int32), offsets(_join(kept, np.int64)), offsets(last - first))
+        return Sentences(_join(tokens, np.int32), offsets(_join(sentence_sizes, np.int64)), offsets(last - first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +71,14 @@ def prepare_sentences(
     consecutive documents one is held out, always the same. If a source has fewer than 100 documents, blocks of 32
     sentences count as documents.
     """
-    more = {"format": FORMAT, "seed": SEED, "split": split.__qualname__}
-    settings = split_settings(source, tokenizer, held_out, form, validation, **more)
+    split_facts = {"format": FORMAT, "seed": SEED, "split": split.__qualname__}
+    settings = split_settings(source, tokenizer, held_out, form, validation, **split_facts)
 
     def make(folder: Path) -> dict[str, Any]:
-        made = _encode(source, tokenizer, split, form)
+        sentences = _encode(source, tokenizer, split, form)
         if validation is None:
-            return _write(source, _two_parts(source, made, held_out), folder)
-        return _write(source, (made, _encode(validation, tokenizer, split, form)), folder)
+            return _write(source, _two_parts(source, sentences, held_out), folder)
+        return _write(source, (sentences, _encode(validation, tokenizer, split, form)), folder)
 
     return _open(*prepared_folder("sentences", source, settings, make))
 
@@ -117,21 +117,21 @@ def _join(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
     return np.concatenate([np.empty(0, dtype), *parts])
 
 
-def _held(count: int, share: float) -> np.ndarray:
+def _held_out_mask(count: int, share: float) -> np.ndarray:
     """Return a mask of held-out documents: one of every 1 / share consecutive ones."""
     random, firsts = np.random.default_rng([SEED]), range(math.floor(count * share))
     blocks = [(math.ceil(block / share), math.ceil((block + 1) / share)) for block in firsts]
     return np.array([random.integers(first, after) for first, after in blocks], np.int64)
 
 
-def _two_parts(source: str | Path, made: Sentences, share: float) -> tuple[Sentences, Sentences]:
+def _two_parts(source: str | Path, sentences: Sentences, share: float) -> tuple[Sentences, Sentences]:
     """Return the training part and the held-out part."""
-    count = len(made.documents) - 1
-    validation = _held(count, share)
+    count = len(sentences.documents) - 1
+    validation = _held_out_mask(count, share)
     if count - len(validation) < 2 or not len(validation):
         few = f"{source} has {count} documents of {PART} sentences or less: too few to hold out {share:.0%} of them"
         raise UserError(f"{few}; give more text, or hold out a larger share.")
-    return made.take(np.setdiff1d(np.arange(count), validation)), made.take(validation)
+    return sentences.take(np.setdiff1d(np.arange(count), validation)), sentences.take(validation)
 
 
 def _write(source: str | Path, parts: tuple[Sentences, Sentences], folder: Path) -> dict[str, Any]:
@@ -139,11 +139,11 @@ def _write(source: str | Path, parts: tuple[Sentences, Sentences], folder: Path)
     from safetensors.numpy import save_file
 
     facts = {}
-    for part, taken in zip(PARTS, parts, strict=True):
-        if not (documents := len(taken.documents) - 1):
+    for part, sentences in zip(PARTS, parts, strict=True):
+        if not (documents := len(sentences.documents) - 1):
             raise UserError(f"The {part} text of {source} has no sentence: give more text.")
-        facts[part] = {"tokens": len(taken.tokens), "sentences": len(taken.starts) - 1, "documents": documents}
-        arrays = {name: np.ascontiguousarray(array) for name, array in vars(taken).items()}
+        facts[part] = {"tokens": len(sentences.tokens), "sentences": len(sentences.starts) - 1, "documents": documents}
+        arrays = {name: np.ascontiguousarray(array) for name, array in vars(sentences).items()}
         save_file(arrays, folder / f"{part}.safetensors")
     return facts
 

@@ -29,10 +29,10 @@ def count_words(texts: Iterable[str], vocab_size: int, min_count: int) -> tuple[
     for text in texts:
         counts.update(WORD.findall(text.lower()))
     common = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: vocab_size - 1]
-    known = [(word, count) for word, count in common if count >= min_count]
-    if len(known) < 2:
-        raise UserError(f"Only {len(known)} words occur {min_count} times in the text: give more text.")
-    return [UNKNOWN, *(word for word, _ in known)], [0, *(count for _, count in known)]
+    frequent = [(word, count) for word, count in common if count >= min_count]
+    if len(frequent) < 2:
+        raise UserError(f"Only {len(frequent)} words occur {min_count} times in the text: give more text.")
+    return [UNKNOWN, *(word for word, _ in frequent)], [0, *(count for _, count in frequent)]
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:
@@ -48,13 +48,13 @@ def word_ids(texts: Iterable[str], words: list[str]) -> np.ndarray:
     """Return the numbers of the known words of a text, in one row. Others are left out."""
     numbers = {word: index for index, word in enumerate(words)}
 
-    def found() -> Iterator[int]:
+    def known_ids() -> Iterator[int]:
         for text in texts:
             for word in WORD.findall(text.lower()):
                 if word in numbers:
                     yield numbers[word]
 
-    return np.fromiter(found(), dtype=np.int32)
+    return np.fromiter(known_ids(), dtype=np.int32)
 
 
 class SkipGrams:

@@ -63,12 +63,15 @@ def ul2(shares: Sequence[float | int] = (0.25, 0.25, 0.5), prefix: float | int =
     and a uniform start (U-PaLM) give 0.5.
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        shown, rule = ", ".join(f"{share:g}" for share in shares), "give three numbers, none below 0, whose sum is 1"
-        raise UserError(f"The shares of R, X and S are {shown}, whose sum is {sum(shares):g}: {rule}.")
+        share_list, rule = (
+            ", ".join(f"{share:g}" for share in shares),
+            "give three numbers, none below 0, whose sum is 1",
+        )
+        raise UserError(f"The shares of R, X and S are {share_list}, whose sum is {sum(shares):g}: {rule}.")
     regular = [(REGULAR, 0.15, span, shares[0] / 2) for span in (3, 8)]
     extreme = [(EXTREME, rate, span, shares[1] / 4) for rate, span in ((0.5, 3), (0.5, 8), (0.15, 64), (0.5, 64))]
-    wanted = [*regular, *extreme, (SEQUENTIAL, prefix, None, shares[2])]
-    return tuple(SpanCorruption(mode, rate, span, share) for mode, rate, span, share in wanted if share > 0)
+    denoisers = [*regular, *extreme, (SEQUENTIAL, prefix, None, shares[2])]
+    return tuple(SpanCorruption(mode, rate, span, share) for mode, rate, span, share in denoisers if share > 0)
 
 
 def special_tokens(sentinels: int = SENTINELS) -> list[str]:
@@ -171,23 +174,23 @@ class SpanCorruptionBatches:
     def __init__(self, denoisers: Sequence[SpanCorruption], markers: Markers, context_length: int):
         self.denoisers, self.markers, self.row_length = tuple(denoisers), markers, context_length + 1
         self.shares = np.array([denoiser.share for denoiser in denoisers])
-        if (given := self.row_length) < LEAST:
-            raise UserError(f"The context is {given} tokens, and a mixture of denoisers needs {LEAST} or more.")
+        if (row_length := self.row_length) < LEAST:
+            raise UserError(f"The context is {row_length} tokens, and a mixture of denoisers needs {LEAST} or more.")
         self._lengths = [self._length(denoiser) for denoiser in denoisers]
         for denoiser, length in zip(self.denoisers, self._lengths, strict=True):
-            if (spans := denoiser.counts(length)[1]) > (known := len(markers.sentinels)):
-                ways = f"the tokenizer has {known} sentinels: shorten the context, or learn more sentinels"
+            if (spans := denoiser.counts(length)[1]) > (n_sentinels := len(markers.sentinels)):
+                ways = f"the tokenizer has {n_sentinels} sentinels: shorten the context, or learn more sentinels"
                 raise UserError(f"A row of {self.row_length} tokens has {spans} hidden spans, and {ways}.")
         self.width = max(self._lengths)
         self.name = f"DecoderRows of {self.row_length} places: {self.denoisers}"  # spelled as in existing runs
 
     def rows(self, windows: Windows, numbers: np.ndarray, random: np.random.Generator) -> Rows:
         """Return one row for each window. Windows of the same denoiser are computed together."""
-        chosen = source_of_row(self.shares, numbers)
-        indices = [np.flatnonzero(chosen == n) for n in range(len(self.denoisers))]
-        made = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(indices) if len(rows)]
+        source_numbers = source_of_row(self.shares, numbers)
+        indices = [np.flatnonzero(source_numbers == n) for n in range(len(self.denoisers))]
+        corrupted = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(indices) if len(rows)]
         order = np.argsort(np.concatenate(indices))
-        return {name: np.concatenate([part[name] for part in made])[order] for name in made[0]}
+        return {name: np.concatenate([part[name] for part in corrupted])[order] for name in corrupted[0]}
 
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
         """Return rows with a mode, inputs, targets and optionally an end. All rows have the same lengths."""

@@ -51,8 +51,10 @@ def documents(count: int, held_out: float, seed: int = 0) -> tuple[list[str], li
         example = problem(number, seed)
         both[crc32(example.question.encode()) < held_out * 2**32][example.question] = example
     texts = ([example.text() for example in part.values()] for part in both)
-    learned, kept = (["\n\n".join(part[at : at + PROBLEMS]) for at in range(0, len(part), PROBLEMS)] for part in texts)
-    return learned, kept
+    training, validation = (
+        ["\n\n".join(part[at : at + PROBLEMS]) for at in range(0, len(part), PROBLEMS)] for part in texts
+    )
+    return training, validation
 
 
 def _step(left: int, sign: str, right: int) -> tuple[str, int]:
@@ -110,10 +112,12 @@ def _shopping(chance: random.Random) -> Problem:
 
 def _giving(chance: random.Random) -> Problem:
     (giver, friend), thing = chance.sample(NAMES, 2), chance.choice(THINGS)
-    have, given, gained = chance.randrange(30, 90), chance.randrange(2, 30), chance.randrange(2, 30)
-    left = _step(have, "-", given)
-    question = f"{giver} has {have} {thing}, gives {friend} {given} of them and finds {gained} more. How many are left?"
-    return _solve(question, left, _step(left[1], "+", gained))
+    have, given_away, gained = chance.randrange(30, 90), chance.randrange(2, 30), chance.randrange(2, 30)
+    remainder = _step(have, "-", given_away)
+    question = (
+        f"{giver} has {have} {thing}, gives {friend} {given_away} of them and finds {gained} more. How many are left?"
+    )
+    return _solve(question, remainder, _step(remainder[1], "+", gained))
 
 
 def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -> Iterator[dict[str, Any]]:
@@ -123,14 +127,14 @@ def chain_sums(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -
     """
     if not 2 <= terms[0] <= terms[1] or digits < 1:
         raise UserError(f"A chain must have at least 2 terms of at least 1 digit, not {terms} terms of {digits}.")
-    seen: set[str] = set()
+    chains: set[str] = set()
     for number in range(20 * count):  # if few problems exist, most draws are repetitions
         chance = random.Random(f"{VERSION}:{seed}:{number}")
         values = [chance.randrange(10**digits) for _ in range(chance.randint(*terms))]
         signs = [chance.choice("+-") for _ in values[1:]]
         chain = f"{values[0]}" + "".join(f" {s} {v}" for s, v in zip(signs, values[1:], strict=True))
-        if chain not in seen and len(seen) < count:
-            seen.add(chain)
+        if chain not in chains and len(chains) < count:
+            chains.add(chain)
             signed = (v if s == "+" else -v for s, v in zip(signs, values[1:], strict=True))
             yield {"prompt": f"What is {chain}?", "answer": str(values[0] + sum(signed))}
 
@@ -159,6 +163,6 @@ def countdowns(count: int, terms: tuple[int, int], digits: int, seed: int = 0) -
                 target = OPERATIONS[sign](target, value)
                 solution = f"({solution})" if sign == "*" and " " in solution else solution
                 solution = f"{solution} {sign} {value}"
-        shown = chance.sample(values, len(values))
-        asked = f"Use each of {', '.join(map(str, shown))} once, with + - * / and parentheses, to make {target}."
-        yield {"prompt": asked, "numbers": shown, "target": target, "answer": solution}
+        numbers = chance.sample(values, len(values))
+        question = f"Use each of {', '.join(map(str, numbers))} once, with + - * / and parentheses, to make {target}."
+        yield {"prompt": question, "numbers": numbers, "target": target, "answer": solution}

@@ -97,7 +97,7 @@ def prepare(
 
 def split_settings(
     source: str | Path, tokenizer: Tokenizer, held_out: float, form: TextFileFormat, validation: str | Path | None,
-    **more: Any,
+    **further_settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the settings that affect the ids of a source and their split. They name the folder in the cache.
 
@@ -107,7 +107,13 @@ def split_settings(
     if not 0 < held_out <= 0.5:
         raise UserError(f"held_out is {held_out}, but the fraction for validation must be above 0 and at most 0.5.")
     content = sources.content_hash(source, form)
-    shared = {"content": content, "tokenizer": tokenizer.fingerprint, "held_out": held_out, **more, **form.settings()}
+    shared = {
+        "content": content,
+        "tokenizer": tokenizer.fingerprint,
+        "held_out": held_out,
+        **further_settings,
+        **form.settings(),
+    }
     if validation is None:
         return shared
     held_content = sources.content_hash(validation, form)
@@ -127,8 +133,8 @@ def prepare_parts(name: str, content: str, parts: Parts, tokenizer: Tokenizer) -
     """
 
     def parted() -> Parted:
-        whole = [TextChunk(text, True, part) for part, texts in enumerate(parts()) for text in texts]
-        return Parted(iter(whole), len(whole), sum(len(piece.text) for piece in whole), "documents")
+        chunks = [TextChunk(text, True, part) for part, texts in enumerate(parts()) for text in texts]
+        return Parted(iter(chunks), len(chunks), sum(len(piece.text) for piece in chunks), "documents")
 
     settings = {"format": FORMAT, "content": content, "tokenizer": tokenizer.fingerprint, "parts": "given"}
     return open_shards(name, settings, partial(_make, name, parted, tokenizer))
@@ -166,8 +172,8 @@ def _make(source: str | Path, parted: Callable[[], Parted], tokenizer: Tokenizer
         print("This tokenizer has no end-of-text token: nothing marks where a document ends.", file=sys.stderr)
     paths = [folder / f"{part}.bin" for part in PARTS]
     with counting(f"Tokenising {source}", characters, "characters") as advance:
-        written = write(counted(), tokenizer, paths, lambda read, _: advance(read))
-    totals = dict(zip(PARTS, written, strict=True))
+        part_totals = write(counted(), tokenizer, paths, lambda n_bytes, _: advance(n_bytes))
+    totals = dict(zip(PARTS, part_totals, strict=True))
     if not all(part["tokens"] for part in totals.values()):
         tokens = sum(part["tokens"] for part in totals.values())
         raise UserError(

@@ -112,41 +112,43 @@ def first_merges(tokenizer: Tokenizer, count: int, uses: Mapping[int, int] | Non
     if tokenizer.chat_template is not None:
         ids += tokenizer.render_chat([{"role": role, "content": ""} for role in ("user", "assistant")])
     results = sorted(map("".join, model["merges"]), key=lambda token: -uses.get(vocabulary[token], 0))
-    kept, made = set[str](), 0
+    kept_tokens, n_merges = set[str](), 0
     for token in results:
-        if made >= count:
+        if n_merges >= count:
             break
-        made += _add(token, parts, kept)
+        n_merges += _add(token, parts, kept_tokens)
     for token in (*(model["vocab"].keys() - parts.keys()), *filter(None, map(tokenizer.backend.id_to_token, ids))):
-        _add(token, parts, kept)
-    return kept
+        _add(token, parts, kept_tokens)
+    return kept_tokens
 
 
-def _add(token: str, parts: Mapping[str, Sequence[str]], kept: set[str]) -> int:
-    """Add a token to `kept`, with the tokens it is merged from. Return the number of merges that were added."""
-    wanted, made = [token], 0
-    while wanted:
-        if (token := wanted.pop()) not in kept:
-            kept.add(token)
-            made += token in parts
-            wanted += parts.get(token, [])
-    return made
+def _add(token: str, parts: Mapping[str, Sequence[str]], kept_tokens: set[str]) -> int:
+    """Add a token to `kept_tokens`, with the tokens it is merged from. Return the number of merges that were added."""
+    pending, n_merges = [token], 0
+    while pending:
+        if (token := pending.pop()) not in kept_tokens:
+            kept_tokens.add(token)
+            n_merges += token in parts
+            pending += parts.get(token, [])
+    return n_merges
 
 
-def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer, list[int]]:
+def keep_tokens(tokenizer: Tokenizer, kept_tokens: Collection[str]) -> tuple[Tokenizer, list[int]]:
     """Return a byte-level BPE with only these tokens, and their former ids. The order of tokens is kept. The result
     encodes every text that the tokenizer can encode; merges into missing tokens are dropped."""
     _byte_level(tokenizer)
-    description, kept = tokenizer.description(), {*kept}
+    description, kept_tokens = tokenizer.description(), {*kept_tokens}
     vocabulary = tokenizer.backend.get_vocab()
-    ids = sorted(vocabulary[token] for token in kept)
+    ids = sorted(vocabulary[token] for token in kept_tokens)
     number = {before: new for new, before in enumerate(ids)}
-    needed = map(tokenizer.backend.id_to_token, (*tokenizer.backend.get_added_tokens_decoder(), *tokenizer.stop_ids))
-    if lacking := {*filter(None, needed)} - kept:
+    needed_tokens = map(
+        tokenizer.backend.id_to_token, (*tokenizer.backend.get_added_tokens_decoder(), *tokenizer.stop_ids)
+    )
+    if lacking := {*filter(None, needed_tokens)} - kept_tokens:
         raise UserError(f"A tokenizer cannot be cut to tokens without its {min(lacking)!r}: keep it.")
     model, around = description["model"], description["post_processor"] or {}
-    model["vocab"] = {token: number[before] for token, before in model["vocab"].items() if token in kept}
-    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= kept]
+    model["vocab"] = {token: number[before] for token, before in model["vocab"].items() if token in kept_tokens}
+    model["merges"] = [pair for pair in model["merges"] if {*pair, "".join(pair)} <= kept_tokens]
     for step in (around, *around.get("processors", [])):
         if {"sep", "cls"} & step.keys():
             raise UserError(f"A tokenizer that adds {step['type']} around a text cannot be cut: choose another model.")
@@ -163,14 +165,17 @@ def keep_tokens(tokenizer: Tokenizer, kept: Collection[str]) -> tuple[Tokenizer,
 def ids_of_cut(tokenizer: Tokenizer, cut: Tokenizer) -> list[int] | None:
     """Return the ids in `tokenizer` of the tokens of `cut`, in order. None if `cut` is not a result of `keep_tokens` on
     it."""
-    kept = cut.backend.get_vocab()
-    if not isinstance(tokenizer.backend.model, models.BPE) or not kept.keys() < tokenizer.backend.get_vocab().keys():
+    kept_vocabulary = cut.backend.get_vocab()
+    if (
+        not isinstance(tokenizer.backend.model, models.BPE)
+        or not kept_vocabulary.keys() < tokenizer.backend.get_vocab().keys()
+    ):
         return None
     try:
-        again, ids = keep_tokens(tokenizer, kept)
+        again, ids = keep_tokens(tokenizer, kept_vocabulary)
     except UserError:  # the tokenizer cannot be reduced to these tokens
         return None
-    same = again.backend.get_vocab() == kept and again.description()["model"] == cut.description()["model"]
+    same = again.backend.get_vocab() == kept_vocabulary and again.description()["model"] == cut.description()["model"]
     return ids if same else None
 
 

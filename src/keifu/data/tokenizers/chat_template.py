@@ -64,15 +64,15 @@ def _size(value: Any) -> int:
 
 def _check_text(value: Any) -> Any:
     """Return the value if its total size is within the limit. A list that occurs many times counts each time."""
-    left, waiting = LARGEST, [value]
-    while waiting and left > 0:
+    remaining, waiting = LARGEST, [value]
+    while waiting and remaining > 0:
         part = waiting.pop()
-        left -= len(part) if isinstance(part, str) else 16
+        remaining -= len(part) if isinstance(part, str) else 16
         if isinstance(part, dict):
             waiting += [*part, *part.values()]
         elif isinstance(part, list | tuple):
             waiting += part
-    return value if left > 0 else _refuse_size()
+    return value if remaining > 0 else _refuse_size()
 
 
 def _check_call(name: str, values: tuple[Any, ...]) -> None:
@@ -94,13 +94,13 @@ def _limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
     @pass_context
     @wraps(function)
-    def limited(context: Context, *given: Any, **named: Any) -> Any:
-        _check_call(name, (*given, *named.values()))
+    def limited(context: Context, *arguments: Any, **keywords: Any) -> Any:
+        _check_call(name, (*arguments, *keywords.values()))
         if name not in WHOLE:
-            _check_text(given)
+            _check_text(arguments)
         first = {_PassArg.context: context, _PassArg.eval_context: context.eval_ctx, None: None}
         before = () if passes is None else (first.get(passes, context.environment),)
-        return function(*before, *given, **named)
+        return function(*before, *arguments, **keywords)
 
     vars(limited)["jinja_pass_arg"] = _PassArg.context  # `wraps` copied the function's value
     return limited
@@ -147,13 +147,13 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             _check_text(right)
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context: Context, function: Any, /, *given: Any, **named: Any) -> Any:
+    def call(self, context: Context, function: Any, /, *arguments: Any, **keywords: Any) -> Any:
         inner = unwrap(function) if callable(function) else function  # the sandbox wraps `format`
         owner = (inner.__self__,) if isinstance(inner, BuiltinMethodType) else ()
-        _check_call(inner.__name__ if owner else "", (*owner, *given, *named.values()))
+        _check_call(inner.__name__ if owner else "", (*owner, *arguments, *keywords.values()))
         if owner and inner.__name__.startswith("format"):
-            _check_text([*given, *named.values()])
-        return super().call(context, function, *given, **named)
+            _check_text([*arguments, *keywords.values()])
+        return super().call(context, function, *arguments, **keywords)
 
 
 @contextmanager
@@ -249,11 +249,11 @@ def render(template: str | None, messages: Messages, add_generation_prompt: bool
     plain = [_plain(message, index) for index, message in enumerate(messages)]
     if not plain:
         raise UserError("There is no message to render: give at least one, like {'role': 'user', 'content': 'Hello'}.")
-    given = {"tools": None, "documents": None, **variables}
+    all_variables = {"tools": None, "documents": None, **variables}
     ready = compile_template(template)
     try:
         with limited():
-            pieces = ready.generate(messages=plain, add_generation_prompt=add_generation_prompt, **given)
+            pieces = ready.generate(messages=plain, add_generation_prompt=add_generation_prompt, **all_variables)
             return _within_limits(pieces)
     except Exception as error:  # a template is a program: report any error in it with its line
         reason = str(error).rstrip(".") or type(error).__name__
@@ -262,13 +262,13 @@ def render(template: str | None, messages: Messages, add_generation_prompt: bool
 
 
 def _within_limits(pieces: Iterable[str]) -> str:
-    written, length = list[str](), 0
+    pieces_so_far, length = list[str](), 0
     for piece in pieces:
-        written.append(piece)
+        pieces_so_far.append(piece)
         length += len(piece)
         if length > LARGEST:
             raise LimitError(f"it writes more than {LARGEST:,} characters")
-    return "".join(written)
+    return "".join(pieces_so_far)
 
 
 def _plain(message: Any, index: int) -> dict[str, Any]:
@@ -298,24 +298,24 @@ def render_marked(
     template has no such block and changes earlier turns when later turns follow.
     """
     ends = tuple(special)
-    whole = render(template, messages, False, {**variables, **dict(zip(TURN, marks, strict=True))})
-    if marks[0] in whole:
-        return whole
+    full_text = render(template, messages, False, {**variables, **dict(zip(TURN, marks, strict=True))})
+    if marks[0] in full_text:
+        return full_text
     spans = []
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
-            asked = render(template, messages[:index], True, variables)
+            question_text = render(template, messages[:index], True, variables)
             answered = render(template, messages[: index + 1], False, variables)
-            if not (whole.startswith(answered) and answered.startswith(asked)):
+            if not (full_text.startswith(answered) and answered.startswith(question_text)):
                 raise UserError(
                     f"This chat template writes a conversation otherwise once message {index} has been answered, so "
                     "the words of the assistant are not known: mark them in it with {% generation %}."
                 )
             turn = answered.rstrip()
-            spans.append((len(asked), len(turn if turn.endswith(ends) else answered)))
+            spans.append((len(question_text), len(turn if turn.endswith(ends) else answered)))
     for start, end in reversed(spans):
-        whole = f"{whole[:start]}{marks[0]}{whole[start:end]}{marks[1]}{whole[end:]}"
-    return whole
+        full_text = f"{full_text[:start]}{marks[0]}{full_text[start:end]}{marks[1]}{full_text[end:]}"
+    return full_text
 
 
 def encode_turns(backend: tokenizers.Tokenizer, text: str, marks: str) -> tuple[list[int], list[bool]]:

@@ -96,8 +96,8 @@ def _check_merges(model: Mapping[str, Any], path: Path) -> None:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise UserError(f"{path} has the merge {merge!r:.60}, which must be two tokens.")
-        made = pair[0] + pair[1].removeprefix(prefix)
-        if not pair[1].startswith(prefix) or not {*pair, made} <= vocabulary.keys():
+        merged = pair[0] + pair[1].removeprefix(prefix)
+        if not pair[1].startswith(prefix) or not {*pair, merged} <= vocabulary.keys():
             raise UserError(f"{path} merges {' and '.join(map(repr, pair))}, which its vocabulary does not have.")
 
 
@@ -130,8 +130,8 @@ def _check_ids(vocabulary: Mapping[str, Any], path: Path) -> None:
         valid = type(number) is int and 0 <= number <= LARGEST
         if not valid or owner.setdefault(number, token) != token:
             other = f", as to {owner[number]!r}" if valid else ""
-            given = f"the id {number!r:.40} to the token {token!r}{other}"
-            raise UserError(f"{path} gives {given}: ids are whole numbers from 0 on, and unique.")
+            assignment = f"the id {number!r:.40} to the token {token!r}{other}"
+            raise UserError(f"{path} gives {assignment}: ids are whole numbers from 0 on, and unique.")
 
 
 def _vocabulary_and_merges(path: Path, config: Mapping[str, Any]) -> BackendWithRoles:
@@ -245,13 +245,13 @@ READERS: dict[str, Reader] = {  # in the order in which a directory is searched
 def reader(path: Path) -> Reader:
     """Return the reader of a single file by its name, or else by its extension."""
     endings = {".model": _sentencepiece, ".txt": _wordpiece_vocabulary, ".json": _tokenizer_json}
-    known = READERS.get(path.name) or endings.get(path.suffix)
-    if known is None and ".model" in path.suffixes:  # for example tokenizer.model.v1
-        known = _sentencepiece
-    if known is None:
+    read_file = READERS.get(path.name) or endings.get(path.suffix)
+    if read_file is None and ".model" in path.suffixes:  # for example tokenizer.model.v1
+        read_file = _sentencepiece
+    if read_file is None:
         kinds = ", ".join([*READERS, "a SentencePiece .model", "a .gguf"])
         raise UserError(f"{path} is not a kind of tokenizer file that keifu knows ({kinds}).")
-    return known
+    return read_file
 
 
 def settings_beside(directory: Path) -> dict[str, Any]:
@@ -264,11 +264,11 @@ def settings_beside(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def finish_backend(read: BackendWithRoles, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
+def finish_backend(backend_with_roles: BackendWithRoles, directory: Path, config: Mapping[str, Any]) -> Tokenizer:
     """Add data from the other files in the folder: roles, chat template, ids that end an answer, maximum length."""
-    backend, roles = read
-    named, limit = roles_beside(config)
-    special = roles | named
+    backend, roles = backend_with_roles
+    named_roles, limit = roles_beside(config)
+    special = roles | named_roles
     flagged = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     new = [token for token in dict.fromkeys(special.values()) if token not in flagged]
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in new])
@@ -313,10 +313,10 @@ def chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
     if (directory / "chat_template.jinja").exists():
         return read_text(directory / "chat_template.jinja")
     processor = directory / "chat_template.json"  # in older vision models
-    written = (read_json_object(processor) if processor.exists() else config).get("chat_template")
-    if isinstance(written, list) and all(isinstance(entry, dict) for entry in written):  # several named templates
-        by_name = {entry.get("name"): entry.get("template") for entry in written}
-        written = by_name.get("default", next(iter(by_name.values()), None))
-    if not isinstance(written, str | None):
+    template = (read_json_object(processor) if processor.exists() else config).get("chat_template")
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):  # several named templates
+        by_name = {entry.get("name"): entry.get("template") for entry in template}
+        template = by_name.get("default", next(iter(by_name.values()), None))
+    if not isinstance(template, str | None):
         raise UserError(f"{directory / 'tokenizer_config.json'} has a chat_template that is no text.")
-    return written
+    return template

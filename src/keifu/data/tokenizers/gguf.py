@@ -48,12 +48,12 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> Tokenizer:
     fields: at least "tokenizer.ggml.model" and "tokenizer.ggml.tokens"; arrays are sequences of plain values. Raises
     `UserError`, with the known names, for an unknown kind of vocabulary or pre-tokenizer.
     """
-    vocabulary = _needed(fields, "model")
+    vocabulary = _field(fields, "model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if vocabulary not in builders:
-        known = " and ".join(map(repr, builders))
-        raise UserError(f"The GGUF's tokenizer.ggml.model is {vocabulary!r}; keifu reads {known}.")
-    tokens = [str(token) for token in _needed(fields, "tokens")]
+        known_kinds = " and ".join(map(repr, builders))
+        raise UserError(f"The GGUF's tokenizer.ggml.model is {vocabulary!r}; keifu reads {known_kinds}.")
+    tokens = [str(token) for token in _field(fields, "tokens")]
     kinds = list(fields.get("tokenizer.ggml.token_type") or [sp.NORMAL] * len(tokens))
     if len(kinds) != len(tokens):
         raise UserError(f"The GGUF has {len(tokens)} tokens but {len(kinds)} entries in tokenizer.ggml.token_type.")
@@ -90,12 +90,14 @@ def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _sampling_fields(generation: Mapping[str, Any]) -> dict[str, Any]:
     """Convert generation_config.json to GGUF's general.sampling.*, the inverse of `_generation_config`."""
-    known = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
-    known |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
-    return {f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in known.items()}
+    settings = {key: generation[key] for key in SAMPLING_KEYS if generation.get(key) is not None}
+    settings |= {"temperature": 0.0} if generation.get("do_sample") is False else {}
+    return {
+        f"general.sampling.{SAMPLING_KEYS[key][0]}": SAMPLING_KEYS[key][1](value) for key, value in settings.items()
+    }
 
 
-def _needed(fields: Mapping[str, Any], name: str) -> Any:
+def _field(fields: Mapping[str, Any], name: str) -> Any:
     if f"tokenizer.ggml.{name}" not in fields:
         raise UserError(f"The GGUF holds no tokenizer.ggml.{name}, so no tokenizer can be built from it.")
     return fields[f"tokenizer.ggml.{name}"]
@@ -104,7 +106,7 @@ def _needed(fields: Mapping[str, Any], name: str) -> Any:
 def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
     vocabulary = sp.numbered(tokens, "The GGUF")
     cut = fields.get("tokenizer.ggml.pre", "default")
-    merges = [(left, right) for left, _, right in (str(m).partition(" ") for m in _needed(fields, "merges"))]
+    merges = [(left, right) for left, _, right in (str(m).partition(" ") for m in _field(fields, "merges"))]
     try:
         backend = byte_level_backend(vocabulary, merges, cut)
     except Exception as error:  # `tokenizers` raises bare Exceptions
@@ -119,7 +121,7 @@ def _byte_level(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[in
 
 
 def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], kinds: Sequence[int]) -> Made:
-    scores = _needed(fields, "scores")
+    scores = _field(fields, "scores")
     pieces = [sp.SentencePiece(*entry) for entry in zip(tokens, map(float, scores), map(int, kinds), strict=True)]
     settings = sp.SentencePieceSettings(
         unknown_id=int(fields.get("tokenizer.ggml.unknown_token_id", 0)),
@@ -144,8 +146,8 @@ def _ends_of_turn(fields: Mapping[str, Any], tokens: list[str], template: str | 
     """Return the ids that end an answer: those that the file states, else the usual names that occur in its chat
     template."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eot", "eom")]
-    named = {int(fields[key]) for key in keys if fields.get(key) is not None}
-    return named or {tokens.index(end) for end in ENDS_OF_TURN if end in (template or "") and end in tokens}
+    named_ids = {int(fields[key]) for key in keys if fields.get(key) is not None}
+    return named_ids or {tokens.index(end) for end in ENDS_OF_TURN if end in (template or "") and end in tokens}
 
 
 def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -178,8 +180,8 @@ def to_gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     turns = sorted(tokenizer.stop_ids - {tokenizer.eos_id})
     fields |= {"eot_token_id": turns[0]} if turns else {}
     template = {} if tokenizer.chat_template is None else {"tokenizer.chat_template": tokenizer.chat_template}
-    named = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
-    return named | template | _sampling_fields(tokenizer.generation_config)
+    named_fields = {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+    return named_fields | template | _sampling_fields(tokenizer.generation_config)
 
 
 def _byte_level_fields(tokenizer: Tokenizer, described: dict[str, Any]) -> dict[str, Any]:
@@ -196,17 +198,19 @@ def _sentencepiece_fields(described: dict[str, Any], tokens: list[str]) -> dict[
     """Return the fields of SentencePiece's BPE. The earlier a merge, the higher the score of its token. Raises
     `UserError` if scores cannot express the merges."""
     merges = [(left, right) for left, right in described["model"]["merges"]]
-    made = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
+    rank_scores = {token: -float(rank) for rank, token in reversed(list(enumerate("".join(pair) for pair in merges)))}
     cutter = described["pre_tokenizer"] or {}
     pattern = re.compile(cutter["pattern"]["Regex"]) if cutter.get("type") == "Split" else None
-    whole = {token for token in tokens if pattern and pattern.fullmatch(token)}  # user-defined, never split
+    unsplit_tokens = {token for token in tokens if pattern and pattern.fullmatch(token)}  # user-defined, never split
     kinds = [
         sp.UNKNOWN if token == described["model"]["unk_token"] else sp.BYTE if byte_value(token) is not None
-        else sp.USER_DEFINED if token in whole else sp.NORMAL
+        else sp.USER_DEFINED if token in unsplit_tokens else sp.NORMAL
         for token in tokens
     ]  # fmt: skip
     added = {entry["content"] for entry in described["added_tokens"]}
-    scores = [made.get(token, 0.0 if token in added else -float(len(merges) + n)) for n, token in enumerate(tokens)]
+    scores = [
+        rank_scores.get(token, 0.0 if token in added else -float(len(merges) + n)) for n, token in enumerate(tokens)
+    ]
     mergeable = [sp.SentencePiece(*entry) for entry in zip(tokens, scores, kinds, strict=True) if entry[0] not in added]
     prefix = _space_prefix(described)
     if prefix is None:

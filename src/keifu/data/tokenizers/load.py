@@ -38,7 +38,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Marian's, or a GGUF.
     Raises `UserError` with the reason if it cannot be read.
     """
-    path = _found(path)
+    path = _path_of(path)
     with reading(path):
         return _load(path)
 
@@ -77,12 +77,12 @@ def _load(path: Path) -> Tokenizer:
     return finish_backend(reader(path)(path, config), path.parent, config)
 
 
-def _found(path: str | Path) -> Path:
+def _path_of(path: str | Path) -> Path:
     if Path(path).exists():
         return Path(path)
     from keifu.data.catalogue.catalogue import CATALOGUE, MODELS, fetch
 
-    known = {name: entry for name, entry in CATALOGUE.items() if entry.kind == "tokenizer"} | MODELS
-    if str(path) in known:
-        return fetch(str(path), known)
-    raise UserError(f"There is no tokenizer at {path}: give a directory, a file, or one of {', '.join(known)}.")
+    entries = {name: entry for name, entry in CATALOGUE.items() if entry.kind == "tokenizer"} | MODELS
+    if str(path) in entries:
+        return fetch(str(path), entries)
+    raise UserError(f"There is no tokenizer at {path}: give a directory, a file, or one of {', '.join(entries)}.")

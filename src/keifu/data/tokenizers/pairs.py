@@ -38,9 +38,9 @@ def encode_pairs(
     pairs, longer = list[IdPair](), list[TooLong]()
     for index, second in enumerate(encodings[1:]):
         query = tokenizers.Encoding.merge([encodings[0]])  # a copy, because `truncate` changes it
-        whole = len(query) + len(second) + extra
-        if whole > limit:
-            longer.append(TooLong(index, whole))
+        length = len(query) + len(second) + extra
+        if length > limit:
+            longer.append(TooLong(index, length))
             lengths = longest_first(len(query), len(second), limit - extra)
             query.truncate(lengths[0])
             second.truncate(lengths[1])

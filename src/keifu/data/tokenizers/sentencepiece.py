@@ -88,9 +88,9 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _piece(message: bytes) -> SentencePiece:
-    given = dict(_fields(message))
-    (score,) = struct.unpack("<f", bytes(given.get(2, bytes(4))))
-    return SentencePiece(bytes(given[1]).decode(), score, int(given.get(3, NORMAL)))
+    values = dict(_fields(message))
+    (score,) = struct.unpack("<f", bytes(values.get(2, bytes(4))))
+    return SentencePiece(bytes(values[1]).decode(), score, int(values.get(3, NORMAL)))
 
 
 def _roles(trainer: dict[int, int | bytes]) -> dict[str, int]:
@@ -227,7 +227,7 @@ def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePiece
         model = models.Unigram([(p.text, p.score) for p in pieces], settings.unknown_id, settings.byte_fallback)
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence(_normalizers(settings))
-    cuts = [_whole(defined)] if defined else []
+    cuts = [_user_defined_splitter(defined)] if defined else []
     if settings.model == UNIGRAM and settings.byte_fallback:
         cuts.append(no_byte_names())
     if cuts:
@@ -238,7 +238,7 @@ def backend_from_pieces(pieces: Sequence[SentencePiece], settings: SentencePiece
     return backend
 
 
-def _whole(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
+def _user_defined_splitter(pieces: Sequence[str]) -> pre_tokenizers.PreTokenizer:
     """Split the user-defined pieces off the text, the longest first. SentencePiece does this before other steps."""
     pattern = "|".join(map(re.escape, sorted(pieces, key=len, reverse=True)))
     return pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")

@@ -84,8 +84,8 @@ def read_two_sided(directory: Path) -> TwoSidedTokenizer:
     """Load the tokenizer of a directory that has a target_tokenizer.json."""
     config = formats.settings_beside(directory)
     sides = (directory / SOURCE_TOKENIZER, config), (directory / TARGET_TOKENIZER, config.get("target", {}))
-    read = ((formats.reader(path)(path, roles), directory, roles) for path, roles in sides)
-    return TwoSidedTokenizer(*(formats.finish_backend(*side) for side in read))
+    sides_read = ((formats.reader(path)(path, roles), directory, roles) for path, roles in sides)
+    return TwoSidedTokenizer(*(formats.finish_backend(*side) for side in sides_read))
 
 
 class MarianSide(Tokenizer):
@@ -97,8 +97,8 @@ class MarianSide(Tokenizer):
 
     PARTS = "pieces", *Tokenizer.PARTS
 
-    def __init__(self, pieces: Pieces, *parts: Any, **named: Any):
-        super().__init__(*parts, **named)
+    def __init__(self, pieces: Pieces, *parts: Any, **keywords: Any):
+        super().__init__(*parts, **keywords)
         self.pieces, self.vocabulary = pieces, self.backend.get_vocab()
 
     def encode_batch(self, texts: Sequence[str], special: bool = False, allow_special: bool = False) -> list[list[int]]:
@@ -107,9 +107,9 @@ class MarianSide(Tokenizer):
         pattern = re.compile("(" + "|".join(map(re.escape, self.special.values())) + ")")
         parts = [pattern.split(text) if allow_special else [text] for text in texts]
         cut = iter(self._cut([part for text in parts for part in text[::2]]))
-        missing = self.vocabulary[self.special["unk_token"]]
+        unknown_id = self.vocabulary[self.special["unk_token"]]
         rows = [[piece for n, part in enumerate(text) for piece in ([part] if n % 2 else next(cut))] for text in parts]
-        return [[self.vocabulary.get(piece, missing) for piece in [*row, *end]] for row in rows]
+        return [[self.vocabulary.get(piece, unknown_id) for piece in [*row, *end]] for row in rows]
 
     @cached_property
     def language_codes(self) -> list[str]:
@@ -127,9 +127,9 @@ class MarianSide(Tokenizer):
         for code in (match[0] for match in codes if match and self.language_codes):  # else it is text
             if " " not in code and code not in self.vocabulary:
                 raise unknown("language code", code, self.language_codes)
-        rest = [text[code.end() :] if code else text for text, code in zip(texts, codes, strict=True)]
-        with self._explaining(rest):
-            cut = self.pieces.cut(rest)
+        uncoded_texts = [text[code.end() :] if code else text for text, code in zip(texts, codes, strict=True)]
+        with self._explaining(uncoded_texts):
+            cut = self.pieces.cut(uncoded_texts)
         return [[*([code[0]] if code else []), *pieces] for code, pieces in zip(codes, cut, strict=True)]
 
 
@@ -166,14 +166,16 @@ class MarianTokenizer(TwoSidedTokenizer[MarianSide]):
 def read_marian(directory: Path, config: Mapping[str, Any]) -> MarianTokenizer:
     """Load the tokenizer of a directory with a source.spm. Raises `UserError` for a missing file."""
     separate = bool(config.get("separate_vocabs"))
-    needed = [SOURCE, TARGET, VOCABULARY, *([TARGET_VOCABULARY] if separate else [])]
-    if missing := [name for name in needed if not (directory / name).exists()]:
-        raise UserError(f"{directory} has a Marian tokenizer without {' and '.join(missing)}.")
+    file_names = [SOURCE, TARGET, VOCABULARY, *([TARGET_VOCABULARY] if separate else [])]
+    if missing_files := [name for name in file_names if not (directory / name).exists()]:
+        raise UserError(f"{directory} has a Marian tokenizer without {' and '.join(missing_files)}.")
     roles, length = formats.roles_beside(config)
     special = ROLES | {role: token for role, token in roles.items() if role in ROLES}
     source, target = (Pieces(plain_file(directory / name).read_bytes(), name) for name in (SOURCE, TARGET))
-    shown = [source, target] if separate else [source]  # used by transformers to decode too
-    backends = [_backend(directory / name, special, tokens) for name, tokens in zip(needed[2:], shown, strict=True)]
+    text_files = [source, target] if separate else [source]  # used by transformers to decode too
+    backends = [
+        _backend(directory / name, special, tokens) for name, tokens in zip(file_names[2:], text_files, strict=True)
+    ]
     ends = formats.stop_ids(formats.generation_config(directory))
     sides = zip((source, target), (backends[0], backends[-1]), strict=True)
     return MarianTokenizer(*(MarianSide(*side, special, ends, max_length=length) for side in sides))

@@ -28,8 +28,8 @@ def byte_alphabet() -> dict[str, int]:
     Printable Latin-1 characters represent themselves. The other bytes get the next free characters from U+0100 on.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    unprintable = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(unprintable)}
 
 
 def byte_value(token: str) -> int | None:
@@ -146,7 +146,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(how.errors)
         self._first = True
         self._strip = how.strip
-        self._held = b""  # a space that is output only if a token follows
+        self._space = b""  # a space that is output only if a token follows
 
     def push(self, token_id: int) -> str:
         """Return the characters that this token completes, often none."""
@@ -156,7 +156,7 @@ class StreamDecoder:
         """Return the rest of the text at the end; U+FFFD for an incomplete character."""
         return self._utf8.decode(b"", True)
 
-    def whole(self, token_ids: Iterable[int]) -> str:
+    def decode_all(self, token_ids: Iterable[int]) -> str:
         """Decode all tokens at once. Call it only on a new decoder."""
         return b"".join(map(self._bytes, token_ids)).decode("utf-8", self._how.errors)
 
@@ -169,7 +169,7 @@ class StreamDecoder:
         while self._strip and data:
             data, self._strip = (data[1:], self._strip - 1) if data.startswith(b" ") else (data, 0)
         if self._how.drops_last_space:
-            data, self._held = self._held + data, b""
+            data, self._space = self._space + data, b""
             if data.endswith(b" "):
-                data, self._held = data[:-1], b" "
+                data, self._space = data[:-1], b" "
         return data

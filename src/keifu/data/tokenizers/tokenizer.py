@@ -81,8 +81,8 @@ def put_around_text(backend: tokenizers.Tokenizer, special: Mapping[str, str], b
     """Make the tokenizer add its BOS before a text or its EOS after it, if it has such tokens."""
     tokens = [special[role] if role in special and on else "" for role, on in (("bos_token", bos), ("eos_token", eos))]
     single = " ".join(f"{token}:0" if token else "" for token in (tokens[0], "$A", tokens[1])).strip()
-    given = [(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens) if token]
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=given)
+    special_tokens = [(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens) if token]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special_tokens)
 
 
 def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -92,8 +92,8 @@ def nothing_around_text(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 def unused_characters(value: Any, count: int = 2) -> str:
     """Return private-use characters that do not occur in any string of `value`."""
-    seen = set(json.dumps(value, ensure_ascii=False, default=str))
-    free = (character for character in map(chr, range(0x100000, 0x10FFFD)) if character not in seen)
+    used_characters = set(json.dumps(value, ensure_ascii=False, default=str))
+    free = (character for character in map(chr, range(0x100000, 0x10FFFD)) if character not in used_characters)
     return "".join(islice(free, count))
 
 
@@ -209,12 +209,13 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of these ids. Invalid bytes and unknown ids become U+FFFD."""
-        return self.stream(skip_special).whole(ids)
+        return self.stream(skip_special).decode_all(ids)
 
-    def stream(self, skip_special: bool = True, shown: Iterable[int] = ()) -> StreamDecoder:
-        """Return a decoder for ids that arrive one by one. It never returns half a character. shown: special tokens
-        that it does not skip."""
-        skipped = self.special_ids.difference(shown) if skip_special else frozenset()
+    def stream(self, skip_special: bool = True, visible_tokens: Iterable[int] = ()) -> StreamDecoder:
+        """Return a decoder for ids that arrive one by one. It never returns half a character.
+
+        visible_tokens: special tokens that it does not skip."""
+        skipped = self.special_ids.difference(visible_tokens) if skip_special else frozenset()
         return StreamDecoder(self._decoding, self.backend.id_to_token, skipped)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -259,8 +260,8 @@ class Tokenizer:
 
         marks = unused_characters([self.chat_template, messages, variables], 4)
         marked = self._shield.mark([dict(message) for message in messages], marks[:2])
-        given = {**self.special, **self._shield.mark(variables, marks[:2])}
-        text = render_marked(self.chat_template, marked, given, marks[2:], self._shield.names)
+        all_variables = {**self.special, **self._shield.mark(variables, marks[:2])}
+        text = render_marked(self.chat_template, marked, all_variables, marks[2:], self._shield.names)
         return encode_turns(self._shield.backend, self._shield.name(text, marks[:2]), marks[2:])
 
     def replace(self, **parts: Any) -> "Tokenizer":

@@ -43,11 +43,11 @@ class _Training:
         if not self.characters:
             raise UserError("There is no text to learn a tokenizer from: every text given is empty.")
 
-    def at_least(self, kind: str, needed: int, why: str) -> None:
+    def at_least(self, kind: str, least_tokens: int, why: str) -> None:
         """Raise `UserError` if the vocabulary is smaller than this kind of tokenizer needs for any text."""
-        if self.vocab_size < needed:
+        if self.vocab_size < least_tokens:
             what = f"vocab_size={self.vocab_size} is too small"
-            raise UserError(f"{what}: {kind} needs at least {needed} tokens ({why}).")
+            raise UserError(f"{what}: {kind} needs at least {least_tokens} tokens ({why}).")
 
     def learn(self, backend: tokenizers.Tokenizer, trainer: trainers.Trainer) -> None:
         """Train the tokenizer on the texts."""
@@ -84,75 +84,77 @@ def train_tokenizer(
     empty, or `vocab_size` is too small for the kind and the texts.
     """
     require_known("kind of tokenizer", kind, KINDS)
-    for given, owner, what in ((split_digits, "bpe", "split_digits"), (lowercase, "wordpiece", "lowercase")):
-        if given and kind != owner:
+    for value, owner, what in ((split_digits, "bpe", "split_digits"), (lowercase, "wordpiece", "lowercase")):
+        if value and kind != owner:
             raise UserError(f"{what} belongs to the kind {owner}, not to {kind}: leave it out.")
     texts = list(texts) if kind == "wordpiece" and isinstance(texts, Iterator) else texts
     backend, special = KINDS[kind](_Training(texts, vocab_size, list(special_tokens), split_digits, lowercase))
-    if (needed := backend.get_vocab_size()) > vocab_size:
-        raise UserError(f"vocab_size={vocab_size} is too small: {kind} needs at least {needed} tokens for these texts.")
+    if (least_tokens := backend.get_vocab_size()) > vocab_size:
+        raise UserError(
+            f"vocab_size={vocab_size} is too small: {kind} needs at least {least_tokens} tokens for these texts."
+        )
     return Tokenizer(backend, special)
 
 
-def _bpe(wanted: _Training) -> BackendWithRoles:
-    specials = _with_special_tokens([END_OF_TEXT, *wanted.special_tokens])
-    wanted.at_least("bpe", 256 + len(specials), f"256 bytes and {len(specials)} special")
-    backend = byte_level_backend({}, [], "smollm" if wanted.split_digits else "gpt-2")
+def _bpe(training: _Training) -> BackendWithRoles:
+    specials = _with_special_tokens([END_OF_TEXT, *training.special_tokens])
+    training.at_least("bpe", 256 + len(specials), f"256 bytes and {len(specials)} special")
+    backend = byte_level_backend({}, [], "smollm" if training.split_digits else "gpt-2")
     trainer = trainers.BpeTrainer(
-        vocab_size=wanted.vocab_size, special_tokens=specials, initial_alphabet=list(byte_alphabet()), **USUAL
+        vocab_size=training.vocab_size, special_tokens=specials, initial_alphabet=list(byte_alphabet()), **USUAL
     )
-    wanted.learn(backend, trainer)
+    training.learn(backend, trainer)
     return backend, {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
 
 
-def _wordpiece(wanted: _Training) -> BackendWithRoles:
+def _wordpiece(training: _Training) -> BackendWithRoles:
     specials = sorted(BERT_ROLES.values(), key=lambda token: token != "[PAD]")  # in BERT the id of padding is 0
-    backend, _ = wordpiece_backend({}, wanted.lowercase, strip_accents=None)
-    limit = max(1000, wanted.vocab_size // 3)  # rarer characters become [UNK], as in BERT
-    first, later = _alphabet(backend, wanted, limit)
-    numbered = _with_special_tokens([*specials, *wanted.special_tokens, *later])  # ids are in this order
+    backend, _ = wordpiece_backend({}, training.lowercase, strip_accents=None)
+    limit = max(1000, training.vocab_size // 3)  # rarer characters become [UNK], as in BERT
+    first, later = _alphabet(backend, training, limit)
+    numbered = _with_special_tokens([*specials, *training.special_tokens, *later])  # ids are in this order
     alphabet: Any = {"initial_alphabet": first, "limit_alphabet": len(first)}
-    trainer = trainers.WordPieceTrainer(vocab_size=wanted.vocab_size, special_tokens=numbered, **alphabet, **USUAL)
-    wanted.learn(backend, trainer)
-    learned, roles = wordpiece_backend(backend.get_vocab(), wanted.lowercase, strip_accents=None)
-    learned.add_special_tokens(_with_special_tokens(wanted.special_tokens))
+    trainer = trainers.WordPieceTrainer(vocab_size=training.vocab_size, special_tokens=numbered, **alphabet, **USUAL)
+    training.learn(backend, trainer)
+    learned, roles = wordpiece_backend(backend.get_vocab(), training.lowercase, strip_accents=None)
+    learned.add_special_tokens(_with_special_tokens(training.special_tokens))
     return learned, roles
 
 
-def _alphabet(backend: tokenizers.Tokenizer, wanted: _Training, limit: int) -> tuple[list[str], list[str]]:
+def _alphabet(backend: tokenizers.Tokenizer, training: _Training, limit: int) -> tuple[list[str], list[str]]:
     """Return the most frequent characters, and those that continue words as tokens (`##a`), each in a fixed order.
 
     The library would number the latter in random order, and it merges pairs of equal counts by number.
     """
-    wanted.learn(backend, trainers.WordPieceTrainer(vocab_size=1, show_progress=False, special_tokens=[]))
+    training.learn(backend, trainers.WordPieceTrainer(vocab_size=1, show_progress=False, special_tokens=[]))
     vocabulary = backend.get_vocab()
-    first = sorted((one for one in vocabulary if len(one) == 1), key=lambda one: (-wanted.characters[one], one))
+    first = sorted((one for one in vocabulary if len(one) == 1), key=lambda one: (-training.characters[one], one))
     return first[:limit], [f"##{one}" for one in sorted(first[:limit]) if f"##{one}" in vocabulary]
 
 
-def _unigram(wanted: _Training) -> BackendWithRoles:
-    specials = ["<unk>", "<s>", "</s>", *wanted.special_tokens]
+def _unigram(training: _Training) -> BackendWithRoles:
+    specials = ["<unk>", "<s>", "</s>", *training.special_tokens]
     reserved = len(specials) + 256
-    wanted.at_least("unigram", reserved + 1, f"{len(specials)} special, 256 bytes and the characters")
+    training.at_least("unigram", reserved + 1, f"{len(specials)} special, 256 bytes and the characters")
     backend = tokenizers.Tokenizer(models.Unigram())
     _prepare_unigram(backend)
-    size = wanted.vocab_size - 256
+    size = training.vocab_size - 256
     trainer = trainers.UnigramTrainer(vocab_size=size, show_progress=False, special_tokens=specials, unk_token="<unk>")
     try:
-        wanted.learn(backend, trainer)
+        training.learn(backend, trainer)
     except UserError as error:
         if "not large enough" in str(error):  # the trainer keeps every character
-            wanted.at_least("unigram", reserved + len(wanted.characters), "special, bytes and all the characters")
+            training.at_least("unigram", reserved + len(training.characters), "special, bytes and all the characters")
         raise
     learned = json.loads(backend.to_str())["model"]["vocab"][len(specials) :]
     pieces = [sp.SentencePiece(token, 0.0, sp.UNKNOWN if token == "<unk>" else sp.CONTROL) for token in specials]
     pieces += [sp.SentencePiece(f"<0x{byte:02X}>", 0.0, sp.BYTE) for byte in range(256)]
     pieces += [sp.SentencePiece(token, score) for token, score in learned]
-    whole = sp.backend_from_pieces(pieces, sp.SentencePieceSettings(model=sp.UNIGRAM))
-    _prepare_unigram(whole)
+    full_backend = sp.backend_from_pieces(pieces, sp.SentencePieceSettings(model=sp.UNIGRAM))
+    _prepare_unigram(full_backend)
     roles = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    put_around_text(whole, roles, bos=True, eos=False)
-    return whole, roles
+    put_around_text(full_backend, roles, bos=True, eos=False)
+    return full_backend, roles
 
 
 def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
@@ -163,15 +165,17 @@ def _prepare_unigram(backend: tokenizers.Tokenizer) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, sp.no_byte_names()])
 
 
-def _characters(wanted: _Training) -> BackendWithRoles:
-    for _ in wanted:
+def _characters(training: _Training) -> BackendWithRoles:
+    for _ in training:
         continue
-    wanted.check()
-    vocabulary = {token: number for number, token in enumerate([*wanted.special_tokens, *sorted(wanted.characters)])}
+    training.check()
+    vocabulary = {
+        token: number for number, token in enumerate([*training.special_tokens, *sorted(training.characters)])
+    }
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary))
     backend.pre_tokenizer = pre_tokenizers.FixedLength(1)
     backend.decoder = decoders.Fuse()
-    backend.add_special_tokens(_with_special_tokens(wanted.special_tokens))
+    backend.add_special_tokens(_with_special_tokens(training.special_tokens))
     return backend, {}
 
 

@@ -72,11 +72,11 @@ def encode(encode_batch: Callable[[list[str]], list[list[int]]], sentences: Sequ
 
 @dataclass(frozen=True)
 class EncodedPairs:
-    """Both sides of sentence pairs. kept: indices of the pairs that were not too long for a model."""
+    """Both sides of sentence pairs. indices: those of the pairs that were not too long for a model."""
 
     source: EncodedSide
     target: EncodedSide
-    kept: Sequence[int] = ()
+    indices: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(self.source.lengths)

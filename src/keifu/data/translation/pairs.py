@@ -130,8 +130,8 @@ def _of_records(source: str, path: Path, fields: Fields, encoding: str | None) -
         names = names or _sides(where, record, fields, suffix)
         first, second = (_text(where, record, name) for name in names)
         rows.append((first, second))
-    usual = {name for pair in NAMES for name in pair}
-    codes = [name if re.fullmatch(CODE, name) and name not in usual else "" for name in names or ()]
+    side_names = {name for pair in NAMES for name in pair}
+    codes = [name if re.fullmatch(CODE, name) and name not in side_names else "" for name in names or ()]
     return Pairs(source, rows, (codes[0], codes[1]) if codes else ("", ""))
 
 
@@ -144,10 +144,10 @@ def _has_header(path: Path, encoding: str | None) -> bool:
 def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -> tuple[str, str]:
     """Return the names of the source and target fields: the given ones, a usual pair of names, or the only two
     fields."""
-    known = next((sides for names in NAMES if (sides := _find(record, names))), None)
-    named = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
-    two = [*record] if suffix not in TABLES else named
-    first, second = known or ((two[0], two[1]) if len(record) == len(two) == 2 else (None, None))
+    known_sides = next((sides for names in NAMES if (sides := _find(record, names))), None)
+    language_columns = [name for name in record if re.fullmatch(CODE, name) or name.lower() in LANGUAGES]
+    two = [*record] if suffix not in TABLES else language_columns
+    first, second = known_sides or ((two[0], two[1]) if len(record) == len(two) == 2 else (None, None))
     first, second = fields[0] or first, fields[1] or second
     for name in filter(None, fields):
         content(where, record, name)
@@ -158,9 +158,9 @@ def _sides(where: str, record: Mapping[str, Any], fields: Fields, suffix: str) -
     return first, second
 
 
-def _find(given: Iterable[str], names: Pair) -> tuple[str, str] | None:
+def _find(columns: Iterable[str], names: Pair) -> tuple[str, str] | None:
     """Return the fields with these names, ignoring case; None if there are none."""
-    by_name = {name.strip().lower(): name for name in given}
+    by_name = {name.strip().lower(): name for name in columns}
     return (by_name[names[0]], by_name[names[1]]) if {*names} <= by_name.keys() else None
 
 
@@ -176,10 +176,12 @@ def _columns(path: Path, encoding: str | None) -> Iterator[Pair]:
     for number, line in enumerate(lines(path, encoding=encoding), 1):
         cells = [cell.strip() for cell in line.rstrip("\n").split("\t")]
         if len(cells) != 2:
-            shown = ", ".join(repr(cell if len(cell) <= 40 else f"{cell[:37]}...") for cell in cells[:6])
-            wrong = f"there is no tab in {shown}, and a tab parts a sentence from its translation"
+            cell_list = ", ".join(repr(cell if len(cell) <= 40 else f"{cell[:37]}...") for cell in cells[:6])
+            wrong = f"there is no tab in {cell_list}, and a tab parts a sentence from its translation"
             if len(cells) > 2:
-                wrong = f"there are {len(cells)} columns ({shown}), and two are needed: cut out the others, as with "
+                wrong = (
+                    f"there are {len(cells)} columns ({cell_list}), and two are needed: cut out the others, as with "
+                )
                 wrong += "`cut -f 1,2`"
             raise UserError(f"{path}, line {number}: {wrong}.")
         yield cells[0], cells[1]
@@ -191,9 +193,11 @@ def _zip_files(first: Path, second: Path, encoding: str | None) -> Iterator[Pair
     for number, (one, other) in enumerate(rows, 1):
         if one is None or other is None:
             longer, shorter = (second, first) if one is None else (first, second)
-            more = 1 + sum(1 for _ in rows)
+            n_further = 1 + sum(1 for _ in rows)
             rule = f"line {number:,} of one must be the translation of that line of the other"
-            raise UserError(f"{shorter} ends after line {number - 1:,}, and {longer} has {more:,} lines more: {rule}.")
+            raise UserError(
+                f"{shorter} ends after line {number - 1:,}, and {longer} has {n_further:,} lines more: {rule}."
+            )
         yield one.strip(), other.strip()
 
 
@@ -229,31 +233,36 @@ def split(
     """
     rows = list(dict.fromkeys(pairs.rows))
     sides = [(normalize(a), normalize(b)) for a, b in rows]
-    drawn: list[list[Pair]] = [[], []]
+    drawn_parts: list[list[Pair]] = [[], []]
     if validation is None or test is None:
         size = max(1, min(held_out, len(rows) // 10))
-        seen: set[str] = set()
+        seen_sides: set[str] = set()
         # The pair itself comes last: it only decides between a pair and its reverse.
         order = sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]), rows[i]))
-        chosen = _disjoint(order, sides, seen)
-        drawn = [[rows[i] for i in islice(chosen, size)] for _ in ("test", "validation")][::-1]
-        if not (all(drawn) and any(map(seen.isdisjoint, sides))):
+        disjoint = _disjoint(order, sides, seen_sides)
+        drawn_parts = [[rows[i] for i in islice(disjoint, size)] for _ in ("test", "validation")][::-1]
+        if not (all(drawn_parts) and any(map(seen_sides.isdisjoint, sides))):
             few = f"{len(rows):,} distinct pairs cannot be split into training, validation and test"
             raise UserError(f"{few} without a sentence in two of them: give more pairs.")
-    kept_out = [part if given is None else given.rows for given, part in zip((validation, test), drawn, strict=True)]
+    kept_out = [
+        part if given_part is None else given_part.rows
+        for given_part, part in zip((validation, test), drawn_parts, strict=True)
+    ]
     hidden = {normalize(side) for part in kept_out for pair in part for side in pair}
     train = [pair for pair, both in zip(rows, sides, strict=True) if hidden.isdisjoint(both)]
     if not train:
         raise UserError(f"Every pair of {pairs.name} shares a sentence with one held out: nothing is left to train on.")
-    kept = len(train) + sum(len(part) for given, part in zip((validation, test), drawn, strict=True) if given is None)
-    return PairSplit(train, *kept_out, dropped=len(pairs) - kept)
+    n_kept = len(train) + sum(
+        len(part) for given_part, part in zip((validation, test), drawn_parts, strict=True) if given_part is None
+    )
+    return PairSplit(train, *kept_out, dropped=len(pairs) - n_kept)
 
 
-def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen: set[str]) -> Iterator[int]:
-    """Yield the pairs, in this order, that share no side with an earlier one. Add their sides to `seen`."""
+def _disjoint(order: Iterable[int], sides: list[tuple[str, str]], seen_sides: set[str]) -> Iterator[int]:
+    """Yield the pairs, in this order, that share no side with an earlier one. Add their sides to `seen_sides`."""
     for i in order:
-        if seen.isdisjoint(sides[i]):
-            seen.update(sides[i])
+        if seen_sides.isdisjoint(sides[i]):
+            seen_sides.update(sides[i])
             yield i
 
 

@@ -38,9 +38,9 @@ def parts(name: str, held_out: float) -> Parts:
     """Return training and held-out documents of a source: eight sentences, one on each line, or eight pairs (see
     `translations`)."""
     codes = names()[name]
-    learned, kept = rows(held_out)
+    training, validation = rows(held_out)
     make = sentences if len(codes) == 1 else translation_prompt
-    return make(learned, codes), make(kept, codes)
+    return make(training, codes), make(validation, codes)
 
 
 @lru_cache(maxsize=1)
@@ -53,10 +53,12 @@ def rows(held_out: float) -> tuple[list[Row], list[Row]]:
 def split_sentences(every: Sequence[Row], held_out: float) -> tuple[list[Row], list[Row]]:
     """Split any rows into training and held-out rows."""
     keys = [{(code, normalize(text)) for code, text in sentences_of(row).items()} for row in every]
-    chosen = [_hash(row["ja"]) < held_out for row in every]
-    taken = {key for row_keys, kept in zip(keys, chosen, strict=True) if kept for key in row_keys}
-    learned = [row for row, row_keys in zip(every, keys, strict=True) if taken.isdisjoint(row_keys)]
-    return learned, [row for row, kept in zip(every, chosen, strict=True) if kept]
+    held_out_rows = [_hash(row["ja"]) < held_out for row in every]
+    held_out_keys = {
+        key for row_keys, is_held_out in zip(keys, held_out_rows, strict=True) if is_held_out for key in row_keys
+    }
+    learned = [row for row, row_keys in zip(every, keys, strict=True) if held_out_keys.isdisjoint(row_keys)]
+    return learned, [row for row, is_held_out in zip(every, held_out_rows, strict=True) if is_held_out]
 
 
 def sentences_of(row: Row) -> Row:

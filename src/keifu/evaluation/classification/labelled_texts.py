@@ -50,11 +50,11 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     not have."""
     judge = text_classifier(model, tokenizer)
     examples = read_examples(request.on, judge.form, encoding=request.encoding)
-    examples = examples.chosen(range(len(examples))[: request.limit])
+    examples = examples.subset(range(len(examples))[: request.limit])
     for row in examples.rows:
         if row.label not in judge.labels:
-            known = ", ".join(map(repr, judge.labels[:5])) + (", ..." if len(judge.labels) > 5 else "")
-            raise UserError(f"{row.where}: the model has no label {row.label!r}; it knows {known}.")
+            known_labels = ", ".join(map(repr, judge.labels[:5])) + (", ..." if len(judge.labels) > 5 else "")
+            raise UserError(f"{row.where}: the model has no label {row.label!r}; it knows {known_labels}.")
     rows, _ = judge.read(examples, judge.limit, False)
     predicted = judge.predict_proba(rows)
     confusion = confusion_of(judge, examples, predicted)
@@ -64,7 +64,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         f"always {label!r}": round(share, 4),
         "texts": len(examples),
     }
-    given = [judge.labels[number] for number in predicted.argmax(-1).tolist()]
-    cells = zip(("\t".join(row.texts) for row in examples.rows), examples.labels, given, strict=True)
+    predicted_labels = [judge.labels[number] for number in predicted.argmax(-1).tolist()]
+    cells = zip(("\t".join(row.texts) for row in examples.rows), examples.labels, predicted_labels, strict=True)
     items = ResultTable(("text", "label", "given"), list(cells))
     return EvalResult(figures, tables={"by label": confusion.result("texts")}, items=items)

@@ -26,10 +26,10 @@ class Confusion:
     labels: tuple[str, ...]
 
     @classmethod
-    def of(cls, right: Int[Tensor, "texts"], given: Int[Tensor, "texts"], labels: Sequence[str]) -> "Confusion":
-        """Count pairs of labels. right, given: indices of the true and the predicted labels."""
+    def of(cls, right: Int[Tensor, "texts"], predicted: Int[Tensor, "texts"], labels: Sequence[str]) -> "Confusion":
+        """Count pairs of labels. right, predicted: indices of the true and the predicted labels."""
         size = len(labels)
-        return cls(torch.bincount(right * size + given, minlength=size * size).view(size, size), tuple(labels))
+        return cls(torch.bincount(right * size + predicted, minlength=size * size).view(size, size), tuple(labels))
 
     @property
     def accuracy(self) -> float:
@@ -91,7 +91,10 @@ class Confusion:
         counts = self.counts.clone().fill_diagonal_(0)
         order = counts.flatten().sort(descending=True, stable=True).indices[:most].tolist()
         pairs = [divmod(cell, len(self.labels)) for cell in order if counts.flatten()[cell]]
-        return [[self.labels[right], self.labels[given], f"{int(counts[right, given]):,}"] for right, given in pairs]
+        return [
+            [self.labels[right], self.labels[predicted], f"{int(counts[right, predicted]):,}"]
+            for right, predicted in pairs
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures for JSON."""
@@ -131,7 +134,7 @@ def picture(
 ) -> bytes:
     """Draw the first misclassified images as PNG, dark on white, each with its true and its predicted class."""
     wrong = (predicted != targets).nonzero().flatten()
-    truth, taken = targets.tolist(), predicted.tolist()
+    truth, predicted_classes = targets.tolist(), predicted.tolist()
     high, wide = (size + GAP for size in pictures.shape[1:])
     sheet = torch.zeros(DOWN * high, ACROSS * wide)
     figure, (axes,) = canvas(1, 1, 5.4)
@@ -139,7 +142,7 @@ def picture(
     for index, row in enumerate(wrong[: ACROSS * DOWN].tolist()):
         top, left = index // ACROSS * high, index % ACROSS * wide
         sheet[top + GAP : top + high, left + GAP // 2 : left + wide - GAP // 2] = pictures[row]
-        name = f"{classes[truth[row]]}, taken for {classes[taken[row]]}"
+        name = f"{classes[truth[row]]}, taken for {classes[predicted_classes[row]]}"
         axes.text(left + wide / 2, top + GAP - 2, name, fontsize=6.5, ha="center", va="bottom")
     axes.imshow(sheet.numpy(), cmap="gray_r", aspect="equal")
     axes.set_axis_off()

@@ -28,15 +28,17 @@ def evaluate(model: nn.Module, tokenizer: None, request: EvalRequest) -> EvalRes
     """Return the accuracy on the held-out rows, or on all rows if the set is too small to hold any out."""
     assert isinstance(model, RowClassifier)
     data = tables.toy_dataset(request.on)
-    inputs, targets = data.held.inputs[: request.limit], data.held.targets[: request.limit]
-    has, given = (model.config.dim, len(model.classes)), (inputs.shape[1], len(data.classes))
-    if has != given:
+    inputs, targets = data.held_out.inputs[: request.limit], data.held_out.targets[: request.limit]
+    has, data_size = (model.config.dim, len(model.classes)), (inputs.shape[1], len(data.classes))
+    if has != data_size:
         raise UserError(
-            f"{request.on} has rows of {given[0]} numbers in {given[1]} classes, and the network is for {has[0]} in "
-            f"{has[1]}: evaluate it on what it was trained for."
+            f"{request.on} has rows of {data_size[0]} numbers in {data_size[1]} classes, and the network is for "
+            f"{has[0]} in {has[1]}: evaluate it on what it was trained for."
         )
     given_classes = model.predict_proba(inputs).argmax(-1)
     confusion = Confusion.of(targets, given_classes, data.classes)
     figures = confusion.accuracy_figures() | {"rows": len(targets)}
-    rows = [(data.classes[right], data.classes[given]) for right, given in torch.stack([targets, given_classes], 1)]
+    rows = [
+        (data.classes[right], data.classes[data_size]) for right, data_size in torch.stack([targets, given_classes], 1)
+    ]
     return EvalResult(figures, (), {"by class": confusion.result("rows")}, ResultTable(("right", "given"), rows))

@@ -60,9 +60,9 @@ class WordCounter:
         return F.normalize(counts * self.rarity, dim=-1)
 
 
-def nearest_mean(queries: Tensor, known: Tensor, values: Tensor) -> Tensor:
+def nearest_mean(queries: Tensor, references: Tensor, values: Tensor) -> Tensor:
     """Return for each query the mean value of its nearest neighbours, scaled to length 1."""
-    nearest = (queries @ known.T).topk(min(NEIGHBOURS, len(known))).indices
+    nearest = (queries @ references.T).topk(min(NEIGHBOURS, len(references))).indices
     return F.normalize(values[nearest].mean(1), dim=-1)
 
 

@@ -30,19 +30,19 @@ class Kernel(NamedTuple):
     size: int
 
 
-def frechet(real: Real, drawn: Drawn) -> float:
+def frechet(real: Real, generated: Drawn) -> float:
     """Return the squared Fréchet distance between normal distributions with the sets' means and covariances.
 
     With Inception's features it is the FID (Heusel et al., 2017). It is biased upwards for few pictures, most if there
     are fewer pictures than features. Raises `UserError` for fewer than two pictures.
     """
-    if (fewest := min(len(real), len(drawn))) < 2:
+    if (fewest := min(len(real), len(generated))) < 2:
         raise UserError(f"{fewest} pictures have no covariance: at least 2 are needed.")
-    real, drawn = real.double(), drawn.double()
-    covariance, other = real.T.cov(), drawn.T.cov()
+    real, generated = real.double(), generated.double()
+    covariance, other = real.T.cov(), generated.T.cov()
     root = _root(covariance)
     cross = torch.linalg.eigvalsh(root @ other @ root).clamp_min(0).sqrt().sum()
-    return float((real.mean(0) - drawn.mean(0)).square().sum() + covariance.trace() + other.trace() - 2 * cross)
+    return float((real.mean(0) - generated.mean(0)).square().sum() + covariance.trace() + other.trace() - 2 * cross)
 
 
 def _root(symmetric: Tensor) -> Tensor:
@@ -51,10 +51,10 @@ def _root(symmetric: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
-def discrepancy(real: Real, drawn: Drawn) -> float:
+def discrepancy(real: Real, generated: Drawn) -> float:
     """Return the squared maximum mean discrepancy with the kernel (x·y / dim + 1)³. It is unbiased, so it may be
     negative (Bińkowski et al., "Demystifying MMD GANs", 2018)."""
-    real, drawn = real.double(), drawn.double()
+    real, generated = real.double(), generated.double()
 
     def kernel(one: Tensor, other: Tensor) -> Tensor:
         return (one @ other.T / one.shape[1] + 1) ** 3
@@ -63,36 +63,36 @@ def discrepancy(real: Real, drawn: Drawn) -> float:
         values = kernel(rows, rows)
         return (values.sum() - values.diagonal().sum()) / (len(rows) * (len(rows) - 1))
 
-    return float(within(real) + within(drawn) - 2 * kernel(real, drawn).mean())
+    return float(within(real) + within(generated) - 2 * kernel(real, generated).mean())
 
 
-def kernel_distance(real: Real, drawn: Drawn, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> Kernel:
+def kernel_distance(real: Real, generated: Drawn, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> Kernel:
     """Return the KID: the mean discrepancy of random subsets without repetition.
 
     With few pictures, the subsets have at most half of the smaller set, because equal subsets would show no
     variation.
     """
-    size = min(size, min(len(real), len(drawn)) // 2)
+    size = min(size, min(len(real), len(generated)) // 2)
     if size < 2:
-        raise UserError(f"The kernel distance needs 4 pictures on each side, not {len(real)} and {len(drawn)}.")
+        raise UserError(f"The kernel distance needs 4 pictures on each side, not {len(real)} and {len(generated)}.")
     generator = torch.Generator().manual_seed(seed)
     estimates = []
     for _ in range(subsets):
-        chosen = [rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (real, drawn)]
-        estimates.append(discrepancy(*chosen))
+        subset = [rows[torch.randperm(len(rows), generator=generator)[:size]] for rows in (real, generated)]
+        estimates.append(discrepancy(*subset))
     values = torch.tensor(estimates, dtype=torch.float64)
     return Kernel(float(values.mean()), float(values.std()) if subsets > 1 else 0.0, size)
 
 
-def manifold(real: Real, drawn: Drawn, neighbours: int = 3) -> tuple[float, float]:
+def manifold(real: Real, generated: Drawn, neighbours: int = 3) -> tuple[float, float]:
     """Return improved precision and recall (Kynkäänniemi et al., 2019): the shares of generated images near real ones,
     and of real images near generated ones.
 
     Each is the share of one set inside the other's manifold: inside a ball around a picture of the other set whose
     radius is the distance to its k-th nearest neighbour there."""
-    if min(len(real), len(drawn)) <= neighbours:
+    if min(len(real), len(generated)) <= neighbours:
         raise UserError(f"Precision and recall need more than {neighbours} pictures on each side.")
-    return _coverage(real, drawn, neighbours), _coverage(drawn, real, neighbours)
+    return _coverage(real, generated, neighbours), _coverage(generated, real, neighbours)
 
 
 def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:
@@ -101,12 +101,12 @@ def _coverage(around: Real, rows: Drawn, neighbours: int) -> float:
     return float(torch.cat([(part <= radii).any(1) for part in _distances(rows, around)]).float().mean())
 
 
-def _distances(rows: Drawn, others: Real) -> Iterator[Float[Tensor, "part real"]]:
+def _distances(rows: Drawn, references: Real) -> Iterator[Float[Tensor, "part real"]]:
     """Yield float64 Euclidean distances of parts of the rows to all others. They are computed by matrix
     multiplication."""
-    others = others.double()
-    for part in rows.split(max(1, AT_ONCE // len(others))):
-        yield torch.cdist(part.double(), others)
+    references = references.double()
+    for part in rows.split(max(1, AT_ONCE // len(references))):
+        yield torch.cdist(part.double(), references)
 
 
 def nearest(
@@ -131,18 +131,18 @@ C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 Bytes = UInt8[Tensor, "picture channels height width"]
 
 
-def psnr(pictures: Bytes, others: Bytes) -> Float[Tensor, " picture"]:
+def psnr(pictures: Bytes, other_pictures: Bytes) -> Float[Tensor, " picture"]:
     """Return the peak signal-to-noise ratio of each pair in decibels; infinite if both are equal."""
-    error = (pictures.double() - others.double()).square().mean((1, 2, 3))
+    error = (pictures.double() - other_pictures.double()).square().mean((1, 2, 3))
     return (10 * (255**2 / error).log10()).float()
 
 
-def ssim(pictures: Bytes, others: Bytes) -> Float[Tensor, " picture"]:
+def ssim(pictures: Bytes, other_pictures: Bytes) -> Float[Tensor, " picture"]:
     """Return the structural similarity of each pair, 1 if both are equal: the mean over channels and over all positions
     of the window (Wang et al., 2004: a Gaussian of 11 x 11 pixels, σ 1.5)."""
     if min(pictures.shape[2:]) < WINDOW:
         raise UserError(f"SSIM needs pictures of at least {WINDOW} x {WINDOW} pixels, not {tuple(pictures.shape[2:])}.")
-    x, y = pictures.double(), others.double()
+    x, y = pictures.double(), other_pictures.double()
     x, y, xx, yy, xy = _blur(torch.stack([x, y, x * x, y * y, x * y]))
     variances, covariance = xx - x * x + yy - y * y, xy - x * y
     index = (2 * x * y + C1) * (2 * covariance + C2) / ((x * x + y * y + C1) * (variances + C2))

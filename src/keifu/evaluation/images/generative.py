@@ -64,9 +64,9 @@ def bound(
     for step in range(noise.steps):
         timestep = torch.full((len(pictures),), step, device=pictures.device)
         x = add_noise(pictures, normal(seeds + step, pictures.shape[1:]).to(pictures), noise.alpha_bar, timestep)
-        left = float(noise.alpha_bar[step])
-        seen = denoise(x, Level(float(step), math.sqrt(left), math.sqrt(1 - left)))
-        rows.append(bits_of_step(noise, exact, pictures, seen.picture, x, timestep, seen.variance_fraction))
+        alpha_bar = float(noise.alpha_bar[step])
+        output = denoise(x, Level(float(step), math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)))
+        rows.append(bits_of_step(noise, exact, pictures, output.picture, x, timestep, output.variance_fraction))
         advance()
     return Bound(prior_bits(noise, pictures), torch.stack(rows, -1))
 
@@ -76,8 +76,8 @@ def prior_bits(noise: Noise, pictures: Values) -> Float[Tensor, " batch"]:
     last = torch.full((len(pictures),), noise.steps - 1, device=pictures.device)
     mean = at(noise.alpha_bar.sqrt(), last, pictures) * pictures
     zero = torch.zeros_like(mean)
-    apart = normal_kl(mean, at((1 - noise.alpha_bar).log(), last, pictures), zero, zero)
-    return apart.flatten(1).mean(1) / math.log(2)
+    divergence = normal_kl(mean, at((1 - noise.alpha_bar).log(), last, pictures), zero, zero)
+    return divergence.flatten(1).mean(1) / math.log(2)
 
 
 LEFT = 0.9, 0.5, 0.1  # ᾱ: shares of the picture's variance that remain after adding noise, before reconstruction
@@ -95,16 +95,18 @@ def reconstruct(
     which at least that share of the variance remains. The headline figures are those of the middle level. SSIM is left
     out for pictures smaller than its window.
     """
-    chosen, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
+    sampler, rows = configure_sampler(model.noise, "ddim", steps or min(STEPS, model.noise.steps)), []
     clean = pictures.take(slice(None))
     with counting("Finding pictures again", len(LEFT) * len(pictures), "pictures") as advance:
-        for index, left in enumerate(LEFT):
-            way = [step for step in chosen.schedule.steps if step.level.alpha**2 >= left] or chosen.schedule.steps[-1:]
+        for index, share in enumerate(LEFT):
+            way = [step for step in sampler.schedule.steps if step.level.alpha**2 >= share] or sampler.schedule.steps[
+                -1:
+            ]
             level, pairs = way[0].level, []
-            for first, given, label in _batches(model, pictures, batch_size):
-                seeds = draw_noise(seed, HELD_OUT, len(given), first)
-                pairs.append(_reconstruct(model, chosen, Schedule(tuple(way)), given, label, seeds))
-                advance(index * len(pictures) + first + len(given))
+            for first, originals, label in _batches(model, pictures, batch_size):
+                seeds = draw_noise(seed, HELD_OUT, len(originals), first)
+                pairs.append(_reconstruct(model, sampler, Schedule(tuple(way)), originals, label, seeds))
+                advance(index * len(pictures) + first + len(originals))
             noisy, restored = (torch.cat(part) for part in zip(*pairs, strict=True))
             alike = _mean(ssim(clean, restored), 4) if min(clean.shape[2:]) >= WINDOW else None
             before, after = _mean(psnr(clean, noisy)), _mean(psnr(clean, restored))
@@ -115,13 +117,13 @@ def reconstruct(
 
 @torch.inference_mode()
 def _reconstruct(
-    model: ImageModel, chosen: ConfiguredSampler, way: Schedule, pictures: Bytes, label: Tensor | None, seeds: Tensor
+    model: ImageModel, sampler: ConfiguredSampler, way: Schedule, pictures: Bytes, label: Tensor | None, seeds: Tensor
 ) -> tuple[Bytes, Bytes]:
     """Return noised pictures at the level where the path begins, and the result of denoising them. seeds: of the
     noise."""
     level, clean = way.steps[0].level, to_signed(pictures)
     x = level.alpha * clean + level.sigma * normal(seeds.to(clean.device), clean.shape[1:])
-    walk = chosen.run(chosen.denoiser(label_denoiser(model, label)), x, way, SeededNoise(seeds.tolist()))
+    walk = sampler.run(sampler.denoiser(label_denoiser(model, label)), x, way, SeededNoise(seeds.tolist()))
     return to_bytes(x).cpu(), to_bytes(last_x(walk)).cpu()
 
 
@@ -134,10 +136,10 @@ def bits(model: ImageModel, pictures: ImageDataset, seed: int, batch_size: int) 
     bounds, all_steps = [], model.noise.steps * -(-len(pictures) // batch_size)
     with counting("Counting bits", all_steps, "steps") as advance:
         reached = iter(range(1, 1 + all_steps))
-        for first, given, label in _batches(model, pictures, batch_size):
-            seeds = draw_noise(seed, HELD_OUT, len(given), first).to(given.device)
+        for first, originals, label in _batches(model, pictures, batch_size):
+            seeds = draw_noise(seed, HELD_OUT, len(originals), first).to(originals.device)
             network = label_denoiser(model, label)
-            bounds.append(bound(network, model.noise, to_signed(given), seeds, lambda: advance(next(reached))))
+            bounds.append(bound(network, model.noise, to_signed(originals), seeds, lambda: advance(next(reached))))
     prior, steps = map(torch.cat, zip(*bounds, strict=True))
     total = prior + steps.sum(1)
     parts = {"": total, "prior": prior, "steps": steps[:, 1:].sum(1), "decoder": steps[:, 0]}
@@ -154,10 +156,10 @@ def condition_labels(model: ImageModel, pictures: ImageDataset) -> Tensor | None
     """
     if not model.config.n_classes:
         return None
-    known = model.config.classes or pictures.classes[: model.config.n_classes]
+    known_names = model.config.classes or pictures.classes[: model.config.n_classes]
     names = [pictures.classes[label] if label >= 0 else "" for label in pictures.labels]
-    if all(name in known for name in names):
-        return torch.tensor([known.index(name) for name in names])
+    if all(name in known_names for name in names):
+        return torch.tensor([known_names.index(name) for name in names])
     if model.config.null_class:
         return None
     raise UserError(f"This model is conditioned on classes, and those of {pictures.source} are not its classes.")
@@ -219,9 +221,16 @@ def evaluate(model: nn.Module, tokenizer: object, request: EvalRequest) -> EvalR
     if request.judge is not None or request.guidance is not None:
         raise UserError("--judge and --guidance are for the metric classes alone: give --metric classes, or neither.")
     parts = _real_images(drawer, request)
-    drawn = _compare_drawings(drawer, parts, request) if request.metric in (None, "distances") else EvalResult({})
-    held = EvalResult({}) if request.metric == "distances" else _held_out(drawer, parts.test, request)
-    return replace(drawn, figures=drawn.figures | held.figures, notes=drawn.notes + held.notes, tables=held.tables)
+    drawn_result = (
+        _compare_drawings(drawer, parts, request) if request.metric in (None, "distances") else EvalResult({})
+    )
+    held_out_result = EvalResult({}) if request.metric == "distances" else _held_out(drawer, parts.test, request)
+    return replace(
+        drawn_result,
+        figures=drawn_result.figures | held_out_result.figures,
+        notes=drawn_result.notes + held_out_result.notes,
+        tables=held_out_result.tables,
+    )
 
 
 def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
@@ -236,16 +245,18 @@ def class_agreement(drawer: ImageModel, request: EvalRequest) -> EvalResult:
         )
     count, guidance = request.limit or DRAWN, 1.0 if request.guidance is None else request.guidance
     pipeline = pixel_diffusion.PixelPipeline(drawer)
-    wanted = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, 0, guidance))
-    drawn = _generated(pipeline, wanted, count, request.batch_size or BATCH, range(len(classes)))
-    predicted = judge.predict_proba(drawn.flatten(1) / 255).argmax(-1).tolist()
-    seen = torch.tensor([classes.index(judge.classes[index]) for index in predicted])
-    confusion = Confusion.of(torch.arange(count) % len(classes), seen, classes)
-    compared = compare_images(extractor(), drawn, *_real_images(drawer, request).evaluated())[1]
-    read = [(request.seed + n, classes[n % len(classes)], classes[index]) for n, index in enumerate(seen.tolist())]
-    how = f"{wanted.sampler} in {wanted.steps} steps, guidance {guidance:g}, seeds {request.seed} and on"
+    drawing = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, 0, guidance))
+    generated = _generated(pipeline, drawing, count, request.batch_size or BATCH, range(len(classes)))
+    predicted = judge.predict_proba(generated.flatten(1) / 255).argmax(-1).tolist()
+    seen_classes = torch.tensor([classes.index(judge.classes[index]) for index in predicted])
+    confusion = Confusion.of(torch.arange(count) % len(classes), seen_classes, classes)
+    compared = compare_images(extractor(), generated, *_real_images(drawer, request).evaluated())[1]
+    readings = [
+        (request.seed + n, classes[n % len(classes)], classes[index]) for n, index in enumerate(seen_classes.tolist())
+    ]
+    how = f"{drawing.sampler} in {drawing.steps} steps, guidance {guidance:g}, seeds {request.seed} and on"
     figures = confusion.accuracy_figures("asked class seen") | compared | {"pictures": count}
-    tables, items = {"by class": confusion.result("pictures")}, ResultTable(("seed", "asked", "read as"), read)
+    tables, items = {"by class": confusion.result("pictures")}, ResultTable(("seed", "asked", "read as"), readings)
     return EvalResult(figures, (f"{count:,} pictures by {how}.",), tables, items)
 
 
@@ -253,32 +264,34 @@ def _compare_drawings(drawer: ImageModel, parts: ImageSplit, request: EvalReques
     """Generate images and compare them with the real ones."""
     any_class = 0 if drawer.config.n_classes and not drawer.config.null_class else None
     pipeline = pixel_diffusion.PixelPipeline(drawer)
-    wanted = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class))
+    drawing = pipeline.resolved(ImageRequest(request.sampler or "ddim", request.steps, request.seed, any_class))
     labels = [None] if any_class is None else range(drawer.config.n_classes)
-    drawn = _generated(pipeline, wanted, request.limit or DRAWN, request.batch_size or BATCH, labels)
-    return write_neighbours(drawn, *parts.evaluated(), request, wanted)
+    generated = _generated(pipeline, drawing, request.limit or DRAWN, request.batch_size or BATCH, labels)
+    return write_neighbours(generated, *parts.evaluated(), request, drawing)
 
 
 def write_neighbours(
-    drawn: Bytes, real: ImageDataset, held: ImageDataset | None, request: EvalRequest, wanted: ImageRequest
+    generated: Bytes, real: ImageDataset, held_out: ImageDataset | None, request: EvalRequest, drawing: ImageRequest
 ) -> EvalResult:
     """Compare generated images with real ones. Return distances, remarks, each one's nearest real image, and a picture
     of some."""
-    seen = extractor()
-    near, figures = compare_images(seen, drawn, real, held)
+    extract = extractor()
+    near, figures = compare_images(extract, generated, real, held_out)
     notes = [
-        f"{len(drawn):,} pictures by {wanted.sampler} in {wanted.steps} steps, seeds {wanted.seed} and on, next to "
-        f"{len(real):,} of {request.on} at {real.shape[2]} x {real.shape[1]}; features: {seen.name}.",
+        f"{len(generated):,} pictures by {drawing.sampler} in {drawing.steps} steps, seeds {drawing.seed} and on, next "
+        f"to {len(real):,} of {request.on} at {real.shape[2]} x {real.shape[1]}; features: {extract.name}.",
         "The Fréchet distance falls with the number of drawn pictures: compare it between equal numbers only.",
     ]
-    if seen.titles != PAPERS:
+    if extract.titles != PAPERS:
         notes.append(f"Inception's weights are not at {place()}: these are no FID and KID as papers print them.")
     columns = "seed", "nearest by pixels", "difference", "nearest by features"
-    seeds = range(request.seed, request.seed + len(drawn))
-    by_pixels, by_features = ([real.names[n] for n in found.tolist()] for found in (near.by_pixels, near.by_features))
+    seeds = range(request.seed, request.seed + len(generated))
+    by_pixels, by_features = (
+        [real.names[n] for n in indices.tolist()] for indices in (near.by_pixels, near.by_features)
+    )
     differences = [round(difference, 3) for difference in near.differences.tolist()]
     items = ResultTable(columns, list(zip(seeds, by_pixels, differences, by_features, strict=True)))
-    return EvalResult(figures, tuple(notes), {}, items, side_by_side(drawn, real, near, request.seed))
+    return EvalResult(figures, tuple(notes), {}, items, side_by_side(generated, real, near, request.seed))
 
 
 def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) -> EvalResult:
@@ -296,74 +309,76 @@ def _held_out(drawer: ImageModel, pictures: ImageDataset, request: EvalRequest) 
         return EvalResult({}, (str(error),))
     figures, tables, notes, size = {}, {}, [], request.batch_size or BATCH
     if request.metric in (None, "reconstruction"):
-        chosen = pictures.spread(request.limit or AGAIN)
-        figures, tables["reconstruction"] = reconstruct(drawer, chosen, request.seed, size)
+        sample = pictures.spread(request.limit or AGAIN)
+        figures, tables["reconstruction"] = reconstruct(drawer, sample, request.seed, size)
         notes.append(
-            f"PSNR and SSIM: {len(chosen):,} held-out pictures, noise added until a half of their variance is left "
+            f"PSNR and SSIM: {len(sample):,} held-out pictures, noise added until a half of their variance is left "
             "(the table has other shares), and taken off by ddim without chance (η = 0) along the rest of a path of "
             f"{min(STEPS, drawer.noise.steps)} steps."
         )
     if request.metric == "bits" or (request.metric is None and not drawer.noise.flows):  # flow models have no bound
-        chosen = pictures.spread(request.limit or COUNTED)
-        figures |= bits(drawer, chosen, request.seed, size)
+        sample = pictures.spread(request.limit or COUNTED)
+        figures |= bits(drawer, sample, request.seed, size)
         notes.append(
-            f"bits/dim: the variational bound of {len(chosen):,} held-out pictures, one draw of noise for each of "
+            f"bits/dim: the variational bound of {len(sample):,} held-out pictures, one draw of noise for each of "
             f"{drawer.noise.steps:,} steps; the decoder gives each number one of 256 grey values."
         )
     return EvalResult(figures, tuple(notes), tables)
 
 
 def compare_images(
-    seen: Extractor, drawn: Bytes, real: ImageDataset, held: ImageDataset | None
+    extract: Extractor, generated: Bytes, real: ImageDataset, held_out: ImageDataset | None
 ) -> tuple[Neighbours, Figures]:
     """Return the nearest real images, and figures of generated images against real ones, with those of held-out images
     for comparison."""
-    known = real.spread(COMPARED)
-    features, known_features = seen(drawn), seen(known.take(slice(None)))
-    figures = _figures(seen, known_features, features, "")
-    near = nearest_neighbours(drawn, features, known, known_features, real)
+    references = real.spread(COMPARED)
+    features, known_features = extract(generated), extract(references.take(slice(None)))
+    figures = _figures(extract, known_features, features, "")
+    near = nearest_neighbours(generated, features, references, known_features, real)
     figures["median difference to the nearest real picture"] = round(float(near.differences.median()), 2)
-    if held is not None and len(held) >= 4:
-        others = held.take(slice(None))
-        other_features = seen(others)
-        figures |= _figures(seen, known_features, other_features, " of held-out pictures")
-        apart = nearest_neighbours(others, other_features, known, known_features, real).differences
-        figures["median difference of held-out pictures"] = round(float(apart.median()), 2)
-        nearer = (near.differences < apart.quantile(0.01)).float().mean()
+    if held_out is not None and len(held_out) >= 4:
+        held_out_pictures = held_out.take(slice(None))
+        other_features = extract(held_out_pictures)
+        figures |= _figures(extract, known_features, other_features, " of held-out pictures")
+        held_out_differences = nearest_neighbours(
+            held_out_pictures, other_features, references, known_features, real
+        ).differences
+        figures["median difference of held-out pictures"] = round(float(held_out_differences.median()), 2)
+        nearer = (near.differences < held_out_differences.quantile(0.01)).float().mean()
         figures["share nearer than 99% of held-out pictures"] = round(float(nearer), 4)
     return near, figures
 
 
-def _figures(seen: Extractor, real: Tensor, drawn: Tensor, whose: str) -> Figures:
+def _figures(extract: Extractor, real: Tensor, generated: Tensor, whose: str) -> Figures:
     """Return Fréchet and kernel distance, precision and recall by name."""
-    distance, (precision, recall) = kernel_distance(real, drawn), manifold(real, drawn)
-    named = seen.titles
+    distance, (precision, recall) = kernel_distance(real, generated), manifold(real, generated)
+    titles = extract.titles
     return {
-        f"{named[0]}{whose}": round(frechet(real, drawn), 4),
-        f"{named[1]} x 1000{whose}": round(1000 * distance.mean, 4),
-        f"{named[1]} x 1000, deviation of subsets of {distance.size}{whose}": round(1000 * distance.deviation, 4),
+        f"{titles[0]}{whose}": round(frechet(real, generated), 4),
+        f"{titles[1]} x 1000{whose}": round(1000 * distance.mean, 4),
+        f"{titles[1]} x 1000, deviation of subsets of {distance.size}{whose}": round(1000 * distance.deviation, 4),
         f"precision{whose}": round(precision, 4),
         f"recall{whose}": round(recall, 4),
     }
 
 
 def nearest_neighbours(
-    drawn: Bytes, features: Tensor, known: ImageDataset, known_features: Tensor, real: ImageDataset
+    generated: Bytes, features: Tensor, references: ImageDataset, known_features: Tensor, real: ImageDataset
 ) -> Neighbours:
-    """Return the nearest of all real pictures by pixels, and the nearest of the `known` ones by features."""
-    pixels = drawn.flatten(1)
+    """Return the nearest of all real pictures by pixels, and the nearest of the `references` ones by features."""
+    pixels = generated.flatten(1)
     distances, indices = nearest(pixels, real.take(slice(None)).flatten(1))
     by_features = nearest(features, known_features)[1]
     where = {name: index for index, name in enumerate(real.names)}
-    among = torch.tensor([where[known.names[neighbour]] for neighbour in by_features.tolist()])
+    among = torch.tensor([where[references.names[neighbour]] for neighbour in by_features.tolist()])
     return Neighbours(indices, distances / math.sqrt(pixels.shape[1]), among)
 
 
-def side_by_side(drawn: Bytes, real: ImageDataset, near: Neighbours, seed: int) -> bytes:
+def side_by_side(generated: Bytes, real: ImageDataset, near: Neighbours, seed: int) -> bytes:
     """Draw a PNG: some generated images, each with the nearest real one by pixels and the nearest by features."""
-    count = min(SHOWN, len(drawn))
+    count = min(SHOWN, len(generated))
     one, other = near.by_pixels[:count].tolist(), near.by_features[:count].tolist()
-    triples = torch.stack([drawn[:count], real.take(one), real.take(other)], 1)
+    triples = torch.stack([generated[:count], real.take(one), real.take(other)], 1)
     captions = list[str]()
     for n in range(count):
         captions += f"seed {seed + n}", f"pixels: {_sentence(real, one[n])}", f"features: {_sentence(real, other[n])}"
@@ -391,7 +406,7 @@ def read_squares(on: str, size: tuple[int, int], channels: int) -> ImageDataset:
 
 
 def _generated(
-    pipeline: pixel_diffusion.PixelPipeline, wanted: ImageRequest, count: int, size: int, labels: Sequence[int | None]
+    pipeline: pixel_diffusion.PixelPipeline, drawing: ImageRequest, count: int, size: int, labels: Sequence[int | None]
 ) -> Bytes:
     """Generate `count` images with consecutive seeds, of each class in turn."""
     pictures: dict[int, Tensor] = {}
@@ -400,7 +415,7 @@ def _generated(
             numbers = range(turn, count, len(labels))
             for first in range(0, len(numbers), size):
                 part = numbers[first : first + size]
-                seeds = [(wanted.seed or 0) + number for number in part]
-                pictures |= zip(part, pipeline.draw(replace(wanted, label=label), seeds), strict=True)
+                seeds = [(drawing.seed or 0) + number for number in part]
+                pictures |= zip(part, pipeline.draw(replace(drawing, label=label), seeds), strict=True)
                 advance(len(pictures))
     return torch.stack([pictures[number] for number in range(count)])

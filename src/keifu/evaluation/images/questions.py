@@ -45,13 +45,13 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
         tested = [tested[number * len(tested) // request.limit] for number in range(request.limit)]
 
     def answers(seeing: bool) -> list[str]:
-        def prompt(asked: data.Question) -> Any:
-            images = [questions.picture(asked.image)] if seeing else []
-            return render(tokenizer, [{"role": "user", "content": asked.question, "images": images}], model.config)
+        def prompt(question: data.Question) -> Any:
+            images = [questions.picture(question.image)] if seeing else []
+            return render(tokenizer, [{"role": "user", "content": question.question, "images": images}], model.config)
 
         said: list[str] = []
         for first in range(0, len(tested), 256):  # their pictures are in memory
-            prompts = [prompt(asked) for asked in tested[first : first + 256]]
+            prompts = [prompt(question) for question in tested[first : first + 256]]
             done = generate_batch(model, tokenizer, prompts, GREEDY, request.batch_size or 32)
             said += [answer.text.strip() for answer in done]
         return said
@@ -59,15 +59,17 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
     def right(name: str, said: Sequence[str], some: Sequence[int]) -> Figures:
         return share_figures(name, sum(said[number] == tested[number].answer for number in some), len(some))
 
-    (most, by_question), seen, blind = questions.commonest(), answers(True), answers(False)
+    (most, by_question), with_picture, blind = questions.commonest(), answers(True), answers(False)
     every, left_out = range(len(tested)), {*(request.held_out.get("left_out") or ())}
-    figures = right("accuracy", seen, every) | right("without the picture", blind, every)
+    figures = right("accuracy", with_picture, every) | right("without the picture", blind, every)
     figures |= right(f"always {most!r}", [most] * len(tested), every)
-    usual = [by_question.get(row.question, most) for row in tested]
-    figures |= right("commonest answer to each question", usual, every)
+    commonest_answers = [by_question.get(row.question, most) for row in tested]
+    figures |= right("commonest answer to each question", commonest_answers, every)
     new = [number for number, row in enumerate(tested) if left_out <= questions.words[row.image]]
     if left_out and new:
-        figures |= right(f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training", seen, new)
-    rows = [(*row, *given) for row, *given in zip(tested, seen, blind, strict=True)]
+        figures |= right(
+            f"accuracy on pictures of {' '.join(sorted(left_out))}, left out of training", with_picture, new
+        )
+    rows = [(*row, *given_answers) for row, *given_answers in zip(tested, with_picture, blind, strict=True)]
     items = ResultTable((*data.Question._fields, "given", "given without the picture"), rows)
     return EvalResult(figures | {"questions": len(tested)}, items=items)

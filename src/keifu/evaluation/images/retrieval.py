@@ -59,9 +59,9 @@ def ranks(
     parts, rows = [], max(1, AT_ONCE // len(among))
     for start in range(0, len(queries), rows):
         similarity, part = queries[start : start + rows] @ among.T, right[start : start + rows, None]
-        wanted = part == answers
-        best = similarity.masked_fill(~wanted, -torch.inf).amax(1, keepdim=True)
-        parts.append(((similarity >= best) & ~wanted).sum(1) + 1)
+        is_answer = part == answers
+        best = similarity.masked_fill(~is_answer, -torch.inf).amax(1, keepdim=True)
+        parts.append(((similarity >= best) & ~is_answer).sum(1) + 1)
     return torch.cat(parts)
 
 
@@ -94,7 +94,7 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         raise UserError(f"The pictures of {request.on} have no captions to be found; add metadata.jsonl with text.")
     if request.language:
         pictures.texts(request.language)  # raises an error for an unknown language
-    pictures = pictures.chosen(range(len(pictures))[: request.limit])
+    pictures = pictures.subset(range(len(pictures))[: request.limit])
     points = embed_pictures(model, images(request.on, pictures, size))
     families = pictures.families.tolist()
     figures: Figures = {"pictures": len(pictures), "families": len({*families})}
@@ -159,16 +159,16 @@ def split_pairs(on: str, size: int, held_out: Mapping[str, Any]) -> ImageSplit:
         return split_of_run(pictures, held_out)
     test = np.array([part == "test" for part in pictures.parts])
     test |= not test.any()
-    learned, tested = (pictures.chosen(np.flatnonzero(mask)) for mask in (~test, test))
-    return ImageSplit(learned, pictures.chosen(()), tested)
+    learned, tested = (pictures.subset(np.flatnonzero(mask)) for mask in (~test, test))
+    return ImageSplit(learned, pictures.subset(()), tested)
 
 
 def images(on: str, pictures: ImageDataset, size: int) -> Iterator[Image.Image]:
     """Yield the pictures in order, as they are in the source, before resizing."""
-    wanted = {*pictures.names}
-    read = {item.name: item.read for item in sources.items(on, lambda problem: None) if item.name in wanted}
+    names = {*pictures.names}
+    read_picture = {item.name: item.read for item in sources.items(on, lambda problem: None) if item.name in names}
     for name in pictures.names:
-        yield read[name](size).image
+        yield read_picture[name](size).image
 
 
 def _nearest(
@@ -177,7 +177,15 @@ def _nearest(
     similarity, nearest = (points @ texts.T).max(1)
     captions: Sequence[str] = pictures.captions[language]
     nearest_captions = [captions[index] for index in nearest.tolist()]
-    shown = [f"{value:.3f}" for value in similarity.tolist()]
+    similarity_texts = [f"{value:.3f}" for value in similarity.tolist()]
     same = [language] * len(pictures)
-    cells = pictures.names, pictures.families.tolist(), same, captions, nearest_captions, shown, *columns.values()
+    cells = (
+        pictures.names,
+        pictures.families.tolist(),
+        same,
+        captions,
+        nearest_captions,
+        similarity_texts,
+        *columns.values(),
+    )
     return list(zip(*cells, strict=True))

@@ -81,22 +81,24 @@ def evaluate(model: nn.Module, tokenizer: Any, request: EvalRequest) -> EvalResu
     if request.towers is not None:
         two_towers(request.towers[0])
     drawer = text_to_image_pipeline(model, tokenizer)
-    parts, wanted = _requested(drawer, request)
+    parts, drawing = _requested(drawer, request)
     train, test = parts.evaluated()
     if len(train) < 2:
         raise UserError(f"{request.on} has {len(train)} picture with a caption, and at least 2 are needed: give more.")
     sets = {"": train.distinct(), " of held-out captions": test.distinct() if test else None}
-    drawn = {name: _generate(drawer, wanted, part, request) for name, part in sets.items() if part and len(part) > 1}
-    note = _sentence(drawn, wanted, request)
+    generated = {
+        name: _generate(drawer, drawing, part, request) for name, part in sets.items() if part and len(part) > 1
+    }
+    note = _sentence(generated, drawing, request)
     figures, rows = Figures(), list[tuple[Any, ...]]()
     if request.metric != "distances" and request.towers is not None:
-        for where, images in drawn.items():
+        for where, images in generated.items():
             scores, lines = _score(where, images, request)
             figures |= scores
             rows += lines
     if request.metric == "clip-score":
-        return EvalResult(figures, (note,), {}, ResultTable(ITEMS, rows), _save_grid(drawn))
-    result = drawn_pictures.write_neighbours(drawn[""].pictures, train, test, request, wanted)
+        return EvalResult(figures, (note,), {}, ResultTable(ITEMS, rows), _save_grid(generated))
+    result = drawn_pictures.write_neighbours(generated[""].pictures, train, test, request, drawing)
     return replace(result, figures=figures | result.figures, notes=(note, *result.notes))
 
 
@@ -104,55 +106,57 @@ def _requested(drawer: TextToImagePipeline, request: EvalRequest) -> tuple[Image
     """Return captioned images of the model's size, split, and the request that generates each picture."""
     guidance = drawer.usual_guidance if request.guidance is None else request.guidance
     sampler = request.sampler or drawer.usual_sampler
-    wanted = ImageRequest(sampler, request.steps, request.seed, guidance=guidance, text="a", truncate=True)
-    wanted = drawer.resolved(wanted)
-    pictures = drawn_pictures.read_squares(request.on, wanted.size or (0, 0), drawer.colours)
+    drawing = ImageRequest(sampler, request.steps, request.seed, guidance=guidance, text="a", truncate=True)
+    drawing = drawer.resolved(drawing)
+    pictures = drawn_pictures.read_squares(request.on, drawing.size or (0, 0), drawer.colours)
     pictures.texts(request.language)  # raises an error for an unknown language before anything is generated
-    return split_of_run(pictures, request.held_out), wanted
+    return split_of_run(pictures, request.held_out), drawing
 
 
 def _generate(
-    drawer: TextToImagePipeline, wanted: ImageRequest, part: ImageDataset, request: EvalRequest
+    drawer: TextToImagePipeline, drawing: ImageRequest, part: ImageDataset, request: EvalRequest
 ) -> GeneratedImages:
     """Generate an image for each of evenly spaced captions, with consecutive seeds."""
-    chosen = part.spread(min(request.limit or DRAWN, len(part)))
-    captions, size, made = chosen.texts(request.language), request.batch_size or BATCH, list[Tensor]()
+    sample = part.spread(min(request.limit or DRAWN, len(part)))
+    captions, size, pictures = sample.texts(request.language), request.batch_size or BATCH, list[Tensor]()
     with counting("Drawing", len(captions), "pictures") as advance:
         for first in range(0, len(captions), size):
             texts = captions[first : first + size]
             seeds = [request.seed + first + number for number in range(len(texts))]
-            made.append(drawer.draw(wanted, seeds, texts=texts))
+            pictures.append(drawer.draw(drawing, seeds, texts=texts))
             advance(first + len(texts))
-    return GeneratedImages(chosen, captions, torch.cat(made))
+    return GeneratedImages(sample, captions, torch.cat(pictures))
 
 
-def _score(where: str, drawn: GeneratedImages, request: EvalRequest) -> tuple[Figures, list[tuple[Any, ...]]]:
+def _score(where: str, generated: GeneratedImages, request: EvalRequest) -> tuple[Figures, list[tuple[Any, ...]]]:
     """Return CLIP scores of generated and real images, with their captions and with all others; and the items."""
     towers, tokenizer = request.towers
     figures, columns = Figures(), list[list[Any]]()
-    for whose, pictures in (("", drawn.pictures), (" of real pictures", drawn.real.take(slice(None)))):
-        similarity = cosines(towers, tokenizer, pictures, drawn.captions)
-        matching, others = clip_scores(similarity)
+    for whose, pictures in (("", generated.pictures), (" of real pictures", generated.real.take(slice(None)))):
+        similarity = cosines(towers, tokenizer, pictures, generated.captions)
+        matching, mismatched = clip_scores(similarity)
         first = similarity.argmax(1).cpu() == torch.arange(len(similarity))
         figures[f"CLIP score{whose}{where}"] = round(float(matching.mean()), 3)
-        figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(others.mean()), 3)
+        figures[f"CLIP score{whose}{where}, captions shuffled"] = round(float(mismatched.mean()), 3)
         figures |= share_figures(f"own caption first of {len(first)}{whose}{where}", int(first.sum()), len(first))
         columns += [[f"{score:.3f}" for score in matching.tolist()], first.int().tolist()]
-    part = [where.removeprefix(" of ") or "in training"] * len(drawn.captions)
-    return figures, list(zip(part, drawn.captions, *columns, strict=True))
+    part = [where.removeprefix(" of ") or "in training"] * len(generated.captions)
+    return figures, list(zip(part, generated.captions, *columns, strict=True))
 
 
-def _sentence(drawn: dict[str, GeneratedImages], wanted: ImageRequest, request: EvalRequest) -> str:
-    counts = [f"{len(images.captions):,}{name or ' of captions in training'}" for name, images in drawn.items()]
+def _sentence(generated: dict[str, GeneratedImages], drawing: ImageRequest, request: EvalRequest) -> str:
+    counts = [f"{len(images.captions):,}{name or ' of captions in training'}" for name, images in generated.items()]
     return (
         f"Drawn: {' and '.join(counts)}, in the language {request.language or 'that comes first'}, with a guidance of "
-        f"{wanted.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
+        f"{drawing.guidance:g}. The CLIP score is 100 · max(cosine, 0), and depends on the CLIP that looks."
     )
 
 
-def _save_grid(drawn: dict[str, GeneratedImages]) -> bytes:
+def _save_grid(generated: dict[str, GeneratedImages]) -> bytes:
     """Draw a PNG: some generated images, each next to the real one with the same caption."""
-    count = drawn_pictures.SHOWN // len(drawn)
-    pairs = [torch.stack([images.pictures[:count], images.real.take(slice(count))], 1) for images in drawn.values()]
-    captions = [text for images in drawn.values() for caption in images.captions[:count] for text in (caption, "real")]
+    count = drawn_pictures.SHOWN // len(generated)
+    pairs = [torch.stack([images.pictures[:count], images.real.take(slice(count))], 1) for images in generated.values()]
+    captions = [
+        text for images in generated.values() for caption in images.captions[:count] for text in (caption, "real")
+    ]
     return grid(torch.cat(pairs).flatten(0, 1), captions, drawn_pictures.ACROSS * 2)

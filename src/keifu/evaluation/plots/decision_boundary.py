@@ -67,8 +67,8 @@ def paint(axes: "Axes", points: Table, plane: Float[Tensor, "size size classes"]
     axes.imshow(picture.numpy(), extent=extent, origin="lower", aspect="auto", interpolation="bilinear")
     x, y = (torch.linspace(a, b, len(plane)).numpy() for a, b in ((left, right), (bottom, top)))
     for index in range(plane.shape[-1] - (plane.shape[-1] == 2)):
-        others = torch.cat([plane[..., :index], plane[..., index + 1 :]], -1).amax(-1)
-        lead = plane[..., index] - others
+        other_shares = torch.cat([plane[..., :index], plane[..., index + 1 :]], -1).amax(-1)
+        lead = plane[..., index] - other_shares
         if bool((lead > 0).any()) and bool((lead < 0).any()):
             axes.contour(x, y, lead.numpy(), levels=[0.0], colors="#222222", linewidths=1.2)
     scatter(axes, points)
@@ -104,8 +104,8 @@ def crossing(points: Table, mixture: Float[Tensor, "rows"], title: str) -> bytes
     figure, (axes,) = canvas(1, 1, 3.2)
     scatter(axes, points)
     for index in range(2):
-        chosen = points.inputs[(points.targets == index) & (mixture > 0)]
-        ring = torch.cat([chosen, chosen[:1]])
+        mixed_inputs = points.inputs[(points.targets == index) & (mixture > 0)]
+        ring = torch.cat([mixed_inputs, mixed_inputs[:1]])
         axes.plot(*ring.T.numpy(), color=COLOURS[index], linewidth=1.5, zorder=2)
     shared = 2 * ((mixture * (points.targets == 1)) @ points.inputs)
     star = {"marker": "*", "markersize": 14, "linestyle": "none", "zorder": 4}
@@ -149,9 +149,9 @@ def png(figure: "Figure") -> bytes:
     from keifu.data.images.io import open_image
 
     use_far_east(figure)
-    drawn, reduced = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png")
-    colours = open_image(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    stream, reduced = io.BytesIO(), io.BytesIO()
+    figure.savefig(stream, format="png")
+    colours = open_image(stream).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     colours.save(reduced, format="png", optimize=True)
     return reduced.getvalue()
 
@@ -160,9 +160,9 @@ def far_east_families() -> list[str]:
     """Return font families for such characters. Each character is drawn by the first family that has it."""
     from matplotlib import font_manager
 
-    known = {font.name for font in font_manager.fontManager.ttflist}
+    installed = {font.name for font in font_manager.fontManager.ttflist}
     for name in INSTALLED:
-        if name in known:
+        if name in installed:
             return ["DejaVu Sans", name]
     path = fetch("japanese-font")
     font_manager.fontManager.addfont(path)
@@ -173,8 +173,8 @@ def use_far_east(figure: "Figure") -> None:
     """Set such a font for those texts of a figure that need it."""
     from matplotlib.text import Text
 
-    written: list[Text] = figure.findobj(Text)  # pyright: ignore[reportAssignmentType]
-    wanting = [text for text in written if any(ord(letter) in FAR_EAST for letter in text.get_text())]
+    texts: list[Text] = figure.findobj(Text)  # pyright: ignore[reportAssignmentType]
+    wanting = [text for text in texts if any(ord(letter) in FAR_EAST for letter in text.get_text())]
     families = far_east_families() if wanting else []
     for text in wanting:
         text.set_fontfamily(families)
@@ -183,8 +183,8 @@ def use_far_east(figure: "Figure") -> None:
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Format rows of cells as lines of text in columns. The first column is left-aligned, the others are
     right-aligned."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ([name.ljust(first), *map(str.rjust, cells, others)] for name, *cells in rows)
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ([name.ljust(first), *map(str.rjust, cells, widths)] for name, *cells in rows)
     return "\n".join(map("  ".join, lines))
 
 
@@ -224,10 +224,10 @@ def curves(results: Sequence[Result]) -> bytes:
     activations, losses = names(results)
     figure, panels = canvas(2 * len(losses), len(losses), 3.0)
     for index, loss in enumerate(losses):
-        chosen = [r for r in results if r.loss == loss]
+        of_loss = [r for r in results if r.loss == loss]
         top, bottom = panels[index], panels[index + len(losses)]
-        _lines(top, chosen, activations, lambda r: r.accuracies)
-        _lines(bottom, chosen, activations, lambda r: r.losses)
+        _lines(top, of_loss, activations, lambda r: r.accuracies)
+        _lines(bottom, of_loss, activations, lambda r: r.losses)
         top.set_title(loss.replace("_", " "), fontsize=10)
         top.set_ylim(top=1.02)
         bottom.set_yscale("log")

@@ -59,13 +59,13 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     numbers = request.by_shots or (request.shots or 0,)
     if (request.samples or 1) > 1 and task.metric != "exact":
         raise UserError(f"--samples votes on generated answers (--metric exact), and this metric is {task.metric}.")
-    drawn = task.sample(max(numbers), request.seed, request.limit)
+    sampled = task.sample(max(numbers), request.seed, request.limit)
     lines: list[tuple[Any, ...]] = []
     items: list[tuple[Any, ...]] = []
     figures, start = {}, time.perf_counter()
     for shots in numbers:
         runner = PromptRunner(model, tokenizer, request.batch_size)
-        asking = _Prompting(runner, drawn, drawn.prompts(shots), shots, request.samples or 1, request.seed)
+        asking = _Prompting(runner, sampled, sampled.prompts(shots), shots, request.samples or 1, request.seed)
         scored = SCORERS[task.metric](asking)
         headline = task.score if task.score in scored.right else next(iter(scored.right))
         lines += [(shots, name, *_share(right)) for name, right in scored.right.items()]
@@ -73,8 +73,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         figures = {**dict(zip(SHARE, _share(scored.right[headline]), strict=True)), "scored by": headline}
         figures |= scored.figures
     seconds = time.perf_counter() - start
-    figures |= {"shots": numbers[-1], "items": len(drawn.items), **baselines(drawn.items)}
-    figures["items/s"] = round(len(numbers) * len(drawn.items) / seconds, 2)
+    figures |= {"shots": numbers[-1], "items": len(sampled.items), **baselines(sampled.items)}
+    figures["items/s"] = round(len(numbers) * len(sampled.items) / seconds, 2)
     notes = ("Intervals of accuracies are Wilson's.", *filter(None, [task.note]))
     tables = {"by shots": ResultTable(("shots", "scored by", *SHARE), lines)}
     return EvalResult(figures, notes, tables, ResultTable(ROW, items))
@@ -103,7 +103,7 @@ class _Prompting(NamedTuple):
     """Prompts of items with their shots, and the model's runner."""
 
     runner: PromptRunner
-    drawn: SampledItem
+    sampled: SampledItem
     prompts: Sequence[str]
     shots: int
     samples: int = 1
@@ -112,10 +112,10 @@ class _Prompting(NamedTuple):
     def pairs(self, answers: Sequence[Sequence[str]]) -> list[list[ScoredPair]]:
         """Return the tokens of each prompt with each of its answers. Raises `UserError`, with both lengths, if one is
         longer than the context."""
-        delimiter = self.drawn.task.delimiter
+        delimiter = self.sampled.task.delimiter
         texts = [(p, delimiter + a) for p, answer in zip(self.prompts, answers, strict=True) for a in answer]
-        rest = iter(join_tokens(self.runner.tokenizer, texts))
-        scored_pairs = [[next(rest) for _ in answer] for answer in answers]
+        remaining_pairs = iter(join_tokens(self.runner.tokenizer, texts))
+        scored_pairs = [[next(remaining_pairs) for _ in answer] for answer in answers]
         excess, context = max(self.runner.excess(p) for row in scored_pairs for p in row), self.runner.context
         if excess > 0:
             fewer = "ask for fewer shots" if self.shots else "shorten the items"
@@ -127,7 +127,7 @@ class _Prompting(NamedTuple):
 
     def rows(self, scored: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
         """Return a row with prompt, answer and score for each item."""
-        answers = [item.answer for item in self.drawn.items]
+        answers = [item.answer for item in self.sampled.items]
         columns = self.prompts, answers, scored.given, scored.right[headline], scored.details
         return [(self.shots, *row) for row in zip(*columns, strict=True)]
 
@@ -139,23 +139,23 @@ class _Prompting(NamedTuple):
 
 def _by_choice(asking: _Prompting) -> ScoredItem:
     """Choose the most likely answer by each of `SCORES`; of equal ones, the first."""
-    task, items = asking.drawn.task, asking.drawn.items
+    task, items = asking.sampled.task, asking.sampled.items
     pairs = asking.pairs([item.choices for item in items])
     alone = list(dict.fromkeys(choice for item in items for choice in item.choices))
     free = join_tokens(asking.runner.tokenizer, [(task.unconditional, task.delimiter + choice) for choice in alone])
     scored = asking.runner.likelihoods([*free, *(pair for row in pairs for pair in row)], asking.label)
     unconditional = {choice: likelihood.total for choice, likelihood in zip(alone, scored, strict=False)}
-    rest = iter(scored[len(free) :])
+    remaining_scores = iter(scored[len(free) :])
     right: dict[str, list[bool]] = {name: [] for name in SCORES}
-    given, details = [], []
+    given_answers, details = [], []
     for item in items:
-        likely = [next(rest) for _ in item.choices]
+        likely = [next(remaining_scores) for _ in item.choices]
         scores = _scores(item, likely, [unconditional[choice] for choice in item.choices])
         for name, values in scores.items():
             right[name].append(_best(values) == item.right)
-        given.append(item.choices[_best(scores[task.score])])
+        given_answers.append(item.choices[_best(scores[task.score])])
         details.append("; ".join(f"{c}: {score.total:.4f}" for c, score in zip(item.choices, likely, strict=True)))
-    return ScoredItem(right, given, details)
+    return ScoredItem(right, given_answers, details)
 
 
 def _scores(item: TaskItem, likely: Sequence[Likelihood], unconditional: Sequence[float]) -> dict[str, list[float]]:
@@ -181,37 +181,39 @@ def majority(answers: Sequence[str]) -> int:
 def _by_exact(asking: _Prompting) -> ScoredItem:
     """Score exact match of the greedily generated answer, up to a stop string. With several samples: of the majority's
     answer, of a single sample and of the best one."""
-    task, items, count = asking.drawn.task, asking.drawn.items, asking.samples
+    task, items, count = asking.sampled.task, asking.sampled.items, asking.samples
     prompts = [pair.prompt for [pair] in asking.pairs([[item.answer] for item in items]) for _ in range(count)]
     sampling = SamplingParams(max_tokens=task.max_tokens, temperature=float(count > 1), stop=task.until, seed=0)
     samplings = [replace(sampling, seed=asking.seed * len(prompts) + number) for number in range(len(prompts))]
-    written = asking.runner.write(prompts, samplings, asking.label)
+    completions = asking.runner.write(prompts, samplings, asking.label)
     opened = partial(with_opening, asking.runner.tokenizer)
-    written = [replace(done, text=opened(p, done.text)) for p, done in zip(prompts, written, strict=True)]
-    groups = [written[first : first + count] for first in range(0, len(written), count)]
+    completions = [replace(done, text=opened(p, done.text)) for p, done in zip(prompts, completions, strict=True)]
+    groups = [completions[first : first + count] for first in range(0, len(completions), count)]
     accepted = [{normalize_answer(text) for text in (item.answer, *item.accepted)} for item in items]
     forms = [[normalize_answer(answer_of(done.text)) for done in group] for group in groups]
     able = [[form in good for form in answers] for answers, good in zip(forms, accepted, strict=True)]
     votes = [majority([done.text for done in group]) for group in groups]
-    chosen = [group[vote] for group, vote in zip(groups, votes, strict=True)]
+    by_majority = [group[vote] for group, vote in zip(groups, votes, strict=True)]
     right = {"exact match": [row[vote] for row, vote in zip(able, votes, strict=True)]}
     if count > 1:
         single, any_right = [row[0] for row in able], [any(row) for row in able]
         right = {f"majority of {count}": right["exact match"], "one sample": single, f"any of {count}": any_right}
-    return ScoredItem(right, [done.text for done in chosen], [done.finish_reason for done in chosen])
+    return ScoredItem(right, [done.text for done in by_majority], [done.finish_reason for done in by_majority])
 
 
 def _by_cloze(asking: _Prompting) -> ScoredItem:
     """Return whether greedy decoding would generate each answer, and how likely the answer is."""
-    pairs = [pair for [pair] in asking.pairs([[item.answer] for item in asking.drawn.items])]
+    pairs = [pair for [pair] in asking.pairs([[item.answer] for item in asking.sampled.items])]
     scored = asking.runner.likelihoods(pairs, asking.label)
     losses = [-score.total for score in scored]
     perplexities = [math.exp(min(value, 700.0)) for value in (sum(losses) / len(losses), *bootstrap(losses))]
     names = ("perplexity of an answer", "perplexity, 95% from (bootstrap)", "perplexity, 95% to (bootstrap)")
     figures: dict[str, Any] = {name: round(value, 2) for name, value in zip(names, perplexities, strict=True)}
-    given = [item.answer if score.greedy else "" for item, score in zip(asking.drawn.items, scored, strict=True)]
+    given_answers = [
+        item.answer if score.greedy else "" for item, score in zip(asking.sampled.items, scored, strict=True)
+    ]
     details = [f"{score.total:.4f}" for score in scored]
-    return ScoredItem({"greedy answer": [score.greedy for score in scored]}, given, details, figures)
+    return ScoredItem({"greedy answer": [score.greedy for score in scored]}, given_answers, details, figures)
 
 
 SCORERS: dict[str, Callable[[_Prompting], ScoredItem]] = {"choice": _by_choice, "exact": _by_exact, "cloze": _by_cloze}

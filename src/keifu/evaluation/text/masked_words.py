@@ -63,9 +63,9 @@ class NeighbourLookup:
         """Return the most frequent token between each pair of neighbours."""
         answers = np.full(len(left), self.commonest)
         wanted_keys = left * self.vocab_size + right, left, right
-        for (keys, values), wanted in reversed([*zip(self.tables, wanted_keys, strict=True)]):
-            index = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-            answers = np.where(keys[index] == wanted, values[index], answers)
+        for (keys, values), query_keys in reversed([*zip(self.tables, wanted_keys, strict=True)]):
+            index = np.minimum(np.searchsorted(keys, query_keys), len(keys) - 1)
+            answers = np.where(keys[index] == query_keys, values[index], answers)
         return answers
 
 
@@ -157,8 +157,8 @@ def _fill_in(model: Any, batches: Sequence[dict[str, torch.Tensor]], mask_id: in
             batch = {name: values.to(device_of(model)) for name, values in cpu.items()}
             states = model.encode(batch["tokens"], batch.get("segments"), batch["mask"])
             rows = torch.arange(len(states), device=states.device)[:, None].expand_as(batch["places"])
-            chosen = (batch["targets"] >= 0) & (batch["tokens"][rows, batch["places"]] == mask_id)
-            rows, columns, targets = rows[chosen], batch["places"][chosen], batch["targets"][chosen]
+            is_masked = (batch["targets"] >= 0) & (batch["tokens"][rows, batch["places"]] == mask_id)
+            rows, columns, targets = rows[is_masked], batch["places"][is_masked], batch["targets"][is_masked]
             logits = model.words(states[rows, columns]).float()
             losses = F.cross_entropy(logits, targets, reduction="none")
             around = batch["tokens"][rows, columns - 1], batch["tokens"][rows, columns + 1]

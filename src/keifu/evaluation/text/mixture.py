@@ -49,10 +49,15 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     rows, bits = [], 0.0
     for source, shards in zip(mixture.sources, counted("Evaluating", every, "sources"), strict=True):
         by_task = losses(model, shards, tasks, context, request.limit or WINDOWS, request.batch_size or BATCH_SIZE)
-        left, *hidden = by_task.values()  # from left to right, and infilling
-        bits_per_byte = shards.bits_per_byte(left.loss)
+        left_to_right, *hidden = by_task.values()  # from left to right, and infilling
+        bits_per_byte = shards.bits_per_byte(left_to_right.loss)
         bits += source.weight * bits_per_byte
-        figures = round(bits_per_byte, 4), round(math.exp(min(left.loss, 700)), 2), round(left.loss, 4), left.tokens
+        figures = (
+            round(bits_per_byte, 4),
+            round(math.exp(min(left_to_right.loss, 700)), 2),
+            round(left_to_right.loss, 4),
+            left_to_right.tokens,
+        )
         rows.append((source.name, round(source.weight, 4), *figures, *(round(task.loss, 4) for task in hidden)))
     columns = "source", "weight", "bits per byte", "perplexity", "loss", "tokens", *list(tasks)[1:]
     total: Figures = {"bits per byte, by the weights": round(bits, 4), "tokens": sum(row[5] for row in rows)}

@@ -84,10 +84,10 @@ def tokens_of(request: EvalRequest, tokenizer: Tokenizer) -> tuple[np.ndarray, f
 
 def _batches(windows: list[np.ndarray], size: int) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (number of windows done after it, batch). A shorter last window is a separate batch."""
-    whole = [window for window in windows if len(window) == len(windows[0])]
-    for first in range(0, len(whole), size):
-        yield min(first + size, len(whole)), torch.from_numpy(np.stack(whole[first : first + size]))
-    if len(whole) < len(windows) and len(windows[-1]) > 1:
+    full_windows = [window for window in windows if len(window) == len(windows[0])]
+    for first in range(0, len(full_windows), size):
+        yield min(first + size, len(full_windows)), torch.from_numpy(np.stack(full_windows[first : first + size]))
+    if len(full_windows) < len(windows) and len(windows[-1]) > 1:
         yield len(windows), torch.from_numpy(windows[-1])[None]
 
 
@@ -104,12 +104,12 @@ def bigram_loss(training: np.ndarray, held_out: np.ndarray, vocab_size: int) -> 
     pairs, counts = np.unique(_pairs(training, vocab_size), return_counts=True)
     firsts = np.bincount(training[:-1].astype(np.int64), minlength=vocab_size)
     alone = np.bincount(training.astype(np.int64), minlength=vocab_size) + 1.0
-    wanted = _pairs(held_out, vocab_size)
-    at = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
-    seen = np.where(pairs[at] == wanted, counts[at], 0)
+    held_out_pairs = _pairs(held_out, vocab_size)
+    at = np.minimum(np.searchsorted(pairs, held_out_pairs), len(pairs) - 1)
+    pair_counts = np.where(pairs[at] == held_out_pairs, counts[at], 0)
     prior = (alone / alone.sum())[held_out[1:].astype(np.int64)]
     before = firsts[held_out[:-1].astype(np.int64)]
-    return min(float(-np.log((seen + s * prior) / (before + s)).mean()) for s in STRENGTHS)
+    return min(float(-np.log((pair_counts + s * prior) / (before + s)).mean()) for s in STRENGTHS)
 
 
 def _pairs(tokens: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -79,8 +79,8 @@ class FewShotTask:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for field_name, value, known in (("metric", self.metric, METRICS), ("score", self.score, SCORES)):
-            require_known(f"{field_name} of a task", value, known)
+        for field_name, value, known_names in (("metric", self.metric, METRICS), ("score", self.score, SCORES)):
+            require_known(f"{field_name} of a task", value, known_names)
         if self.metric == "choice" and not all(item.choices for item in self.items):
             raise UserError(f"{self.name} has no choices to choose from: evaluate it with the metric exact or cloze.")
 
@@ -90,19 +90,21 @@ class FewShotTask:
         If the task has no demonstrations, examples come from the items beyond the limit if there are enough, else from
         all items. No item is its own example. Raises `UserError` for fewer than `most`.
         """
-        asked, pool = self.items[:limit], self.demonstrations
+        items, pool = self.items[:limit], self.demonstrations
         if pool is None:
-            spare = self.items[len(asked) :]
+            spare = self.items[len(items) :]
             pool = spare if len(spare) >= most else self.items
-        known = {item.prompt for item in asked} if pool is not self.items else set()
-        able = [item for item in pool if item.prompt not in known]
+        prompts = {item.prompt for item in items} if pool is not self.items else set()
+        able = [item for item in pool if item.prompt not in prompts]
         if most > len(able) or (pool is self.items and most and most >= len(able)):
-            left = "" if pool is not self.items else ", and at least one must be left to evaluate"
-            raise UserError(f"{most} shots were requested, but {self.name} has {len(able)} items to draw from{left}.")
+            condition = "" if pool is not self.items else ", and at least one must be left to evaluate"
+            raise UserError(
+                f"{most} shots were requested, but {self.name} has {len(able)} items to draw from{condition}."
+            )
         examples = sorted(able, key=lambda item: _key(seed, item))[:most]
         if pool is self.items:
-            asked = tuple(item for item in self.items if item not in examples)[:limit]
-        return SampledItem(self, examples, asked)
+            items = tuple(item for item in self.items if item not in examples)[:limit]
+        return SampledItem(self, examples, items)
 
 
 class SampledItem(NamedTuple):
@@ -115,8 +117,8 @@ class SampledItem(NamedTuple):
     def prompts(self, shots: int) -> list[str]:
         """Return the whole prompt of each item, with the first `shots` examples before it."""
         task = self.task
-        shown = [f"{example.prompt}{task.delimiter}{example.answer}" for example in self.examples[:shots]]
-        front = "".join(part + task.separator for part in [task.instruction, *shown] if part)
+        shot_texts = [f"{example.prompt}{task.delimiter}{example.answer}" for example in self.examples[:shots]]
+        front = "".join(part + task.separator for part in [task.instruction, *shot_texts] if part)
         return [front + item.prompt for item in self.items]
 
 
@@ -136,8 +138,8 @@ def topics() -> FewShotTask:
     learned, validation = read("wiki-summaries").split(HELD_OUT_ARTICLES)
 
     def items(table: Examples) -> tuple[TaskItem, ...]:
-        shown = (" ".join(text.split()[:WORDS]) for text in table.texts)
-        pairs = zip(shown, table.labels, strict=True)
+        beginnings = (" ".join(text.split()[:WORDS]) for text in table.texts)
+        pairs = zip(beginnings, table.labels, strict=True)
         return tuple(TaskItem(f"Article: {text}\nTopic:", topic, learned.classes) for text, topic in pairs)
 
     return FewShotTask("topics", items(validation), items(learned), unconditional="Topic:")
@@ -258,15 +260,15 @@ def read_task(path: Path) -> FewShotTask:
     with reading(path):
         fields = _Description(path)
         items = tuple(_items(fields, "items"))
-    examples = tuple(_items(fields, "demonstrations")) if "demonstrations" in fields.given else None
+    examples = tuple(_items(fields, "demonstrations")) if "demonstrations" in fields.content else None
     if not items:
         raise UserError(f"{fields.file('items')} has no items.")
-    settings = {name: fields.given[name] for name in (*TEXTS, "max_tokens") if name in fields.given}
-    if "until" in fields.given:
+    settings = {name: fields.content[name] for name in (*TEXTS, "max_tokens") if name in fields.content}
+    if "until" in fields.content:
         settings["until"] = tuple(fields.texts("until"))
-    settings.setdefault("metric", "choice" if "choices" in fields.given else "exact")
+    settings.setdefault("metric", "choice" if "choices" in fields.content else "exact")
     try:
-        return FewShotTask(fields.given.get("name", path.stem), items, examples, **settings)
+        return FewShotTask(fields.content.get("name", path.stem), items, examples, **settings)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -278,16 +280,16 @@ class _Description:
         self.path = path
         self.text = read_text(path)
         parse = parse_json if path.suffix == ".json" else parse_yaml
-        self.given: dict[str, Any] = parse(self.text, path)
-        if not isinstance(self.given, dict):
-            raise UserError(f"{path} is {_kind(self.given)}, but a task is fields with values (see docs/tasks.md).")
-        for name, value in self.given.items():
+        self.content: dict[str, Any] = parse(self.text, path)
+        if not isinstance(self.content, dict):
+            raise UserError(f"{path} is {_kind(self.content)}, but a task is fields with values (see docs/tasks.md).")
+        for name, value in self.content.items():
             require_known(f"field of a task (in {self.place(name)})", name, KINDS)
             if not isinstance(value, KINDS[name]) or isinstance(value, bool):
                 raise UserError(f"{self.place(name)}: {name!r} is {_kind(value)}, which it cannot be.")
         for name in NEEDED:
-            if name not in self.given:
-                has = ", ".join(map(str, self.given)) or "nothing"
+            if name not in self.content:
+                has = ", ".join(map(str, self.content)) or "nothing"
                 raise UserError(f"{path}, line 1: the task has no field {name!r}, which it needs; it has {has}.")
 
     def place(self, name: str) -> str:
@@ -297,7 +299,7 @@ class _Description:
 
     def texts(self, name: str) -> list[str]:
         """Return a field that is one text or a list of texts as a list."""
-        value = self.given[name]
+        value = self.content[name]
         values = [value] if isinstance(value, str) else value
         if not values or not all(isinstance(text, str) and text for text in values):
             raise UserError(f"{self.place(name)}: {name!r} must be texts of a character or more, not {value!r}.")
@@ -305,10 +307,10 @@ class _Description:
 
     def file(self, name: str) -> Path:
         """Return the path of the table that a field names, relative to the description's folder."""
-        path = self.path.parent / self.given[name]
+        path = self.path.parent / self.content[name]
         if not path.is_file():
             near = [str(file.relative_to(self.path.parent)) for file in self.path.parent.glob("*")]
-            raise unknown(f"file for {name!r} (in {self.place(name)})", self.given[name], near)
+            raise unknown(f"file for {name!r} (in {self.place(name)})", self.content[name], near)
         if path.suffix.lower() not in TABLES:
             raise UserError(f"{self.place(name)}: the name of {path} must end in {', '.join(TABLES)}.")
         return path
@@ -316,7 +318,7 @@ class _Description:
 
 def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
     """Yield an item for each row of the table that a field names."""
-    template, answer, choices = fields.given["prompt"], fields.given["answer"], fields.given.get("choices")
+    template, answer, choices = fields.content["prompt"], fields.content["answer"], fields.content.get("choices")
     for row in read_records(fields.file(name)):
         prompt = _fill_template(template, row, fields.place("prompt"))
         if choices is None:
@@ -328,13 +330,13 @@ def _items(fields: _Description, name: str) -> Iterator[TaskItem]:
         yield TaskItem(prompt, _right(row, answer, offered, fields.place("answer")), tuple(offered))
 
 
-def _fill_template(template: str, row: Row, used: str) -> str:
+def _fill_template(template: str, row: Row, field_use: str) -> str:
     """Insert the row's fields into the template. {{ and }} are braces."""
 
     def slot(match: re.Match[str]) -> str:
         if match[1] is None:
             return match[0][0]
-        value = _value(row, match[1], used)
+        value = _value(row, match[1], field_use)
         if isinstance(value, dict | list) or value is None:
             raise UserError(f"{row[0]}: the field {match[1]!r} is {_kind(value)}, and the prompt needs text.")
         return str(value)
@@ -342,27 +344,27 @@ def _fill_template(template: str, row: Row, used: str) -> str:
     return SLOT.sub(slot, template)
 
 
-def _value(row: Row, name: str, used: str) -> Any:
+def _value(row: Row, name: str, field_use: str) -> Any:
     where, cells = row
     if name not in cells:
-        raise UserError(f"{where}: there is no field {name!r}, which {used} names; it has {listed(cells)}.")
+        raise UserError(f"{where}: there is no field {name!r}, which {field_use} names; it has {listed(cells)}.")
     return cells[name]
 
 
-def _texts(row: Row, name: str, used: str) -> list[str]:
+def _texts(row: Row, name: str, field_use: str) -> list[str]:
     """Return a field with one text, or with a list of texts (written as JSON in a table without lists)."""
-    value = _value(row, name, used)
+    value = _value(row, name, field_use)
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _quietly(json.loads, value)
     values = value if isinstance(value, list) else [value]
     if not values or any(isinstance(item, dict | list) or str(item or "") == "" and item != 0 for item in values):
-        raise UserError(f"{row[0]}: the field {name!r} is {value!r}, and {used} needs text, or a list of texts.")
+        raise UserError(f"{row[0]}: the field {name!r} is {value!r}, and {field_use} needs text, or a list of texts.")
     return [str(item) for item in values]
 
 
-def _right(row: Row, name: str, choices: list[str], used: str) -> str:
+def _right(row: Row, name: str, choices: list[str], field_use: str) -> str:
     """Return the right choice, from its text or from its number, which counts from 0."""
-    value = _value(row, name, used)
+    value = _value(row, name, field_use)
     if str(value) in choices:
         return str(value)
     number = value if isinstance(value, int) else _quietly(int, str(value))

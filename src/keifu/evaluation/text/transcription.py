@@ -35,12 +35,12 @@ def words(text: str) -> list[str]:
     return re.sub(r"[^\w' ]+", " ", text.lower()).split()
 
 
-def word_errors(written: Sequence[str], said: Sequence[str]) -> int:
+def word_errors(transcript: Sequence[str], said: Sequence[str]) -> int:
     """Return the smallest number of insertions, deletions and replacements of words (Levenshtein, 1966)."""
-    row = list(range(len(written) + 1))
+    row = list(range(len(transcript) + 1))
     for n, word in enumerate(said, 1):
         last, row[0] = row[0], n
-        for k, other in enumerate(written, 1):
+        for k, other in enumerate(transcript, 1):
             last, row[k] = row[k], min(row[k] + 1, row[k - 1] + 1, last + (word != other))
     return row[-1]
 
@@ -51,9 +51,11 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
     if not any(words(recording.text) for recording in tested):
         raise UserError(f'{request.on} has no recordings of words to test on: give some of them "part": "test".')
     settings = TranscriptionParams(language=request.language, beams=request.beam or 1, fallback=False)
-    written = [transcribe(model, tokenizer, recording.samples(), settings).text for recording in tested]
+    transcripts = [transcribe(model, tokenizer, recording.samples(), settings).text for recording in tested]
     lengths = [len(words(recording.text)) for recording in tested]
-    wrong = [word_errors(words(text), words(recording.text)) for text, recording in zip(written, tested, strict=True)]
+    wrong = [
+        word_errors(words(text), words(recording.text)) for text, recording in zip(transcripts, tested, strict=True)
+    ]
     errors, sizes = zip(*((errors, size) for errors, size in zip(wrong, lengths, strict=True) if size), strict=True)
     figures = mean_figures("word error rate", errors, sizes=sizes) | {
         "word error rate": round(sum(wrong) / sum(lengths), 4),  # also words written for silent recordings
@@ -61,6 +63,9 @@ def evaluate(model: Any, tokenizer: Tokenizer, request: EvalRequest) -> EvalResu
         "words": sum(lengths),
         "recordings": len(tested),
     }
-    rows = [(e.file_name, e.speaker, e.text, *more) for e, *more in zip(tested, written, wrong, strict=True)]
+    rows = [
+        (e.file_name, e.speaker, e.text, *figures_of_row)
+        for e, *figures_of_row in zip(tested, transcripts, wrong, strict=True)
+    ]
     notes = ("The speech is synthetic: espeak-ng made it.",) if request.on == DIGITS else ()
     return EvalResult(figures, notes, items=ResultTable(("file_name", "speaker", "text", "written", "errors"), rows))

@@ -67,8 +67,8 @@ class Scorer:
             # counts of each sentence; their sums give a score. sacrebleu's bootstrap fails for few sentences
             counts = np.array(metric._extract_corpus_statistics(list(translations), [list(references)]))
             generator = np.random.default_rng(0)
-            chosen = (counts[generator.integers(0, len(counts), len(counts))] for _ in range(RESAMPLES))
-            scores = [metric._compute_score_from_stats(part.sum(0).tolist()).score for part in chosen]
+            samples = (counts[generator.integers(0, len(counts), len(counts))] for _ in range(RESAMPLES))
+            scores = [metric._compute_score_from_stats(part.sum(0).tolist()).score for part in samples]
             low, high = np.percentile(scores, [2.5, 97.5])
             ranges.append(f"{low:.2f} to {high:.2f}")
         return ranges[0], ranges[1]
@@ -173,8 +173,8 @@ def by_nearness(
     """Return the scores of pairs that have a near copy in training (within one word or character), and of the other
     pairs."""
     rows = []
-    for name, wanted in (("without", False), ("with", True)):
-        members = [index for index, is_near in enumerate(near) if is_near == wanted]
+    for name, nearness in (("without", False), ("with", True)):
+        members = [index for index, is_near in enumerate(near) if is_near == nearness]
         if not members:
             continue
         part = [translations[index] for index in members], [references[index] for index in members]
@@ -188,13 +188,13 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
     pairs = read_pairs(request.on, request.reverse, (request.source_field, request.target_field), request.encoding)
     notes = [pairs.left_out] if pairs.left_out else []
     trained = request.languages[0], request.languages[1]
-    known = all(trained) and all(pairs.languages)
-    if known and pairs.languages == trained[::-1] and not request.reverse:
+    languages_known = all(trained) and all(pairs.languages)
+    if languages_known and pairs.languages == trained[::-1] and not request.reverse:
         pairs = pairs.reversed()
         notes.append(f"The model translates from {trained[0]} into {trained[1]}: {request.on} is swapped.")
-    elif known and pairs.languages != trained:
-        learned, given = (" into ".join(pair) for pair in (trained, pairs.languages))
-        notes.append(f"The model was trained to translate from {learned}, and these pairs are from {given}.")
+    elif languages_known and pairs.languages != trained:
+        learned, test_direction = (" into ".join(pair) for pair in (trained, pairs.languages))
+        notes.append(f"The model was trained to translate from {learned}, and these pairs are from {test_direction}.")
     rows = split(pairs).test if request.on in NAMES else pairs.rows
     languages = pairs.languages if any(pairs.languages) or request.reverse else trained
     return Pairs(pairs.name, rows[: request.limit], languages), notes
@@ -202,8 +202,8 @@ def test_pairs(request: EvalRequest) -> tuple[Pairs, list[str]]:
 
 def _translate(model: nn.Module, tokenizer: Tokenizer, sources: list[str], request: EvalRequest) -> list[Translation]:
     """Return one translation for each source text. Texts are not split into sentences, because references are not."""
-    given = {field.name: vars(request).get(field.name) for field in fields(TranslationParams)}
-    settings = TranslationParams(**{name: value for name, value in given.items() if value is not None})
+    options = {field.name: vars(request).get(field.name) for field in fields(TranslationParams)}
+    settings = TranslationParams(**{name: value for name, value in options.items() if value is not None})
     with counting("Translating", len(sources), "sentences") as progress:
         done = translate_texts(model, tokenizer, sources, settings, lambda text: [text], progress)
     return [translation for [translation] in done]

@@ -127,5 +127,5 @@ class Conversation:
             self.engine.abort(number)
             if answer or self.finish_reason:
                 thoughts, text = split_thoughts(answer, self.thinking)
-                kept = {"reasoning_content": thoughts} if thoughts else {}
-                self.messages = [*messages, {"role": "assistant", "content": text, **kept}]
+                reasoning = {"reasoning_content": thoughts} if thoughts else {}
+                self.messages = [*messages, {"role": "assistant", "content": text, **reasoning}]

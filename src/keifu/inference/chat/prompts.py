@@ -65,9 +65,9 @@ def render(tokenizer: Tokenizer, messages: Messages, config: Any, **variables: A
     tokens = tokenizer.render_chat([in_parts(message) for message in messages], **variables)
     ready = preprocessing(config)
     if isinstance(ready, TiledPreprocessing):
-        rest, marked, tokens = iter(images[:MOST_IMAGES]), tokens, []
+        remaining_images, marked, tokens = iter(images[:MOST_IMAGES]), tokens, []
         for token in marked:
-            image = next(rest, None) if token == config.image_token else None
+            image = next(remaining_images, None) if token == config.image_token else None
             tiles = None if image is None else config.picture_text(*ready.grid(image))
             tokens += [token] if tiles is None else tokenizer.encode(tiles, allow_special=True)
     return ImagePrompt(tokens, images)

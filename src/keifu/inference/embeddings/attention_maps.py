@@ -99,7 +99,7 @@ def inspect_text(model: nn.Module, ids: Sequence[int], top: int = 5) -> Inspecti
             hooks.enter_context(block.register_forward_hook(lambda *args: states.append(args[2])))
         model(torch.tensor([list(ids)], device=device_of(model)))
         lens = [_likeliest(layered.logits(layered.norm(x[0])), top) for x in states]
-    return Inspection(list(ids), list(ids), _whole(maps, len(ids), len(ids)), lens)
+    return Inspection(list(ids), list(ids), _joined_maps(maps, len(ids), len(ids)), lens)
 
 
 def _likeliest(logits: Tensor, top: int) -> list[Likely]:
@@ -108,7 +108,7 @@ def _likeliest(logits: Tensor, top: int) -> list[Likely]:
     return [list(zip(*pair, strict=True)) for pair in rows]
 
 
-def _whole(maps: dict[str, list[Tensor]], rows: int, columns: int) -> dict[str, Tensor]:
+def _joined_maps(maps: dict[str, list[Tensor]], rows: int, columns: int) -> dict[str, Tensor]:
     """Return the maps [rows, columns] of each head. A layer that computes its window in pieces is left out."""
     first = {name: passes[0] for name, passes in maps.items()}
     return {name: head[0].cpu() for name, head in first.items() if head.ndim == 4 and head.shape[2:] == (rows, columns)}
@@ -121,14 +121,16 @@ def inspect_translation(model: nn.Module, source: Sequence[int]) -> Inspection:
     config = translator(model).config
     target = list(search(translator(model), [source], TranslationParams())[0].tokens)
     device = device_of(model)
-    given = torch.tensor([[config.start_id, *target]], device=device)[:, : len(target) or 1]
-    read = torch.tensor([list(source)], device=device)
+    target_ids = torch.tensor([[config.start_id, *target]], device=device)[:, : len(target) or 1]
+    source_ids = torch.tensor([list(source)], device=device)
     with evaluation_mode(model), record_attention(model) as maps:
-        attention = {"alignment": model.alignment(read, given)[0][None].cpu()} if isinstance(model, Aligner) else {}
+        attention = (
+            {"alignment": model.alignment(source_ids, target_ids)[0][None].cpu()} if isinstance(model, Aligner) else {}
+        )
         if not attention:
-            model(read, given)
+            model(source_ids, target_ids)
             crossed = {name: weights for name, weights in maps.items() if name.endswith("cross_attention")}
-            attention = _whole(crossed, given.shape[1], len(source))
+            attention = _joined_maps(crossed, target_ids.shape[1], len(source))
     if not attention:
         raise UserError(f"A {type(model).__name__} has no attention over its source, so there is nothing to look at.")
     return Inspection(target or [config.end_id], list(source), attention, [])

@@ -98,9 +98,9 @@ def probabilities(model: nn.Module, rows: Rows, pad_id: int) -> Float[Tensor, "t
 def _decoder(model: Any, tokenizer: Tokenizer) -> TextClassifier:
     config, form = model.config, form_of(model.config.form)
     marks = delimiters_of(tokenizer, (config.start_id, config.delimiter_id, config.extract_id))
-    read = partial(encode_form, tokenizer, form, marks)
+    encode_examples = partial(encode_form, tokenizer, form, marks)
     predict_proba = partial(class_probabilities, model, pad_id=tokenizer.pad_id or 0)
-    return TextClassifier(form, config.labels, config.context_length, read, predict_proba)
+    return TextClassifier(form, config.labels, config.context_length, encode_examples, predict_proba)
 
 
 def class_probabilities(model: Any, rows: Sequence[Any], pad_id: int) -> Float[Tensor, "examples answers"]:

@@ -54,8 +54,8 @@ def padding(tokenizer: Tokenizer) -> int:
 def embed_pictures(model: nn.Module, images: Iterable[Image.Image]) -> Pictures:
     """Return the embedding of each picture as float32. Pictures are read in batches, and only their embeddings are
     kept."""
-    ready, left = preprocessing(model), iter(images)
-    groups = iter(lambda: list(islice(left, BATCH)), [])
+    ready, remaining = preprocessing(model), iter(images)
+    groups = iter(lambda: list(islice(remaining, BATCH)), [])
     return embed_bytes(model, (torch.stack([ready.cut(image) for image in some]) for some in groups))
 
 
@@ -65,8 +65,8 @@ def embed_bytes(model: nn.Module, batches: Iterable[UInt8[Tensor, "batch channel
     points: list[Tensor] = []
     with evaluation_mode(model), torch.no_grad():
         for pixels in batches:
-            seen = towers.encode_image(ready.normalised(pixels.to(like.device)).to(like.dtype))
-            points.append(F.normalize(seen.float(), dim=-1))
+            features = towers.encode_image(ready.normalised(pixels.to(like.device)).to(like.dtype))
+            points.append(F.normalize(features.float(), dim=-1))
     if not points:
         raise UserError("There is no picture: give at least one.")
     return require_finite(torch.cat(points), "pictures")

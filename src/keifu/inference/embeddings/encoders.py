@@ -54,9 +54,9 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], limit: int, cut: bo
     longer = [index for index, row in enumerate(rows) if len(row) > limit]
     if longer and not cut:
         at = longer[0]
-        others = f", and {len(longer) - 1} others are too long" if len(longer) > 1 else ""
+        other_texts = f", and {len(longer) - 1} others are too long" if len(longer) > 1 else ""
         raise UserError(
-            f"Text {at + 1} of {len(texts)} has {len(rows[at])} tokens{others}; the model takes {limit}: "
+            f"Text {at + 1} of {len(texts)} has {len(rows[at])} tokens{other_texts}; the model takes {limit}: "
             "shorten it, or keep its beginning with --cut."
         )
     for at in longer:
@@ -90,8 +90,8 @@ def in_batches(
             order += length_bucket
             if advance:
                 advance(len(order))
-    found = require_finite(torch.cat(parts), "texts")
-    return found[torch.tensor(order, device=device).argsort()]  # of no inference mode, for training
+    embeddings = require_finite(torch.cat(parts), "texts")
+    return embeddings[torch.tensor(order, device=device).argsort()]  # of no inference mode, for training
 
 
 def require_finite(results: Tensor, what: str) -> Tensor:
@@ -140,9 +140,9 @@ def nearest(
     All points have length 1. themselves: queries and `among` are the same points, and a point is not its own neighbour.
     Raises `UserError` for fewer points than `count`.
     """
-    others = len(among) - themselves
-    if not 1 <= count <= others:
-        raise UserError(f"{count} nearest texts were requested, but there are only {others} to choose from.")
+    n_others = len(among) - themselves
+    if not 1 <= count <= n_others:
+        raise UserError(f"{count} nearest texts were requested, but there are only {n_others} to choose from.")
     best = []
     rows = max(1, SEARCHED // len(among))
     for start in range(0, len(queries), rows):

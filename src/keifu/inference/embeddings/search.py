@@ -61,16 +61,18 @@ def build_index(
     encoder: model and tokenizer. Of a passage longer than the context only the beginning is embedded. advance: called
     with the number of finished new passages.
     """
-    kept = _read(path)
+    stored = _read(path)
     digests = [_digest(passage) for passage in passages]
-    new = {digest: passage for digest, passage in zip(digests, passages, strict=True) if digest not in kept}
+    new = {digest: passage for digest, passage in zip(digests, passages, strict=True) if digest not in stored}
     if new:
         model, tokenizer = encoder
-        rows = encode_texts(tokenizer, [part.whole for part in new.values()], model.config.context_length, True).rows
-        made = embed_rows(model, rows, tokenizer.pad_id or 0, batch_size, advance).cpu()
-        kept |= dict(zip(new, made, strict=True))
-    embeddings = torch.stack([kept[digest] for digest in digests])
-    if new or len(kept) > len({*digests}):
+        rows = encode_texts(
+            tokenizer, [part.full_text for part in new.values()], model.config.context_length, True
+        ).rows
+        new_embeddings = embed_rows(model, rows, tokenizer.pad_id or 0, batch_size, advance).cpu()
+        stored |= dict(zip(new, new_embeddings, strict=True))
+    embeddings = torch.stack([stored[digest] for digest in digests])
+    if new or len(stored) > len({*digests}):
         write_atomic(path, save({"embeddings": embeddings.contiguous()}, {"passages": json.dumps(digests)}))
     return SearchIndex(passages, embeddings)
 
@@ -81,7 +83,7 @@ def count_new(passages: Sequence[Passage], path: Path) -> int:
 
 
 def _digest(passage: Passage) -> str:
-    return hashlib.sha256(passage.whole.encode()).hexdigest()
+    return hashlib.sha256(passage.full_text.encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -114,11 +114,11 @@ def guided_denoiser(both: Network, noise: Noise, guidance: float, rescale: float
     """
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
-        given, without = both(torch.cat([x, x]), torch.cat([timestep, timestep])).chunk(2)
+        conditional, without = both(torch.cat([x, x]), torch.cat([timestep, timestep])).chunk(2)
         if noise.variance != "learned_range":
-            return guide(given, without, guidance, rescale)
-        (given, share), (without, _) = given.chunk(2, 1), without.chunk(2, 1)
-        return torch.cat([guide(given, without, guidance, rescale), share], 1)
+            return guide(conditional, without, guidance, rescale)
+        (conditional, share), (without, _) = conditional.chunk(2, 1), without.chunk(2, 1)
+        return torch.cat([guide(conditional, without, guidance, rescale), share], 1)
 
     return network
 

@@ -44,13 +44,13 @@ class Inpainting(Denoiser):
     Samplers update each number of x separately, so their values in the kept region affect nothing else.
     """
 
-    def __init__(self, network: Network, noise: Noise, clip: bool, threshold: bool, kept: KeptRegion, start: Level):
+    def __init__(self, network: Network, noise: Noise, clip: bool, threshold: bool, region: KeptRegion, start: Level):
         super().__init__(network, noise, clip, threshold)
-        self.kept, self.start = kept, start
+        self.region, self.start = region, start
 
     def output(self, x: Sample, level: Level) -> Tensor:
         """Compute the network's output for x after restoring the kept region."""
-        return super().output(x if level == self.start else self.kept.put_back(x, level), level)
+        return super().output(x if level == self.start else self.region.put_back(x, level), level)
 
 
 def add_initial_noise(picture: Sample, noise: Tensor, schedule: Schedule) -> Sample:
@@ -60,16 +60,21 @@ def add_initial_noise(picture: Sample, noise: Tensor, schedule: Schedule) -> Sam
 
 
 def run_inpainting(
-    chosen: ConfiguredSampler, network: Network, x: Tensor, schedule: Schedule, random: Random, kept: KeptRegion | None
+    sampler: ConfiguredSampler,
+    network: Network,
+    x: Tensor,
+    schedule: Schedule,
+    random: Random,
+    region: KeptRegion | None,
 ) -> Iterator[SamplerStep]:
     """Run the sampler from x along this schedule with the kept region restored. Yield the state after each step."""
-    if kept is None:
-        yield from chosen.run(chosen.denoiser(network), x, schedule, random)
+    if region is None:
+        yield from sampler.run(sampler.denoiser(network), x, schedule, random)
         return
-    denoiser = chosen.denoiser(network, partial(Inpainting, kept=kept, start=schedule.steps[0].level))
+    denoiser = sampler.denoiser(network, partial(Inpainting, region=region, start=schedule.steps[0].level))
     levels = [*(step.level for step in schedule.steps[1:]), CLEAN]
-    for state, level in zip(chosen.run(denoiser, x, schedule, random), levels, strict=True):
-        yield SamplerStep(kept.put_back(state.x, level), kept.put_back(state.picture, CLEAN))
+    for state, level in zip(sampler.run(denoiser, x, schedule, random), levels, strict=True):
+        yield SamplerStep(region.put_back(state.x, level), region.put_back(state.picture, CLEAN))
 
 
 WHITE_FROM = 128  # of 255; lighter mask pixels count as white

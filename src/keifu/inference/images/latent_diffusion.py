@@ -27,19 +27,19 @@ Latents = Float[Tensor, "batch channels height width"]
 
 
 def text_denoiser(
-    model: Any, given: Tokens, without: Tokens, guidance: float, rescale: float, extra: Latents | None = None
+    model: Any, prompt_tokens: Tokens, without: Tokens, guidance: float, rescale: float, extra: Latents | None = None
 ) -> Network:
     """Return the denoising network of a model for these texts. Texts are encoded and projected here, once.
 
-    given: the text of each row. without: the negative prompts for guidance; both predictions are computed in one batch.
-    extra: further input channels of each row, after those of x.
+    prompt_tokens: the text of each row. without: the negative prompts for guidance; both predictions are computed in
+    one batch. extra: further input channels of each row, after those of x.
     """
     alone = guidance == 1
-    texts = _project(model, given if alone else torch.cat([given, without]))
-    more = extra if extra is None or alone else torch.cat([extra, extra])
+    texts = _project(model, prompt_tokens if alone else torch.cat([prompt_tokens, without]))
+    extra_channels = extra if extra is None or alone else torch.cat([extra, extra])
 
     def network(x: Tensor, timestep: Tensor) -> Tensor:
-        return model(x if more is None else torch.cat([x, more], 1), timestep, texts)
+        return model(x if extra_channels is None else torch.cat([x, extra_channels], 1), timestep, texts)
 
     return network if alone else guided_denoiser(network, model.noise, guidance, rescale)
 
@@ -88,13 +88,13 @@ class TextPipeline(Pipeline):
         """Return the ids of texts, padded to the model's length (see `text_tokens`)."""
         return text_tokens(self.tokenizer, texts, self.model.config.context_length, truncate)
 
-    def check_conditions(self, wanted: ImageRequest) -> None:
+    def check_conditions(self, request: ImageRequest) -> None:
         """Raise `UserError` for a label, and for a negative prompt without guidance."""
-        if wanted.label is not None:
-            self.label(str(wanted.label))
-        if wanted.negative and wanted.guidance == 1:
+        if request.label is not None:
+            self.label(str(request.label))
+        if request.negative and request.guidance == 1:
             raise UserError(
-                f"Guidance is what leads away from {wanted.negative!r}, and with a guidance of 1 there is none: "
+                f"Guidance is what leads away from {request.negative!r}, and with a guidance of 1 there is none: "
                 f"{self.usual_guidance:g} is usual."
             )
 
@@ -108,86 +108,86 @@ class LatentDiffusionPipeline(TextPipeline):
         super().__init__(model, tokenizer)
         self.usual_sampler = "ddim" if self.noise.flows else "dpm++-2m"  # 20 steps of it replace 50 of others
 
-    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+    def resolved(self, request: ImageRequest) -> ImageRequest:
         """Return the request with all defaults, checked against the model."""
-        if wanted.text is None:
+        if request.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
-        self.check_conditions(wanted)
-        if self.model.config.masked and wanted.mask is None:
+        self.check_conditions(request)
+        if self.model.config.masked and request.mask is None:
             raise UserError("This model fills in a masked part of a picture: give both (--init, --mask).")
-        self.tokens([wanted.text, wanted.negative], wanted.truncate)
-        size = wanted.sides() or trained_size(self.model)
+        self.tokens([request.text, request.negative], request.truncate)
+        size = request.sides() or trained_size(self.model)
         self.model.check_size(*size)
-        wanted.check_no_embedding()
+        request.check_no_embedding()
         factor = self.model.config.factor
-        whole = replace(wanted.completed(self.noise, size), tile=tile_of(wanted.tile, size, factor))
-        anew = whole.anew()
+        complete = replace(request.completed(self.noise, size), tile=tile_of(request.tile, size, factor))
+        anew = complete.anew()
         if anew is not None and not bool(anew[:, ::factor, ::factor].any()):
             raise UserError(f"The mask's white is smaller than the {factor} x {factor} pixels of a latent: enlarge it.")
-        return whole
+        return complete
 
     @torch.inference_mode()
     def drawing(
-        self, wanted: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None = None
+        self, request: ImageRequest, seeds: Sequence[int], texts: Sequence[str] | None = None
     ) -> Iterator[SamplerStep]:
         """Yield x and the predicted latents after each step, with a row for each seed, on the model's device.
 
-        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`. The convolutions' weights
-        are prepacked first, which takes about as long as a step and doubles their memory.
+        request: a result of `resolved`. texts: one for each seed; None: the text of `request`. The convolutions'
+        weights are prepacked first, which takes about as long as a step and doubles their memory.
         """
-        chosen = wanted.configure_sampler(self.noise)
-        schedule, random = wanted.schedule(chosen.schedule), SeededNoise(seeds)
-        given = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
-        without = self.tokens([wanted.negative] * len(seeds), wanted.truncate)
-        x, kept, extra = self._initial_latents(wanted, schedule, len(seeds), random)
-        tokens = given.to(x.device), without.to(x.device)
-        network = text_denoiser(prepack(self.model), *tokens, wanted.guidance, wanted.guidance_rescale, extra)
-        yield from run_inpainting(chosen, network, x, schedule, random, kept)
+        sampler = request.configure_sampler(self.noise)
+        schedule, random = request.schedule(sampler.schedule), SeededNoise(seeds)
+        prompt_tokens = self.tokens(texts or [request.text or ""] * len(seeds), request.truncate)
+        without = self.tokens([request.negative] * len(seeds), request.truncate)
+        x, region, extra = self._initial_latents(request, schedule, len(seeds), random)
+        tokens = prompt_tokens.to(x.device), without.to(x.device)
+        network = text_denoiser(prepack(self.model), *tokens, request.guidance, request.guidance_rescale, extra)
+        yield from run_inpainting(sampler, network, x, schedule, random, region)
 
     def _initial_latents(
-        self, wanted: ImageRequest, schedule: Schedule, count: int, random: Random
+        self, request: ImageRequest, schedule: Schedule, count: int, random: Random
     ) -> tuple[Latents, KeptRegion | None, Tensor | None]:
         """Return the initial latents, the kept region, and the extra input channels of an inpainting network.
 
         Those channels are the mask, and the latents of the image with grey in the masked region."""
         config, device = self.model.config, self.device
-        assert wanted.size is not None
-        sides = (side // config.factor for side in wanted.size)
+        assert request.size is not None
+        sides = (side // config.factor for side in request.size)
         empty = torch.empty((count, config.channels, *sides), dtype=torch.float32, device=device)
-        if wanted.init is None:
+        if request.init is None:
             return random(empty) * schedule.initial_sigma, None, None
-        picture = wanted.init.pixels(wanted.size, config.colours)[None].to(device)
+        picture = request.init.pixels(request.size, config.colours)[None].to(device)
         latents = None
-        if not (wanted.from_noise and config.masked):
-            latents = self._coder(wanted).latents(picture, random(empty))
+        if not (request.from_noise and config.masked):
+            latents = self._coder(request).latents(picture, random(empty))
         noise = random(empty)
         x = noise * schedule.initial_sigma
-        if latents is not None and not wanted.from_noise:
+        if latents is not None and not request.from_noise:
             x = add_initial_noise(latents, noise, schedule)
-        if (mask := wanted.anew()) is None:
+        if (mask := request.anew()) is None:
             return x, None, None
         mask = mask.to(device)
         anew = mask[:, :: config.factor, :: config.factor]  # a latent's value is that of its upper left pixel
         if not config.masked:
             assert latents is not None
             return x, KeptRegion(latents, noise, anew), None
-        left = self._coder(wanted).latents(picture.masked_fill(mask, 0.0), random(empty))
-        return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), left], 1)
+        masked_latents = self._coder(request).latents(picture.masked_fill(mask, 0.0), random(empty))
+        return x, None, torch.cat([anew.to(x.dtype).expand(count, 1, -1, -1), masked_latents], 1)
 
-    def decoded(self, latents: Latents, wanted: ImageRequest) -> Float[Tensor, "batch colours rows columns"]:
+    def decoded(self, latents: Latents, request: ImageRequest) -> Float[Tensor, "batch colours rows columns"]:
         """Decode latents to images with values of about -1 to 1."""
-        return self._coder(wanted).pictures(latents)
+        return self._coder(request).pictures(latents)
 
-    def _coder(self, wanted: ImageRequest) -> LatentCodec:
-        return LatentCodec(self.model, self.model.config.factor, wanted.tile or 0)
+    def _coder(self, request: ImageRequest) -> LatentCodec:
+        return LatentCodec(self.model, self.model.config.factor, request.tile or 0)
 
     def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
+        self, request: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
         """Draw an image for each seed. Return uint8 on the CPU. `watch` is called with the state after each step.
 
-        wanted: a result of `resolved`. texts: one for each seed; None: the text of `wanted`.
+        request: a result of `resolved`. texts: one for each seed; None: the text of `request`.
         """
-        x = last_x(self.drawing(wanted, seeds, texts), watch)
-        return wanted.paste(to_pixels(self.decoded(x, wanted)))
+        x = last_x(self.drawing(request, seeds, texts), watch)
+        return request.paste(to_pixels(self.decoded(x, request)))

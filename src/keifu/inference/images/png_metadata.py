@@ -70,11 +70,11 @@ class ImageRecord:
 
     def texts(self) -> dict[str, str]:
         """Return the text fields of the PNG file: the record as JSON, and a sentence for people."""
-        wanted = self.drawing
-        seed = (wanted.seed or 0) + (self.number or 0)
-        text = "" if wanted.text is None else f" from {wanted.text!r}"
-        text += "" if wanted.init is None else f" on {wanted.init.place}"
-        sentence = f"Drawn by {self.model}{text}, {wanted.sampler}, {wanted.steps} steps, seed {seed}"
+        request = self.drawing
+        seed = (request.seed or 0) + (self.number or 0)
+        text = "" if request.text is None else f" from {request.text!r}"
+        text += "" if request.init is None else f" on {request.init.place}"
+        sentence = f"Drawn by {self.model}{text}, {request.sampler}, {request.steps} steps, seed {seed}"
         record = json.dumps(asdict(self), ensure_ascii=False)
         return {CHUNK: record, "Software": f"keifu {__version__}", "Description": sentence}
 
@@ -103,27 +103,27 @@ def check_limits(record: ImageRecord, path: Path) -> None:
     """Raise `UserError` for a record with more pictures or pixels than the file has, or than a computer can draw."""
     with open_image(path) as image:
         pixels = math.prod(image.size)
-    shown = 1 if record.number is not None else len(record.kept) or record.count
+    n_pictures = 1 if record.number is not None else len(record.kept) or record.count
     for name, value, most in (
         ("count", record.count, MOST_PICTURES),
         ("highest number", max(record.kept, default=0) + 1, record.count),
         ("candidates", record.drawing.candidates, MOST_PICTURES),
         ("threads", record.threads, MOST_THREADS),
-        ("number of pixels", shown * math.prod(record.drawing.size or ()), pixels),
+        ("number of pixels", n_pictures * math.prod(record.drawing.size or ()), pixels),
     ):
         if not 1 <= value <= most:
             raise UserError(f"The record of {path} gives the {name} as {value:,}, which must be from 1 to {most:,}.")
 
 
 def _record(json: dict[str, Any]) -> ImageRecord:
-    wanted = dict(json["drawing"])
-    wanted["size"] = tuple(wanted["size"])
+    settings = dict(json["drawing"])
+    settings["size"] = tuple(settings["size"])
     for name in ("init", "mask", "towards"):
-        facts = wanted.get(name)
-        wanted[name] = InputImage(**facts) if isinstance(facts, dict) else facts
+        facts = settings.get(name)
+        settings[name] = InputImage(**facts) if isinstance(facts, dict) else facts
     json = {"kept": (), "loras": (), **json}  # missing in older pictures
-    missing = {field.name for field in fields(ImageRecord)} - json.keys()
-    if missing:
-        raise KeyError(", ".join(sorted(missing)))
-    facts = {"drawing": ImageRequest(**wanted), "kept": tuple(json["kept"])}
+    missing_fields = {field.name for field in fields(ImageRecord)} - json.keys()
+    if missing_fields:
+        raise KeyError(", ".join(sorted(missing_fields)))
+    facts = {"drawing": ImageRequest(**settings), "kept": tuple(json["kept"])}
     return ImageRecord(**{**json, **facts, "loras": tuple(LoraRecord(**lora) for lora in json["loras"])})

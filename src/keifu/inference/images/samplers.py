@@ -67,8 +67,8 @@ def ddpm(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> It
     for level, next_level in schedule.steps:
         output = denoise(x, level)
         beta = new_variance(level, next_level)
-        kept = level.alpha / next_level.alpha * next_level.sigma**2 / level.sigma**2
-        x = next_level.alpha * beta / level.sigma**2 * output.picture + kept * x
+        previous_share = level.alpha / next_level.alpha * next_level.sigma**2 / level.sigma**2
+        x = next_level.alpha * beta / level.sigma**2 * output.picture + previous_share * x
         if next_level.sigma:
             x = x + _ddpm_standard_deviation(output, denoise.noise.variance, level, next_level) * random(x)
         yield SamplerStep(x, output.picture)
@@ -169,23 +169,23 @@ def lms(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> Ite
     for number, (level, next_level) in enumerate(schedule.steps):
         picture = denoise(x, level).picture
         slopes.appendleft(derivative(x, picture, level))
-        known = ratios[max(0, number - 3) : number + 1][::-1]
-        weights = lms_weights(known, level.ratio, next_level.ratio)
+        known_ratios = ratios[max(0, number - 3) : number + 1][::-1]
+        weights = lms_weights(known_ratios, level.ratio, next_level.ratio)
         change = sum((weight * slope for weight, slope in zip(weights, slopes, strict=True)), torch.zeros_like(x))
         x = next_level.alpha / level.alpha * x + next_level.alpha * change
         yield SamplerStep(x, picture)
 
 
-def lms_weights(known: Sequence[float], start: float, end: float) -> list[float]:
+def lms_weights(points: Sequence[float], start: float, end: float) -> list[float]:
     """Return the integral from start to end of each Lagrange polynomial on the known points. Gauss quadrature with two
     nodes is exact."""
     middle = (start + end) / 2
     half = (end - start) / 2
     nodes = [middle - half / math.sqrt(3), middle + half / math.sqrt(3)]
-    others = [[q for q in known if q != p] for p in known]
+    others_of_point = [[q for q in points if q != p] for p in points]
     return [
-        half * sum(math.prod((node - q) / (p - q) for q in rest) for node in nodes)
-        for p, rest in zip(known, others, strict=True)
+        half * sum(math.prod((node - q) / (p - q) for q in other_points) for node in nodes)
+        for p, other_points in zip(points, others_of_point, strict=True)
     ]
 
 
@@ -252,27 +252,27 @@ def unipc(denoise: Denoiser, x: Sample, schedule: Schedule, random: Random) -> I
     Each predicted image first corrects the x that it was predicted from, then predicts the next x. So the corrector
     needs no extra evaluation.
     """
-    known: list[tuple[Tensor, Level]] = []
+    predictions: list[tuple[Tensor, Level]] = []
     previous = x
-    used = 1
+    order = 1
     for number, (level, next_level) in enumerate(schedule.steps):
         picture = denoise(x, level).picture
-        if known:
-            x = _unipc_update(previous, known, level, used, picture)
-        known = [*known[-1:], (picture, level)]
-        used = min(2, len(schedule.steps) - number, number + 1)
+        if predictions:
+            x = _unipc_update(previous, predictions, level, order, picture)
+        predictions = [*predictions[-1:], (picture, level)]
+        order = min(2, len(schedule.steps) - number, number + 1)
         previous = x
-        x = _unipc_update(x, known, next_level, used)
+        x = _unipc_update(x, predictions, next_level, order)
         yield SamplerStep(x, picture)
 
 
-def _unipc_update(x: Tensor, known: Predictions, end: Level, order: int, picture: Tensor | None = None) -> Tensor:
+def _unipc_update(x: Tensor, predictions: Predictions, end: Level, order: int, picture: Tensor | None = None) -> Tensor:
     """Return x at another level than the newest known one: by the predictor UniP, or with `picture`, the image
     predicted there, by the corrector UniC."""
-    newest, level = known[-1]
+    newest, level = predictions[-1]
     h = end.log_snr - level.log_snr
     growth = math.expm1(-h)
-    earlier = known[-order:-1][::-1]
+    earlier = predictions[-order:-1][::-1]
     ratios = [(other.log_snr - level.log_snr) / h for _, other in earlier]
     differences = [(older - newest) / ratio for (older, _), ratio in zip(earlier, ratios, strict=True)]
     if picture is not None:
@@ -393,11 +393,11 @@ def configure_sampler(
     if eta and not image_sampler.eta:
         raise UserError(f"eta is ddim's share of fresh noise; the sampler {name} has none.")
     run = partial(image_sampler.run, eta=eta) if image_sampler.eta else image_sampler.run
-    more = {"karras": True} if karras else {}
+    karras_option = {"karras": True} if karras else {}
     lowest_is_omitted = image_sampler.schedule is dpm_solver_schedule
     most = max(1, noise.steps - lowest_is_omitted)
     count = steps or min(image_sampler.steps or noise.steps, most)
-    schedule = (flow_schedule if noise.flows else image_sampler.schedule)(noise, count, spacing, **more)
+    schedule = (flow_schedule if noise.flows else image_sampler.schedule)(noise, count, spacing, **karras_option)
     if image_sampler.looks_back and any(level == next_level for level, next_level in schedule.steps):
         raise UserError(
             f"With {spacing or noise.spacing} spacing {count} steps visit some timesteps twice, and the sampler {name} "

@@ -23,11 +23,11 @@ Pixels = Float[Tensor, "batch channels height width"]
 
 
 def decode_tiled(
-    work: Callable[[Pixels, Place], Tensor], x: Pixels, side: int, overlap: int, cell: int = 1, made: int = 1
+    work: Callable[[Pixels, Place], Tensor], x: Pixels, side: int, overlap: int, cell: int = 1, result_cell: int = 1
 ) -> Float[Tensor, "made_batch made_channels made_height made_width"]:
     """Compute `work(tile, position)` for overlapping tiles of x, and blend the results into one tensor.
 
-    side, overlap: size of tiles and minimal overlap in cells. cell, made: side of a cell in x and in the result.
+    side, overlap: size of tiles and minimal overlap in cells. cell, result_cell: side of a cell in x and in the result.
     """
     rows, columns = (tile_starts(length // cell, side, overlap) for length in x.shape[2:])
     canvas = total = None
@@ -36,9 +36,9 @@ def decode_tiled(
         piece = work(x[(..., *(grow_tile(axis, cell) for axis in area))], area)
         weight = blend_weights(piece.shape[2])[:, None] * blend_weights(piece.shape[3])
         if canvas is None or total is None:
-            size = [length // cell * made for length in x.shape[2:]]
+            size = [length // cell * result_cell for length in x.shape[2:]]
             canvas, total = piece.new_zeros(*piece.shape[:2], *size), weight.new_zeros(size)
-        there = (..., *(grow_tile(axis, made) for axis in area))
+        there = (..., *(grow_tile(axis, result_cell) for axis in area))
         canvas[there] += piece * weight.to(piece)
         total[there] += weight
     assert canvas is not None and total is not None
@@ -102,7 +102,11 @@ class LatentCodec:
         if not self._tiles(latents):
             return self.model.to_pictures(latents)
         return decode_tiled(
-            lambda piece, area: self.model.to_pictures(piece), latents, self.side, self.side // 4, made=self.factor
+            lambda piece, area: self.model.to_pictures(piece),
+            latents,
+            self.side,
+            self.side // 4,
+            result_cell=self.factor,
         )
 
     def _tiles(self, latents: Latents) -> bool:
@@ -123,16 +127,16 @@ class LatentCodec:
         return work()
 
 
-def tile_of(wanted: int | None, size: tuple[int, int], factor: int) -> int:
-    """Return the side of tiles for pictures of this height and width: `wanted`; by default `TILE` for more than `WHOLE`
+def tile_of(tile: int | None, size: tuple[int, int], factor: int) -> int:
+    """Return the side of tiles for pictures of this height and width: `tile`; by default `TILE` for more than `WHOLE`
     pixels, else 0. Raises `UserError` for an impossible side."""
     if factor == 1:
-        if wanted:
+        if tile:
             raise UserError(NO_TILES)
         return 0
-    if wanted is None:
+    if tile is None:
         return TILE // factor * factor if size[0] * size[1] > WHOLE else 0
-    if wanted and (wanted % factor or wanted < 4 * factor):
-        near = max(4, round(wanted / factor)) * factor
-        raise UserError(f"Tiles need sides of {factor} x 4, 5, ... pixels, not {wanted}: take {near}, or 0 for none.")
-    return wanted
+    if tile and (tile % factor or tile < 4 * factor):
+        near = max(4, round(tile / factor)) * factor
+        raise UserError(f"Tiles need sides of {factor} x 4, 5, ... pixels, not {tile}: take {near}, or 0 for none.")
+    return tile

@@ -80,7 +80,7 @@ class SpeechTokens:
         require_known("task of this model", task, self.tasks or {"transcribe": 0})
 
 
-def _check_ids(given: Mapping[str, Any], size: int) -> None:
+def _check_ids(generation_config: Mapping[str, Any], size: int) -> None:
     """Raise `UserError` for an entry of generation_config.json that is not of its kind, or a token that is not in the
     vocabulary of this size."""
 
@@ -110,33 +110,43 @@ def _check_ids(given: Mapping[str, Any], size: int) -> None:
         "max_initial_timestamp_index": (is_token, "a whole number within the vocabulary"),
     }
     for name, (is_right, kind) in kinds.items():
-        value = given.get(name)
+        value = generation_config.get(name)
         if value is not None and not is_right(value):
             raise UserError(f"generation_config.json has {name} {str(value)[:60]!r}, which must be {kind}.")
 
 
 def speech_tokens(config: Any, tokenizer: Tokenizer) -> SpeechTokens:
     """Return the special tokens of a model."""
-    given = tokenizer.generation_config
-    without_times = given.get("no_timestamps_token_id", tokenizer.backend.token_to_id(NO_TIMESTAMPS))
-    _check_ids(given, config.vocab_size)
+    generation_config = tokenizer.generation_config
+    without_times = generation_config.get("no_timestamps_token_id", tokenizer.backend.token_to_id(NO_TIMESTAMPS))
+    _check_ids(generation_config, config.vocab_size)
     if without_times is None:
         raise UserError(f"This tokenizer has no {NO_TIMESTAMPS}, so it is not one of a model that hears.")
-    languages = {token.strip("<|>"): number for token, number in given.get("lang_to_id", {}).items()}
-    forced = {token for _, token in given.get("forced_decoder_ids") or ()}
-    if more := forced - {None, without_times, *languages.values(), *given.get("task_to_id", {}).values()}:
-        raise UserError(f"generation_config.json has forced_decoder_ids of other tokens, {sorted(more)}: remove them.")
-    never, not_first = (tuple(given.get(name) or ()) for name in ("suppress_tokens", "begin_suppress_tokens"))
+    languages = {token.strip("<|>"): number for token, number in generation_config.get("lang_to_id", {}).items()}
+    forced = {token for _, token in generation_config.get("forced_decoder_ids") or ()}
+    if other_tokens := forced - {
+        None,
+        without_times,
+        *languages.values(),
+        *generation_config.get("task_to_id", {}).values(),
+    }:
+        raise UserError(
+            f"generation_config.json has forced_decoder_ids of other tokens, {sorted(other_tokens)}: remove them."
+        )
+    never, not_first = (
+        tuple(generation_config.get(name) or ()) for name in ("suppress_tokens", "begin_suppress_tokens")
+    )
     return SpeechTokens(
-        config.start_id, config.end_id, without_times, languages, given.get("task_to_id", {}), never, not_first,
-        given.get("max_initial_timestamp_index"), bool(given.get("return_timestamps", True)),
+        config.start_id, config.end_id, without_times, languages, generation_config.get("task_to_id", {}), never,
+        not_first, generation_config.get("max_initial_timestamp_index"),
+        bool(generation_config.get("return_timestamps", True)),
     )  # fmt: skip
 
 
 Logits = Float[Tensor, "rows vocab"]
 
 
-def allow(logits: Logits, written: Int[Tensor, "rows written"], tokens: SpeechTokens) -> Logits:
+def allow(logits: Logits, output: Int[Tensor, "rows written"], tokens: SpeechTokens) -> Logits:
     """Set the logits of tokens that may not follow to -inf, in place.
 
     Times never decrease. They come in pairs, the end of a segment and the start of the next, except the first and the
@@ -144,16 +154,16 @@ def allow(logits: Logits, written: Int[Tensor, "rows written"], tokens: SpeechTo
     code).
     """
     logits[:, list(tokens.suppressed)] = -torch.inf
-    if not written.shape[1]:
+    if not output.shape[1]:
         logits[:, list(tokens.suppressed_first)] = -torch.inf
     if not tokens.has_times:
         return logits
     logits[:, tokens.without_times] = -torch.inf
     times, texts = logits[:, tokens.times :], logits[:, : tokens.times]  # views
-    if written.shape[1]:
-        is_time = written >= tokens.times
-        last, before = is_time[:, -1:], is_time[:, -2:-1] if written.shape[1] > 1 else torch.ones_like(is_time)
-        newest = torch.where(is_time, written, tokens.times - 1).amax(1, keepdim=True)
+    if output.shape[1]:
+        is_time = output >= tokens.times
+        last, before = is_time[:, -1:], is_time[:, -2:-1] if output.shape[1] > 1 else torch.ones_like(is_time)
+        newest = torch.where(is_time, output, tokens.times - 1).amax(1, keepdim=True)
         early = torch.arange(times.shape[1], device=logits.device) + tokens.times <= newest - (last & ~before).long()
         times.masked_fill_(early | (last & before), -torch.inf)
         logits[:, : tokens.end].masked_fill_(last & ~before, -torch.inf)

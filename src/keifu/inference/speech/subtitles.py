@@ -23,8 +23,8 @@ def vtt(transcript: Transcript) -> str:
 
 
 def _time(seconds: float, point: str) -> str:
-    whole, milliseconds = divmod(round(seconds * 1000), 1000)
-    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{point}{milliseconds:03}"
+    whole_seconds, milliseconds = divmod(round(seconds * 1000), 1000)
+    return f"{whole_seconds // 3600:02}:{whole_seconds // 60 % 60:02}:{whole_seconds % 60:02}{point}{milliseconds:03}"
 
 
 def _escaped(text: str) -> str:

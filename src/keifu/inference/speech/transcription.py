@@ -103,23 +103,23 @@ class SpeechBeamModel:
         self.model, self.tokens, self.before = model, tokens, before
         self.state: Any = model.begin(memory, len(prompt) + longest)
         device = memory[0][0].device
-        self.written = torch.zeros(1, 0, dtype=torch.long, device=device)
-        wanted = [prompt.index(tokens.start), len(prompt) - 1]
-        start, self._last = model.write(torch.tensor([prompt], device=device), self.state, wanted).float().unbind(1)
+        self.output = torch.zeros(1, 0, dtype=torch.long, device=device)
+        indices = [prompt.index(tokens.start), len(prompt) - 1]
+        start, self._last = model.write(torch.tensor([prompt], device=device), self.state, indices).float().unbind(1)
         self.no_speech = float(start.softmax(-1)[0, tokens.no_speech])
 
     def first(self) -> Logits:
-        return allow(self._last.clone(), self.written, self.tokens)
+        return allow(self._last.clone(), self.output, self.tokens)
 
     def next(self, tokens: Int[Tensor, " rows"]) -> Logits:
         self.before()
-        self.written = torch.cat([self.written, tokens[:, None]], 1)
+        self.output = torch.cat([self.output, tokens[:, None]], 1)
         logits = self.model.write(tokens[:, None], self.state, [0])[:, 0]
-        return allow(logits.float().clone(), self.written, self.tokens)
+        return allow(logits.float().clone(), self.output, self.tokens)
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
         self.state.select(rows)
-        self.written = self.written[rows.to(self.written.device)]
+        self.output = self.output[rows.to(self.output.device)]
 
 
 def transcribe(
@@ -128,11 +128,11 @@ def transcribe(
     progress: Callable[[float], object] = lambda _: None,
 ) -> Transcript:  # fmt: skip
     """Transcribe sound of one channel at 16 kHz. `progress` is called with the finished seconds before each token."""
-    whole, packed = speech_model(model), native_form(model, NativeSpeech)
-    hearer = whole if packed is None else NativeHearer(packed, max(settings.beams, DRAWN))
+    torch_model, packed = speech_model(model), native_form(model, NativeSpeech)
+    hearer = torch_model if packed is None else NativeHearer(packed, max(settings.beams, DRAWN))
     tokens = speech_tokens(hearer.config, tokenizer)
-    usual = tokenizer.generation_config.get("language") if tokens.languages else None
-    language = tokens.code(settings.language or str(usual or ""))
+    default_language = tokenizer.generation_config.get("language") if tokens.languages else None
+    language = tokens.code(settings.language or str(default_language or ""))
     tokens.check(language, settings.task)
     window, last = 2 * hearer.config.audio_length, -(-len(samples) // HOP)
     seconds = len(samples) / RATE
@@ -140,8 +140,8 @@ def transcribe(
         samples = F.pad(samples, (0, window * HOP - len(samples)))
     features = log_mel(samples, hearer.config.n_mels).to(device_of(model))
     frame, segments = 0, list[Segment]()
-    given = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
-    past = deque(given, max(0, hearer.config.context_length // 2 - 1))
+    previous_tokens = tokenizer.encode(" " + settings.prompt.strip()) if settings.prompt else []
+    past = deque(previous_tokens, max(0, hearer.config.context_length // 2 - 1))
     with evaluation_mode(model), torch.inference_mode():
         while frame < last:
             before = partial(progress, frame / FRAMES_PER_SECOND)
@@ -150,17 +150,17 @@ def transcribe(
             memory = hearer.encode(heard)
             if language is None and tokens.languages:
                 language = find_language(hearer, memory, tokens)
-            given = [tokenizer.token_id(PREVIOUS), *past] if past else []
-            prompt = [*given, *tokens.prompt(language, settings.task)]
+            previous_tokens = [tokenizer.token_id(PREVIOUS), *past] if past else []
+            prompt = [*previous_tokens, *tokens.prompt(language, settings.task)]
             longest = hearer.config.context_length - len(prompt)
-            made = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens, before)
-            best, no_speech, temperature = write_window(made, tokenizer, longest, settings, frame)
+            make_model = partial(SpeechBeamModel, hearer, memory, prompt, longest, tokens, before)
+            best, no_speech, temperature = write_window(make_model, tokenizer, longest, settings, frame)
             parts, done = cut(best.tokens, min(window, last - frame), tokens)
-            for *times, written in () if silent(best, no_speech) else parts:
+            for *times, part_tokens in () if silent(best, no_speech) else parts:
                 start, end = (min(frame / FRAMES_PER_SECOND + time, seconds) for time in times)
-                words = [token for token in written if token < tokens.end]
+                words = [token for token in part_tokens if token < tokens.end]
                 text = tokenizer.decode(words)
-                segments.append(Segment(start, end, text, written, best.score, no_speech, temperature))
+                segments.append(Segment(start, end, text, part_tokens, best.score, no_speech, temperature))
                 past.extend(words) if settings.previous and temperature <= WARM else past.clear()
             frame += done
     return Transcript("".join(segment.text for segment in segments).strip(), language, seconds, segments)
@@ -201,17 +201,17 @@ def draw(decoder: SpeechBeamModel, longest: int, temperature: float, seed: int) 
     decoder.select(torch.zeros(DRAWN, dtype=torch.long))
     random = torch.Generator(logits.device).manual_seed(seed)
     done, lengths = (torch.zeros(DRAWN, dtype=dtype, device=logits.device) for dtype in (torch.bool, torch.long))
-    total, written = torch.zeros(DRAWN, device=logits.device), list[Tensor]()
-    while len(written) < longest and not done.all():
-        logits = decoder.next(written[-1]) if written else logits
-        drawn = (logits / temperature).softmax(-1).multinomial(1, generator=random)
-        tokens = drawn[:, 0].masked_fill(done, end)
-        total += logits.log_softmax(-1).gather(1, drawn)[:, 0].masked_fill(done, 0.0)
+    total, output = torch.zeros(DRAWN, device=logits.device), list[Tensor]()
+    while len(output) < longest and not done.all():
+        logits = decoder.next(output[-1]) if output else logits
+        samples = (logits / temperature).softmax(-1).multinomial(1, generator=random)
+        tokens = samples[:, 0].masked_fill(done, end)
+        total += logits.log_softmax(-1).gather(1, samples)[:, 0].masked_fill(done, 0.0)
         lengths += ~done
         done |= tokens == end
-        written.append(tokens)
+        output.append(tokens)
     scores = total / lengths.clamp(min=1)
-    ids = torch.stack(written, 1)[scores.argmax()].tolist() if written else []
+    ids = torch.stack(output, 1)[scores.argmax()].tolist() if output else []
     return Hypothesis([token for token in ids if token != end], float(scores.max()), end in ids)
 
 
@@ -222,22 +222,22 @@ def find_language(model: Hearer, memory: Memory, tokens: SpeechTokens) -> str:
     return max(tokens.languages, key=lambda name: float(logits[tokens.languages[name]]))
 
 
-def cut(written: Sequence[int], frames: int, tokens: SpeechTokens) -> tuple[list[tuple[float, float, list[int]]], int]:
+def cut(output: Sequence[int], frames: int, tokens: SpeechTokens) -> tuple[list[tuple[float, float, list[int]]], int]:
     """Split a window's transcript into segments (start, end, tokens), in seconds of the window. Also return the number
     of frames done.
 
     Two consecutive time tokens are a boundary. Text after the last boundary is transcribed again in the next window.
     But if the transcript ends with a single time token, the window contains no more speech.
     """
-    is_time = [token >= tokens.times for token in written]
-    times = [(token - tokens.times) * TIME for token in written]
-    bounds = [index + 1 for index in range(len(written) - 1) if is_time[index] and is_time[index + 1]]
-    whole = is_time[-2:] == [False, True]
+    is_time = [token >= tokens.times for token in output]
+    times = [(token - tokens.times) * TIME for token in output]
+    bounds = [index + 1 for index in range(len(output) - 1) if is_time[index] and is_time[index + 1]]
+    ends_complete = is_time[-2:] == [False, True]
     if not bounds:
         said = [time for time, there in zip(times, is_time, strict=True) if there and time]
-        return [(0.0, said[-1] if said else frames / FRAMES_PER_SECOND, list(written))], frames
-    if whole:
-        bounds.append(len(written))
+        return [(0.0, said[-1] if said else frames / FRAMES_PER_SECOND, list(output))], frames
+    if ends_complete:
+        bounds.append(len(output))
     cuts = zip([0, *bounds], bounds, strict=False)
-    segments = [(times[first], times[stop - 1], list(written[first:stop])) for first, stop in cuts]
-    return segments, frames if whole else max(round(times[bounds[-1] - 1] * FRAMES_PER_SECOND), 1)
+    segments = [(times[first], times[stop - 1], list(output[first:stop])) for first, stop in cuts]
+    return segments, frames if ends_complete else max(round(times[bounds[-1] - 1] * FRAMES_PER_SECOND), 1)

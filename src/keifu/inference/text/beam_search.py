@@ -114,18 +114,18 @@ class _Beams:
         """Extend every text by a token. Return for each open text the row that it continues (on the host), and its
         token."""
         beams, width = self.search.beams, self.scores.shape[1]
-        scores, origins, written = self._candidates(logits)
+        scores, origins, candidates = self._candidates(logits)
         damaged = scores[:, 0].isnan()
         self.length += 1
         texts = self.tokens.take_along_dim(origins[..., None], 1)
-        texts[:, :, self.length - 1] = written
-        ended = torch.isin(written, self._ends) | (self.limits <= self.length)[:, None]
+        texts[:, :, self.length - 1] = candidates
+        ended = torch.isin(candidates, self._ends) | (self.limits <= self.length)[:, None]
         done = scores[:, :beams].masked_fill(~ended[:, :beams], -torch.inf) / self._penalty(self.length)
         self._keep(done, texts[:, :beams])
         self.scores, picked = scores.masked_fill(ended, -torch.inf).topk(beams)
         self.tokens = texts.take_along_dim(picked[..., None], 1)
         rows = origins.gather(1, picked) + width * torch.arange(len(origins), device=origins.device)[:, None]
-        return self._leave(rows, written.gather(1, picked), damaged)
+        return self._leave(rows, candidates.gather(1, picked), damaged)
 
     def best(self) -> list[Hypothesis]:
         """Return the best text of each source."""
@@ -174,10 +174,14 @@ class _Beams:
             raise UserError(f"Logits after {self.length - 1} tokens are not finite: try bfloat16, or sound weights.")
         rows = torch.stack(columns, 1)
         if not bool(stays.all()):
-            left = stays.nonzero()[:, 0]
-            rows, kept = rows[left], left.to(tokens.device)
-            self.sources, self.limits = self.sources[kept], self.limits[kept]
-            self.scores, self.tokens, tokens = self.scores[kept], self.tokens[kept], tokens[kept]
+            staying = stays.nonzero()[:, 0]
+            rows, staying_on_device = rows[staying], staying.to(tokens.device)
+            self.sources, self.limits = self.sources[staying_on_device], self.limits[staying_on_device]
+            self.scores, self.tokens, tokens = (
+                self.scores[staying_on_device],
+                self.tokens[staying_on_device],
+                tokens[staying_on_device],
+            )
         return rows.flatten(), tokens.flatten()
 
     def _undecided(self) -> Bool[Tensor, " sources"]:
@@ -217,11 +221,11 @@ def top_candidates(logits: Logits, count: int) -> tuple[Float[Tensor, "rows n"],
     if logits.device.type != "cpu" or chunks <= 2 * count:
         values, indices = logits.topk(count)
         return values, indices
-    body, rest = logits[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)), logits[:, chunks * CHUNK :]
+    body, remaining_logits = logits[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)), logits[:, chunks * CHUNK :]
     best = body.amax(-1).topk(count).indices[..., None]
     within = torch.arange(CHUNK, device="cpu")
     indices = (best * CHUNK + within).flatten(1)
     tail = torch.arange(chunks * CHUNK, logits.shape[1], device="cpu").expand(len(logits), -1)
-    values = torch.cat([body.take_along_dim(best, 1).flatten(1), rest], 1)
+    values = torch.cat([body.take_along_dim(best, 1).flatten(1), remaining_logits], 1)
     largest, at = values.topk(count)
     return largest, torch.cat([indices, tail], 1).gather(1, at)

@@ -56,8 +56,8 @@ def _mark_blanks(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]
     """Return the ids of the text with [CLS] and [SEP], and the positions of the masks. Only the masks are encoded as
     special tokens."""
     roles = ("mask_token", "cls_token", "sep_token")
-    if missing := [role for role in roles if role not in tokenizer.special]:
-        raise UserError(f"The tokenizer has no {', '.join(missing)}, so nothing can be filled in.")
+    if missing_roles := [role for role in roles if role not in tokenizer.special]:
+        raise UserError(f"The tokenizer has no {', '.join(missing_roles)}, so nothing can be filled in.")
     mark, (mask, cls, sep) = tokenizer.special["mask_token"], (tokenizer.token_id(tokenizer.special[r]) for r in roles)
     between = tokenizer.encode_batch(text.split(mark))
     if len(between) == 1:
@@ -80,9 +80,9 @@ def infill(model: nn.Module, tokenizer: Tokenizer, text: str) -> str:
     """
     parts = split_gaps(text)
     markers = Markers.of(tokenizer, len(parts) - 1)
-    [written] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts)], GREEDY)
-    ends = [index for index, token in enumerate(written.tokens) if token in tokenizer.stop_ids]
-    spans = split_spans(written.tokens[: ends[0] if ends else None], markers.sentinels)
+    [completion] = generate_batch(model, tokenizer, [prompt(tokenizer, markers, parts)], GREEDY)
+    ends = [index for index, token in enumerate(completion.tokens) if token in tokenizer.stop_ids]
+    spans = split_spans(completion.tokens[: ends[0] if ends else None], markers.sentinels)
     words = [*map(tokenizer.decode, spans), ""]
     return "".join(part + word for part, word in zip(close_gaps(parts), words, strict=True))
 
@@ -97,13 +97,13 @@ def prompt(tokenizer: Tokenizer, markers: Markers, parts: Sequence[str]) -> list
     return [*ids, int(markers.sentinels[0])]
 
 
-def split_spans(written: Sequence[int], sentinels: np.ndarray) -> list[list[int]]:
+def split_spans(tokens: Sequence[int], sentinels: np.ndarray) -> list[list[int]]:
     """Split the output into spans at the sentinels. The first sentinel is in the prompt; a sentinel out of order is
     ignored."""
     spans: list[list[int]] = [[] for _ in sentinels]
     indices = {int(sentinel): index for index, sentinel in enumerate(sentinels)}
     current = 0
-    for token in written:
+    for token in tokens:
         if token in indices:
             current = max(current, indices[token])
         else:

@@ -22,11 +22,11 @@ Logits = Float[Tensor, "rows vocab"]
 Parameter = Float[Tensor, " #rows"]
 
 
-def repetition_penalty(logits: Logits, seen: Bool[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
-    """Return the logits with those of `seen` tokens changed: positive ones / penalty, negative ones · penalty (CTRL,
+def repetition_penalty(logits: Logits, is_seen: Bool[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
+    """Return the logits with those of seen tokens changed: positive ones / penalty, negative ones · penalty (CTRL,
     section 4.1)."""
     factor = torch.where(logits < 0, penalty[:, None], 1 / penalty[:, None])
-    return torch.where(seen, logits * factor, logits)
+    return torch.where(is_seen, logits * factor, logits)
 
 
 def presence_penalty(logits: Logits, counts: Float[Tensor, "rows vocab"], penalty: Parameter) -> Logits:
@@ -102,17 +102,19 @@ def shortlist(
     """
     values, tokens = logits.topk(min(SHORTLIST, logits.shape[1]))
     last = torch.where(k > 0, k.clamp(max=values.shape[1]), values.shape[1]).expand(len(values)) - 1
-    kept = values.masked_fill(values < values.gather(1, last[:, None]), -torch.inf)
-    shares = kept.softmax(-1)
+    values_in_order = values.masked_fill(values < values.gather(1, last[:, None]), -torch.inf)
+    shares = values_in_order.softmax(-1)
     if not every:
         shares = torch.where((k > 0)[:, None], shares, logits.softmax(-1).gather(1, tokens))
     mass = wide(shares).cumsum(-1, dtype=torch.float64)
     last = (mass < wide(p)[:, None]).sum(-1, keepdim=True).clamp(max=values.shape[1] - 1).to(logits.device)
-    kept = kept.masked_fill((kept < kept.gather(1, last)) & (p[:, None] < 1), -torch.inf)
+    values_in_order = values_in_order.masked_fill(
+        (values_in_order < values_in_order.gather(1, last)) & (p[:, None] < 1), -torch.inf
+    )
     names, order = tokens.sort(-1)
     limited = torch.where(k > 0, k < values.shape[1], p < 1)
-    whole = kept[:, -1].isneginf() & limited  # tokens outside are no likelier than the last one
-    return kept.gather(1, order), names, whole
+    is_complete = values_in_order[:, -1].isneginf() & limited  # tokens outside are no likelier than the last one
+    return values_in_order.gather(1, order), names, is_complete
 
 
 def likeliest(logits: Logits) -> Logits:

@@ -26,20 +26,20 @@ class StopText:
     def __init__(self, stops: Sequence[str]):
         self.stops = tuple(stops)
         self.found, self.stop = False, ""
-        self._held = ""
+        self._pending_text = ""
 
     def push(self, text: str) -> str:
         """Return the text that cannot belong to a stop string any more."""
-        text = self._held + text
+        text = self._pending_text + text
         matches = [(start + len(stop), start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
         self.found = bool(matches)
         _, end, self.stop = min(matches, default=(0, len(text) - self._beginning(text), ""))
-        self._held = "" if self.found else text[end:]
+        self._pending_text = "" if self.found else text[end:]
         return text[:end]
 
     def flush(self) -> str:
         """Return the withheld text at the end of the stream."""
-        text, self._held = self._held, ""
+        text, self._pending_text = self._pending_text, ""
         return text
 
     def _beginning(self, text: str) -> int:
@@ -95,7 +95,7 @@ class Request:
 
     def __init__(
         self, prompt: Sequence[int], sampling: SamplingParams, tokenizer: Tokenizer | None, vocab_size: int,
-        context_length: int, constraint: Constraint | None = None, shown: Iterable[int] = (),
+        context_length: int, constraint: Constraint | None = None, visible_tokens: Iterable[int] = (),
         images: InsertedImages | None = None,
     ):  # fmt: skip
         self.images = images
@@ -111,14 +111,16 @@ class Request:
                 f"The prompt has {len(prompt)} tokens, but this model's context is {context_length} and must hold the "
                 f"answer too: shorten it to at most {context_length - 1}."
             )
-        wanted = sampling.max_tokens
-        self.limit, self._full = (room, "context") if wanted is None or wanted > room else (wanted, "length")
+        max_tokens = sampling.max_tokens
+        self.limit, self._full = (
+            (room, "context") if max_tokens is None or max_tokens > room else (max_tokens, "length")
+        )
         self.tokens: list[int] = []
         self.cached = 0  # number of tokens of the prompt whose keys and values were cached
         self.guessed = self.accepted = 0  # numbers of guessed tokens, and of right guesses
         self.constraint = constraint
         self._stop_ids = frozenset[int]() if tokenizer is None else tokenizer.stop_ids
-        self._decoder = None if tokenizer is None else tokenizer.stream(shown=shown)
+        self._decoder = None if tokenizer is None else tokenizer.stream(visible_tokens=visible_tokens)
         self._text = StopText(sampling.stop)
 
     @property
@@ -146,10 +148,10 @@ class Request:
             text += self._text.flush()
         if not self.sampling.log_probabilities:
             return Piece(self.index, text, self.tokens[-1], finish_reason=reason)
-        chosen, sampled, *likeliest = log_probabilities
+        log_probability, sampled, *likeliest = log_probabilities
         pairs = zip(map(int, likeliest[::2]), likeliest[1::2], strict=True)
         top = tuple(pairs)[: self.sampling.top_log_probabilities]
-        return Piece(self.index, text, self.tokens[-1], chosen, sampled, top, reason)
+        return Piece(self.index, text, self.tokens[-1], log_probability, sampled, top, reason)
 
 
 def prompt_tokens(tokenizer: Tokenizer | None, prompt: str | Sequence[int]) -> list[int]:

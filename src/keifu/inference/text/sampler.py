@@ -141,14 +141,16 @@ class RowSettings:
         k = torch.zeros(1, dtype=torch.int64, device=self.device) if k is None else k
         p = torch.ones(1, device=self.device) if p is None else p
         scaled, every = self._filter(logits, ["before shortlist"]), all(sampling.top_k for sampling in self.samplings)
-        few, names, whole = processors.shortlist(scaled, k, p, every)
+        few, names, is_complete = processors.shortlist(scaled, k, p, every)
         indices, logs = sample_scored(self._filter(few, ["after shortlist"]), u)
         tokens = names.gather(1, indices[:, None])[:, 0]
         if self.defers:
-            return tokens, logs, whole
-        if rest := [row for row, all_of_it in enumerate(whole.tolist()) if not all_of_it]:
-            others = RowSettings([self.samplings[row] for row in rest], self.device)
-            tokens[rest], logs[rest] = sample_scored(others._filter(logits[rest]), u[rest])
+            return tokens, logs, is_complete
+        if incomplete_rows := [row for row, all_of_it in enumerate(is_complete.tolist()) if not all_of_it]:
+            other_settings = RowSettings([self.samplings[row] for row in incomplete_rows], self.device)
+            tokens[incomplete_rows], logs[incomplete_rows] = sample_scored(
+                other_settings._filter(logits[incomplete_rows]), u[incomplete_rows]
+            )
         return tokens, logs, None
 
     def _filter(self, logits: Logits, stages: Sequence[Stage] = FILTER_STAGES) -> Logits:
@@ -167,17 +169,17 @@ class History:
     counts: Float[Tensor, "rows vocab"] | None  # number of occurrences in the output
 
     @classmethod
-    def of_texts(cls, settings: RowSettings, prompts: Texts, written: Texts, vocab: int) -> "History":
+    def of_texts(cls, settings: RowSettings, prompts: Texts, output: Texts, vocab: int) -> "History":
         """Return the history of prompts and their outputs."""
 
         def count(*texts: Texts) -> Float[Tensor, "rows vocab"]:
             cells = [row * vocab + token for rows in texts for row, text in enumerate(rows) for token in text]
-            counts = torch.zeros(len(written) * vocab, dtype=torch.float32, device=settings.device)
+            counts = torch.zeros(len(output) * vocab, dtype=torch.float32, device=settings.device)
             index = torch.tensor(cells, dtype=torch.long, device=settings.device)
             return counts.index_put_((index,), counts.new_ones(()), accumulate=True).view(-1, vocab)
 
-        seen = count(prompts, written) > 0 if "seen" in settings.histories else None
-        return cls(seen, count(written) if "counts" in settings.histories else None)
+        is_seen = count(prompts, output) > 0 if "seen" in settings.histories else None
+        return cls(is_seen, count(output) if "counts" in settings.histories else None)
 
     def take(self, rows: Sequence[int], other: "History", positions: Sequence[int]) -> None:
         """Copy rows from another history, which must have all of them."""
@@ -236,13 +238,13 @@ class Sampler:
         lengths = [len(request.prompt) + len(request.tokens) for request in requests]
         self.settings = RowSettings(samplings, device, defers)
         self.asks = self.settings.asks(vocab) or any(request.constraint is not None for request in requests)
-        known = {} if before is None else {request: row for row, request in enumerate(before.requests)}
-        texts = [([], []) if request in known else (request.prompt, request.tokens) for request in requests]
-        prompts, written = zip(*texts, strict=True)
-        self.history = History.of_texts(self.settings, prompts, written, vocab)
+        known_rows = {} if before is None else {request: row for row, request in enumerate(before.requests)}
+        texts = [([], []) if request in known_rows else (request.prompt, request.tokens) for request in requests]
+        prompts, outputs = zip(*texts, strict=True)
+        self.history = History.of_texts(self.settings, prompts, outputs, vocab)
         if before is not None:
-            kept = [row for row, request in enumerate(requests) if request in known]
-            self.history.take(kept, before.history, [known[requests[row]] for row in kept])
+            continued_rows = [row for row, request in enumerate(requests) if request in known_rows]
+            self.history.take(continued_rows, before.history, [known_rows[requests[row]] for row in continued_rows])
         seeds, positions = (torch.tensor(row, device=device) for row in ([s.seed for s in samplings], lengths))
         self.streams = UniformStreams(seeds, positions)  # start at the position of each text's next token
         self.certain = torch.zeros(len(requests), dtype=torch.float32, device=device)

@@ -230,14 +230,14 @@ class SamplingOptions(TypedDict, total=False):
 def sampling_params_from(options: Mapping[str, Any]) -> SamplingParams:
     """Return settings from fields by name. `stop` may be one string, `logit_bias` a dictionary. Raises `UserError` for
     an unknown name."""
-    known = [field.name for field in fields(SamplingParams)]
+    field_names = [field.name for field in fields(SamplingParams)]
     for name in options:
-        require_known("sampling option", name, known)
+        require_known("sampling option", name, field_names)
     stop, bias = options.get("stop", ()), options.get("logit_bias") or ()
     if not isinstance(stop, str | Sequence | None):
         raise UserError(f"stop is {stop!r}, which must be a string or a list of strings.")
-    several = {"stop": (stop,) if isinstance(stop, str) else tuple(stop or ())}
-    return SamplingParams(**{**options, **several, "logit_bias": tuple(dict(bias).items())})
+    stop_texts = {"stop": (stop,) if isinstance(stop, str) else tuple(stop or ())}
+    return SamplingParams(**{**options, **stop_texts, "logit_bias": tuple(dict(bias).items())})
 
 
 BASE = SamplingParams(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)

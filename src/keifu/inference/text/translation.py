@@ -83,8 +83,8 @@ def _ends(text: str) -> list[int]:
 def _starts_sentence(text: str, position: int) -> bool:
     """Return whether the half-width mark before `position` ends a sentence: a space follows, then no lower-case
     letter."""
-    before, rest = text[max(0, position - WORD) : position].split()[-1], text[position : position + WORD].lstrip()
-    if not rest or not text[position].isspace() or rest.lstrip(OPENING + QUOTES)[:1].islower():
+    before, following = text[max(0, position - WORD) : position].split()[-1], text[position : position + WORD].lstrip()
+    if not following or not text[position].isspace() or following.lstrip(OPENING + QUOTES)[:1].islower():
         return False
     if not before.endswith(".") or before.endswith(".."):
         return True
@@ -99,10 +99,10 @@ def _is_enclosed(text: str) -> list[bool]:
         if character in OPENING:
             opened.append((character, index))
         elif character in CLOSING:
-            wanted = OPENING[CLOSING.index(character)]
+            opening = OPENING[CLOSING.index(character)]
             while opened:
                 mark, start = opened.pop()
-                if mark == wanted:
+                if mark == opening:
                     inside[start + 1 : index] = [True] * (index - start - 1)
                     break
     return inside

@@ -60,15 +60,15 @@ def unmask(model: nn.Module, tokens: Sequence[int], how: Unmasking) -> list[int]
     with evaluation_mode(model):
         for block in masks.split(how.block) if len(masks) else ():
             for count in _counts(len(block), len(masks), how.steps):
-                left = block[x[0, block] == mask]
-                logits, number = predictor.predict_masked(x)[0, left], number + 1
+                masked_positions = block[x[0, block] == mask]
+                logits, number = predictor.predict_masked(x)[0, masked_positions], number + 1
                 noisy = logits
                 if how.temperature:
                     seed = bits(torch.tensor([how.seed]), torch.tensor([number])).to(x.device)
                     noisy = logits / how.temperature + gumbel(seed, logits.shape)[0]
-                chosen = noisy.argmax(-1)
-                sure = logits.softmax(-1).gather(-1, chosen[:, None])[:, 0].topk(count).indices
-                x[0, left[sure]] = chosen[sure]
+                proposals = noisy.argmax(-1)
+                sure = logits.softmax(-1).gather(-1, proposals[:, None])[:, 0].topk(count).indices
+                x[0, masked_positions[sure]] = proposals[sure]
     return x[0].tolist()
 
 

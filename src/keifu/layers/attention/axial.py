@@ -109,15 +109,15 @@ class GridAttention(Attention):
         k, v = cache.append(k, v)
         if x.shape[1] > 1:
             return self.out(attend(q, k, v, "causal"))
-        seen = _table(Grid.seen_from, x.device, self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix)
-        return self.out(attend(q, k[:, :, seen], v[:, :, seen]))
+        visible = _table(Grid.seen_from, x.device, self.grid, self.pattern, k.shape[2] - 1 - self.grid.prefix)
+        return self.out(attend(q, k[:, :, visible], v[:, :, visible]))
 
 
 @lru_cache(maxsize=8192)
-def _table(make: Callable[..., Tensor], device: torch.device, *given: Any) -> Tensor:
+def _table(make: Callable[..., Tensor], device: torch.device, *arguments: Any) -> Tensor:
     """Return a table of a grid, computed once. It is not an inference tensor, since training may use it too."""
     with torch.inference_mode(False):
-        return make(*given).to(device)
+        return make(*arguments).to(device)
 
 
 def grid_attend(q: Heads, k: Heads, v: Heads, grid: Grid, pattern: Pattern) -> Hidden:

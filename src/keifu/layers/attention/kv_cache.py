@@ -97,10 +97,10 @@ class KVState:
         self.lengths = self.lengths[:1] * count if same else [self.lengths[row] for row in rows.tolist()]
         moved = (rows != torch.arange(count, device=rows.device)).nonzero()[:, 0]
         parts = rows, moved, rows[moved]
-        chosen, into, origin = torch.cat(parts).to(self.device).split([*map(len, parts)])
-        self.fixed = [x[chosen] for x in self.fixed]
+        indices, into, origin = torch.cat(parts).to(self.device).split([*map(len, parts)])
+        self.fixed = [x[indices] for x in self.fixed]
         if count > len(self.keys[0]):
-            self.keys, self.values = ([x[chosen] for x in tensors] for tensors in (self.keys, self.values))
+            self.keys, self.values = ([x[indices] for x in tensors] for tensors in (self.keys, self.values))
             return
         for tensors in (self.keys, self.values):
             for x in tensors:
@@ -160,8 +160,8 @@ class LayerCache:
         scoring: Scoring,
     ) -> Float[Tensor, "rows length dim"]:  # fmt: skip
         """Attend from the new tokens to the earlier ones and themselves; see `attend`."""
-        seen, read = self.append(keys, values, window)
-        return attend(q, seen, read, self._pass.mask.visible(seen.shape[2], window), scoring)
+        all_keys, all_values = self.append(keys, values, window)
+        return attend(q, all_keys, all_values, self._pass.mask.visible(all_keys.shape[2], window), scoring)
 
     def recur(self, rule: Rule, x: Float[Tensor, "rows length channels"]) -> Float[Tensor, "rows length out"]:
         """Apply `rule` to the new tokens and the state, and return its output. The new state is stored when the pass

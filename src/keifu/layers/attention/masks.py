@@ -28,7 +28,7 @@ class DocumentMask:
         self.apart = positions[:, None] - positions
         self.same = (documents[:, :, None] == documents[:, None]) & (self.apart >= 0)
 
-    def visible(self, seen: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
+    def visible(self, n_keys: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
         near = self.same if window is None else self.same & (self.apart < window)
         return near[:, None]
 
@@ -78,10 +78,10 @@ class Band:
         masked; earlier keys are left out.
         """
         batch, (blocks, window) = len(q), self.mask.shape[1:3]
-        front, rest = window - (k.shape[2] - q.shape[2]), blocks * window - q.shape[2]
-        queries = F.pad(q, (0, 0, 0, rest)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+        front, end_padding = window - (k.shape[2] - q.shape[2]), blocks * window - q.shape[2]
+        queries = F.pad(q, (0, 0, 0, end_padding)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
         mask = self.mask.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
-        keys, values = (self._pairs(F.pad(x, (0, 0, front, rest))) for x in (k, v))
+        keys, values = (self._pairs(F.pad(x, (0, 0, front, end_padding))) for x in (k, v))
         return queries, keys, values, mask
 
     def _pairs(self, x: Keys) -> Float[Tensor, "folded kv_heads both head_dim"]:
@@ -95,17 +95,17 @@ class Band:
 
 
 def band(
-    start: int, length: int, seen: int, window: int, padding: Int[Tensor, " batch"] | None = None,
+    start: int, length: int, n_keys: int, window: int, padding: Int[Tensor, " batch"] | None = None,
     device: torch.device | None = None,
 ) -> Band:  # fmt: skip
     """Return the mask in which each token sees itself and the `window` - 1 tokens before it, but no left padding.
 
-    start: tokens of earlier passes. length: tokens of this pass. seen: number of keys, the last ones of all tokens.
+    start: tokens of earlier passes. length: tokens of this pass. n_keys: number of keys, the last ones of all tokens.
     """
     first = torch.arange(-(-length // window), device=device)[:, None, None] * window + start
     queries = first + torch.arange(window, device=device)[:, None]
     keys = first + torch.arange(-window, window, device=device)
-    mask = ((keys <= queries) & (keys > queries - window) & (keys >= start + length - seen))[None]
+    mask = ((keys <= queries) & (keys > queries - window) & (keys >= start + length - n_keys))[None]
     if padding is not None:  # a padding token sees itself, so that no row of the softmax is empty
         mask = mask & (keys >= padding[:, None, None, None]) | (keys == queries)
     return Band(mask)
@@ -123,7 +123,7 @@ class Mask(Protocol):
     queries than the window is wide, and otherwise a tensor: boolean, or numbers that are added to the scores.
     """
 
-    def visible(self, seen: int, window: int | None) -> Visible: ...
+    def visible(self, n_keys: int, window: int | None) -> Visible: ...
 
 
 class CausalMask:
@@ -138,28 +138,28 @@ class CausalMask:
     ):
         self.start, self.length, self.padding = start, length, padding
         self.device = device if padding is None else padding.device
-        self._made: dict[tuple[int, int | None], Visible] = {}
+        self._cache: dict[tuple[int, int | None], Visible] = {}
 
-    def visible(self, seen: int, window: int | None) -> Visible:
-        window = None if window is None or window >= seen else window
-        if (seen, window) not in self._made:
-            self._made[seen, window] = self._make(seen, window)
-        return self._made[seen, window]
+    def visible(self, n_keys: int, window: int | None) -> Visible:
+        window = None if window is None or window >= n_keys else window
+        if (n_keys, window) not in self._cache:
+            self._cache[n_keys, window] = self._make(n_keys, window)
+        return self._cache[n_keys, window]
 
-    def _make(self, seen: int, window: int | None) -> Visible:
-        if self.padding is None and window is None and (self.length == 1 or self.length == seen):
+    def _make(self, n_keys: int, window: int | None) -> Visible:
+        if self.padding is None and window is None and (self.length == 1 or self.length == n_keys):
             return None if self.length == 1 else "causal"
         if window is not None and self.length > window:
-            return band(self.start, self.length, seen, window, self.padding, self.device)
+            return band(self.start, self.length, n_keys, window, self.padding, self.device)
         end = self.start + self.length
         queries = torch.arange(self.start, end, device=self.device)[:, None]
-        keys = torch.arange(end - seen, end, device=self.device)[None]
+        keys = torch.arange(end - n_keys, end, device=self.device)[None]
         mask = keys <= queries
         if window is not None:
             mask &= keys > queries - window
         if self.padding is not None:  # a padding token sees itself, so that no row of the softmax is empty
             mask = mask & (keys >= self.padding[:, None, None]) | (keys == queries)
-        return mask.reshape(-1, 1, self.length, seen)
+        return mask.reshape(-1, 1, self.length, n_keys)
 
 
 class RaggedMask:
@@ -170,14 +170,14 @@ class RaggedMask:
 
     def __init__(self, positions: Tokens, end: int):
         self.positions, self.end = positions[:, None, :, None], end
-        self._made: dict[tuple[int, int | None], Tensor] = {}
+        self._cache: dict[tuple[int, int | None], Tensor] = {}
 
-    def visible(self, seen: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
-        if (seen, window) not in self._made:
-            keys = torch.arange(self.end - seen, self.end, device=self.positions.device)
+    def visible(self, n_keys: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
+        if (n_keys, window) not in self._cache:
+            keys = torch.arange(self.end - n_keys, self.end, device=self.positions.device)
             near = keys <= self.positions
-            self._made[seen, window] = near if window is None else near & (keys > self.positions - window)
-        return self._made[seen, window]
+            self._cache[n_keys, window] = near if window is None else near & (keys > self.positions - window)
+        return self._cache[n_keys, window]
 
 
 class PaddingMask:
@@ -186,7 +186,7 @@ class PaddingMask:
     def __init__(self, real: Bool[Tensor, "batch seen"] | None = None):
         self.mask = None if real is None else real[:, None, None, :]
 
-    def visible(self, seen: int, window: int | None) -> Visible:
+    def visible(self, n_keys: int, window: int | None) -> Visible:
         return self.mask
 
 

@@ -111,8 +111,8 @@ class Noise:
     dynamic: DynamicShift | None = None
 
     def __post_init__(self) -> None:
-        for name, known in _NAMES.items():
-            require_known(name, vars(self)[name], get_args(known))
+        for name, known_names in _NAMES.items():
+            require_known(name, vars(self)[name], get_args(known_names))
         if self.steps < 1 + self.zero_terminal_snr:
             raise UserError(f"The noise schedule has {self.steps} steps, which is too few.")
         if self.steps_offset < 0:
@@ -159,8 +159,8 @@ class Noise:
         by more than implementations may differ."""
         if self.flows:
             raise UserError("A flow has no β and no ᾱ, which this computation is made of: take a model of diffusion.")
-        given = torch.tensor(self.betas, dtype=torch.float32, device="cpu")
-        betas = given if self.betas else SCHEDULES[self.schedule](self)
+        betas_given = torch.tensor(self.betas, dtype=torch.float32, device="cpu")
+        betas = betas_given if self.betas else SCHEDULES[self.schedule](self)
         return with_zero_terminal_snr(betas.float()) if self.zero_terminal_snr else betas.float()
 
     @cached_property
@@ -194,8 +194,8 @@ def _scaled_linear(noise: Noise) -> Tensor:
 def _cosine(noise: Noise) -> Tensor:
     """Return β, at most 0.999, whose ᾱ is a squared cosine of time (Nichol and Dhariwal, 2021, equation 17)."""
     times = torch.arange(noise.steps + 1, dtype=torch.float64, device="cpu") / noise.steps
-    left = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
-    return (1 - left[1:] / left[:-1]).clamp(max=0.999)
+    alpha_bar = torch.cos((times + 0.008) / 1.008 * math.pi / 2).square()
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def _sigmoid(noise: Noise) -> Tensor:
@@ -216,8 +216,8 @@ def with_zero_terminal_snr(betas: Float[Tensor, " steps"]) -> Float[Tensor, " st
     """Return β of the schedule whose √ᾱ is shifted to end at 0 and scaled to keep its first value (Lin et al., 2023,
     algorithm 1)."""
     root = (1 - betas).cumprod(0).sqrt()
-    left = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
-    return 1 - torch.cat([left[:1], left[1:] / left[:-1]])
+    alpha_bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))).square()
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
 def at(table: Float[Tensor, " steps"], timestep: Timesteps, x: Tensor) -> Tensor:
@@ -299,14 +299,21 @@ def loss_weights(noise: Noise, weighting: Weighting = "simple", gamma: float | N
         return torch.ones(noise.steps, dtype=torch.float64, device="cpu")
     if "flow" in (noise.schedule, noise.target):
         raise UserError(f"The weighting {weighting} is defined by ᾱ, which a flow does not have: take simple.")
-    left = noise.alpha_bar
+    alpha_bar = noise.alpha_bar
     if weighting == "p2":  # the noise's error is √SNR times the picture's and √ᾱ times the velocity's
-        unit = (1 - left) ** (1.0 if gamma is None else gamma)  # 1 / (1 + SNR) is 1 - ᾱ
-        return unit * {"noise": torch.ones_like(left), "picture": left / (1 - left), "velocity": left}[noise.target]
+        unit = (1 - alpha_bar) ** (1.0 if gamma is None else gamma)  # 1 / (1 + SNR) is 1 - ᾱ
+        return (
+            unit
+            * {"noise": torch.ones_like(alpha_bar), "picture": alpha_bar / (1 - alpha_bar), "velocity": alpha_bar}[
+                noise.target
+            ]
+        )
     most = 5.0 if gamma is None else gamma
-    of_picture = torch.minimum(left / (1 - left), torch.full_like(left, most))
-    share = torch.minimum(torch.ones_like(left), most * (1 - left) / left)  # min(SNR, γ) / SNR, defined for SNR 0 too
-    return {"noise": share, "picture": of_picture, "velocity": share * left}[noise.target]
+    of_picture = torch.minimum(alpha_bar / (1 - alpha_bar), torch.full_like(alpha_bar, most))
+    share = torch.minimum(
+        torch.ones_like(alpha_bar), most * (1 - alpha_bar) / alpha_bar
+    )  # min(SNR, γ) / SNR, defined for SNR 0 too
+    return {"noise": share, "picture": of_picture, "velocity": share * alpha_bar}[noise.target]
 
 
 class Posterior(NamedTuple):
@@ -337,14 +344,14 @@ class Posterior(NamedTuple):
 
 def posterior(noise: Noise) -> Posterior:
     """Return the exact reverse step, given the picture, at every timestep of a schedule."""
-    left = noise.alpha_bar
-    before = torch.cat([torch.ones_like(left[:1]), left[:-1]])
-    beta = 1 - left / before
-    variance = beta * (1 - before) / (1 - left)
-    first = variance[1:2] if len(left) > 1 else beta
+    alpha_bar = noise.alpha_bar
+    before = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    beta = 1 - alpha_bar / before
+    variance = beta * (1 - before) / (1 - alpha_bar)
+    first = variance[1:2] if len(alpha_bar) > 1 else beta
     return Posterior(
-        beta * before.sqrt() / (1 - left),
-        (left / before).sqrt() * (1 - before) / (1 - left),
+        beta * before.sqrt() / (1 - alpha_bar),
+        (alpha_bar / before).sqrt() * (1 - before) / (1 - alpha_bar),
         torch.cat([first, variance[1:]]).log(),
         beta.log(),
     )

@@ -118,11 +118,11 @@ def continuous_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
     """
     ratios, visited = _ratios(noise), timesteps(noise, steps, spacing, rounded=False)
     low = visited.floor().clamp(max=noise.steps - 2).long()
-    chosen = torch.lerp(ratios[low], ratios[low + 1], visited - low)
+    sigmas = torch.lerp(ratios[low], ratios[low + 1], visited - low)
     if karras:
-        chosen = karras_sigmas(chosen[0], chosen[-1], steps)
-        visited = timesteps_of(chosen, ratios)
-    schedule = _schedule_of(visited, chosen)
+        sigmas = karras_sigmas(sigmas[0], sigmas[-1], steps)
+        visited = timesteps_of(sigmas, ratios)
+    schedule = _schedule_of(visited, sigmas)
     leading = (spacing or noise.spacing) == "leading"
     return schedule if leading else schedule._replace(initial_sigma=schedule.steps[0].level.sigma)
 
@@ -134,8 +134,8 @@ def dpm_solver_schedule(noise: Noise, steps: int, spacing: Spacing | None = None
     """
     ratios, spacing = _ratios(noise), spacing or noise.spacing
     if karras:
-        chosen = karras_sigmas(ratios[-1], ratios[0], steps)
-        return _schedule_of(timesteps_of(chosen, ratios).round(), chosen)
+        sigmas = karras_sigmas(ratios[-1], ratios[0], steps)
+        return _schedule_of(timesteps_of(sigmas, ratios).round(), sigmas)
     lowest = spacing != "trailing"
     if lowest and steps == noise.steps:
         raise UserError(f"With {spacing} spacing this sampler takes at most {noise.steps - 1} steps, not {steps}.")
@@ -173,23 +173,23 @@ def karras_sigmas(highest: Tensor, lowest: Tensor, steps: int) -> Float[Tensor, 
     return torch.lerp(highest ** (1 / RHO), lowest ** (1 / RHO), ramp) ** RHO
 
 
-def timesteps_of(chosen: Float[Tensor, " n"], ratios: Float[Tensor, " steps"]) -> Float[Tensor, " n"]:
+def timesteps_of(sigmas: Float[Tensor, " n"], ratios: Float[Tensor, " steps"]) -> Float[Tensor, " n"]:
     """Return the timesteps with these σ, interpolated linearly in ln σ between whole timesteps."""
-    logs, wanted = ratios.log(), chosen.clamp(min=1e-10).log()
-    low = (torch.searchsorted(logs, wanted, right=True) - 1).clamp(0, len(logs) - 2)
-    return low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
+    logs, log_sigmas = ratios.log(), sigmas.clamp(min=1e-10).log()
+    low = (torch.searchsorted(logs, log_sigmas, right=True) - 1).clamp(0, len(logs) - 2)
+    return low + ((log_sigmas - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
 
 
 def _ratios(noise: Noise) -> Float[Tensor, " steps"]:
     """Return sigma / alpha of every timestep, finite even if nothing of the image is left."""
-    left = noise.rounded_alpha_bar
-    left = left.clamp(min=LEAST_ALPHA_BAR) if noise.zero_terminal_snr else left
-    return ((1 - left) / left).sqrt()
+    alpha_bar = noise.rounded_alpha_bar
+    alpha_bar = alpha_bar.clamp(min=LEAST_ALPHA_BAR) if noise.zero_terminal_snr else alpha_bar
+    return ((1 - alpha_bar) / alpha_bar).sqrt()
 
 
 def _level_at(noise: Noise, timestep: int) -> Level:
-    left = float(noise.rounded_alpha_bar[timestep])
-    return Level(float(timestep), math.sqrt(left), math.sqrt(1 - left))
+    alpha_bar = float(noise.rounded_alpha_bar[timestep])
+    return Level(float(timestep), math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
 
 
 def _schedule_of(visited: Tensor, ratios: Tensor) -> Schedule:

@@ -77,18 +77,21 @@ def linear_cross_entropy(
     counts = targets != IGNORED if shares is None else shares.flatten() * (targets != IGNORED)
     rates = label_smoothing, z_loss
     inputs = hidden.flatten(0, -2), weight, bias
-    wanted = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs]
+    needs_gradient = [tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs]
     with torch.no_grad():
         if torch.compiler.is_compiling() and vocabulary is None:
-            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, dtype, wanted, soft_cap)
+            total, plain, *gradients = _operator(*inputs, targets, counts, *rates, dtype, needs_gradient, soft_cap)
         else:
-            total, plain, *gradients = _gradients(*inputs, targets, counts, *rates, dtype, wanted, soft_cap, vocabulary)
+            total, plain, *gradients = _gradients(
+                *inputs, targets, counts, *rates, dtype, needs_gradient, soft_cap, vocabulary
+            )
     return WithGradients.apply(total, tuple(gradients), *inputs), plain
 
 
 def _gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, label_smoothing: float,
-    z_loss: float, dtype: torch.dtype, wanted: Sequence[bool], soft_cap: float, vocabulary: Vocabulary | None = None,
+    z_loss: float, dtype: torch.dtype, needs_gradient: Sequence[bool], soft_cap: float,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss, the sum of -log p, and the loss's gradients with respect to hidden, weight and bias; each is
     empty if not wanted."""
@@ -100,7 +103,7 @@ def _gradients(
             logits.mul_(slopes)
         return sums
 
-    return gradients_by_rows(hidden, weight, bias, dtype, wanted, to_gradient)
+    return gradients_by_rows(hidden, weight, bias, dtype, needs_gradient, to_gradient)
 
 
 # torch.compile calls it unchanged; its own version would keep everything in float32
@@ -114,12 +117,12 @@ _operator = torch.library.custom_op(
 @_operator.register_fake
 def _shapes(hidden: Tensor, weight: Tensor, *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return empty tensors with the shapes and dtypes of the results of `_gradients`."""
-    *_, dtype, wanted, _soft_cap = settings
-    several = wanted[1] and len(hidden) > max(1, head.LOGITS_AT_A_TIME // len(weight))
+    *_, dtype, needs_gradient, _soft_cap = settings
+    by_parts = needs_gradient[1] and len(hidden) > max(1, head.LOGITS_AT_A_TIME // len(weight))
     total = hidden.new_empty((), dtype=torch.float32)
     full = hidden.shape, weight.shape, weight.shape[:1]
-    shapes = [shape if used else (0,) for shape, used in zip(full, wanted, strict=True)]
-    types = dtype, weight.dtype if several else dtype, torch.float32
+    shapes = [shape if is_used else (0,) for shape, is_used in zip(full, needs_gradient, strict=True)]
+    types = dtype, weight.dtype if by_parts else dtype, torch.float32
     grads = [hidden.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True)]
     return total, torch.empty_like(total), grads[0], grads[1], grads[2]
 
@@ -160,17 +163,17 @@ def _loss_and_gradient(
     log_z = logits.amax(-1, keepdim=True).float() - gradient.amax(-1, keepdim=True).log()
     total, step = logits.shape[-1], torch.full_like(log_z, label_smoothing - 1)
     if classes is None:
-        chosen = logits.gather(-1, right).float()
-        mean = logits.mean(-1, keepdim=True, dtype=torch.float32) if label_smoothing else chosen
+        target_logits = logits.gather(-1, right).float()
+        mean = logits.mean(-1, keepdim=True, dtype=torch.float32) if label_smoothing else target_logits
     else:
         local_z, total = log_z, classes.total
         inside = (right >= classes.first) & (right < classes.first + logits.shape[-1])
         right, step = (right - classes.first).where(inside, 0), step * inside
         mine = logits.gather(-1, right) * inside, logits.sum(-1, keepdim=True, dtype=torch.float32)
         gathered = classes.gather(torch.stack([local_z, *mine]))
-        log_z, chosen, mean = gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0), gathered[:, 2].sum(0) / total
+        log_z, target_logits, mean = gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0), gathered[:, 2].sum(0) / total
         gradient *= (local_z - log_z).exp()
-    nats = loss = log_z - chosen
+    nats = loss = log_z - target_logits
     if z_loss:
         loss = loss + z_loss * log_z.square()
         gradient *= 1 + 2 * z_loss * log_z

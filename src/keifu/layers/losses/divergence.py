@@ -32,12 +32,12 @@ def linear_divergence(
     theirs = teacher.detach() if matrix is None else teacher.detach().to(dtype)
 
     def to_gradient(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        given = theirs[part] if matrix is None else linear(theirs[part], matrix)
-        return (total := _divergence_to_gradient(logits, given, beta, temperature)), total
+        teacher_logits = theirs[part] if matrix is None else linear(theirs[part], matrix)
+        return (total := _divergence_to_gradient(logits, teacher_logits, beta, temperature)), total
 
-    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, weight)]
+    needs_gradient = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (hidden, weight)]
     with torch.no_grad():
-        total, _, *gradients = gradients_by_rows(hidden, weight, None, dtype, [*wanted, False], to_gradient)
+        total, _, *gradients = gradients_by_rows(hidden, weight, None, dtype, [*needs_gradient, False], to_gradient)
     return WithGradients.apply(total, tuple(gradients[:2]), hidden, weight)
 
 

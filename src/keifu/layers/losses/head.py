@@ -45,7 +45,7 @@ def slices(length: int, size: int) -> list[slice]:
 
 
 def gradients_by_rows(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, wanted: Sequence[bool],
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, needs_gradient: Sequence[bool],
     to_gradient: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return two sums of `to_gradient` over all rows, and the gradients of the first one with respect to hidden, weight
@@ -56,23 +56,23 @@ def gradients_by_rows(
     weight's dtype if it is a sum over several parts.
     """
     low, matrix, added = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    d_hidden = torch.empty_like(low) if wanted[0] else low.new_empty(0)
+    d_hidden = torch.empty_like(low) if needs_gradient[0] else low.new_empty(0)
     # without rows, the loop does not write it
-    d_weight = low.new_empty(0) if len(low) or not wanted[1] else torch.zeros_like(matrix)
-    classes = 0 if len(low) or not wanted[2] else len(weight)
+    d_weight = low.new_empty(0) if len(low) or not needs_gradient[1] else torch.zeros_like(matrix)
+    classes = 0 if len(low) or not needs_gradient[2] else len(weight)
     total, plain, d_bias = (low.new_zeros(shape, dtype=torch.float32) for shape in ((), (), classes))
     for part in slices(len(low), max(1, LOGITS_AT_A_TIME // len(weight))):
         logits = linear(low[part], matrix, added)
         loss, nats = to_gradient(logits, part)
         total, plain = total + loss, plain + nats
-        if wanted[0]:
+        if needs_gradient[0]:
             d_hidden[part] = product(logits, matrix)
-        if wanted[1]:
+        if needs_gradient[1]:
             change = torch.empty_like(matrix)
             for some in slices(len(matrix), _CLASSES_AT_A_TIME):
                 change[some] = product(logits[:, some].T, low[part])
             d_weight = d_weight.to(weight.dtype).add_(change) if part.start else change
-        if wanted[2]:
+        if needs_gradient[2]:
             sums = logits.sum(0, dtype=torch.float32)
             d_bias = d_bias.add_(sums) if part.start else sums
     return total, plain, d_hidden, d_weight, d_bias
@@ -90,4 +90,8 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(gradient.to(dtype) * upstream[0] if needed else None for gradient, dtype, needed in pairs)
+        return (
+            None,
+            None,
+            *(gradient.to(dtype) * upstream[0] if is_needed else None for gradient, dtype, is_needed in pairs),
+        )

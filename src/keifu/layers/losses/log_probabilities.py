@@ -48,9 +48,9 @@ class _TokenLogProbabilities(torch.autograd.Function):
             logs, _ = _log_softmax(hidden[part], weight, *ctx.settings)
             parts[0].append(logs.gather(-1, tokens[part, None]).squeeze(-1))
             parts[1].append(-(logs.exp() * logs).sum(-1))
-        chosen, entropy = map(torch.cat, parts)
+        target_logs, entropy = map(torch.cat, parts)
         ctx.mark_non_differentiable(entropy)
-        return chosen, entropy
+        return target_logs, entropy
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

@@ -43,14 +43,17 @@ class _AttentiveRecurrence(torch.autograd.Function):
         ctx: Any, x: Tensor, keys: Tensor, products: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor, v: Tensor,
         state: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        (length, batch, _), (seen, width) = x.shape, keys.shape[1:]
+        (length, batch, _), (source_length, width) = x.shape, keys.shape[1:]
         low, low_bias, tape = weight.to(dtype).mT, bias.to(dtype), RecurrentTape.empty(length, state)
-        features, weights = keys.new_empty(length, batch, seen, width), keys.new_empty(length, batch, seen)
+        features, weights = (
+            keys.new_empty(length, batch, source_length, width),
+            keys.new_empty(length, batch, source_length),
+        )
         with torch.autocast(x.device.type, enabled=False):
             for step in range(length):
                 joined = torch.addmm(low_bias, tape.states[step].to(dtype), low)
                 torch.add(keys, joined[:, None, :width], out=features[step]).tanh_()
-                scores = torch.addmv(hidden.flatten(), features[step].flatten(0, 1), v).view(batch, seen)
+                scores = torch.addmv(hidden.flatten(), features[step].flatten(0, 1), v).view(batch, source_length)
                 torch.softmax(scores, -1, out=weights[step])
                 inputs = torch.baddbmm(x[step, :, None], weights[step, :, None], products)[:, 0]
                 tape.advance(step, inputs, joined[:, width:])
@@ -149,8 +152,10 @@ class DecoderState:
         if self.capacity is None:
             return
         if self.length + length > self.capacity:
-            taken = self.length + length
-            raise ValueError(f"The state has room for {self.capacity} tokens and was given {taken}; make a larger one.")
+            new_length = self.length + length
+            raise ValueError(
+                f"The state has room for {self.capacity} tokens and was given {new_length}; make a larger one."
+            )
         self.hidden, self.length = hidden, self.length + length
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
@@ -158,10 +163,10 @@ class DecoderState:
 
         The source is copied only if a row's source changes, which is rare in beam search.
         """
-        chosen, owners = rows.to(self.hidden.device), self._owners[rows.cpu()]
-        self.hidden = self.hidden[chosen]
+        indices, owners = rows.to(self.hidden.device), self._owners[rows.cpu()]
+        self.hidden = self.hidden[indices]
         if not torch.equal(owners, self._owners):
-            self.memory = type(self.memory)(*(tensor[chosen] for tensor in self.memory))
+            self.memory = type(self.memory)(*(tensor[indices] for tensor in self.memory))
             self._owners = owners
 
 

@@ -72,12 +72,12 @@ def delta_rule(
     fading = pairs.masked_fill(torch.ones_like(pairs, dtype=torch.bool).triu(1), -torch.inf).exp()
     entering, leaving, through = total.exp(), (total[..., -1:] - total).exp(), total[..., -1].exp()
     if segments is not None:
-        same, first, last, whole = _segment_masks(F.pad(segments, (0, padding), value=-1).unflatten(1, (-1, size)))
-        fading, entering, leaving, through = fading * same, entering * first, leaving * last, through * whole
+        same, first, last, unbroken = _segment_masks(F.pad(segments, (0, padding), value=-1).unflatten(1, (-1, size)))
+        fading, entering, leaving, through = fading * same, entering * first, leaving * last, through * unbroken
     weighted = strength[..., None] * k
     system = (weighted @ k.mT) * fading
-    wanted = torch.cat([strength[..., None] * v, weighted * entering[..., None]], -1)
-    solved = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    right_side = torch.cat([strength[..., None] * v, weighted * entering[..., None]], -1)
+    solved = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
     values, reading = solved.split([v.shape[-1], k.shape[-1]], -1)
     within, q, k = (q @ k.mT) * fading, q * entering[..., None], k * leaving[..., None]
     outputs = []

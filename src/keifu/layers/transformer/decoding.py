@@ -82,12 +82,12 @@ def _fits(block: nn.Module) -> bool:
 def decoding_form(model: Any) -> tuple[Any, bool]:
     """Return the model with `DecodingBlock`s if possible, and whether it never reads from the device to the host."""
     model_class = type(model)
-    usual = model_class.hidden is DecoderLM.hidden and model_class._hidden is DecoderLM._hidden
-    if not usual or not all(map(_fits, model.blocks)):
+    is_common = model_class.hidden is DecoderLM.hidden and model_class._hidden is DecoderLM._hidden
+    if not is_common or not all(map(_fits, model.blocks)):
         return model, False
     form = copy.copy(model)
     blocks: list[Any] = list(model.blocks)
     fused = [DecodingBlock(block, triton_kernels(model.embedding.weight.device)) for block in blocks]
     form._modules = {**model._modules, "blocks": nn.ModuleList(fused)}
-    others = [module for name, module in model.named_children() if name not in ("blocks", "positions")]
-    return form, all(type(module) in KNOWN for module in others if [*module.parameters()])
+    other_modules = [module for name, module in model.named_children() if name not in ("blocks", "positions")]
+    return form, all(type(module) in KNOWN for module in other_modules if [*module.parameters()])

@@ -58,16 +58,16 @@ class EncoderDecoderState:
         if self.targets is not None:
             self.targets.select(rows)
         owners = self._owners[rows.cpu()]
-        kept, counts = owners.unique_consecutive(return_counts=True)
+        owner_rows, counts = owners.unique_consecutive(return_counts=True)
         if len(counts) and bool((counts != counts[0]).any()):
-            kept = owners
-        indices = torch.arange(len(kept), device=kept.device)
-        if len(kept) != len(self.memory[0][0]) or not torch.equal(kept, indices):
-            chosen = kept.to(self.memory[0][0].device)
-            self.memory = [(keys[chosen], values[chosen]) for keys, values in self.memory]
-            self._source_mask = None if self._source_mask is None else self._source_mask[chosen]
+            owner_rows = owners
+        indices = torch.arange(len(owner_rows), device=owner_rows.device)
+        if len(owner_rows) != len(self.memory[0][0]) or not torch.equal(owner_rows, indices):
+            owner_indices = owner_rows.to(self.memory[0][0].device)
+            self.memory = [(keys[owner_indices], values[owner_indices]) for keys, values in self.memory]
+            self._source_mask = None if self._source_mask is None else self._source_mask[owner_indices]
             self.mask = PaddingMask(self._source_mask)
-        self._owners = indices.repeat_interleave(len(rows) // max(len(kept), 1))
+        self._owners = indices.repeat_interleave(len(rows) // max(len(owner_rows), 1))
 
 
 def read_source(

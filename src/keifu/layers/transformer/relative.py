@@ -41,9 +41,9 @@ class RelativeBias(nn.Embedding):
         super().__init__(n_buckets, n_heads)
         self.max_distance, self.both_sides = max_distance, both_sides
 
-    def biases(self, start: int, length: int, seen: int) -> Float[Tensor, "1 heads length seen"]:
-        """Return the biases of `length` queries from position `start` on for the keys before position `seen`."""
-        offsets = torch.arange(-(start + length - 1), seen - start, device="cpu")  # key minus query
+    def biases(self, start: int, length: int, n_keys: int) -> Float[Tensor, "1 heads length seen"]:
+        """Return the biases of `length` queries from position `start` on for the keys before position `n_keys`."""
+        offsets = torch.arange(-(start + length - 1), n_keys - start, device="cpu")  # key minus query
         buckets = self._buckets(offsets)
         if int(buckets.min()) < 0:
             raise UserError(
@@ -51,7 +51,7 @@ class RelativeBias(nn.Embedding):
                 f"have no bucket for {int(offsets.abs().max())} tokens: the distance must exceed half of the buckets."
             )
         values = F.embedding(buckets.to(self.weight.device), self.weight).T
-        queries, keys = (torch.arange(n, device=values.device) for n in (length, seen))
+        queries, keys = (torch.arange(n, device=values.device) for n in (length, n_keys))
         return values[:, keys[None] + (length - 1 - queries[:, None])][None]
 
     def _buckets(self, offsets: Int[Tensor, " offsets"]) -> Int[Tensor, " offsets"]:
@@ -74,7 +74,7 @@ class BiasedMask:
     def __init__(self, biases: Biases, visible: Bool[Tensor, "#batch 1 #length seen"] | None):
         self.biases = biases if visible is None else biases.masked_fill(~visible, -torch.inf)
 
-    def visible(self, seen: int, window: int | None) -> Biases:
+    def visible(self, n_keys: int, window: int | None) -> Biases:
         return self.biases
 
 
@@ -157,9 +157,9 @@ class RelativeEncoderDecoder(nn.Module):
         if len(target) != state.rows:
             raise ValueError(f"The state is for {state.rows} targets and was given tokens of {len(target)}.")
         first, length = state.length, target.shape[1]
-        seen = first + length
-        causal = torch.ones(length, seen, dtype=torch.bool, device=target.device).tril(first)[None, None]
-        mask = BiasedMask(self.decoder_bias.biases(first, length, seen), causal)
+        n_keys = first + length
+        causal = torch.ones(length, n_keys, dtype=torch.bool, device=target.device).tril(first)[None, None]
+        mask = BiasedMask(self.decoder_bias.biases(first, length, n_keys), causal)
         x = write_target(self.target_dropout(self.embedding(target)), state, self.decoder, mask)
         return self.output_dropout(self.norm(x)) * self.scale
 

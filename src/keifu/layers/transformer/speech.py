@@ -112,10 +112,10 @@ class SpeechRecognizer(nn.Module):
         return self.norm(write_target(self.target_dropout(x), state, self.decoder))
 
     def write(
-        self, target: Tokens, state: EncoderDecoderState, wanted: Sequence[int]
+        self, target: Tokens, state: EncoderDecoderState, positions: Sequence[int]
     ) -> Float[Tensor, "batch wanted vocab"]:
-        """Return logits after the `wanted` ones of new tokens."""
-        return self.logits(self.hidden(target, state)[:, list(wanted)])
+        """Return the logits after the new tokens at these positions."""
+        return self.logits(self.hidden(target, state)[:, list(positions)])
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Apply only the head."""

@@ -24,7 +24,7 @@ COUNT, ROWS, COLUMNS = 64, 4, 16
 
 
 @triton.jit
-def _turn(heads, cos, sin, row, pairs, step, apart, head_dim: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
+def _turn(heads, cos, sin, row, pairs, step, distance, head_dim: tl.constexpr, width: tl.constexpr):  # noqa: ANN001
     """Rotate the pairs of one head of one token. row: numbers of a token."""
     token, pair = tl.program_id(0), tl.arange(0, width)
     inside = pair < pairs
@@ -32,9 +32,9 @@ def _turn(heads, cos, sin, row, pairs, step, apart, head_dim: tl.constexpr, widt
     c = tl.load(cos + token * pairs + pair, mask=inside)
     s = tl.load(sin + token * pairs + pair, mask=inside)
     a = tl.load(first, mask=inside).to(tl.float32)
-    b = tl.load(first + apart, mask=inside).to(tl.float32)
+    b = tl.load(first + distance, mask=inside).to(tl.float32)
     tl.store(first, (a * c - b * s).to(heads.dtype.element_ty), mask=inside)
-    tl.store(first + apart, (b * c + a * s).to(heads.dtype.element_ty), mask=inside)
+    tl.store(first + distance, (b * c + a * s).to(heads.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _half(at, inside):  # noqa: ANN001
 
 
 @triton.jit
-def _whole(at, inside):  # noqa: ANN001
+def _load_bytes(at, inside):  # noqa: ANN001
     """Load bytes as integers."""
     return tl.load(at, mask=inside, other=0).to(tl.int32)
 
@@ -67,32 +67,38 @@ def _numbers(blocks, block, inside, code: tl.constexpr):  # noqa: ANN001
     if code == 8:
         first = blocks + block.to(tl.int64) * 34
         at = (tl.expand_dims(first, -1) + 2 + column).to(tl.pointer_type(tl.int8))
-        low, high = _whole(at, mask).to(tl.float32), _whole(at + 16, mask).to(tl.float32)
+        low, high = _load_bytes(at, mask).to(tl.float32), _load_bytes(at + 16, mask).to(tl.float32)
         scale = tl.expand_dims(_half(first, inside), -1)
         return low * scale, high * scale
     if code == 2:
         first = blocks + block.to(tl.int64) * 18
-        both, scale = _whole(tl.expand_dims(first, -1) + 2 + column, mask), tl.expand_dims(_half(first, inside), -1)
+        both, scale = (
+            _load_bytes(tl.expand_dims(first, -1) + 2 + column, mask),
+            tl.expand_dims(_half(first, inside), -1),
+        )
         return ((both & 15) - 8).to(tl.float32) * scale, ((both >> 4) - 8).to(tl.float32) * scale
     group = block % 8
     if code == 12:
         first = blocks + (block // 8).to(tl.int64) * 144
         scales = first + 4 + group % 4
-        a, b, c = _whole(scales, inside), _whole(scales + 4, inside), _whole(scales + 8, inside)
+        a, b, c = _load_bytes(scales, inside), _load_bytes(scales + 4, inside), _load_bytes(scales + 8, inside)
         scale = tl.where(group < 4, a & 63, (c & 15) | (a >> 6 << 4)).to(tl.float32) * _half(first, inside)
         least = tl.where(group < 4, b & 63, (c >> 4) | (b >> 6 << 4)).to(tl.float32) * _half(first + 2, inside)
         at, shift = tl.expand_dims(first + 16 + group // 2 * 32, -1) + column, tl.expand_dims(group % 2 * 4, -1)
-        low, high = _whole(at, mask) >> shift & 15, _whole(at + 16, mask) >> shift & 15
+        low, high = _load_bytes(at, mask) >> shift & 15, _load_bytes(at + 16, mask) >> shift & 15
         scale, least = tl.expand_dims(scale, -1), tl.expand_dims(least, -1)
         return low.to(tl.float32) * scale - least, high.to(tl.float32) * scale - least
     first = blocks + (block // 8).to(tl.int64) * 210
     at, scales = first + group // 4 * 64 + group % 2 * 32, (first + 192 + 2 * group).to(tl.pointer_type(tl.int8))
-    at, more = tl.expand_dims(at, -1) + column, tl.expand_dims(first + 128 + group // 4 * 32, -1) + column
+    at, next_at = tl.expand_dims(at, -1) + column, tl.expand_dims(first + 128 + group // 4 * 32, -1) + column
     shift, above = tl.expand_dims(group % 4 // 2 * 4, -1), tl.expand_dims(group % 4 * 2, -1)
     scale = _half(first + 208, inside)
-    low = (_whole(at, mask) >> shift & 15 | (_whole(more, mask) >> above & 3) << 4) - 32
-    high = (_whole(at + 16, mask) >> shift & 15 | (_whole(more + 16, mask) >> above & 3) << 4) - 32
-    one, other = _whole(scales, inside).to(tl.float32) * scale, _whole(scales + 1, inside).to(tl.float32) * scale
+    low = (_load_bytes(at, mask) >> shift & 15 | (_load_bytes(next_at, mask) >> above & 3) << 4) - 32
+    high = (_load_bytes(at + 16, mask) >> shift & 15 | (_load_bytes(next_at + 16, mask) >> above & 3) << 4) - 32
+    one, other = (
+        _load_bytes(scales, inside).to(tl.float32) * scale,
+        _load_bytes(scales + 1, inside).to(tl.float32) * scale,
+    )
     return low.to(tl.float32) * tl.expand_dims(one, -1), high.to(tl.float32) * tl.expand_dims(other, -1)
 
 
@@ -144,11 +150,11 @@ def _cross_entropy(logits, targets, counts, loss, nats, vocab, smoothing, z_loss
         masses += tl.exp(x - peak)
         totals += tl.where(inside, x, 0.0)
         picked += tl.where(start + column == right, x, 0.0)
-    log_z, chosen = peak + tl.log(tl.sum(masses, 0)), tl.where(right < vocab, tl.sum(picked, 0), float("nan"))
-    nll = log_z - chosen
+    log_z, target_logit = peak + tl.log(tl.sum(masses, 0)), tl.where(right < vocab, tl.sum(picked, 0), float("nan"))
+    nll = log_z - target_logit
     total = nll + z_loss * log_z * log_z
     if smoothing > 0.0:
-        total += smoothing * (chosen - tl.sum(totals, 0) / vocab)
+        total += smoothing * (target_logit - tl.sum(totals, 0) / vocab)
     tl.store(nats + row, nll * count)
     tl.store(loss + row, total * count)
     for start in range(0, vocab, width):
@@ -165,10 +171,10 @@ def turn(
 ) -> None:  # fmt: skip
     """Rotate the first `count` heads by their positions, in place; see `Rotation`."""
     (tokens, all_heads, head_dim), pairs = heads.shape, cos.shape[1]
-    step, apart = (2, 1) if interleaved else (1, pairs)
+    step, distance = (2, 1) if interleaved else (1, pairs)
     width = triton.next_power_of_2(pairs)
     launch: Any = cast(Any, _turn)[(tokens, count)]
-    launch(heads, cos, sin, all_heads * head_dim, pairs, step, apart, head_dim=head_dim, width=width)
+    launch(heads, cos, sin, all_heads * head_dim, pairs, step, distance, head_dim=head_dim, width=width)
 
 
 def gate(gate_up: Float[Tensor, "tokens both"]) -> Float[Tensor, "tokens hidden"]:

@@ -98,33 +98,33 @@ class KneserNey(nn.Module):
             padded = nn.functional.pad(segments, (before, 0), value=NONE)
             same = padded.unfold(1, max(before, 1), 1)[:, -x.shape[1] :, :before] == segments[..., None]
             contexts = contexts.where(same, NONE)
-        found = self.probabilities(contexts.flatten(0, 1)).log().unflatten(0, x.shape[:2])
-        return found, (history[:, history.shape[1] - before :] - NONE).to(state.dtype)
+        log_probabilities = self.probabilities(contexts.flatten(0, 1)).log().unflatten(0, x.shape[:2])
+        return log_probabilities, (history[:, history.shape[1] - before :] - NONE).to(state.dtype)
 
     def probabilities(self, contexts: Int[Tensor, "rows before"]) -> Float[Tensor, "rows vocab"]:
         """Return the probabilities of the next token after each context. NONE stands before the beginning."""
         root = torch.zeros(len(contexts), dtype=torch.int64, device=contexts.device)
-        found = (self.uniform / self.vocab_size).expand(len(contexts), self.vocab_size).clone()
-        found = self._add(found, root, 1)
+        shares = (self.uniform / self.vocab_size).expand(len(contexts), self.vocab_size).clone()
+        shares = self._add(shares, root, 1)
         for length in range(2, self.order + 1):
-            node, seen = self._find(contexts[:, contexts.shape[1] - length + 1 :])
-            rows = seen.nonzero()[:, 0]
+            node, is_seen = self._find(contexts[:, contexts.shape[1] - length + 1 :])
+            rows = is_seen.nonzero()[:, 0]
             weights = self.level("weights", length - 1)[node[rows], None]
-            found[rows] = self._add(weights * found[rows], node[rows], length)
-        return found
+            shares[rows] = self._add(weights * shares[rows], node[rows], length)
+        return shares
 
     def _find(self, grams: Int[Tensor, "rows n"]) -> tuple[Int[Tensor, " rows"], Bool[Tensor, " rows"]]:
         """Return the index of each n-gram among those of its length, and whether it has been counted."""
-        node, seen = torch.zeros_like(grams[:, 0]), (grams != NONE).all(-1)
+        node, is_seen = torch.zeros_like(grams[:, 0]), (grams != NONE).all(-1)
         for length, token in enumerate(grams.unbind(1), 1):
             keys, key = self.level("keys", length), node * self.vocab_size + token
             node = torch.searchsorted(keys, key).clamp(max=max(len(keys) - 1, 0))
-            seen = seen & (keys[node] == key) if len(keys) else torch.zeros_like(seen)
-            node = node.where(seen, 0)
-        return node, seen
+            is_seen = is_seen & (keys[node] == key) if len(keys) else torch.zeros_like(is_seen)
+            node = node.where(is_seen, 0)
+        return node, is_seen
 
     def _add(
-        self, found: Float[Tensor, "rows vocab"], node: Int[Tensor, " rows"], length: int
+        self, shares: Float[Tensor, "rows vocab"], node: Int[Tensor, " rows"], length: int
     ) -> Float[Tensor, "rows vocab"]:
         """Add the shares of the n-grams that continue a context, the node of each row."""
         keys = self.level("keys", length)
@@ -133,7 +133,7 @@ class KneserNey(nn.Module):
         rows = torch.repeat_interleave(torch.arange(len(node), device=node.device), counts)
         offsets = torch.arange(len(rows), device=node.device) - (counts.cumsum(0) - counts)[rows]
         grams = first[rows] + offsets
-        return found.index_put((rows, keys[grams] % self.vocab_size), self.level("shares", length)[grams], True)
+        return shares.index_put((rows, keys[grams] % self.vocab_size), self.level("shares", length)[grams], True)
 
 
 class NGramBlock(nn.Module):
@@ -180,8 +180,8 @@ def count(tokens: np.ndarray, config: Config) -> NGramLM:
     for length, (level, number) in enumerate(zip(keys, counts, strict=True), 1):
         discount = np.concatenate([[0.0], discounts(number)])[np.minimum(number, 3)]
         parent = level // config.vocab_size
-        total, given = (np.bincount(parent, each, contexts) for each in (number, discount))
-        weights = np.where(total > 0, given / np.maximum(total, 1), 1.0)
+        total, discounted = (np.bincount(parent, each, contexts) for each in (number, discount))
+        weights = np.where(total > 0, discounted / np.maximum(total, 1), 1.0)
         layer.level("keys", length).copy_(torch.from_numpy(level))
         layer.level("shares", length).copy_(torch.from_numpy((number - discount) / np.maximum(total[parent], 1)))
         before = layer.uniform if length == 1 else layer.level("weights", length - 1)
@@ -213,8 +213,8 @@ def discounts(counts: Sequence[int] | np.ndarray) -> tuple[float, float, float]:
     if not (n1 and n2 and n3):
         return USUAL
     share = n1 / (n1 + 2 * n2)
-    found = 1 - 2 * share * n2 / n1, 2 - 3 * share * n3 / n2, 3 - 4 * share * n4 / n3
-    return found if min(found) > 0 else USUAL
+    values = 1 - 2 * share * n2 / n1, 2 - 3 * share * n3 / n2, 3 - 4 * share * n4 / n3
+    return values if min(values) > 0 else USUAL
 
 
 # No other program has such a file: the tensors keep their names.

@@ -57,8 +57,8 @@ class Word2Vec(nn.Module):
         """Return the words with the nearest vectors, and their cosines. without: words that are left out."""
         cosines = normalize(self.embedding.weight, dim=-1) @ normalize(vector, dim=0)
         cosines[list(without)] = -1.0
-        found = cosines.topk(min(count, len(cosines)))
-        return found.indices, found.values
+        nearest = cosines.topk(min(count, len(cosines)))
+        return nearest.indices, nearest.values
 
 
 def build(config: Config) -> Word2Vec:

@@ -115,9 +115,9 @@ def from_published(json: dict[str, Any]) -> Config:
     if architecture != "CLIPModel":
         raise ValueError(f"the architecture {architecture!r} is not CLIPModel.")
     text, image = (json.get(f"{part}_config_dict") or json.get(f"{part}_config") or {} for part in ("text", "vision"))
-    given = {"embedding_dim": json.get("projection_dim", 512), "projected": True}
-    image = replace(clip_image.from_published({**image, "architectures": None}), **given)
-    text = replace(clip_text.from_published({**text, "architectures": None}), **given)
+    projection = {"embedding_dim": json.get("projection_dim", 512), "projected": True}
+    image = replace(clip_image.from_published({**image, "architectures": None}), **projection)
+    text = replace(clip_text.from_published({**text, "architectures": None}), **projection)
     return Config(text, image, read_pixels(json.get("preprocessor_config"), image.image_size))
 
 

@@ -177,8 +177,8 @@ class ResNet(nn.Module):
         for number, layers in enumerate(config.layers):
             inner, before = width * 2**number, width * (2 ** (number + 1) if number else 1)
             first = AntialiasedBottleneck(before, inner, stride=2 if number else 1)
-            others = (AntialiasedBottleneck(4 * inner, inner) for _ in range(layers - 1))
-            self.stages[f"layer{number + 1}"] = nn.Sequential(first, *others)
+            later_blocks = (AntialiasedBottleneck(4 * inner, inner) for _ in range(layers - 1))
+            self.stages[f"layer{number + 1}"] = nn.Sequential(first, *later_blocks)
         self.pool = AttentionPool((config.image_size // 32) ** 2, 32 * width, config.n_heads, config.embedding_dim)
 
     def forward(self, pixels: Pixels) -> Float[Tensor, "batch embedding"]:

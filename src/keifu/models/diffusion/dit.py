@@ -279,15 +279,17 @@ class DiT(ImageModel):
         network whose output channels do not fit its noise."""
         check_channels(self.colours, channels)
         check_sides(height, width, self.config.factor * self.config.transformer.patch_size)
-        wanted = self.config.channels * (1 + (self.noise.variance == "learned_range"))
-        if (predicted := self.config.transformer.predicted_channels) != wanted:
-            raise UserError(f"The network predicts {predicted} channels, and {wanted} are needed to draw with it.")
+        needed_channels = self.config.channels * (1 + (self.noise.variance == "learned_range"))
+        if (predicted := self.config.transformer.predicted_channels) != needed_channels:
+            raise UserError(
+                f"The network predicts {predicted} channels, and {needed_channels} are needed to draw with it."
+            )
 
 
-def check_channels(wanted: int, given: int) -> None:
+def check_channels(expected: int, actual: int) -> None:
     """Raise UserError for another number of channels."""
-    if given != wanted:
-        raise UserError(f"The network reads {wanted} channels, not {given}.")
+    if actual != expected:
+        raise UserError(f"The network reads {expected} channels, not {actual}.")
 
 
 def build(config: Config) -> DiT:

@@ -80,8 +80,8 @@ def attend_jointly(picture: Attention, text: Attention, x: Picture, context: Tex
             q, k = attention.q_norm(q), attention.k_norm(k)
         heads.append((q, k, v))
     q, k, v = (torch.cat(both, 1).transpose(1, 2) for both in zip(*heads, strict=True))
-    seen, read = attend(q, k, v).split([x.shape[1], context.shape[1]], 1)
-    return picture.out(seen), text.out(read)
+    picture_output, text_output = attend(q, k, v).split([x.shape[1], context.shape[1]], 1)
+    return picture.out(picture_output), text.out(text_output)
 
 
 class JointBlock(nn.Module):
@@ -102,19 +102,21 @@ class JointBlock(nn.Module):
 
     def forward(self, x: Picture, context: Text, condition: Condition) -> tuple[Picture, Text]:
         condition, normed = F.silu(condition)[:, None], self.norm(x)
-        shift, scale, gate, shift2, scale2, gate2, *more = self.modulation(condition).split(x.shape[-1], -1)
+        shift, scale, gate, shift2, scale2, gate2, *second_modulation = self.modulation(condition).split(
+            x.shape[-1], -1
+        )
         text_numbers = self.text_modulation(condition).split(x.shape[-1], -1)
         text_scale, text_shift = text_numbers if self.text_feedforward is None else (text_numbers[1], text_numbers[0])
-        seen, read = attend_jointly(
+        picture_output, text_output = attend_jointly(
             self.attention, self.text_attention, modulate(normed, shift, scale),
             modulate(self.norm(context), text_shift, text_scale),
         )  # fmt: skip
-        x = x + gate * seen
+        x = x + gate * picture_output
         if self.attention2 is not None:
-            x = x + more[2] * self.attention2(modulate(normed, more[0], more[1]))
+            x = x + second_modulation[2] * self.attention2(modulate(normed, second_modulation[0], second_modulation[1]))
         x = x + gate2 * self.feedforward(modulate(self.norm(x), shift2, scale2))
         if self.text_feedforward is not None:
-            context = context + text_numbers[2] * read
+            context = context + text_numbers[2] * text_output
             context = context + text_numbers[5] * self.text_feedforward(
                 modulate(self.norm(context), text_numbers[3], text_numbers[4])
             )

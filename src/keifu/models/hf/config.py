@@ -88,13 +88,13 @@ def read_field(json: Mapping[str, Any], field: Field) -> Any:
 
 def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
     """Return the published fields of a Config. None, which leaves a value to the model, is not written."""
-    written: dict[str, Any] = {}
+    published: dict[str, Any] = {}
     for ours, field in fields.items():
         if isinstance(field, FieldGroup):
-            written |= field.write(config)
+            published |= field.write(config)
         else:
-            written |= _write_field(config, ours, field if isinstance(field, Field) else Field(field))
-    return written
+            published |= _write_field(config, ours, field if isinstance(field, Field) else Field(field))
+    return published
 
 
 def _write_field(config: Any, ours: str, field: Field) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def write(config: Any, model_types: Mapping[str, str], fields: Fields) -> dict[s
     """Return the config.json of a Config, with the first of these model_types and its architecture. diffusers' configs,
     in which both are the name of a class, have no architectures."""
     name, architecture = next(iter(model_types.items()))
-    more = {} if architecture == name else {"architectures": [architecture]}
-    return {"model_type": name, **more, **write_fields(config, fields)}
+    architectures = {} if architecture == name else {"architectures": [architecture]}
+    return {"model_type": name, **architectures, **write_fields(config, fields)}
 
 
 def write_native(model_type: str, config: Any) -> dict[str, Any]:
@@ -128,24 +128,26 @@ def activation_field(name: str, default: str) -> Field:
     return Field(name, default, activation_name, lambda ours: published.get(ours, ours))
 
 
-def choice(name: str, known: Mapping[Any, Any]) -> Field:
-    """Return a field with few implemented values. known: published value → the Config's value; the first is the
+def choice(name: str, config_values: Mapping[Any, Any]) -> Field:
+    """Return a field with few implemented values. config_values: published value → the Config's value; the first is the
     default."""
 
     def read(value: Any) -> Any:
-        if value not in known:
-            raise UserError(f"its {name} is {value!r}, and what is implemented is {', '.join(map(repr, known))}.")
-        return known[value]
+        if value not in config_values:
+            raise UserError(
+                f"its {name} is {value!r}, and what is implemented is {', '.join(map(repr, config_values))}."
+            )
+        return config_values[value]
 
     def write(value: Any) -> Any:
-        return next((theirs for theirs, ours in known.items() if ours == value), next(iter(known)))
+        return next((theirs for theirs, ours in config_values.items() if ours == value), next(iter(config_values)))
 
-    return Field(name, next(iter(known)), read, write)
+    return Field(name, next(iter(config_values)), read, write)
 
 
-def constants(**written: Any) -> FieldGroup:
+def constants(**values: Any) -> FieldGroup:
     """Return the group of fields that are written with the only value that is implemented, and not read."""
-    return FieldGroup(lambda json: {}, lambda config: written)
+    return FieldGroup(lambda json: {}, lambda config: values)
 
 
 def null(config: Any) -> None:
@@ -246,8 +248,8 @@ def read_part(json: Mapping[str, Any], default: float = 1.0) -> float:
 
 def write_part(rope: dict[str, Any], part: float) -> dict[str, Any]:
     """Return the fields of `write_rope`, and the part of each head that is rotated."""
-    written = {"partial_rotary_factor": part}
-    return {**rope, **written, "rope_parameters": rope["rope_parameters"] | written}
+    partial_factor = {"partial_rotary_factor": part}
+    return {**rope, **partial_factor, "rope_parameters": rope["rope_parameters"] | partial_factor}
 
 
 def _number(name: str, value: Any) -> Any:
@@ -261,9 +263,9 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     if scaling is None:
         new = {"rope_type": "default"}
     else:
-        written = {ours: vars(scaling)[ours] for ours in _WRITTEN.get(scaling.kind, ())}
+        scaling_values = {ours: vars(scaling)[ours] for ours in _WRITTEN.get(scaling.kind, ())}
         new = {"rope_type": scaling.kind, "factor": scaling.factor}
-        new |= {_FIELDS[ours]: value for ours, value in written.items() if value is not None}
+        new |= {_FIELDS[ours]: value for ours, value in scaling_values.items() if value is not None}
     return {
         "rope_theta": theta,
         "rope_scaling": None if scaling is None else new,
@@ -273,8 +275,8 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
 
 def rope(default_theta: float = 10_000.0) -> FieldGroup:
     """Return the group of rotary positions that turn whole heads."""
-    read = partial(read_rope, default_theta=default_theta)
-    return FieldGroup(read, lambda config: write_rope(config.rope_theta, config.rope_scaling))
+    read_fields_of_rope = partial(read_rope, default_theta=default_theta)
+    return FieldGroup(read_fields_of_rope, lambda config: write_rope(config.rope_theta, config.rope_scaling))
 
 
 MODULES = "modules.json"  # sentence-transformers' list of modules, in the config under this name

@@ -63,14 +63,14 @@ _TEXT = _BOTH | {
 
 def from_open_clip(json: dict[str, Any]) -> clip.Config:
     """Read the Config of an open_clip_config.json."""
-    whole, vision, text = json["model_cfg"], json["model_cfg"]["vision_cfg"], json["model_cfg"]["text_cfg"]
-    for part, fixed in ((whole, _WHOLE), (vision, _VISION), (text, _TEXT)):
+    config, vision, text = json["model_cfg"], json["model_cfg"]["vision_cfg"], json["model_cfg"]["text_cfg"]
+    for part, fixed in ((config, _WHOLE), (vision, _VISION), (text, _TEXT)):
         for name, only in fixed.items():
             if part.get(name, only) not in (only, None):
                 raise ValueError(f"it sets {name} to {part[name]!r}, and keifu implements {only!r} alone.")
     if text.get("pool_type", "argmax") not in ("argmax", "eos"):
         raise ValueError(f"its text pool_type is {text['pool_type']!r}, and keifu implements argmax and eos.")
-    embedding, quick = whole["embed_dim"], whole.get("quick_gelu", False)
+    embedding, quick = config["embed_dim"], config.get("quick_gelu", False)
     image = _image(vision, embedding, quick)
     pixels = _pixels(json.get("preprocess_cfg") or {}, image.image_size)
     return clip.Config(_text(text, embedding, quick), image, pixels)

@@ -81,8 +81,10 @@ def write_scheduler(noise: Noise) -> dict[str, Any]:
     """Return the scheduler_config.json of diffusers' DDPMScheduler; of its DDIMScheduler, if the last step ends at the
     noise of timestep 0; or of its scheduler for flows."""
     if noise.flows:
-        more = {"use_dynamic_shifting": True, **write_fields(noise.dynamic, DYNAMIC_FIELDS)} if noise.dynamic else {}
-        return {"_class_name": FLOW, **write_fields(noise, FLOW_FIELDS), **more}
+        dynamic_fields = (
+            {"use_dynamic_shifting": True, **write_fields(noise.dynamic, DYNAMIC_FIELDS)} if noise.dynamic else {}
+        )
+        return {"_class_name": FLOW, **write_fields(noise, FLOW_FIELDS), **dynamic_fields}
     ours = {"DDPMScheduler": {"variance_type": noise.variance}, "DDIMScheduler": {"set_alpha_to_one": False}}
     class_name = "DDPMScheduler" if noise.last_alpha_one else "DDIMScheduler"
     return ours[class_name] | {

@@ -195,13 +195,13 @@ def _read_clip(vision: dict[str, Any]) -> clip_image.Config:
 
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers reads, with the content of the files for pictures."""
-    seen = config.image
-    vision = TOWERS[type(seen)].to_published(seen)
+    image_config = config.image
+    vision = TOWERS[type(image_config)].to_published(image_config)
     text = llama.to_published(config.text)
     fields = hf.write_fields(config, FIELDS)
     processor = {
-        "processor_class": "LlavaProcessor", "patch_size": seen.patch_size,
-        "num_additional_image_tokens": seen.class_tokens,
+        "processor_class": "LlavaProcessor", "patch_size": image_config.patch_size,
+        "num_additional_image_tokens": image_config.class_tokens,
         "vision_feature_select_strategy": fields["vision_feature_select_strategy"],
     }  # fmt: skip
     return {

@@ -56,11 +56,11 @@ class Config(clip_text.WithText):
     decoder_noise: Noise = DECODER
 
     def __post_init__(self) -> None:
-        wanted, texts = self.conditions.embedding_dim, (self.text.dim, self.text.embedding_dim)
+        embedding_dim, texts = self.conditions.embedding_dim, (self.text.dim, self.text.embedding_dim)
         images = [] if self.image is None else [self.image.embedding_dim]
-        priors = [] if self.prior is None else [self.prior.embedding_dim, self.prior.predicted_dim or wanted]
-        if {*texts, *images, *priors} != {wanted}:
-            raise UserError(f"Embeddings have {wanted} numbers, and its parts {(*texts, *images, *priors)}.")
+        priors = [] if self.prior is None else [self.prior.embedding_dim, self.prior.predicted_dim or embedding_dim]
+        if {*texts, *images, *priors} != {embedding_dim}:
+            raise UserError(f"Embeddings have {embedding_dim} numbers, and its parts {(*texts, *images, *priors)}.")
         if not all(encoder.projected for encoder in (self.text, self.image) if encoder is not None):
             raise UserError("An encoder has no projection into the space of CLIP's embeddings, which unCLIP needs.")
         widths = self.conditions.time_dim, self.conditions.context_dim
@@ -213,10 +213,10 @@ def from_published(json: dict[str, Any]) -> Config:
         ours: module.from_published(json[folder] | enlarging) if json.get(folder) else None
         for folder, (ours, module) in PARTS.items()
     }
-    seen = parts["image"]
+    image_config = parts["image"]
     files: dict[str, Any] = {"prior_noise": json.get("prior_scheduler"), "decoder_noise": json["decoder_scheduler"]}
     noises: dict[str, Any] = {ours: read_scheduler(file) for ours, file in files.items() if file}
-    pixels = None if seen is None else read_pixels(json.get("feature_extractor"), seen.image_size)
+    pixels = None if image_config is None else read_pixels(json.get("feature_extractor"), image_config.image_size)
     return Config(**parts, pixels=pixels, **noises)
 
 

@@ -70,12 +70,12 @@ def from_published(json: dict[str, Any]) -> Config:
     free = tuple(range(interval - 1, n_layers, interval))
     if (uses := json.get("no_rope_layers")) is not None:  # 1: the layer has positions
         free = tuple(layer for layer, has_positions in enumerate(uses[:n_layers]) if not has_positions)
-    usual = free == tuple(range(3, n_layers, 4))
+    is_common = free == tuple(range(3, n_layers, 4))
     window, types = json.get("sliding_window"), json.get("layer_types")
     layers = free if types is None else tuple(layer for layer, name in enumerate(types) if name == "sliding_attention")
     windows = {"sliding_window": window, "window_layers": layers}
-    used = windows if json.get("use_sliding_window", False) and window and layers else {}
-    return Config(**hf.read_fields(json, FIELDS), position_free=None if usual else free, **used)
+    window_fields = windows if json.get("use_sliding_window", False) and window and layers else {}
+    return Config(**hf.read_fields(json, FIELDS), position_free=None if is_common else free, **window_fields)
 
 
 def to_published(config: Config) -> dict[str, Any]:

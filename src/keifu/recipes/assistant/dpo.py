@@ -28,7 +28,7 @@ from keifu.layers.lora import unadapted
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.options import given
+from keifu.recipes.options import value_or
 from keifu.training.job import Job, Jobs, RunFacts
 from keifu.training.loader import on_device
 from keifu.training.protocols import Objective
@@ -75,14 +75,14 @@ class Recipe(finetuning.RankedOptions):
     @property
     def strength(self) -> float:
         """β: the option or its default."""
-        return given(self.beta, 2.0 if self.loss == "simpo" else 0.1)
+        return value_or(self.beta, 2.0 if self.loss == "simpo" else 0.1)
 
     def losses(self) -> tuple[Objective, dict[str, Any]]:
         """Return the objective, and the options that affect it."""
         if self.loss == "kto":
             return partial(kto, beta=self.strength), {"loss": "kto", "beta": self.strength}
         options = {"loss": self.loss, "beta": self.strength, "label_smoothing": self.label_smoothing}
-        options |= {"margin": given(self.margin, 1.0)} if self.loss == "simpo" else {}
+        options |= {"margin": value_or(self.margin, 1.0)} if self.loss == "simpo" else {}
         return partial(dpo, **options), options
 
 
@@ -138,14 +138,14 @@ def with_others(marked: Sequence[Marked], length: int) -> list[Pair]:
     """Pair each answer with the answer to the next other prompt, placed after the former's prompt and cut to
     `length`."""
     prompts = [answer.turns.ids[: answer.turns.last_answer] for answer in marked]
-    made = []
+    pairs = []
     for i, (answer, prompt) in enumerate(zip(marked, prompts, strict=True)):
         following = (index % len(marked) for index in range(i + 1, i + len(marked)))
         other = marked[next((index for index in following if prompts[index] != prompt), i)].turns
         ids = [*prompt, *other.ids[other.last_answer :]]
         learned = [False] * len(prompt) + other.learned[other.last_answer :]
-        made.append(Pair(answer.turns, TurnMasks(ids[:length], learned[:length])))
-    return made
+        pairs.append(Pair(answer.turns, TurnMasks(ids[:length], learned[:length])))
+    return pairs
 
 
 def with_reference(model: nn.Module, pairs: Sequence[Pair], batch_size: int, pad_id: int) -> Tensor:

@@ -32,7 +32,7 @@ from keifu.inference.text.model import causal
 from keifu.layers.lora import LoraSettings, adapters, merge, quantize_bases
 from keifu.processes import current
 from keifu.ranges import BELOW_ONE, BelowOne, Count, Finite, Natural, NotNegative, SmallCount, Temperature, check_value
-from keifu.recipes.options import given
+from keifu.recipes.options import value_or
 from keifu.recipes.training_options import FinetuneOptions
 from keifu.training.job import Job, Jobs, RunFacts
 from keifu.training.loop import Summary
@@ -91,7 +91,7 @@ class AssistantOptions(FinetuneOptions):
 
     def rate(self, full: float, adapters: float) -> float:
         """Return the --learning-rate option, or else the default: `full` for all weights, `adapters` for adapters."""
-        return given(self.learning_rate, adapters if self.lora.rank else full)
+        return value_or(self.learning_rate, adapters if self.lora.rank else full)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,13 +191,13 @@ def padding(tokenizer: Tokenizer, texts: Sequence[Sequence[int]]) -> Tokenizer:
     return tokenizer.replace(special=roles)
 
 
-def row_length(model: Any, wanted: int | None) -> int:
-    """Return the number of tokens of a row: `wanted`, by default the context length up to 1024. Raises `UserError` if
-    `wanted` exceeds the context."""
+def row_length(model: Any, length: int | None) -> int:
+    """Return the number of tokens of a row: `length`, by default the context length up to 1024. Raises `UserError` if
+    `length` exceeds the context."""
     room = causal(model).config.context_length
-    if wanted is not None and wanted > room:
-        raise UserError(f"A row of {wanted} tokens does not fit this model's context of {room}: choose a smaller one.")
-    return wanted or min(1024, room)
+    if length is not None and length > room:
+        raise UserError(f"A row of {length} tokens does not fit this model's context of {room}: choose a smaller one.")
+    return length or min(1024, room)
 
 
 def to_train(model: nn.Module, lora: Lora, seed: int) -> nn.Module:
@@ -220,10 +220,10 @@ def held_out(items: Sequence[T], texts: Sequence[str], share: float) -> Sides[T]
     """Split into training and held-out items by a hash of the text. Items with the same text are not separated."""
     check_value("held_out", share, BELOW_ONE)
     keys = [hashlib.sha256(text.strip().lower().encode()).digest() for text in texts]
-    chosen = {*sorted({*keys})[: round(share * len({*keys}))]}
+    held_out_keys = {*sorted({*keys})[: round(share * len({*keys}))]}
     sides: Sides[T] = [], []
     for key, item in zip(keys, items, strict=True):
-        sides[key in chosen].append(item)
+        sides[key in held_out_keys].append(item)
     return sides
 
 
@@ -331,9 +331,9 @@ class RolloutOptions(AssistantOptions):
 
     def parts(self) -> Sides[Prompt]:
         """Return training and held-out prompts. Raises `UserError` if they lack a field that the reward reads."""
-        drawn = prompts(self.data, self.sums, self.seed)
-        rewards.check_fields(self.reward, drawn)
-        return held_out(drawn, [prompt.text for prompt in drawn], self.held_out)
+        all_prompts = prompts(self.data, self.sums, self.seed)
+        rewards.check_fields(self.reward, all_prompts)
+        return held_out(all_prompts, [prompt.text for prompt in all_prompts], self.held_out)
 
 
 def prompts(source: str, sums: SumPrompts, seed: int) -> Sequence[Prompt]:
@@ -378,8 +378,8 @@ class RolloutTask(FinetuneTask):
 def rollout_settings(recipe: RolloutOptions, steps: int, group: int, **different: Any) -> Settings:
     """Return the settings of a recipe that learns from `group` sampled responses to each prompt. Every update is
     logged. Ratios of probabilities are close to 1, so they are computed in float32."""
-    usual = {"batch_size": recipe.prompts * group // recipe.minibatches, "log_every": 1, "keep_best": False}
-    return recipe.settings(steps, schedule="constant", precision="float32", **usual, **different)
+    defaults = {"batch_size": recipe.prompts * group // recipe.minibatches, "log_every": 1, "keep_best": False}
+    return recipe.settings(steps, schedule="constant", precision="float32", **defaults, **different)
 
 
 def rollout_facts(
@@ -391,9 +391,9 @@ def rollout_facts(
     the settings and the reward.
     """
     learned, validation = task.data.parts
-    made = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
+    problem_facts = {"source": f"{recipe.data} (problems made here)", **asdict(recipe.sums)}
     counts: dict[str, Any] = {"prompts to learn from": len(learned), "prompts held out": len(validation)}
-    counts |= made if recipe.data in MADE else {}
+    counts |= problem_facts if recipe.data in MADE else {}
     return RunFacts(
         title=f"{recipe.model} learns from the reward {Path(recipe.reward).name}", data=counts, unit="answers",
         about={"paper": paper, "normal ranges": monitor.describe(normal)}, watch=monitor.DivergenceMonitor(normal),

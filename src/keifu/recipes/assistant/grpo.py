@@ -17,7 +17,7 @@ from keifu.alignment.grpo import NORMAL, GRPOBatches, Variant, grpo
 from keifu.errors import UserError
 from keifu.ranges import Count, NotNegative
 from keifu.recipes.assistant import finetuning
-from keifu.recipes.options import given
+from keifu.recipes.options import value_or
 from keifu.training.job import Job, Jobs
 
 PAPERS = {"dr-grpo": "Liu et al., Dr. GRPO", "dapo": "Yu et al., DAPO", "gspo": "Zheng et al., GSPO"}  # 2025
@@ -57,13 +57,13 @@ class Recipe(finetuning.RolloutOptions):
     @property
     def clips(self) -> tuple[float, float]:
         """Both ends of the range of ratios: the options or their defaults."""
-        low = given(self.clip, 3e-4 if self.variant == "gspo" else 0.2)
-        return low, given(self.clip_high, {"dapo": 0.28, "gspo": 4e-4}.get(self.variant, low))
+        low = value_or(self.clip, 3e-4 if self.variant == "gspo" else 0.2)
+        return low, value_or(self.clip_high, {"dapo": 0.28, "gspo": 4e-4}.get(self.variant, low))
 
     @property
     def penalty(self) -> float:
         """β: the option or its default."""
-        return given(self.beta, 0.04 if self.variant == "grpo" else 0.0)
+        return value_or(self.beta, 0.04 if self.variant == "grpo" else 0.0)
 
 
 def prepare(recipe: Recipe) -> finetuning.RolloutTask:

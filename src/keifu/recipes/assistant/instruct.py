@@ -45,11 +45,11 @@ class Recipe:
     """The third: proximal policy optimisation."""
 
     def __post_init__(self) -> None:
-        given = {"sft.model": self.sft.model, "reward.model": self.reward.model, "ppo.model": self.ppo.model}
-        given["ppo.reward"] = self.ppo.reward
-        usual = {"sft.model": first.Recipe().model, "reward.model": second.Recipe().model}
-        usual |= {"ppo.model": third.Recipe().model, "ppo.reward": third.Recipe().reward}
-        if wrong := [f"--{name}" for name, value in given.items() if value != usual[name]]:
+        values = {"sft.model": self.sft.model, "reward.model": self.reward.model, "ppo.model": self.ppo.model}
+        values["ppo.reward"] = self.ppo.reward
+        defaults = {"sft.model": first.Recipe().model, "reward.model": second.Recipe().model}
+        defaults |= {"ppo.model": third.Recipe().model, "ppo.reward": third.Recipe().reward}
+        if wrong := [f"--{name}" for name, value in values.items() if value != defaults[name]]:
             raise UserError(
                 f"{' and '.join(wrong)} cannot be chosen here, where the step before decides: leave it out, choose "
                 "--model, or train each step by its own recipe."
@@ -141,11 +141,20 @@ def check(phase: Phase, done: dict[str, dict[str, Any]]) -> None:
 
 def summary(steps: list[Phase]) -> str:
     """Return a line with the last figures of each step."""
-    shown = {"sft": ("validation_loss",), "reward": ("validation_accuracy", "validation_loss")}
-    shown["ppo"] = ("reward", "kl", "validation_reward", "validation_kl", "validation_length", "validation_text_loss")
+    figure_names = {"sft": ("validation_loss",), "reward": ("validation_accuracy", "validation_loss")}
+    figure_names["ppo"] = (
+        "reward",
+        "kl",
+        "validation_reward",
+        "validation_kl",
+        "validation_length",
+        "validation_text_loss",
+    )
     lines = []
     for phase in steps:
         figures = read_json_object(phase.folder / RECIPE)["figures"]
-        words = [f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in shown[phase.name] if name in figures]
+        words = [
+            f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in figure_names[phase.name] if name in figures
+        ]
         lines.append(f"{phase.name:7} {'   '.join(words)}")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from keifu.ranges import BelowOne, Count, Natural, NotNegative, Share
 from keifu.recipes.assistant import finetuning
 from keifu.recipes.assistant.reward import with_score_head
 from keifu.recipes.language.pretraining import TextOptions
-from keifu.recipes.options import given
+from keifu.recipes.options import value_or
 from keifu.training.job import Job, Jobs
 from keifu.training.settings import Settings
 
@@ -125,20 +125,22 @@ def prepare(recipe: Recipe) -> PPOTask:
 
 def value_model(recipe: Recipe, by: finetuning.RewardOptions, policy: Any, tokenizer: Tokenizer) -> Any:
     """Return a trainable value model, as a copy of the model that it starts from."""
-    chosen = finetuning.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
-    if recipe.value == POLICY or chosen.model is None:
+    rewards = finetuning.make_rewards(recipe.value) if recipe.value not in (None, POLICY) else by
+    if recipe.value == POLICY or rewards.model is None:
         if recipe.value not in (None, POLICY):
             raise UserError(f"--value {recipe.value} is no model: choose a reward model, or policy.")
         return with_score_head(copy.deepcopy(policy), recipe.lora, recipe.seed + 1)
-    if chosen.model.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
+    if rewards.model.tokenizer.backend.get_vocab() != tokenizer.backend.get_vocab():
         raise UserError(
             f"{recipe.value or recipe.reward} reads other tokens than {recipe.model}, so it cannot become the value "
             "model: choose --value policy, or a reward model that was trained from the same model."
         )
-    value = copy.deepcopy(chosen.model.model)
-    room, needed = (model.config.context_length for model in (value, policy))
-    if room < needed:
-        raise UserError(f"The value model's context of {room} is shorter than the policy's {needed}: --value policy.")
+    value = copy.deepcopy(rewards.model.model)
+    room, policy_room = (model.config.context_length for model in (value, policy))
+    if room < policy_room:
+        raise UserError(
+            f"The value model's context of {room} is shorter than the policy's {policy_room}: --value policy."
+        )
     finetuning.to_train(value.decoder, recipe.lora, recipe.seed + 1)
     value.task_head.requires_grad_(True)
     if value.decoder.head is not None:
@@ -160,7 +162,7 @@ def settings(recipe: Recipe) -> Settings:
     updates = recipe.minibatches * recipe.epochs
     steps = recipe.steps or recipe.rollouts * updates
     rate = recipe.rate(5e-6, 5e-5)
-    value_rate = given(recipe.value_rate, 9e-5 if recipe.lora.rank else 9e-6)
+    value_rate = value_or(recipe.value_rate, 9e-5 if recipe.lora.rank else 9e-6)
     shares, often = (("value.", value_rate / rate),), max(1, steps // updates // 5) * updates
     rates = {"learning_rate": rate, "rate_shares": shares, "warmup": min(recipe.warmup, steps)}
     return finetuning.rollout_settings(

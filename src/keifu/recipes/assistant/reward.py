@@ -69,11 +69,13 @@ def prepare(recipe: Recipe) -> RewardTask:
     length = finetuning.row_length(model, recipe.context_length)
     make, reason = partial(rankings, tokenizer), ("prompts have an answer", "")
     learned, tested, dropped = finetuning.ranked_examples(recipe, make, attrgetter("answers"), length, reason)
-    shown = demonstrations(recipe.demonstrations, tokenizer, length) or [ranking.answers[0].ids for ranking in learned]
-    tokenizer = finetuning.padding(tokenizer, shown)
+    demonstration_ids = demonstrations(recipe.demonstrations, tokenizer, length) or [
+        ranking.answers[0].ids for ranking in learned
+    ]
+    tokenizer = finetuning.padding(tokenizer, demonstration_ids)
     data = RankedAnswers(learned, tested, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0)
     model = with_score_head(model, recipe.lora, recipe.seed)
-    return RewardTask(model, tokenizer, data, dropped, shown[:DEMONSTRATIONS])
+    return RewardTask(model, tokenizer, data, dropped, demonstration_ids[:DEMONSTRATIONS])
 
 
 def require_whole() -> None:

@@ -98,8 +98,8 @@ def prepare(recipe: Recipe) -> finetuning.FinetuneTask:
     turns = {pair: encode(tokenizer, *pair, model.config) for pair in {question[1:] for question in learned}}
     rows = [[(*turns[question[1:]], question.image) for question in side] for side in sides]
     ready = Preprocessing(**vars(model.config.pixels))
-    named = [recipe.names_first and question.answer not in CLOSED for question in sides[0]]
-    data = QuestionBatches(rows, questions, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, named)
+    names_picture = [recipe.names_first and question.answer not in CLOSED for question in sides[0]]
+    data = QuestionBatches(rows, questions, ready, recipe.batch_size, recipe.seed, tokenizer.pad_id or 0, names_picture)
     return finetuning.FinetuneTask(model.to(choose()), tokenizer, data)
 
 
@@ -113,11 +113,11 @@ def start(recipe: Recipe, decoder: Any, tokenizer: Tokenizer, questions: Questio
     mark = marked.token_id(IMAGE)
     torch.manual_seed(recipe.seed)
     task_head.grow_vocabulary(decoder, marked.vocab_size, [mark] if mark >= tokenizer.vocab_size else [])
-    taken, eyes = new_eyes(recipe, questions) if recipe.tower is None else take_tower(recipe.tower)
+    tower_weights, eyes = new_eyes(recipe, questions) if recipe.tower is None else take_tower(recipe.tower)
     config = replace(eyes, text=decoder.config, image_token=mark)
     model = llava.attach(config, cast(Any, finetuning.to_train(decoder, recipe.lora, recipe.seed)))
-    if taken:
-        model.tower.load_state_dict(taken)
+    if tower_weights:
+        model.tower.load_state_dict(tower_weights)
     return model, marked
 
 
@@ -152,8 +152,8 @@ def take_tower(name: str) -> tuple[dict[str, torch.Tensor], llava.Config]:
 
 def encode(tokenizer: Tokenizer, question: str, answer: str, config: Any) -> tuple[list[int], list[bool]]:
     """Return the ids of a question about a picture with its answer, and the mask of the answer's tokens."""
-    asked = in_parts({"role": "user", "content": question, "images": [None]})
-    ids, mask = tokenizer.render_turns([asked, in_parts({"role": "assistant", "content": answer})])
+    user_message = in_parts({"role": "user", "content": question, "images": [None]})
+    ids, mask = tokenizer.render_turns([user_message, in_parts({"role": "assistant", "content": answer})])
     times = [config.image_tokens if token == config.image_token else 1 for token in ids]
     longer = [(token, flag) for token, flag, count in zip(ids, mask, times, strict=True) for _ in range(count)]
     return [token for token, _ in longer], [flag for _, flag in longer]

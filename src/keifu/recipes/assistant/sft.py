@@ -69,8 +69,8 @@ class SFTTask(finetuning.FinetuneTask):
     """Model, its tokenizer with a chat template, the rows and their conversations, and the questions for samples."""
 
     training: FittedConversations
-    held: FittedConversations
-    shown: list[Conversation]
+    held_out: FittedConversations
+    sample_conversations: list[Conversation]
     objective: Objective
 
 
@@ -86,10 +86,10 @@ def make_task(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> SFTTask:
     training, unseen = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
     sides = ([TurnMasks(*tokenizer.render_turns(chat)) for chat in part] for part in (training, unseen))
     learned, tested = (fit_conversations(side, length, recipe.too_long) for side in sides)
-    rows, pad = (learned.kept, tested.kept), tokenizer.pad_id or 0
+    rows, pad = (learned.fitting, tested.fitting), tokenizer.pad_id or 0
     model = finetuning.to_train(model, recipe.lora, recipe.seed)
-    needed = model, tokenizer, distill.on_policy, distill.max_tokens
-    data = partial(StudentAnswers, *needed) if distill.on_policy else PackedConversations
+    distillation_arguments = model, tokenizer, distill.on_policy, distill.max_tokens
+    data = partial(StudentAnswers, *distillation_arguments) if distill.on_policy else PackedConversations
     data = data(*rows, length, recipe.batch_size, recipe.seed, pad, recipe.packed)
     return SFTTask(model, tokenizer, data, learned, tested, unseen[:SAMPLES], objective)
 
@@ -104,8 +104,8 @@ def select_conversations(chats: list[Conversation], limit: int | None) -> list[C
 def split(chats: Sequence[Conversation], share: float) -> tuple[list[Conversation], list[Conversation]]:
     """Split the conversations into training and held-out ones by the user's first message, so that no question is on
     both sides."""
-    asked = [next(turn["content"] for turn in chat if turn["role"] == "user") for chat in chats]
-    return finetuning.held_out(chats, asked, share)
+    questions = [next(turn["content"] for turn in chat if turn["role"] == "user") for chat in chats]
+    return finetuning.held_out(chats, questions, share)
 
 
 def job_of(recipe: Recipe, task: SFTTask, title: str | None = None, paper: str = PAPER) -> Job:
@@ -113,7 +113,7 @@ def job_of(recipe: Recipe, task: SFTTask, title: str | None = None, paper: str =
 
     title, paper: for the report.
     """
-    for part in (task.training, task.held):
+    for part in (task.training, task.held_out):
         if said := part.sentence(task.data.context_length):
             print(said)
     often = max(1, recipe.total_steps(task.data.steps_per_epoch) // 3)
@@ -124,8 +124,8 @@ def job_of(recipe: Recipe, task: SFTTask, title: str | None = None, paper: str =
         title=title or f"{recipe.model} learns to answer from “{Path(recipe.data).stem}”",
         about={"paper": paper},
         data={
-            "learned from": len(task.training.kept),
-            "held out": len(task.held.kept),
+            "learned from": len(task.training.fitting),
+            "held out": len(task.held_out.fitting),
             "too long, left out": task.training.dropped,
             "too long, cut": task.training.shortened,
         },
@@ -137,11 +137,11 @@ def job_of(recipe: Recipe, task: SFTTask, title: str | None = None, paper: str =
 def answers(task: SFTTask) -> str:
     """Return the model's answers to the first held-out questions."""
     lines = []
-    for conversation in task.shown:
-        asked = next(message["content"] for message in conversation if message["role"] == "user")
+    for conversation in task.sample_conversations:
+        question = next(message["content"] for message in conversation if message["role"] == "user")
         talk = Talk(task.model, task.tokenizer)
-        said = "".join(talk.reply(asked, max_tokens=SAMPLE_TOKENS, seed=0))
-        lines.append(f"{asked}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
+        said = "".join(talk.reply(question, max_tokens=SAMPLE_TOKENS, seed=0))
+        lines.append(f"{question}\n> {said}" + ("" if talk.finish_reason == "stop" else " ..."))
     return "\n\n".join(lines)
 
 

@@ -63,27 +63,29 @@ class Recipe(table_runs.TableOptions):
     """AdamW's highest learning rate; unset: 5e-5, and 5e-4 for a new model."""
 
     def __post_init__(self) -> None:
-        given = self.fine_tuning_options()
+        options = self.fine_tuning_options()
         if self.frozen and self.fine_tune:
             raise UserError("--frozen and --fine-tune are two ways to learn: give one of them.")
-        if self.frozen and given:
-            raise UserError(f"{given[0]} is for fine-tuning, and --frozen trains no encoder: leave it out.")
+        if self.frozen and options:
+            raise UserError(f"{options[0]} is for fine-tuning, and --frozen trains no encoder: leave it out.")
 
     def fine_tuning_options(self) -> list[str]:
         """Return the given options that only fine-tuning has."""
-        usual = {field.name: field.default for field in fields(self)}
-        changed = [name for name in FINE_TUNING if vars(self)[name] != usual[name]]
-        given = [f"--{name.replace('_', '-')}" for name in changed]
-        return ["--model scratch", *given] if self.model == SCRATCH else given
+        defaults = {field.name: field.default for field in fields(self)}
+        changed = [name for name in FINE_TUNING if vars(self)[name] != defaults[name]]
+        options = [f"--{name.replace('_', '-')}" for name in changed]
+        return ["--model scratch", *options] if self.model == SCRATCH else options
 
 
 def freezes(recipe: Recipe, rows: int) -> bool:
     """Return whether the encoder stays frozen. If the number of labelled rows decides, print the reason."""
     if recipe.frozen or recipe.fine_tune or rows >= FEW:
         return recipe.frozen
-    if given := recipe.fine_tuning_options():
+    if options := recipe.fine_tuning_options():
         if recipe.model != SCRATCH:
-            print(f"With {rows:,} labelled rows --frozen is usually better than fine-tuning ({given[0]}), and faster.")
+            print(
+                f"With {rows:,} labelled rows --frozen is usually better than fine-tuning ({options[0]}), and faster."
+            )
         return False
     print(
         f"{rows:,} labelled rows are fewer than {FEW:,}: the encoder stays frozen, and logistic regression learns the "

@@ -82,10 +82,10 @@ def cross_validate(
     fold = folds(targets, min(count, len(targets)))
     sums = {strength: [0.0, 0.0] for strength in STRENGTHS}
     for part in fold.unique().tolist():
-        seen, tested = fold != part, fold == part
+        in_training, tested = fold != part, fold == part
         start = None
         for strength in STRENGTHS:
-            start = fit(inputs[seen], targets[seen], labels, strength, start)
+            start = fit(inputs[in_training], targets[in_training], labels, strength, start)
             logits = F.linear(inputs[tested].double(), *start)
             sums[strength][0] += float(F.cross_entropy(logits, targets[tested], reduction="sum"))
             sums[strength][1] += int((logits.argmax(-1) == targets[tested]).sum())

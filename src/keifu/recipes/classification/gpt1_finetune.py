@@ -96,10 +96,10 @@ def ready(recipe: Recipe, training: Examples, validation: Examples) -> TableTask
 def _check_labels(validation: Examples, labels: tuple[str, ...]) -> None:
     for row in validation.rows if labels else ():
         if row.label not in labels:
-            known = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
+            known_labels = ", ".join(map(repr, labels[:5])) + (", ..." if len(labels) > 5 else "")
             raise UserError(
-                f"{row.where}: nothing that is learned from has the label {row.label!r}; there are {known}: take the "
-                "row out, or learn from some like it."
+                f"{row.where}: nothing that is learned from has the label {row.label!r}; there are {known_labels}: "
+                "take the row out, or learn from some like it."
             )
 
 

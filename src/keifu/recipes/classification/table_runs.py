@@ -15,7 +15,7 @@ from keifu.files import write_atomic
 from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.options import given
+from keifu.recipes.options import value_or
 from keifu.recipes.training_options import FinetuneOptions
 from keifu.training.job import Job, RunFacts
 from keifu.training.protocols import Objective
@@ -53,7 +53,7 @@ class TableTask:
     model: Any
     tokenizer: Tokenizer
     training: EncodedTexts
-    held: EncodedTexts
+    held_out: EncodedTexts
     tested: Examples
     cut: int
 
@@ -65,7 +65,12 @@ def check_cut(cut: int | None, least: int, limit: int) -> None:
 
 
 def encode(
-    recipe: TableOptions, model: Any, tokenizer: Tokenizer, training: Examples, held: Examples, make: type[EncodedTexts]
+    recipe: TableOptions,
+    model: Any,
+    tokenizer: Tokenizer,
+    training: Examples,
+    validation: Examples,
+    make: type[EncodedTexts],
 ) -> TableTask:
     """Return the task for these examples. All labels must be among the model's. make: class of its batches."""
     judge = text_classifier(model, tokenizer)
@@ -74,14 +79,14 @@ def encode(
         rows, cut = judge.read(part, recipe.cut or judge.limit, recipe.cut is not None)
         return make(rows, judge.targets(part)), cut
 
-    (learned, cut), (asked, also_cut) = as_ids(training), as_ids(held)
-    return TableTask(model, tokenizer, learned, asked, held, cut + also_cut)
+    (learned, cut), (validation_texts, also_cut) = as_ids(training), as_ids(validation)
+    return TableTask(model, tokenizer, learned, validation_texts, validation, cut + also_cut)
 
 
 def evaluate(task: TableTask) -> Confusion:
     """Return the confusion matrix of the held-out examples."""
     judge = text_classifier(task.model, task.tokenizer)
-    return confusion_of(judge, task.tested, judge.predict_proba(task.held.rows))
+    return confusion_of(judge, task.tested, judge.predict_proba(task.held_out.rows))
 
 
 def classifier_job(
@@ -96,16 +101,16 @@ def classifier_job(
     that affect the result, in addition to the model's config and the cut.
     """
     if task.cut:
-        print(f"{task.cut} of {len(task.training) + len(task.held)} {facts.unit} were cut to {recipe.cut} tokens.")
-    rows = LabelledBatches(task.training, task.held, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
+        print(f"{task.cut} of {len(task.training) + len(task.held_out)} {facts.unit} were cut to {recipe.cut} tokens.")
+    rows = LabelledBatches(task.training, task.held_out, recipe.batch_size, recipe.seed, task.tokenizer.pad_id or 0)
     steps, half = recipe.total_steps(rows.steps_per_epoch), rows.steps_per_epoch // 2
     settings = recipe.settings(
-        steps, batch_size=recipe.batch_size, learning_rate=given(recipe.learning_rate, learning_rate),
+        steps, batch_size=recipe.batch_size, learning_rate=value_or(recipe.learning_rate, learning_rate),
         warmup=warmup(steps), schedule="linear", final_ratio=0.0, weight_decay=recipe.weight_decay,
         evaluate_every=max(1, half), save_every=max(50, half),
     )  # fmt: skip
     data = {
-        "source": recipe.data, "learned from": len(task.training), "held out": len(task.held), "cut": task.cut,
+        "source": recipe.data, "learned from": len(task.training), "held out": len(task.held_out), "cut": task.cut,
         **facts.data, "labels": ", ".join(task.model.config.labels),
     }  # fmt: skip
     options = {**recipe.origin(), "model": asdict(task.model.config), "cut": recipe.cut, **facts.options}
@@ -117,12 +122,12 @@ def classifier_job(
 
     return Job(
         model=task.model, objective=objective, data=rows, settings=settings, tokenizer=task.tokenizer,
-        facts=replace(facts, data=data, options=options), sample=sample if len(task.held) else None,
+        facts=replace(facts, data=data, options=options), sample=sample if len(task.held_out) else None,
         largest=rows.largest(),
     )  # fmt: skip
 
 
 def show_verdict(task: TableTask, unit: str) -> None:
     """Print the figures of the held-out examples, unless there are none or the model is split over processes."""
-    if len(task.held) and current().is_replicated:
+    if len(task.held_out) and current().is_replicated:
         print(f"On held-out {unit}: {evaluate(task).verdict()}")

@@ -156,7 +156,7 @@ def jobs(recipe: Recipe) -> Jobs:
     decoder = nn.ModuleList(part for name, part in task.model.named_children() if name != "vae")
     summary = yield task.job(
         recipe, ImageRequest(seed=recipe.seed, text=recipe.prompts[0]), title="DALL-E",
-        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", named=("text_weight",),
+        paper="Ramesh et al., Zero-Shot Text-to-Image Generation (2021)", option_names=("text_weight",),
         parts={"autoencoder": task.model.vae, "decoder": decoder}, weight_decay=0.045, betas=(0.9, 0.96), clip=4.0,
     )  # fmt: skip
     out = summary.directory

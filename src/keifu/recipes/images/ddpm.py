@@ -118,12 +118,16 @@ class PictureOptions(Logging):
         """Number of steps or minutes, after the options are resolved."""
         return Budget.of(self.steps, self.minutes, 0.0)
 
-    def filled(self, usual: Mapping[str, Any]) -> Any:
+    def filled(self, defaults: Mapping[str, Any]) -> Any:
         """Return the recipe with these values for unset options. Steps and minutes exclude each other."""
-        usual = {"flip": self.data not in DIGITS, "size": DIGIT_SIZE if self.data in DIGITS else SIZE} | dict(usual)
-        usual["learning_rate"] = scaled(usual["learning_rate"], self.start_from)
-        usual = {n: v for n, v in usual.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))}
-        return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
+        defaults = {"flip": self.data not in DIGITS, "size": DIGIT_SIZE if self.data in DIGITS else SIZE} | dict(
+            defaults
+        )
+        defaults["learning_rate"] = scaled(defaults["learning_rate"], self.start_from)
+        defaults = {
+            n: v for n, v in defaults.items() if not (n in ("steps", "minutes") and (self.steps or self.minutes))
+        }
+        return replace(self, **{name: value for name, value in defaults.items() if vars(self)[name] is None})
 
 
 @dataclass(frozen=True)
@@ -202,9 +206,9 @@ def prepare_task(
     torch.manual_seed(recipe.seed)
     if started is None:
         started = build(pictures.shape[0], pictures.classes if recipe.classes else ())
-    elif (known := started.config.classes) and tuple(pictures.classes) != tuple(known):
+    elif (known_classes := started.config.classes) and tuple(pictures.classes) != tuple(known_classes):
         raise UserError(
-            f"{recipe.start_from} knows the classes {', '.join(known)}, and the pictures of {recipe.data} have "
+            f"{recipe.start_from} knows the classes {', '.join(known_classes)}, and the pictures of {recipe.data} have "
             f"{', '.join(pictures.classes) or 'none'}: take pictures with the same classes."
         )
     config = started.config
@@ -226,11 +230,11 @@ def network(recipe: Recipe, channels: int, classes: tuple[str, ...]) -> ddpm.Con
     widths = [full["dim"] * multiplier for multiplier in full["multipliers"]]
     groups = math.gcd(32, max(1, full["dim"] // 4), *widths)
     noise = Noise(full["schedule"], recipe.noise_steps, target=full["target"], variance=full["variance"])
-    named = ("size", "dim", "multipliers", "attention", "dropout", "scale_shift")
+    shared_fields = ("size", "dim", "multipliers", "attention", "dropout", "scale_shift")
     return ddpm.Config(
         channels=channels, n_residual_blocks=full["residual_blocks"], norm_groups=groups, middle_groups=groups,
         n_classes=len(classes), null_class=bool(classes and recipe.label_dropout), classes=classes, noise=noise,
-        **{name: full[name] for name in named},
+        **{name: full[name] for name in shared_fields},
     )  # fmt: skip
 
 
@@ -249,10 +253,10 @@ def sampler(model: Any, seed: int) -> Callable[[int], bytes]:
     seeds = [seed + number for number in range(count)]
 
     def sample(step: int) -> bytes:
-        wanted = [ImageRequest(label=label) for label in classes] or [ImageRequest()]
-        drawn = torch.cat([PixelPipeline(model).draw(request, seeds) for request in wanted])
+        requests = [ImageRequest(label=label) for label in classes] or [ImageRequest()]
+        pictures = torch.cat([PixelPipeline(model).draw(request, seeds) for request in requests])
         about = {"keifu": f"step {step}, sampler ddim, seeds {seeds[0]} to {seeds[-1]}"}
-        return grid(drawn, columns=count if classes else None, about=about)
+        return grid(pictures, columns=count if classes else None, about=about)
 
     return sample
 
@@ -261,22 +265,23 @@ def jobs(recipe: Recipe) -> Jobs:
     """Yield the training, whose result keifu draw and diffusers' DDPMPipeline read."""
     recipe = recipe.resolved()
     paper = "Ho, Jain and Abbeel, Denoising Diffusion Probabilistic Models (2020)"
-    named = ("recipe_of", "weighting", "gamma")
-    show_folder((yield job_of(recipe, prepare(recipe), partial(settings, recipe), named, "DDPM", paper)))
+    option_names = ("recipe_of", "weighting", "gamma")
+    show_folder((yield job_of(recipe, prepare(recipe), partial(settings, recipe), option_names, "DDPM", paper)))
 
 
 def job_of(
-    recipe: PictureOptions, task: ImageTask, settings: Callable[[int], Settings], named: Sequence[str], name: str,
-    paper: str,
+    recipe: PictureOptions, task: ImageTask, settings: Callable[[int], Settings], option_names: Sequence[str],
+    name: str, paper: str,
 ) -> Job:  # fmt: skip
-    """Return the training of a task's model. named: options of the recipe, in addition to the common ones, that affect
-    the result."""
+    """Return the training of a task's model.
+
+    option_names: options of the recipe, in addition to the common ones, that affect the result."""
     print(task.parts.train.sentence(), task.parts.sentence(), flush=True)
     if task.parts.train.classes and not task.model.config.n_classes:
         print("The classes are not learned: add --classes to draw them by name.", flush=True)
     facts = picture_facts(
         recipe, task.parts.train,
-        ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *named),
+        ("data", "fit", "distinct", "flip", "dequantise", "label_dropout", "times", *option_names),
         {"model": asdict(task.model.config)}, title=f"{name} learns to draw “{Path(recipe.data).stem}”",
         about={"parameters": parameters(task.model), "paper": paper},
         held_out={"share": recipe.held_out, "distinct": recipe.distinct},

@@ -73,10 +73,10 @@ def model_config(
     full: dict[str, Any] = vars(recipe)
     if coder is not None and coder.channels != channels:
         raise UserError(f"The autoencoder has pictures of {coder.channels} channels, not {channels}: set --channels.")
-    factor, seen = (1, channels) if coder is None else (coder.factor, coder.latent_channels)
-    named = {name: full[name] for name in ("patch_size", "n_layers", "n_heads", "head_dim", "dropout")}
+    factor, in_channels = (1, channels) if coder is None else (coder.factor, coder.latent_channels)
+    shared_fields = {name: full[name] for name in ("patch_size", "n_layers", "n_heads", "head_dim", "dropout")}
     transformer = dit.TransformerConfig(
-        full["size"] // factor, channels=seen, out_channels=None, n_classes=len(classes), **named
+        full["size"] // factor, channels=in_channels, out_channels=None, n_classes=len(classes), **shared_fields
     )
     clip = 1.0 if coder is None else None
     noise = Noise(full["schedule"], recipe.noise_steps, target=full["target"], clip=clip)

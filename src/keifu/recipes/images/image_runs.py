@@ -19,7 +19,7 @@ from keifu.errors import UserError
 from keifu.inference.images.pipeline import TextToImagePipeline
 from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.ranges import BelowOne, Count, NotNegative, Positive, Seed, check
-from keifu.recipes.options import Logging, given
+from keifu.recipes.options import Logging, value_or
 from keifu.training.job import Budget, Job, JobStage, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.diffusion import add_draws
 from keifu.training.protocols import Data
@@ -103,7 +103,7 @@ class TextToImageTask(ImageTask):
     painter: TextToImagePipeline
 
     def job(
-        self, recipe: TextToImageOptions, request: ImageRequest, *, title: str, paper: str, named: Sequence[str],
+        self, recipe: TextToImageOptions, request: ImageRequest, *, title: str, paper: str, option_names: Sequence[str],
         parts: Mapping[str, nn.Module | None], before: Callable[[], object] = lambda: None, **different: Any,
     ) -> Job:  # fmt: skip
         """Return the training of the main model, after the others.
@@ -127,7 +127,8 @@ class TextToImageTask(ImageTask):
             checkpoints.save(self.model, self.painter.tokenizer, directory)
 
         facts = picture_facts(
-            recipe, self.parts.train, ("data", "languages", "truncate", *named), {"model": asdict(self.model.config)},
+            recipe, self.parts.train, ("data", "languages", "truncate", *option_names),
+            {"model": asdict(self.model.config)},
             title=f"{title} learns to draw “{Path(recipe.data).stem}” from text", about={"paper": paper, **counts},
             held_out={"whole_families": self.parts.whole_families},
         )  # fmt: skip
@@ -148,10 +149,10 @@ def read_captioned(
     return parts
 
 
-def drawn_batches(parts: splits.ImageSplit, batch_size: int, seed: int, *given: Any, **more: Any) -> Data:
+def drawn_batches(parts: splits.ImageSplit, batch_size: int, seed: int, *arguments: Any, **keywords: Any) -> Data:
     """Return batches of the pictures with the random draws of diffusion. Further arguments are those of
     `ImageBatches`."""
-    pictures: Any = batches.ImageBatches(parts.train, parts.validation, batch_size, seed, *given, **more)
+    pictures: Any = batches.ImageBatches(parts.train, parts.validation, batch_size, seed, *arguments, **keywords)
     return add_draws(pictures, seed)
 
 
@@ -175,7 +176,7 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
         "sample_every": max(50, 2 * often), "save_every": min(often, 1000),
     }  # fmt: skip
     options = {
-        "batch_size": recipe.batch_size, "learning_rate": given(recipe.learning_rate, Settings.learning_rate),
+        "batch_size": recipe.batch_size, "learning_rate": value_or(recipe.learning_rate, Settings.learning_rate),
         "ema": recipe.ema, "precision": recipe.precision, "keep": recipe.keep, "seed": recipe.seed,
     }  # fmt: skip
     logging = recipe.logging() | {"minutes": recipe.budget.limit}
@@ -183,19 +184,19 @@ def image_settings(recipe: Any, steps: int, **different: Any) -> Settings:
 
 
 def picture_facts(
-    recipe: Any, pictures: dataset.ImageDataset, named: Sequence[str], options: Mapping[str, Any], *, title: str,
+    recipe: Any, pictures: dataset.ImageDataset, option_names: Sequence[str], options: Mapping[str, Any], *, title: str,
     about: Mapping[str, Any], held_out: Mapping[str, Any] = {},
 ) -> RunFacts:  # fmt: skip
     """Return the facts of a run on pictures.
 
-    named: options of the recipe that affect the result, in addition to the settings. options: further values that
-    affect it, such as the model's Config. held_out: how the pictures were split, if not by default.
+    option_names: options of the recipe that affect the result, in addition to the settings. options: further values
+    that affect it, such as the model's Config. held_out: how the pictures were split, if not by default.
     """
     return RunFacts(
         title=title,
         about={**about, "held_out": {**splits.WHOLE_FAMILIES, **held_out}},
         data={"source": recipe.data, "pictures": len(pictures), "fingerprint": pictures.fingerprint},
-        options={**options, **{name: vars(recipe)[name] for name in named}},
+        options={**options, **{name: vars(recipe)[name] for name in option_names}},
         unit="pictures",
     )
 

@@ -114,9 +114,9 @@ class Recipe(image_runs.TextToImageOptions):
 
     def resolved(self) -> "Recipe":
         """Return the recipe with defaults for unset options."""
-        usual = LATENTS if self.space == "latents" else PIXELS
-        usual = usual | {"learning_rate": scaled(1e-3, self.start_from)}
-        return replace(self, **{name: value for name, value in usual.items() if vars(self)[name] is None})
+        defaults = LATENTS if self.space == "latents" else PIXELS
+        defaults = defaults | {"learning_rate": scaled(1e-3, self.start_from)}
+        return replace(self, **{name: value for name, value in defaults.items() if vars(self)[name] is None})
 
 
 def prepare(recipe: Recipe) -> JobsReturning[image_runs.TextToImageTask]:
@@ -223,8 +223,8 @@ def set_scale(model: Any, pictures: dataset.ImageDataset) -> autoencoder_kl.Auto
     """Return the autoencoder with its `scale`: 1 / the standard deviation of the latents of these pictures, or of
     evenly spaced ones of them (Rombach et al., 2022, appendix G)."""
     one = replace(model.config, scale=1.0)
-    seen = encode_dataset(model, one.scale, pictures.chosen(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
-    variance = seen.mean.var() + seen.deviation.square().mean()
+    sample = encode_dataset(model, one.scale, pictures.subset(range(0, len(pictures), 1 + len(pictures) // MEASURED)))
+    variance = sample.mean.var() + sample.deviation.square().mean()
     model.config = replace(one, scale=round(float(variance.rsqrt()), 6))
     return model
 
@@ -250,7 +250,8 @@ def jobs(recipe: Recipe) -> Jobs:
         ImageRequest(task.painter.usual_sampler, STEPS, recipe.seed, guidance=recipe.guidance, text=recipe.prompts[0]),
         title="Latent diffusion",
         paper="Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models (2022)",
-        named=("space", "weighting", "caption_dropout", "evenly"), **keeps_best(recipe.start_from, recipe.keep_best),
+        option_names=("space", "weighting", "caption_dropout", "evenly"),
+        **keeps_best(recipe.start_from, recipe.keep_best),
         parts={"autoencoder": model.autoencoder, "text encoder": model.text, "U-Net": model.unet},
     )  # fmt: skip
     command = f"keifu draw {shell(summary.directory, recipe.prompts[0])} --guidance {recipe.guidance:g} -o picture.png"

@@ -113,12 +113,12 @@ def prepare(recipe: Recipe) -> LoraImageTask:
     languages = tuple(parts.train.captions)
     tokens = caption_tokens(painter.tokenizer, model.config.context_length, parts, languages, recipe.truncate)
     task = task_of(recipe, painter, parts, tokens)
-    wanted = add_adapters(recipe, model)
+    adapters = add_adapters(recipe, model)
     torch.manual_seed(recipe.seed)
-    attach(model, wanted)
-    shown = (parts.validation if len(parts.validation) else parts.train).distinct()
-    spread = np.linspace(0, len(shown) - 1, min(SHOWN, len(shown))).astype(int)
-    prompts = recipe.prompts or tuple(shown.chosen(spread).texts())
+    attach(model, adapters)
+    sample_pictures = (parts.validation if len(parts.validation) else parts.train).distinct()
+    spread = np.linspace(0, len(sample_pictures) - 1, min(SHOWN, len(sample_pictures))).astype(int)
+    prompts = recipe.prompts or tuple(sample_pictures.subset(spread).texts())
     return LoraImageTask(**vars(task), prompts=prompts)
 
 
@@ -168,10 +168,10 @@ def add_adapters(recipe: Recipe, model: nn.Module) -> dict[Target, LoraSettings]
     matched = dict[Target, LoraSettings]()
     sides = {"unet": (recipe.rank, recipe.targets), "text_encoder": (recipe.text_rank, recipe.text_targets)}
     for part, (rank, targets) in sides.items():
-        known = {label: target for label, target in peft.layers(model).items() if label.partition(".")[0] == part}
+        layer_of = {label: target for label, target in peft.layers(model).items() if label.partition(".")[0] == part}
         if rank:
             way = LoraSettings(rank, float(rank) if recipe.alpha is None else recipe.alpha, dora=recipe.dora)
-            matched |= dict.fromkeys(peft.match_targets(known, targets), way)
+            matched |= dict.fromkeys(peft.match_targets(layer_of, targets), way)
     return matched
 
 
@@ -199,11 +199,11 @@ def sampler(task: LoraImageTask, recipe: Recipe) -> Callable[[int], bytes]:
     captions = [*task.prompts, *(f"{prompt} (LoRA)" for prompt in task.prompts)]
 
     def sample(step: int) -> bytes:
-        drawn = task.painter.draw(request, seeds, texts=task.prompts)
+        pictures = task.painter.draw(request, seeds, texts=task.prompts)
         about = {
             "keifu": f"step {step}, sampler {request.sampler}, guidance {request.guidance:g}, seeds from {seeds[0]}"
         }
-        return grid(torch.cat([before, drawn]), captions, len(seeds), about=about)
+        return grid(torch.cat([before, pictures]), captions, len(seeds), about=about)
 
     return sample
 
@@ -211,12 +211,12 @@ def sampler(task: LoraImageTask, recipe: Recipe) -> Callable[[int], bytes]:
 def jobs(recipe: Recipe) -> Jobs:
     """Yield the training of adapters, which keifu draw --lora and diffusers' load_lora_weights read."""
     task = prepare(recipe)
-    named = (
+    option_names = (
         "model", "data", "languages", "words", "truncate", "rank", "alpha", "targets", "text_rank", "text_targets",
         "dora", "weighting", "caption_dropout",
     )  # fmt: skip
     facts = picture_facts(
-        recipe, task.parts.train, named, {"size": task.parts.train.shape[1]},
+        recipe, task.parts.train, option_names, {"size": task.parts.train.shape[1]},
         title=f"{Path(recipe.model).name} learns from “{Path(recipe.data).stem}” by a LoRA",
         about={"paper": "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (2021)"},
     )  # fmt: skip

@@ -34,7 +34,7 @@ class Lessons:
     """Teacher's embeddings of the training and validation captions, and of a dictionary's texts."""
 
     training: Float[Tensor, "pictures embedding"]
-    held: Float[Tensor, "held_pictures embedding"]
+    held_out: Float[Tensor, "held_out_pictures embedding"]
     words: list[str]
     meanings: Float[Tensor, "words embedding"]
 
@@ -70,24 +70,24 @@ class TaughtBatches(batches.ImageBatches):
     the seed and the step.
     """
 
-    def __init__(self, lessons: Lessons, words: Words | None, *given: Any, **more: Any):
+    def __init__(self, lessons: Lessons, words: Words | None, *arguments: Any, **keywords: Any):
         self.lessons, self.words = lessons, words
-        super().__init__(*given, **more)
-        taught = (lessons.training, lessons.held, lessons.meanings)
+        super().__init__(*arguments, **keywords)
+        taught = (lessons.training, lessons.held_out, lessons.meanings)
         self.fingerprint = hash_of([self.fingerprint, *(points.numpy().tobytes() for points in taught)])
 
     def part(self, step: int, bounds: Callable[[int], tuple[int, int]]) -> tuple[dict[str, Tensor], int, int]:
         """Return a slice of the batch of a step (see `ImageBatches.part`)."""
         batch, first, total = super().part(step, bounds)
         if self.words is not None:
-            drawn = augmentation.uniform(self.seed + 3, step, batch["indices"].numpy(), WORDS)
-            chosen = torch.from_numpy((drawn * len(self.words.tokens)).astype(np.int64))
-            batch |= {"words": self.words.tokens[chosen], "word_points": self.words.points[chosen]}
+            draws = augmentation.uniform(self.seed + 3, step, batch["indices"].numpy(), WORDS)
+            word_indices = torch.from_numpy((draws * len(self.words.tokens)).astype(np.int64))
+            batch |= {"words": self.words.tokens[word_indices], "word_points": self.words.points[word_indices]}
         return batch, first, total
 
     def make_batch(self, validating: bool, items: np.ndarray) -> dict[str, Tensor]:
         """Return these pictures without augmentation, with the teacher's embeddings of their captions."""
-        points = self.lessons.held if validating else self.lessons.training
+        points = self.lessons.held_out if validating else self.lessons.training
         return super().make_batch(validating, items) | {"points": points[torch.from_numpy(items)]}
 
 

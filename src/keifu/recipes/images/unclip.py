@@ -135,8 +135,8 @@ def prepare(recipe: Recipe) -> JobsReturning[image_runs.TextToImageTask]:
     """Yield the training of CLIP, unless it is given; build the model around it and return its task. Invalid options
     are reported before anything is trained."""
     if not recipe.clip:
-        made = clip_recipe.Recipe()
-        planned = clip.Config(made.text, made.image, clip_recipe.pixels_of(made))
+        clip_options = clip_recipe.Recipe()
+        planned = clip.Config(clip_options.text, clip_options.image, clip_recipe.pixels_of(clip_options))
         with on_meta():
             _check_sizes(recipe, unclip.build(model_config(recipe, planned)))
     parts = image_runs.read_captioned(recipe, 3)
@@ -153,9 +153,9 @@ def prepare(recipe: Recipe) -> JobsReturning[image_runs.TextToImageTask]:
     ready = preprocessing(towers)
     embed = partial(image_runs.encode_pictures, towers, lambda pixels: towers.encode_image(ready.normalised(pixels)))
     pictures = dataset.read_images(recipe.data, towers.config.pixels.crop, 3)  # the same, at CLIP's input size
-    seen = splits.split(pictures)
-    assert (seen.train.names, seen.validation.names) == (parts.train.names, parts.validation.names)
-    tables = image_runs.of_both(seen, embed)
+    seen_parts = splits.split(pictures)
+    assert (seen_parts.train.names, seen_parts.validation.names) == (parts.train.names, parts.validation.names)
+    tables = image_runs.of_both(seen_parts, embed)
     with torch.no_grad():
         for to, measured in zip((model.prior.mean, model.prior.std), losses.embedding_moments(tables[0]), strict=True):
             to.copy_(measured)
@@ -206,7 +206,7 @@ def jobs(recipe: Recipe) -> Jobs:
     summary = yield task.job(
         recipe, request, title="unCLIP",
         paper="Ramesh et al., Hierarchical Text-Conditional Image Generation with CLIP Latents (2022)",
-        named=("crop", "weighting", "prior_dropout", "text_dropout", "image_dropout"),
+        option_names=("crop", "weighting", "prior_dropout", "text_dropout", "image_dropout"),
         parts={name: part for name, part in task.model.named_children() if name != "last_upsampler"},
         before=partial(complete_config, task.model),
     )  # fmt: skip

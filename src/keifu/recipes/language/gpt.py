@@ -24,7 +24,7 @@ from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes.distilling import Distill
 from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretraining_job, settings_of
-from keifu.recipes.options import Logging, given
+from keifu.recipes.options import Logging, value_or
 from keifu.recipes.starting import keeps_best, scaled
 from keifu.training import job
 from keifu.training.settings import Settings
@@ -124,7 +124,7 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     steps = recipe.steps or default_steps(recipe, size, batch_size * row, training_tokens)
     return settings_of(
         recipe, steps, batch_size, scaled(3e-3, recipe.start_from), optimizer="muon", compile=recipe.compile,
-        matrix_rate=given(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
+        matrix_rate=value_or(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
         final_ratio=0.0, weight_decay=0.01, **keeps_best(recipe.start_from),
     )  # fmt: skip
 

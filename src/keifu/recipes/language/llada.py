@@ -47,9 +47,9 @@ def check_before_start(recipe: Recipe) -> None:
 
 def jobs(recipe: Recipe) -> Jobs:
     """Yield the training, whose result keifu.load and keifu generate read."""
-    made: Any = build
+    build_model: Any = build
     task = pretraining.prepare_text(recipe.text)
     yield pretraining.pretraining_job(
-        "llada", task, made, replace(recipe.model, mask_token=0), recipe.training, prompt=recipe.prompt,
+        "llada", task, build_model, replace(recipe.model, mask_token=0), recipe.training, prompt=recipe.prompt,
         row=recipe.model.context_length - 1, objective=masked_diffusion, change=add_masking_rates,
     )  # fmt: skip

@@ -58,8 +58,8 @@ def learn(recipe: Recipe, out: Path) -> None:
     prompt = recipe.prompt or "\n"
     sample = prompt + generate(model, task.tokenizer, prompt, raw=True, max_tokens=SAMPLE_TOKENS, seed=0)
     sizes = ", ".join(f"{size:,}" for size in model.config.n_grams)
-    found = f"{loss:.3f} nats per token (perplexity {exp(loss):.2f}, {bits:.3f} bits per byte)"
-    text = f"Different n-grams of 1 to {recipe.order} tokens: {sizes}.\nHeld-out loss: {found}.\n{sample}"
+    loss_text = f"{loss:.3f} nats per token (perplexity {exp(loss):.2f}, {bits:.3f} bits per byte)"
+    text = f"Different n-grams of 1 to {recipe.order} tokens: {sizes}.\nHeld-out loss: {loss_text}.\n{sample}"
     facts = {"text": recipe.text.data, "order": recipe.order, "held-out loss": loss, "bits per byte": bits}
     write_page(out, f"{recipe.order}-grams of {recipe.text.data}", text, facts, {})
     print(f"{text}\nThe model is in {out}.")

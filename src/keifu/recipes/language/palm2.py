@@ -179,11 +179,11 @@ def job_of(recipe: Recipe, prepared: PreparedMixture) -> Job:
     )  # fmt: skip
 
 
-def _facts(source: Any, made: mixtures.WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:
-    index = made.shards.index
+def _facts(source: Any, weighted: mixtures.WeightedSource, epochs: dict[str, float]) -> dict[str, Any]:
+    index = weighted.shards.index
     tokens = {f"{part} tokens": index[part]["tokens"] for part in ("training", "validation")}
-    facts = {"source": source.name, "data": source.data, "weight": round(made.weight, 6), **tokens}
-    facts |= {"bytes per token": round(made.shards.bytes_per_token, 3), "epochs": round(epochs[source.name], 2)}
+    facts = {"source": source.name, "data": source.data, "weight": round(weighted.weight, 6), **tokens}
+    facts |= {"bytes per token": round(weighted.shards.bytes_per_token, 3), "epochs": round(epochs[source.name], 2)}
     return facts | attribution_of("tatoeba-en" if source.data.startswith("tatoeba-") else source.data)
 
 

@@ -27,7 +27,7 @@ from keifu.layers.mixture import collapsed_routers, mixtures
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.processes import current
 from keifu.ranges import BelowOne, Count, NotNegative, Seed
-from keifu.recipes.options import Logging, given
+from keifu.recipes.options import Logging, value_or
 from keifu.recipes.plan import check_plan
 from keifu.recipes.training_options import TrainingOptions
 from keifu.training.job import Job, RunFacts, parameters
@@ -128,13 +128,13 @@ def tokenizer_of(text: Text, held_out: float | None = None, **options: Any) -> T
     if prepared.is_prepared(text.data):
         return prepared.tokenizer_of(text.data)
     if text.tokenizer not in KINDS:
-        known = text.tokenizer in catalogue.CATALOGUE
-        tokenizer = load_tokenizer(catalogue.fetch(text.tokenizer) if known else Path(text.tokenizer))
+        is_catalogued = text.tokenizer in catalogue.CATALOGUE
+        tokenizer = load_tokenizer(catalogue.fetch(text.tokenizer) if is_catalogued else Path(text.tokenizer))
         return tokenizer.replace(chat_template=None, generation_config=None)
-    given = "".join(f"-{option}" for option, value in options.items() if value)
-    given += "".join(f"-{option}={value}" for option, value in text.form.settings().items())
-    given += "" if held_out is None else f"-without={held_out}"
-    name = f"{text.tokenizer}-{text.vocab_size}{given}-{content_hash(text.data, text.form)[:16]}"
+    option_text = "".join(f"-{option}" for option, value in options.items() if value)
+    option_text += "".join(f"-{option}={value}" for option, value in text.form.settings().items())
+    option_text += "" if held_out is None else f"-without={held_out}"
+    name = f"{text.tokenizer}-{text.vocab_size}{option_text}-{content_hash(text.data, text.form)[:16]}"
 
     def learn() -> Tokenizer:
         print(f"Learning a {text.tokenizer} tokenizer of {text.vocab_size} tokens from {text.data} ...", flush=True)
@@ -283,7 +283,7 @@ def settings_of(recipe: Any, steps: int, batch_size: int, learning_rate: float, 
     """
     return Settings(
         steps=steps, batch_size=batch_size, micro_batch=recipe.micro_batch, seed=recipe.seed,
-        learning_rate=given(recipe.learning_rate, learning_rate), evaluate_every=max(50, steps // 20),
+        learning_rate=value_or(recipe.learning_rate, learning_rate), evaluate_every=max(50, steps // 20),
         sample_every=max(50, steps // 10), save_every=max(100, steps // 10), **recipe.logging(), **different,
     )  # fmt: skip
 

@@ -110,9 +110,9 @@ def jobs(recipe: Recipe) -> Jobs:
         sample = boundary(learned, model, training.steps, out)
         sample(0)
     full, augment = recipe.resolved(), distort if recipe.augment else None
-    validating = 0 if learned.held is learned.training else len(learned.held)
+    validating = 0 if learned.held_out is learned.training else len(learned.held_out)
     counts = {"rows": len(learned.training), "held out": validating, "classes": ", ".join(learned.classes)}
-    data = batches.TensorBatches(learned.training, learned.held, training.batch_size, training.seed, augment)
+    data = batches.TensorBatches(learned.training, learned.held_out, training.batch_size, training.seed, augment)
     paper = "Rumelhart, Hinton and Williams, Learning representations by back-propagating errors (1986)"
     facts = RunFacts(
         title=f"A multi-layer network learns “{Path(recipe.data).stem}”",
@@ -141,8 +141,8 @@ def settings(recipe: Recipe) -> Settings:
 
 def check_learnable(recipe: Recipe) -> tables.ToyDataset:
     """Check all options, and return the recipe's data."""
-    for option, name, known in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
-        require_known(option, name, known)
+    for option, name, known_names in (("activation", recipe.activation, ACTIVATIONS), ("loss", recipe.loss, LOSSES)):
+        require_known(option, name, known_names)
     if recipe.activation == "step" and recipe.resolved().hidden:
         raise UserError(STEP_HAS_NO_GRADIENT)
     if recipe.augment and recipe.data != "mnist":
@@ -188,23 +188,23 @@ def distort(inputs: Float[Tensor, "rows dim"], generator: Generator) -> Float[Te
 def boundary(learned: tables.ToyDataset, model: mlp.MLP, steps: int, out: Path) -> Callable[[int], bytes]:
     """Return a function that draws the decision over two columns after a step. At the end it writes the stages to
     `out`."""
-    shown, stages = points(learned), []
+    training_points, stages = points(learned), []
 
     def sample(step: int) -> bytes:
         correct = accuracy(model, learned.training)
-        shares = decision_boundary.class_shares_on(shown, model.predict_proba)
+        shares = decision_boundary.class_shares_on(training_points, model.predict_proba)
         stages.append((f"step {step:,}\n{correct:.0%} right", shares))
         if step >= steps:  # an extended run ends later
-            chosen = [stages[index] for index in decision_boundary.spread(range(len(stages)))]
-            write_atomic(out / "boundary.png", decision_boundary.strip(shown, chosen))
-        return decision_boundary.strip(shown, stages[-1:])
+            shown_stages = [stages[index] for index in decision_boundary.spread(range(len(stages)))]
+            write_atomic(out / "boundary.png", decision_boundary.strip(training_points, shown_stages))
+        return decision_boundary.strip(training_points, stages[-1:])
 
     return sample
 
 
 def wrong_digits(learned: tables.ToyDataset, model: mlp.MLP) -> Callable[[int], bytes]:
     """Return a function that draws misclassified held-out digits."""
-    inputs, targets = learned.held.inputs, learned.held.targets
+    inputs, targets = learned.held_out.inputs, learned.held_out.targets
     return lambda step: metrics.picture(inputs.view(-1, 28, 28), targets, model.predict(inputs), learned.classes)
 
 
@@ -216,8 +216,8 @@ def accuracy(model: mlp.MLP, split: batches.LabelledTensors) -> float:
 
 def verdict(learned: tables.ToyDataset, model: mlp.MLP) -> str:
     """Describe the network's result in a sentence."""
-    seen, rows = accuracy(model, learned.training), f"{len(learned.training):,}"
-    if learned.held is learned.training:
-        return f"Right: {seen:.1%} of the {rows} rows."
-    result = f"{accuracy(model, learned.held):.1%} of {len(learned.held):,} held-out rows"
-    return f"Right: {result}, {seen:.1%} of the {rows} learned from."
+    training_accuracy, rows = accuracy(model, learned.training), f"{len(learned.training):,}"
+    if learned.held_out is learned.training:
+        return f"Right: {training_accuracy:.1%} of the {rows} rows."
+    result = f"{accuracy(model, learned.held_out):.1%} of {len(learned.held_out):,} held-out rows"
+    return f"Right: {result}, {training_accuracy:.1%} of the {rows} learned from."

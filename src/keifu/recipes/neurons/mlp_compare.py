@@ -77,8 +77,8 @@ def jobs(recipe: Recipe) -> Jobs:
             results.append(result_of(pair, subject, job, (yield replace(job, stage=stage))))
     table = decision_boundary.table(results)
     print(table)
-    shown = ("activation", "loss", "accuracy", "seconds")
-    facts = [{name: result._asdict()[name] for name in shown} for result in results]
+    figure_names = ("activation", "loss", "accuracy", "seconds")
+    facts = [{name: result._asdict()[name] for name in figure_names} for result in results]
     write_atomic(out / "comparison.json", json.dumps(facts, indent=1) + "\n")
     pictures = {"curves": decision_boundary.curves(results)}
     if len(subject.columns) == 2:
@@ -98,7 +98,7 @@ def job_of(pair: mlp.Recipe, subject: ToyDataset, directory: Path) -> Job:
     title = f"{pair.activation} and {pair.loss} on {pair.data}"
     return Job(
         model=mlp.network(pair, subject), objective=mlp.objective(pair.loss), settings=settings,
-        data=TensorBatches(subject.training, subject.held, settings.batch_size, settings.seed),
+        data=TensorBatches(subject.training, subject.held_out, settings.batch_size, settings.seed),
         facts=RunFacts(title=title, options=vars(begun.resolved()), unit="rows"), save=lambda folder: None,
     )  # fmt: skip
 
@@ -112,5 +112,5 @@ def result_of(pair: mlp.Recipe, subject: ToyDataset, job: Job, summary: Summary)
         plane = decision_boundary.class_shares_on(mlp.points(subject), model.predict_proba, 100)
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     accuracies = [(line["step"], line["validation_accuracy"]) for line in lines if "validation_accuracy" in line]
-    accuracy = mlp.accuracy(model, subject.held)
+    accuracy = mlp.accuracy(model, subject.held_out)
     return decision_boundary.Result(pair.activation, pair.loss, accuracy, summary.seconds, losses, accuracies, plane)

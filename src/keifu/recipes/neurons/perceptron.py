@@ -47,7 +47,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Lesson:
-    """Table for the perceptron. seen: inputs with each column's mean removed and its standard deviation divided out.
+    """Table for the perceptron. inputs: the columns of the table, with mean 0 and deviation 1.
 
     This does not change which side of a plane a row is on, and columns with small numbers count as much as others. The
     toy sets are not scaled.
@@ -58,7 +58,7 @@ class Lesson:
     scale: Float[Tensor, "dim"]
 
     @property
-    def seen(self) -> Float[Tensor, "rows dim"]:
+    def inputs(self) -> Float[Tensor, "rows dim"]:
         return (self.table.inputs - self.mean) / self.scale
 
     def unscaled(self, plane: Plane) -> Plane:
@@ -76,7 +76,7 @@ def jobs(recipe: Recipe) -> Jobs:
     out = yield RUN_FOLDER
     lesson = prepare(recipe)
     table, targets = lesson.table, lesson.table.targets.double()
-    proof = perceptron.separate(lesson.seen, targets)
+    proof = perceptron.separate(lesson.inputs, targets)
     if proof.separator is None:
         refuse(recipe, table, proof, out)
     print(
@@ -130,14 +130,14 @@ def learn(lesson: Lesson, recipe: Recipe) -> Iterator[tuple[int, Plane]]:
     """Yield (number of corrections, plane in the table's units). For two columns, first and after each correction;
     otherwise only at the end, because nothing is drawn."""
     neuron = perceptron.build(perceptron.Config(len(lesson.table.columns)))
-    drawn, updates = len(lesson.table.columns) == 2, 0
-    corrections = perceptron.learn(neuron, lesson.seen, lesson.table.targets.double(), recipe.rate)
-    if drawn:
+    is_plane, updates = len(lesson.table.columns) == 2, 0
+    corrections = perceptron.learn(neuron, lesson.inputs, lesson.table.targets.double(), recipe.rate)
+    if is_plane:
         yield 0, plane_of(neuron)
     for updates, _ in enumerate(islice(corrections, recipe.max_updates), 1):
-        if drawn:
+        if is_plane:
             yield updates, lesson.unscaled(plane_of(neuron))
-    if not drawn:
+    if not is_plane:
         yield updates, lesson.unscaled(plane_of(neuron))
 
 
@@ -193,15 +193,15 @@ def numbers(row: list[float]) -> str:
 
 def draw(lesson: Lesson, stages: list[tuple[int, Plane]]) -> bytes:
     """Draw the boundary at stages of learning, as PNG."""
-    shown = lesson.table
+    table = lesson.table
     panels = []
     for index in decision_boundary.spread(range(len(stages))):
         updates, plane = stages[index]
         neuron = build_neuron(plane)
-        wrong = int((neuron(shown.inputs) != shown.targets).sum())
+        wrong = int((neuron(table.inputs) != table.targets).sum())
         shares = decision_boundary.class_shares_on(
-            shown, lambda x, neuron=neuron: torch.stack([1 - neuron(x), neuron(x)], 1), 400
+            table, lambda x, neuron=neuron: torch.stack([1 - neuron(x), neuron(x)], 1), 400
         )
-        title = f"{updates} correction{'' if updates == 1 else 's'}\n{wrong} of {len(shown.inputs)} wrong"
+        title = f"{updates} correction{'' if updates == 1 else 's'}\n{wrong} of {len(table.inputs)} wrong"
         panels.append((title, shares))
-    return decision_boundary.strip(shown, panels)
+    return decision_boundary.strip(table, panels)

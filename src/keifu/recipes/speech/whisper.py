@@ -91,11 +91,11 @@ def counting_errors(tokenizer: Tokenizer, begin: int, tokens_per_word: float) ->
             return output
         longest = batch["target"].shape[1]
         state = model.listen(batch["features"], longest)
-        tokens = written = batch["target"][:, :begin]
+        tokens = said_so_far = batch["target"][:, :begin]
         while state.length < longest:
             tokens = model.logits(model.hidden(tokens, state)[:, -1:]).argmax(-1)
-            written = torch.cat([written, tokens], 1)
-        pairs = zip(*(map(said, rows.tolist()) for rows in (written, batch["target"])), strict=True)
+            said_so_far = torch.cat([said_so_far, tokens], 1)
+        pairs = zip(*(map(said, rows.tolist()) for rows in (said_so_far, batch["target"])), strict=True)
         wrong = sum(word_errors(*pair) for pair in pairs) * tokens_per_word
         return output._replace(figures={"word_error_rate": output.total.new_tensor(wrong)})
 

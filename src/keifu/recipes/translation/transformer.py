@@ -16,7 +16,7 @@ from typing import Literal
 from keifu.data.translation.batches import by_tokens
 from keifu.models import transformer
 from keifu.ranges import BelowOne, Count, NotNegative
-from keifu.recipes.options import given
+from keifu.recipes.options import value_or
 from keifu.recipes.starting import scaled
 from keifu.recipes.translation.translator_runs import (
     Training,
@@ -55,7 +55,7 @@ class Recipe(TranslationOptions):
 
 def keifu_settings(recipe: Recipe, steps: int) -> Settings:
     """Return keifu's settings for this number of steps."""
-    matrix_rate = given(recipe.matrix_rate, scaled(0.02, recipe.start_from))
+    matrix_rate = value_or(recipe.matrix_rate, scaled(0.02, recipe.start_from))
     return own_settings(recipe, steps, 400, optimizer="muon", matrix_rate=matrix_rate)
 
 

@@ -26,7 +26,7 @@ from keifu.devices import choose
 from keifu.errors import UserError
 from keifu.inference.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
-from keifu.recipes.options import Logging, given
+from keifu.recipes.options import Logging, value_or
 from keifu.recipes.starting import check_start, keeps_best, scaled
 from keifu.training.job import Budget, Job, PlannedSettings, RunFacts, parameters
 from keifu.training.objectives.language_modeling import translation
@@ -99,8 +99,8 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 def prepare_pairs(options: TranslationOptions) -> TranslationTask:
     """Read and split the pairs, and train the tokenizer on the training part; print the number of pairs."""
     pairs = _read(options, options.data)
-    others = (options.validation_data, options.test_data)
-    validation, test = (None if path is None else _read(options, path) for path in others)
+    held_out_files = (options.validation_data, options.test_data)
+    validation, test = (None if path is None else _read(options, path) for path in held_out_files)
     parts = split(pairs, validation=validation, test=test)
     tokenizer = _tokenizer(options, parts.train)
     _print_sentence(pairs.left_out)
@@ -171,7 +171,7 @@ def translator_job(
             checkpoints.save(model, task.tokenizer, directory)
 
     values = {name: value for name, value in asdict(options).items() if name not in FREE}
-    held_bytes = sum(len(task.parts.validation[index][1].encode()) for index in data.held_out.kept)
+    held_bytes = sum(len(task.parts.validation[index][1].encode()) for index in data.held_out.indices)
     held_tokens = len(data.held_out.target.ids) + len(data.held_out)  # with the end of each sentence
     return Job(
         model=model, objective=partial(translation, label_smoothing=training.label_smoothing), data=data,
@@ -237,9 +237,9 @@ def settings_of(options: TranslationOptions, steps: int, **different: Any) -> Se
 def own_settings(options: Any, steps: int, warmup: int, **different: Any) -> Settings:
     """Return keifu's settings for this number of steps: a warm-up of at most `warmup` steps, then a linear decay to
     0."""
-    rate = given(options.learning_rate, scaled(2e-3, options.start_from))
-    usual = {"warmup": min(warmup, -(-steps // 5)), "schedule": "linear", "final_ratio": 0.0, "weight_decay": 0.01}
-    return settings_of(options, steps, learning_rate=rate, betas=(0.9, 0.98), **usual, **different)
+    rate = value_or(options.learning_rate, scaled(2e-3, options.start_from))
+    defaults = {"warmup": min(warmup, -(-steps // 5)), "schedule": "linear", "final_ratio": 0.0, "weight_decay": 0.01}
+    return settings_of(options, steps, learning_rate=rate, betas=(0.9, 0.98), **defaults, **different)
 
 
 def _source(options: TranslationOptions, task: TranslationTask, data: PairData) -> dict[str, Any]:
@@ -253,12 +253,12 @@ def _source(options: TranslationOptions, task: TranslationTask, data: PairData) 
 def _sampler(task: TranslationTask, model: nn.Module) -> Callable[[int], str]:
     """Return a function that translates the first held-out sentences that fit the model, by greedy decoding."""
     room: Any = model.config
-    shown = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]
+    sample_pairs = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]
 
     def sample(step: int) -> str:
-        sources = [source for source, _ in shown[:SAMPLES]]
+        sources = [source for source, _ in sample_pairs[:SAMPLES]]
         translations = translate_texts(model, task.tokenizer, sources, TranslationParams(beam=1), lambda text: [text])
-        rows = zip(shown, translations, strict=False)
-        return "\n".join(f"{source}\n  = {target}\n  > {made.text}" for (source, target), [made] in rows)
+        rows = zip(sample_pairs, translations, strict=False)
+        return "\n".join(f"{source}\n  = {target}\n  > {translation.text}" for (source, target), [translation] in rows)
 
     return sample

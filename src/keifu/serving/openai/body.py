@@ -39,7 +39,7 @@ class Body(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: Any) -> Any:
+    def _check_names(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         facts = current()
@@ -54,9 +54,9 @@ class Body(BaseModel):
             facts.ignored += [name] * changes
             if name in OF_STREAMS and value not in (None, 0, "0") and data.get("stream") in (None, False, "false"):
                 raise about("refused_field", name, f"{name} is for streams: give stream as true too, or leave it out.")
-            known = [field.alias or name for name, field in cls.model_fields.items()]
-            if name not in absent and name not in known and not (cls.allows_null and value is None):
-                raise about("unknown_field", name, str(unknown("field", name, known)))
+            field_names = [field.alias or name for name, field in cls.model_fields.items()]
+            if name not in absent and name not in field_names and not (cls.allows_null and value is None):
+                raise about("unknown_field", name, str(unknown("field", name, field_names)))
         dropped = {name for name, value in data.items() if cls.allows_null and value is None}
         return {name: value for name, value in data.items() if name not in absent.keys() | dropped}
 
@@ -64,9 +64,9 @@ class Body(BaseModel):
 async def read_form(request: Request, max_files: int) -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:
     """Return the fields of a form, and its files. A file has its field's name, its own name and its bytes."""
     async with request.form(max_files=max_files) as form:
-        given = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
-        files = [(n, v.filename or n, await v.read()) for n, v in given if isinstance(v, UploadFile)]
-    return {name: value for name, value in given if isinstance(value, str)}, files
+        fields = [(name.removesuffix("[]"), value) for name, value in form.multi_items()]
+        files = [(n, v.filename or n, await v.read()) for n, v in fields if isinstance(v, UploadFile)]
+    return {name: value for name, value in fields if isinstance(value, str)}, files
 
 
 def form_schema(body_class: type[BaseModel], *files: str) -> dict[str, Any]:

@@ -37,8 +37,8 @@ async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
 
 async def begin_from(models: ServedModels, fields: dict[str, Any], prefix: str) -> Answer:
     """Return the answer to a conversation in OpenAI's fields, translated from another protocol."""
-    given = {name: value for name, value in fields.items() if value is not None}
-    return await begin(models, ChatRequest.model_validate(given), prefix)
+    values = {name: value for name, value in fields.items() if value is not None}
+    return await begin(models, ChatRequest.model_validate(values), prefix)
 
 
 def thinking_options(about: Description, thinks: bool, field: str) -> dict[str, Any] | None:
@@ -126,8 +126,8 @@ def token_entries(answer: Answer, piece: Piece) -> list[dict[str, Any]]:
     def entry(token: int, value: float) -> dict[str, Any]:
         return {"token": token_text(tokenizer, token), "logprob": value, "bytes": [*token_bytes(tokenizer, token)]}
 
-    chosen = piece.token, piece.log_probability
+    sampled = piece.token, piece.log_probability
     top = list(piece.top_log_probabilities)
     if top and piece.token not in dict(top):
-        top.append(chosen)
-    return [{**entry(*chosen), "top_logprobs": [entry(*pair) for pair in top]}]
+        top.append(sampled)
+    return [{**entry(*sampled), "top_logprobs": [entry(*pair) for pair in top]}]

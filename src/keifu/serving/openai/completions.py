@@ -47,8 +47,8 @@ class CompletionChoice:
     def add(self, text: str, token: int, value: float | None, top: Any) -> None:
         """Add a token, and the text that it completes."""
         if self.top is not None:
-            chosen = [(token, value)] if self.top and value is not None else []  # it may not be one of the likeliest
-            both = dict(likeliest(self.tokenizer, [*top, *chosen])) if chosen else None
+            sampled = [(token, value)] if self.top and value is not None else []  # it may not be one of the likeliest
+            both = dict(likeliest(self.tokenizer, [*top, *sampled])) if sampled else None
             self.tokens.append((token_text(self.tokenizer, token), value, both, self.length))
         self.text += text
         self.length += len(text)
@@ -84,8 +84,8 @@ def _echo(choice: CompletionChoice, prompt: list[int], scores: LikeliestTokens |
     stream = choice.tokenizer.stream(skip_special=False)
     for position, token in enumerate(prompt):
         text = stream.push(token)
-        known = (scores.values[position - 1], scores.top[position - 1]) if scores and position else (None, ())
-        choice.add(text, token, *known)
+        scores_of_token = (scores.values[position - 1], scores.top[position - 1]) if scores and position else (None, ())
+        choice.add(text, token, *scores_of_token)
 
 
 async def _pieces(answer: Answer, body: CompletionRequest) -> AsyncGenerator[tuple[int, Piece], None]:

@@ -145,24 +145,24 @@ def _check_keywords(schema: Any, field: str) -> int:
     """Return the number of schemas in a schema. Raises `ApiError` for a keyword whose value has the wrong type."""
     if isinstance(schema, Mapping):
         for key in BY_NAME:
-            if not isinstance(named := schema.get(key, {}), Mapping):
-                raise invalid(f"The schema's {key} is {_shown(named)}: it must be an object of schemas.", field)
-            if len(named) > MOST_PROPERTIES:
-                text = f"An object of the schema has {len(named):,} {key}, of at most {MOST_PROPERTIES:,}."
+            if not isinstance(schemas := schema.get(key, {}), Mapping):
+                raise invalid(f"The schema's {key} is {_short(schemas)}: it must be an object of schemas.", field)
+            if len(schemas) > MOST_PROPERTIES:
+                text = f"An object of the schema has {len(schemas):,} {key}, of at most {MOST_PROPERTIES:,}."
                 raise invalid(text, field)
         for key in COMBINED:
             if not isinstance(schema.get(key, []), list):
-                raise invalid(f"The schema's {key} is {_shown(schema[key])}: it must be a list of schemas.", field)
+                raise invalid(f"The schema's {key} is {_short(schema[key])}: it must be a list of schemas.", field)
         for key in ("type", "required"):
             names = [schema[key]] if key == "type" and isinstance(schema.get(key), str) else schema.get(key, [])
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                raise invalid(f"The schema's {key} is {_shown(schema[key])}: it must be a list of names.", field)
+                raise invalid(f"The schema's {key} is {_short(schema[key])}: it must be a list of names.", field)
     elif not isinstance(schema, bool):
-        raise invalid(f"The schema has {_shown(schema)}, which must be a schema: an object, true or false.", field)
+        raise invalid(f"The schema has {_short(schema)}, which must be a schema: an object, true or false.", field)
     return 1 + sum(_check_keywords(part, field) for part in _inside(schema))
 
 
-def _shown(value: Any) -> str:
+def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
@@ -181,8 +181,8 @@ def _check_values(part: Any, field: str) -> None:
     elif isinstance(part, float) and not math.isfinite(part):
         raise invalid(f"The schema has the number {part}, which is not finite.", field)
     elif isinstance(part, int) and not -LARGEST_LITERAL <= part < LARGEST_LITERAL:
-        shown = f"{part:.6g}" if abs(part) < 10**300 else "beyond 1e300"
-        raise invalid(f"The schema has the number {shown}, of more than 64 bits.", field)
+        number = f"{part:.6g}" if abs(part) < 10**300 else "beyond 1e300"
+        raise invalid(f"The schema has the number {number}, of more than 64 bits.", field)
 
 
 def _has_mixed_parts(schema: Any) -> bool:
@@ -212,10 +212,14 @@ def narrowed(schema: Any, open_parts: bool) -> Any:
             result[key] = [narrowed(part, open_parts) for part in result[key]]
         elif key in result:
             result[key] = narrowed(result[key], open_parts)
-    known = result.get("properties")
-    if isinstance(known, Mapping) and not open_parts and not {"patternProperties", "additionalProperties"} & {*result}:
+    properties = result.get("properties")
+    if (
+        isinstance(properties, Mapping)
+        and not open_parts
+        and not {"patternProperties", "additionalProperties"} & {*result}
+    ):
         required = result.get("required")
-        if not isinstance(required, list) or all(name in known for name in required):
+        if not isinstance(required, list) or all(name in properties for name in required):
             result["additionalProperties"] = False
     return result if LIMITED & {*result} else result | _bounds(result)
 
@@ -231,13 +235,13 @@ def _bounds(schema: Mapping[str, Any]) -> dict[str, Any]:
             bounds["maxLength"] = max(MOST_CHARACTERS, schema["minLength"])
     if {"integer", "number"} & {*filter(None, kinds)}:
         limits = [schema.get(key) for key in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")]
-        given = [limit for limit in limits if isinstance(limit, int | float)]
-        if all(abs(limit) <= MOST_INTEGER for limit in given):
+        numbers = [limit for limit in limits if isinstance(limit, int | float)]
+        if all(abs(limit) <= MOST_INTEGER for limit in numbers):
             bounds |= {} if {"minimum", "exclusiveMinimum"} & {*schema} else {"minimum": -MOST_INTEGER}
             bounds |= {} if {"maximum", "exclusiveMaximum"} & {*schema} else {"maximum": MOST_INTEGER}
-        if "number" in kinds and "multipleOf" not in schema and all(limit == int(limit) for limit in given):
+        if "number" in kinds and "multipleOf" not in schema and all(limit == int(limit) for limit in numbers):
             bounds["multipleOf"] = SMALLEST_STEP
     if "array" in kinds and "maxItems" not in schema:
-        asked = schema.get("minItems", 0), len(schema.get("prefixItems") or ())
-        bounds["maxItems"] = max(MOST_ITEMS, *(count for count in asked if isinstance(count, int)))
+        least_counts = schema.get("minItems", 0), len(schema.get("prefixItems") or ())
+        bounds["maxItems"] = max(MOST_ITEMS, *(count for count in least_counts if isinstance(count, int)))
     return bounds

@@ -89,10 +89,10 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         """Numbers of tokens so far. cached: tokens of the prompts that had been computed before. accepted and rejected:
         right and wrong guesses of speculative decoding."""
-        written = self.completion_tokens
+        completion_tokens = self.completion_tokens
         cached = {"cached_tokens": sum(request.cached for request in self.requests[:: self.choices])}
-        total = self.prompt_tokens + written
-        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": written, "total_tokens": total}
+        total = self.prompt_tokens + completion_tokens
+        counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
         accepted = sum(request.accepted for request in self.requests)
         rejected = sum(request.guessed for request in self.requests) - accepted
         details = {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
@@ -154,11 +154,11 @@ async def prepare(
         tools: the functions that the answer may call, if any.
     """
     description = models.find(body.model, use)
-    pool, left = LARGE_POOL if schema or tools or current().size > LARGE else SMALL_POOL, threading.Event()
+    pool, client_left = LARGE_POOL if schema or tools or current().size > LARGE else SMALL_POOL, threading.Event()
     try:
         sampling = sampling_for(description.tokenizer, body.options(), ANSWER_TOKENS).seeded()
         in_channels = use == "chat" and speaks_harmony(description.tokenizer)
-        work = partial(_requests, description, body, sampling, prompts, schema, tools, in_channels, left)
+        work = partial(_requests, description, body, sampling, prompts, schema, tools, in_channels, client_left)
         async with asyncio.timeout(PREPARE_SECONDS):
             requests = await asyncio.get_running_loop().run_in_executor(pool, work)
         return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools, in_channels)
@@ -168,7 +168,7 @@ async def prepare(
     except UserError as error:
         raise of_exception(error, tuple(type(body).model_fields)) from error
     finally:
-        left.set()
+        client_left.set()
 
 
 async def prepare_chat(
@@ -213,12 +213,15 @@ def chat_prompts(
 
 def _requests(
     description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any,
-    tools: ToolUse | None, in_channels: bool, left: threading.Event,
+    tools: ToolUse | None, in_channels: bool, client_left: threading.Event,
 ) -> list[Request]:  # fmt: skip
-    """Return the requests of all prompts and choices, each with a different seed. left: set if nobody waits for it."""
+    """Return the requests of all prompts and choices, each with a different seed.
+
+    client_left: set if nobody waits for it.
+    """
 
     def go_on() -> None:
-        if left.is_set():
+        if client_left.is_set():
             raise ApiError(499, "The client has left.")
 
     tokenizer, config = description.tokenizer, description.config
@@ -226,17 +229,22 @@ def _requests(
     go_on()
     grammar = answer_grammar(tokenizer, tools, schema, in_channels)
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
-    shown = tool_format(tokenizer).special(tokenizer).values() if tools or in_channels else ()
+    visible_tokens = tool_format(tokenizer).special(tokenizer).values() if tools or in_channels else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
-    given = [InsertedImages(prompt, config) if isinstance(prompt, ImagePrompt) else prompt for prompt in ids]
-    pairs = [(prompt.tokens, prompt) if isinstance(prompt, InsertedImages) else (prompt, None) for prompt in given]
+    prompts_with_images = [
+        InsertedImages(prompt, config) if isinstance(prompt, ImagePrompt) else prompt for prompt in ids
+    ]
+    pairs = [
+        (prompt.tokens, prompt) if isinstance(prompt, InsertedImages) else (prompt, None)
+        for prompt in prompts_with_images
+    ]
     limits, settings = (config.vocab_size, config.context_length), [replace(sampling, seed=seed) for seed in seeds]
     requests = []
     for tokens, images in pairs:
         for setting in settings:
             go_on()
             try:
-                requests.append(Request(tokens, setting, tokenizer, *limits, constraint(), shown, images))
+                requests.append(Request(tokens, setting, tokenizer, *limits, constraint(), visible_tokens, images))
             except UserError as error:
                 if len(tokens) < config.context_length:
                     raise

@@ -87,11 +87,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     """Add the routes for these models."""
     fingerprints: dict[str, str] = {}
 
-    async def drawn(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
+    async def draw_pictures(body: ImageGenerationRequest, files: Files, show: Show = lambda *_: None) -> dict[str, Any]:
         work = partial(_draw_all, body=body, files=files, fingerprints=fingerprints, show=show)
         data = await models.worker(body.model).call(work)
         if body.response_format == "url":
-            data = [{"url": f"data:image/png;base64,{made['b64_json']}", "seed": made["seed"]} for made in data]
+            data = [{"url": f"data:image/png;base64,{entry['b64_json']}", "seed": entry["seed"]} for entry in data]
         return {"created": int(time.time()), "data": data}
 
     async def answer(body: ImageGenerationRequest, files: Files, event_name: str) -> Response:
@@ -99,16 +99,18 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         if body.sampler is not None and body.sampler not in SAMPLERS:
             raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         if body.stream:
-            return EventStream(_events(partial(drawn, body, files), event_name), models.limits.timeout, named=True)
-        return json_response(await drawn(body, files))
+            return EventStream(
+                _events(partial(drawn, body, files), event_name), models.limits.timeout, names_events=True
+            )
+        return json_response(await draw_pictures(body, files))
 
     @app.post("/v1/images/generations", summary="Draw pictures", tags=["pictures"], responses=STREAM)
     async def generations(body: ImageGenerationRequest) -> Response:
         return await answer(body, {}, "image_generation")
 
-    more: Any = {"responses": STREAM, "openapi_extra": form_schema(ImageEditRequest, "image", "mask")}
+    form_options: Any = {"responses": STREAM, "openapi_extra": form_schema(ImageEditRequest, "image", "mask")}
 
-    @app.post("/v1/images/edits", summary="Draw on a picture", tags=["pictures"], **more)
+    @app.post("/v1/images/edits", summary="Draw on a picture", tags=["pictures"], **form_options)
     async def edits(request: Request) -> Response:
         fields, sent = await read_form(request, max_files=2)
         body = ImageEditRequest.model_validate_strings(fields, strict=False)
@@ -131,8 +133,8 @@ async def _events(work: Callable[[Show], Any], event_name: str) -> AsyncGenerato
         while (event := await out.get()) is not None:
             yield event
         result = await task
-        for number, made in enumerate(result["data"]):
-            yield {"type": f"{event_name}.completed", "index": number, "created_at": result["created"], **made}
+        for number, entry in enumerate(result["data"]):
+            yield {"type": f"{event_name}.completed", "index": number, "created_at": result["created"], **entry}
     finally:
         task.cancel()
 
@@ -147,21 +149,21 @@ def _draw_all(
     """
     pipeline = image_pipeline(model, lambda: tokenizer)
     with TemporaryDirectory() as folder:
-        given = {name: _written(Path(folder) / name, *file) for name, file in files.items()}
+        input_files = {name: _write_input(Path(folder) / name, *file) for name, file in files.items()}
         try:
-            asked = _request(pipeline, body, given)
-            _check_sides(model.config.size, asked.sides())
-            wanted = pipeline.resolved(asked)
+            request_given = _request(pipeline, body, input_files)
+            _check_sides(model.config.size, request_given.sides())
+            request = pipeline.resolved(request_given)
         except UserError as error:  # report files by the field names that the client used
             text = str(error).replace(f"{folder}/", "").replace("(see --label)", "and give a class as label")
             raise UserError(text) from error
         if body.model not in fingerprints:
             fingerprints[body.model] = pipeline.fingerprint()
         count, device = body.n or 1, next(model.parameters()).device.type
-        record = ImageRecord(body.model, fingerprints[body.model], wanted, count, 1, 0, device=device)
+        record = ImageRecord(body.model, fingerprints[body.model], request, count, 1, 0, device=device)
         names = {ROLES[name]: file[0] for name, file in files.items()}
-        shown = body.partial_images or 0 if body.stream else 0
-        return [_draw(pipeline, replace(record, number=n), names, shown, go_on, show) for n in range(count)]
+        n_partial = body.partial_images or 0 if body.stream else 0
+        return [_draw(pipeline, replace(record, number=n), names, n_partial, go_on, show) for n in range(count)]
 
 
 def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
@@ -172,11 +174,13 @@ def _check_sides(trained: Any, sides: tuple[int, int] | None) -> None:
     """
     height, width = trained if isinstance(trained, tuple) else (trained or 256,) * 2
     if sides is not None and math.prod(sides) > 16 * height * width:
-        seen, most = f"{sides[1]}x{sides[0]}", f"{4 * width}x{4 * height}"
-        raise ApiError(400, f"size is {seen}, and this model draws no more than {most} here: ask for less.", "size")
+        size_text, most = f"{sides[1]}x{sides[0]}", f"{4 * width}x{4 * height}"
+        raise ApiError(
+            400, f"size is {size_text}, and this model draws no more than {most} here: ask for less.", "size"
+        )
 
 
-def _written(path: Path, name: str, data: bytes) -> InputImage:
+def _write_input(path: Path, name: str, data: bytes) -> InputImage:
     """Check a file of the request and write it to disk. The transparent part of a mask is generated, as in OpenAI's
     API."""
     read_image(data, name, PICTURE_BYTES)
@@ -217,22 +221,22 @@ def _draw(
 
     names: input files by role. count: number of states that are shown.
     """
-    number, steps, done, shown = record.number or 0, max(1, record.drawing.taken), 0, 0
+    number, steps, done, n_shown = record.number or 0, max(1, record.drawing.taken), 0, 0
     count = min(count, steps)
 
     def watch(state: SamplerStep) -> None:
-        nonlocal done, shown
+        nonlocal done, n_shown
         go_on()
         done += 1
-        if done * count // steps > shown:
+        if done * count // steps > n_shown:
             x = state.x if pipeline.pixels else state.x[:, :3] / state.x[:, :3].abs().amax()
-            show(number, shown, to_bytes(x)[0].cpu())
-            shown = done * count // steps
+            show(number, n_shown, to_bytes(x)[0].cpu())
+            n_shown = done * count // steps
 
     seed = (record.drawing.seed or 0) + number
     picture: Tensor = pipeline.draw(record.drawing, [seed], watch)[0]
-    own = {role: replace(vars(record.drawing)[role], place=name) for role, name in names.items()}
-    described = replace(record, drawing=replace(record.drawing, **own))
+    named_files = {role: replace(vars(record.drawing)[role], place=name) for role, name in names.items()}
+    described = replace(record, drawing=replace(record.drawing, **named_files))
     return {"b64_json": _encoded(picture, described.texts()), "seed": seed}
 
 

@@ -25,13 +25,13 @@ def open_images(messages: Sequence[Mapping[str, Any]], folder: Path | None) -> l
     """
     if (count := sum(len(message.get("images", ())) for message in messages)) > MOST_IMAGES:
         raise UserError(f"The messages have {count} pictures, and at most {MOST_IMAGES} are read: send fewer.")
-    left, number, opened = PICTURE_BYTES, 0, []
+    remaining_bytes, number, opened = PICTURE_BYTES, 0, []
     for message in messages:
         images: list[Image.Image] = []
         for url in message.get("images", ()):
             number += 1
-            images.append(read_image(_file(url, folder), f"Picture {number}", left).image)
-            left -= 4 * images[-1].width * images[-1].height
+            images.append(read_image(_file(url, folder), f"Picture {number}", remaining_bytes).image)
+            remaining_bytes -= 4 * images[-1].width * images[-1].height
         opened.append({**message, "images": images} if images else dict(message))
     return opened
 
@@ -52,6 +52,6 @@ def _file(url: str, folder: Path | None) -> Path | bytes:
             if path.is_relative_to(folder.resolve()) and path.is_file():
                 return path
         raise UserError(f"image_url is {url[:SHOWN]!r}, which is not a file in the folder that this server permits.")
-    known = "this server reads data URLs (data:image/png;base64,...) alone"
-    others = "it fetches nothing from the network, and reads files only from the folder of --pictures"
-    raise UserError(f"image_url is {url[:SHOWN]!r}, and {known}: {others}.")
+    accepted = "this server reads data URLs (data:image/png;base64,...) alone"
+    restriction = "it fetches nothing from the network, and reads files only from the folder of --pictures"
+    raise UserError(f"image_url is {url[:SHOWN]!r}, and {accepted}: {restriction}.")

@@ -52,8 +52,8 @@ class StoredResponses:
         return [self._item(item.id) if isinstance(item, ReferenceItem) else item for item in items]
 
     def _item(self, name: str) -> Any:
-        found = ITEM_ID.fullmatch(name)
-        output = self.find(f"resp_{found[1]}")[0]["output"] if found and f"resp_{found[1]}" in self.entries else []
+        match = ITEM_ID.fullmatch(name)
+        output = self.find(f"resp_{match[1]}")[0]["output"] if match and f"resp_{match[1]}" in self.entries else []
         for item in output:
             if item["id"] == name:
                 return ITEMS[item["type"]].model_validate(item)
@@ -81,7 +81,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
         answer = await prepare_chat(models, body, [*first, *messages], "resp_", body.schema)
         turn = Turn(answer, body, messages, None if body.store is False else stored)
         if body.stream:
-            return EventStream(turn.events(), models.limits.timeout, named=True)
+            return EventStream(turn.events(), models.limits.timeout, names_events=True)
         return json_response(await turn.response())
 
     @app.get("/v1/responses/{name}", summary="A response that was stored", tags=["text"])
@@ -141,8 +141,8 @@ class Turn:
         if not self.output or part.name or self.output[-1]["type"] != item_type:
             yield from self._end("completed")
             index = len(self.output)
-            made = _thoughts if item_type == "reasoning" else _message
-            self.output.append(self._call(index, part) if part.name else made(index, self.answer.id))
+            make_item = _thoughts if item_type == "reasoning" else _message
+            self.output.append(self._call(index, part) if part.name else make_item(index, self.answer.id))
             item = {**self.output[-1], "content": []} if not part.name else self.output[-1]
             yield {"type": "response.output_item.added", "output_index": index, "item": dict(item)}
             if not part.name:
@@ -151,8 +151,10 @@ class Turn:
         item = self.output[-1]
         if part.content:
             item["content"][0]["text"] += part.content
-            more = {"content_index": 0, "delta": part.content} | ({} if item_type == "reasoning" else {"logprobs": []})
-            yield {"type": f"response.{item['content'][0]['type']}.delta", **self._place(), **more}
+            delta_fields = {"content_index": 0, "delta": part.content} | (
+                {} if item_type == "reasoning" else {"logprobs": []}
+            )
+            yield {"type": f"response.{item['content'][0]['type']}.delta", **self._place(), **delta_fields}
         if part.arguments:
             item["arguments"] += part.arguments
             yield {"type": "response.function_call_arguments.delta", **self._place(), "delta": part.arguments}
@@ -199,14 +201,14 @@ class Turn:
         sampling = answer.requests[0].sampling
         parallel = answer.tools.parallel if answer.tools else body.parallel_tool_calls is not False
         tools = [{"strict": True, **tool.model_dump(exclude_none=True)} for tool in body.tools or ()]
-        asked = {
+        request_fields = {
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "user": body.user,
             "metadata": body.metadata or {}, "parallel_tool_calls": parallel,
             "previous_response_id": body.previous_response_id, "text": {"format": body.form}, "tools": tools,
             "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto", "truncation": "disabled",
         }  # fmt: skip
         return {
-            **asked, "id": answer.id, "object": "response", "created_at": answer.created, "status": status,
+            **request_fields, "id": answer.id, "object": "response", "created_at": answer.created, "status": status,
             "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": answer.description.name, "output": [] if going else self.output, "seed": answer.seed,
             "store": self.stored is not None, "temperature": sampling.temperature, "top_p": sampling.top_p,
@@ -229,7 +231,7 @@ def _thoughts(index: int, name: str) -> dict[str, Any]:
 
 
 def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    read = {"input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"]}
+    input_usage = {"input_tokens": usage["prompt_tokens"], "input_tokens_details": usage["prompt_tokens_details"]}
     details = {"reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]}
-    written = {"output_tokens": usage["completion_tokens"], "output_tokens_details": details}
-    return {**read, **written, "total_tokens": usage["total_tokens"]}
+    output_usage = {"output_tokens": usage["completion_tokens"], "output_tokens_details": details}
+    return {**input_usage, **output_usage, "total_tokens": usage["total_tokens"]}

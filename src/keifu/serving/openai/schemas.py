@@ -221,13 +221,13 @@ class FlatAllowedTools(Body):
 
 def some_of(functions: Sequence[Function], names: Sequence[str]) -> list[Function]:
     """Return the functions of these names. Raises `ValueError` for an unknown name."""
-    known = {function.name: function for function in functions}
+    by_name = {function.name: function for function in functions}
     for name in names:
-        if name not in known:
+        if name not in by_name:
             raise ValueError(
-                f"tool_choice allows a function that is none of the tools. {unknown('function', name, known)}"
+                f"tool_choice allows a function that is none of the tools. {unknown('function', name, by_name)}"
             )
-    return [known[name] for name in dict.fromkeys(names)]
+    return [by_name[name] for name in dict.fromkeys(names)]
 
 
 def tool_use(functions: Sequence[Function], choice: Any, name: str | None, parallel: bool | None) -> ToolUse | None:
@@ -239,14 +239,16 @@ def tool_use(functions: Sequence[Function], choice: Any, name: str | None, paral
         name: the name of the function that must be called, if any.
         parallel: the field parallel_tool_calls. Unset, an answer that must call has one call.
     """
-    known = [function.name for function in functions]
-    if len(set(known)) < len(known):
+    names_of_functions = [function.name for function in functions]
+    if len(set(names_of_functions)) < len(names_of_functions):
         raise ValueError("tools has two functions of one name")
-    if name is not None and name not in known:
-        raise ValueError(f"tool_choice names a function that is none of the tools. {unknown('function', name, known)}")
-    if choice == "required" and not known:
+    if name is not None and name not in names_of_functions:
+        raise ValueError(
+            f"tool_choice names a function that is none of the tools. {unknown('function', name, names_of_functions)}"
+        )
+    if choice == "required" and not names_of_functions:
         raise ValueError("tool_choice is required, and there are no tools")
-    if not known or choice == "none":
+    if not names_of_functions or choice == "none":
         return None
     described = [function.model_dump(exclude_none=True, exclude={"strict", "type"}) for function in functions]
     if parallel is None:  # a small model repeats a call that it may repeat
@@ -433,10 +435,10 @@ class ResponseRequest(Sampling):
     @property
     def form(self) -> dict[str, Any]:
         """Format of the text, as it is repeated in the response."""
-        given = self.text and self.text.format
-        if given and given.type == "json_schema":
-            return given.model_dump(by_alias=True)
-        return {"type": given.type if given else "text"}
+        text_format = self.text and self.text.format
+        if text_format and text_format.type == "json_schema":
+            return text_format.model_dump(by_alias=True)
+        return {"type": text_format.type if text_format else "text"}
 
 
 class CompletionRequest(Sampling):
@@ -461,5 +463,5 @@ class CompletionRequest(Sampling):
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts as a list."""
-        given: Any = self.prompt
-        return [*given] if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+        prompt: Any = self.prompt
+        return [*prompt] if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]

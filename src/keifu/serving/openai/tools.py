@@ -71,8 +71,8 @@ class ToolFormat:
     def special(self, tokenizer: Tokenizer) -> dict[str, int]:
         """Return the special tokens in the format with their ids."""
         marks = self.notation.marks if self.notation else ""
-        whole = "\n".join((self.opening, self.middle, self.between or "", self.closing, marks, *self.marks))
-        return {word: token for token in tokenizer.special_ids if (word := _token(tokenizer, token)) in whole}
+        all_marks = "\n".join((self.opening, self.middle, self.between or "", self.closing, marks, *self.marks))
+        return {word: token for token in tokenizer.special_ids if (word := _token(tokenizer, token)) in all_marks}
 
 
 HERMES = ToolFormat(
@@ -107,17 +107,17 @@ def _rendered(
     tokenizer: Tokenizer, names: Sequence[str], objects: bool, arguments: Callable[[str], dict[str, str]]
 ) -> str | None:
     """Return a turn of calls to these functions as the template renders it; None if it shows no functions."""
-    asked = [{"role": "user", "content": "x"}]
+    question = [{"role": "user", "content": "x"}]
     calls = [_call(name, json.dumps(arguments(name)), "000000000") for name in names]  # Mistral needs nine digits
     results = [{"role": "tool", "name": c["function"]["name"], "tool_call_id": c["id"], "content": "y"} for c in calls]
     turn = {"role": "assistant", "content": "", "tool_calls": calls}
     tools = [{"type": "function", "function": {"name": name, "description": "", "parameters": {}}} for name in names]
-    prompt = THOUGHT.sub("", tokenizer.chat_text(asked, tools=tools))
-    turns = [*asked, turn, *results]
-    whole = tokenizer.chat_text(with_objects(turns) if objects else turns, tools=tools)
-    if names[0] not in prompt or not whole.startswith(prompt):
+    prompt = THOUGHT.sub("", tokenizer.chat_text(question, tools=tools))
+    turns = [*question, turn, *results]
+    full_text = tokenizer.chat_text(with_objects(turns) if objects else turns, tools=tools)
+    if names[0] not in prompt or not full_text.startswith(prompt):
         return None
-    return THOUGHTLESS.sub("", whole[len(prompt) :])
+    return THOUGHTLESS.sub("", full_text[len(prompt) :])
 
 
 def _json_format(tokenizer: Tokenizer, names: Sequence[str], objects: bool) -> ToolFormat | None:
@@ -198,10 +198,14 @@ def render(
         if messages[-1].get("images"):
             raise UserError("The answer to be continued has a picture, and a model writes text alone: leave it out.")
         begun = render(tokenizer, messages[:-1], functions, config, **options)
-        more = tokenizer.encode(messages[-1]["content"])
+        final_tokens = tokenizer.encode(messages[-1]["content"])
         if speaks_harmony(tokenizer):
-            more = tokenizer.encode(harmony.marked_final(""), allow_special=True) + more
-        return begun._replace(tokens=[*begun.tokens, *more]) if isinstance(begun, ImagePrompt) else begun + more
+            final_tokens = tokenizer.encode(harmony.marked_final(""), allow_special=True) + final_tokens
+        return (
+            begun._replace(tokens=[*begun.tokens, *final_tokens])
+            if isinstance(begun, ImagePrompt)
+            else begun + final_tokens
+        )
     if not functions and not any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
         return prompts.render(tokenizer, messages, config, **options)
     if any(message.get("images") for message in messages):
@@ -264,12 +268,12 @@ class ToolUse:
 
         able = [function for function in self.functions if self.choice in ("auto", "required", function["name"])]
         calls = [f"{literal(function['name'] + form.middle)} a{index}" for index, function in enumerate(able)]
-        more = f"({literal(form.between)} call)*" if self.parallel and form.between else ""
+        further_calls = f"({literal(form.between)} call)*" if self.parallel and form.between else ""
         start = self._start(form, tokenizer, literal, schema)
-        rules = [f"call: {' | '.join(calls)}", f"calls: call {more} {literal(form.closing)}"]
-        given = [tool.get("parameters") or {} for tool in able]
+        rules = [f"call: {' | '.join(calls)}", f"calls: call {further_calls} {literal(form.closing)}"]
+        parameter_schemas = [tool.get("parameters") or {} for tool in able]
         empty = {"type": "object", "properties": {}}
-        schemas = [part if {"$ref", *COMBINED} & part.keys() else {**empty, **part} for part in given]
+        schemas = [part if {"$ref", *COMBINED} & part.keys() else {**empty, **part} for part in parameter_schemas]
         for index, parameters in enumerate(checked(schemas, "tools")):
             if form.notation:
                 rules += form.notation.rules(f"a{index}", parameters, literal)
@@ -288,9 +292,9 @@ class ToolUse:
             text = f"text: %json {json.dumps(narrow | {'x-guidance': LAYOUT})}"
             return [f"start: text | {literal(form.opening)} calls", text]
         trigger = form.trigger(tokenizer)
-        rest = literal(form.opening[len(trigger) :])
+        trigger_end = literal(form.opening[len(trigger) :])
         before = "lead: TEXT" if trigger in form.special(tokenizer) else "lead[lazy]: /(.|\\n)*/"
-        return [f"start: TEXT | lead {rest} calls", "TEXT: /(.|\\n)*/", f"{before} {literal(trigger)}"]
+        return [f"start: TEXT | lead {trigger_end} calls", "TEXT: /(.|\\n)*/", f"{before} {literal(trigger)}"]
 
     def _in_channels(self, literal: Any, schema: Any) -> list[str]:
         """Return the rules of an answer of gpt-oss: any thoughts and announcements, then the text or a call."""
@@ -347,7 +351,7 @@ class Reply:
     reasoning_tokens: int = 0
     finish_reason: str = "length"
     functions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    _held: str = ""
+    _pending_text: str = ""
     _opened: str = ""
     _state: str = "text"
 
@@ -366,11 +370,11 @@ class Reply:
         if self.form is None:
             self.text += text
             return [Delta(text)] if text else []
-        self._held += text
+        self._pending_text += text
         steps = iter(partial(self._next, self.form, last), None)
         deltas = [step for step in steps if any((step.content, step.name, step.arguments))]
         if last and self._state == "name":  # a call that has not come to its arguments is text
-            deltas.append(Delta(self._opened + self._cut(len(self._held), "after").content))
+            deltas.append(Delta(self._opened + self._cut(len(self._pending_text), "after").content))
         self.text += "".join(delta.content for delta in deltas)
         return deltas
 
@@ -384,7 +388,7 @@ class Reply:
             self._state = "after"
             return Delta(call=len(self.calls) - 1, arguments=self.calls[-1]["function"]["arguments"])
         if self._state == "name":
-            name, middle, _ = self._held.partition(form.middle)
+            name, middle, _ = self._pending_text.partition(form.middle)
             if not middle:
                 return None
             self._cut(len(name + middle), "arguments")
@@ -393,7 +397,7 @@ class Reply:
         if self._state == "arguments":
             return self._arguments()
         between = form.between or form.closing
-        if self._state == "after" and form.between and self._held.startswith(between):
+        if self._state == "after" and form.between and self._pending_text.startswith(between):
             self._opened = self._cut(len(between), "name").content
             return Delta()
         return None
@@ -401,7 +405,9 @@ class Reply:
     def _tagged(self, form: ToolFormat, notation: Tagged | UnquotedObject) -> Delta | None:
         """Return the name of a call with tagged arguments, once the whole call has come. Its arguments come next."""
         ends = [end for end in (form.closing, form.between) if end]
-        call = next(filter(None, (notation.read(self._held, form.middle, end, self.functions) for end in ends)), None)
+        call = next(
+            filter(None, (notation.read(self._pending_text, form.middle, end, self.functions) for end in ends)), None
+        )
         if call is None:
             return None
         self._cut(call.length, "whole")
@@ -409,28 +415,34 @@ class Reply:
         return Delta(call=len(self.calls) - 1, name=call.name)
 
     def _plain(self, form: ToolFormat, last: bool) -> Delta | None:
-        start = self._held.find(self.trigger)
+        start = self._pending_text.find(self.trigger)
         if start >= 0:
-            if not last and form.opening.startswith(self._held[start:]) and self._held[start:] != form.opening:
+            if (
+                not last
+                and form.opening.startswith(self._pending_text[start:])
+                and self._pending_text[start:] != form.opening
+            ):
                 return None if not start else self._cut(start, "text")
-            if not self._held.startswith(form.opening, start):  # the trigger was text
+            if not self._pending_text.startswith(form.opening, start):  # the trigger was text
                 return self._cut(start + len(self.trigger), "text")
-            delta = Delta(self._held[:start])
+            delta = Delta(self._pending_text[:start])
             self._opened = self._cut(start + len(form.opening), "name").content[start:]
             return delta
-        most = min(len(self._held), len(self.trigger) - 1)
-        ends = (n for n in range(most, 0, -1) if self._held.endswith(self.trigger[:n]))
-        kept = 0 if last else next(ends, 0)  # it may become the trigger
-        return self._cut(len(self._held) - kept, "text") if len(self._held) > kept else None
+        most = min(len(self._pending_text), len(self.trigger) - 1)
+        ends = (n for n in range(most, 0, -1) if self._pending_text.endswith(self.trigger[:n]))
+        held_length = 0 if last else next(ends, 0)  # it may become the trigger
+        return (
+            self._cut(len(self._pending_text) - held_length, "text") if len(self._pending_text) > held_length else None
+        )
 
     def _arguments(self) -> Delta | None:
         """Return the new part of the arguments. They end where their JSON ends."""
-        if not self._held:
+        if not self._pending_text:
             return None
-        call, length, state = self.calls[-1]["function"], len(self._held), "arguments"
-        if "}" in self._held:
+        call, length, state = self.calls[-1]["function"], len(self._pending_text), "arguments"
+        if "}" in self._pending_text:
             with suppress(ValueError, RecursionError):  # more is needed, or it is nested too deeply to be read
-                _, end = JSON.raw_decode(call["arguments"] + self._held)
+                _, end = JSON.raw_decode(call["arguments"] + self._pending_text)
                 length, state = end - len(call["arguments"]), "after"
         part = self._cut(length, state).content
         call["arguments"] += part
@@ -438,7 +450,7 @@ class Reply:
 
     def _cut(self, length: int, state: str) -> Delta:
         """Remove `length` characters from the waiting text and return them as a delta; in the state text, unchanged."""
-        text, self._held, self._state = self._held[:length], self._held[length:], state
+        text, self._pending_text, self._state = self._pending_text[:length], self._pending_text[length:], state
         return Delta(text)
 
 

@@ -43,24 +43,24 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             raise ApiError(400, "The form has no file: send the sound as file.", "file", "missing_field")
         body = TranscriptionRequest.model_validate_strings(fields, strict=False)
         [(_, name, data)] = files
-        wanted = TranscriptionParams(body.language or None, task, body.beams, prompt=body.prompt)
+        settings = TranscriptionParams(body.language or None, task, body.beams, prompt=body.prompt)
         worker = models.worker(models.find(body.model, "transcription").name)
 
         def work(model: nn.Module, tokenizer: Any, go_on: GoOn) -> Transcript:
-            return transcribe(model, tokenizer, read_sound(data, SECONDS, name, go_on), wanted, go_on)
+            return transcribe(model, tokenizer, read_sound(data, SECONDS, name, go_on), settings, go_on)
 
         done = await worker.call(work)
         if body.response_format in FORMATS:
             return PlainTextResponse(FORMATS[body.response_format](done))
         return json_response({"text": done.text} | (_verbose(done, task) if body.response_format != "json" else {}))
 
-    more: Any = {"tags": ["sound"], "openapi_extra": form_schema(TranscriptionRequest, "file")}
+    form_options: Any = {"tags": ["sound"], "openapi_extra": form_schema(TranscriptionRequest, "file")}
 
-    @app.post("/v1/audio/transcriptions", summary="Transcribe speech", **more)
+    @app.post("/v1/audio/transcriptions", summary="Transcribe speech", **form_options)
     async def transcriptions(request: Request) -> Response:
         return await answer(request, "transcribe")
 
-    @app.post("/v1/audio/translations", summary="Translate speech into English", **more)
+    @app.post("/v1/audio/translations", summary="Translate speech into English", **form_options)
     async def translations(request: Request) -> Response:
         return await answer(request, "translate")
 

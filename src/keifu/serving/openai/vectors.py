@@ -57,8 +57,8 @@ class EmbeddingRequest(Body):
     @property
     def inputs(self) -> list[str] | list[list[int]]:
         """Texts or ids, as a list."""
-        given: Any = [self.input] if isinstance(self.input, str) else self.input
-        return [given] if isinstance(given[0], int) else given
+        inputs: Any = [self.input] if isinstance(self.input, str) else self.input
+        return [inputs] if isinstance(inputs[0], int) else inputs
 
 
 class RerankRequest(Body):

@@ -84,13 +84,13 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     async def messages(body: MessagesRequest) -> Response:
         answer = await begin_from(models, _fields(body) | {"chat_template_kwargs": _options(body, models)}, "msg_")
         if body.stream:
-            return EventStream(_events(answer), models.limits.timeout, named=True)
+            return EventStream(_events(answer), models.limits.timeout, names_events=True)
         return json_response(await _message(answer))
 
     @app.post("/v1/messages/count_tokens", summary="Tokens of a conversation (Anthropic)", tags=["other clients"])
     async def count(body: CountRequest) -> Response:
-        given = {name: value for name, value in _fields(body).items() if value is not None}
-        request = ChatRequest.model_validate(given | {"chat_template_kwargs": _options(body, models)})
+        values = {name: value for name, value in _fields(body).items() if value is not None}
+        request = ChatRequest.model_validate(values | {"chat_template_kwargs": _options(body, models)})
         messages = [message.plain() for message in request.messages]
         return json_response({"input_tokens": await count_tokens(models, request, messages)})
 
@@ -107,19 +107,19 @@ def _fields(body: CountRequest) -> dict[str, Any]:
     turns = [{"role": "system", "content": _text(body.system)}] if body.system else []
     turns += [turn for message in body.messages for turn in _turns(message)]
     same = ("model", "max_tokens", "temperature", "top_k", "top_p")
-    kept = {name: value for name, value in vars(body).items() if name in same}
+    shared_fields = {name: value for name, value in vars(body).items() if name in same}
     tools = [_function(tool) for tool in body.tools or ()]
     form = body.output_config and body.output_config.format
-    given = body.tool_choice or {}
-    choice: Any = CHOICES.get(given.get("type", ""), given.get("type"))
+    tool_choice = body.tool_choice or {}
+    choice: Any = CHOICES.get(tool_choice.get("type", ""), tool_choice.get("type"))
     if choice == "tool":
-        choice = {"type": "function", "function": {"name": given.get("name")}}
-    return kept | {
+        choice = {"type": "function", "function": {"name": tool_choice.get("name")}}
+    return shared_fields | {
         "messages": turns,
         "stop": vars(body).get("stop_sequences") or None,
         "tools": [{"type": "function", "function": tool} for tool in tools] or None,
         "tool_choice": choice if tools else None,
-        "parallel_tool_calls": False if given.get("disable_parallel_tool_use") else None,
+        "parallel_tool_calls": False if tool_choice.get("disable_parallel_tool_use") else None,
         "response_format": form
         and {"type": "json_schema", "json_schema": {"name": "output_config", "schema": form.schema_}},
     }
@@ -148,7 +148,7 @@ def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
     if isinstance(turn.content, str):
         yield {"role": turn.role, "content": turn.content}
         return
-    calls, rest, thoughts = [], [], ""
+    calls, blocks, thoughts = [], [], ""
     for block in turn.content:
         if block.get("type") == "thinking":
             thoughts += str(block.get("thinking", ""))
@@ -159,12 +159,12 @@ def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input"))}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif block.get("type") == "image":
-            rest.append({"type": "image_url", "image_url": {"url": _url(block.get("source"))}})
+            blocks.append({"type": "image_url", "image_url": {"url": _url(block.get("source"))}})
         else:
-            rest.append({name: value for name, value in block.items() if name != "cache_control"})
-    if rest or calls or thoughts:
+            blocks.append({name: value for name, value in block.items() if name != "cache_control"})
+    if blocks or calls or thoughts:
         fields = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
-        yield {"role": turn.role, "content": rest or "", **{name: value for name, value in fields.items() if value}}
+        yield {"role": turn.role, "content": blocks or "", **{name: value for name, value in fields.items() if value}}
 
 
 def _url(source: Any) -> str:
@@ -248,5 +248,5 @@ def _delta(part: Delta) -> dict[str, Any]:
 def _usage(answer: Answer) -> dict[str, Any]:
     usage = answer.usage
     cached = usage["prompt_tokens_details"]["cached_tokens"]
-    read = {"input_tokens": usage["prompt_tokens"] - cached, "cache_read_input_tokens": cached}
-    return {**read, "output_tokens": usage["completion_tokens"]}
+    input_usage = {"input_tokens": usage["prompt_tokens"] - cached, "cache_read_input_tokens": cached}
+    return {**input_usage, "output_tokens": usage["completion_tokens"]}

@@ -116,11 +116,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     async def sent(answer: Answer, body: OllamaRequest, form: Form) -> Response:
         if body.stream:
-            return LineStream(_lines(answer, body, form), models.limits.timeout, named=True)
-        return json_response(await _whole(answer, body, form))
+            return LineStream(_lines(answer, body, form), models.limits.timeout, names_events=True)
+        return json_response(await _full_answer(answer, body, form))
 
     async def loaded(body: OllamaRequest, form: Form) -> Response:
-        name = models.named(body.name).name
+        name = models.description_of(body.name).name
         if body.keep_alive in (0, "0", "0s") and (name not in models.workers or models.unload(name)):
             return json_response(_head(name) | form({}) | {"done": True, "done_reason": "unload"})
         await models.worker(name).call(lambda *_: None)
@@ -137,13 +137,13 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     async def generate(body: OllamaGenerate) -> Response:
         if not body.prompt and not body.images:
             return await loaded(body, _generate_form)
-        if body.raw or "chat" not in models.named(body.name).uses:
+        if body.raw or "chat" not in models.description_of(body.name).uses:
             if body.images or body.system:
                 raise ApiError(400, "A prompt without a chat template has no images and no system: leave them out.")
             return await sent(await _continuation(body, models), body, _generate_form)
         first = [OllamaMessage(role="system", content=body.system)] if body.system else []
-        asked = OllamaMessage(role="user", content=body.prompt, images=body.images)
-        fields = _conversation(body, models, _turns([*first, asked]))
+        message = OllamaMessage(role="user", content=body.prompt, images=body.images)
+        fields = _conversation(body, models, _turns([*first, message]))
         return await sent(await begin_from(models, fields, "ollama-"), body, _generate_form)
 
 
@@ -156,8 +156,8 @@ def _conversation(body: OllamaRequest, models: ServedModels, turns: list[dict[st
     thinking = None
     if body.think is not None:
         thinking = thinking_options(models.find(body.name, "chat"), body.think is not False, "think")
-    shown = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs, "chat_template_kwargs": thinking}
-    return {"model": body.name, "messages": turns, "response_format": form, **shown, **body.settings()}
+    further_fields = {"logprobs": body.logprobs, "top_logprobs": body.top_logprobs, "chat_template_kwargs": thinking}
+    return {"model": body.name, "messages": turns, "response_format": form, **further_fields, **body.settings()}
 
 
 async def _continuation(body: OllamaGenerate, models: ServedModels) -> Answer:
@@ -177,15 +177,15 @@ def _turns(messages: list[OllamaMessage]) -> list[dict[str, Any]]:
     for turn in messages:
         calls = []
         for call in turn.tool_calls or ():
-            named = {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}
-            calls.append({"id": f"call{len(turns)}x{len(calls)}", "type": "function", "function": named})
-        more: dict[str, Any] = {"tool_calls": calls} if calls else {}
+            function = {"name": call.function.name, "arguments": json.dumps(call.function.arguments)}
+            calls.append({"id": f"call{len(turns)}x{len(calls)}", "type": "function", "function": function})
+        further_fields: dict[str, Any] = {"tool_calls": calls} if calls else {}
         if turn.role == "tool":
-            more = {"tool_call_id": f"call{number}x0", "name": turn.tool_name}
+            further_fields = {"tool_call_id": f"call{number}x0", "name": turn.tool_name}
         number = len(turns) if calls else number
         parts: list[Any] = [{"type": "text", "text": turn.content}]
         parts += [{"type": "image_url", "image_url": {"url": f"data:;base64,{image}"}} for image in turn.images or ()]
-        turns.append({"role": turn.role, "content": parts if turn.images else turn.content, **more})
+        turns.append({"role": turn.role, "content": parts if turn.images else turn.content, **further_fields})
     return turns
 
 
@@ -210,8 +210,8 @@ async def _parts(answer: Answer, body: OllamaRequest) -> AsyncGenerator[tuple[di
 
     def probabilities() -> dict[str, Any]:
         nonlocal tokens
-        taken, tokens = tokens, []
-        return {"logprobs": taken} if taken and body.logprobs else {}
+        entries, tokens = tokens, []
+        return {"logprobs": entries} if entries and body.logprobs else {}
 
     async with aclosing(answer.pieces()) as pieces:
         async for choice, piece in pieces:
@@ -236,17 +236,22 @@ async def _parts(answer: Answer, body: OllamaRequest) -> AsyncGenerator[tuple[di
 async def _lines(answer: Answer, body: OllamaRequest, form: Form) -> AsyncGenerator[dict[str, Any], None]:
     """Yield the lines of a stream."""
     async with aclosing(_parts(answer, body)) as parts:
-        async for fields, more in parts:
-            yield {**_head(answer.description.name), **form(fields), "done": False, **more}
+        async for fields, further_fields in parts:
+            yield {**_head(answer.description.name), **form(fields), "done": False, **further_fields}
 
 
-async def _whole(answer: Answer, body: OllamaRequest, form: Form) -> dict[str, Any]:
+async def _full_answer(answer: Answer, body: OllamaRequest, form: Form) -> dict[str, Any]:
     """Return the whole answer."""
-    message, others, tokens = dict[str, Any](), dict[str, Any](), []
+    message, all_further_fields, tokens = dict[str, Any](), dict[str, Any](), []
     async with aclosing(_parts(answer, body)) as parts:
-        async for fields, more in parts:
+        async for fields, further_fields in parts:
             for name, value in fields.items():
                 message[name] = message[name] + value if name in message else value
-            tokens += more.pop("logprobs", [])
-            others |= more
-    return {**_head(answer.description.name), **form(message), **others, **({"logprobs": tokens} if tokens else {})}
+            tokens += further_fields.pop("logprobs", [])
+            all_further_fields |= further_fields
+    return {
+        **_head(answer.description.name),
+        **form(message),
+        **all_further_fields,
+        **({"logprobs": tokens} if tokens else {}),
+    }

@@ -75,11 +75,11 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     @app.get("/api/ps", summary="The models in memory (ollama)", **CLIENTS)
     async def running() -> Response:
         names = [name for name in models.descriptions if name in models.workers and models.workers[name].model]
-        kept = models.limits.keep_alive
-        end = datetime.max.replace(tzinfo=UTC) if kept is None else datetime.now(UTC) + timedelta(seconds=kept)
-        more = {"expires_at": end.isoformat(), "size_vram": 0}
+        seconds = models.limits.keep_alive
+        end = datetime.max.replace(tzinfo=UTC) if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds)
+        memory = {"expires_at": end.isoformat(), "size_vram": 0}
         lengths = {name: models.descriptions[name].context_length for name in names}
-        entries = [{**entry, **more, "context_length": lengths[entry["name"]]} for entry in listed(names)]
+        entries = [{**entry, **memory, "context_length": lengths[entry["name"]]} for entry in listed(names)]
         return json_response({"models": entries})
 
     @app.get("/api/version", summary="The version of keifu (ollama)", **CLIENTS)
@@ -88,13 +88,13 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
     @app.post("/api/show", summary="Facts about a model (ollama)", **CLIENTS)
     async def show(body: OllamaShow) -> Response:
-        about = models.named((body.model or body.name).removesuffix(":latest"))
+        about = models.description_of((body.model or body.name).removesuffix(":latest"))
         family = _family(about)
         info = {"general.architecture": family, f"{family}.context_length": about.context_length}
         template = about.tokenizer.chat_template if about.tokenizer is not None else None
         began = datetime.fromtimestamp(models.began, UTC).isoformat()
-        more = {"template": template or "", "parameters": "", "model_info": info, "capabilities": _capabilities(about)}
-        return json_response({"modified_at": began, "details": _facts(about)["details"], **more})
+        facts = {"template": template or "", "parameters": "", "model_info": info, "capabilities": _capabilities(about)}
+        return json_response({"modified_at": began, "details": _facts(about)["details"], **facts})
 
     @app.post("/api/embed", summary="Texts as vectors (ollama)", **CLIENTS)
     async def embed_texts(body: OllamaEmbed) -> Response:

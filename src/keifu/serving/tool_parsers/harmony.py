@@ -40,8 +40,8 @@ def speaks_harmony(tokenizer: Tokenizer) -> bool:
 
 def begun_message(tokenizer: Tokenizer, prompt: Sequence[int]) -> str:
     """Return the message that the prompt begins and the answer continues, after the role."""
-    whole = tokenizer.decode(prompt, skip_special=False)
-    return whole.rpartition(START)[2].removeprefix("assistant")
+    prompt_text = tokenizer.decode(prompt, skip_special=False)
+    return prompt_text.rpartition(START)[2].removeprefix("assistant")
 
 
 def marked_final(text: str) -> str:
@@ -68,8 +68,11 @@ class HarmonySplitter:
             text, self._waiting = self._waiting[: mark.start()], self._waiting[mark.end() :]
             yield from self._text(text)
             yield from self._mark(mark[0])
-        held = 0 if last else _beginning_of_a_mark(self._waiting)
-        text, self._waiting = self._waiting[: len(self._waiting) - held], self._waiting[len(self._waiting) - held :]
+        held_length = 0 if last else _beginning_of_a_mark(self._waiting)
+        text, self._waiting = (
+            self._waiting[: len(self._waiting) - held_length],
+            self._waiting[len(self._waiting) - held_length :],
+        )
         yield from self._text(text)
         if self._without_channels and (last or len(self._header) > MOST_HEADER):
             header, self.kind, self._header = self._header, "text", ""

@@ -80,7 +80,7 @@ class Tagged:
         if not ends:
             return None
         name, at = text[: min(ends)], min(ends) + len(middle)
-        known, arguments = functions.get(name, {}).get("properties") or {}, dict[str, Any]()
+        properties, arguments = functions.get(name, {}).get("properties") or {}, dict[str, Any]()
         ending = re.compile(f"{re.escape(self.after)}(?={re.escape(self.before)}|{re.escape(closing)})")
         while not text.startswith(closing, at):
             if not text.startswith(self.before, at):
@@ -90,7 +90,7 @@ class Tagged:
             end = ending.search(text, start)
             if not tag or end is None:
                 return None
-            arguments[key] = _value(text[start : end.start()], known.get(key))
+            arguments[key] = _value(text[start : end.start()], properties.get(key))
             at = end.end()
         return TaggedCall(name, json.dumps(arguments, ensure_ascii=False), at)
 

@@ -248,8 +248,8 @@ def plan(model: Architecture, devices: int, kind: DeviceKind, batch: float | int
     fitting = [plan for plan in plans if sum(plan.memory.values()) <= USED * kind.memory]
     if not fitting:
         least = min((sum(plan.memory.values()) for plan in plans), default=math.inf)
-        needed = f"The training does not fit: it takes at least {least / 1e9:,.0f} GB on each device"
-        raise UserError(f"{needed}, which has {kind.memory / 1e9:.0f} GB; take more devices.")
+        need = f"The training does not fit: it takes at least {least / 1e9:,.0f} GB on each device"
+        raise UserError(f"{need}, which has {kind.memory / 1e9:.0f} GB; take more devices.")
     return min(fitting, key=lambda plan: (plan.step, -plan.layout.rows))
 
 
@@ -306,7 +306,7 @@ def _memory(model: Architecture, layout: PodLayout, trained: Trained = WHOLE) ->
     parameters = trained.parameters(model) / split
     tokens = layout.rows * model.context / layout.tensor
     bytes_of = WITH_ADAPTERS if trained.rank else model.activations
-    kept = bytes_of[layout.checkpointing] * model.layers
+    bytes_per_value = bytes_of[layout.checkpointing] * model.layers
     layer = tokens * model.dim * bytes_of["none"] * (layout.checkpointing != "none")
     logits = min(tokens * model.vocab, LOGITS[0]) * LOGITS[1]
     gathered = 2 * 2 * model.parameters / layout.tensor / model.layers if layout.shard > 1 else 0.0
@@ -314,7 +314,7 @@ def _memory(model: Architecture, layout: PodLayout, trained: Trained = WHOLE) ->
         "weights": trained.weights(model) / split,
         "gradients": (4 if trained.rank else 2) * parameters,
         "optimizer": (4 + MOMENTS[trained.optimizer_state]) * parameters,
-        "activations": tokens * model.dim * kept + layer + logits,
+        "activations": tokens * model.dim * bytes_per_value + layer + logits,
         "gathered layers": gathered,
     }
 
@@ -327,12 +327,12 @@ def inference(model: Architecture, devices: int, kind: DeviceKind, context: int)
     free = USED * devices * kind.memory - 2 * model.parameters
     batch = int(free // cache)
     if batch < 1:
-        needed = f"{2 * model.parameters / 1e9:,.0f} GB of weights and a cache of {cache / 1e9:.2f} GB"
-        raise UserError(f"{needed} do not fit into {devices} x {kind.memory / 1e9:.0f} GB; take more devices.")
+        need = f"{2 * model.parameters / 1e9:,.0f} GB of weights and a cache of {cache / 1e9:.2f} GB"
+        raise UserError(f"{need} do not fit into {devices} x {kind.memory / 1e9:.0f} GB; take more devices.")
     # caches are half full on average
-    read = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)
+    read_seconds = (2 * model.parameters + batch * cache / 2) / (devices * kind.bandwidth * 0.8)
     products = 2 * (model.active or model.parameters) * batch / (devices * kind.flops * kind.products)
     exchange = 2 * 2 * model.layers * batch * model.dim * 2 / (kind.link * LINKS) if devices > 1 else 0.0
-    step = max(read, products) + exchange
+    step = max(read_seconds, products) + exchange
     alone = 2 * model.parameters / (devices * kind.bandwidth * 0.8) + (4 * model.layers * 10e-6 if devices > 1 else 0)
     return {"sequences": batch, "cache_bytes": cache, "rate": batch / step / devices, "alone": 1 / alone}

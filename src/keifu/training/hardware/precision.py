@@ -38,14 +38,14 @@ def tensor_float32(device: torch.device, precision: str) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
-    """Let a GPU use only deterministic kernels, if `wanted`. A CPU always does.
+def deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
+    """Let a GPU use only deterministic kernels, if `enabled`. A CPU always does.
 
     An operation without such a kernel raises torch's error, which names the operation.
     """
     cudnn = torch.backends.cudnn
     with ExitStack() as restoring:
-        if wanted and device.type == "cuda":
+        if enabled and device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at first use
             restoring.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             restoring.callback(setattr, cudnn, "deterministic", cudnn.deterministic)

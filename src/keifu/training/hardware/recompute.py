@@ -53,14 +53,14 @@ class Recomputed:
     def __init__(self, forward: Callable[..., Any], how: Recompute):
         self.forward, self.how = forward, how
 
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
+    def __call__(self, *inputs: Any, **keywords: Any) -> Any:
         if not torch.is_grad_enabled():
-            return self.forward(*inputs, **named)
+            return self.forward(*inputs, **keywords)
         if self.measured is not None:
-            self.measured.append(_bytes_of(partial(self.forward, *inputs, **named)))
+            self.measured.append(_bytes_of(partial(self.forward, *inputs, **keywords)))
         selective: Any = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
         keep = selective if self.how == "selective" else {}
-        run: Any = partial(self.forward, **named)
+        run: Any = partial(self.forward, **keywords)
         return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False, **keep)
 
 
@@ -85,9 +85,9 @@ def _other_dropouts(block: nn.Module) -> Iterator[str]:
     return (n for n, part in block.named_modules() if isinstance(part, kinds) and not isinstance(part, Dropout))
 
 
-def _policy(context: Any, operation: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
-    kept = operation._schema.name.partition("::")[2] in PRODUCTS
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: Any, operation: Any, *inputs: Any, **keywords: Any) -> CheckpointPolicy:
+    is_saved = operation._schema.name.partition("::")[2] in PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _bytes_of(work: Callable[[], Any]) -> tuple[int, int]:

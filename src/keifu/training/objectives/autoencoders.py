@@ -46,8 +46,8 @@ class AutoencoderKLLoss:
         picture = to_signed(batch["pictures"])
         coded = model.encode(picture)
         again = model.decode(coded.sample(normal(batch["draws"], coded.mean.shape[1:])))
-        apart, kl, edges = (again - picture).flatten(1), coded.kl(), edge_difference(again, picture)
-        absolute, squared = apart.abs().mean(1), apart.square().mean(1)
+        difference, kl, edges = (again - picture).flatten(1), coded.kl(), edge_difference(again, picture)
+        absolute, squared = difference.abs().mean(1), difference.square().mean(1)
         total = absolute + squared + self.edges * edges + self.kl_weight * kl / picture[0].numel()
         figures = {"absolute_error": absolute.sum(), "edge_error": edges.sum(), "kl": kl.sum() / coded.mean[0].numel()}
         figures["squared_error"] = squared.sum()
@@ -88,9 +88,9 @@ class VQLoss:
         codebook = (chosen_codes - vectors.detach()).square().flatten(1).mean(1)
         commitment = (chosen_codes.detach() - vectors).square().flatten(1).mean(1)
         total = (squared + codebook + self.commitment * commitment).sum()
-        used = torch.tensor(float(len(codes.unique())), device=total.device) * len(picture)
+        n_codes = torch.tensor(float(len(codes.unique())), device=total.device) * len(picture)
         return LossOutput(
-            total, len(picture), {"squared_error": squared.sum(), "distance": codebook.sum(), "used": used}
+            total, len(picture), {"squared_error": squared.sum(), "distance": codebook.sum(), "used": n_codes}
         )
 
 
@@ -146,8 +146,8 @@ def discrete_vae_loss(model: Any, batch: Batch) -> LossOutput:
     with torch.no_grad():
         error = (model.decode(logits.argmax(1)) - picture).square().flatten(1).mean(1)
         mean = log_shares.exp().mean((0, 2, 3))
-        used = torch.exp(-(mean * torch.log(mean + 1e-12)).sum())
-    figures = {"squared_error": error.sum(), "kl": even.mean(1).sum(), "used": used * len(picture)}
+        perplexity = torch.exp(-(mean * torch.log(mean + 1e-12)).sum())
+    figures = {"squared_error": error.sum(), "kl": even.mean(1).sum(), "used": perplexity * len(picture)}
     return LossOutput(total.sum(), len(picture), figures)
 
 

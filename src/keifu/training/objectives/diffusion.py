@@ -114,11 +114,11 @@ class DiffusionLoss:
         """
         return self.of(partial(self.output, model, batch), batch["pictures"], batch["draws"])
 
-    def of(self, network: Network, given: Tensor, draws: Int[Tensor, " batch"]) -> LossOutput:
-        """Return the loss of `network`, a function of noisy pictures and timesteps. given: pictures, bytes or numbers
+    def of(self, network: Network, pictures: Tensor, draws: Int[Tensor, " batch"]) -> LossOutput:
+        """Return the loss of `network`, a function of noisy pictures and timesteps. pictures: bytes or numbers
         from -1 to 1. draws: their random seeds.
         """
-        picture = to_signed(given) if given.dtype == torch.uint8 else given
+        picture = to_signed(pictures) if pictures.dtype == torch.uint8 else pictures
         share = noise_schedule.shares(uniform(draws, torch.full_like(draws, TIMESTEP)), self.sampling)
         timestep = self.noise.time(share)
         added = normal(draws, picture.shape[1:]).to(picture.dtype)

@@ -76,8 +76,8 @@ def translation(model: Any, batch: Batch, label_smoothing: float = 0.0) -> LossO
     """
     mask = batch["source_mask"]
     # reading the mask would stop a GPU's queue, and a compiler cannot read values
-    whole = mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
-    return _target_loss(model, batch, model.start(batch["source"], None if whole else mask), label_smoothing)
+    has_no_padding = mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())
+    return _target_loss(model, batch, model.start(batch["source"], None if has_no_padding else mask), label_smoothing)
 
 
 def transcription(model: Any, batch: Batch) -> LossOutput:
@@ -167,12 +167,12 @@ def span_corruption(model: Any, batch: Batch) -> LossOutput:
     hidden, targets = model.hidden(batch["tokens"][:, :-1]), batch["tokens"][:, 1:]
     if "mask" not in batch:
         return LossOutput(linear_cross_entropy(hidden, model.head_weight, None, targets)[0], targets.numel())
-    wanted = batch["mask"][:, 1:]
-    if wanted.device.type == "cpu":  # selecting rows would stop a GPU's queue
-        hidden, targets = hidden[wanted], targets[wanted]
+    is_target = batch["mask"][:, 1:]
+    if is_target.device.type == "cpu":  # selecting rows would stop a GPU's queue
+        hidden, targets = hidden[is_target], targets[is_target]
     else:
-        targets = targets.masked_fill(~wanted, IGNORED)
-    return LossOutput(linear_cross_entropy(hidden, model.head_weight, None, targets)[0], wanted.sum())
+        targets = targets.masked_fill(~is_target, IGNORED)
+    return LossOutput(linear_cross_entropy(hidden, model.head_weight, None, targets)[0], is_target.sum())
 
 
 def masked_diffusion(model: Any, batch: Batch) -> LossOutput:
@@ -186,10 +186,10 @@ def masked_diffusion(model: Any, batch: Batch) -> LossOutput:
     positions = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
     masked = uniform(batch["draws"][:, None].expand_as(targets), positions) < rates
     hidden, shares = model.hidden(targets.masked_fill(masked, model.config.mask_token)), masked / rates
-    chosen = hidden, targets, shares
+    rows = hidden, targets, shares
     if targets.device.type == "cpu":  # selecting rows would stop a GPU's queue
-        chosen = hidden[masked], targets[masked], shares[masked]
-    total, _ = linear_cross_entropy(chosen[0], model.head_weight, None, chosen[1], shares=chosen[2])
+        rows = hidden[masked], targets[masked], shares[masked]
+    total, _ = linear_cross_entropy(rows[0], model.head_weight, None, rows[1], shares=rows[2])
     return LossOutput(total, targets.numel())
 
 

@@ -57,7 +57,7 @@ class UnclipLoss:
 
     def __call__(self, model: Any, batch: Batch) -> LossOutput:
         """Return the loss, summed over pictures. Figures: the losses `prior`, `decoder` and `upsampler`."""
-        whole, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
+        pictures, embeddings, draws = to_signed(batch["pictures"]), batch["embeddings"], batch["draws"]
         with torch.no_grad():
             caption = model.encode_text(batch["tokens"], batch["real"])
             null = model.encode_text(*(moved(tensor, draws.device) for tensor in self.empty))
@@ -65,7 +65,7 @@ class UnclipLoss:
         of_decoder = _drop_captions(caption, null, self._chance(draws, 1) < self.text_dropout)
         dropped = (self._chance(draws, 2) < self.image_dropout)[:, None]
         image = torch.where(dropped, model.null_embedding(len(draws)), embeddings)
-        small = F.interpolate(whole, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
+        small = F.interpolate(pictures, self.small, mode="bicubic", antialias=True).clamp(-1, 1)
         predict_embedding: Network = lambda x, timestep: model.predict_embedding(x, timestep, of_prior)  # noqa: E731
         draw: Network = lambda x, timestep: model(x, timestep, model.embed(image, of_decoder))  # noqa: E731
         outputs = {
@@ -73,11 +73,11 @@ class UnclipLoss:
             "decoder": self.decoder.of(draw, small, self._seed(draws, 4)),
         }
         if self.upsampler is not None:
-            large, enlarged = self._cut(whole, small, draws)
+            large, enlarged = self._cut(pictures, small, draws)
             upsample: Network = lambda x, timestep: model.upsample(x, timestep, enlarged)  # noqa: E731
             outputs["upsampler"] = self.upsampler.of(upsample, large, self._seed(draws, 5))
         total = torch.stack([outcome.total for outcome in outputs.values()]).sum()
-        return LossOutput(total, len(whole), {name: outcome.total.detach() for name, outcome in outputs.items()})
+        return LossOutput(total, len(pictures), {name: outcome.total.detach() for name, outcome in outputs.items()})
 
     def _seed(self, draws: Int[Tensor, " batch"], condition: int) -> Int[Tensor, " batch"]:
         return bits(draws, torch.full_like(draws, PLACES + condition))
@@ -86,17 +86,17 @@ class UnclipLoss:
         return uniform(draws, torch.full_like(draws, PLACES + condition))
 
     def _cut(
-        self, whole: Pixels, small: Float[Tensor, "batch channels rows columns"], draws: Int[Tensor, " batch"]
+        self, pictures: Pixels, small: Float[Tensor, "batch channels rows columns"], draws: Int[Tensor, " batch"]
     ) -> tuple[Tensor, Tensor]:
         """Return random crops of the large pictures, and the same crops of the small pictures after blur and
         enlargement.
         """
-        height, width = whole.shape[2:]
+        height, width = pictures.shape[2:]
         blurred = blur_images(small, BLUR * self._chance(draws, 8))
         enlarged = F.interpolate(blurred, (height, width), mode="bicubic", antialias=True)
         top = ((height - self.crop + 1) * self._chance(draws, 6)).long()
         left = ((width - self.crop + 1) * self._chance(draws, 7)).long()
-        return random_crops(whole, top, left, self.crop), random_crops(enlarged, top, left, self.crop)
+        return random_crops(pictures, top, left, self.crop), random_crops(enlarged, top, left, self.crop)
 
 
 def _drop_captions(caption: Any, null: Any, dropped: Bool[Tensor, " batch"]) -> Any:

@@ -12,5 +12,5 @@ def negative_sampling(model: nn.Module, batch: Batch) -> LossOutput:
     the neighbour has the largest product."""
     scores = model(batch["centers"], batch["words"]).float()
     loss = softplus(-scores[:, 0]).sum() + softplus(scores[:, 1:]).sum()
-    found = (scores[:, :1] > scores[:, 1:]).all(-1).sum()
-    return LossOutput(loss, len(scores), {"accuracy": found})
+    n_right = (scores[:, :1] > scores[:, 1:]).all(-1).sum()
+    return LossOutput(loss, len(scores), {"accuracy": n_right})

@@ -54,10 +54,12 @@ class Optimizers:
             raise UserError("No weight of the model requires a gradient, so there is nothing to train.")
         hidden = hidden_matrices(model) if settings.optimizer == "muon" else set()
         matrices = [(name, p) for name, p in self.parameters.items() if name in hidden]
-        others = [(name, p) for name, p in self.parameters.items() if name not in hidden]
-        usual = "adamw" if settings.optimizer == "muon" else settings.optimizer
-        named = {rule: some for rule, some in ((usual, others), ("muon", matrices)) if some}
-        self.all = {rule: KINDS[rule](some, settings, joined_rows(model)) for rule, some in named.items()}
+        other_parameters = [(name, p) for name, p in self.parameters.items() if name not in hidden]
+        default_rule = "adamw" if settings.optimizer == "muon" else settings.optimizer
+        parameters_of_rule = {
+            rule: some for rule, some in ((default_rule, other_parameters), ("muon", matrices)) if some
+        }
+        self.all = {rule: KINDS[rule](some, settings, joined_rows(model)) for rule, some in parameters_of_rule.items()}
         self.average = MovingAverage(self.parameters, settings.ema) if settings.ema else None
 
     def rates(self, step: int, length: Length | None = None) -> dict[str, float]:
@@ -97,15 +99,17 @@ class Optimizers:
             for name, p in zip(group["param_names"], group["params"], strict=True):
                 if p.grad is None:
                     continue
-                whole = nn.Parameter(processes.full_tensor(name, p.detach()).clone())
-                whole.grad = processes.full_tensor(name, p.grad)
-                alone = KINDS[rule]([(name, whole)], self.settings, {whole: processes.layout(name).parts})
+                full_parameter = nn.Parameter(processes.full_tensor(name, p.detach()).clone())
+                full_parameter.grad = processes.full_tensor(name, p.grad)
+                alone = KINDS[rule](
+                    [(name, full_parameter)], self.settings, {full_parameter: processes.layout(name).parts}
+                )
                 alone.param_groups[0].update(options)
                 state = optimizer.state[p].items()
-                alone.state[whole] = {key: processes.full_tensor(name, part) for key, part in state}
+                alone.state[full_parameter] = {key: processes.full_tensor(name, part) for key, part in state}
                 alone.step()
-                local(p).copy_(pod.take(name, whole.detach()))
-                state = alone.state[whole].items()
+                local(p).copy_(pod.take(name, full_parameter.detach()))
+                state = alone.state[full_parameter].items()
                 optimizer.state[p] = {key: pod.take(name, part) if part.dim() else part for key, part in state}
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -141,10 +145,10 @@ class Optimizers:
         """
         parts_of: dict[tuple[str, str, str], list[Tensor]] = {}
         for key, tensor in state.items():
-            rule, _, rest = key.partition(".")
-            name, _, field = rest.rpartition(".")
-            whole = name if name in self.parameters else name.rpartition(".")[0]
-            parts_of.setdefault((rule, whole, field), []).append(tensor)
+            rule, _, path = key.partition(".")
+            name, _, field = path.rpartition(".")
+            full_name = name if name in self.parameters else name.rpartition(".")[0]
+            parts_of.setdefault((rule, full_name, field), []).append(tensor)
         return {key: torch.cat(parts) if parts[0].dim() else parts[0] for key, parts in parts_of.items()}
 
     def prime(self) -> None:
@@ -161,49 +165,53 @@ class Optimizers:
             self.average.restart()
 
 
-def _groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(parameters: Named, weight_decay: float) -> list[dict[str, Any]]:
     """Return parameter groups: weight decay for tensors of two or more axes, including embeddings, as GPT-2's and
     LLaMA's trainers have it; none for biases and gains, which have one axis.
     """
-    decayed = [(name, p) for name, p in named if p.dim() > 1]
-    others = [(name, p) for name, p in named if p.dim() <= 1]
-    groups = (decayed, weight_decay), (others, 0.0)
+    decayed = [(name, p) for name, p in parameters if p.dim() > 1]
+    vectors = [(name, p) for name, p in parameters if p.dim() <= 1]
+    groups = (decayed, weight_decay), (vectors, 0.0)
     return [{"params": some, "weight_decay": decay} for some, decay in groups if some]
 
 
-def _adamw(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW | AdamW8bit:
+def _adamw(parameters: Named, s: Settings, rows: dict[Tensor, Rows]) -> AdamW | AdamW8bit:
     """Build AdamW, with a parameter group for each share of the learning rate in `rate_shares`. If several prefixes
     match a weight's name, the first one counts.
     """
-    for start in (start for start, _ in s.rate_shares if not any(name.startswith(start) for name, _ in named)):
-        raise unknown("weight whose name begins with", start, {name.partition(".")[0] for name, _ in named})
-    shares = {name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in named}
+    for start in (start for start, _ in s.rate_shares if not any(name.startswith(start) for name, _ in parameters)):
+        raise unknown("weight whose name begins with", start, {name.partition(".")[0] for name, _ in parameters})
+    shares = {
+        name: next((share for start, share in s.rate_shares if name.startswith(start)), 1.0) for name, _ in parameters
+    }
     groups = [
         group | {"share": share}
         for share in dict.fromkeys(shares.values())
-        for group in _groups([(name, p) for name, p in named if shares[name] == share], s.weight_decay)
+        for group in _groups([(name, p) for name, p in parameters if shares[name] == share], s.weight_decay)
     ]
     options = {"lr": s.learning_rate, "betas": s.betas, "eps": s.epsilon}
     if s.optimizer_state == "float32":
-        return AdamW(groups, **options, fused=named[0][1].device.type in FUSED)
+        return AdamW(groups, **options, fused=parameters[0][1].device.type in FUSED)
     if not current().is_replicated:
         raise UserError("--optimizer-state int8 needs whole tensors: leave it or the mesh out.")
     return AdamW8bit(groups, options)
 
 
-def _adadelta(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adadelta:
+def _adadelta(parameters: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adadelta:
     """Build Adadelta, whose weight decay is added to the gradient."""
-    return Adadelta(_groups(named, s.weight_decay), lr=s.learning_rate, rho=0.95, eps=1e-6)
+    return Adadelta(_groups(parameters, s.weight_decay), lr=s.learning_rate, rho=0.95, eps=1e-6)
 
 
-def _adafactor(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adafactor:
-    return Adafactor(_groups(named, s.weight_decay), lr=s.learning_rate, beta1=s.betas[0], rows=rows)
+def _adafactor(parameters: Named, s: Settings, rows: dict[Tensor, Rows]) -> Adafactor:
+    return Adafactor(_groups(parameters, s.weight_decay), lr=s.learning_rate, beta1=s.betas[0], rows=rows)
 
 
-def _muon(named: Named, s: Settings, rows: dict[Tensor, Rows]) -> StackedMuon:
-    emulated = any(p.device.type == "cpu" and not has_bfloat16(p.device) for _, p in named)  # a hundred times as slow
+def _muon(parameters: Named, s: Settings, rows: dict[Tensor, Rows]) -> StackedMuon:
+    emulated = any(
+        p.device.type == "cpu" and not has_bfloat16(p.device) for _, p in parameters
+    )  # a hundred times as slow
     dtype = torch.float32 if s.precision == "float32" or emulated else torch.bfloat16
-    return StackedMuon(named, rows, dtype, lr=s.matrix_rate, weight_decay=s.weight_decay, momentum=s.momentum)
+    return StackedMuon(parameters, rows, dtype, lr=s.matrix_rate, weight_decay=s.weight_decay, momentum=s.momentum)
 
 
 KINDS: dict[str, Callable[[Named, Settings, dict[Tensor, Rows]], Optimizer]] = {

@@ -30,12 +30,12 @@ def average_checkpoints(directory: Path, last: int) -> dict[str, Tensor]:
 
 
 @contextmanager
-def replaced_weights(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> Iterator[None]:
-    """Run a block in which the weights have the values of `others`, by name; then restore their values."""
+def replaced_weights(weights: Mapping[str, Tensor], new_weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Run a block in which the weights have the values of `new_weights`, by name; then restore their values."""
     before = {name: tensor.detach().clone() for name, tensor in weights.items()}
     try:
         for name, tensor in weights.items():
-            tensor.detach().copy_(others[name])
+            tensor.detach().copy_(new_weights[name])
         yield
     finally:
         for name, tensor in weights.items():

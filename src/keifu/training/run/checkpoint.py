@@ -70,8 +70,8 @@ def remove_old(directory: Path, step: int, keep: int, reach: int, due: Callable[
     at a step without interruption. States of other steps, saved when a run was stopped, are removed after the next
     state that is due, so that an interrupted run leaves the same states as an uninterrupted one.
     """
-    kept = [other for other in steps(directory) if other < step and due(other)]
-    oldest = [*kept, step][-keep:][0] - reach if due(step) else 0
+    due_states = [other for other in steps(directory) if other < step and due(other)]
+    oldest = [*due_states, step][-keep:][0] - reach if due(step) else 0
     for other in steps(directory):
         if other > step or other < oldest or (due(step) and other < step and not due(other)):
             remove(directory, other)
@@ -200,7 +200,7 @@ def _read(directory: Path, step: int) -> SavedState:
     if not processes.is_replicated:
         return SavedState(step, facts, {}, there)
     try:
-        return SavedState(step, facts, _whole(there) if "files" in facts else load_file(there), there)
+        return SavedState(step, facts, _read_sharded_state(there) if "files" in facts else load_file(there), there)
     except SafetensorError as error:
         raise UserError(f"{there} is damaged: {error}.") from None
 
@@ -219,7 +219,7 @@ def _facts(path: Path, step: int) -> dict[str, Any]:
     return facts
 
 
-def _whole(directory: Path) -> dict[str, Tensor]:
+def _read_sharded_state(directory: Path) -> dict[str, Tensor]:
     """Return the whole tensors of a state that several ranks have written."""
     tensors = read_sharded(directory, {})
     parts = sorted((name for name in tensors if "#" in name), key=lambda name: int(name.rpartition("#")[2]))
@@ -229,20 +229,22 @@ def _whole(directory: Path) -> dict[str, Tensor]:
     return tensors | {name: torch.cat(parts) for name, parts in joined.items()}
 
 
-def read_sharded(directory: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Fill the tensors `wanted`, or this rank's chunks of them, from a folder of a state's safetensors files. Return
+def read_sharded(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Fill these tensors, or this rank's chunks of them, from a folder of a state's safetensors files. Return
     the state's other tensors, unsharded. Raises UserError if the state lacks a wanted tensor.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     reader = HuggingFaceStorageReader(str(directory))
-    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
-    if missing := sorted(wanted.keys() - known.keys()):
-        raise UserError(f"The state does not fit the model: it has no {', '.join(missing)}.")
-    others = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items() if name not in wanted}
-    dcp.load({**wanted, **others}, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
-    return others
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    if missing_names := sorted(tensors.keys() - stored.keys()):
+        raise UserError(f"The state does not fit the model: it has no {', '.join(missing_names)}.")
+    other_tensors = {
+        name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in stored.items() if name not in tensors
+    }
+    dcp.load({**tensors, **other_tensors}, storage_reader=reader, no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
+    return other_tensors
 
 
 LOSS = "validation_loss"
@@ -261,8 +263,8 @@ def read_best(directory: Path) -> Best | None:
     with suppress(UserError, FileNotFoundError):
         content = read_json_object(facts)
         step, figures = cast(Any, content.get("step")), cast(Any, content.get("figures"))
-        whole = isinstance(step, int) and isinstance(figures, dict) and isinstance(figures.get(LOSS), float | int)
-        if whole and content.get("sha256") == sha256(tensors):
+        is_complete = isinstance(step, int) and isinstance(figures, dict) and isinstance(figures.get(LOSS), float | int)
+        if is_complete and content.get("sha256") == sha256(tensors):
             return Best(step, figures)
     return None
 

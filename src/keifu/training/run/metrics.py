@@ -50,16 +50,16 @@ class RunMetrics:
         self.pending += json.dumps({"step": step, **figures}).encode() + b"\n"
         for sink in self.sinks:
             sink.write(step, figures)
-        whole = self.file.tell()
+        size_before = self.file.tell()
         try:
             if current().is_main and not self.path.exists():  # the folder was removed: create it again
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.file, whole = self.path.open("ab", buffering=0), 0
+                self.file, size_before = self.path.open("ab", buffering=0), 0
             self.pending = self.pending[self.file.write(self.pending) or 0 :]
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self.file.truncate(whole)
+            self.file.truncate(size_before)
 
     def close(self) -> None:
         """Close the file and the sinks."""
@@ -93,12 +93,12 @@ def _line(text: bytes) -> dict[str, Any] | None:
 
 def last_metrics(lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the lines without those of steps that were undone by a rewind."""
-    kept: list[Mapping[str, Any]] = []
+    remaining_lines: list[Mapping[str, Any]] = []
     for line in lines:
         if "rewound_from" in line:
-            kept = [earlier for earlier in kept if earlier["step"] <= line["step"]]
-        kept.append(line)
-    return kept
+            remaining_lines = [earlier for earlier in remaining_lines if earlier["step"] <= line["step"]]
+        remaining_lines.append(line)
+    return remaining_lines
 
 
 def sinks(directory: Path, tensorboard: bool, wandb: bool, described: dict[str, Any]) -> list[Sink]:

@@ -42,12 +42,12 @@ class Display(ProgressBar):
 
 def format_seconds(seconds: float | int) -> str:
     """Return a duration as text: 42 s, 3:07 min, 2:30 h, 3 d 4 h."""
-    whole = round(seconds)
-    if whole < 100:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
-    if whole < 6000:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    minutes = whole // 60
+    whole_seconds = round(seconds)
+    if whole_seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole_seconds} s"
+    if whole_seconds < 6000:
+        return f"{whole_seconds // 60}:{whole_seconds % 60:02d} min"
+    minutes = whole_seconds // 60
     if minutes < 48 * 60:
         return f"{minutes // 60}:{minutes % 60:02d} h"
     return f"{minutes // 1440} d {minutes // 60 % 24} h"

@@ -138,9 +138,9 @@ def recorded(directory: Path) -> dict[str, Any]:
     return read_recipe(directory).get(RECORD, {})
 
 
-def record(directory: Path, name: str, options: Mapping[str, Any], **more: Any) -> None:
+def record(directory: Path, name: str, options: Mapping[str, Any], **facts: Any) -> None:
     """Write the name and options of a recipe as the RECORD of recipe.json; other entries stay."""
-    content = {"name": name, "options": options, **more}
+    content = {"name": name, "options": options, **facts}
     content |= {"signature": sign(content)}
     write(directory, read_recipe(directory) | {RECORD: content})
 

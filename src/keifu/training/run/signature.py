@@ -30,9 +30,11 @@ def sign(record: Mapping[str, Any]) -> str | None:
 
 def is_signed(record: Mapping[str, Any]) -> bool:
     """Return whether the record has a signature by this user's key."""
-    given = record.get("signature")
+    signature = record.get("signature")
     with suppress(OSError):
-        return isinstance(given, str) and hmac.compare_digest(given.encode(), _signature(record, _key()).encode())
+        return isinstance(signature, str) and hmac.compare_digest(
+            signature.encode(), _signature(record, _key()).encode()
+        )
     return False
 
 

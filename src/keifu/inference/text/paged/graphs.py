@@ -86,9 +86,9 @@ class StepGraphs:
                 logits = compute()
                 self._logits.setdefault(len(logits), logits)
                 return logits[: len(spans)].clone()
-            kept = self._logits[step.bucket[0]]
+            output = self._logits[step.bucket[0]]
             self._memory = self._memory or new_memory()
-            self.recorded[step.bucket] = Recorded(capture(lambda: kept.copy_(compute()), self._memory), there, kept)
+            self.recorded[step.bucket] = Recorded(capture(lambda: output.copy_(compute()), self._memory), there, output)
         recorded = self.recorded[step.bucket]
         _with_tokens(recorded.numbers.copy_(numbers, non_blocking=True), last, len(spans))
         recorded.replay()
