@@ -15,7 +15,7 @@ from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.errors import UserError
 from keifu.ranges import AT_LEAST_ZERO, COUNT, Count, Range, check, check_value, range_of
 from keifu.recipes.files import recipe_module, recipes
-from keifu.recipes.options import check_ranges, given, paths, put
+from keifu.recipes.options import check_ranges, paths, put, value_or
 from keifu.training.settings import Settings
 
 
@@ -125,7 +125,7 @@ def test_the_command_line_refuses_it_before_any_work(words: str, said: str) -> N
 
 
 def test_zero_is_a_value_where_it_is_allowed() -> None:
-    assert given(0.0, 2e-3) == 0.0 and given(None, 2e-3) == 2e-3
+    assert value_or(0.0, 2e-3) == 0.0 and value_or(None, 2e-3) == 2e-3
 
 
 def test_a_range_holds_its_bounds_and_whole_numbers_where_it_says_so() -> None:

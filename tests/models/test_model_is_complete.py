@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,8 +62,7 @@ def toy(name: str) -> DecoderLM:
 
 def is_language_model(name: str) -> bool:
     """Return whether the published sizes of a model are decoders of tokens."""
-    module = families_of(name)[MODELS[name][-1]].module
-    return module.build.__annotations__.get("return") is DecoderLM
+    return import_module(f"keifu.models.{name}").build.__annotations__.get("return") is DecoderLM
 
 
 LANGUAGE_MODELS = [name for name in MODELS if is_language_model(name)]
@@ -75,8 +75,7 @@ def need(condition: object, file: str, row: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_has_sizes_and_a_page(name: str) -> None:
-    module = families_of(name)[MODELS[name][-1]].module
-    if vars(module).get("SIZES"):
+    if vars(import_module(f"keifu.models.{name}")).get("SIZES"):
         found = any(size.model == name for size in published_sizes())
         need(found, "src/keifu/models/sizes.json", f"{name} by running `python -m keifu.models.sizes`")
     if not is_language_model(name):

@@ -6,9 +6,10 @@ own file (`keifu/models/registration`), and the index of names is written by `py
 
 from collections import UserDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -34,7 +35,7 @@ def _tie(config: Any, tied: bool) -> Any:
 class Family:
     """One model_type: its form of config.json and its weight names.
 
-    - module: the model's file.
+    - config_class, build: the class of its Config, and the function that builds a model from one.
     - read, write: convert a config.json to a Config and back.
     - names: the table of weight names.
     - prefix: prefix of published names, which files of the model without its head omit; files of the architectures
@@ -52,7 +53,8 @@ class Family:
     - files: names of the config and of the weights in a directory.
     """
 
-    module: Any
+    config_class: Any
+    build: Callable[[Any], Any]
     model_type: str
     read: Callable[[dict[str, Any]], Any]
     write: Callable[[Any], dict[str, Any]]
@@ -79,12 +81,6 @@ class Family:
         return {ours: theirs.removeprefix(self.prefix) for ours, theirs in self.names.items()}
 
 
-# Names that a model's file may define; each sets a field of `Family`.
-OFFERED = (
-    "PREFIX", "NOT_WEIGHTS", "UNSUPPORTED", "IN_FILE", "COPIES", "OLD_ENDINGS", "OLD_BEGINNINGS", "WITHOUT_PREFIX",
-    "FULL_PRECISION", "WRITES_TEXT", "aliases", "tie",
-)  # fmt: skip
-
 INDEX = read_index()
 # file under keifu.models → the model_types of its configs, keifu's last
 MODELS = {name: names.model_types for name, names in INDEX.items()}
@@ -100,13 +96,14 @@ def families_of(name: str) -> dict[str, Family]:
     module: Any = import_module(f"keifu.models.{name}")
     offered, generic = vars(module), MODELS[name][-1]
     shared: dict[str, Any] = {
-        "module": module,
+        "config_class": module.Config,
+        "build": module.build,
         "names": offered.get("WEIGHT_NAMES"),
-        **{part.lower(): offered[part] for part in OFFERED if part in offered},
     }
-    files = offered.get("FILES", Family.files)
+    shared |= {part.name: offered[part.name.upper()] for part in fields(Family) if part.name.upper() in offered}
+    shared |= {part: offered[part] for part in ("aliases", "tie") if part in offered}
     families = {
-        name: Family(model_type=name, read=module.from_published, write=module.to_published, files=files, **shared)
+        name: Family(model_type=name, read=module.from_published, write=module.to_published, **shared)
         for name in offered.get("MODEL_TYPES", ())
     }
     read, write = partial(from_json, module.Config), partial(write_native, generic)
@@ -132,7 +129,8 @@ class _Families(UserDict[str, Any]):
         return families_of(self.data[model_type])[model_type]
 
 
-FAMILIES: Mapping[str, Family] = _Families({model_type: name for name, kinds in MODELS.items() for model_type in kinds})
+FAMILY_FILES = {model_type: name for name, kinds in MODELS.items() for model_type in kinds}
+FAMILIES: Mapping[str, Family] = _Families(FAMILY_FILES)
 
 
 class _Published(dict[str, Any]):
@@ -186,7 +184,7 @@ def describe(config: Any) -> tuple[Family, dict[str, Any]]:
     """
     name = model_name(config)
     families = families_of(name).values() if name in MODELS else ()
-    able = [family for family in families if isinstance(config, family.module.Config)]
+    able = [family for family in families if isinstance(config, family.config_class)]
     if not able:
         class_name = f"{type(config).__module__}.{type(config).__name__}"
         raise UserError(f"{class_name} is the Config of no model that can be saved.")
@@ -203,12 +201,17 @@ def describe_as(config: Any, model_type: str) -> tuple[Family, dict[str, Any]]:
     """Return the family `model_type` and its config.json for a built model's Config. Raises UserError if this form
     cannot represent it."""
     family = FAMILIES[model_type]
-    if not isinstance(config, family.module.Config):
+    if not isinstance(config, family.config_class):
         raise UserError(f"The format {model_type} has no {model_name(config)}: use hf.")
     json = family.write(config)
     if not _same(config, family.read(json)):
         raise UserError(f"The format {model_type} has no words for something in this model's config: use hf.")
     return family, json
+
+
+def model_file(model_type: str) -> ModuleType:
+    """Import the file of a model_type."""
+    return import_module(f"keifu.models.{FAMILY_FILES[model_type]}")
 
 
 def model_name(config: Any) -> str:
@@ -230,7 +233,7 @@ def build(family: Family, config: Any, where: str) -> nn.Module:
     """Build the model on the meta device, without memory. Raises UserError for sizes that do not fit together."""
     try:
         with on_meta():
-            return family.module.build(config)
+            return family.build(config)
     # torch's errors, e.g. for a size beyond 64 bits
     except (ValueError, RuntimeError, LookupError, ArithmeticError) as error:
         raise UserError(f"{where} describes a model that cannot be built: {error}") from error

@@ -225,8 +225,11 @@ def load(pod: Pod, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def chunked(pod: Pod, tensors: Mapping[str, Tensor], by_part: bool) -> dict[str, Tensor]:
-    """Convert a run's tensors to `Chunks` of the whole tensors, by their names in the checkpoint. by_part: give each
-    joined matrix a name (`name#0`, ...).
+    """Convert a run's tensors to `Chunks` of the whole tensors, by their names in the checkpoint.
+
+    by_part: give each joined matrix a name (`name#0`, ...). For example q with 4 rows and k with 2 are one parameter of
+    6 rows. Of two ranks, each has 2 rows of q and 1 of k. The second rank's chunks are then rows 2 to 3 of `name#0` and
+    row 1 of `name#1`, or else rows 2 to 3 and row 5 of `name`.
     """
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

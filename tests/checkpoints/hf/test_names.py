@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from keifu.checkpoints.hf.weight_names import Link, halves, links, matches, pairs
-from keifu.checkpoints.registry import FAMILIES, describe
+from keifu.checkpoints.registry import FAMILIES, describe, model_file
 from keifu.layers.linear import JoinedLinear
 from keifu.layers.meta import on_meta
 from keifu.models.clip import clip, image as clip_image
@@ -97,10 +97,10 @@ def test_stars_match_numbers_alone() -> None:
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_every_family_names_all_of_its_weights_once(kind) -> None:
     family = FAMILIES[kind]
-    published = vars(family.module).get("SIZES", {})
-    sizes = [clip.SIZES["clip-vit-b32"].image] if family.module is clip_image else published.values()
+    published = vars(model_file(kind)).get("SIZES", {})
+    sizes = [clip.SIZES["clip-vit-b32"].image] if model_file(kind) is clip_image else published.values()
     known = [*(size for size in sizes if describe(size)[0] is family), *sizes]
-    config = known[0] if family.names and known else family.module.Config()
+    config = known[0] if family.names and known else family.config_class()
     if vars(config).get("n_experts"):  # hundreds take long to name, and their names differ by a number
         config = replace(config, n_experts=min(config.n_experts, 16))
     if vars(config).get("n_layers", 0) > 6 and not any(isinstance(each, tuple) for each in vars(config).values()):
@@ -108,7 +108,7 @@ def test_every_family_names_all_of_its_weights_once(kind) -> None:
     if isinstance(vars(config).get("positions"), int):  # one buffer, which takes a second to compute
         config = replace(config, positions=min(config.positions, 96))
     with on_meta():
-        model = family.module.build(config)
+        model = family.build(config)
     found = links(model, family.names)
     theirs = [name for link in found for name in link.theirs]
     assert len(theirs) == len(set(theirs)) and {link.ours for link in found} == set(model.state_dict())

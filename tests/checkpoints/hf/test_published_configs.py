@@ -4,7 +4,7 @@ import pytest
 import transformers
 from model_entries import ENTRIES
 
-from keifu.checkpoints.registry import FAMILIES, build, describe, read_config
+from keifu.checkpoints.registry import FAMILIES, build, describe, model_file, read_config
 from keifu.errors import UserError
 from keifu.models import gemma3
 from keifu.models.variants import smollm3
@@ -44,7 +44,7 @@ def test_what_we_write_means_the_same_to_transformers(name) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind, family in FAMILIES.items() if family.names])
 def test_every_size_is_written_and_read_again(kind) -> None:
-    module = FAMILIES[kind].module
+    module = model_file(kind)
     for name, config in vars(module).get("SIZES", {}).items():
         family, json = describe(config)
         again, back = read_config(json, "config.json")

@@ -9,7 +9,6 @@ has the form and the special tokens.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 from keifu.checkpoints.hf.native_config import check_types
@@ -81,8 +80,10 @@ def _published(json: Mapping[str, Any], where: str) -> str:
 
 def _family(base: Family, head: str | None) -> Family:
     """Return the family of a decoder with a head of this kind. None: keifu's format, with keifu's names."""
-    module = SimpleNamespace(build=task_head.builder(base.module.build), Config=task_head.Config, SIZES={})
-    changes: dict[str, Any] = {"module": module, "inside": INSIDE, "tie": _tie, "writes_text": True}
+    changes: dict[str, Any] = {
+        "config_class": task_head.Config, "build": task_head.builder(base.build), "inside": INSIDE, "tie": _tie,
+        "writes_text": True,
+    }  # fmt: skip
     if head is None or base.names is None:
         return replace(base, **changes, model_type=NATIVE, names=None)
     names = {f"{INSIDE}{ours}": theirs for ours, theirs in base.names.items()} | {"task_head.project": HEAD[head]}

@@ -76,7 +76,7 @@ def read_image(file: Path | bytes, where: str = "", largest: int = LARGEST) -> D
     except Exception as error:  # Pillow raises many types of error for a truncated file
         reason = str(error).rstrip(".") or type(error).__name__
         raise UserError(f"{where} is damaged or cut off: {reason}.") from error
-    return DecodedImage(decoded, (FIRST,) * is_animated + remarks)
+    return DecodedImage(decoded, (FIRST, *remarks) if is_animated else remarks)
 
 
 def check_size(image: Image.Image, where: str, largest: int = LARGEST) -> None:
@@ -145,7 +145,7 @@ def _plain(image: Image.Image, where: str) -> tuple[Image.Image, tuple[str, ...]
         return composite_on_white(image), ()
     if image.mode in ("1", "L"):
         return image.convert("L"), ()
-    return image.convert("RGB"), (PRINT,) * (image.mode == "CMYK")
+    return image.convert("RGB"), (PRINT,) if image.mode == "CMYK" else ()
 
 
 def _shallow(image: Image.Image, where: str) -> Image.Image:

@@ -100,7 +100,7 @@ def routes(app: FastAPI, models: ServedModels) -> None:
             raise ApiError(400, str(unknown("sampler", body.sampler, SAMPLERS)), "sampler")
         if body.stream:
             return EventStream(
-                _events(partial(drawn, body, files), event_name), models.limits.timeout, names_events=True
+                _events(partial(draw_pictures, body, files), event_name), models.limits.timeout, names_events=True
             )
         return json_response(await draw_pictures(body, files))
 
