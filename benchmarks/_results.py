@@ -5,7 +5,7 @@ import json
 import re
 import shlex
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,27 @@ def write_table(
     for page in (path.parent.parent / f"{path.stem}{ending}.md" for ending in ("", ".ja")):
         if page.exists():
             page.write_text(renewed(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+
+
+def publish(
+    path: Path | None, section: str, command: str, columns: Sequence[str], rows: Sequence[Sequence[str]], values: Any
+) -> None:
+    """Print a table as Markdown, and write it to a data file if there is a path (see `write_table`)."""
+    print_rows([columns, *rows])
+    if path:
+        write_table(path, section, command, columns, rows, values)
+
+
+def saved(folder: Path | None, name: str, compute: Callable[[], Any]) -> Any:
+    """Return a result that an earlier run has saved in the folder, or compute and save it. None: only compute."""
+    path = folder / f"{name}.json" if folder else None
+    if path is not None and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    result = compute()
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result), encoding="utf-8")
+    return result
 
 
 def typed(script: str, options: Mapping[str, Any], defaults: Mapping[str, Any], always: Collection[str] = ()) -> str:

@@ -18,15 +18,14 @@ which has no mixtures. Each figure is the median of the rounds; in brackets the 
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
-from _results import write_table
+from _charts import chart
+from _results import saved, write_table
 from _rounds import interleaved, machine, spread
 from _training import learned, ours, validation
 from torch import nn
@@ -107,34 +106,18 @@ def run(way: str, seed: int, task: TextTask, options: argparse.Namespace) -> tup
     return round(validation(model, data), 4), round(busiest(model, data), 4)
 
 
-def chart(found: dict[str, dict[str, list[float]]], path: Path) -> None:
+def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Draw loss and busiest expert: a point for each seed."""
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for number, way in enumerate(reversed(WAYS)):
-        colour = "grey" if way == "dense" else ("tab:blue" if way.startswith(EIGHT) else "tab:orange")
-        losses, shares = found[way]["loss"], found[way]["busiest"]
-        panels[0].plot(losses, [number] * len(losses), "o", color=colour)
-        if way != "dense":
-            panels[1].plot([100 * share for share in shares], [number] * len(shares), "o", color=colour)
-    panels[0].set(yticks=range(len(WAYS)), yticklabels=WAYS[::-1], xlabel="validation loss, nats a character")
-    panels[1].set(xlabel="characters of the busiest expert, %", xlim=(0, 102))
-    panels[1].axvline(25, color="grey", linestyle=":")
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
-def kept(way: str, seed: int, task: TextTask, options: argparse.Namespace) -> tuple[float, float]:
-    """Return the result of a run from the folder, or train it."""
-    name = f"{way}, seed {seed}, {options.steps} steps.json"
-    path: Path | None = options.out / name if options.out else None
-    if path and path.is_file():
-        return tuple(json.loads(path.read_text(encoding="utf-8")))
-    found = run(way, seed, task, options)
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found), encoding="utf-8")
-    return found
+    with chart(path, (9, 3.6), 2, legend=None, sharey=True) as panels:
+        for number, way in enumerate(reversed(WAYS)):
+            colour = "grey" if way == "dense" else ("tab:blue" if way.startswith(EIGHT) else "tab:orange")
+            losses, shares = found[way]["loss"], found[way]["busiest"]
+            panels[0].plot(losses, [number] * len(losses), "o", color=colour)
+            if way != "dense":
+                panels[1].plot([100 * share for share in shares], [number] * len(shares), "o", color=colour)
+        panels[0].set(yticks=range(len(WAYS)), yticklabels=WAYS[::-1], xlabel="validation loss, nats a character")
+        panels[1].set(xlabel="characters of the busiest expert, %", xlim=(0, 102))
+        panels[1].axvline(25, color="grey", linestyle=":")
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -144,7 +127,10 @@ def compare(options: argparse.Namespace) -> None:
     print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}", flush=True)
     rows, found = list[list[str]](), dict[str, dict[str, list[float]]]()
     for way in options.only:
-        pairs = [kept(way, seed, task, options) for seed in options.seeds]
+        name = f"{way}, seed {{}}, {options.steps} steps"
+        pairs = [
+            saved(options.out, name.format(seed), partial(run, way, seed, task, options)) for seed in options.seeds
+        ]
         found[way] = {"loss": [loss for loss, _ in pairs], "busiest": [share for _, share in pairs]}
         model = build(way, options.dim, options.layers, task.tokenizer.vocab_size)
         size = sum(parameter.numel() for parameter in model.parameters())
@@ -156,7 +142,7 @@ def compare(options: argparse.Namespace) -> None:
         command = f"python benchmarks/balancing.py --steps {options.steps}"
         write_table(options.write, SECTION, command, columns, rows, found)
     if options.picture:
-        chart(found, options.picture)
+        draw(found, options.picture)
 
 
 def decoder(model: DecoderLM, streams: int, tokens: int, vocab_size: int) -> Callable[[], object]:

@@ -116,26 +116,26 @@ def measured(length: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def draw(tasks: dict[str, dict[str, Any]], options: argparse.Namespace) -> None:
     """Draw four pictures with a line for each kind over the length."""
-    import matplotlib.pyplot as plt
+    from _charts import chart  # after the memory has been measured
 
     titles = ("prefill, ms", "prefill, MB at the peak", "a token, ms", "cache, MB")
-    figure, grid = plt.subplots(1, 4, figsize=(15, 3.7), layout="constrained")
-    for number, (axes, title) in enumerate(zip(grid, titles, strict=True)):
-        for colour, kind in zip(("tab:grey", "tab:blue", "tab:orange"), KINDS, strict=True):
-            name = CACHED.get(kind, "") if number > 1 else kind
-            drawn = {length: task for length, task in tasks.items() if name in task["seconds"]}
-            if number % 2:
-                heights = [float(task["more"][name][0].replace(",", "")) for task in drawn.values()]
-            else:
-                heights = [1000 * statistics.median(task["seconds"][name]) for task in drawn.values()]
-            label = kind if kind != "banded" else f"band {options.band}"
-            axes.plot([int(each.replace(",", "")) for each in drawn], heights, marker="o", color=colour, label=label)
-        axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
-        axes.set_xticks(options.lengths, [*tasks], fontsize=8)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    grid[0].legend(fontsize=8)
-    figure.savefig(options.picture, dpi=110)
+    with chart(options.picture, (15, 3.7), 4, legend=None) as grid:
+        for number, (axes, title) in enumerate(zip(grid, titles, strict=True)):
+            for colour, kind in zip(("tab:grey", "tab:blue", "tab:orange"), KINDS, strict=True):
+                name = CACHED.get(kind, "") if number > 1 else kind
+                drawn = {length: task for length, task in tasks.items() if name in task["seconds"]}
+                if number % 2:
+                    heights = [float(task["more"][name][0].replace(",", "")) for task in drawn.values()]
+                else:
+                    heights = [1000 * statistics.median(task["seconds"][name]) for task in drawn.values()]
+                label = kind if kind != "banded" else f"band {options.band}"
+                axes.plot(
+                    [int(each.replace(",", "")) for each in drawn], heights, marker="o", color=colour, label=label
+                )
+            axes.set(xscale="log", yscale="log", xlabel="tokens", title=title)
+            axes.set_xticks(options.lengths, [*tasks], fontsize=8)
+            axes.minorticks_off()
+        grid[0].legend(fontsize=8)
 
 
 @torch.inference_mode()

@@ -32,8 +32,8 @@ from math import comb
 from pathlib import Path
 from statistics import mean
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _rounds import machine, spread
 
 from keifu import checkpoints
@@ -137,15 +137,14 @@ def powers(most: int) -> list[int]:
 
 def draw(found: dict[str, list[Row]], picture: Path) -> None:
     """Draw pass@k over k, a line for each model and seed."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for colour, (name, rows) in zip(("tab:blue", "tab:orange", "tab:green"), found.items(), strict=False):
-        for number, row in enumerate(rows):
-            axes.plot([*row.passed], [*row.passed.values()], marker="o", color=colour, label=None if number else name)
-    axes.set(xscale="log", xlabel="k", ylabel="pass@k on held-out sums", ylim=(0, 1))
-    axes.set_xticks(ticks := [*next(iter(found.values()))[0].passed], list(map(str, ticks)))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(picture, dpi=110)
+    with chart(picture, (6, 4), legend=10) as axes:
+        for colour, (name, rows) in zip(("tab:blue", "tab:orange", "tab:green"), found.items(), strict=False):
+            for number, row in enumerate(rows):
+                axes.plot(
+                    [*row.passed], [*row.passed.values()], marker="o", color=colour, label=None if number else name
+                )
+        axes.set(xscale="log", xlabel="k", ylabel="pass@k on held-out sums", ylim=(0, 1))
+        axes.set_xticks(ticks := [*next(iter(found.values()))[0].passed], list(map(str, ticks)))
 
 
 def timed(work: Callable[[], object]) -> float:

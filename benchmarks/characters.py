@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _rounds import machine
 
 from keifu.data.text.packed import PackedText
@@ -95,14 +95,13 @@ def measure(way: Way, source: str, target: float) -> tuple[str, Curve]:
 
 def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
     """Draw loss over seconds, with a line for each setting."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, curve in curves.items():
-        axes.plot(*zip(*curve, strict=True), label=name)
-    axes.axhline(target, color="grey", linestyle=":", label=f"nanoGPT's loss, {target}")
-    axes.set(xlabel="seconds of training", ylabel="held-out loss, nats a character", ylim=(None, 2.6), xlim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path) as axes:
+        for name, curve in curves.items():
+            axes.plot(*zip(*curve, strict=True), label=name)
+        axes.axhline(target, color="grey", linestyle=":", label=f"nanoGPT's loss, {target}")
+        axes.set(
+            xlabel="seconds of training", ylabel="held-out loss, nats a character", ylim=(None, 2.6), xlim=(0, None)
+        )
 
 
 def nanogpt(folder: Path, source: Path) -> str:

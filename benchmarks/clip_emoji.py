@@ -22,6 +22,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _charts import chart
 from _results import write_table
 from _rounds import machine
 from matplotlib import font_manager
@@ -146,19 +147,18 @@ def draw(task: recipe.ClipTask, pictures: ImageDataset, path: Path, count: int =
     some = pictures.distinct()
     some = some.subset(np.linspace(0, len(some) - 1, count).astype(int))
     points, thumbnails = vectors(task.model, some), some.take(slice(0, count)).permute(0, 2, 3, 1).numpy()
-    figure, axes = plt.subplots(1, 2, figsize=(15, 8), layout="constrained")
-    for panel, language in zip(axes, LANGUAGES, strict=True):
-        texts = some.texts(language)
-        cosines = embed_texts(task.model, task.tokenizer, texts, cut=True) @ points.T
-        panel.imshow(cosines, cmap="viridis")
-        panel.set_yticks(range(count), texts)
-        panel.set_xticks([])
-        for place, thumbnail in enumerate(thumbnails):
-            panel.imshow(thumbnail, extent=(place - 0.45, place + 0.45, -0.6, -1.5), aspect="auto")
-            panel.text(place, place, f"{float(cosines[place, place]):.2f}", ha="center", va="center", color="white")
-        panel.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -1.6))
-        panel.set_aspect("equal")
-    figure.savefig(path, dpi=100)
+    with chart(path, (15, 8), 2, legend=None, dpi=100) as axes:
+        for panel, language in zip(axes, LANGUAGES, strict=True):
+            texts = some.texts(language)
+            cosines = embed_texts(task.model, task.tokenizer, texts, cut=True) @ points.T
+            panel.imshow(cosines, cmap="viridis")
+            panel.set_yticks(range(count), texts)
+            panel.set_xticks([])
+            for place, thumbnail in enumerate(thumbnails):
+                panel.imshow(thumbnail, extent=(place - 0.45, place + 0.45, -0.6, -1.5), aspect="auto")
+                panel.text(place, place, f"{float(cosines[place, place]):.2f}", ha="center", va="center", color="white")
+            panel.set(xlim=(-0.5, count - 0.5), ylim=(count - 0.5, -1.6))
+            panel.set_aspect("equal")
 
 
 def ready(options: argparse.Namespace) -> recipe.ClipTask:

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _results import write_table
 from _rounds import machine
 from torch import Tensor
@@ -86,17 +86,14 @@ def measure(model: torch.nn.Module, length: int, timed: int) -> tuple[int, list[
 
 
 def draw(found: dict[str, dict[str, int]], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, sizes in found.items():
-        axes.plot([int(length) for length in sizes], [size / 2**20 for size in sizes.values()], "o-", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(ticks := [*map(int, found["MHA"])], [f"{tick:,}" for tick in ticks])
-    axes.set_yticks(ticks := [4**power * 2 for power in range(6)], [f"{tick:,}" for tick in ticks])
-    axes.set(xlabel="tokens of the sequence", ylabel="MiB that the engine keeps")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    with chart(path, (8, 4.5), legend=10) as axes:
+        for name, sizes in found.items():
+            axes.plot([int(length) for length in sizes], [size / 2**20 for size in sizes.values()], "o-", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(ticks := [*map(int, found["MHA"])], [f"{tick:,}" for tick in ticks])
+        axes.set_yticks(ticks := [4**power * 2 for power in range(6)], [f"{tick:,}" for tick in ticks])
+        axes.set(xlabel="tokens of the sequence", ylabel="MiB that the engine keeps")
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _drawn import beside
 from _rounds import machine
 from torch import Tensor, nn
@@ -71,14 +71,12 @@ def show(found: list[tuple[int, float, float]], floor: float, features: str, opt
         print(f"| {step:,} | {minutes:.1f} | {1e3 * distance:.2f} |")
     print(f"\nHeld-out pictures: {1e3 * floor:.2f}")
     if options.picture:
-        figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-        axes.plot([minutes for _, minutes, _ in found], [1e3 * distance for *_, distance in found], marker="o")
-        axes.set(xlabel="minutes of training", ylabel="1000 · kernel distance", yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.set_title(f"{options.run.name}: {features}; held-out pictures {1e3 * floor:.2f}", fontsize=9)
-        axes.grid(alpha=0.3)
-        figure.savefig(options.picture, dpi=110)
+        with chart(options.picture, (6, 3.8)) as axes:
+            axes.plot([minutes for _, minutes, _ in found], [1e3 * distance for *_, distance in found], marker="o")
+            axes.set(xlabel="minutes of training", ylabel="1000 · kernel distance", yscale="log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.set_title(f"{options.run.name}: {features}; held-out pictures {1e3 * floor:.2f}", fontsize=9)
 
 
 def main() -> None:

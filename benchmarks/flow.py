@@ -20,7 +20,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from _results import write_table
+from _results import publish
 from _rounds import machine
 from PIL import Image
 from torch import Tensor, nn
@@ -131,11 +131,9 @@ def main() -> None:
         + [f"{sum(v) / len(v):.1f} ({min(v):.1f} to {max(v):.1f})" for v in distances[way].values()]
         for way in distances
     ]
-    print(f"\n{machine()}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
-    print("\n".join(f"| {' | '.join(row)} |" for row in table))
-    if options.write:
-        command = f"python benchmarks/flow.py --minutes {options.minutes:g} --seeds {' '.join(map(str, options.seeds))}"
-        write_table(options.write, "Few steps by a flow", command, columns, table, distances)
+    print(f"\n{machine()}\n")
+    command = f"python benchmarks/flow.py --minutes {options.minutes:g} --seeds {' '.join(map(str, options.seeds))}"
+    publish(options.write, "Few steps by a flow", command, columns, table, distances)
     if options.picture:
         sheet(rows, [*distances], options.steps, options.picture)
 

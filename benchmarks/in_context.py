@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from _results import print_rows, share_of, typed, usual, write_table
+from _charts import chart
+from _results import publish, share_of, typed, usual
 from _rounds import machine
 from _training import learned
 
@@ -113,18 +113,17 @@ def _text(examples: Examples) -> str:
 
 def draw(found: dict[str, dict[int, tuple[float, float, float]]], counts: list[int], path: Path) -> None:
     """Draw accuracy over the number of examples, with intervals, and the upper bound."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(range(len(counts)), [knowable(n) for n in counts], color="grey", linestyle=":", label="what can be known")
-    for name, points in found.items():
-        shares, lows, highs = zip(*points.values(), strict=True)
-        axes.plot(range(len(counts)), shares, marker="o", label=name)
-        axes.fill_between(range(len(counts)), lows, highs, alpha=0.15)
-    axes.axhline(1 / len(TO), color="grey", linewidth=0.8)
-    axes.set_xticks(range(len(counts)), [str(n) for n in counts])
-    axes.set(xlabel="examples in the prompt", ylabel="right answers", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (7, 4.5)) as axes:
+        axes.plot(
+            range(len(counts)), [knowable(n) for n in counts], color="grey", linestyle=":", label="what can be known"
+        )
+        for name, points in found.items():
+            shares, lows, highs = zip(*points.values(), strict=True)
+            axes.plot(range(len(counts)), shares, marker="o", label=name)
+            axes.fill_between(range(len(counts)), lows, highs, alpha=0.15)
+        axes.axhline(1 / len(TO), color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(counts)), [str(n) for n in counts])
+        axes.set(xlabel="examples in the prompt", ylabel="right answers", ylim=(0, 1.02))
 
 
 def main() -> None:
@@ -156,11 +155,9 @@ def main() -> None:
     rows = [["what can be known", *(f"{knowable(n):.1%}" for n in counts)]]
     rows += [[name, *(share_of(k, asked[name]) for k in right.values())] for name, right in found.items()]
     columns = ["right answers after so many examples", *map(str, counts)]
-    print_rows([columns, *rows])
-    if options.write:
-        values = {"of": asked, "right": {name: [*right.values()] for name, right in found.items()}}
-        command = typed("in_context.py", vars(options), usual(parser))
-        write_table(options.write, "In-context learning", command, columns, rows, values)
+    values = {"of": asked, "right": {name: [*right.values()] for name, right in found.items()}}
+    command = typed("in_context.py", vars(options), usual(parser))
+    publish(options.write, "In-context learning", command, columns, rows, values)
     if options.picture:
         shares = {
             name: {n: (k / asked[name], *wilson(k, asked[name])) for n, k in right.items()}

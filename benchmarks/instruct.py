@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from _gold import gold
-from _results import print_rows, share_of, typed, usual, write_table
+from _results import publish, share_of, typed, usual
 from _rounds import machine, spread
 
 from keifu import checkpoints
@@ -239,13 +239,9 @@ def main() -> None:
     models = [*zip(*(rows for rows, _ in found), strict=True)]
     table = [cells(rows, models[0]) for rows in models]
     columns = ["", "gold reward", "beats the fine-tuned one by gold", "nats a token on held-out pretraining text"]
-    print_rows([columns, *table])
-    if options.write:
-        values = {
-            rows[0].name: {"gold": [row.gold for row in rows], "nats": [row.nats for row in rows]} for rows in models
-        }
-        command = typed("instruct.py", vars(options), usual(parser))
-        write_table(options.write, "InstructGPT's pipeline", command, columns, table, values)
+    values = {rows[0].name: {"gold": [row.gold for row in rows], "nats": [row.nats for row in rows]} for rows in models}
+    command = typed("instruct.py", vars(options), usual(parser))
+    publish(options.write, "InstructGPT's pipeline", command, columns, table, values)
     curves = {name: [each[name] for _, each in found] for name in found[0][1]}
     for name, seeds in curves.items():
         for seed, points in zip(options.seeds, seeds, strict=True):

@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 
-import matplotlib.pyplot as plt
 import torch
-from _results import of_seeds, print_rows, typed, usual, write_table
+from _charts import chart, plot_seeds
+from _results import of_seeds, publish, typed, usual
 from _rounds import machine
 from _training import learned
 from torch import Tensor, nn
@@ -108,17 +108,13 @@ def run(name: str, seed: int, task: TextTask, options: argparse.Namespace) -> tu
 
 def draw(losses: dict[str, list[Tensor]], path: Path) -> None:
     """Draw the loss by position, smoothed over 16 positions. The shade is the range of the seeds."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, seeds in losses.items():
-        curves = torch.stack(seeds).unflatten(1, (-1, 16)).mean(2)
-        places = torch.arange(curves.shape[1]) * 16 + 8
-        axes.plot(places, curves.mean(0), label=name)
-        axes.fill_between(places, curves.min(0).values, curves.max(0).values, alpha=0.2)
-    axes.axvline(TRAINED, color="grey", linestyle=":", label="trained length")
-    axes.set(xlabel="place in the window", ylabel="held-out loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path) as axes:
+        for name, seeds in losses.items():
+            curves = torch.stack(seeds).unflatten(1, (-1, 16)).mean(2)
+            places = torch.arange(curves.shape[1]) * 16 + 8
+            plot_seeds(axes, places, curves, name)
+        axes.axvline(TRAINED, color="grey", linestyle=":", label="trained length")
+        axes.set(xlabel="place in the window", ylabel="held-out loss, nats a token")
 
 
 def main() -> None:
@@ -152,10 +148,8 @@ def main() -> None:
     }
     rows, values = of_seeds(figures, before=costs)
     columns = ["", "parameters", "MFLOP a token, forward", *PARTS]
-    print_rows([columns, *rows])
-    if options.write:
-        command = typed("llama_changes.py", vars(options), usual(parser))
-        write_table(options.write, "LLaMA's three changes", command, columns, rows, values)
+    command = typed("llama_changes.py", vars(options), usual(parser))
+    publish(options.write, "LLaMA's three changes", command, columns, rows, values)
     if options.picture:
         draw(losses, options.picture)
 

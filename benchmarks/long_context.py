@@ -21,15 +21,15 @@ seed; cells have the mean, and in brackets the lowest and the highest.
 
 import argparse
 import copy
-import json
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from _results import write_table
+from _charts import bar_seeds, chart, plot_seeds
+from _results import publish, saved
 from _rounds import machine, spread
 from _training import plain_steps
 from torch import Tensor, nn
@@ -149,11 +149,7 @@ def measure_window(model: DecoderLM, held_out: Tensor) -> Found:
 
 
 def run(seed: int, task: TextTask, held_out: Tensor, options: argparse.Namespace) -> dict[str, Found]:
-    """Train a model, and measure it with each scaling, before and after tuning. A saved result of the seed is read
-    instead."""
-    kept = options.keep / f"{seed}.json" if options.keep else None
-    if kept is not None and kept.exists():
-        return json.loads(kept.read_text())
+    """Train a model, and measure it with each scaling, before and after tuning."""
     torch.manual_seed(seed)
     model = llama.build(llama.Config(**SIZES, n_heads=3, head_dim=HEAD_DIM, rope_theta=THETA))
     began = perf_counter()
@@ -171,8 +167,6 @@ def run(seed: int, task: TextTask, held_out: Tensor, options: argparse.Namespace
     for name, each in found.items():
         print(f"  seed {seed}, {name}: {cells([each])}", flush=True)
     print(f"  seed {seed}: {perf_counter() - began:.0f} s", flush=True)
-    if kept is not None:
-        kept.write_text(json.dumps(found))
     return found
 
 
@@ -185,30 +179,24 @@ def cells(seeds: list[Found]) -> list[str]:
 
 def draw(found: dict[str, list[Found]], tuned: int, path: Path) -> None:
     """Draw the loss by position before and after tuning, and the share of right passkeys in windows of 512 tokens."""
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-    for axes, after in zip(panels, ("", ", tuned"), strict=False):
-        for method in METHODS:
-            curves = torch.tensor([each["loss"] for each in found[method + after]])
-            places = torch.arange(curves.shape[1]) * STEP + STEP // 2
-            axes.plot(places, curves.mean(0), label=method)
-            axes.fill_between(places, curves.amin(0), curves.amax(0), alpha=0.2)
-        axes.axvline(TRAINED, color="grey", linestyle=":")
-        axes.set(xlabel="position in the window", ylabel="held-out loss, nats a token")
-        axes.set_title(f"after {tuned} steps at {LONG} tokens" if after else "the trained weights", fontsize=10)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    names = [*METHODS, "window"]
-    for shift, after, label in ((-0.2, "", "the trained weights"), (0.2, ", tuned", f"after {tuned} steps")):
-        own = [method + after for method in METHODS] + ([] if after else ["window"])
-        shares = 100 * torch.tensor([[each["passkeys"][-1] for each in found[name]] for name in own])
-        spots = torch.arange(len(own)) + shift
-        around = torch.stack([shares.mean(1) - shares.amin(1), shares.amax(1) - shares.mean(1)])
-        panels[2].bar(spots, shares.mean(1), 0.38, yerr=around, label=label, capsize=2)
-    panels[2].set_xticks(range(len(names)), names, fontsize=8)
-    panels[2].set(ylabel=f"right passkeys in {LONG} tokens, %", ylim=(0, 102))
-    panels[2].grid(axis="y", alpha=0.3)
-    panels[2].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (13, 4.2), 3, legend=None) as panels:
+        for axes, after in zip(panels, ("", ", tuned"), strict=False):
+            for method in METHODS:
+                curves = torch.tensor([each["loss"] for each in found[method + after]])
+                places = torch.arange(curves.shape[1]) * STEP + STEP // 2
+                plot_seeds(axes, places, curves, method)
+            axes.axvline(TRAINED, color="grey", linestyle=":")
+            axes.set(xlabel="position in the window", ylabel="held-out loss, nats a token")
+            axes.set_title(f"after {tuned} steps at {LONG} tokens" if after else "the trained weights", fontsize=10)
+            axes.legend(fontsize=8)
+        names = [*METHODS, "window"]
+        for shift, after, label in ((-0.2, "", "the trained weights"), (0.2, ", tuned", f"after {tuned} steps")):
+            own = [method + after for method in METHODS] + ([] if after else ["window"])
+            shares = 100 * torch.tensor([[each["passkeys"][-1] for each in found[name]] for name in own])
+            bar_seeds(panels[2], shift, shares.T, label)
+        panels[2].set_xticks(range(len(names)), names, fontsize=8)
+        panels[2].set(ylabel=f"right passkeys in {LONG} tokens, %", ylim=(0, 102))
+        panels[2].legend(fontsize=8)
 
 
 def main() -> None:
@@ -228,17 +216,12 @@ def main() -> None:
     judge = PackedText(task.shards, LONG - 1, 1, validation_tokens=options.held_out * LONG)
     held_out = torch.cat([batch["tokens"].long() for batch in judge.validation()])[: options.held_out]
     print(f"{machine()}; {options.steps} steps of {options.tokens:,} tokens, {options.tuned} of tuning", flush=True)
-    seeds = [run(seed, task, held_out, options) for seed in options.seeds]
+    seeds = [saved(options.keep, str(seed), partial(run, seed, task, held_out, options)) for seed in options.seeds]
     found = {name: [each[name] for each in seeds] for name in seeds[0]}
     columns = ["", *(f"loss, {part}" for part in PARTS), *(f"passkeys in {length}, %" for length in LENGTHS)]
-    print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
-    rows = []
-    for name, each in found.items():
-        rows.append([name, *cells(each)])
-        print(f"| {' | '.join(rows[-1])} |")
-    if options.out:
-        command = f"python benchmarks/long_context.py --steps {options.steps} --tuned {options.tuned}"
-        write_table(options.out, "Positions beyond the trained length", command, columns, rows, found)
+    rows = [[name, *cells(each)] for name, each in found.items()]
+    command = f"python benchmarks/long_context.py --steps {options.steps} --tuned {options.tuned}"
+    publish(options.out, "Positions beyond the trained length", command, columns, rows, found)
     if options.picture:
         draw(found, options.tuned, options.picture)
 

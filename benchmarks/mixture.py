@@ -27,6 +27,7 @@ from typing import Literal
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _charts import chart
 from _rounds import machine
 
 from keifu import checkpoints
@@ -209,16 +210,14 @@ def points_table(points: dict[int, list[Measured]], positions: int) -> str:
 
 def draw_curve(points: dict[int, list[Measured]], positions: int, path: Path) -> None:
     """Draw a panel for each task: the loss of both models over the tokens read."""
-    figure, panels = plt.subplots(1, 1 + len(HIDDEN), figsize=(11, 3.6), layout="constrained")
-    for axes, name in zip(panels, ("left to right", *HIDDEN), strict=True):
-        for objective, word in MODELS.items():
-            values = [by_weight(found, name, objective) for found in points.values()]
-            axes.plot([step * positions / 1e6 for step in points], values, marker="o", markersize=3, label=word)
-        axes.set_title(title(name), fontsize=10)
-        axes.set(xlabel="tokens read, M", ylabel="nats a hidden token" if name in HIDDEN else "bits a byte")
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    with chart(path, (11, 3.6), 1 + len(HIDDEN), legend=None) as panels:
+        for axes, name in zip(panels, ("left to right", *HIDDEN), strict=True):
+            for objective, word in MODELS.items():
+                values = [by_weight(found, name, objective) for found in points.values()]
+                axes.plot([step * positions / 1e6 for step in points], values, marker="o", markersize=3, label=word)
+            axes.set_title(title(name), fontsize=10)
+            axes.set(xlabel="tokens read, M", ylabel="nats a hidden token" if name in HIDDEN else "bits a byte")
+        panels[0].legend(fontsize=9)
 
 
 def title(name: str) -> str:

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _rounds import machine
 from torch import nn
 
@@ -132,19 +132,17 @@ def asked(
 
 def draw(found: dict[str, dict[str, dict[int, dict[str, Share]]]], shots: Sequence[int], path: Path) -> None:
     """Draw a panel for each language: the share of right answers by the second score over the number of examples."""
-    figure, panels = plt.subplots(1, len(LANGUAGES), figsize=(11, 3.4), sharey=True, layout="constrained")
-    for axes, code in zip(panels, LANGUAGES, strict=True):
-        for name, languages in found.items():
-            points = [languages[code][count][DIVIDED] for count in shots]
-            errors = [[share - low for share, low, _ in points], [high - share for share, _, high in points]]
-            axes.errorbar(range(len(shots)), [p[0] for p in points], yerr=errors, marker="o", capsize=3, label=name)
-        axes.axhline(1 / CHOICES, color="grey", linestyle=":", label="a guess")
-        axes.set_xticks(range(len(shots)), list(map(str, shots)))
-        axes.set(title=f"{tatoeba.LANGUAGES[code]} to English", xlabel="examples", ylim=(0, 0.5))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("right answers of eight choices")
-    panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (11, 3.4), len(LANGUAGES), legend=None, sharey=True) as panels:
+        for axes, code in zip(panels, LANGUAGES, strict=True):
+            for name, languages in found.items():
+                points = [languages[code][count][DIVIDED] for count in shots]
+                errors = [[share - low for share, low, _ in points], [high - share for share, _, high in points]]
+                axes.errorbar(range(len(shots)), [p[0] for p in points], yerr=errors, marker="o", capsize=3, label=name)
+            axes.axhline(1 / CHOICES, color="grey", linestyle=":", label="a guess")
+            axes.set_xticks(range(len(shots)), list(map(str, shots)))
+            axes.set(title=f"{tatoeba.LANGUAGES[code]} to English", xlabel="examples", ylim=(0, 0.5))
+        panels[0].set_ylabel("right answers of eight choices")
+        panels[0].legend(fontsize=8)
 
 
 def main() -> None:

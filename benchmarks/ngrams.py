@@ -12,9 +12,9 @@ import argparse
 import math
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _charts import chart
 from _results import print_rows, typed, usual, write_table
 from _rounds import machine
 
@@ -85,12 +85,10 @@ def main() -> None:
 
 def draw(losses: dict[int, list[float]], path: Path) -> None:
     """Draw the loss over the length of the n-grams."""
-    figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
-    for index, label in enumerate(("Kneser-Ney", "add 1")):
-        axes.plot([*losses], [each[index] for each in losses.values()], "o-", label=label, ms=4)
-    axes.set(xlabel="characters of an n-gram", ylabel="nats per held-out character")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    with chart(path, (6, 3.4), dpi=100) as axes:
+        for index, label in enumerate(("Kneser-Ney", "add 1")):
+            axes.plot([*losses], [each[index] for each in losses.values()], "o-", label=label, ms=4)
+        axes.set(xlabel="characters of an n-gram", ylabel="nats per held-out character")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from _results import of_seeds, print_rows, typed, usual, write_table
+from _charts import chart
+from _results import of_seeds, publish, typed, usual
 from _rounds import machine
 from _training import learned, validation
 
@@ -44,18 +44,15 @@ def run(name: str, depth: int, seed: int, task: TextTask, options: argparse.Name
 
 def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
     """Draw held-out loss over depth, with a line for each placement of the norms. Bars are the range of the seeds."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for name, by_depth in losses.items():
-        means = [mean(seeds) for seeds in by_depth.values()]
-        bars = [[m - min(s) for m, s in zip(means, by_depth.values(), strict=True)]]
-        bars.append([max(s) - m for m, s in zip(means, by_depth.values(), strict=True)])
-        axes.errorbar([*by_depth], means, yerr=bars, marker="o", capsize=3, label=name)
-    axes.set(xlabel="blocks", ylabel="held-out loss, nats a token", xscale="log")
-    axes.set_xticks([*by_depth], [str(depth) for depth in by_depth])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    with chart(path, (6, 4), legend=10) as axes:
+        for name, by_depth in losses.items():
+            means = [mean(seeds) for seeds in by_depth.values()]
+            bars = [[m - min(s) for m, s in zip(means, by_depth.values(), strict=True)]]
+            bars.append([max(s) - m for m, s in zip(means, by_depth.values(), strict=True)])
+            axes.errorbar([*by_depth], means, yerr=bars, marker="o", capsize=3, label=name)
+        axes.set(xlabel="blocks", ylabel="held-out loss, nats a token", xscale="log")
+        axes.set_xticks([*by_depth], [str(depth) for depth in by_depth])
+        axes.minorticks_off()
 
 
 def main() -> None:
@@ -79,10 +76,8 @@ def main() -> None:
             print(f"{depth} blocks, {name}: {by_depth[depth]}", flush=True)
     rows, values = of_seeds({str(depth): [each[depth] for each in losses.values()] for depth in options.depths})
     columns = ["blocks", *MODELS]
-    print_rows([columns, *rows])
-    if options.write:
-        command = typed("norm_placement.py", vars(options), usual(parser))
-        write_table(options.write, "Placement of the norms", command, columns, rows, values)
+    command = typed("norm_placement.py", vars(options), usual(parser))
+    publish(options.write, "Placement of the norms", command, columns, rows, values)
     if options.picture:
         draw(losses, options.picture)
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _results import typed, write_timing
 from _rounds import interleaved, machine
 from _training import CPU, learned, ours, validation
@@ -158,23 +159,22 @@ def speed(options: argparse.Namespace, picture: Path | None) -> None:
 
 def draw_speed(found: dict[int, dict[int, dict[str, Any]]], path: Path) -> None:
     """Draw milliseconds a step by the tokens before it, a panel for each number of rows, and the caches of the last."""
-    figure, panels = plt.subplots(1, len(found) + 1, figsize=(4.2 * len(found) + 4.2, 4), layout="constrained")
-    for axes, (rows, lengths) in zip(panels, found.items(), strict=False):
-        taken = {length: {name: 1000 / TOKENS * statistics.median(each) for name, each in task["seconds"].items()}
-                 for length, task in lengths.items()}  # fmt: skip
-        curves(axes, taken)
-        axes.set(title=f"{rows} rows at once" if rows > 1 else "one row", ylabel="ms a step", ylim=(0, None))
-    last = [*found.values()][-1]
-    curves(
-        panels[-1],
-        {
-            length: {name: float(each.split()[0]) for name, (each,) in task["more"].items()}
-            for length, task in last.items()
-        },
-    )
-    panels[-1].set(title=f"cache of {[*found][-1]} rows", ylabel="MB", yscale="log")
-    panels[0].legend(title="of keys and values", fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (4.2 * len(found) + 4.2, 4), len(found) + 1, legend=None) as panels:
+        for axes, (rows, lengths) in zip(panels, found.items(), strict=False):
+            taken = {length: {name: 1000 / TOKENS * statistics.median(each) for name, each in task["seconds"].items()}
+                     for length, task in lengths.items()}  # fmt: skip
+            curves(axes, taken)
+            axes.set(title=f"{rows} rows at once" if rows > 1 else "one row", ylabel="ms a step", ylim=(0, None))
+        last = [*found.values()][-1]
+        curves(
+            panels[-1],
+            {
+                length: {name: float(each.split()[0]) for name, (each,) in task["more"].items()}
+                for length, task in last.items()
+            },
+        )
+        panels[-1].set(title=f"cache of {[*found][-1]} rows", ylabel="MB", yscale="log")
+        panels[0].legend(title="of keys and values", fontsize=8)
 
 
 def curves(axes: plt.Axes, values: dict[int, dict[str, float]]) -> None:
@@ -258,15 +258,13 @@ def learning(options: argparse.Namespace, picture: Path | None) -> None:
 
 def draw_learning(found: list[dict[str, dict[int, float]]], tokens: int, path: Path) -> None:
     """Draw held-out loss by tokens, a panel for each table."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", sharey=True)
-    for axes, losses, title in zip(panels, found, ("the layer", "the optimizer"), strict=True):
-        for name, points in losses.items():
-            axes.plot([step * tokens / 1e6 for step in points], [*points.values()], marker=".", label=name)
-        axes.set(title=title, xlabel="million tokens")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    panels[0].set_ylabel("held-out loss, nats a token")
-    figure.savefig(path, dpi=110)
+    with chart(path, (12, 4.5), 2, legend=None, sharey=True) as panels:
+        for axes, losses, title in zip(panels, found, ("the layer", "the optimizer"), strict=True):
+            for name, points in losses.items():
+                axes.plot([step * tokens / 1e6 for step in points], [*points.values()], marker=".", label=name)
+            axes.set(title=title, xlabel="million tokens")
+            axes.legend(fontsize=8)
+        panels[0].set_ylabel("held-out loss, nats a token")
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _rounds import machine
 
 from keifu import checkpoints
@@ -138,16 +138,13 @@ def tuned(way: Way, base: str, training: Examples, held: Examples, seed: int, op
 
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
     """Draw held-out accuracy by the number of labels, a line for each way."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, points in accuracies.items():
-        style = "-" if WAYS[name].lm_weight else "--"
-        colour = "tab:blue" if WAYS[name].pretrained else "tab:orange"
-        axes.plot([*points], [*points.values()], style, color=colour, marker="o", label=WAYS[name].title)
-    axes.axhline(majority, color="grey", linestyle=":", label="always the most frequent topic")
-    axes.set(xscale="log", xlabel="labelled summaries", ylabel="accuracy on 1,000 held-out summaries", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (7, 4.5)) as axes:
+        for name, points in accuracies.items():
+            style = "-" if WAYS[name].lm_weight else "--"
+            colour = "tab:blue" if WAYS[name].pretrained else "tab:orange"
+            axes.plot([*points], [*points.values()], style, color=colour, marker="o", label=WAYS[name].title)
+        axes.axhline(majority, color="grey", linestyle=":", label="always the most frequent topic")
+        axes.set(xscale="log", xlabel="labelled summaries", ylabel="accuracy on 1,000 held-out summaries", ylim=(0, 1))
 
 
 def arguments() -> argparse.Namespace:

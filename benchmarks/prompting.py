@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _rounds import machine
 
 from keifu import checkpoints
@@ -27,22 +27,24 @@ Line = tuple[int, str, float, float, float]  # shots, score, accuracy and its in
 
 def draw(found: dict[str, tuple[list[Line], dict[str, Any]]], path: Path) -> None:
     """Draw accuracy over the number of examples: a picture for topics by score, and one for generated answers."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
-    for name, (lines, figures) in found.items():
-        for way in dict.fromkeys(line[1] for line in lines):
-            own = [line for line in lines if line[1] == way]
-            axes, label = (left, f"{name}, {way}") if way in SCORES else (right, name)
-            errors = [[line[2] - line[3] for line in own], [line[4] - line[2] for line in own]]
-            axes.errorbar(range(len(own)), [line[2] for line in own], yerr=errors, marker="o", capsize=3, label=label)
-            axes.set_xticks(range(len(own)), [str(line[0]) for line in own])
-        if "chance" in figures:
-            left.axhline(figures["majority"], color="grey", linestyle=":", label=f"always {figures['majority answer']}")
-            left.axhline(figures["chance"], color="grey", linestyle="--", label="a guess")
-    for axes in (left, right):
-        axes.set(xlabel="examples in the prompt", ylabel="accuracy, 95% interval", ylim=(0, 1))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (11, 4.3), 2, legend=None) as (left, right):
+        for name, (lines, figures) in found.items():
+            for way in dict.fromkeys(line[1] for line in lines):
+                own = [line for line in lines if line[1] == way]
+                axes, label = (left, f"{name}, {way}") if way in SCORES else (right, name)
+                errors = [[line[2] - line[3] for line in own], [line[4] - line[2] for line in own]]
+                axes.errorbar(
+                    range(len(own)), [line[2] for line in own], yerr=errors, marker="o", capsize=3, label=label
+                )
+                axes.set_xticks(range(len(own)), [str(line[0]) for line in own])
+            if "chance" in figures:
+                left.axhline(
+                    figures["majority"], color="grey", linestyle=":", label=f"always {figures['majority answer']}"
+                )
+                left.axhline(figures["chance"], color="grey", linestyle="--", label="a guess")
+        for axes in (left, right):
+            axes.set(xlabel="examples in the prompt", ylabel="accuracy, 95% interval", ylim=(0, 1))
+            axes.legend(fontsize=8)
 
 
 def main() -> None:

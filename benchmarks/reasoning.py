@@ -35,9 +35,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from _results import write_table
+from _charts import chart, plot_seeds
+from _results import publish
 from _rounds import machine, spread
 
 from keifu import checkpoints
@@ -250,47 +250,37 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Non
 
 def tell(options: argparse.Namespace, section: str, columns: list[str], rows: list[list[str]], values: dict) -> None:
     """Print a table, and write it."""
-    print(f"\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
-    print("\n".join(f"| {' | '.join(row)} |" for row in rows), flush=True)
-    if options.write:
-        part = "--distil --out DIR" if section == DISTILLED else "--out DIR"
-        write_table(options.write, section, f"python benchmarks/reasoning.py {part}", columns, rows, values)
+    part = "--distil --out DIR" if section == DISTILLED else "--out DIR"
+    publish(options.write, section, f"python benchmarks/reasoning.py {part}", columns, rows, values)
 
 
 def draw_curves(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw for each loss the reward and the lengths of right and wrong answers over the steps. The shade is the range
     of the seeds."""
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    titles = {"reward": "drawn answers right", "length_of_right": "tokens of right answers",
-              "length_of_wrong": "tokens of wrong answers"}  # fmt: skip
-    for axes, (figure_name, title) in zip(panels, titles.items(), strict=True):
-        for name, runs in found.items():
-            if all("curves" in each for each in runs.values()):
-                lines = torch.tensor([each["curves"][figure_name] for each in runs.values()])
-                steps = [POINT * (number + 0.5) for number in range(lines.shape[1])]
-                axes.plot(steps, lines.mean(0), label=name)
-                axes.fill_between(steps, lines.amin(0), lines.amax(0), alpha=0.2)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    with chart(path, (11, 3.6), 3, legend=None) as panels:
+        titles = {"reward": "drawn answers right", "length_of_right": "tokens of right answers",
+                  "length_of_wrong": "tokens of wrong answers"}  # fmt: skip
+        for axes, (figure_name, title) in zip(panels, titles.items(), strict=True):
+            for name, runs in found.items():
+                if all("curves" in each for each in runs.values()):
+                    lines = torch.tensor([each["curves"][figure_name] for each in runs.values()])
+                    steps = [POINT * (number + 0.5) for number in range(lines.shape[1])]
+                    plot_seeds(axes, steps, lines, name)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel("step")
+        panels[0].legend(fontsize=9)
 
 
 def draw_votes(shares: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Draw the share of right answers over the number of samples."""
-    figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    for name, by_count in shares.items():
-        values = 100 * torch.tensor([*by_count.values()])
-        counts = [int(k) for k in by_count]
-        axes.plot(counts, values.mean(1), "o-", label=name)
-        axes.fill_between(counts, values.amin(1), values.amax(1), alpha=0.2)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(counts, list(map(str, counts)))
-    axes.set(xlabel="samples", ylabel="problems right, %", ylim=(0, 102))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    with chart(path, (6.5, 4), legend=9) as axes:
+        for name, by_count in shares.items():
+            values = 100 * torch.tensor([*by_count.values()])
+            counts = [int(k) for k in by_count]
+            plot_seeds(axes, counts, values.T, name, "o-")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, list(map(str, counts)))
+        axes.set(xlabel="samples", ylabel="problems right, %", ylim=(0, 102))
 
 
 def taught(folder: Path) -> Iterator[Problem]:

@@ -25,8 +25,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart, plot_seeds
 from _results import write_table
 from _rounds import machine, spread
 from _training import plain_steps
@@ -155,18 +155,14 @@ def accuracy(model: DecoderLM, pairs: int, rewritten: bool) -> float:
     return round((logits.argmax(-1) == wanted).float().mean().item(), 4)
 
 
-def chart(found: dict[str, dict[str, list[float]]], path: Path) -> None:
+def draw_accuracies(found: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Draw mean accuracy over the number of pairs. The shade is the range of the seeds."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, by_pairs in found.items():
-        shares = 100 * torch.tensor([*by_pairs.values()])
-        places = [int(pairs) for pairs in by_pairs]
-        axes.plot(places, shares.mean(1), "o-", label=name)
-        axes.fill_between(places, shares.amin(1), shares.amax(1), alpha=0.2)
-    axes.set(xlabel="pairs of a key and a value", ylabel="right values, %", ylim=(0, 102), xticks=LOOKED_AT)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    with chart(path, (8, 4.5), legend=10) as axes:
+        for name, by_pairs in found.items():
+            shares = 100 * torch.tensor([*by_pairs.values()])
+            places = [int(pairs) for pairs in by_pairs]
+            plot_seeds(axes, places, shares.T, name, "o-")
+        axes.set(xlabel="pairs of a key and a value", ylabel="right values, %", ylim=(0, 102), xticks=LOOKED_AT)
 
 
 def main() -> None:
@@ -204,7 +200,7 @@ def main() -> None:
         columns = ["% right, by number of pairs", *map(str, LOOKED_AT)]
         write_table(options.out, section, command, columns, rows, found)
     if options.picture:
-        chart(found, options.picture)
+        draw_accuracies(found, options.picture)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _results import of_seeds, print_rows, typed, usual, write_table
 from _rounds import machine, spread
 from _training import learned, validation
@@ -69,13 +69,11 @@ def reach(shares: Tensor) -> int:
 
 def draw(curves: dict[str, Tensor], path: Path) -> None:
     """Draw the gradient over the distance, a line for each model."""
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, shares in curves.items():
-        axes.plot(shares.tolist(), label=name, lw=1.4)
-    axes.axhline(SMALL, color="gray", lw=0.8, ls=":")
-    axes.set(xlabel="characters back", ylabel="gradient, share of distance 0", yscale="log", ylim=(1e-7, 2))
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    with chart(path, (7, 3.6), dpi=100) as axes:
+        for name, shares in curves.items():
+            axes.plot(shares.tolist(), label=name, lw=1.4)
+        axes.axhline(SMALL, color="gray", lw=0.8, ls=":")
+        axes.set(xlabel="characters back", ylabel="gradient, share of distance 0", yscale="log", ylim=(1e-7, 2))
 
 
 def main() -> None:

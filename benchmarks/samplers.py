@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 from statistics import mean
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _drawn import beside
-from _results import of_seeds, print_rows, typed, write_table
+from _results import of_seeds, publish, typed
 from _rounds import machine
 from torch import Tensor
 
@@ -71,30 +71,25 @@ def show(found: Found, floor: float, features: str, options: argparse.Namespace)
     print(f"{machine()}\n\n1000 · kernel distance ({features}) by evaluations of the network\n")
     rows, values = of_seeds({name: [*row.values()] for name, row in found.items()}, ".2f")
     columns = ["evaluations", *map(str, options.evaluations)]
-    print_rows([columns, *rows])
+    usual = {"samplers": [], "evaluations": [], "pictures": 0, "seeds": [0], "distinct": False}
+    command = typed(f"samplers.py {options.run} --data {options.data}", vars(options), usual)
+    publish(options.write, "Samplers", command, columns, rows, values)
     print(f"\nHeld-out pictures: {1e3 * floor:.2f}")
-    if options.write:
-        usual = {"samplers": [], "evaluations": [], "pictures": 0, "seeds": [0], "distinct": False}
-        command = typed(f"samplers.py {options.run} --data {options.data}", vars(options), usual)
-        write_table(options.write, "Samplers", command, columns, rows, values)
 
 
 def plot(found: Found, floor: float, features: str, path: Path) -> None:
     """Draw quality over evaluations on logarithmic axes. If the distance of the held-out pictures is not positive, it
     is only printed."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, row in found.items():
-        axes.plot(list(row), [mean(seeds) for seeds in row.values()], marker="o", markersize=3, label=name)
-    axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="1000 · kernel distance")
-    if floor > 0:
-        axes.axhline(1e3 * floor, color="grey", linestyle=":", label="held-out pictures")
-    ticks = sorted({evaluations for row in found.values() for evaluations in row})
-    axes.set_xticks(ticks, [f"{each:,}" for each in ticks])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.set_title(f"{features}; held-out pictures {1e3 * floor:.2f}", fontsize=8)
-    axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+    with chart(path, (7, 4.5), legend=7, dpi=150) as axes:
+        for name, row in found.items():
+            axes.plot(list(row), [mean(seeds) for seeds in row.values()], marker="o", markersize=3, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="evaluations of the network", ylabel="1000 · kernel distance")
+        if floor > 0:
+            axes.axhline(1e3 * floor, color="grey", linestyle=":", label="held-out pictures")
+        ticks = sorted({evaluations for row in found.values() for evaluations in row})
+        axes.set_xticks(ticks, [f"{each:,}" for each in ticks])
+        axes.minorticks_off()
+        axes.set_title(f"{features}; held-out pictures {1e3 * floor:.2f}", fontsize=8)
 
 
 def arguments() -> argparse.Namespace:

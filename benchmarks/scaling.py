@@ -17,9 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _charts import chart
 from _rounds import machine
 from _training import learned, validation
 from scipy.optimize import minimize
@@ -138,26 +138,28 @@ def _columns(found: list[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def draw(law: Law, used: list[Point], asked: list[Point], ranges: np.ndarray, path: Path) -> None:
     """Draw losses over sizes, with a line for each number of tokens. Left-out points are rings with their interval."""
-    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
-    line = np.geomspace(min(p.parameters for p in used) / 1.2, max(p.parameters for p in asked) * 1.2, 200)
-    for number, seen in enumerate(sorted({p.tokens for p in used})):
-        colour = f"C{number}"
-        mine = [p for p in used if p.tokens == seen]
-        axes.plot([p.parameters for p in mine], [p.loss for p in mine], "o", color=colour)
-        axes.plot(line, np.exp(law.log_loss(line, np.full(200, float(seen)))), color=colour, label=f"{seen:,} tokens")
-        for point, (low, high) in zip(asked, ranges, strict=True):
-            if point.tokens == seen:
-                axes.plot([point.parameters] * 2, [low, high], color=colour, alpha=0.4, linewidth=5)
-                axes.plot(point.parameters, point.loss, "o", markerfacecolor="white", markeredgecolor=colour, zorder=3)
-    axes.plot(
-        [], [], "o", markerfacecolor="white", markeredgecolor="grey", label="left out of the fit, and its interval"
-    )
-    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="held-out loss, nats a token", title=str(law))
-    axes.yaxis.set_major_formatter("{x:.1f}")
-    axes.yaxis.set_minor_formatter("{x:.1f}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (7, 4.8)) as axes:
+        line = np.geomspace(min(p.parameters for p in used) / 1.2, max(p.parameters for p in asked) * 1.2, 200)
+        for number, seen in enumerate(sorted({p.tokens for p in used})):
+            colour = f"C{number}"
+            mine = [p for p in used if p.tokens == seen]
+            axes.plot([p.parameters for p in mine], [p.loss for p in mine], "o", color=colour)
+            axes.plot(
+                line, np.exp(law.log_loss(line, np.full(200, float(seen)))), color=colour, label=f"{seen:,} tokens"
+            )
+            for point, (low, high) in zip(asked, ranges, strict=True):
+                if point.tokens == seen:
+                    axes.plot([point.parameters] * 2, [low, high], color=colour, alpha=0.4, linewidth=5)
+                    axes.plot(
+                        point.parameters, point.loss, "o", markerfacecolor="white", markeredgecolor=colour, zorder=3
+                    )
+        axes.plot(
+            [], [], "o", markerfacecolor="white", markeredgecolor="grey", label="left out of the fit, and its interval"
+        )
+        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="held-out loss, nats a token", title=str(law))
+        axes.yaxis.set_major_formatter("{x:.1f}")
+        axes.yaxis.set_minor_formatter("{x:.1f}")
+        axes.grid(alpha=0.3, which="both")
 
 
 def main() -> None:

@@ -82,14 +82,16 @@ def formulas(tensors: dict[str, Any]) -> dict[str, float]:
 
 def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw the losses of two pods over those of one process."""
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, style in ((ALONE, {"linewidth": 5, "alpha": 0.35}), (PODS, {"linewidth": 1.2, "color": "black"})):
-        axes.plot([line["step"] for line in found[name]], [line["loss"] for line in found[name]], label=name, **style)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title="Two pods and one process: the same bits")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    from _charts import chart
+
+    with chart(path, (7, 4), legend=None) as axes:
+        for name, style in ((ALONE, {"linewidth": 5, "alpha": 0.35}), (PODS, {"linewidth": 1.2, "color": "black"})):
+            axes.plot(
+                [line["step"] for line in found[name]], [line["loss"] for line in found[name]], label=name, **style
+            )
+        axes.set(xlabel="step", ylabel="loss, nats a token", title="Two pods and one process: the same bits")
+        axes.legend(frameon=False)
 
 
 def main() -> None:

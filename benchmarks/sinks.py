@@ -15,14 +15,14 @@ each seed; cells have the mean, and in brackets the lowest and the highest.
 """
 
 import argparse
-import json
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from _results import write_table
+from _charts import bar_seeds, chart
+from _results import publish, saved
 from _rounds import machine, spread
 from _training import plain_steps
 from torch import Tensor, nn
@@ -139,36 +139,28 @@ def measure(model: DecoderLM, rows: Tensor) -> dict[str, float]:
 
 def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Draw the cost of a window, and the shares of attention."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    costs = [read for read in READ if read != "all"]
-    panels = (
-        (left, costs, lambda each, name: each[name] - each["all"], "nats a token more than with all tokens seen"),
-        (right, ["first", "sink"], lambda each, name: 100 * each[name], "share of attention, %"),
-    )
-    for axes, names, value, label in panels:
-        for shift, (model, seeds) in zip((-0.2, 0.2), found.items(), strict=True):
-            values = torch.tensor([[value(each, name) for name in names] for each in seeds])
-            around = torch.stack([values.mean(0) - values.amin(0), values.amax(0) - values.mean(0)])
-            axes.bar(torch.arange(len(names)) + shift, values.mean(0), 0.38, yerr=around, capsize=2, label=model)
-        axes.set_xticks(range(len(names)), ["first token" if name == "first" else name for name in names])
-        axes.set(ylabel=label)
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (10, 3.8), 2, legend=None) as (left, right):
+        costs = [read for read in READ if read != "all"]
+        panels = (
+            (left, costs, lambda each, name: each[name] - each["all"], "nats a token more than with all tokens seen"),
+            (right, ["first", "sink"], lambda each, name: 100 * each[name], "share of attention, %"),
+        )
+        for axes, names, value, label in panels:
+            for shift, (model, seeds) in zip((-0.2, 0.2), found.items(), strict=True):
+                values = torch.tensor([[value(each, name) for name in names] for each in seeds])
+                bar_seeds(axes, shift, values, model)
+            axes.set_xticks(range(len(names)), ["first token" if name == "first" else name for name in names])
+            axes.set(ylabel=label)
+            axes.legend(fontsize=8)
 
 
 def run(name: str, seed: int, task: TextTask, rows: Tensor, options: argparse.Namespace) -> dict[str, float]:
-    """Train a model and measure it. A saved one is loaded instead."""
-    kept = options.keep / f"{name}-{seed}.json" if options.keep else None
-    if kept is not None and kept.exists():
-        return json.loads(kept.read_text())
+    """Train a model and measure it."""
     began = perf_counter()
     model = build(name, seed)
     train(model, task, seed, options)
     found = measure(model, rows)
     print(f"  {name}, seed {seed}: {found}; {perf_counter() - began:.0f} s", flush=True)
-    if kept is not None:
-        kept.write_text(json.dumps(found))
     return found
 
 
@@ -188,19 +180,22 @@ def main() -> None:
     judge = PackedText(task.shards, LENGTH - 1, 1, validation_tokens=options.held_out * LENGTH)
     rows = windows(torch.cat([batch["tokens"].long() for batch in judge.validation()])[: options.held_out])
     print(f"{machine()}; {options.steps} steps of {options.tokens:,} tokens, seeds {options.seeds}", flush=True)
-    found = {name: [run(name, seed, task, rows, options) for seed in options.seeds] for name in MODELS}
+    found = {
+        name: [
+            saved(options.keep, f"{name}-{seed}", partial(run, name, seed, task, rows, options))
+            for seed in options.seeds
+        ]
+        for name in MODELS
+    }
     losses = [*READ]
     percents = [key for key in found["with sinks"][0] if key not in losses]
     columns = ["", *(f"loss, {read}" for read in losses), *(f"% on the {key}" for key in percents)]
-    print(f"| {' | '.join(columns)} |\n|---|" + "---:|" * (len(columns) - 1))
     cells: list[list[str]] = []
     for name, seeds in found.items():
         cells.append([name, *(spread([each[key] for each in seeds]) for key in losses)])
         cells[-1] += [spread([100 * each[key] for each in seeds], ".1f") for key in percents]
-        print(f"| {' | '.join(cells[-1])} |")
-    if options.out:
-        command = f"python benchmarks/sinks.py --steps {options.steps}"
-        write_table(options.out, "Attention sinks", command, columns, cells, found)
+    command = f"python benchmarks/sinks.py --steps {options.steps}"
+    publish(options.out, "Attention sinks", command, columns, cells, found)
     if options.picture:
         draw(found, options.picture)
 

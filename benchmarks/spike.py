@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _rounds import machine
 
 from keifu.data.text.packed import PackedText
@@ -96,23 +96,20 @@ def row(name: str, lines: list[dict[str, float]], at: int) -> str:
 
 def draw(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) -> None:
     """Draw the loss of each step. Steps that the rule undid are dotted."""
-    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    axes.axvspan(options.at, options.at + options.bad, color="grey", alpha=0.3, label="random batches")
-    for number, (name, lines) in enumerate(runs.items()):
-        standing = metrics.last_metrics(lines)
-        kept = {id(line) for line in standing}
-        undone = [line for line in lines if "loss" in line and id(line) not in kept]
-        parts = [(standing, "-", name), (undone, ":", f"{name}: undone")]
-        for points, style, label in parts:
-            pairs = [(line["step"], line["loss"]) for line in points if "loss" in line]
-            if pairs:
-                axes.plot(*zip(*pairs, strict=True), style, color=f"C{number}", label=label, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss of a step, nats a token", xlim=(max(0, options.at - 150), options.steps))
-    shown = [line["loss"] for lines in runs.values() for line in lines if "loss" in line and line["step"] > 50]
-    axes.set_ylim(0.9 * min(shown), 1.05 * max(shown))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(options.picture, dpi=110)
+    with chart(options.picture, (9, 4.5)) as axes:
+        axes.axvspan(options.at, options.at + options.bad, color="grey", alpha=0.3, label="random batches")
+        for number, (name, lines) in enumerate(runs.items()):
+            standing = metrics.last_metrics(lines)
+            kept = {id(line) for line in standing}
+            undone = [line for line in lines if "loss" in line and id(line) not in kept]
+            parts = [(standing, "-", name), (undone, ":", f"{name}: undone")]
+            for points, style, label in parts:
+                pairs = [(line["step"], line["loss"]) for line in points if "loss" in line]
+                if pairs:
+                    axes.plot(*zip(*pairs, strict=True), style, color=f"C{number}", label=label, linewidth=1)
+        axes.set(xlabel="step", ylabel="loss of a step, nats a token", xlim=(max(0, options.at - 150), options.steps))
+        shown = [line["loss"] for lines in runs.values() for line in lines if "loss" in line and line["step"] > 50]
+        axes.set_ylim(0.9 * min(shown), 1.05 * max(shown))
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from _charts import chart
 from _results import of_seeds, print_rows, typed, write_table
 from _rounds import machine
 from drawing import states
@@ -215,32 +215,33 @@ def guidance_plot(
 
     Return the figures of each run and guidance, named by `MEASURED`, with a value for each seed.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    found = dict[str, list[list[float]]]()
-    for each in (one for one in contestants if one.guided):
-        on, points = grounds[each.size], []
-        for guidance in options.guidances:
-            values = []
-            for seed in options.seeds:
-                drawn = each.draw(on.captions, options, guidance, seed)
-                features = [see(drawn) for see in eyes]
-                precision, recall = manifold(on.features[-1], features[-1])
-                score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
-                far = [distance(real, own) for real, own in zip(on.features, features, strict=True)]
-                values.append((*far, precision, recall, score))
-            own = found[f"{each.name}, guidance {guidance:g}"] = [[*seeds] for seeds in zip(*values, strict=True)]
-            _, _, precision, recall, score = map(mean, own)
-            points.append((recall, precision, score))
-            print(f"{each.name}, guidance {guidance:g}: {own}", flush=True)
-        recall, *others = zip(*points, strict=True)
-        for panel, values in zip(axes, others, strict=True):
-            panel.plot(recall, values, "o-", label=each.name)
-            for x, y, guidance in zip(recall, values, options.guidances, strict=True):
-                panel.annotate(f"{guidance:g}", (x, y), textcoords="offset points", xytext=(4, 4))
-    for panel, label in zip(axes, ("precision by CLIP (fidelity)", "CLIP score (fidelity to the text)"), strict=True):
-        panel.set(xlabel="recall by CLIP (variety)", ylabel=label)
-        panel.legend()
-    figure.savefig(options.plot, dpi=100)
+    with chart(options.plot, (11, 4.5), 2, legend=None, dpi=100) as axes:
+        found = dict[str, list[list[float]]]()
+        for each in (one for one in contestants if one.guided):
+            on, points = grounds[each.size], []
+            for guidance in options.guidances:
+                values = []
+                for seed in options.seeds:
+                    drawn = each.draw(on.captions, options, guidance, seed)
+                    features = [see(drawn) for see in eyes]
+                    precision, recall = manifold(on.features[-1], features[-1])
+                    score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
+                    far = [distance(real, own) for real, own in zip(on.features, features, strict=True)]
+                    values.append((*far, precision, recall, score))
+                own = found[f"{each.name}, guidance {guidance:g}"] = [[*seeds] for seeds in zip(*values, strict=True)]
+                _, _, precision, recall, score = map(mean, own)
+                points.append((recall, precision, score))
+                print(f"{each.name}, guidance {guidance:g}: {own}", flush=True)
+            recall, *others = zip(*points, strict=True)
+            for panel, values in zip(axes, others, strict=True):
+                panel.plot(recall, values, "o-", label=each.name)
+                for x, y, guidance in zip(recall, values, options.guidances, strict=True):
+                    panel.annotate(f"{guidance:g}", (x, y), textcoords="offset points", xytext=(4, 4))
+        for panel, label in zip(
+            axes, ("precision by CLIP (fidelity)", "CLIP score (fidelity to the text)"), strict=True
+        ):
+            panel.set(xlabel="recall by CLIP (variety)", ylabel=label)
+            panel.legend()
     return found
 
 
@@ -252,30 +253,31 @@ def over_time(
     options: argparse.Namespace,
 ) -> None:
     """Measure kernel distance and CLIP score of every kept state of a run; models keep the last one's weights."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    print("\n| run | minutes | kernel distance x 1000 | CLIP score |\n|---|---:|---:|---:|")
-    for each in contestants:
-        on, points = grounds[each.size], []
-        learned = checkpoint.read(each.folder, checkpoint.steps(each.folder)[-1]).tensors
-        for name, parameter in each.model.named_parameters():  # a state only has what its run trained
-            parameter.requires_grad_(f"model.{name}" in learned)
-        parts = [metrics.read(each.folder / part) for part in ("autoencoder", "dvae") if (each.folder / part).exists()]
-        before = sum(max(line.get("seconds", 0.0) for line in lines) for lines in parts) / 60
-        for _, minutes in states(each.folder, each.model, options.states):
-            if isinstance(each.model, Unclip):
-                complete_config(each.model)
-            drawn = each.draw(on.captions, options, options.guidance)
-            far = distance(on.features[-1], see(drawn))
-            score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
-            points.append((before + minutes, far, score))
-            print(f"| {each.name} | {before + minutes:.1f} | {far:.2f} | {score:.2f} |", flush=True)
-        minutes, *others = zip(*points, strict=True)
-        for panel, values in zip(axes, others, strict=True):
-            panel.plot(minutes, values, "o-", label=each.name)
-    for panel, label in zip(axes, ("kernel distance x 1000, by CLIP", "CLIP score"), strict=True):
-        panel.set(xlabel="minutes of training", ylabel=label)
-        panel.legend()
-    figure.savefig(options.over_time, dpi=100)
+    with chart(options.over_time, (11, 4.5), 2, legend=None, dpi=100) as axes:
+        print("\n| run | minutes | kernel distance x 1000 | CLIP score |\n|---|---:|---:|---:|")
+        for each in contestants:
+            on, points = grounds[each.size], []
+            learned = checkpoint.read(each.folder, checkpoint.steps(each.folder)[-1]).tensors
+            for name, parameter in each.model.named_parameters():  # a state only has what its run trained
+                parameter.requires_grad_(f"model.{name}" in learned)
+            parts = [
+                metrics.read(each.folder / part) for part in ("autoencoder", "dvae") if (each.folder / part).exists()
+            ]
+            before = sum(max(line.get("seconds", 0.0) for line in lines) for lines in parts) / 60
+            for _, minutes in states(each.folder, each.model, options.states):
+                if isinstance(each.model, Unclip):
+                    complete_config(each.model)
+                drawn = each.draw(on.captions, options, options.guidance)
+                far = distance(on.features[-1], see(drawn))
+                score = float(clip_scores(cosines(*towers, drawn, on.captions))[0].mean())
+                points.append((before + minutes, far, score))
+                print(f"| {each.name} | {before + minutes:.1f} | {far:.2f} | {score:.2f} |", flush=True)
+            minutes, *others = zip(*points, strict=True)
+            for panel, values in zip(axes, others, strict=True):
+                panel.plot(minutes, values, "o-", label=each.name)
+        for panel, label in zip(axes, ("kernel distance x 1000, by CLIP", "CLIP score"), strict=True):
+            panel.set(xlabel="minutes of training", ylabel=label)
+            panel.legend()
 
 
 def main() -> None:

@@ -23,9 +23,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
-from _results import of_seeds, print_rows, typed, usual, write_table
+from _charts import chart
+from _results import of_seeds, publish, typed, usual
 from _rounds import machine, spread
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -134,14 +134,11 @@ WAYS: dict[str, tuple[str, Way]] = {
 
 def draw(accuracies: dict[str, dict[int, float]], majority: float, path: Path) -> None:
     """Draw held-out accuracy by the number of labels, a line for each way."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, points in accuracies.items():
-        axes.plot([*points], [*points.values()], marker="o", label=WAYS[name][0])
-    axes.axhline(majority, color="grey", linestyle=":", label="always the most frequent topic")
-    axes.set(xscale="log", xlabel="labelled summaries", ylabel="accuracy on 1,000 held-out summaries", ylim=(0, 1))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with chart(path, (7, 4.5)) as axes:
+        for name, points in accuracies.items():
+            axes.plot([*points], [*points.values()], marker="o", label=WAYS[name][0])
+        axes.axhline(majority, color="grey", linestyle=":", label="always the most frequent topic")
+        axes.set(xscale="log", xlabel="labelled summaries", ylabel="accuracy on 1,000 held-out summaries", ylim=(0, 1))
 
 
 def main() -> None:
@@ -188,10 +185,8 @@ def main() -> None:
             print(f"| {title} | {count:,} | {figures} |", flush=True)
     rows, values = of_seeds(by_seed, ".1%")
     columns = ["accuracy", *(f"{count:,} labels" for count in options.labels)]
-    print_rows([columns, *rows])
-    if options.write:
-        command = typed("topics.py", vars(options), usual(parser))
-        write_table(options.write, "bert-en with few labels", command, columns, rows, values)
+    command = typed("topics.py", vars(options), usual(parser))
+    publish(options.write, "bert-en with few labels", command, columns, rows, values)
     if options.picture:
         draw(accuracies, share, options.picture)
 

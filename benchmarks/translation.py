@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
+from _charts import chart
 from _rounds import machine
 from safetensors.torch import load_file
 
@@ -32,21 +32,19 @@ Runs = list[tuple[str, Path]]
 
 def by_length(runs: Runs, on: str, reverse: bool, limit: int | None, picture: Path) -> None:
     """Print BLEU and chrF of each run, overall and by the length of the source. Draw those by length."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for name, path in runs:
-        found = evaluate(*keifu.load(path), EvalRequest(on, limit, reverse, by_length=True))
-        print(f"\n{name}: {found.figures}\n", flush=True)
-        table = found.tables["by length"]
-        print(f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}")
-        for row in table.rows:
-            print(f"| {' | '.join(map(str, row))} |", flush=True)
-        enough = [row for row in table.rows if row[1] >= 20]
-        for axes, column in ((left, 2), (right, 3)):
-            axes.plot([row[0] for row in enough], [row[column] for row in enough], marker="o", label=name)
-            axes.set(xlabel=f"length: {table.columns[0]}", ylabel=table.columns[column], ylim=(0, None))
-            axes.grid(alpha=0.3)
-    left.legend()
-    figure.savefig(picture, dpi=110)
+    with chart(picture, (9, 3.8), 2, legend=None) as (left, right):
+        for name, path in runs:
+            found = evaluate(*keifu.load(path), EvalRequest(on, limit, reverse, by_length=True))
+            print(f"\n{name}: {found.figures}\n", flush=True)
+            table = found.tables["by length"]
+            print(f"| {' | '.join(table.columns)} |\n|{'---|' * len(table.columns)}")
+            for row in table.rows:
+                print(f"| {' | '.join(map(str, row))} |", flush=True)
+            enough = [row for row in table.rows if row[1] >= 20]
+            for axes, column in ((left, 2), (right, 3)):
+                axes.plot([row[0] for row in enough], [row[column] for row in enough], marker="o", label=name)
+                axes.set(xlabel=f"length: {table.columns[0]}", ylabel=table.columns[column], ylim=(0, None))
+        left.legend()
 
 
 def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Path) -> None:
@@ -54,24 +52,22 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Pa
     pairs = read_pairs(on, reverse)
     sources, references = map(list, zip(*split(pairs).validation[:n], strict=True))
     scorer = Scorer(pairs.languages[1] or language_of(references))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
-    for name, path in runs:
-        model, tokenizer = keifu.load(path)
-        curve = []
-        for minutes, tensors in states(path, most):
-            with torch.no_grad():
-                load_into_model(model, tensors)
-            scores = scorer(translate(model, tokenizer, sources, beam=1), references)
-            curve.append((minutes, scores.chrf))
-            print(f"{name}: {minutes:.1f} min, BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}", flush=True)
-        left.plot(*zip(*curve, strict=True), marker="o", label=name)
-        right.plot(*zip(*losses(path), strict=True), label=name)
-    left.set(xlabel="minutes of training", ylabel=f"chrF of {n} greedy translations", ylim=(0, None))
-    right.set(xlabel="minutes of training", ylabel="validation loss, nats a token")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(picture, dpi=110)
+    with chart(picture, (9, 3.8), 2, legend=None) as (left, right):
+        for name, path in runs:
+            model, tokenizer = keifu.load(path)
+            curve = []
+            for minutes, tensors in states(path, most):
+                with torch.no_grad():
+                    load_into_model(model, tensors)
+                scores = scorer(translate(model, tokenizer, sources, beam=1), references)
+                curve.append((minutes, scores.chrf))
+                print(f"{name}: {minutes:.1f} min, BLEU {scores.bleu:.1f}, chrF {scores.chrf:.1f}", flush=True)
+            left.plot(*zip(*curve, strict=True), marker="o", label=name)
+            right.plot(*zip(*losses(path), strict=True), label=name)
+        left.set(xlabel="minutes of training", ylabel=f"chrF of {n} greedy translations", ylim=(0, None))
+        right.set(xlabel="minutes of training", ylabel="validation loss, nats a token")
+        for axes in (left, right):
+            axes.legend()
 
 
 def states(run: Path, most: int) -> Iterable[tuple[float, dict[str, Any]]]:
