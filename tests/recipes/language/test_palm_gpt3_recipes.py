@@ -12,7 +12,7 @@ from keifu import checkpoints
 from keifu.cli import parse
 from keifu.errors import UserError
 from keifu.recipes.language import gpt3, palm
-from keifu.recipes.language.pretraining import Text, prepare_text, pretraining_job
+from keifu.recipes.language.pretraining import Text, TextObjective, prepare_text, pretraining_job
 from keifu.recipes.running import train_job
 from keifu.training.run import checkpoint, metrics
 
@@ -96,12 +96,12 @@ def test_resumed_while_the_batch_grows_it_is_bitwise_the_same(module: Any, text:
         settings, **({"batch_ramp": (2, 40)} if settings.batch_ramp else {"batch_stages": ((2, 3), (4, 6))})
     )
     assert settings.growth.at(4) < settings.growth.at(7) <= 9
-    whole, parts = text.parent / "whole", text.parent / "parts"
+    whole, parts, z_loss = text.parent / "whole", text.parent / "parts", TextObjective(z_loss=1e-4)
     for out in (whole, parts):
-        train_job(pretraining_job("it", task, own.build, config, replace(settings, keep=3), z_loss=1e-4), out)
+        train_job(pretraining_job("it", task, own.build, config, replace(settings, keep=3), objective=z_loss), out)
     checkpoint.remove(parts, 12)
     checkpoint.remove(parts, 8)
-    train_job(pretraining_job("it", task, own.build, config, settings, z_loss=1e-4), parts, True)
+    train_job(pretraining_job("it", task, own.build, config, settings, objective=z_loss), parts, True)
     ours, theirs = (checkpoint.latest(each)[0].tensors for each in (parts, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     with pytest.raises(UserError, match="z_loss 0.0001 → "):

@@ -23,7 +23,15 @@ from keifu.models import llama
 from keifu.models.hybrid import qwen3_5
 from keifu.ranges import Count, Depth, NotNegative, Seed
 from keifu.recipes.distilling import Distill
-from keifu.recipes.language.pretraining import Text, TextOptions, TextTask, prepare_text, pretraining_job, settings_of
+from keifu.recipes.language.pretraining import (
+    Text,
+    TextObjective,
+    TextOptions,
+    TextTask,
+    prepare_text,
+    pretraining_job,
+    settings_of,
+)
 from keifu.recipes.options import Logging, value_or
 from keifu.recipes.starting import keeps_best, scaled
 from keifu.training import job
@@ -154,12 +162,11 @@ def jobs(recipe: Recipe) -> job.Jobs:
     if recipe.start_from is not None:
         yield continued(recipe, recipe.start_from)
         return
-    task, config, chosen = prepare(recipe)
+    task, config, training = prepare(recipe)
     build, size = FAMILIES[recipe.family]
-    yield pretraining_job(
-        "gpt", task, build, size(config), chosen, prompt=recipe.prompt, options=recipe.distill.options(),
-        objective=recipe.distill.objective(task.tokenizer, config.context_length),
-    )  # fmt: skip
+    loss = recipe.distill.objective(task.tokenizer, config.context_length)
+    objective = TextObjective(loss=loss, options=recipe.distill.options())
+    yield pretraining_job("gpt", task, build, size(config), training, prompt=recipe.prompt, objective=objective)
 
 
 def start_model(name: str) -> tuple[Any, Any]:
@@ -177,8 +184,9 @@ def continued(recipe: Recipe, name: str) -> job.Job:
     if row > most:
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
-    chosen = settings(recipe, job.parameters(model), row, len(task.shards.tokens))
+    training = settings(recipe, job.parameters(model), row, len(task.shards.tokens))
+    loss = recipe.distill.objective(tokenizer, row, model)
+    objective = TextObjective(loss=loss, row=row, options=recipe.distill.options())
     return pretraining_job(
-        "gpt", task, lambda _: model, model.config, chosen, prompt=recipe.prompt, row=row,
-        options=recipe.distill.options(), objective=recipe.distill.objective(tokenizer, row, model),
-    )  # fmt: skip
+        "gpt", task, lambda _: model, model.config, training, prompt=recipe.prompt, objective=objective
+    )

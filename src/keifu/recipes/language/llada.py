@@ -51,5 +51,7 @@ def jobs(recipe: Recipe) -> Jobs:
     task = pretraining.prepare_text(recipe.text)
     yield pretraining.pretraining_job(
         "llada", task, build_model, replace(recipe.model, mask_token=0), recipe.training, prompt=recipe.prompt,
-        row=recipe.model.context_length - 1, objective=masked_diffusion, change=add_masking_rates,
+        objective=pretraining.TextObjective(
+            loss=masked_diffusion, row=recipe.model.context_length - 1, change=add_masking_rates
+        ),
     )  # fmt: skip

@@ -41,5 +41,11 @@ def jobs(recipe: Recipe) -> Jobs:
     """Yield the training, whose result keifu.load and keifu generate read."""
     task = pretraining.prepare_text(recipe.text)
     yield pretraining.pretraining_job(
-        "lstm", task, lstm.build, recipe.model, recipe.training, prompt=recipe.prompt, row=recipe.row_length
+        "lstm",
+        task,
+        lstm.build,
+        recipe.model,
+        recipe.training,
+        prompt=recipe.prompt,
+        objective=pretraining.TextObjective(row=recipe.row_length),
     )

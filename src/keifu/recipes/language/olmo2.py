@@ -42,5 +42,11 @@ def jobs(recipe: Recipe) -> Jobs:
     """Yield the training, whose result keifu.load, keifu generate and transformers read."""
     task = pretraining.prepare_text(recipe.text)
     yield pretraining.pretraining_job(
-        "olmo2", task, olmo2.build, recipe.model, recipe.training, prompt=recipe.prompt, z_loss=recipe.z_loss
+        "olmo2",
+        task,
+        olmo2.build,
+        recipe.model,
+        recipe.training,
+        prompt=recipe.prompt,
+        objective=pretraining.TextObjective(z_loss=recipe.z_loss),
     )

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from keifu.models import palm
 from keifu.ranges import NotNegative
-from keifu.recipes.language.pretraining import PretrainingOptions, prepare_text, pretraining_job
+from keifu.recipes.language.pretraining import PretrainingOptions, TextObjective, prepare_text, pretraining_job
 from keifu.training.job import Jobs
 from keifu.training.optim.loss_spikes import SpikeSettings
 from keifu.training.settings import Settings
@@ -64,4 +64,7 @@ def jobs(recipe: Recipe) -> Jobs:
     settings, default_z = WAYS[recipe.recipe_of]
     z_loss = default_z if recipe.z_loss is None else recipe.z_loss
     task = prepare_text(recipe.text, split_digits=recipe.text.tokenizer == "bpe")
-    yield pretraining_job("palm", task, palm.build, recipe.model, settings(recipe), prompt=recipe.prompt, z_loss=z_loss)
+    objective = TextObjective(z_loss=z_loss)
+    yield pretraining_job(
+        "palm", task, palm.build, recipe.model, settings(recipe), prompt=recipe.prompt, objective=objective
+    )

@@ -2,7 +2,7 @@
 GPT-3 and PaLM."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -157,41 +157,53 @@ class _Pieces:
             yield from (document[start : start + 100_000] for start in range(0, len(document), 100_000))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TextObjective:
+    """Objective of a language model, and the form of the data that it asks for.
+
+    loss: of the tokens, or of a teacher. z_loss: weight of the penalty for a large log-sum of logits. row: tokens of
+    a row, if fewer than the context. change: converts the data; its second argument is the seed. options: further
+    values that affect the result.
+    """
+
+    loss: Objective = causal_language_modeling
+    z_loss: float = 0.0
+    row: int | None = None
+    change: Callable[[Data, int], Data] = lambda data, seed: data
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
 def pretraining_job(
     name: str, task: TextTask, build: Callable[[Any], DecoderLM], config: Any, settings: Settings, *, prompt: str = "",
-    z_loss: float = 0.0, row: int | None = None, objective: Objective = causal_language_modeling,
-    options: Mapping[str, Any] = {}, change: Callable[[Data, int], Data] = lambda data, seed: data,
+    objective: TextObjective = TextObjective(),
 ) -> Job:  # fmt: skip
-    """Return the training of a causal model on a text. The vocabulary is the tokenizer's, not that of `config`.
-
-    row: tokens of a row, if fewer than the context. objective: of the tokens, or of a teacher. options: further values
-    that affect the result. change: converts the data; its second argument is the seed.
-    """
+    """Return the training of a causal model on a text. The vocabulary is the tokenizer's, not that of `config`."""
     print(task.shards.held_out(), flush=True)
     torch.manual_seed(settings.seed)
     config, split = replace(config, vocab_size=task.tokenizer.vocab_size), not current().is_replicated
     model: Any = build_lazily(partial(build, config), choose()) if split else build(config).to(choose())
     config = model.config
-    text = PackedText(task.shards, row or config.context_length, settings.growth, settings.seed, VALIDATION_TOKENS)
-    deciding = {"model": asdict(config), "text": task.text.described(), **options} | (
-        {"z_loss": z_loss} if z_loss else {}
-    )
-    bytes_per_token = task.shards.bytes_per_token if objective in PER_TOKEN else None
-    if z_loss:
-        objective = partial(causal_language_modeling, z_loss=z_loss)
+    row = objective.row or config.context_length
+    text = PackedText(task.shards, row, settings.growth, settings.seed, VALIDATION_TOKENS)
+    deciding = {"model": asdict(config), "text": task.text.described(), **objective.options}
+    loss = objective.loss
+    if objective.z_loss:
+        deciding["z_loss"] = objective.z_loss
+        loss = partial(causal_language_modeling, z_loss=objective.z_loss)
     if (balancing := vars(config).get("balancing")) and mixtures(model):
-        objective = with_balancing(objective, balancing)
+        loss = with_balancing(loss, balancing)
 
     def sample(step: int) -> str:
         return prompt + generate(model, task.tokenizer, prompt or "\n", raw=True, max_tokens=SAMPLE_TOKENS, seed=step)
 
-    data = change(text, settings.seed)
+    data = objective.change(text, settings.seed)
     return Job(
-        model=model, objective=objective, data=data, settings=settings, tokenizer=task.tokenizer, sample=sample,
+        model=model, objective=loss, data=data, settings=settings, tokenizer=task.tokenizer, sample=sample,
         largest=data.batch(text.growth.largest),
         facts=RunFacts(
             title=name, about={"parameters": parameters(model)}, data=task.facts(), options=deciding,
-            bytes_per_unit=bytes_per_token, watch=lambda figures: collapsed_routers(model),
+            bytes_per_unit=task.shards.bytes_per_token if objective.loss in PER_TOKEN else None,
+            watch=lambda figures: collapsed_routers(model),
         ),
     )  # fmt: skip
 
