@@ -218,7 +218,7 @@ def test_a_type_without_a_format_is_packed_from_its_numbers(tmp_path: Path) -> N
     model = checkpoints.load_model(tmp_path / "model.gguf")
     loaded = checkpoints.load_model(tmp_path / "model.gguf", weights="int4")
     formats = {matrix.format for (name, _), matrix in loaded.packer.matrices.items() if "blocks" in name}
-    assert formats == {loaded.packer.chosen.layers}
+    assert formats == {loaded.packer.formats.layers}
     assert torch.isfinite(loaded(TOKENS)).all() and model.config == loaded.config
 
 

@@ -166,19 +166,19 @@ def open_library() -> Library:
     Raises `Unavailable` if KEIFU_NATIVE is "off" or names instructions that the CPU lacks, or if there is no library.
     Raises UserError for an unknown value of KEIFU_NATIVE.
     """
-    wanted = os.environ.get(VARIABLE, "")
+    set_name = os.environ.get(VARIABLE, "")
     if switched_off():
         raise Unavailable(f"{VARIABLE} is off")
-    if wanted and wanted not in INSTRUCTIONS:
-        raise unknown(f"{VARIABLE} called", wanted, [*INSTRUCTIONS, "off"])
+    if set_name and set_name not in INSTRUCTIONS:
+        raise unknown(f"{VARIABLE} called", set_name, [*INSTRUCTIONS, "off"])
     library = _loaded()
     if isinstance(library, Unavailable):
         raise library
     best = library.call("best_instructions")
-    which = INSTRUCTIONS.index(wanted) if wanted else best
+    which = INSTRUCTIONS.index(set_name) if set_name else best
     if not library.call("has_instructions", which):
-        raise Unavailable(f"{VARIABLE} is {wanted}, and the best that this CPU has is {INSTRUCTIONS[best]}")
-    library.call("use_instructions", library.checks.usable(which, is_forced=bool(wanted)))
+        raise Unavailable(f"{VARIABLE} is {set_name}, and the best that this CPU has is {INSTRUCTIONS[best]}")
+    library.call("use_instructions", library.checks.usable(which, is_forced=bool(set_name)))
     return library
 
 

@@ -118,8 +118,8 @@ class Packer:
     overrides: formats by parameter name instead of those of `chosen`: of the embedding, the head and routers.
     """
 
-    def __init__(self, library: Library, weights: Weights, chosen: Formats, overrides: Mapping[str, int]):
-        self.library, self.weights, self.chosen, self.overrides = library, weights, chosen, overrides
+    def __init__(self, library: Library, weights: Weights, formats: Formats, overrides: Mapping[str, int]):
+        self.library, self.weights, self.formats, self.overrides = library, weights, formats, overrides
         self.arena = Arena()
         self._floats: dict[tuple[str, float], Tensor] = {}
         self._kept: dict[bytes, Tensor] = {}
@@ -154,7 +154,7 @@ class Packer:
         """Pack a matrix. A matrix that is used twice is packed once."""
         key = part.weight, part.first
         if key not in self.matrices:
-            self.matrices[key] = self._pack(part, self.overrides.get(part.weight, self.chosen.layers))
+            self.matrices[key] = self._pack(part, self.overrides.get(part.weight, self.formats.layers))
         packed, bias = self.matrices[key], self.address(part.bias)
         address = None if bias is None else bias + 4 * part.bias_first
         return native.Matrix(packed.format, packed.rows, packed.columns, packed.data, address)
@@ -165,10 +165,10 @@ class Packer:
         self._experts.append((native.Expert * len(packed))(*(native.Expert(**matrices) for matrices in packed)))
         return self._experts[-1]
 
-    def _pack(self, part: MatrixPart, wanted: int) -> native.Matrix:
-        blocks = self.weights.blocks(part.weight, part.first, 1) if self.chosen.exact else None
+    def _pack(self, part: MatrixPart, default_format: int) -> native.Matrix:
+        blocks = self.weights.blocks(part.weight, part.first, 1) if self.formats.exact else None
         exact = None if blocks is None else self.library.gguf_format(blocks.kind)
-        format_ = wanted if exact is None else exact
+        format_ = default_format if exact is None else exact
         tile = self.library.call("packed_size", format_, TILE, part.columns)
         address = self.arena.take(-(-part.rows // TILE) * tile)
         step = max(1, PIECE // (4 * TILE * part.columns)) * TILE

@@ -126,12 +126,12 @@ def prepare(recipe: Recipe) -> ClipTask:
         raise UserError("--dictionary has words that a teacher reads: name it, for example --text-teacher minilm.")
     if recipe.text_teacher and recipe.start_from:
         raise UserError("--text-teacher decides the size of new towers, and --start-from has towers: give one of them.")
-    loaded, given = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
+    loaded, loaded_tokenizer = checkpoints.load(recipe.start_from, torch.float32) if recipe.start_from else (None, None)
     pixels = clip_embeddings.two_towers(loaded).config.pixels if loaded else pixels_of(recipe)
     pictures = dataset.read_images(recipe.data, pixels.crop, 1 if len(pixels.mean) == 1 else 3)
     parts = splits.split(pictures, whole_families=holds_families(recipe.start_from))
     lessons = text_teacher.ask(recipe.text_teacher, recipe.dictionary, parts) if recipe.text_teacher else None
-    tokenizer = given or _tokenizer(recipe, parts.train, lessons.words if lessons else [])
+    tokenizer = loaded_tokenizer or _tokenizer(recipe, parts.train, lessons.words if lessons else [])
     model: Any = loaded or _new(recipe, tokenizer, pixels, lessons).to(choose())
     limit = model.config.context_length
     rows = [tokens(recipe, tokenizer, part, limit) for part in (parts.train, parts.validation)]
@@ -260,8 +260,10 @@ def stage_of(recipe: image_runs.TextToImageOptions) -> Job:
 def text_conditioned(model: clip.Clip) -> clip_text.TextTower:
     """Return the frozen text tower without its projection. A U-Net attends to the hidden state of every token."""
     tower = clip_text.TextTower(replace(model.config.text, projected=False))
-    kept = {name: tensor for name, tensor in model.text.state_dict().items() if not name.startswith("projection")}
-    tower.load_state_dict(kept)
+    tower_weights = {
+        name: tensor for name, tensor in model.text.state_dict().items() if not name.startswith("projection")
+    }
+    tower.load_state_dict(tower_weights)
     return tower.requires_grad_(False).eval()
 
 

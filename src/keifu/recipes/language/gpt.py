@@ -90,8 +90,8 @@ class Recipe(TextOptions, Logging):
         if self.compile and self.distill.teacher:
             raise UserError("A run with a teacher cannot be compiled: leave --compile out.")
         if self.start_from is not None and (self.vocab_size is not None or self.tokenizer != Recipe.tokenizer):
-            given = f"--tokenizer {self.tokenizer}" if self.vocab_size is None else f"--vocab-size {self.vocab_size}"
-            raise UserError(f"{self.start_from} goes on with its own tokenizer: leave {given} out.")
+            option = f"--tokenizer {self.tokenizer}" if self.vocab_size is None else f"--vocab-size {self.vocab_size}"
+            raise UserError(f"{self.start_from} goes on with its own tokenizer: leave {option} out.")
 
 
 def model_config(depth: int, vocab_size: int, context_length: int | None = None) -> llama.Config:
