@@ -44,7 +44,7 @@ class OverlappedSum:
 
     def __init__(self, parameters: Sequence[Any], group: Any):
         self.buckets = [*buckets(parameters[::-1], BUCKET)]
-        self.missing = [*map(len, self.buckets)]
+        self.remaining = [*map(len, self.buckets)]
         self.group: Any = group or distributed.group.WORLD
         self.works, self.hooks, self.filled = list[Any](), list[Any](), set[int]()
 
@@ -54,8 +54,8 @@ class OverlappedSum:
         return self.filled
 
     def _count(self, number: int, _: Tensor) -> None:
-        self.missing[number] -= 1
-        while len(self.works) < len(self.buckets) and not self.missing[len(self.works)]:
+        self.remaining[number] -= 1
+        while len(self.works) < len(self.buckets) and not self.remaining[len(self.works)]:
             self._start()
 
     def _start(self) -> None:

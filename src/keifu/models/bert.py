@@ -276,12 +276,12 @@ def _pooling(json: dict[str, Any]) -> Pooling:
             "and Normalize alone."
         )
     settings: dict[str, Any] = modules[1].get("config", {})
-    chosen: Any = settings.get("pooling_mode") or [name for name, key in POOLING_KEYS.items() if settings.get(key)]
-    chosen = chosen if isinstance(chosen, list) else [chosen]
-    if len(chosen) != 1 or chosen[0] not in get_args(Pooling):
+    modes: Any = settings.get("pooling_mode") or [name for name, key in POOLING_KEYS.items() if settings.get(key)]
+    modes = modes if isinstance(modes, list) else [modes]
+    if len(modes) != 1 or modes[0] not in get_args(Pooling):
         known_kinds = ", ".join(get_args(Pooling))
-        raise ValueError(f"its sentence embeddings are pooled by {chosen}, and keifu implements one of {known_kinds}.")
-    return chosen[0]
+        raise ValueError(f"its sentence embeddings are pooled by {modes}, and keifu implements one of {known_kinds}.")
+    return modes[0]
 
 
 def _labels(json: dict[str, Any]) -> tuple[str, ...]:

@@ -212,11 +212,11 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
     module = known_layer(model, name, JoinedLinear, JoinedUnbiasedKeys)
     if isinstance(module, JoinedUnbiasedKeys):
         biases = {part: f"{name}.biases.{part[0]}" for part in parts if part[0] in module.biases}
-        whole = _split(model, f"{name}.matrix", *parts)
-        return {part: replace(matrix, bias=biases.get(part), bias_first=0) for part, matrix in whole.items()}
-    rows, whole = module.parts, _matrix(model, name)
+        matrix_parts = _split(model, f"{name}.matrix", *parts)
+        return {part: replace(matrix, bias=biases.get(part), bias_first=0) for part, matrix in matrix_parts.items()}
+    rows, joined = module.parts, _matrix(model, name)
     matrices = zip(parts, accumulate(rows, initial=0), rows, strict=False)
-    return {part: replace(whole, first=first, rows=count, bias_first=first) for part, first, count in matrices}
+    return {part: replace(joined, first=first, rows=count, bias_first=first) for part, first, count in matrices}
 
 
 def _norm(model: nn.Module, name: str, *norm_types: type[nn.LayerNorm] | type[norms.RMSNorm]) -> NormPart:

@@ -153,11 +153,11 @@ def test_coverage_tells_what_is_unknown_from_what_is_spelled_in_bytes(corpus) ->
     learned = train_tokenizer("bpe", ["a cat sat on the mat"] * 3, 300)
     full, partly = coverage(learned, ["cats sat", " at "]), coverage(learned, ["cat ねこ ね"])
     assert full.share == 1.0 and full.sentence("it") == "Every character of it stands in the tokenizer's vocabulary."
-    assert (partly.characters, partly.missing, partly.lost) == (6, 3, 0) and partly.examples == "ねこ"
+    assert (partly.characters, partly.missing_count, partly.lost) == (6, 3, 0) and partly.examples == "ねこ"
     assert partly.sentence("it").startswith("50.00% of the characters of it")
     assert "nothing is unknown" in partly.sentence("it")
     words = train_tokenizer("wordpiece", ["a cat sat on the mat"] * 3, 60)
     lost = coverage(words, ["cat ねこ ね"])
     assert lost.lost == 3 and "3 of 6 characters become unknown" in lost.sentence("it")
     characters = coverage(train_tokenizer("characters", ["abc"], 60), ["abd"])
-    assert (characters.missing, characters.lost) == (1, 1)
+    assert (characters.missing_count, characters.lost) == (1, 1)

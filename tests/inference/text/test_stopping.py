@@ -11,9 +11,9 @@ def run(stops: list[str], pieces: list[str]) -> tuple[list[str], bool]:
     text, out = StopText(stops), []
     for piece in pieces:
         out.append(text.push(piece))
-        if text.found:
+        if text.is_stopped:
             break
-    return [*out, text.flush()], text.found
+    return [*out, text.flush()], text.is_stopped
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ FILES |= {f"{part}scheduler": "scheduler_config.json" for part in ("", "prior_",
 
 
 class PipelineFiles(NamedTuple):
-    """Files of a pipeline of several models: the model type of each part with weights, other parts (`others`), and the
+    """Files of a pipeline of several models: the model type of each part with weights, other parts, and the
     parts that may be missing."""
 
     models: Mapping[str, str]
-    others: tuple[str, ...]
+    other_parts: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
 
@@ -83,7 +83,7 @@ def open_diffusers(path: Path) -> Source:
         files = _files(path, class_name, ("unet", SCHEDULER))
         return _network(path, path / "unet", {SCHEDULER: read_json_object(files[SCHEDULER])}, ())
     pipeline = PIPELINES[KINDS[class_name]]
-    part_names = (*pipeline.models, *pipeline.others)
+    part_names = (*pipeline.models, *pipeline.other_parts)
     there = [part for part in part_names if part not in pipeline.optional or any(index.get(part) or ())]
     files = _files(path, class_name, there if KINDS[class_name] == DIT else (*there, TOKENIZER))
     left_out = [part for part in LEFT_OUT if any(index.get(part) or ()) and part not in part_names]
@@ -200,7 +200,7 @@ def _of_pipeline(model_type: str, config: Mapping[str, Any], dtype: str) -> dict
             files[f"{part}/{CONFIG}"] = content = _describe(file, dtype)
             library = "transformers" if part in OF_TRANSFORMERS else LIBRARIES.get(part, "diffusers")
             index[part] = [library, (content.get("architectures") or [content.get("_class_name")])[0]]
-    for part in PIPELINES[model_type].others:
+    for part in PIPELINES[model_type].other_parts:
         if file := config[part]:
             files[f"{part}/{FILES[part]}"] = file if part == PIXELS else _with_version(file)
             class_names = ["transformers", file["image_processor_type"]] if part == PIXELS else None

@@ -83,10 +83,10 @@ def run(options: Options) -> None:
         ]
         tables.show((f"{size.name} writing on {options.devices}", ""), rows)
         return
-    usual = DIT_STEPS * DIT_PICTURES * model.context if pictures else 20 * size.parameters
-    tokens = plan.parse_amount(options.amount, "--tokens") if options.amount else usual
-    usual = DIT_PICTURES * model.context if pictures else 4e6
-    batch = plan.parse_amount(options.step, "--batch") if options.step else float(usual)
+    default_amount = DIT_STEPS * DIT_PICTURES * model.context if pictures else 20 * size.parameters
+    tokens = plan.parse_amount(options.amount, "--tokens") if options.amount else default_amount
+    default_batch = DIT_PICTURES * model.context if pictures else 4e6
+    batch = plan.parse_amount(options.step, "--batch") if options.step else float(default_batch)
     if options.lora.base != "float" and not options.lora.rank:
         raise UserError("--lora.base needs adapters: set --lora.rank too, such as 16.")
     trained = plan.Trained(options.lora.rank, options.lora.base, options.optimizer_state)

@@ -31,18 +31,18 @@ class TokenizerCoverage:
     """
 
     characters: int
-    missing: int
+    missing_count: int
     lost: int
     examples: str
 
     @property
     def share(self) -> float:
         """Share of the characters that are in tokens of the vocabulary."""
-        return 1 - self.missing / max(1, self.characters)
+        return 1 - self.missing_count / max(1, self.characters)
 
     def sentence(self, name: str) -> str:
         """Return a sentence with the share of a text that the vocabulary covers."""
-        if not self.missing:
+        if not self.missing_count:
             return f"Every character of {name} stands in the tokenizer's vocabulary."
         consequence = "are spelled in bytes, so nothing is unknown"
         if self.lost:

@@ -47,7 +47,7 @@ class ScoredItem(NamedTuple):
     """Scores of all items: which are correct by each measure, the model's answers, and further figures."""
 
     right: dict[str, list[bool]]
-    given: list[str]
+    answers: list[str]
     details: list[str]
     figures: dict[str, float | str] = {}
 
@@ -128,7 +128,7 @@ class _Prompting(NamedTuple):
     def rows(self, scored: ScoredItem, headline: str) -> list[tuple[Any, ...]]:
         """Return a row with prompt, answer and score for each item."""
         answers = [item.answer for item in self.sampled.items]
-        columns = self.prompts, answers, scored.given, scored.right[headline], scored.details
+        columns = self.prompts, answers, scored.answers, scored.right[headline], scored.details
         return [(self.shots, *row) for row in zip(*columns, strict=True)]
 
     @property

@@ -157,11 +157,11 @@ def generate(
     if not isinstance(tokenizer, Tokenizer):
         raise UserError(f"The tokenizer is {tokenizer!r:.60}: give the one that keifu.load returned with the model.")
     single = isinstance(prompt, str) or is_conversation(prompt) or not isinstance(prompt, Iterable)
-    several: Iterable[Any] = [prompt] if single else cast(Any, prompt)
+    prompt_items: Iterable[Any] = [prompt] if single else cast(Any, prompt)
     config = None if (masked := isinstance(model, MaskPredictor)) else text_model(model).config
     refuse_pictures(config, files := sampling.pop("images", ()))
     images = [read_image(Path(file)).image for file in files]
-    prompts: list[Any] = [as_prompt(tokenizer, one, raw, config, images) for one in several]
+    prompts: list[Any] = [as_prompt(tokenizer, one, raw, config, images) for one in prompt_items]
     if masked:
         texts = [write(model, tokenizer, one, Unmasking.of(sampling)) for one in prompts]
     else:

@@ -25,16 +25,16 @@ class StopText:
 
     def __init__(self, stops: Sequence[str]):
         self.stops = tuple(stops)
-        self.found, self.stop = False, ""
+        self.is_stopped, self.stop = False, ""
         self._pending_text = ""
 
     def push(self, text: str) -> str:
         """Return the text that cannot belong to a stop string any more."""
         text = self._pending_text + text
         matches = [(start + len(stop), start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
-        self.found = bool(matches)
+        self.is_stopped = bool(matches)
         _, end, self.stop = min(matches, default=(0, len(text) - self._beginning(text), ""))
-        self._pending_text = "" if self.found else text[end:]
+        self._pending_text = "" if self.is_stopped else text[end:]
         return text[:end]
 
     def flush(self) -> str:
@@ -143,7 +143,7 @@ class Request:
             self.constraint.accept(self.tokens[-1])
         ends = self.tokens[-1] in self._stop_ids
         text = "" if ends or self._decoder is None else self._text.push(self._decoder.push(self.tokens[-1]))
-        reason = "stop" if ends or self._text.found else self._full if len(self.tokens) >= self.limit else None
+        reason = "stop" if ends or self._text.is_stopped else self._full if len(self.tokens) >= self.limit else None
         if reason:
             text += self._text.flush()
         if not self.sampling.log_probabilities:

@@ -25,11 +25,11 @@ class DocumentMask:
     def __init__(self, documents: Tokens):
         self.documents = documents
         positions = torch.arange(documents.shape[1], device=documents.device)
-        self.apart = positions[:, None] - positions
-        self.same = (documents[:, :, None] == documents[:, None]) & (self.apart >= 0)
+        self.distance = positions[:, None] - positions
+        self.same = (documents[:, :, None] == documents[:, None]) & (self.distance >= 0)
 
     def visible(self, n_keys: int, window: int | None) -> Bool[Tensor, "batch 1 length seen"]:
-        near = self.same if window is None else self.same & (self.apart < window)
+        near = self.same if window is None else self.same & (self.distance < window)
         return near[:, None]
 
 
