@@ -39,7 +39,7 @@ def test_pairs_are_of_one_question_far_apart_and_each_talk_is_in_one(
 def test_what_is_made_says_of_what() -> None:
     assert MADE_OF.keys() == INSTRUCTIONS.keys() | preferences.PREFERENCES.keys()
     assert attribution_of("chitchat-preferences")["licence"] == "MIT"
-    assert "nobody saw two" in attribution_of("chitchat-preferences")["how it was made"]
+    assert "nobody compared two" in attribution_of("chitchat-preferences")["how it was made"]
     assert attribution_of("arithmetic-instructions") == {"how it was made": "sums drawn and worked out here"}
     assert attribution_of("sotu").keys() == {"licence", "attribution"} and attribution_of("mine.jsonl") == {}
     with pytest.raises(UserError, match="chitchat-preferences"):
