@@ -98,8 +98,8 @@ def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
     name, _, leaf = link.ours.rpartition(".")
     changed = link.transposed or link.offset or link.arrangement is not None
     plain = changed or leaf != "weight" or load_plan.source.blocks is None
-    known = {load_plan.source.stored[theirs].format for theirs in link.theirs} <= FORMATS.keys()
-    return not plain and known and type(load_plan.model.get_submodule(name)) in (Linear, JoinedLinear)
+    formats_known = {load_plan.source.stored[theirs].format for theirs in link.theirs} <= FORMATS.keys()
+    return not plain and formats_known and type(load_plan.model.get_submodule(name)) in (Linear, JoinedLinear)
 
 
 def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:

@@ -126,8 +126,10 @@ class LoadPlan:
         if target.type == "mps" and self.dtype == torch.float64:  # Apple's GPU has no float64
             target = torch.device("cpu")
         with reading(self.source.path), ThreadPoolExecutor(torch.get_num_threads()) as workers:
-            read = self._tensor if current().is_replicated else self._lazy
-            state = dict(workers.map(partial(read, device=target), (x for x in self.links if x.ours not in without)))
+            read_parameter = self._tensor if current().is_replicated else self._lazy
+            state = dict(
+                workers.map(partial(read_parameter, device=target), (x for x in self.links if x.ours not in without))
+            )
         state |= {link.ours: self._like(link, target) for link in self.links if link.ours in without}
         self.model.load_state_dict(state, assign=True)
         return self.model.eval()
@@ -164,36 +166,45 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
     if not device_choice().allow_nonfinite:
-        read, part = (partial(read_finite, reader, source.path) for reader in (source.read, source.read_part))
-        source = replace(source, read=read, part=part)
+        read_tensor, part = (partial(read_finite, reader, source.path) for reader in (source.read, source.read_part))
+        source = replace(source, read=read_tensor, part=part)
     source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
     source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
-    parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
-    counts = [part.get(key) or 0 for part in parts for key in COUNTS]
-    layers = max(layer for count in counts for layer in (count if isinstance(count, tuple) else (count,)))
-    if layers > len(source.stored):  # building a huge number of layers could take forever
-        raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {layers} layers.")
-    experts = max(part.get("n_experts") or 0 for part in parts)
-    if experts > max(len(source.stored), USUAL_EXPERTS):
-        raise UserError(f"{source.path} has {len(source.stored)} tensors, too few for its config's {experts} experts.")
-    numbers = sum(math.prod(tensor.shape) for tensor in source.stored.values())
-    if experts * layers > max(numbers // LEAST**2, 16 * USUAL_EXPERTS):
-        raise UserError(f"{source.path} has {numbers} numbers, too few for {experts} experts in {layers} layers.")
+    refuse_absurd_sizes(source)
     model = build(source.family, source.config, str(source.path))
     all_links = [
         replace(link, theirs=tuple(map(source.stored_name, link.theirs)))
         for link in permute_rotary(links(model, source.names, source.arrangements), source.head_dim)
     ]
-    used = {name for link in all_links for name in link.theirs}
+    used_names = {name for link in all_links for name in link.theirs}
     patterns = tuple(pattern.format(**vars(source.config)) for pattern in source.family.not_weights)
     patterns += tuple(pattern.removeprefix(source.family.prefix) for pattern in patterns)
-    skipped = [name for name in source.stored if name not in used and (name in twice or matches(name, patterns))]
-    _check(source, all_links, set(source.stored) - used - set(skipped))
-    usual = {name for link in all_links if not matches(link.ours, source.family.full_precision) for name in link.theirs}
-    exact = _exact_dtype({name: source.stored[name] for name in usual}, source.path)
-    target_dtype = dtype or _usual_dtype(source, usual, exact, torch.device(device), model)
+    skipped = [name for name in source.stored if name not in used_names and (name in twice or matches(name, patterns))]
+    _check(source, all_links, set(source.stored) - used_names - set(skipped))
+    rounded_names = {
+        name for link in all_links if not matches(link.ours, source.family.full_precision) for name in link.theirs
+    }
+    exact = _exact_dtype({name: source.stored[name] for name in rounded_names}, source.path)
+    target_dtype = dtype or _usual_dtype(source, rounded_names, exact, torch.device(device), model)
     return LoadPlan(source, model, all_links, exact, target_dtype, skipped, [*source.notes, *notes])
+
+
+def refuse_absurd_sizes(source: Source) -> None:
+    """Raise UserError if a config asks for more layers or experts than the file can have: a damaged config could name
+    10^15, and to build them would take forever."""
+    parts = [settings(source.config), *(vars(part) for part in vars(source.config).values() if is_dataclass(part))]
+    counts = [part.get(key) or 0 for part in parts for key in COUNTS]
+    n_layers = max(layer for count in counts for layer in (count if isinstance(count, tuple) else (count,)))
+    n_experts = max(part.get("n_experts") or 0 for part in parts)
+    n_tensors = len(source.stored)
+    if n_layers > n_tensors:  # each layer has at least one tensor
+        raise UserError(f"{source.path} has {n_tensors} tensors, too few for its config's {n_layers} layers.")
+    if n_experts > max(n_tensors, USUAL_EXPERTS):  # experts may be stacked in one tensor
+        raise UserError(f"{source.path} has {n_tensors} tensors, too few for its config's {n_experts} experts.")
+    n_numbers = sum(math.prod(tensor.shape) for tensor in source.stored.values())
+    if n_experts * n_layers > max(n_numbers // LEAST**2, 16 * USUAL_EXPERTS):  # each has a matrix of LEAST x LEAST
+        raise UserError(f"{source.path} has {n_numbers} numbers, too few for {n_experts} experts in {n_layers} layers.")
 
 
 def is_stack(shape: Sequence[int]) -> bool:
@@ -203,22 +214,23 @@ def is_stack(shape: Sequence[int]) -> bool:
 
 
 def _usual_dtype(
-    source: Source, usual: set[str], exact: torch.dtype, device: torch.device, model: nn.Module
+    source: Source, names: set[str], exact: torch.dtype, device: torch.device, model: nn.Module
 ) -> torch.dtype:
-    """Return the dtype that was chosen for running models, or the usual one for the stored dtype. usual: names of the
+    """Return the dtype that was chosen for running models, or the usual one for the stored dtype. names: those of the
     tensors in the file whose dtypes count.
 
     A CPU multiplies float16 very slowly, and bfloat16 too if it has no instructions for it and PyTorch computes.
     """
-    wanted, matrices = device_choice().weights, {x: source.stored[x] for x in usual if len(source.stored[x].shape) > 1}
+    dtype_name = device_choice().weights
+    matrices = {name: source.stored[name] for name in names if len(source.stored[name].shape) > 1}
     if device.type != "cpu" and source.format == "GGUF" and matrices:
         exact = _exact_dtype(matrices, source.path)  # in every GGUF file vectors are in F32
-    if wanted not in (None, "auto"):
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+    if dtype_name not in (None, "auto"):
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype_name]
     if device.type == "cpu":
         slow = exact == torch.bfloat16 and not has_bfloat16(device) and not _runs_natively(model)
         return torch.float32 if slow or exact == torch.float16 else exact
-    return torch.bfloat16 if wanted and exact == torch.float32 and has_bfloat16(device) else exact
+    return torch.bfloat16 if dtype_name and exact == torch.float32 and has_bfloat16(device) else exact
 
 
 def _runs_natively(model: nn.Module) -> bool:
@@ -284,8 +296,8 @@ def _resolve_aliases(source: Source) -> tuple[Source, Sequence[str], list[str]]:
     """
     assert source.names is not None and source.family.aliases is not None
     names, twice, notes, tied = dict(source.names), list[str](), list[str](), source.config.tied
-    for ours, others in source.family.aliases(source.config).items():
-        there = [name for name in (names[ours], *others) if f"{name}.weight" in source.stored]
+    for ours, other_names in source.family.aliases(source.config).items():
+        there = [name for name in (names[ours], *other_names) if f"{name}.weight" in source.stored]
         first = there[0] if there else names[ours]
         for name in there[1:]:
             if torch.equal(source.read(f"{first}.weight"), source.read(f"{name}.weight")):
@@ -326,25 +338,26 @@ def _check(source: Source, links: Sequence[Link], extra: set[str]) -> None:
 
 
 def misfits(
-    expected: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], extra: set[str], whole: str, asks: str
+    expected: Mapping[str, Sequence[int]], stored: Mapping[str, Sequence[int]], extra: set[str], title: str, asks: str
 ) -> str:
     """Describe mismatches between a file's tensors and the expected ones; "" if there are none.
 
-    extra: tensors of the file that are not part of `whole`. asks: the phrase before an expected shape.
+    extra: tensors of the file that are not part of the model. title: the model's name in errors. asks: the phrase
+    before an expected shape.
     """
     shapes = [
         f"{name} is {list(stored[name])} where {asks} {list(shape)}"
         for name, shape in expected.items()
         if name in stored and tuple(stored[name]) != tuple(shape)
     ]
-    missing = [name for name in expected if name not in stored]
-    groups = ("missing", missing), (f"not part of {whole}", sorted(extra)), ("of another shape", shapes)
+    missing_names = [name for name in expected if name not in stored]
+    groups = ("missing", missing_names), (f"not part of {title}", sorted(extra)), ("of another shape", shapes)
     return "; ".join(f"{len(names)} {what} ({_list_names(names)})" for what, names in groups if names)
 
 
 def _list_names(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+    n_omitted = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {n_omitted} more" if n_omitted > 0 else "")
 
 
 def _exact_dtype(stored: Mapping[str, StoredTensor], path: Path) -> torch.dtype:

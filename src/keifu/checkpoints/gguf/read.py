@@ -184,9 +184,9 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def truncated_error(path: Path, needed: int, size: int) -> UserError:
+def truncated_error(path: Path, needed_bytes: int, size: int) -> UserError:
     """Return the error for a file that is too short."""
-    return UserError(f"{path} is truncated or corrupt: it has {size:,} bytes and would need at least {needed:,}.")
+    return UserError(f"{path} is truncated or corrupt: it has {size:,} bytes and would need at least {needed_bytes:,}.")
 
 
 def open_file(path: Path) -> GGUFFile:
@@ -239,14 +239,14 @@ def _entry(path: Path, name: str, shape: tuple[int, ...], code: int, start: int)
     from gguf import GGMLQuantizationType
 
     try:
-        known = GGMLQuantizationType(code).name
+        type_name = GGMLQuantizationType(code).name
     except ValueError:
         unknown_format = f"the number format {code}, which the gguf package does not know"
         raise UserError(f"{path} stores {name} in {unknown_format}.") from None
-    block, size = _block(known)
+    block, size = _block(type_name)
     if not shape or shape[-1] % block:
-        raise UserError(f"{path} stores {name} {list(shape)} as {known}, whose rows come in blocks of {block}.")
-    return TensorEntry(shape, known, start, math.prod(shape) * size // block)
+        raise UserError(f"{path} stores {name} {list(shape)} as {type_name}, whose rows come in blocks of {block}.")
+    return TensorEntry(shape, type_name, start, math.prod(shape) * size // block)
 
 
 def open_gguf(path: Path) -> Source:
@@ -262,8 +262,8 @@ def open_gguf(path: Path) -> Source:
     check_types(config, str(path))
     family, _ = describe(config)
     stored = {key: tensor for key, tensor in file.stored().items() if key not in divisors}
-    named = file.fields.get("general.name")
-    notes = (f"The file calls itself {named!r}.",) if named else ()
+    model_name = file.fields.get("general.name")
+    notes = (f"The file calls itself {model_name!r}.",) if model_name else ()
     notes += tuple(f"{name} gives the rotary scaling." for name in divisors)
     return Source(
         path, "GGUF", family, config, stored, file.read, partial(_read_tokenizer, file.fields), architecture.names,
