@@ -148,13 +148,13 @@ def test_what_the_engine_does_not_compute_is_refused(tmp_path: Path) -> None:
     size: dict[str, Any] = {"context_length": 16, "dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}
     keifu.save(gpt2.build(gpt2.Config(tokenizer.vocab_size, **size)), tokenizer, tmp_path / "gpt2")
     with pytest.raises(UserError, match="does not read gpt2 models"):
-        web.known(tmp_path / "gpt2")
+        web.exported_form(tmp_path / "gpt2")
     config = json.loads((PACKAGED / "gpt-en/config.json").read_text("utf-8"))
     for change, reason in (({"hidden_act": "gelu"}, "gelu"), ({"mlp_bias": True}, "biases")):
         (tmp_path / "config.json").write_text(json.dumps(config | change), encoding="utf-8")
         (tmp_path / "model.safetensors").write_bytes(b"")
         with pytest.raises(UserError, match=reason):
-            web.known(tmp_path)
+            web.exported_form(tmp_path)
 
 
 def test_the_kinds_are_those_of_the_engine() -> None:

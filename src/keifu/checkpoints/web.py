@@ -65,7 +65,7 @@ def write_web(model: Path, out: Path, title: str, int8: bool, one_file: bool = F
     int8: whether the matrices, which must be float32 in the folder, are stored in int8 with a scale for each output.
     Raises `UserError` for a model or tokenizer that the engine does not read.
     """
-    exported = known(model)
+    exported = exported_form(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         place = Path(folder) / "page"
@@ -102,7 +102,7 @@ def _write_folder(model: Path, place: Path, exported: Exported, title: str, int8
     (place / "index.html").write_text(page, encoding="utf-8")
 
 
-def known(model: Path) -> Exported:
+def exported_form(model: Path) -> Exported:
     """Return how the engine shows the model of a folder. Raises `UserError` for one that it does not read."""
     index = _json(model / "model_index.json") if (model / "model_index.json").is_file() else {}
     config = _json(model / ("unet/config.json" if index else "config.json"))

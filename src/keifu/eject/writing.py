@@ -79,10 +79,14 @@ class FileWriter:
         body = "\n\n\n".join(self._spaced(texts))
         shapes = sorted(word for word in SHAPES if re.search(rf"\b{word}\[", body))
         if shapes:
-            more = [word for word in shapes if word != "Float"]
-            body = SHAPE_TEXT + ("\n\n\n" + " = ".join([*more, "Float"]) if more else "") + "\n\n\n" + body
-        used = [line for line in {*self.imports, "import torch"} if line == "import torch" or self._is_used(line, body)]
-        return "\n".join(joined_imports(used)) + "\n\n\n" + body + "\n"
+            other_shapes = [word for word in shapes if word != "Float"]
+            body = (
+                SHAPE_TEXT + ("\n\n\n" + " = ".join([*other_shapes, "Float"]) if other_shapes else "") + "\n\n\n" + body
+            )
+        used_imports = [
+            line for line in {*self.imports, "import torch"} if line == "import torch" or self._is_used(line, body)
+        ]
+        return "\n".join(joined_imports(used_imports)) + "\n\n\n" + body + "\n"
 
     def _is_used(self, line: str, body: str) -> bool:
         return bool(re.search(rf"\b{re.escape(line.split()[-1])}\b", body))
@@ -242,15 +246,15 @@ class FileWriter:
 
     def _choose_titles(self, entries: list[Name]) -> None:
         """Give definitions of the same name different ones, the entries first. Equal types become one."""
-        seen, texts, hidden = dict[str, Name](), dict[str, str](), self._hidden()
+        name_of_title, texts, hidden = dict[str, Name](), dict[str, str](), self._hidden()
         for name in [*entries, *(each for each in self.order if each not in entries)]:
             title, text = name.name, re.sub(r"\s+", " ", self._text(name))
             if texts.get(title) == text and self._is_alias(name):
                 self.titles[name] = title
                 self.order.remove(name)
             else:
-                self.titles[name] = longer(name) if title in seen or name in hidden else title
-                seen[self.titles[name]], texts[title] = name, text
+                self.titles[name] = longer(name) if title in name_of_title or name in hidden else title
+                name_of_title[self.titles[name]], texts[title] = name, text
 
     def _hidden(self) -> set[Name]:
         """Return the definitions of which one that reads them by their module has a variable of the same name."""
@@ -293,16 +297,16 @@ def find_spec_quietly(name: str) -> bool:
 def without_unread_fields(texts: list[str]) -> list[str]:
     """Remove fields of dataclasses that no text reads."""
     trees = [ast.parse(text) for text in texts]
-    read = {part.attr for tree in trees for part in ast.walk(tree) if isinstance(part, ast.Attribute)}
-    read |= {
+    read_names = {part.attr for tree in trees for part in ast.walk(tree) if isinstance(part, ast.Attribute)}
+    read_names |= {
         part.value
         for tree in trees
         for part in ast.walk(tree)
         if isinstance(part, ast.Constant) and isinstance(part.value, str)
     }
-    read |= {part.arg for tree in trees for part in ast.walk(tree) if isinstance(part, ast.keyword) and part.arg}
+    read_names |= {part.arg for tree in trees for part in ast.walk(tree) if isinstance(part, ast.keyword) and part.arg}
     return [
-        without_lines(text, unread_lines(tree.body[0], read)) if is_dataclass(tree.body[0]) else text
+        without_lines(text, unread_lines(tree.body[0], read_names)) if is_dataclass(tree.body[0]) else text
         for text, tree in zip(texts, trees, strict=True)
     ]
 
@@ -312,11 +316,11 @@ def is_dataclass(node: ast.stmt) -> bool:
     return isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(each) for each in node.decorator_list)
 
 
-def unread_lines(node: ast.stmt, read: set[str]) -> set[int]:
+def unread_lines(node: ast.stmt, read_names: set[str]) -> set[int]:
     """Return the lines of a dataclass's fields that are not read."""
     assert isinstance(node, ast.ClassDef)
     fields = [each for each in node.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)]
-    unread = [each for each in fields if each.target.id not in read]  # type: ignore[union-attr]
+    unread = [each for each in fields if each.target.id not in read_names]  # type: ignore[union-attr]
     if len(unread) == len(node.body):  # nothing but fields
         unread = unread[1:]
     names = {each.target.id for each in unread}  # type: ignore[union-attr]
@@ -345,19 +349,19 @@ def lines_about(node: ast.ClassDef, names: set[str]) -> set[int]:
 
 def without_unused_types(texts: list[str]) -> list[str]:
     """Remove names of types that no other text has."""
-    kept = texts
+    remaining_texts = texts
     for text in texts:
         if name := re.match(r"(\w+) = [^(]*$", text):
-            others = "\n".join(other for other in kept if other is not text)
-            if not re.search(rf"\b{name[1]}\b", others):
-                kept = [other for other in kept if other is not text]
-    return kept
+            other_texts = "\n".join(other for other in remaining_texts if other is not text)
+            if not re.search(rf"\b{name[1]}\b", other_texts):
+                remaining_texts = [other for other in remaining_texts if other is not text]
+    return remaining_texts
 
 
 def without_lines(text: str, lines: set[int]) -> str:
     """Return a text without some of its lines, numbered from 1."""
-    kept = [line for number, line in enumerate(text.split("\n"), 1) if number not in lines]
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(kept)).rstrip()
+    remaining_lines = [line for number, line in enumerate(text.split("\n"), 1) if number not in lines]
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(remaining_lines)).rstrip()
 
 
 def stores_outside(node: ast.AST) -> bool:
@@ -407,20 +411,20 @@ class Scopes:
 
 def local_names(node: ast.AST) -> set[str]:
     """Return the names that a definition binds within its functions: arguments, variables and inner functions."""
-    found = set[str]()
+    names = set[str]()
     for part in ast.walk(node):
         if isinstance(part, (ast.FunctionDef, ast.Lambda)):
             arguments = part.args
             every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg)
-            found |= {argument.arg for argument in every if argument is not None}
+            names |= {argument.arg for argument in every if argument is not None}
             for inner in ast.walk(part):
                 if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
-                    found.add(inner.id)
+                    names.add(inner.id)
                 elif isinstance(inner, ast.FunctionDef) and inner is not part:
-                    found.add(inner.name)
+                    names.add(inner.name)
         elif isinstance(part, ast.comprehension):
-            found |= {inner.id for inner in ast.walk(part.target) if isinstance(inner, ast.Name)}
-    return found
+            names |= {inner.id for inner in ast.walk(part.target) if isinstance(inner, ast.Name)}
+    return names
 
 
 def uses(node: ast.AST, annotation: bool = False, inside: bool = False) -> Iterator[tuple[ast.AST, bool, bool]]:
