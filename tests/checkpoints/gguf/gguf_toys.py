@@ -10,7 +10,7 @@ from model_entries import ENTRIES
 
 from keifu.layers.attention.positions import RopeScaling
 from keifu.models import gemma3, gpt2, llama, olmo2, palm, qwen3
-from keifu.models.hybrid import lfm2
+from keifu.models.hybrid import lfm2, qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, phi3, smollm3
 
@@ -24,6 +24,11 @@ LATENT = {
     "expert_dim": 32, "n_dense_layers": 1, "head_dim": 16, "rope_dim": 8, "value_dim": 12, "q_rank": 24, "kv_rank": 32,
     "n_experts": 8, "n_experts_per_token": 3, "n_groups": 4, "n_groups_per_token": 2,
 }  # fmt: skip
+DELTA = {
+    "n_kv_heads": 2, "head_dim": 16, "rope_dim": 8, "n_linear_key_heads": 2, "n_linear_value_heads": 6,
+    "linear_key_dim": 16, "linear_value_dim": 16,
+}  # fmt: skip
+SHARED_EXPERT = {"expert_dim": 32, "shared_dim": 24, "n_experts": 6, "n_experts_per_token": 2}
 
 
 def longrope(factor: float, trained: int, **settings: Any) -> RopeScaling:
@@ -122,6 +127,21 @@ CONFIGS = {
     "gpt-oss": gpt_oss.Config(
         **SMALL, n_kv_heads=2, head_dim=32, n_experts=6, n_experts_per_token=2, sliding_window=7, rope_scaling=None
     ),
+    "qwen3-next": qwen3_next.Config(**SMALL | {"n_layers": 5}, **DELTA, **SHARED_EXPERT),
+    "qwen3-next-every-second-layer": qwen3_next.Config(
+        **SMALL | {"n_layers": 4} | DELTA | {"n_linear_value_heads": 2},
+        **SHARED_EXPERT,
+        global_layers=(1, 3),
+        tied=True,
+    ),
+    "qwen3.5": qwen3_5.Config(**SMALL | {"n_layers": 5}, **DELTA),
+    "qwen3.5-other-sizes": qwen3_5.Config(
+        **SMALL | {"n_layers": 4} | DELTA | {"n_linear_value_heads": 2, "rope_dim": 10},
+        convolution=3,
+        global_layers=(1, 3),
+        tied=True,
+    ),
+    "qwen3.5-experts": qwen3_5.Config(**SMALL | {"n_layers": 4}, **DELTA, **SHARED_EXPERT),
     "olmoe": olmoe.Config(**SMALL, n_experts=9, n_experts_per_token=4),
     **{name: llama.Config(**SMALL, n_kv_heads=2, rope_scaling=scaling) for name, scaling in SCALINGS.items()},
 }

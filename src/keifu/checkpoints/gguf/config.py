@@ -244,8 +244,9 @@ def read_config(
     values |= {"vocab_size": tensors["token_embd.weight"][0], "tied": "output.weight" not in tensors}
     values |= architecture.derive(values) | layers
     if architecture.rotary:
-        values |= _rotary(metadata, values, divisors, vars(config_class), where, architecture)
-        values |= _head_size(values, vars(config_class), where)
+        defaults = {name: field.default for name, field in config_class.__dataclass_fields__.items()}
+        values |= _rotary(metadata, values, divisors, defaults, where, architecture)
+        values |= _head_size(values, defaults, where)
     values |= architecture.read(metadata)
     known = config_class.__dataclass_fields__
     return architecture, config_class(**{key: value for key, value in values.items() if key in known})
@@ -274,7 +275,8 @@ def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: st
 def _same_everywhere(key: str, value: Any, where: str) -> Any:
     """Return the value of a setting, rounded to float32's digits. A list with a value for each layer must have equal
     values."""
-    if isinstance(value, list) and value and key.partition(".")[0] in ARCHITECTURES:
+    axes = key.endswith("rope.dimension_sections")  # of pictures: texts have the same position on each
+    if isinstance(value, list) and value and not axes and key.partition(".")[0] in ARCHITECTURES:
         if len(set(value)) > 1:
             raise UserError(f"{where} has another {key} in each layer ({value[:4]}), which keifu does not implement.")
         value = value[0]

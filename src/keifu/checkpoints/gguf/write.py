@@ -27,7 +27,7 @@ PACKED = ("Q4_0", "Q4_1", "Q8_0")
 BLOCK = 32  # numbers per block of a packed format
 UNUSED = 5  # the type of a token that never occurs
 EMBEDDINGS = re.compile(r"(token_embd|output)\.weight")  # 4 bits would change too many predictions
-ALWAYS_EXACT = re.compile(r"position_embd|.*\.(ffn_gate_inp|shortconv\.conv)\.|.*_exps\.bias")
+ALWAYS_EXACT = re.compile(r"position_embd|.*\.(ffn_gate_inp|shortconv\.conv|ssm_conv1d)\.|.*_exps\.bias")
 EXPERT = re.compile(r"(.*_exps)\.\d+(\.weight|\.bias)")
 
 

@@ -6,12 +6,13 @@ position. The feed-forward networks are Qwen3-MoE's, smaller and more, with a sh
 further layer of the published training, is not implemented.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from keifu.layers.attention.attention import GatedAttention
 from keifu.layers.attention.positions import Rotary
@@ -22,6 +23,8 @@ from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama, qwen3
 from keifu.models.hf import config as hf
 from keifu.models.mixture import mixtral, qwen3_moe
+from keifu.models.registration import gguf
+from keifu.models.registration.arrangement import Arrangement
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,13 @@ def _mixer(config: Any, inputs: Callable[..., Any], full: tuple[int, ...], layer
         norm = partial(UnitOffsetRMSNorm, config.head_dim, config.norm_eps)
         rotary = Rotary(config.rope_dim, config.rope_theta, config.rope_scaling)
         return llama.attention(config, config.attention_bias, GatedAttention, rotary=rotary, qk_norm=(norm(), norm()))
-    numbers = config.n_linear_key_heads, config.n_linear_value_heads
-    heads = Heads(*numbers, config.linear_key_dim, config.linear_value_dim)
-    return GatedDeltaNet(config.dim, heads, inputs, config.convolution, config.norm_eps)
+    return GatedDeltaNet(config.dim, heads_of(vars(config)), inputs, config.convolution, config.norm_eps)
+
+
+def heads_of(values: Mapping[str, Any]) -> Heads:
+    """Return the heads of the Gated DeltaNets of a Config with these values."""
+    numbers = values["n_linear_key_heads"], values["n_linear_value_heads"]
+    return Heads(*numbers, values["linear_key_dim"], values["linear_value_dim"])
 
 
 def _feedforward(config: Any, layer: int) -> nn.Module:
@@ -134,8 +141,89 @@ FIELDS: hf.Fields = SHARED_FIELDS | EXPERT_FIELDS | {
     "dense_layers": qwen3_moe.DENSE_LAYERS,
 }  # fmt: skip
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
-REFUSED = {
-    "gguf": "keifu lacks llama.cpp's names of its tensors",
-    "native": "GatedDeltaNet",
-    "tensor": "GatedDeltaNet",
+
+
+def read_linear(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the size of a head of values, and the layers with attention, which are regular in a GGUF file."""
+    every, n_layers = metadata.get("full_attention_interval", 4), metadata["block_count"]
+    return {
+        "linear_value_dim": metadata["ssm.inner_size"] // metadata["ssm.time_step_rank"],
+        "global_layers": None if every == 4 else tuple(range(every - 1, n_layers, every)),
+    }
+
+
+def write_linear(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a GGUF file that `read_linear` reads."""
+    layers, size = values["global_layers"], values["n_linear_value_heads"] * values["linear_value_dim"]
+    return {"ssm.inner_size": size, "full_attention_interval": layers[0] + 1 if layers else 4}
+
+
+def limit(values: Mapping[str, Any]) -> str:
+    """Return what llama.cpp requires of the layers, if the model lacks it."""
+    layers = values["global_layers"]
+    regular = () if not layers else tuple(range(layers[0], values["n_layers"], layers[0] + 1))
+    if layers is not None and (not layers or layers != regular):
+        return "full attention in every n-th layer, from layer n - 1 on"
+    return "" if values["linear_key_dim"] == values["linear_value_dim"] else "equal linear_key_dim and linear_value_dim"
+
+
+def _joined(heads: Heads) -> Arrangement:
+    """Return the arrangement of the main matrix: queries, keys and values of all heads, then gates, as two tensors."""
+    group = heads.values // heads.keys
+    sizes = [heads.key_dim, heads.key_dim, group * heads.value_dim, group * heads.value_dim]
+
+    def split(main: Tensor) -> list[Tensor]:
+        *qkv, gate = (part.flatten(0, 1) for part in main.unflatten(0, (heads.keys, -1)).split(sizes, 1))
+        return [torch.cat(qkv), gate]
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        parts = [*tensors[0].split([heads.keys * size for size in sizes[:3]]), tensors[1]]
+        return torch.cat([part.unflatten(0, (heads.keys, -1)) for part in parts], 1).flatten(0, 1)
+
+    return Arrangement(split, join)
+
+
+def _arrangements(values: Mapping[str, Any]) -> dict[str, Arrangement]:
+    return shared_arrangements() | {"blocks.*.attention.inputs.main.weight": _joined(heads_of(values))}
+
+
+def shared_arrangements() -> dict[str, Arrangement]:
+    """Return the arrangements of a GGUF file: rates are stored as -exp(log_rate), and a gate of one number is a
+    vector."""
+    rates = Arrangement(lambda rates: [-rates.float().exp()], lambda tensors: (-tensors[0]).log())
+    gate = Arrangement(lambda gate: [gate.flatten()], lambda tensors: tensors[0][None])
+    return {"blocks.*.attention.log_rate": rates, "blocks.*.feedforward.shared.gate.weight": gate}
+
+
+GGUF_NAMES = gguf.unit_offset(
+    gguf.LLAMA | gguf.QK_NORM | {"blocks.*.feedforward_norm": "blk.*.post_attention_norm"}
+) | {
+    "blocks.*.attention.convolution": "blk.*.ssm_conv1d.flat",
+    "blocks.*.attention.log_rate": "blk.*.ssm_a",
+    "blocks.*.attention.decay_bias": "blk.*.ssm_dt.bias",
+    "blocks.*.attention.norm": "blk.*.ssm_norm",
+    "blocks.*.attention.output": "blk.*.ssm_out",
 }
+GGUF_EXPERTS = gguf.EXPERTS | {
+    "blocks.*.feedforward.shared.gate": "blk.*.ffn_gate_inp_shexp",
+    "blocks.*.feedforward.shared.network.gate_up": "blk.*.ffn_[gate,up]_shexp",
+    "blocks.*.feedforward.shared.network.down": "blk.*.ffn_down_shexp",
+}
+GGUF_FIELDS = gguf.ROTARY_FIELDS | {
+    "ssm.conv_kernel": "convolution", "ssm.state_size": "linear_key_dim", "ssm.group_count": "n_linear_key_heads",
+    "ssm.time_step_rank": "n_linear_value_heads",
+}  # fmt: skip
+LINEAR = ("ssm.conv_kernel", "ssm.state_size", "ssm.group_count", "ssm.time_step_rank", "ssm.inner_size")
+GGUF_EXPERT_FIELDS = gguf.EXPERT_COUNTS | gguf.EXPERT_DIM | {"expert_shared_feed_forward_length": "shared_dim"}
+GGUF = {
+    "qwen3next": gguf.GgufArchitecture(
+        names=GGUF_NAMES | GGUF_EXPERTS | {
+            "blocks.*.attention.inputs.main": "blk.*.attn_[qkv,gate]",
+            "blocks.*.attention.inputs.numbers": "blk.*.ssm_ba",
+        },
+        fields=GGUF_FIELDS | GGUF_EXPERT_FIELDS, fixed=gguf.SILU | {"normalised": True, "dense_layers": ()},
+        limit=limit, read=read_linear, write=write_linear, arrangements=_arrangements,
+        needed=(*GGUF_EXPERT_FIELDS, *LINEAR),
+    ),
+}  # fmt: skip
+REFUSED = {"native": "GatedDeltaNet", "tensor": "GatedDeltaNet"}
