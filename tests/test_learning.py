@@ -12,6 +12,7 @@ from keifu.inference.images.autoregressive import sample_image_tokens
 from keifu.inference.images.latent_diffusion import text_denoiser
 from keifu.inference.images.pixel_diffusion import ImageRequest, PixelPipeline, SeededNoise
 from keifu.inference.images.samplers import configure_sampler
+from keifu.inference.images.single_pass import GeneratorPipeline
 from keifu.inference.text.unmasking import Unmasking, unmask
 from keifu.layers.attention.masks import real_tokens
 from keifu.layers.diffusion.noise_schedule import Noise
@@ -23,6 +24,7 @@ from keifu.models import (
     seq2seq,
     transformer,
 )
+from keifu.models.classic import gan
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, latent_diffusion, llada, vq_vae
@@ -30,6 +32,7 @@ from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, decoder as unclip_decoder, prior as unclip_prior, unclip
 from keifu.models.variants import t5
 from keifu.recipes.neurons.mlp import LOSSES
+from keifu.training.objectives.adversarial import adversarial_loss
 from keifu.training.objectives.autoencoders import AutoencoderKLLoss, Ramp, TextImageLoss, VQLoss, discrete_vae_loss
 from keifu.training.objectives.contrastive import contrastive_loss
 from keifu.training.objectives.diffusion import DiffusionLoss, TextDiffusionLoss, draw_noise
@@ -195,6 +198,24 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
         apart = (drawn[:, None].float() / 127.5 - 1 - bars).abs().mean((2, 3, 4))
         assert (apart.min(1).values < 0.25).all()
         assert label is None or (apart.argmin(1) == label).all()
+
+
+@pytest.mark.parametrize("network", ["dcgan", "mlp"])
+def test_a_gan_learns_two_pictures_by_heart(network):
+    """Drawings are near one of the two. DCGAN draws both; the fully connected GAN collapses to one of them."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = gan.build(gan.Config(size=8, latent_dim=4, network=network, widths=(16, 32), hidden_dim=64)).train()
+    settings = Settings(
+        steps=400, batch_size=32, learning_rate=3e-3, betas=(0.5, 0.999), schedule="constant", weight_decay=0.0,
+        clip=0.0, micro_batch=32,
+    )  # fmt: skip
+    pictures = halves()[torch.arange(32) % 2]
+    learned(model, adversarial_loss, settings, lambda step: {"pictures": pictures, "draws": draw_noise(0, step, 32)})
+    drawn = GeneratorPipeline(model.eval()).draw(ImageRequest(seed=0), range(40))
+    apart = (drawn[:, None].float() - halves()).abs().mean((2, 3, 4)) / 127.5
+    assert (apart.min(1).values < 0.3).float().mean() > 0.7
+    assert network == "mlp" or 0.2 < apart.argmin(1).float().mean() < 0.8
 
 
 TOWERS = {

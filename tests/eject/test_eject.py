@@ -23,7 +23,7 @@ from keifu.eject.models import eject, inputs_of, smaller
 from keifu.eject.writing import STANDARD, FileWriter, Name
 from keifu.errors import UserError
 from keifu.models import bert, mlp, perceptron, seq2seq, transformer
-from keifu.models.classic import lstm, word2vec
+from keifu.models.classic import gan, lstm, word2vec
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
 from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, llada, sd3, vq_vae
@@ -45,6 +45,7 @@ OTHERS: dict[str, Any] = {
     "perceptron": perceptron.Config(dim=3),
     "classic.word2vec": word2vec.Config(vocab_size=40, dim=6),
     "classic.lstm": lstm.Config(vocab_size=40, dim=16),
+    "classic.gan": gan.Config(size=8, latent_dim=5, widths=(4, 6)),
     "bert": bert.Config(**SMALL, vocab_size=40, context_length=9),
     "seq2seq": seq2seq.Config(vocab_size=40, dim=12, embedding_dim=8, attention_dim=6, maxout_dim=5),
     "variants.t5": t5.Config(**SMALL, vocab_size=40, head_dim=6, gated=True),

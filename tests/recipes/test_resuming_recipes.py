@@ -47,6 +47,10 @@ TABLE: dict[str, tuple[str, int]] = {
         "--batch-size 3", 4,
     ),
     "dpo": (f"--model {{base}} --data {{preferences}} {FINE} --steps 3 --beta 0.3 --batch-size 2", 4),
+    "gan": (
+        f"--data {{drawings}} --model.size 8 --model.channels 3 --model.widths 4 6 --model.latent-dim 5 {STEPS} "
+        "--batch-size 3 --samples 4", 4,
+    ),
     "gpt": (f"{TEXT} --depth 1 --context-length 16 --batch-size 3 {STEPS} --learning-rate 0.002", 5),
     "gpt1": (f"{TEXT} {MODEL} {STEPS} --batch-size 3 --recipe-of paper --model.dropout 0.2", 5),
     "gpt1-finetune": ("--data {labels} --model {gpt1} --epochs 2 --batch-size 8 --lm-weight 0.3 --cut 12", 5),

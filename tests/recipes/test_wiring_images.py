@@ -13,9 +13,10 @@ from wiring import DIFFERENT, MINUTES, Group, Reach
 from keifu.data.images.augmentation import Augmentation
 from keifu.errors import UserError
 from keifu.layers.lora import adapters
+from keifu.models.classic import gan as gan_model
 from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.models.diffusion import autoencoder_kl
-from keifu.recipes.images import clip, dalle, ddpm, dit, image_runs, latent_diffusion, lora_image, unclip
+from keifu.recipes.images import clip, dalle, ddpm, dit, gan, image_runs, latent_diffusion, lora_image, unclip
 from keifu.training.settings import Settings
 
 SMALL = Settings(steps=30, batch_size=4)
@@ -154,6 +155,23 @@ def of_clip(toys: Toys) -> tuple[Any, list[Group]]:
     return base, [
         Group(rows), Group(batch), Group(tower, {"resnet": ways["resnet"]}), Group(seen, ways), Group(start),
         Group(known, {"vocab_size": 520}), Group(truncate, short, refused=True), Group(evenly),
+    ]  # fmt: skip
+
+
+def of_gan(toys: Toys) -> tuple[Any, list[Group]]:
+    model = gan_model.Config(size=8, channels=3, latent_dim=6, widths=(4, 6))
+    base = gan.Recipe(toys.drawings, model, training=SMALL)
+    other = replace(model, size=16, channels=1, latent_dim=7, network="mlp", widths=(5,), hidden_dim=11, norm="none")
+    return base, [Group({
+        "data": Reach(toys.others, lambda r: r.run.options["data"]),
+        "model": Reach(other, "model.config"),
+        "flip": Reach(True, lambda r: _pictures(r).augmentation.flip),
+        "held_out": Reach(0.3, lambda r: len(_pictures(r).held), DIFFERENT),
+        "samples": Reach(3, "sample.count"),
+        "training": Reach(OTHER, "settings", but=("micro_batch",)),
+    }), Group({"training": Reach(replace(SMALL, seed=8, batch_size=3), (
+        "settings.micro_batch", lambda r: _pictures(r).batch_size), 3)}),
+        Group({"training": Reach(replace(SMALL, seed=8), "data.key", 8)}),
     ]  # fmt: skip
 
 
@@ -398,7 +416,7 @@ def targets(record: Any, part: str) -> set[str]:
 
 TABLE = {
     "clip": of_clip, "ddpm": of_ddpm, "dalle": of_dalle, "latent_diffusion": of_latent_diffusion, "unclip": of_unclip,
-    "lora_image": of_lora_image, "dit": of_dit,
+    "lora_image": of_lora_image, "dit": of_dit, "gan": of_gan,
 }  # fmt: skip
 ELSEWHERE = {  # options that another test holds
     "ddpm": dict.fromkeys(

@@ -125,6 +125,7 @@ INPUTS: dict[str, Callable[[Any], tuple[Tensor, ...]]] = {
     "seq2seq": lambda config: (tokens(), tokens(LENGTH - 2)),
     "transformer": lambda config: (tokens(), tokens(LENGTH - 2)),
     "classic.word2vec": lambda config: (times(), tokens()),
+    "classic.gan": lambda config: (torch.zeros(ROWS, config.latent_dim),),
     "variants.t5": lambda config: (tokens(), tokens(LENGTH - 2)),
     "speech.whisper": lambda config: (torch.zeros(ROWS, config.n_mels, 2 * config.audio_length), tokens()),
     "clip.clip": _clip,

@@ -5,7 +5,7 @@ Axes: batch, text = tokens of every text, rows and columns of the grid of image 
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from keifu.errors import UserError
 from keifu.inference.images.latent_diffusion import TextPipeline
-from keifu.inference.images.pixel_diffusion import BY_TOKEN, Bytes, ImageRequest, to_pixels
+from keifu.inference.images.pixel_diffusion import BY_TOKEN, Bytes, ImageRequest, changed_settings, to_pixels
 from keifu.inference.images.samplers import SamplerStep, Watch
 from keifu.inference.text.sampler import sample
 from keifu.layers.attention.masks import real_tokens
@@ -54,10 +54,7 @@ class AutoregressivePipeline(TextPipeline):
         """Return the request with all defaults. Raises `UserError` for a setting of diffusion."""
         if wanted.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
-        usual = ImageRequest()
-        foreign = [field.name for field in fields(ImageRequest) if field.name not in HEEDED]
-        changed = [name for name in foreign if vars(wanted)[name] != vars(usual)[name]]
-        if changed:
+        if changed := changed_settings(wanted, HEEDED):
             raise UserError(
                 f"This model says a picture entry by entry and removes no noise, so {' and '.join(changed)} mean "
                 "nothing to it: leave them out."

@@ -9,8 +9,8 @@ width.
 
 import hashlib
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -44,7 +44,8 @@ class SeededNoise:
         return torch.stack(rows).to(x.device)
 
 
-BY_TOKEN, STRENGTH = "token by token", 0.8
+BY_TOKEN, AT_ONCE = "token by token", "in one pass"  # ways to draw without a sampler
+STRENGTH = 0.8
 OF_EMBEDDINGS = ("prior_steps", "prior_guidance", "candidates", "upsampling_steps", "towards")
 
 
@@ -53,7 +54,7 @@ class ImageRequest:
     """Settings of an image.
 
     Attributes:
-        sampler: a name in `SAMPLERS`, or `BY_TOKEN` for an autoregressive model.
+        sampler: a name in `SAMPLERS`, or `BY_TOKEN` for an autoregressive model, `AT_ONCE` for a generator.
         steps: number of steps; None for the sampler's default.
         seed: the same seed gives the same image; None chooses one at random.
         label: number of the class to condition on; None for unconditional sampling.
@@ -103,7 +104,7 @@ class ImageRequest:
             given = "A mask" if self.mask else "A strength"
             raise UserError(f"{given} is for a picture to begin with, and there is none: give one (--init).")
         check(self)
-        if self.sampler != BY_TOKEN:
+        if self.sampler not in (BY_TOKEN, AT_ONCE):
             sampler(self.sampler)
 
     def configure_sampler(self, noise: Noise) -> ConfiguredSampler:
@@ -176,6 +177,13 @@ class ImageRequest:
             )
         if not bool(self.mask.white(size).any()):
             raise UserError(f"The mask {self.mask.place} has no white, so nothing would be drawn anew.")
+
+
+def changed_settings(wanted: ImageRequest, heeded: Collection[str]) -> list[str]:
+    """Return the names of settings that are not the default, except for those in `heeded`."""
+    usual = ImageRequest()
+    names = [field.name for field in fields(ImageRequest) if field.name not in heeded]
+    return [name for name in names if vars(wanted)[name] != vars(usual)[name]]
 
 
 def require_diffusion_model(model: nn.Module) -> ImageModel:

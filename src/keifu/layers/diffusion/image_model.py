@@ -39,9 +39,10 @@ class ImageModel(nn.Module):
     - tokens: `prefill(tokens, real)` returns the logits of a picture's first token and the state, `decode(codes, place,
       state)` the logits after a grid position, and `to_pictures(codes)` the pictures. config: grid, size, colours,
       context_length.
+    - once: `generator(noise [batch, latent_dim])` returns the pictures. config: size, channels, latent_dim.
     """
 
-    draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens"]]
+    draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens", "once"]]
     config: Any
     check_size: Callable[..., None]
 
