@@ -172,6 +172,24 @@ def vae(drawing: Drawing) -> None:
         drawing.line(goal.left, drawn[index].right, arrow=False, dashed=True)
 
 
+def gan(drawing: Drawing) -> None:
+    noise = drawing.box(95, 12, NOISE, ("100 numbers", "100 個の数"), "data", 120)
+    generator = drawing.box(95, 78, ("generator", "生成器"), ("learns to deceive", "だますことを学ぶ"), width=150)
+    made = drawing.box(95, 144, ("generated picture", "生成した画像"), tone="data", width=150)
+    real = drawing.box(270, 144, ("real picture", "本物の画像"), tone="data", width=130)
+    drawing.line(noise.bottom, generator.top)
+    drawing.line(generator.bottom, made.top)
+    judge = drawing.box(
+        MIDDLE, 206, ("discriminator", "識別器"), ("learns to tell them apart", "見分けることを学ぶ"), "attention", 200
+    )
+    for start in (made, real):
+        drawing.line(start.bottom, (start.x, 190), (MIDDLE, 190), judge.top)
+    verdict = drawing.box(MIDDLE, 272, ("real or generated?", "本物か、生成か"), tone="goal", width=180)
+    drawing.line(judge.bottom, verdict.top)
+    drawing.line(verdict.left, (12, verdict.y), (12, generator.y), generator.left, dashed=True)
+    drawing.note(MIDDLE, 320, ("dashed: the gradient that the generator learns from", "破線：生成器が学ぶ勾配"))
+
+
 def vit(drawing: Drawing) -> None:
     drawing.grid(30, 16, ["#+o", "+o#", "o#+"], 24)
     drawing.note(66, 106, ("9 patches", "9 枚のパッチ"))
