@@ -59,7 +59,7 @@ def read_scaling(
         return RopeScaling("linear", factor, context)
     size = float(metadata.get("rope.scaling.attn_factor", 1.0))
     attention_factor = None if size == 1.0 else size * (1 + 0.1 * math.log(factor))
-    fast, slow = (float(metadata.get(f"rope.scaling.yarn_{key}", usual)) for key, usual in YARN.items())
+    fast, slow = (float(metadata.get(f"rope.scaling.yarn_{key}", default)) for key, default in YARN.items())
     growth = metadata.get(LOG_MULTIPLIER)
     if growth and attention_factor is not None:
         raise UserError(f"{where} has both {LOG_MULTIPLIER} and rope.scaling.attn_factor; keifu implements one.")
@@ -151,28 +151,28 @@ def _candidates(freqs: Divisors, theta: float, context: int) -> Iterator[RopeSca
     for length in (8192, context):
         yield make(length, low_freq_factor=1.0, high_freq_factor=4.0)
     frequencies = theta ** -(torch.arange(len(freqs), dtype=torch.float64) / len(freqs))
-    kept = ((1 / freqs.double() - 1 / factor) / (1 - 1 / factor)).clamp(0, 1)
-    if not 0 < int((kept > 0).sum()) < len(kept):
+    kept_shares = ((1 / freqs.double() - 1 / factor) / (1 - 1 / factor)).clamp(0, 1)
+    if not 0 < int((kept_shares > 0).sum()) < len(kept_shares):
         return
-    slope, offset = _line(frequencies.tolist(), [round(value, 7) for value in kept.tolist()])
+    slope, offset = _line(frequencies.tolist(), [round(value, 7) for value in kept_shares.tolist()])
     length = max(1, round(2 * math.pi * slope / -offset))
     yield make(length, low_freq_factor=1.0, high_freq_factor=round(1 - 1 / offset, 3))
     span = length / (2 * math.pi * slope)
     yield make(length, low_freq_factor=-offset * span, high_freq_factor=(1 - offset) * span)
 
 
-def _line(frequencies: list[float], kept: list[float]) -> tuple[float, float]:
+def _line(frequencies: list[float], kept_shares: list[float]) -> tuple[float, float]:
     """Return slope and offset of a line that passes through all shares between 0 and 1 and is beyond 0 and 1 at the
     others."""
-    between = [n for n, share in enumerate(kept) if 0 < share < 1]
-    last = max(n for n, share in enumerate(kept) if share > 0)
+    between = [n for n, share in enumerate(kept_shares) if 0 < share < 1]
+    last = max(n for n, share in enumerate(kept_shares) if share > 0)
     if len(between) > 1:
-        slope = (kept[between[0]] - kept[last]) / (frequencies[between[0]] - frequencies[last])
+        slope = (kept_shares[between[0]] - kept_shares[last]) / (frequencies[between[0]] - frequencies[last])
     else:
-        slope = kept[last] / (frequencies[last] - frequencies[last + 1])
+        slope = kept_shares[last] / (frequencies[last] - frequencies[last + 1])
         if between and last:
-            slope = max(slope, (1 - kept[last]) / (frequencies[last - 1] - frequencies[last]))
-    return slope, kept[last] - slope * frequencies[last]
+            slope = max(slope, (1 - kept_shares[last]) / (frequencies[last - 1] - frequencies[last]))
+    return slope, kept_shares[last] - slope * frequencies[last]
 
 
 SIZES = {  # GGUF's field, without the architecture's prefix → the Config's field
@@ -190,11 +190,11 @@ REFUSED = (
 
 def _architectures() -> dict[str, tuple[str, ...]]:
     """Return the models of each architecture of llama.cpp, without importing their files."""
-    found: dict[str, tuple[str, ...]] = {}
+    by_name: dict[str, tuple[str, ...]] = {}
     for model, names in INDEX.items():
         for name in names.gguf:
-            found[name] = (*found.get(name, ()), model)
-    return found
+            by_name[name] = (*by_name.get(name, ()), model)
+    return by_name
 
 
 ARCHITECTURES: Mapping[str, tuple[str, ...]] = _architectures()
@@ -219,8 +219,8 @@ def read_config(
     """
     name = fields.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UserError(f"{where} has the architecture {name!r}, which keifu does not read. It reads: {known}.")
+        known_names = ", ".join(sorted(ARCHITECTURES))
+        raise UserError(f"{where} has the architecture {name!r}, which keifu does not read. It reads: {known_names}.")
     architecture, config_class = _architecture(name, fields)
     layers: dict[str, Any] = {}
     if architecture.attention_layers:
@@ -235,9 +235,9 @@ def read_config(
     ]
     if refused:
         raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
-    missing = [f"{name}.{key}" for key in (*SIZES, *architecture.needed) if key not in metadata]
-    if missing or "token_embd.weight" not in tensors:
-        lacking = missing or ["the tensor token_embd.weight"]
+    missing_keys = [f"{name}.{key}" for key in (*SIZES, *architecture.needed) if key not in metadata]
+    if missing_keys or "token_embd.weight" not in tensors:
+        lacking = missing_keys or ["the tensor token_embd.weight"]
         raise UserError(f"{where} lacks {', '.join(lacking)}, so the model's size is not known.")
     values = {ours: metadata[key] for key, ours in {**SIZES, **architecture.fields}.items() if key in metadata}
     values |= dict(architecture.fixed) | {switch: tensor in tensors for switch, tensor in architecture.optional.items()}
@@ -248,8 +248,8 @@ def read_config(
         values |= _rotary(metadata, values, divisors, defaults, where, architecture)
         values |= _head_size(values, defaults, where)
     values |= architecture.read(metadata)
-    known = config_class.__dataclass_fields__
-    return architecture, config_class(**{key: value for key, value in values.items() if key in known})
+    known_names = config_class.__dataclass_fields__
+    return architecture, config_class(**{key: value for key, value in values.items() if key in known_names})
 
 
 def _layer_heads(name: str, fields: Mapping[str, Any], where: str) -> list[int]:
@@ -264,11 +264,11 @@ def _layer_heads(name: str, fields: Mapping[str, Any], where: str) -> list[int]:
 def _head_size(values: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the `head_dim` of a Config, or nothing for a Config without this field, whose heads have dim / n_heads
     numbers."""
-    usual = values["dim"] // values["n_heads"]
+    common_size = values["dim"] // values["n_heads"]
     if "head_dim" not in defaults and values["head_dim"] is not None:
-        raise UserError(f"{where} has heads of {values['head_dim']}; keifu implements {usual} (dim / n_heads).")
+        raise UserError(f"{where} has heads of {values['head_dim']}; keifu implements {common_size} (dim / n_heads).")
     if values["head_dim"] is None and defaults.get("head_dim") is not None:
-        return {"head_dim": usual}
+        return {"head_dim": common_size}
     return {}
 
 
@@ -298,8 +298,8 @@ def _rotary(
     another size in one with `value_dim`.
     """
     partial = "rope_dim" in defaults
-    usual = values["dim"] // values["n_heads"]
-    size = metadata.get("attention.key_length", usual)
+    common_size = values["dim"] // values["n_heads"]
+    size = metadata.get("attention.key_length", common_size)
     rotated = metadata.get("rope.dimension_count", size)
     if metadata.get("attention.value_length", size) != size and "value_dim" not in defaults:
         length = metadata["attention.value_length"]
@@ -308,9 +308,9 @@ def _rotary(
         raise UserError(f"{where} has rope.dimension_count {rotated} with heads of {size}; keifu turns whole heads.")
     theta = float(values.get("rope_theta", 10_000.0))
     scaling = read_scaling(metadata, theta, values["context_length"], divisors, where, architecture)
-    fields = {"head_dim": None if size == usual else size, "rope_theta": theta, "rope_scaling": scaling}
-    whole = rotated == size and defaults.get("rope_dim") is None
-    return fields | ({"rope_dim": None if whole else rotated} if partial else {})
+    fields = {"head_dim": None if size == common_size else size, "rope_theta": theta, "rope_scaling": scaling}
+    turns_whole_heads = rotated == size and defaults.get("rope_dim") is None
+    return fields | ({"rope_dim": None if turns_whole_heads else rotated} if partial else {})
 
 
 def architecture_for(config: Any) -> tuple[str, GgufArchitecture]:
@@ -355,11 +355,11 @@ def write_config(name: str, architecture: GgufArchitecture, config: Any) -> tupl
         if architecture.attention_layers:
             heads, layers = fields["attention.head_count_kv"], values[architecture.attention_layers]
             fields["attention.head_count_kv"] = [heads * (layer in layers) for layer in range(config.n_layers)]
-        more, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, architecture)
+        scaling_fields, tensors = write_scaling(config.rope_scaling, config.rope_theta, rotated, architecture)
         if tensors and config.rope_scaling.kind != architecture.divisors:
             scaling = f"the rotary scaling {config.rope_scaling.kind!r}"
             raise UserError(f"llama.cpp runs no {name} model with {scaling}; write a directory (hf) instead.")
-        fields |= more
+        fields |= scaling_fields
     fields |= architecture.write(values)
     return {f"{name}.{key}": value for key, value in fields.items()}, tensors
 

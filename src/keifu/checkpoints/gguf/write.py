@@ -64,7 +64,7 @@ def save_gguf(model: nn.Module, tokenizer: Any, path: Path, dtype: str | None = 
         **_vocabulary(tokenizer, config.vocab_size),
     }
     shapes = _stacked_shapes(tensor_links) | {name: tuple(tensor.shape) for name, tensor in extra.items()}
-    tensors = chain(stack(published_tensors(model, tensor_links), stack_of, lambda _, whole: whole), extra.items())
+    tensors = chain(stack(published_tensors(model, tensor_links), stack_of, lambda _, stacked: stacked), extra.items())
     remove_abandoned(path.parent)
     with replacing(path) as temporary:
         try:
@@ -109,8 +109,8 @@ def _vocabulary(tokenizer: Any, size: int) -> dict[str, Any]:
     unused = range(len(fields["tokenizer.ggml.tokens"]), size)
     filling = {"tokens": [f"[unused {n}]" for n in unused], "token_type": [UNUSED] * len(unused)}
     filling |= {"scores": [-1e9] * len(unused)} if "tokenizer.ggml.scores" in fields else {}
-    for key, more in filling.items():
-        fields[f"tokenizer.ggml.{key}"] = [*fields[f"tokenizer.ggml.{key}"], *more]
+    for key, padding in filling.items():
+        fields[f"tokenizer.ggml.{key}"] = [*fields[f"tokenizer.ggml.{key}"], *padding]
     return fields
 
 
