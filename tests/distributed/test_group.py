@@ -44,8 +44,14 @@ AXES: dict[str, dict[str, Any]] = {
     "pods": {"mesh": OVERLAPPED},
 }  # fmt: skip
 UNSPLIT = tuple(name for name, entry in ENTRIES.items() if "tensor" in entry.row.refused)
-# Each model is split in the fast tests: over tensors, or over shards if tensor parallelism refuses it.
-FAST_MESHES = [(name, "shard" if name in UNSPLIT else "tensor") for name in language_models.LANGUAGE_MODELS]
+# Models whose kinds of layers others of the fast tests have: a split knows layers and no model.
+LIKE_OTHERS = {
+    "qwen2": "gpt2", "mistral": "gemma3", "qwen3": "gemma3", "smollm3": "llama", "phi3": "llama", "granite": "llama",
+    "ministral": "llama", "exaone4": "olmo2", "gemma2": "gemma3", "qwen3-moe": "mixtral",
+}  # fmt: skip
+# Each other model is split in the fast tests: over tensors, or over shards if tensor parallelism refuses it.
+FAST_MESHES = [(name, "shard" if name in UNSPLIT else "tensor") for name in language_models.LANGUAGE_MODELS
+               if name not in LIKE_OTHERS]  # fmt: skip
 FAST_MESHES += [("gpt2", "shard"), ("llama", "shard"), ("gpt2", "pods"), ("mixtral", "pods"), ("qwen3-next", "pods")]
 OTHER_MESHES = [(name, axis) for name in language_models.LANGUAGE_MODELS for axis in AXES
                 if (name, axis) not in FAST_MESHES and not (axis == "tensor" and name in UNSPLIT)]  # fmt: skip

@@ -43,7 +43,9 @@ def chromium() -> Iterator[Any]:
     if BROWSER is None:
         pytest.skip("no Chromium")
     with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=WAIT)
+        found = playwright.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"], timeout=WAIT
+        )
         yield found
         found.close()
 

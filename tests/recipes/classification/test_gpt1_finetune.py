@@ -32,7 +32,7 @@ MODULES = {
     "palm": (palm, palm.Config(**SMALL, head_dim=8)),
     "gemma3": (gemma3, gemma3.Config(**SMALL, n_kv_heads=1, head_dim=8, sliding_window=4)),
 }
-FLAGS = ("--epochs", "20", "--learning-rate", "1e-2", "--batch-size", "8")
+FLAGS = ("--epochs", "8", "--learning-rate", "2e-2", "--batch-size", "8")
 
 
 @pytest.fixture(autouse=True)
