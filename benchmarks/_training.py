@@ -1,11 +1,15 @@
 """Training steps as contenders: of keifu, and of any other model. Each records its losses."""
 
+import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from keifu.data.text.packed import PackedText
+from keifu.data.text.token_shards import Shards
 from keifu.training.objectives.language_modeling import causal_language_modeling
 from keifu.training.protocols import Batch, Data, Objective
 from keifu.training.settings import Settings
@@ -81,6 +85,47 @@ def plain_steps(
             group["lr"] = rate * min(1, (step + 1) / warmup, (steps - step) / (steps / 3))
         optimizer.step()
         optimizer.zero_grad()
+
+
+def comparison_options(
+    parser: argparse.ArgumentParser, steps: int, rows: int, length: int, data: str, vocab_size: int
+) -> None:
+    """Add the options of a comparison of small models that are trained with `comparison_settings`."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--rows", type=int, default=rows, help=f"of {length} tokens in a step")
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--data", default=data)
+    parser.add_argument("--vocab-size", type=int, default=vocab_size)
+    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
+    parser.add_argument("--picture", type=Path)
+
+
+def comparison_settings(options: argparse.Namespace, seed: int) -> Settings:
+    """Return AdamW with a warm-up of a tenth of the steps."""
+    return Settings(
+        steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
+        final_ratio=0.0, weight_decay=0.1, seed=seed,
+    )  # fmt: skip
+
+
+def windows_options(parser: argparse.ArgumentParser, steps: int, held_out: int, length: int) -> None:
+    """Add the options of an experiment with windows of a text that `plain_steps` trains."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--tokens", type=int, default=1024, help="of a step")
+    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument("--data", default="english")
+    parser.add_argument("--held-out", type=int, default=held_out, help=f"windows of {length} tokens")
+    parser.add_argument("--keep", type=Path, help="a folder for the values of each run, to go on later")
+    parser.add_argument("--out", type=Path, help="a data file of docs/results/data")
+    parser.add_argument("--picture", type=Path)
+
+
+def held_out_windows(shards: Shards, length: int, count: int) -> torch.Tensor:
+    """Return windows of the held-out text: [count, length]."""
+    data = PackedText(shards, length - 1, 1, validation_tokens=count * length)
+    return torch.cat([batch["tokens"].long() for batch in data.validation()])[:count]
 
 
 def learned(

@@ -23,7 +23,7 @@ import torch
 from _charts import chart, plot_seeds
 from _results import of_seeds, publish, typed, usual
 from _rounds import machine
-from _training import learned
+from _training import comparison_options, comparison_settings, learned
 from torch import Tensor, nn
 
 from keifu.data.text.packed import PackedText
@@ -37,7 +37,6 @@ from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
 from keifu.training.hardware.flops import count_flops
-from keifu.training.settings import Settings
 
 DIM, LAYERS, HEADS = 192, 6, 3
 TRAINED, LONGEST = 128, 512  # tokens of a window in training, and of the windows for evaluation
@@ -95,13 +94,9 @@ def by_place(model: DecoderLM, rows: Tensor) -> Tensor:
 
 def run(name: str, seed: int, task: TextTask, options: argparse.Namespace) -> tuple[Tensor, float]:
     """Train a model. Return its loss by position and the seconds of training."""
-    settings = Settings(
-        steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
-        final_ratio=0.0, weight_decay=0.1, seed=seed,
-    )  # fmt: skip
     torch.manual_seed(seed)
     model = MODELS[name].build(task.tokenizer.vocab_size)
-    seconds = learned(model, PackedText(task.shards, TRAINED, options.rows, seed), settings)
+    seconds = learned(model, PackedText(task.shards, TRAINED, options.rows, seed), comparison_settings(options, seed))
     judge = PackedText(task.shards, LONGEST, 1, validation_tokens=options.held_out)
     return by_place(model, torch.cat([batch["tokens"] for batch in judge.validation()])), seconds
 
@@ -120,15 +115,8 @@ def draw(losses: dict[str, list[Tensor]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=[*MODELS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rows", type=int, default=32, help="of 128 tokens in a step")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--data", default="english")
-    parser.add_argument("--vocab-size", type=int, default=4096)
+    comparison_options(parser, 400, 32, TRAINED, "english", 4096)
     parser.add_argument("--held-out", type=int, default=100_000, help="tokens of the held-out loss")
-    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
-    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     print(f"{machine()}; {options.steps} steps of {options.rows * TRAINED:,} tokens, seeds {options.seeds}\n")

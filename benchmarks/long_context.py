@@ -31,7 +31,7 @@ import torch
 from _charts import bar_seeds, chart, plot_seeds
 from _results import publish, saved
 from _rounds import machine, spread
-from _training import plain_steps
+from _training import held_out_windows, plain_steps, windows_options
 from torch import Tensor, nn
 
 from keifu.data.text.packed import PackedText
@@ -201,20 +201,11 @@ def draw(found: dict[str, list[Found]], tuned: int, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=800)
+    windows_options(parser, 800, 100, LONG)
     parser.add_argument("--tuned", type=int, default=60, help="steps of tuning")
-    parser.add_argument("--tokens", type=int, default=1024, help="of a step")
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--data", default="english")
-    parser.add_argument("--held-out", type=int, default=100, help="windows of 512 tokens")
-    parser.add_argument("--keep", type=Path, help="a folder for the values of each seed, to go on later")
-    parser.add_argument("--out", type=Path, help="a data file of docs/results/data")
-    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     task = prepare_text(Text(options.data, vocab_size=VOCAB))
-    judge = PackedText(task.shards, LONG - 1, 1, validation_tokens=options.held_out * LONG)
-    held_out = torch.cat([batch["tokens"].long() for batch in judge.validation()])[: options.held_out]
+    held_out = held_out_windows(task.shards, LONG, options.held_out)
     print(f"{machine()}; {options.steps} steps of {options.tokens:,} tokens, {options.tuned} of tuning", flush=True)
     seeds = [saved(options.keep, str(seed), partial(run, seed, task, held_out, options)) for seed in options.seeds]
     found = {name: [each[name] for each in seeds] for name in seeds[0]}

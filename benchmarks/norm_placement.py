@@ -17,12 +17,11 @@ import torch
 from _charts import chart
 from _results import of_seeds, publish, typed, usual
 from _rounds import machine
-from _training import learned, validation
+from _training import comparison_options, comparison_settings, learned, validation
 
 from keifu.data.text.packed import PackedText
 from keifu.models import gpt1, gpt2
 from keifu.recipes.language.pretraining import Text, TextTask, prepare_text
-from keifu.training.settings import Settings
 
 MODELS: dict[str, Any] = {"post-norm (GPT-1)": gpt1, "pre-norm (GPT-2)": gpt2}
 CONTEXT, DIM, HEADS = 64, 64, 2
@@ -30,15 +29,11 @@ CONTEXT, DIM, HEADS = 64, 64, 2
 
 def run(name: str, depth: int, seed: int, task: TextTask, options: argparse.Namespace) -> float:
     """Train a model and return its held-out loss."""
-    settings = Settings(
-        steps=options.steps, batch_size=options.rows, learning_rate=options.rate, warmup=options.steps // 10,
-        final_ratio=0.0, weight_decay=0.1, seed=seed,
-    )  # fmt: skip
     torch.manual_seed(seed)
     sizes = {"vocab_size": task.tokenizer.vocab_size, "context_length": CONTEXT, "dim": DIM, "hidden_dim": 4 * DIM}
     model = MODELS[name].build(MODELS[name].Config(**sizes, n_layers=depth, n_heads=HEADS, dropout=0.0))
     data = PackedText(task.shards, CONTEXT, options.rows, seed, validation_tokens=20_000)
-    learned(model, data, settings)
+    learned(model, data, comparison_settings(options, seed))
     return validation(model, data)
 
 
@@ -58,14 +53,7 @@ def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 6, 12, 24])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rows", type=int, default=16, help="of 64 tokens in a step")
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--data", default="sotu")
-    parser.add_argument("--vocab-size", type=int, default=512)
-    parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
-    parser.add_argument("--picture", type=Path)
+    comparison_options(parser, 300, 16, CONTEXT, "sotu", 512)
     options = parser.parse_args()
     task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     print(f"{machine()}; {options.steps} steps of {options.rows * CONTEXT:,} tokens, seeds {options.seeds}\n")

@@ -24,7 +24,7 @@ import torch
 from _charts import bar_seeds, chart
 from _results import publish, saved
 from _rounds import machine, spread
-from _training import plain_steps
+from _training import held_out_windows, plain_steps, windows_options
 from torch import Tensor, nn
 
 from keifu.data.text.packed import PackedText
@@ -166,19 +166,10 @@ def run(name: str, seed: int, task: TextTask, rows: Tensor, options: argparse.Na
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, default=1024, help="of a step")
-    parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--data", default="english")
-    parser.add_argument("--held-out", type=int, default=500, help="windows of 128 tokens")
-    parser.add_argument("--keep", type=Path, help="a folder for the values of each model, to go on later")
-    parser.add_argument("--out", type=Path, help="a data file of docs/results/data")
-    parser.add_argument("--picture", type=Path)
+    windows_options(parser, 1000, 500, LENGTH)
     options = parser.parse_args()
     task = prepare_text(Text(options.data, vocab_size=VOCAB))
-    judge = PackedText(task.shards, LENGTH - 1, 1, validation_tokens=options.held_out * LENGTH)
-    rows = windows(torch.cat([batch["tokens"].long() for batch in judge.validation()])[: options.held_out])
+    rows = windows(held_out_windows(task.shards, LENGTH, options.held_out))
     print(f"{machine()}; {options.steps} steps of {options.tokens:,} tokens, seeds {options.seeds}", flush=True)
     found = {
         name: [
