@@ -117,7 +117,7 @@ def _whole_first_step(scheduler: Any, num_inference_steps: int, strength: float,
 
 def same(painter: LatentDiffusionPipeline, wanted: ImageRequest, expected: list[torch.Tensor]) -> None:
     states = [*painter.drawing(painter.resolved(wanted), SEEDS)]
-    assert len(states) == len(expected) == painter.resolved(wanted).taken
+    assert len(states) == len(expected) == painter.resolved(wanted).n_steps
     for state, latents in zip(states, expected, strict=True):
         assert (state.x - latents).abs().max() <= 1e-5 * latents.abs().max()
 

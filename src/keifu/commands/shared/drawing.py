@@ -78,7 +78,7 @@ def load(load_plan: LoadPlan, dtype: str | None, loras: Sequence[LoraRecord] = (
 def draw_images(model: ImagePipeline, record: ImageRecord, states: list[SamplerStep] | None = None) -> Tensor:
     """Draw the pictures of all the record's batches, with a progress bar. Append the first batch's steps to
     `states`."""
-    batches, steps, done = record.seeds(), record.drawing.taken, 0
+    batches, steps, done = record.seeds(), record.drawing.n_steps, 0
     with counting("Drawing", steps * len(batches), "steps") as advance:
 
         def watch(state: SamplerStep) -> None:

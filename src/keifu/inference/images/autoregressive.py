@@ -50,30 +50,30 @@ def sample_image_tokens(
 class AutoregressivePipeline(TextPipeline):
     """Pipeline of an autoregressive model of image tokens. It has no diffusion sampler and no guidance."""
 
-    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+    def resolved(self, request: ImageRequest) -> ImageRequest:
         """Return the request with all defaults. Raises `UserError` for a setting of diffusion."""
-        if wanted.text is None:
+        if request.text is None:
             raise UserError("This model draws from a text, and there is none: say what to draw.")
-        if changed := changed_settings(wanted, HEEDED):
+        if changed := changed_settings(request, HEEDED):
             raise UserError(
                 f"This model says a picture entry by entry and removes no noise, so {' and '.join(changed)} mean "
                 "nothing to it: leave them out."
             )
         grid, size = self.model.config.grid, self.model.config.size
         for name, fixed in (("steps", grid.cells), ("size", size)):
-            if vars(wanted)[name] not in (None, fixed):
-                raise UserError(f"{name} is {vars(wanted)[name]}, and this model's is always {fixed}: leave it out.")
-        self.tokens([wanted.text], wanted.truncate)
-        seed = secrets.randbits(32) if wanted.seed is None else wanted.seed
-        return replace(wanted, sampler=BY_TOKEN, steps=grid.cells, size=size, seed=seed)
+            if vars(request)[name] not in (None, fixed):
+                raise UserError(f"{name} is {vars(request)[name]}, and this model's is always {fixed}: leave it out.")
+        self.tokens([request.text], request.truncate)
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        return replace(request, sampler=BY_TOKEN, steps=grid.cells, size=size, seed=seed)
 
     @torch.inference_mode()
     def draw(
-        self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
+        self, request: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None,
         texts: Sequence[str] | None = None,
     ) -> Bytes:  # fmt: skip
         """Draw like `LatentDiffusionPipeline.draw`; `watch` is called with the grid after each token."""
-        tokens = self.tokens(texts or [wanted.text or ""] * len(seeds), wanted.truncate)
-        given = tokens.to(self.device), real_tokens(tokens, self.tokenizer.eos_id).to(self.device)
-        codes = sample_image_tokens(self.model, *given, seeds, lambda codes: watch(SamplerStep(codes, codes)))
+        tokens = self.tokens(texts or [request.text or ""] * len(seeds), request.truncate)
+        text_inputs = tokens.to(self.device), real_tokens(tokens, self.tokenizer.eos_id).to(self.device)
+        codes = sample_image_tokens(self.model, *text_inputs, seeds, lambda codes: watch(SamplerStep(codes, codes)))
         return to_pixels(self.model.to_pictures(codes))

@@ -101,8 +101,8 @@ class ImageRequest:
 
     def __post_init__(self) -> None:
         if self.init is None and (self.mask or self.strength is not None):
-            given = "A mask" if self.mask else "A strength"
-            raise UserError(f"{given} is for a picture to begin with, and there is none: give one (--init).")
+            setting_name = "A mask" if self.mask else "A strength"
+            raise UserError(f"{setting_name} is for a picture to begin with, and there is none: give one (--init).")
         check(self)
         if self.sampler not in (BY_TOKEN, AT_ONCE):
             sampler(self.sampler)
@@ -115,36 +115,36 @@ class ImageRequest:
         """Return the request with this size, and with defaults for steps, seed, spacing and strength."""
         steps = len(self.configure_sampler(noise).schedule.steps)
         seed = secrets.randbits(32) if self.seed is None else self.seed
-        usual = None if self.init is None else 1.0 if self.mask else STRENGTH
-        whole = replace(self, strength=self.strength or usual, steps=steps, size=size, seed=seed)
-        whole.schedule(whole.configure_sampler(noise).schedule)
+        default_strength = None if self.init is None else 1.0 if self.mask else STRENGTH
+        complete = replace(self, strength=self.strength or default_strength, steps=steps, size=size, seed=seed)
+        complete.schedule(complete.configure_sampler(noise).schedule)
         self._check_mask(size)
-        return whole if noise.flows else replace(whole, spacing=self.spacing or noise.spacing)
+        return complete if noise.flows else replace(complete, spacing=self.spacing or noise.spacing)
 
     def check_no_embedding(self) -> None:
         """Raise `UserError` if an option is set that only unCLIP has."""
-        if given := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
-            option = f"--{given[0].replace('_', '-')}"
+        if options := [name for name in OF_EMBEDDINGS if vars(self)[name] not in (None, 1)]:
+            option = f"--{options[0].replace('_', '-')}"
             raise UserError(f"{option} is for a model that draws by way of an embedding (unCLIP): leave it out.")
 
     def sides(self) -> tuple[int, int] | None:
         """Return the requested height and width, or those of the input image; None if both are missing."""
         return self.size or (self.init.size() if self.init else None)
 
-    def schedule(self, whole: Schedule) -> Schedule:
+    def schedule(self, full: Schedule) -> Schedule:
         """Return the last steps of a sampler's schedule, the share `strength` of them, rounded down. Raises `UserError`
         if none is left."""
         if self.strength is None:
-            return whole
-        steps = len(whole.steps)
-        taken = int(steps * self.strength)
-        if not taken:
+            return full
+        steps = len(full.steps)
+        n_steps = int(steps * self.strength)
+        if not n_steps:
             least = -(-1e3 // steps) / 1e3
             raise UserError(f"Strength {self.strength:g} leaves none of {steps} steps: take {least:g} or more.")
-        return whole._replace(steps=whole.steps[steps - taken :])
+        return full._replace(steps=full.steps[steps - n_steps :])
 
     @property
-    def taken(self) -> int:
+    def n_steps(self) -> int:
         """Number of steps that are run, by `strength`."""
         return int((self.steps or 0) * (1 if self.strength is None else self.strength))
 
@@ -158,12 +158,12 @@ class ImageRequest:
         assert self.size is not None
         return None if self.mask is None else self.mask.white(self.size)
 
-    def paste(self, drawn: Bytes) -> Bytes:
+    def paste(self, pictures: Bytes) -> Bytes:
         """Copy the input image's pixels into the images outside the mask, because decoded latents are not exact."""
         if self.init is None or self.mask is None:
-            return drawn
-        size = int(drawn.shape[2]), int(drawn.shape[3])
-        return torch.where(self.mask.white(size), drawn, to_bytes(self.init.pixels(size, drawn.shape[1])))
+            return pictures
+        size = int(pictures.shape[2]), int(pictures.shape[3])
+        return torch.where(self.mask.white(size), pictures, to_bytes(self.init.pixels(size, pictures.shape[1])))
 
     def _check_mask(self, size: tuple[int, int]) -> None:
         """Raise `UserError` for a mask of another size than the picture's, or without white pixels."""
@@ -179,11 +179,11 @@ class ImageRequest:
             raise UserError(f"The mask {self.mask.place} has no white, so nothing would be drawn anew.")
 
 
-def changed_settings(wanted: ImageRequest, heeded: Collection[str]) -> list[str]:
+def changed_settings(request: ImageRequest, heeded: Collection[str]) -> list[str]:
     """Return the names of settings that are not the default, except for those in `heeded`."""
-    usual = ImageRequest()
+    default = ImageRequest()
     names = [field.name for field in fields(ImageRequest) if field.name not in heeded]
-    return [name for name in names if vars(wanted)[name] != vars(usual)[name]]
+    return [name for name in names if vars(request)[name] != vars(default)[name]]
 
 
 def require_diffusion_model(model: nn.Module) -> ImageModel:
@@ -271,50 +271,50 @@ class PixelPipeline(Pipeline):
             raise UserError(f"The model learned no classes, so it has no {name!r}: train it with --classes.")
         raise unknown("class of this model", name, config.classes or [str(n) for n in range(config.n_classes)])
 
-    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+    def resolved(self, request: ImageRequest) -> ImageRequest:
         """Return the request with all defaults, checked against the model."""
-        if wanted.text is not None or wanted.negative:
-            text = wanted.text or wanted.negative
+        if request.text is not None or request.negative:
+            text = request.text or request.negative
             raise UserError(f"This model reads no text, so {text!r} means nothing to it: leave it out (see --label).")
-        if wanted.tile is not None:
+        if request.tile is not None:
             raise UserError(NO_TILES)
-        size = wanted.sides() or trained_size(self.model)
-        check_label(self.model, wanted.label, wanted.guidance)
+        size = request.sides() or trained_size(self.model)
+        check_label(self.model, request.label, request.guidance)
         self.model.check_size(self.model.colours, *size)
-        wanted.check_no_embedding()
-        return wanted.completed(self.model.noise_of(size), size)
+        request.check_no_embedding()
+        return request.completed(self.model.noise_of(size), size)
 
     @torch.inference_mode()
-    def drawing(self, wanted: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
+    def drawing(self, request: ImageRequest, seeds: Sequence[int]) -> Iterator[SamplerStep]:
         """Yield x and the predicted images after each step, with a row for each seed, on the model's device.
 
         The convolutions' weights are prepacked first, which takes about as long as a step.
         """
         model, device, factor = self.model, self.device, self.model.factor
-        size = wanted.size or trained_size(model)
-        chosen = wanted.configure_sampler(model.noise_of(size))
+        size = request.size or trained_size(model)
+        sampler = request.configure_sampler(model.noise_of(size))
         shape = len(seeds), model.config.channels, *(side // factor for side in size)
-        label = None if wanted.label is None else torch.full((len(seeds),), wanted.label, device=device)
-        network = label_denoiser(prepack(model), label, wanted.guidance, wanted.guidance_rescale)
-        random, schedule = SeededNoise(seeds), wanted.schedule(chosen.schedule)
+        label = None if request.label is None else torch.full((len(seeds),), request.label, device=device)
+        network = label_denoiser(prepack(model), label, request.guidance, request.guidance_rescale)
+        random, schedule = SeededNoise(seeds), request.schedule(sampler.schedule)
         noise = random(torch.empty(shape, dtype=torch.float32, device=device))
-        x, kept = noise * schedule.initial_sigma, None
-        if wanted.init is not None:
-            picture = wanted.init.pixels(size, model.colours).to(device)
-            picture, anew = model.to_latents(picture[None]).expand_as(noise), wanted.anew()
+        x, region = noise * schedule.initial_sigma, None
+        if request.init is not None:
+            picture = request.init.pixels(size, model.colours).to(device)
+            picture, anew = model.to_latents(picture[None]).expand_as(noise), request.anew()
             if anew is not None:
-                kept = KeptRegion(picture, noise, anew[:, ::factor, ::factor].to(device))
-            x = x if wanted.from_noise else add_initial_noise(picture, noise, schedule)
-        yield from run_inpainting(chosen, network, x, schedule, random, kept)
+                region = KeptRegion(picture, noise, anew[:, ::factor, ::factor].to(device))
+            x = x if request.from_noise else add_initial_noise(picture, noise, schedule)
+        yield from run_inpainting(sampler, network, x, schedule, random, region)
 
     @torch.inference_mode()
-    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
+    def draw(self, request: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """Draw an image for each seed. Return uint8 on the CPU. `watch` is called with the state after each step.
 
         Raises `UserError` for an image with NaN or infinity, for example from damaged weights.
         """
-        drawn = to_pixels(self.model.to_pictures(last_x(self.drawing(wanted, seeds), watch)))
-        return drawn if self.pixels else wanted.paste(drawn)
+        pictures = to_pixels(self.model.to_pictures(last_x(self.drawing(request, seeds), watch)))
+        return pictures if self.pixels else request.paste(pictures)
 
 
 def to_pixels(x: Float[Tensor, "batch channels height width"]) -> UInt8[Tensor, "batch channels height width"]:
@@ -347,6 +347,6 @@ def denoising_strip(states: Sequence[SamplerStep]) -> Strip:
     it."""
     indices = torch.linspace(0, len(states) - 1, min(8, len(states)), dtype=torch.float32, device="cpu")
     steps = indices.round().long().tolist()
-    shown = [states[step].x[0] for step in steps] + [states[step].picture[0] for step in steps]
+    shown_states = [states[step].x[0] for step in steps] + [states[step].picture[0] for step in steps]
     captions = [f"{name}, step {step + 1}" for name in ("x", "seen") for step in steps]
-    return Strip(to_bytes(torch.stack(shown)).cpu(), captions, len(steps))
+    return Strip(to_bytes(torch.stack(shown_states)).cpu(), captions, len(steps))

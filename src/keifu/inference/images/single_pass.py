@@ -35,12 +35,12 @@ class GeneratorPipeline(Pipeline):
         """Raise `UserError`: there are no classes."""
         raise UserError(f"A GAN learns no classes, so it has no {name!r}: leave the label out.")
 
-    def resolved(self, wanted: ImageRequest) -> ImageRequest:
+    def resolved(self, request: ImageRequest) -> ImageRequest:
         """Return the request with all defaults. Raises `UserError` for a setting of other models."""
-        if wanted.text is not None:
-            raise UserError(f"This model reads no text, so {wanted.text!r} means nothing to it: leave it out.")
-        changed = changed_settings(wanted, HEEDED)
-        if wanted.sampler not in (AT_ONCE, ImageRequest().sampler):
+        if request.text is not None:
+            raise UserError(f"This model reads no text, so {request.text!r} means nothing to it: leave it out.")
+        changed = changed_settings(request, HEEDED)
+        if request.sampler not in (AT_ONCE, ImageRequest().sampler):
             changed.append("sampler")
         if changed:
             raise UserError(
@@ -49,15 +49,15 @@ class GeneratorPipeline(Pipeline):
             )
         size = trained_size(self.model)
         for name, fixed in (("steps", 1), ("size", size)):
-            if vars(wanted)[name] not in (None, fixed):
-                raise UserError(f"{name} is {vars(wanted)[name]}, and this model's is always {fixed}: leave it out.")
-        seed = secrets.randbits(32) if wanted.seed is None else wanted.seed
-        return replace(wanted, sampler=AT_ONCE, steps=1, size=size, seed=seed)
+            if vars(request)[name] not in (None, fixed):
+                raise UserError(f"{name} is {vars(request)[name]}, and this model's is always {fixed}: leave it out.")
+        seed = secrets.randbits(32) if request.seed is None else request.seed
+        return replace(request, sampler=AT_ONCE, steps=1, size=size, seed=seed)
 
     @torch.inference_mode()
-    def draw(self, wanted: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
+    def draw(self, request: ImageRequest, seeds: Sequence[int], watch: Watch = lambda state: None) -> Bytes:
         """Draw an image for each seed. Return uint8 on the CPU. `watch` is called once, with the pictures."""
         noise = SeededNoise(seeds)(torch.empty(len(seeds), self.model.config.latent_dim, device=self.device))
-        drawn = self.model.generator(noise.to(next(self.model.parameters()).dtype)).float()
-        watch(SamplerStep(drawn, drawn))
-        return to_pixels(drawn)
+        pictures = self.model.generator(noise.to(next(self.model.parameters()).dtype)).float()
+        watch(SamplerStep(pictures, pictures))
+        return to_pixels(pictures)

@@ -221,7 +221,7 @@ def _draw(
 
     names: input files by role. count: number of states that are shown.
     """
-    number, steps, done, n_shown = record.number or 0, max(1, record.drawing.taken), 0, 0
+    number, steps, done, n_shown = record.number or 0, max(1, record.drawing.n_steps), 0, 0
     count = min(count, steps)
 
     def watch(state: SamplerStep) -> None:
