@@ -4,6 +4,7 @@ import ast
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -108,6 +109,13 @@ def _clip(config: Any) -> tuple[Tensor, ...]:
     return torch.zeros(ROWS, 3, side, side), tokens()
 
 
+def _with_pictures(config: Any) -> tuple[Tensor | None, ...]:
+    """Return sequences with the tokens of one picture each, and the pictures."""
+    before, places = tokens(1), torch.full((ROWS, config.image_tokens), config.image_token)
+    side = config.image.image_size
+    return torch.cat([before, places, before], 1), None, None, torch.zeros(ROWS, config.image.channels, side, side)
+
+
 def _stable_diffusion_3(config: Any) -> tuple[Tensor, ...]:
     pooled = torch.zeros(ROWS, config.pooled_dim)
     return (*denoised(config), torch.zeros(ROWS, LENGTH, config.text_dim), pooled)
@@ -119,7 +127,7 @@ def _unclip_conditioning(config: Any) -> tuple[Tensor, ...]:
 
 
 # module of a model → inputs of its forward pass by its Config; language models read tokens
-INPUTS: dict[str, Callable[[Any], tuple[Tensor, ...]]] = {
+INPUTS: dict[str, Callable[[Any], tuple[Tensor | None, ...]]] = {
     "mlp": lambda config: (torch.zeros(ROWS, config.dim),),
     "perceptron": lambda config: (torch.zeros(ROWS, config.dim, dtype=torch.float64),),
     "seq2seq": lambda config: (tokens(), tokens(LENGTH - 2)),
@@ -130,6 +138,8 @@ INPUTS: dict[str, Callable[[Any], tuple[Tensor, ...]]] = {
     "speech.whisper": lambda config: (torch.zeros(ROWS, config.n_mels, 2 * config.audio_length), tokens()),
     "clip.clip": _clip,
     "clip.image": lambda config: (torch.zeros(ROWS, config.channels, config.image_size, config.image_size),),
+    "multimodal.llava": _with_pictures,
+    "multimodal.smolvlm": _with_pictures,
     "dalle.dalle": _dalle,
     "dalle.discrete_vae": lambda config: (picture(config),),
     "diffusion.ddpm": _ddpm,
@@ -145,13 +155,16 @@ INPUTS: dict[str, Callable[[Any], tuple[Tensor, ...]]] = {
 
 
 # models whose code looks at numbers, so that they run with small sizes on the CPU
-WITH_NUMBERS = ("mixture.", "hybrid.qwen3", "seq2seq")
+WITH_NUMBERS = ("mixture.", "hybrid.qwen3", "seq2seq", "multimodal.")
 # models that are written without the parts that have files of their own
 ADAPTED: dict[str, Callable[[Any], Any]] = {"diffusion.dit": lambda config: replace(config, autoencoder=None)}
 
 
 def smaller(config: Any) -> Any:
     """Return a Config with the same layers, few of them, and small sizes."""
+    if "image_token" in vars(config):  # a decoder that reads pictures
+        text = smaller(config.text)
+        return replace(config, text=text, image=smaller(config.image), image_token=text.vocab_size - 1)
     most = {"n_layers": 4, "vocab_size": 64, "n_experts": 16}
     changes = dict[str, Any]()
     for each in fields(config):
@@ -168,7 +181,7 @@ def smaller(config: Any) -> Any:
     return replace(config, **changes, dim=64 if getattr(config, "head_dim", None) else 16 * n_heads)
 
 
-def inputs_of(module: str, config: Any) -> tuple[Tensor, ...]:
+def inputs_of(module: str, config: Any) -> tuple[Tensor | None, ...]:
     """Return inputs of the forward pass of a model."""
     return INPUTS[module](config) if module in INPUTS else (tokens(),)
 
@@ -202,14 +215,23 @@ def eject(module: str, config: Any, name: str) -> str:
     body = writer.file([Name(place, "Config"), Name(place, "build")])
     title = " ".join((origin.__doc__ or name).split("\n\n")[0].split("\n"))
     with torch.device("cpu"):
-        shown = ", ".join(f"torch.{_creation(each)}" for each in inputs_of(module, config))
+        shown = ", ".join(map(_creation, inputs_of(module, config)))
     header = HEADER.format(title=title, version=__version__, name=name)
     return header + body.rstrip() + FOOTER.format(config=written(config, writer, body), inputs=shown)
 
 
-def _creation(tensor: Tensor) -> str:
+def _creation(tensor: Tensor | None) -> str:
+    """Return the expression that makes an input: None, zeros, ones, or rows that are equal."""
+    if tensor is None:
+        return "None"
     shape = ", ".join(map(str, tensor.shape))
-    return f"zeros({shape})" if tensor.dtype == torch.float32 else f"ones({shape}, dtype={tensor.dtype})"
+    if tensor.dtype == torch.float32:
+        return f"torch.zeros({shape})"
+    if bool((tensor == 1).all()):
+        return f"torch.ones({shape}, dtype={tensor.dtype})"
+    runs = [(number, len([*equal])) for number, equal in groupby(tensor[0].tolist())]
+    parts = [f"[{number}] * {count}" if count > 1 else f"[{number}]" for number, count in runs]
+    return f"torch.tensor([{' + '.join(parts)}] * {len(tensor)})"
 
 
 def written(value: Any, writer: FileWriter, body: str) -> str:

@@ -43,7 +43,9 @@ class Config(WithText):
     preprocessing of pictures.
     """
 
-    text: llama.Config = field(default_factory=lambda: replace(llama.SIZES["llama2-7b"], vocab_size=32_064))
+    text: llama.Config = field(  # LLaMA 2 7B
+        default_factory=lambda: llama.Config(vocab_size=32_064, context_length=4096, norm_eps=1e-5)
+    )
     image: clip_image.Config = field(default_factory=lambda: _clip(336))
     pixels: Pixels = field(default_factory=lambda: Pixels(336, 336))
     image_token: int = 32_000
@@ -119,7 +121,7 @@ class Llava(DecoderLM):
         return self.logits(self.hidden(tokens, state, padding, inserted=inserted))
 
 
-TOWERS: dict[type, Any] = {clip_image.Config: clip_image, siglip.Config: siglip}
+TOWERS: dict[type, Any] = {clip_image.Config: clip_image.build, siglip.Config: siglip.build}
 
 
 def build(config: Config) -> Llava:
@@ -134,7 +136,7 @@ def attach(config: Config, decoder: DecoderLM) -> Llava:
         raise UserError(f"feature_layers is {config.feature_layers}, and the tower has {count} hidden states.")
     width, between = config.image.dim * len(config.feature_layers), activation(config.projector_activation)
     projector = Projector(width, config.text.dim, between, config.projector_bias)
-    return Llava(config, decoder, TOWERS[type(config.image)].build(config.image), projector)
+    return Llava(config, decoder, TOWERS[type(config.image)](config.image), projector)
 
 
 TOWER_NAMES = {
@@ -193,10 +195,13 @@ def _read_clip(vision: dict[str, Any]) -> clip_image.Config:
     return replace(clip_image.from_published({**vision, "architectures": None}), projected=False)
 
 
+WRITERS: dict[type, Any] = {clip_image.Config: clip_image.to_published, siglip.Config: siglip.to_published}
+
+
 def to_published(config: Config) -> dict[str, Any]:
     """Return the config.json that transformers reads, with the content of the files for pictures."""
     image_config = config.image
-    vision = TOWERS[type(image_config)].to_published(image_config)
+    vision = WRITERS[type(image_config)](image_config)
     text = llama.to_published(config.text)
     fields = hf.write_fields(config, FIELDS)
     processor = {

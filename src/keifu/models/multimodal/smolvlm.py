@@ -39,7 +39,12 @@ class Config(WithText):
     preprocessing of pictures, whose tiles have the size that `image` reads.
     """
 
-    text: llama.Config = field(default_factory=lambda: _text("smollm2-135m"))
+    text: llama.Config = field(  # SmolLM2-135M
+        default_factory=lambda: llama.Config(
+            vocab_size=49_280, context_length=8192, dim=576, hidden_dim=1536, n_layers=30, n_heads=9, n_kv_heads=3,
+            norm_eps=1e-5, rope_theta=100_000.0,
+        )
+    )  # fmt: skip
     image: siglip.Config = field(default_factory=lambda: siglip.Config(512))
     pixels: Tiles = field(default_factory=Tiles)
     image_token: int = 49_190
