@@ -131,7 +131,7 @@ def test_zero_is_a_value_where_it_is_allowed() -> None:
 def test_a_range_holds_its_bounds_and_whole_numbers_where_it_says_so() -> None:
     assert Range(0, 1).holds(0) and Range(0, 1).holds(1.0) and not Range(0, 1).holds(True)
     assert not Range(0, 1, above=True).holds(0) and not Range(0, 1, below=True).holds(1)
-    assert not Range(0, 9, whole=True).holds(1.5) and not Range(0, 9).holds("1") and not Range(0, 9).holds(10**400)
+    assert not Range(0, 9, is_integer=True).holds(1.5) and not Range(0, 9).holds("1") and not Range(0, 9).holds(10**400)
     assert Range(1, 2, or_zero=True).holds(0) and not Range(1, 2, or_zero=True).holds(0.5)
     assert range_of(Count | None) is COUNT and range_of(tuple[tuple[str, Count], ...]) is COUNT and not range_of(int)
     check(Settings(batch_stages=((8, 5), (16, 9)), rate_shares=(("head", 0.5),), minutes=None))

@@ -60,7 +60,7 @@ def container(groups: Path = GROUPS, own_group: Path = OWN_GROUP) -> list[int]:
     count as free."""
     limits = [(group, "memory.max", "memory.current", "inactive_file") for group in control_groups(groups, own_group)]
     limits.append((groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
-    return [left for limit in limits if (left := _free_bytes(*limit)) is not None]
+    return [free_bytes for limit in limits if (free_bytes := _free_bytes(*limit)) is not None]
 
 
 def _free_bytes(group: Path, most: str, usage_file: str, droppable: str) -> int | None:

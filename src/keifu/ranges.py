@@ -19,20 +19,20 @@ LIMIT = 10**6  # maximum of factors of logits, guidance and penalties, so that p
 
 @dataclass(frozen=True)
 class Range:
-    """Range from `least` to `most`. `above` excludes `least`, and `below` excludes `most`. `whole`: integers only.
+    """Range from `least` to `most`. `above` excludes `least`, and `below` excludes `most`. `is_integer`: integers only.
     `or_zero`: 0 is allowed too."""
 
     least: float | int
     most: float | int
     above: bool = False
     below: bool = False
-    whole: bool = False
+    is_integer: bool = False
     or_zero: bool = False
     note: str = ""
 
     def holds(self, value: Any) -> bool:
         """Return whether the value is in the range."""
-        number_type: Any = Integral if self.whole else Real
+        number_type: Any = Integral if self.is_integer else Real
         if isinstance(value, bool) or not isinstance(value, number_type):
             return False
         inside = self.least <= value <= self.most
@@ -40,15 +40,15 @@ class Range:
         return inside and not excluded or (self.or_zero and value == 0)
 
     def __str__(self) -> str:
-        numbers = "0 or " * self.or_zero + ("a whole number" if self.whole else "a number")
+        numbers = "0 or " * self.or_zero + ("a whole number" if self.is_integer else "a number")
         low = f"above {self.least:,}" if self.above else f"from {self.least:,}"
         high = f"below {self.most:,}" if self.below else f"{'and at most' if self.above else 'to'} {self.most:,}"
         return f"{numbers} {low} {'and ' if self.below else ''}{high}{self.note}"
 
 
-COUNT = Range(1, LARGEST, whole=True)
-FROM_ZERO = Range(0, LARGEST, whole=True)
-SEED = Range(0, 2**63 - 1, whole=True)
+COUNT = Range(1, LARGEST, is_integer=True)
+FROM_ZERO = Range(0, LARGEST, is_integer=True)
+SEED = Range(0, 2**63 - 1, is_integer=True)
 FINITE = Range(-LIMIT, LIMIT)
 AT_LEAST_ZERO = Range(0, 10**12)
 POSITIVE = Range(0, 10**12, above=True)
@@ -65,13 +65,13 @@ Positive = Annotated[float, POSITIVE]
 Share = Annotated[float, SHARE]
 PositiveShare = Annotated[float, POSITIVE_SHARE]
 BelowOne = Annotated[float, BELOW_ONE]
-SmallCount = Annotated[int, Range(1, 1_000_000, whole=True)]
-Depth = Annotated[int, Range(1, 1000, whole=True)]
-Port = Annotated[int, Range(0, 65_535, whole=True)]
-Likeliest = Annotated[int, Range(0, 20, whole=True)]
+SmallCount = Annotated[int, Range(1, 1_000_000, is_integer=True)]
+Depth = Annotated[int, Range(1, 1000, is_integer=True)]
+Port = Annotated[int, Range(0, 65_535, is_integer=True)]
+Likeliest = Annotated[int, Range(0, 20, is_integer=True)]
 Bias = Annotated[float, Range(-LIMIT, LARGEST)]
 Temperature = Annotated[float, Range(1e-6, LIMIT, or_zero=True, note=" (0: always the likeliest token)")]
-TopK = Annotated[int, Range(0, LARGEST, whole=True, note=" (0: all tokens)")]
+TopK = Annotated[int, Range(0, LARGEST, is_integer=True, note=" (0: all tokens)")]
 TopP = Annotated[float, Range(0, 1, above=True, note=" (1: all tokens)")]
 MinP = Annotated[float, Range(0, 1, note=" (0: all tokens)")]
 Sigmas = Annotated[float, Range(0, LIMIT, note=" (0: all tokens)")]

@@ -53,7 +53,7 @@ def with_controls(page: bytes) -> bytes:
     for name, row in SETTINGS.items():
         if name not in NUMBERS or row.range is None:
             continue
-        help_text, step = html.escape(row.setting.help), "1" if row.range.whole else "any"
+        help_text, step = html.escape(row.setting.help), "1" if row.range.is_integer else "any"
         least = 0 if row.range.or_zero else row.range.least
         controls.append(
             f'<label title="{help_text}"><span data-setting="{name}"></span>'
