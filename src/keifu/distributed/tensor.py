@@ -79,8 +79,10 @@ class Tokens:
         """Redistribute x from the placement `before` to `after`. gradient: the placement of the gradient of the result;
         None: `after`.
         """
-        distributed = DTensor.from_local(x, self.axis, [before], run_check=False).redistribute(placements=[after])
-        return distributed.to_local(grad_placements=[gradient or after])
+        distributed_tensor = DTensor.from_local(x, self.axis, [before], run_check=False).redistribute(
+            placements=[after]
+        )
+        return distributed_tensor.to_local(grad_placements=[gradient or after])
 
     def enter(self, module: nn.Module, inputs: tuple) -> tuple:
         """Scatter the tokens of a block's input. This is a forward pre-hook of the first block."""

@@ -75,8 +75,11 @@ def model_files() -> list[str]:
     """Return the names of the files of models that have sizes: those of the table in its order, then new ones."""
     folder = Path(__file__).parent
     with_sizes = [name for name in registration.model_files() if "\nSIZES" in _text(folder, name)]
-    counted = dict.fromkeys(size.model for size in published_sizes())
-    return [*(name for name in counted if name in with_sizes), *(name for name in with_sizes if name not in counted)]
+    counted_names = dict.fromkeys(size.model for size in published_sizes())
+    return [
+        *(name for name in counted_names if name in with_sizes),
+        *(name for name in with_sizes if name not in counted_names),
+    ]
 
 
 def _text(folder: Path, name: str) -> str:

@@ -214,9 +214,9 @@ def _split(model: nn.Module, name: str, *parts: str) -> dict[str, MatrixPart]:
         biases = {part: f"{name}.biases.{part[0]}" for part in parts if part[0] in module.biases}
         matrix_parts = _split(model, f"{name}.matrix", *parts)
         return {part: replace(matrix, bias=biases.get(part), bias_first=0) for part, matrix in matrix_parts.items()}
-    rows, joined = module.parts, _matrix(model, name)
+    rows, joined_matrix = module.parts, _matrix(model, name)
     matrices = zip(parts, accumulate(rows, initial=0), rows, strict=False)
-    return {part: replace(joined, first=first, rows=count, bias_first=first) for part, first, count in matrices}
+    return {part: replace(joined_matrix, first=first, rows=count, bias_first=first) for part, first, count in matrices}
 
 
 def _norm(model: nn.Module, name: str, *norm_types: type[nn.LayerNorm] | type[norms.RMSNorm]) -> NormPart:

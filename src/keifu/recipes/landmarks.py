@@ -101,11 +101,11 @@ def _translate(name: str) -> Shown:
     for pair in translations:
         print(f"   2017, a Transformer, a sentence that it has not seen before: {pair.source} → {pair.text}")
     sentence, config = translations[-1].source, cast(Any, translator).config
-    inspected = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
+    inspection = inspect_translation(translator, [*tokenizer.encode(sentence), config.end_id])
     rows, columns = (
-        [tokenizer.decode([token]) or "(end)" for token in ids] for ids in (inspected.rows, inspected.columns)
+        [tokenizer.decode([token]) or "(end)" for token in ids] for ids in (inspection.rows, inspection.columns)
     )
-    last = {"last layer, mean of its heads": [*inspected.attention.values()][-1].mean(0)}
+    last = {"last layer, mean of its heads": [*inspection.attention.values()][-1].mean(0)}
     picture = draw_maps(last, rows, columns, f"{sentence}\n→ {translations[-1].text}")
     is_right = all(word in translations[0].text for word in KNOWN_WORDS[name])
     return Shown({f"2017 attention of {name}": picture}, is_right)

@@ -79,9 +79,9 @@ def _summed(objective: Loss) -> Objective:
         if isinstance(loss, LossOutput):
             return loss
         if not isinstance(loss, Tensor) or loss.dim():
-            described = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            description = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise UserError(
-                f"The objective gave {described}; it must give the mean loss as one number, or a LossOutput."
+                f"The objective gave {description}; it must give the mean loss as one number, or a LossOutput."
             )
         rows = len(next(iter(batch.values())))
         return LossOutput(loss * rows, rows)

@@ -137,9 +137,9 @@ def go_on(run: StoredRun | None, module: ModuleType, recipe: Any, out: Path) -> 
         _go_on(run, module, recipe, out)
 
 
-def _go_on(run: StoredRun, module: ModuleType, requested: Any, out: Path) -> None:
-    lengths, requested = _check(run, requested), _moved(run, requested)
-    recipe, steps = _lengthened(run, requested, lengths, out)
+def _go_on(run: StoredRun, module: ModuleType, new_recipe: Any, out: Path) -> None:
+    lengths, new_recipe = _check(run, new_recipe), _moved(run, new_recipe)
+    recipe, steps = _lengthened(run, new_recipe, lengths, out)
     step, before = run_directory.last_step(out), run_directory.read_recipe(out)
     begun_in = run.record.get("place", "")  # used if it is still there, and this user started the run
     usable = begun_in and is_signed(run.record) and Path(begun_in).is_dir()
@@ -174,10 +174,10 @@ def _moved(run: StoredRun, recipe: Any) -> Any:
     return from_json(recipe, values)
 
 
-def _check(run: StoredRun, requested: Any) -> dict[str, tuple[Any, Any]]:
+def _check(run: StoredRun, new_recipe: Any) -> dict[str, tuple[Any, Any]]:
     """Return the changed options of the run's length, each with both values. Raises `UserError` for any other option
     that must not change."""
-    then, now = (by_option(type(requested), to_json(recipe)) for recipe in (run.recipe_for(()), requested))
+    then, now = (by_option(type(new_recipe), to_json(recipe)) for recipe in (run.recipe_for(()), new_recipe))
     changed = {name for name in then.keys() & now.keys() if then[name] != now[name]}
     rollout = run.name in OF_A_ROLLOUT
     free = {name for name in now if _last(name) in FREE - {"steps"} and not (_last(name) == "prompts" and rollout)}
@@ -204,7 +204,7 @@ def _last(option: str) -> str:
 
 
 def _lengthened(
-    run: StoredRun, requested: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
+    run: StoredRun, new_recipe: Any, lengths: Mapping[str, tuple[Any, Any]], out: Path
 ) -> tuple[Any, int | None]:
     """Return the recipe with its length at the start, and the new number of steps of the whole run; None if it is
     unchanged.
@@ -212,8 +212,8 @@ def _lengthened(
     Before the last part of a run has begun, a new length simply replaces the old one.
     """
     if not (facts := checkpoint.latest_facts(out)):
-        return requested, run.steps if not lengths else None
-    recipe_class, values = type(requested), to_json(requested)
+        return new_recipe, run.steps if not lengths else None
+    recipe_class, values = type(new_recipe), to_json(new_recipe)
     then = by_option(recipe_class, to_json(run.then))
     for name, path in paths(recipe_class, values).items():
         if name == "steps" and "steps" in lengths:
@@ -223,7 +223,7 @@ def _lengthened(
     steps = _steps(lengths, facts)
     if steps is not None and steps < facts["step"]:
         raise UserError(f"{facts['step']:,} steps are done, so the run cannot end at step {steps:,}.")
-    return from_json(requested, values), run.steps if steps is None else steps
+    return from_json(new_recipe, values), run.steps if steps is None else steps
 
 
 def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> int | None:

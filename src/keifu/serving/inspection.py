@@ -73,15 +73,15 @@ def _inspect(model: nn.Module, tokenizer: Any, _: Any, body: InspectRequest, abo
         ids = prompt_tokens(tokenizer, body.input)
     if len(ids) > (room := min(MOST_TOKENS, about.context_length or MOST_TOKENS)):
         raise UserError(f"input has {len(ids)} tokens, and {room} can be looked at: shorten it.")
-    inspected = inspect_translation(model, ids) if "translation" in about.uses else inspect_text(model, ids, body.top)
-    maps = inspected.attention.items()
+    inspection = inspect_translation(model, ids) if "translation" in about.uses else inspect_text(model, ids, body.top)
+    maps = inspection.attention.items()
     return {
         "object": "inspection",
         "model": about.name,
-        "rows": [token_text(target, row) for row in inspected.rows],
-        "columns": [token_text(source, column) for column in inspected.columns],
+        "rows": [token_text(target, row) for row in inspection.rows],
+        "columns": [token_text(source, column) for column in inspection.columns],
         "attention": [{"layer": name, "heads": len(tensor), "bytes": _bytes(tensor)} for name, tensor in maps],
-        "lens": [[list(likeliest(tokenizer, position)) for position in layer] for layer in inspected.lens],
+        "lens": [[list(likeliest(tokenizer, position)) for position in layer] for layer in inspection.lens],
         "masks": masks,
     }
 

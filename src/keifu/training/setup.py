@@ -88,15 +88,15 @@ def _limit_validations(settings: Settings, data: Data, batch: Batch, tell: Calla
     An element of a validation costs a third of one in a step: the backward pass takes twice as long as the forward pass
     (Kaplan et al., 2020, section 2.1). Rollouts, which are generated for each validation, are not counted.
     """
-    requested, share = settings.evaluate_every, settings.evaluate_share
-    if not requested or isinstance(data, OnPolicy):
+    interval, share = settings.evaluate_every, settings.evaluate_share
+    if not interval or isinstance(data, OnPolicy):
         return settings
     elements = sum(rows_of(part) * row_elements(part) for part in data.validation())
     steps = elements / (3 * rows_of(batch) * row_elements(batch))
-    every = max(requested, math.ceil(steps * (1 / share - 1)))
-    if every > requested:
+    every = max(interval, math.ceil(steps * (1 / share - 1)))
+    if every > interval:
         tell(
-            f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {requested}."
+            f"A validation takes about as long as {steps:.1f} steps, so one comes every {every} steps, not {interval}."
         )
     return replace(settings, evaluate_every=every)
 

@@ -133,15 +133,15 @@ def _pipeline(
 ) -> Source:
     """Open a pipeline of several models: their tensors, each with the name of its part as prefix. extra: settings of
     the pipeline itself."""
-    merged, models = dict[str, Any]({"model_type": model_type, **extra}), PIPELINES[model_type].models
+    merged_config, models = dict[str, Any]({"model_type": model_type, **extra}), PIPELINES[model_type].models
     for part, file in files.items():
-        merged[part] = read_json_object(file)
+        merged_config[part] = read_json_object(file)
         if part in models:
-            if (part_type := _model_type(merged[part])) != models[part]:
+            if (part_type := _model_type(merged_config[part])) != models[part]:
                 raise UserError(f"{file} describes a {part_type}, and what is implemented as {part} is {models[part]}.")
             if part_type != TRANSFORMER:
-                read_config({**merged[part], "model_type": part_type}, str(file))
-    family, config = read_config(merged, str(path))
+                read_config({**merged_config[part], "model_type": part_type}, str(file))
+    family, config = read_config(merged_config, str(path))
     weights = {
         file: f"{part}." for part in files if part in models
         for file in weight_files(files[part].parent, TRANSFORMERS_WEIGHTS if part in OF_TRANSFORMERS else WEIGHTS)

@@ -116,15 +116,17 @@ class TiledPreprocessing(Normalisation):
     def tiles(self, image: Image.Image) -> UInt8[Tensor, "tiles channels tile tile"]:
         """Return the tiles of one picture as bytes, row by row. `keifu.data.images.io` has already handled transparency
         and 16 bits."""
-        (rows, columns), resized = self.grid(image), image.convert("RGB")
+        (rows, columns), resized_image = self.grid(image), image.convert("RGB")
         for size in self._sizes(image):
-            resized = resized.resize(size, FILTERS[self.resample])
-        overview = torch.from_numpy(np.array(resized.resize((self.tile, self.tile), FILTERS[self.resample]))).permute(
-            2, 0, 1
-        )
+            resized_image = resized_image.resize(size, FILTERS[self.resample])
+        overview = torch.from_numpy(
+            np.array(resized_image.resize((self.tile, self.tile), FILTERS[self.resample]))
+        ).permute(2, 0, 1)
         if not rows:
             return overview[None]
-        pixels = torch.from_numpy(np.array(resized)).unflatten(0, (rows, self.tile)).unflatten(2, (columns, self.tile))
+        pixels = (
+            torch.from_numpy(np.array(resized_image)).unflatten(0, (rows, self.tile)).unflatten(2, (columns, self.tile))
+        )
         return torch.cat([pixels.permute(0, 2, 4, 1, 3).flatten(0, 1), overview[None]])
 
     def _sizes(self, image: Image.Image) -> tuple[tuple[int, int], tuple[int, int]]:

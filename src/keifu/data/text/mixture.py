@@ -287,9 +287,9 @@ class MixedText:
     def batch(self, step: int) -> Batch:
         """Return the batch of a step, counted from 0. It is the same in every process and does not depend on earlier
         calls."""
-        interleaved = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
-        windows = self._windows(interleaved.whose, lambda packed, rows: packed.windows(interleaved.numbers[rows]))
-        return _tensors(self.task.rows(windows, interleaved.numbers, np.random.default_rng([self.seed, step])))
+        turns = interleave(self.weights, self.growth.before(step), self.growth.before(step + 1))
+        windows = self._windows(turns.whose, lambda packed, rows: packed.windows(turns.numbers[rows]))
+        return _tensors(self.task.rows(windows, turns.numbers, np.random.default_rng([self.seed, step])))
 
     def largest(self) -> Batch:
         """Return a batch with the most rows."""

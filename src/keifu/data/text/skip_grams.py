@@ -29,10 +29,10 @@ def count_words(texts: Iterable[str], vocab_size: int, min_count: int) -> tuple[
     for text in texts:
         counts.update(WORD.findall(text.lower()))
     common = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))[: vocab_size - 1]
-    frequent = [(word, count) for word, count in common if count >= min_count]
-    if len(frequent) < 2:
-        raise UserError(f"Only {len(frequent)} words occur {min_count} times in the text: give more text.")
-    return [UNKNOWN, *(word for word, _ in frequent)], [0, *(count for _, count in frequent)]
+    frequent_words = [(word, count) for word, count in common if count >= min_count]
+    if len(frequent_words) < 2:
+        raise UserError(f"Only {len(frequent_words)} words occur {min_count} times in the text: give more text.")
+    return [UNKNOWN, *(word for word, _ in frequent_words)], [0, *(count for _, count in frequent_words)]
 
 
 def word_tokenizer(words: list[str]) -> Tokenizer:

@@ -188,9 +188,9 @@ class SpanCorruptionBatches:
         """Return one row for each window. Windows of the same denoiser are computed together."""
         source_numbers = source_of_row(self.shares, numbers)
         indices = [np.flatnonzero(source_numbers == n) for n in range(len(self.denoisers))]
-        corrupted = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(indices) if len(rows)]
+        corrupted_rows = [self._corrupted(n, windows[rows], random) for n, rows in enumerate(indices) if len(rows)]
         order = np.argsort(np.concatenate(indices))
-        return {name: np.concatenate([part[name] for part in corrupted])[order] for name in corrupted[0]}
+        return {name: np.concatenate([part[name] for part in corrupted_rows])[order] for name in corrupted_rows[0]}
 
     def join(self, mode: int, inputs: np.ndarray, targets: np.ndarray, ends: bool = True) -> Rows:
         """Return rows with a mode, inputs, targets and optionally an end. All rows have the same lengths."""

@@ -96,8 +96,8 @@ def _check_merges(model: Mapping[str, Any], path: Path) -> None:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
             raise UserError(f"{path} has the merge {merge!r:.60}, which must be two tokens.")
-        merged = pair[0] + pair[1].removeprefix(prefix)
-        if not pair[1].startswith(prefix) or not {*pair, merged} <= vocabulary.keys():
+        merged_token = pair[0] + pair[1].removeprefix(prefix)
+        if not pair[1].startswith(prefix) or not {*pair, merged_token} <= vocabulary.keys():
             raise UserError(f"{path} merges {' and '.join(map(repr, pair))}, which its vocabulary does not have.")
 
 

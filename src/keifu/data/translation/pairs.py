@@ -239,8 +239,8 @@ def split(
         seen_sides: set[str] = set()
         # The pair itself comes last: it only decides between a pair and its reverse.
         order = sorted(range(len(rows)), key=lambda i: (_key(sides[i], seed), sorted(rows[i]), rows[i]))
-        disjoint = _disjoint(order, sides, seen_sides)
-        drawn_parts = [[rows[i] for i in islice(disjoint, size)] for _ in ("test", "validation")][::-1]
+        disjoint_pairs = _disjoint(order, sides, seen_sides)
+        drawn_parts = [[rows[i] for i in islice(disjoint_pairs, size)] for _ in ("test", "validation")][::-1]
         if not (all(drawn_parts) and any(map(seen_sides.isdisjoint, sides))):
             few = f"{len(rows):,} distinct pairs cannot be split into training, validation and test"
             raise UserError(f"{few} without a sentence in two of them: give more pairs.")

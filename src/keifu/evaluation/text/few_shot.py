@@ -59,13 +59,13 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
     numbers = request.by_shots or (request.shots or 0,)
     if (request.samples or 1) > 1 and task.metric != "exact":
         raise UserError(f"--samples votes on generated answers (--metric exact), and this metric is {task.metric}.")
-    sampled = task.sample(max(numbers), request.seed, request.limit)
+    sample = task.sample(max(numbers), request.seed, request.limit)
     lines: list[tuple[Any, ...]] = []
     items: list[tuple[Any, ...]] = []
     figures, start = {}, time.perf_counter()
     for shots in numbers:
         runner = PromptRunner(model, tokenizer, request.batch_size)
-        asking = _Prompting(runner, sampled, sampled.prompts(shots), shots, request.samples or 1, request.seed)
+        asking = _Prompting(runner, sample, sample.prompts(shots), shots, request.samples or 1, request.seed)
         scored = SCORERS[task.metric](asking)
         headline = task.score if task.score in scored.right else next(iter(scored.right))
         lines += [(shots, name, *_share(right)) for name, right in scored.right.items()]
@@ -73,8 +73,8 @@ def evaluate(model: nn.Module, tokenizer: Tokenizer, request: EvalRequest) -> Ev
         figures = {**dict(zip(SHARE, _share(scored.right[headline]), strict=True)), "scored by": headline}
         figures |= scored.figures
     seconds = time.perf_counter() - start
-    figures |= {"shots": numbers[-1], "items": len(sampled.items), **baselines(sampled.items)}
-    figures["items/s"] = round(len(numbers) * len(sampled.items) / seconds, 2)
+    figures |= {"shots": numbers[-1], "items": len(sample.items), **baselines(sample.items)}
+    figures["items/s"] = round(len(numbers) * len(sample.items) / seconds, 2)
     notes = ("Intervals of accuracies are Wilson's.", *filter(None, [task.note]))
     tables = {"by shots": ResultTable(("shots", "scored by", *SHARE), lines)}
     return EvalResult(figures, notes, tables, ResultTable(ROW, items))

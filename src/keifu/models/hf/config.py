@@ -88,13 +88,13 @@ def read_field(json: Mapping[str, Any], field: Field) -> Any:
 
 def write_fields(config: Any, fields: Fields) -> dict[str, Any]:
     """Return the published fields of a Config. None, which leaves a value to the model, is not written."""
-    published: dict[str, Any] = {}
+    published_fields: dict[str, Any] = {}
     for ours, field in fields.items():
         if isinstance(field, FieldGroup):
-            published |= field.write(config)
+            published_fields |= field.write(config)
         else:
-            published |= _write_field(config, ours, field if isinstance(field, Field) else Field(field))
-    return published
+            published_fields |= _write_field(config, ours, field if isinstance(field, Field) else Field(field))
+    return published_fields
 
 
 def _write_field(config: Any, ours: str, field: Field) -> dict[str, Any]:

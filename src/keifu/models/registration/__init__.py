@@ -81,8 +81,8 @@ def model_files() -> list[str]:
     texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.rglob("[!_]*.py"))}
     paths = [path for path, text in texts.items() if "\ndef build(" in text and CONSTANT.search(text)]
     present = [".".join(path.relative_to(folder).with_suffix("").parts) for path in paths]
-    indexed = [name for name in read_index() if name in present] if TABLE.exists() else []
-    return [*indexed, *(name for name in present if name not in indexed)]
+    indexed_names = [name for name in read_index() if name in present] if TABLE.exists() else []
+    return [*indexed_names, *(name for name in present if name not in indexed_names)]
 
 
 def write_index() -> None:

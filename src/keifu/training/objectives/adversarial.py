@@ -21,10 +21,10 @@ def adversarial_loss(model: Any, batch: Batch) -> LossOutput:
     losses, and the shares of real and of generated pictures that the discriminator takes for what they are.
     """
     real = to_signed(batch["pictures"])
-    generated = model.generator(normal(batch["draws"], (model.config.latent_dim,)))
-    real_scores, made_scores = model.discriminator(real), model.discriminator(generated.detach())
+    generated_images = model.generator(normal(batch["draws"], (model.config.latent_dim,)))
+    real_scores, made_scores = model.discriminator(real), model.discriminator(generated_images.detach())
     frozen = {name: weight.detach() for name, weight in model.discriminator.named_parameters()}
-    fooled = softplus(-functional_call(model.discriminator, frozen, generated)).sum()
+    fooled = softplus(-functional_call(model.discriminator, frozen, generated_images)).sum()
     told_apart = (softplus(-real_scores) + softplus(made_scores)).sum()
     figures = {
         "discriminator_loss": told_apart, "generator_loss": fooled, "real_seen": (real_scores > 0).sum(),
