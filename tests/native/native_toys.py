@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterable
 from copy import deepcopy
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -85,7 +86,7 @@ TOYS = {
 }
 SPECIAL = {type(make().config) for make in TOYS.values()}
 TOYS |= {
-    name: entry.build
+    name: partial(entry.build, vocab_size=SMALL["vocab_size"], context_length=SMALL["context_length"])
     for name, entry in ENTRIES.items()
     if "native" not in entry.row.refused and type(entry.toy) not in SPECIAL
 }

@@ -1,15 +1,19 @@
 """Every model with a published counterpart gives transformers' logits from transformers' files, and back."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from model_entries import ENTRIES, ModelEntry
 from quick import others_slow
 from safetensors.torch import save_file
 
 from keifu import checkpoints
+from keifu.checkpoints.registry import describe
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 24, "intermediate_size": 42, "num_hidden_layers": 3,
@@ -303,6 +307,20 @@ CASES = {
         "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.8
     ),
 }  # fmt: skip
+
+
+def of_toy(entry: ModelEntry) -> transformers.PreTrainedConfig:
+    """Return transformers' config of a model's toy."""
+    _, json = describe(replace(entry.toy, vocab_size=97, context_length=64))
+    return transformers.AutoConfig.for_model(**json, pad_token_id=None)
+
+
+COVERED = {case().model_type for case in CASES.values()}
+CASES |= {
+    name: partial(of_toy, entry)
+    for name, entry in ENTRIES.items()
+    if entry.published and not COVERED & {*entry.row.model_types}
+}
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
