@@ -105,6 +105,10 @@ TABLE: dict[str, tuple[str, int]] = {
         "--small 8 --crop 8 --prior-layers 1 --prior-heads 2 --head-dim 8 --widths 8 16 --attention 1 --context-dim 16 "
         "--upsampler-widths 8 16 --noise-steps 50 --steps 3", 3,
     ),
+    "vq": (
+        "--data {drawings} --model.size 8 --model.widths 4 6 --model.norm-groups 2 --model.codebook-size 9 "
+        f"--model.latent-channels 4 --least-usage 2 {STEPS} --warmup 2 --batch-size 3", 4,
+    ),
     "word2vec": (
         f"--data {{text}} --min-count 1 --dim 8 --neighbours.window 3 --neighbours.negatives 2 {STEPS} --warmup 2 "
         "--batch-size 3 --words cat", 5,

@@ -15,8 +15,8 @@ from keifu.errors import UserError
 from keifu.layers.lora import adapters
 from keifu.models.classic import gan as gan_model
 from keifu.models.clip import image as clip_image, text as clip_text
-from keifu.models.diffusion import autoencoder_kl
-from keifu.recipes.images import clip, dalle, ddpm, dit, gan, image_runs, latent_diffusion, lora_image, unclip
+from keifu.models.diffusion import autoencoder_kl, vq_vae
+from keifu.recipes.images import clip, dalle, ddpm, dit, gan, image_runs, latent_diffusion, lora_image, unclip, vq
 from keifu.training.settings import Settings
 
 SMALL = Settings(steps=30, batch_size=4)
@@ -166,13 +166,32 @@ def of_gan(toys: Toys) -> tuple[Any, list[Group]]:
         "data": Reach(toys.others, lambda r: r.run.options["data"]),
         "model": Reach(other, "model.config"),
         "flip": Reach(True, lambda r: _pictures(r).augmentation.flip),
-        "held_out": Reach(0.3, lambda r: len(_pictures(r).held), DIFFERENT),
+        "held_out": Reach(0.3, lambda r: len(_pictures(r).held_out), DIFFERENT),
         "samples": Reach(3, "sample.count"),
         "training": Reach(OTHER, "settings", but=("micro_batch",)),
     }), Group({"training": Reach(replace(SMALL, seed=8, batch_size=3), (
         "settings.micro_batch", lambda r: _pictures(r).batch_size), 3)}),
         Group({"training": Reach(replace(SMALL, seed=8), "data.key", 8)}),
     ]  # fmt: skip
+
+
+def of_vq(toys: Toys) -> tuple[Any, list[Group]]:
+    model = vq_vae.Config(8, 3, 4, (4, 6), 1, codebook_size=9, norm_groups=2)
+    base = vq.Recipe(toys.drawings, model, training=SMALL)
+    other = replace(model, size=16, channels=1, latent_channels=5, widths=(6, 6), codebook_size=11, scale=2.0)
+    rows = {
+        "data": Reach(toys.others, lambda r: r.run.options["data"]),
+        "model": Reach(other, "model.config"),
+        "decay": Reach(0.8, "model.codebook.decay"),
+        "least_usage": Reach(0.3, "model.codebook.least"),
+        "commitment": Reach(0.4, "objective.commitment"),
+        "flip": Reach(True, lambda r: _pictures(r).augmentation.flip),
+        "held_out": Reach(0.3, lambda r: len(_pictures(r).held_out), DIFFERENT),
+        "training": Reach(OTHER, "settings", but=("micro_batch",)),
+    }
+    learned = {"codebook": Reach("gradient", ("model.codebook.averages", "settings.micro_batch"), DIFFERENT)}
+    seed = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.key", "settings.micro_batch"), DIFFERENT)}
+    return base, [Group(rows), Group(learned), Group(seed)]
 
 
 def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
@@ -416,7 +435,7 @@ def targets(record: Any, part: str) -> set[str]:
 
 TABLE = {
     "clip": of_clip, "ddpm": of_ddpm, "dalle": of_dalle, "latent_diffusion": of_latent_diffusion, "unclip": of_unclip,
-    "lora_image": of_lora_image, "dit": of_dit, "gan": of_gan,
+    "lora_image": of_lora_image, "dit": of_dit, "gan": of_gan, "vq": of_vq,
 }  # fmt: skip
 ELSEWHERE = {  # options that another test holds
     "ddpm": dict.fromkeys(

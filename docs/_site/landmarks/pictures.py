@@ -190,6 +190,22 @@ def gan(drawing: Drawing) -> None:
     drawing.note(MIDDLE, 320, ("dashed: the gradient that the generator learns from", "破線：生成器が学ぶ勾配"))
 
 
+def vq(drawing: Drawing) -> None:
+    parts = [
+        Part(PICTURE, "32 × 32 × 3", "data"), Part(("encoder", "エンコーダ"), ("convolutions", "畳み込み")),
+        Part(("vectors z", "ベクトル z"), "8 × 8", "norm"),
+        Part(("nearest codes e", "最も近いコード e"), ("8 × 8 whole numbers", "8 × 8 個の整数"), "attention"),
+        Part(("decoder", "デコーダ"), ("convolutions", "畳み込み")), Part(("picture again", "復元した画像"), "", "data"),
+    ]  # fmt: skip
+    drawn = column(drawing, 125, 12, parts, 190)
+    book = drawing.box(
+        293, drawn[3].y - 21, ("codebook", "コードブック"), ("512 vectors", "512 個のベクトル"), "layer", 118
+    )
+    drawing.line(book.left, drawn[3].right)
+    goal = drawing.box(293, drawn[5].y - 15, ("error", "誤差"), "", "goal", 118)
+    drawing.line(goal.left, drawn[5].right, arrow=False, dashed=True)
+
+
 def vit(drawing: Drawing) -> None:
     drawing.grid(30, 16, ["#+o", "+o#", "o#+"], 24)
     drawing.note(66, 106, ("9 patches", "9 枚のパッチ"))

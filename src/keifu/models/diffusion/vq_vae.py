@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -66,8 +67,11 @@ class Config:
 SIZES = {"latent-diffusion-vq-f4-autoencoder": Config()}
 
 
-class Codebook(nn.Embedding):
-    """Learned vectors, by which the vectors of an encoder are replaced."""
+class CodeTable(nn.Module):
+    """Base class of codebooks: a table of vectors, by which the vectors of an encoder are replaced."""
+
+    weight: Tensor
+    averages = False  # whether `update` moves the codes, instead of a gradient
 
     def nearest(self, vectors: Vectors) -> Codes:
         """Return the number of the nearest code (Euclidean distance) at each position."""
@@ -77,7 +81,42 @@ class Codebook(nn.Embedding):
 
     def vectors(self, codes: Codes) -> Vectors:
         """Return the vectors of codes."""
-        return self(codes).movedim(-1, 1)
+        return F.embedding(codes, self.weight).movedim(-1, 1)
+
+
+class Codebook(CodeTable, nn.Embedding):
+    """Table of vectors that learn by their gradient (van den Oord et al., 2017, equation 3)."""
+
+
+class AveragedCodebook(CodeTable):
+    """Table in which each code is a moving average of the vectors that it replaces (appendix A.1 of the paper).
+
+    usage: moving average of the number of vectors that a code replaces in a step. A code with less than `least` is
+    moved to a random vector of the batch (Dhariwal et al., 2020, "Jukebox", section 3.1); 0 moves none.
+    """
+
+    averages = True
+
+    def __init__(self, weight: Tensor, decay: float = 0.99, least: float = 0.1):
+        super().__init__()
+        self.decay, self.least = decay, least
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("usage", torch.ones(len(weight), device=weight.device))
+        self.usage: Tensor
+
+    @torch.no_grad()
+    def update(self, vectors: Vectors, codes: Codes) -> None:
+        """Move the codes to the vectors that they have replaced, after a step."""
+        flat, index = vectors.movedim(1, -1).flatten(0, 2).float(), codes.flatten()
+        sums = torch.zeros_like(self.weight).index_add_(0, index, flat)
+        counts = torch.bincount(index, minlength=len(self.usage)).to(self.usage)
+        usage = self.decay * self.usage + (1 - self.decay) * counts
+        total = self.decay * self.usage[:, None] * self.weight + (1 - self.decay) * sums
+        self.weight.copy_(total / usage[:, None].clamp(min=1e-12))
+        self.usage.copy_(usage)
+        unused = (usage < self.least).nonzero()[:, 0]
+        drawn = torch.randint(len(flat), (len(unused),), device=flat.device)
+        self.weight[unused], self.usage[unused] = flat[drawn], 1.0
 
 
 class VQVAE(nn.Module):
@@ -88,7 +127,7 @@ class VQVAE(nn.Module):
         code_dim = config.code_dim or config.latent_channels
         self.config, self.encoder, self.decoder = config, encoder, decoder
         self.to_vectors = nn.Conv2d(config.latent_channels, code_dim, 1)
-        self.codebook = Codebook(config.codebook_size, code_dim)
+        self.codebook: CodeTable = Codebook(config.codebook_size, code_dim)
         self.from_vectors = nn.Conv2d(code_dim, config.latent_channels, 1)
 
     def vectors(self, pictures: Pixels) -> Vectors:

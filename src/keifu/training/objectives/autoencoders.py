@@ -70,7 +70,8 @@ class VQLoss:
     The loss of a picture is a sum of three terms: the mean squared error of its reconstruction; the mean squared
     distance of the codes from the encoder's vectors, which moves the codes; and `commitment` times the same distance,
     which keeps the vectors near their codes. The gradient of the reconstruction passes straight from the decoder to the
-    encoder. A batch has "pictures" (bytes).
+    encoder. A codebook of moving averages has no gradient: it is updated here, in training, so the figures are of the
+    codes before. A batch has "pictures" (bytes).
     """
 
     commitment: float = 0.25
@@ -88,6 +89,8 @@ class VQLoss:
         codebook = (chosen_codes - vectors.detach()).square().flatten(1).mean(1)
         commitment = (chosen_codes.detach() - vectors).square().flatten(1).mean(1)
         total = (squared + codebook + self.commitment * commitment).sum()
+        if model.training and model.codebook.averages:
+            model.codebook.update(vectors, codes)
         n_codes = torch.tensor(float(len(codes.unique())), device=total.device) * len(picture)
         return LossOutput(
             total, len(picture), {"squared_error": squared.sum(), "distance": codebook.sum(), "used": n_codes}
