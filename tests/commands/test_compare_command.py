@@ -100,7 +100,7 @@ def test_answers_do_not_depend_on_where_it_was_stopped(
 def test_an_answer_may_hold_any_sign(tmp_path: Path) -> None:
     made = Judgement([{"role": "user", "content": "q"}], ("one\u2028two", "three\x85"), "A")
     Judgements(tmp_path, {"by": "me"}).add(made)
-    assert Judgements(tmp_path, {"by": "me"}).made == [made]
+    assert Judgements(tmp_path, {"by": "me"}).judgements == [made]
 
 
 def test_a_reward_chooses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

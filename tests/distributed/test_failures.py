@@ -185,8 +185,8 @@ def test_an_exchange_that_failed_is_told_from_other_errors(error: Exception, los
 
 def test_a_part_that_could_not_be_written_is_said_at_the_next_state() -> None:
     states = States.__new__(States)
-    states.written = Future()
-    states.written.set_exception(
+    states.pending_write = Future()
+    states.pending_write.set_exception(
         CheckpointException("write", {1: _wrap_exception(OSError(28, "No space left on device"))})
     )
     with pytest.raises(UserError, match="Process 1 could not write its part of the state: .*No space left on device"):

@@ -102,8 +102,9 @@ def families_of(name: str) -> dict[str, Family]:
     }
     shared |= {part.name: offered[part.name.upper()] for part in fields(Family) if part.name.upper() in offered}
     shared |= {part: offered[part] for part in ("aliases", "tie") if part in offered}
+    files = shared.pop("files", Family.files)  # of the published forms; keifu's form has the default ones
     families = {
-        name: Family(model_type=name, read=module.from_published, write=module.to_published, **shared)
+        name: Family(model_type=name, read=module.from_published, write=module.to_published, files=files, **shared)
         for name in offered.get("MODEL_TYPES", ())
     }
     read, write = partial(from_json, module.Config), partial(write_native, generic)

@@ -212,7 +212,7 @@ def test_an_answer_ends_after_the_tokens_of_an_answer(
 
 def test_guesses_reach_the_engine_also_after_a_reset(script: Any, chatter: Tokenizer, monkeypatch: Any) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(conversation, "Engine", lambda *_, guesses: seen.append(guesses))
+    monkeypatch.setattr(conversation, "Engine", lambda *_, guesses, folder: seen.append(guesses))
     Conversation(script([98]), chatter, guesses=3).reset()
     assert seen == [3, 3]
 
