@@ -62,6 +62,7 @@ def test_defaults_of_cohere():
     assert (config.logit_scale, config.rope_theta, config.n_kv_heads, config.head_dim) == (0.0625, 500_000.0, 3, None)
 
 
-def test_a_gguf_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(UserError, match=r"keifu writes no GGUF of keifu.models.palm, because .* directory \(hf\)"):
+def test_a_gguf_of_heads_that_llama_cpp_lacks_is_refused_with_the_way_out(tmp_path):
+    """llama.cpp runs Command-R, whose heads have dim / n_heads numbers."""
+    with pytest.raises(UserError, match=r"runs no such model: command-r needs head_dim=None.* directory \(hf\)"):
         checkpoints.save_gguf(palm.build(palm.Config(**SMALL)), None, tmp_path / "x.gguf")
