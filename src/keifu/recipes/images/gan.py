@@ -7,7 +7,7 @@ the gradients of one pass, and batches have 64 pictures. `--model.network mlp` i
 discriminator 0.1` lets the generator learn ten times as fast as the discriminator.
 Command: keifu train gan --data mnist
 Cost: 8 minutes on one core; the default model has 0.9 M parameters.
-Expected: see docs/results.md, "A collapse", for two pictures that both kinds of networks learn.
+Expected: see docs/results.md, "A generator against a discriminator", for networks of a quarter of the width.
 """
 
 from collections.abc import Callable
