@@ -317,6 +317,19 @@ def test_other_architectures_that_are_not_what_they_say(name, changes, tensors, 
     assert text in str(caught.value)
 
 
+def test_a_file_whose_layers_all_have_experts_may_lack_another_width(tmp_path) -> None:
+    """The config.json of Qwen3.5 with experts has none."""
+    path = tmp_path / "x.gguf"
+    model = random(CONFIGS["qwen3.5-experts"])
+    checkpoints.save_gguf(model, None, path)
+    rewrite(path, {"qwen35moe.feed_forward_length": None})
+    assert torch.equal(checkpoints.load_model(path).embedding.weight, model.embedding.weight)
+    checkpoints.save_gguf(random(CONFIGS["deepseek-v3"]), None, path)
+    rewrite(path, {"deepseek2.feed_forward_length": None})
+    with pytest.raises(UserError, match=r"lacks deepseek2\.feed_forward_length"):
+        checkpoints.load_model(path)
+
+
 def test_a_short_convolution_is_an_exact_matrix(tmp_path) -> None:
     """llama.cpp's operation takes float32 and no axis of size 1."""
     model = random(CONFIGS["lfm2"])

@@ -235,7 +235,9 @@ def read_config(
     ]
     if refused:
         raise UserError(f"{where} sets {', '.join(refused)}, which keifu does not implement.")
-    missing_keys = [f"{name}.{key}" for key in (*SIZES, *architecture.needed) if key not in metadata]
+    unused = ("feed_forward_length",) if architecture.only_experts else ()
+    needed_keys = [key for key in (*SIZES, *architecture.needed) if key not in unused]
+    missing_keys = [f"{name}.{key}" for key in needed_keys if key not in metadata]
     if missing_keys or "token_embd.weight" not in tensors:
         lacking = missing_keys or ["the tensor token_embd.weight"]
         raise UserError(f"{where} lacks {', '.join(lacking)}, so the model's size is not known.")

@@ -56,6 +56,11 @@ class GgufArchitecture:
         """Whether the architecture has rotary positions."""
         return "rope.freq_base" in self.fields
 
+    @property
+    def only_experts(self) -> bool:
+        """Whether every layer has experts, so that the width of a layer without them is not used."""
+        return "expert_feed_forward_length" in self.fields and self.fixed.get("dense_layers") == ()
+
 
 BLOCKS = {
     "embedding": "token_embd",
