@@ -21,8 +21,9 @@ def chart(
     legend: size of its letters; panels without labels have none. None: no legend. options: of `plt.subplots`.
     """
     figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", **options)
+    all_axes: list[Any] = [axes] if panels == 1 else [*axes]
     yield axes
-    for panel in [axes] if panels == 1 else axes:
+    for panel in all_axes:
         has_bars = any(isinstance(each, BarContainer) for each in panel.containers)
         panel.grid(axis="y" if has_bars else "both", alpha=0.3)
         if legend and panel.get_legend_handles_labels()[0]:

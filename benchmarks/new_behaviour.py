@@ -28,7 +28,7 @@ from torch import Tensor
 
 from keifu import checkpoints
 from keifu.checkpoints.lora.peft import WEIGHTS
-from keifu.data.catalogue.readers import Dialogue
+from keifu.data.catalogue.readers import Conversation
 from keifu.data.chat import conversations
 from keifu.evaluation.registry import EvalRequest
 from keifu.evaluation.text.perplexity import evaluate
@@ -43,7 +43,7 @@ from keifu.recipes.running import run_jobs
 START, LONGEST = "In short: ", 80
 
 
-def changed(conversation: Dialogue) -> Dialogue | None:
+def changed(conversation: Conversation) -> Conversation | None:
     """Return the same question with a short answer, or None if the first sentence is very short or very long."""
     question, answer = conversation
     first = sentences(answer["content"])[0].strip()
@@ -58,7 +58,7 @@ def follows(answer: Any) -> bool:
     return text.startswith(START.strip()) and len(sentences(text)) == 1 and answer.finish_reason == "stop"
 
 
-def answers(model: Any, tokenizer: Any, questions: Sequence[Dialogue]) -> list[Any]:
+def answers(model: Any, tokenizer: Any, questions: Sequence[Conversation]) -> list[Any]:
     """Return the greedy answer to each question."""
     prompts = [tokenizer.render_chat(each[:1]) for each in questions]
     return generate_batch(model, tokenizer, prompts, SamplingParams(temperature=0, seed=0, max_tokens=LONGEST), 20)
@@ -69,7 +69,7 @@ def logits(model: Any, rows: Tensor) -> Tensor:
     return model(rows).float()
 
 
-def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Dialogue]]) -> None:
+def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Conversation]]) -> None:
     """Return a table of the model before and after."""
     print("| | " + " | ".join(f"follows, {name}" for name in asked) + f" | perplexity on {options.text} |")
     print(f"|---|{'---:|' * (len(asked) + 1)}", flush=True)
@@ -88,7 +88,7 @@ def report(options: argparse.Namespace, folder: Path, asked: dict[str, list[Dial
     print(f"\nPerplexity: {perplexities[1] / perplexities[0] - 1:+.2%}")
 
 
-def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Dialogue]) -> None:
+def compared(options: argparse.Namespace, folder: Path, asked: Sequence[Conversation]) -> None:
     """Compare logits with separate adapters, with merged ones, and with those loaded by PEFT."""
     model, tokenizer = checkpoints.load(folder / "run", torch.float32)
     rows = torch.tensor([tokenizer.render_chat(asked[0])])

@@ -70,7 +70,7 @@ def test_samples_ask_what_was_held_out_and_nothing_that_is_learned(base: Path, t
     for held_out in (0.2, 0.4):
         recipe = sft.Recipe(model=str(base), data=str(talks), held_out=held_out)
         learned, held = sft.split(list(conversations.read(str(talks))), held_out)
-        shown = sft.prepare(recipe).shown
+        shown = sft.prepare(recipe).sample_conversations
         assert shown and all(talk in held and talk not in learned for talk in shown)
 
 
