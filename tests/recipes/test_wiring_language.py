@@ -456,6 +456,7 @@ PLAN = {"yes": "test_published_recipes.py: it only decides whether a run starts"
 OF_PAPER = PLAN | {"recipe_of": "test_published_recipes.py: it chooses the defaults, before the recipe is made"}
 FREE = {  # options without a row, and the reason
     "bert": {"text.split": "BERT holds out sentences, by one rule"} | OF_PAPER,
+    "gpt": {"recipe_of": "test_gpt_recipe.py: it only chooses the number of steps"},
     "gpt1": PLAN,
     **dict.fromkeys(("gpt2", "llama", "llada", "olmo2"), OF_PAPER),
 }
