@@ -6,7 +6,7 @@ vectors that they replace (appendix A.1), which is the default here, and unused 
 batch (Dhariwal et al., 2020). The networks are VQGAN's, smaller. VQGAN's discriminator and perceptual loss, and a prior
 that draws codes, are not part of this recipe.
 Command: keifu train vq --data emoji
-Cost: 9 minutes on one core; the default model has 0.9 M parameters.
+Cost: some 10 minutes on one core; the default model has 1.0 M parameters.
 Expected: see docs/results.md, "Codes in use", for smaller networks and digits.
 """
 
