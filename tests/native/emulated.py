@@ -5,6 +5,7 @@ compiler would define for these flags.
 """
 
 import ctypes
+import hashlib
 import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,18 @@ def emulated_library(folder: Path, source: Path = compiler.SOURCE) -> Library:
     library = folder / "emulated.so"
     subprocess.run([*command, "-shared", "-o", str(library), *objects], check=True)
     return Library(str(library))
+
+
+def fingerprint() -> str:
+    """Return a hash of everything that the library is compiled from: sources, emulation, flags and compiler."""
+    command = compiler.find_compiler()
+    version = subprocess.run([*command, "--version"], check=True, capture_output=True).stdout
+    digest = hashlib.sha256(version + repr([command, compiler.FLAGS, X86]).encode())
+    for folder in (compiler.SOURCE, HEADER.parent):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"):
+            digest.update(file.read_bytes())
+    digest.update(Path(__file__).read_bytes() + Path(compiler.__file__).read_bytes())
+    return digest.hexdigest()
 
 
 def plant(library: Path, name: str, weight_format: int) -> None:

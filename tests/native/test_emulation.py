@@ -5,12 +5,13 @@ this CPU has. A set with a planted error is found, named and replaced.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from emulated import IS_X86, X86, emulated_library, plant
+from emulated import IS_X86, X86, emulated_library, fingerprint, plant
 from native_toys import toy
 
 from keifu.native import library as native
@@ -22,9 +23,22 @@ pytestmark = pytest.mark.skipif(not IS_X86, reason="the emulation is of x86 inst
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the file of a library whose x86 instruction sets are all emulated."""
-    return emulated_library(tmp_path_factory.mktemp("emulated")).checks._library
+def shared(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """Return the file of a library whose x86 instruction sets are all emulated. It is compiled once for the same source
+    and stored in pytest's cache."""
+    folder = tmp_path_factory.mktemp("emulated")
+    if not pytestconfig.pluginmanager.has_plugin("cacheprovider"):
+        return emulated_library(folder).checks._library
+    stored = pytestconfig.cache.mkdir("emulated") / f"{fingerprint()}.so"
+    if not stored.exists():
+        for old in stored.parent.glob("*.so"):
+            old.unlink()
+        built = emulated_library(folder).checks._library
+        part = stored.with_suffix(".part")
+        shutil.copy(built, part)
+        part.replace(stored)
+        return built
+    return Path(shutil.copy(stored, folder / "emulated.so"))
 
 
 @pytest.fixture
