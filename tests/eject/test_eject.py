@@ -185,21 +185,23 @@ def test_every_published_model_has_a_file() -> None:
 def test_a_trained_model_goes_on_in_its_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The file runs where keifu is not, and computes the packaged model's logits from its weights."""
     parse(["eject", "gpt-en", "--weights", str(tmp_path / "weights")])()
-    file, program = tmp_path / "model.py", tmp_path / "program.py"
-    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    program = tmp_path / "program.py"
+    (tmp_path / "model.py").write_text(capsys.readouterr().out, encoding="utf-8")
     lines = [
-        "import sys, torch", "sys.modules['keifu'] = None", "import model", "m = model.build(model.CONFIG).eval()",
+        "import runpy, sys, torch", "sys.modules['keifu'] = None", "import model",
+        "m = model.build(model.CONFIG).eval()",
         "m.load_state_dict(model.read_weights('weights'))",
-        "print(m(torch.tensor([[5, 9, 2, 31]]))[0, -1].tolist())",
+        "print(m(torch.tensor([[5, 9, 2, 31]]))[0, -1].tolist())", "sys.argv = ['model.py', 'weights']",
+        "runpy.run_path('model.py', run_name='__main__')",
     ]  # fmt: skip
     program.write_text("\n".join(lines))
     run = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True, text=True)
     assert not run.stderr
     with torch.no_grad():
         expected = checkpoints.load_model("gpt-en", dtype=torch.float32)(torch.tensor([[5, 9, 2, 31]]))[0, -1]
-    torch.testing.assert_close(torch.tensor(json.loads(run.stdout)), expected, atol=1e-4, rtol=1e-4)
-    shown = subprocess.run([sys.executable, str(file), "weights"], cwd=tmp_path, capture_output=True, text=True)
-    assert shown.returncode == 0 and "parameters\ntensor(" in shown.stdout
+    logits, _, shown = run.stdout.partition("\n")
+    torch.testing.assert_close(torch.tensor(json.loads(logits)), expected, atol=1e-4, rtol=1e-4)
+    assert run.returncode == 0 and "parameters\ntensor(" in shown
 
 
 @pytest.mark.parametrize(
