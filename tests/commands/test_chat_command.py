@@ -108,7 +108,7 @@ def test_a_second_question_about_a_file_uses_what_the_first_stored(
     for question in ("Why?", "When?"):
         assert out(capsys, model, question, *options) == out(capsys, model, f"{'long ' * 20}\n\n{question}", *FEW)
         counts.append(len(written))
-    assert counts == [2, 3]  # of the two groups of 64 tokens, the first has nothing of the question
+    assert counts == [4, 5]  # of the four groups of tokens, only the last one has tokens of the question
 
 
 def test_an_option_that_cannot_act_is_told(model: str, capsys: pytest.CaptureFixture) -> None:

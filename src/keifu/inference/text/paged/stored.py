@@ -23,7 +23,7 @@ from keifu.inference.text.paged.folder import ENDING, LOG, CacheFolder
 from keifu.inference.text.runner import Runner
 from keifu.native.model import NativeRunner
 
-TOKENS = 64
+TOKENS = 32
 READERS = 4  # threads that read files
 LAYOUT = 1  # version of the files' content
 IDENTITY, TEXT = "identity", "tokens"  # names of tensors that are not of the runner
