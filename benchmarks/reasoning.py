@@ -3,6 +3,7 @@
 python benchmarks/reasoning.py --out DIR [--seeds 0 1 2] [--variants grpo dr-grpo dapo] [--grpo-steps 40]
     [--sft-steps 600] [--write JSON] [--pictures DIR]
 python benchmarks/reasoning.py --distil --out DIR [--seeds 0 1 2] [--write JSON]
+python benchmarks/reasoning.py --undamaged --out DIR [--seeds 0 1 2] [--grpo-steps 200] [--write JSON]
 
 The problems are all 2,048 sums and differences of four numbers from 0 to 3, such as 2 + 3 - 1 + 0. A LLaMA of 0.1 M
 weights is first fine-tuned on 1,200 of them with worked answers: "5 4 4". A share of --hasty of these stops after the
@@ -17,6 +18,10 @@ best of k. All seconds are of one core (`time.process_time`).
 --distil needs the runs of the first command in DIR. A smaller model is fine-tuned on the same shown problems. Then it
 is trained in three ways for as many seconds: by GRPO; on right answers that the larger model, after GRPO, gives to
 other prompts, generation included; or again on the shown problems.
+
+--undamaged compares GRPO with further fine-tuning for as many seconds, from a model that was fine-tuned on whole
+answers only (--hasty 0). The fine-tuning has the worked answers to 1,200 problems, and GRPO only the reward, for all
+1,748 problems that are not held out.
 """
 
 import argparse
@@ -56,6 +61,7 @@ LARGE, SMALL = 64, 32  # width of the model, and of the one that learns from it
 POINT = 5  # steps of a point in a curve
 NAMES = {"sft": "fine-tuned", "grpo": "GRPO", "dr-grpo": "Dr. GRPO", "dapo": "DAPO", "gspo": "GSPO"}
 LOSSES, VOTES, DISTILLED = "Three losses of GRPO", "Votes of several samples", "Distillation and GRPO"
+UNDAMAGED = "GRPO and further fine-tuning"
 TOLD = {
     "small-sft": "small, fine-tuned", "longer": "then fine-tuned for longer", "small-grpo": "or GRPO on itself",
     "distilled": "or the large model's right answers", "grpo": "the large model after GRPO",
@@ -250,8 +256,8 @@ def report(found: dict[str, dict[str, Any]], options: argparse.Namespace) -> Non
 
 def tell(options: argparse.Namespace, section: str, columns: list[str], rows: list[list[str]], values: dict) -> None:
     """Print a table, and write it."""
-    part = "--distil --out DIR" if section == DISTILLED else "--out DIR"
-    publish(options.write, section, f"python benchmarks/reasoning.py {part}", columns, rows, values)
+    part = {DISTILLED: "--distil ", UNDAMAGED: f"--undamaged --grpo-steps {options.grpo_steps} "}.get(section, "")
+    publish(options.write, section, f"python benchmarks/reasoning.py {part}--out DIR", columns, rows, values)
 
 
 def draw_curves(found: dict[str, dict[str, Any]], path: Path) -> None:
@@ -293,14 +299,14 @@ def taught(folder: Path) -> Iterator[Problem]:
             yield {"prompt": problem["prompt"], "response": answer.text.strip()}
 
 
-def finetune_for(folder: Path, limit: float, step: float, seed: int, name: str) -> float:
-    """Fine-tune the smaller model for `limit` seconds, on the larger one's answers or on the shown problems. Return the
-    seconds, including generation. step: seconds of a step."""
+def finetune_for(folder: Path, start: str, limit: float, step: float, seed: int, name: str) -> float:
+    """Fine-tune the model `start` for `limit` seconds, on the larger one's answers or on the shown problems. Return the
+    seconds, including generation. step: seconds per step."""
     spent, data = 0.0, "shown"
     if name == "distilled":
         spent, data = seconds_of(lambda: write_lines(folder / "taught.jsonl", [*taught(folder)])), "taught"
     steps = max(1, round((limit - spent) / step))
-    return spent + finetune(folder, "small-sft", data, name, steps, seed)
+    return spent + finetune(folder, start, data, name, steps, seed)
 
 
 def distil(options: argparse.Namespace) -> None:
@@ -315,12 +321,17 @@ def distil(options: argparse.Namespace) -> None:
         own = {name: kept(folder, name, work, held, options.drawn) for name, work in
                (("small-sft", start), ("small-grpo", itself))}  # fmt: skip
         first, limit = (own[name]["core seconds"] for name in ("small-sft", "small-grpo"))
-        more = partial(finetune_for, folder, limit, first / options.sft_steps, seed)
+        more = partial(finetune_for, folder, "small-sft", limit, first / options.sft_steps, seed)
         for name in ("distilled", "longer"):
             own[name] = kept(folder, name, partial(more, name), held, options.drawn)
         own["grpo"] = json.loads((folder / "grpo.json").read_text(encoding="utf-8"))
         for name, title in TOLD.items():
             found.setdefault(title, {})[f"seed {seed}"] = own[name]
+    tell_samples(options, DISTILLED, found)
+
+
+def tell_samples(options: argparse.Namespace, section: str, found: dict[str, dict[str, Any]]) -> None:
+    """Print and write a table with the accuracy of the likeliest answer, of one sample, of a vote and of any sample."""
     columns = ["", "likeliest answer right, %", "one sample", f"majority of {options.drawn}",
                f"any of {options.drawn}", "core seconds"]  # fmt: skip
     rows = []
@@ -331,7 +342,26 @@ def distil(options: argparse.Namespace) -> None:
         ]
         spent = cells(runs, "core seconds", ".0f") if "large model after" not in title else ""
         rows.append([title, cells(runs, "accuracy", ".1f", 100), *shares, spent])
-    tell(options, DISTILLED, columns, rows, found)
+    tell(options, section, columns, rows, found)
+
+
+def compare_undamaged(options: argparse.Namespace) -> None:
+    """Compare GRPO with further fine-tuning for as many seconds, from a model that was fine-tuned on whole answers."""
+    found: dict[str, dict[str, Any]] = {}
+    for seed in options.seeds:
+        folder = options.out / f"undamaged-{seed}"
+        held = prepare(options, seed, folder)
+        begin(folder, "base", LARGE, seed)
+        start = partial(finetune, folder, "base", "shown", "sft", options.sft_steps, seed)
+        first = kept(folder, "sft", start, held, options.drawn)
+        learned = kept(folder, "grpo", partial(reinforce, folder, "sft", "grpo", "grpo", options, seed), held,
+                       options.drawn)  # fmt: skip
+        more = partial(finetune_for, folder, "sft", learned["core seconds"], first["core seconds"] / options.sft_steps)
+        longer = kept(folder, "longer", partial(more, seed, "longer"), held, options.drawn)
+        for title, run in zip(("fine-tuned", "then GRPO", "or fine-tuned for longer"), (first, learned, longer),
+                              strict=True):  # fmt: skip
+            found.setdefault(title, {})[f"seed {seed}"] = run
+    tell_samples(options, UNDAMAGED, found)
 
 
 def main() -> None:
@@ -344,13 +374,17 @@ def main() -> None:
     parser.add_argument("--hasty", type=float, default=0.4, help="share of shown answers that stop after the first sum")
     parser.add_argument("--drawn", type=int, default=16, help="answers to a problem, a power of 2")
     parser.add_argument("--distil", action="store_true")
+    parser.add_argument("--undamaged", action="store_true")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--write", type=Path, help="a data file of docs/results/data")
     parser.add_argument("--pictures", type=Path, help="folder of the pictures")
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(machine(), flush=True)
-    if options.distil:
+    if options.undamaged:
+        options.hasty = 0.0
+        compare_undamaged(options)
+    elif options.distil:
         distil(options)
     else:
         report(compare(options), options)
