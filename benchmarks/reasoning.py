@@ -62,6 +62,7 @@ POINT = 5  # steps of a point in a curve
 NAMES = {"sft": "fine-tuned", "grpo": "GRPO", "dr-grpo": "Dr. GRPO", "dapo": "DAPO", "gspo": "GSPO"}
 LOSSES, VOTES, DISTILLED = "Three losses of GRPO", "Votes of several samples", "Distillation and GRPO"
 UNDAMAGED = "GRPO and further fine-tuning"
+AGAIN = 3e-3, 5e-4  # rates of further fine-tuning: that of the first fine-tuning, and that of GRPO
 TOLD = {
     "small-sft": "small, fine-tuned", "longer": "then fine-tuned for longer", "small-grpo": "or GRPO on itself",
     "distilled": "or the large model's right answers", "grpo": "the large model after GRPO",
@@ -126,11 +127,11 @@ def seconds_of(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def finetune(folder: Path, model: str, data: str, out: str, steps: int, seed: int) -> float:
+def finetune(folder: Path, model: str, data: str, out: str, steps: int, seed: int, rate: float = 3e-3) -> float:
     """Fine-tune on problems with answers. Return the seconds."""
     recipe = sft.Recipe(
         str(folder / model), str(folder / f"{data}.jsonl"), template="plain", context_length=64, packed=False,
-        held_out=0.02, steps=steps, batch_size=32, learning_rate=3e-3, weight_decay=0.1, seed=seed,
+        held_out=0.02, steps=steps, batch_size=32, learning_rate=rate, weight_decay=0.1, seed=seed,
     )  # fmt: skip
     return seconds_of(lambda: run_jobs(sft.jobs(recipe), folder / out))
 
@@ -299,14 +300,16 @@ def taught(folder: Path) -> Iterator[Problem]:
             yield {"prompt": problem["prompt"], "response": answer.text.strip()}
 
 
-def finetune_for(folder: Path, start: str, limit: float, step: float, seed: int, name: str) -> float:
+def finetune_for(
+    folder: Path, start: str, limit: float, step: float, seed: int, name: str, rate: float = 3e-3
+) -> float:
     """Fine-tune the model `start` for `limit` seconds, on the larger one's answers or on the shown problems. Return the
     seconds, including generation. step: seconds per step."""
     spent, data = 0.0, "shown"
     if name == "distilled":
         spent, data = seconds_of(lambda: write_lines(folder / "taught.jsonl", [*taught(folder)])), "taught"
     steps = max(1, round((limit - spent) / step))
-    return spent + finetune(folder, start, data, name, steps, seed)
+    return spent + finetune(folder, start, data, name, steps, seed, rate)
 
 
 def distil(options: argparse.Namespace) -> None:
@@ -357,9 +360,12 @@ def compare_undamaged(options: argparse.Namespace) -> None:
         learned = kept(folder, "grpo", partial(reinforce, folder, "sft", "grpo", "grpo", options, seed), held,
                        options.drawn)  # fmt: skip
         more = partial(finetune_for, folder, "sft", learned["core seconds"], first["core seconds"] / options.sft_steps)
-        longer = kept(folder, "longer", partial(more, seed, "longer"), held, options.drawn)
-        for title, run in zip(("fine-tuned", "then GRPO", "or fine-tuned for longer"), (first, learned, longer),
-                              strict=True):  # fmt: skip
+        runs = {"fine-tuned": first, "then GRPO": learned}
+        for rate in AGAIN:
+            name = f"longer-{rate:g}"
+            work = partial(more, seed, name, rate)
+            runs[f"or fine-tuned for longer, rate {rate:g}"] = kept(folder, name, work, held, options.drawn)
+        for title, run in runs.items():
             found.setdefault(title, {})[f"seed {seed}"] = run
     tell_samples(options, UNDAMAGED, found)
 
