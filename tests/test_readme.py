@@ -73,7 +73,7 @@ def test_the_pages_show_commands() -> None:
 
 SUFFIXES = "txt|md|html|[ct]sv|jsonl?|ya?ml|png|jpg|npy|py|gguf|safetensors|parquet"
 FILE = re.compile(rf"(runs|examples|docs)/.*|.*/|[^ ]*\.({SUFFIXES})")
-OUTPUTS = ("--out", "-o", "--output")
+OUTPUTS = ("--out", "-o", "--output", "--cache-folder")
 
 
 def named_files(command: str) -> list[str]:
