@@ -50,6 +50,7 @@ def on_device() -> dict[str, Row]:
     return rows | {"allow-nonfinite": Row("--allow-nonfinite", target, "choice.allow_nonfinite")}
 
 
+COMPARED = "keifu.training.run.compared:write_compared"
 REWARDS = "keifu.recipes.assistant.finetuning:make_rewards"
 GENERATE = "keifu.commands.generate:print_text"
 CHOSEN, LOAD = "keifu.commands.generate:print_chosen", "keifu.commands.generate:load_writer"
@@ -465,6 +466,10 @@ lineage = Table("lineage", {
 eject = Table("eject", {
     "NAME": Row("gpt2", STDOUT, lambda text: text.startswith('"""GPT-2') and "def main" in text),
     "weights": Row("--weights w", "keifu.commands.reference.eject:model_file", "1", Path("w"), base="eject M"),
+})  # fmt: skip
+report = Table("report a b", {
+    "RUN [RUN ...]": Row("", COMPARED, "1", (Path("a"), Path("b"))),
+    "output": Row("-o x.html", COMPARED, "0", Path("x.html")),
 })  # fmt: skip
 models = Table("models", {"NAME": Row("gpt2", STDOUT, lambda text: "gpt2-xl" in text and "llama" not in text)})
 completion = Table("completion bash", {

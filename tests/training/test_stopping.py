@@ -18,7 +18,7 @@ from keifu.data.tokenizers import bpe, train
 from keifu.errors import UserError
 from keifu.recipes.language import pretraining
 from keifu.training import loop
-from keifu.training.run import checkpoint, metrics, report
+from keifu.training.run import checkpoint, metrics, outcome
 from keifu.training.signals import Interrupted
 from keifu.training.trainer import Trainer
 
@@ -163,8 +163,8 @@ def test_a_validation_loss_that_rises_is_said_with_its_likely_cause() -> None:
         shown = [{"step": 10 * n, "loss": 5.0 - n} for n in range(len(losses))]
         return [*shown, *({"step": 10 * n, "validation_loss": loss} for n, loss in enumerate(losses))]
 
-    assert report.rising(lines(8.0, 4.0, 3.0)) == report.rising(lines(8.0, 3.0, 3.01)) == report.rising([]) == []
-    [sentence] = report.rising(lines(8.0, 3.0, 4.0))
+    assert outcome.rising(lines(8.0, 4.0, 3.0)) == outcome.rising(lines(8.0, 3.0, 3.01)) == outcome.rising([]) == []
+    [sentence] = outcome.rising(lines(8.0, 3.0, 4.0))
     assert "rose from 3 (step 10) to 4 (step 20) while the training loss fell" in sentence and "by heart" in sentence
-    [sentence] = report.rising(lines(8.3, 8.6, 12.3))
+    [sentence] = outcome.rising(lines(8.3, 8.6, 12.3))
     assert "It never fell, so the held-out data are probably of another kind" in sentence

@@ -23,7 +23,7 @@ from keifu.training.loader import Loader, own_rows, prefetches
 from keifu.training.pace import busy
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.recorder import Recorder
-from keifu.training.run import checkpoint, metrics, run_directory
+from keifu.training.run import checkpoint, metrics, outcome, run_directory
 from keifu.training.run.progress import Display, format_seconds, number
 from keifu.training.run.report import REPORT
 from keifu.training.settings import Settings, as_chosen
@@ -142,6 +142,8 @@ class _Loop:
                 self._sample()
         self.recorder.save_state()
         self.recorder.close(is_finished=True)
+        if sentence := outcome.learned(metrics.read(self.run.directory), self.recorder.figures, language="en"):
+            self.note(sentence)
         report, seconds = self.run.directory / REPORT, state.clock.seconds
         planned, least = state.length.first or state.length.steps, 0 if self.on_policy else LEAST
         if self.limit and state.step < max(planned / 10, least):

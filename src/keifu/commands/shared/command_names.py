@@ -10,6 +10,7 @@ COMMANDS = {  # each is a module in keifu/commands or keifu/commands/reference
     "draw": "pictures by a model that removes noise, and a picture once more, bit for bit",
     "translate": "translate a text, line for line, with an encoder-decoder",
     "transcribe": "write down what is said in sound files, by a Whisper",
+    "report": "the curves of several runs in one page; the report of one run, written again",
     "compare": "two models' answers side by side: which is better, and how often",
     "evaluate": "how good a model is: BLEU and chrF, perplexity",
     "bench": "how fast a model reads and writes here, in tokens a second",
@@ -24,7 +25,7 @@ COMMANDS = {  # each is a module in keifu/commands or keifu/commands/reference
     "demo": "train a small model, then talk with a published one",
     "completion": "what makes a shell complete keifu's words with Tab",
 }
-REFERENCE = ("inspect", "models", "lineage", "plan", "completion", "demo", "eject")
+REFERENCE = ("inspect", "models", "lineage", "plan", "completion", "demo", "eject", "report")
 
 
 def module_of(command: str) -> str:

@@ -13,14 +13,18 @@ from typing import Any, NamedTuple
 
 from keifu.errors import UserError
 from keifu.files import write_atomic
-from keifu.training.run import metrics
+from keifu.training.run import metrics, outcome
 from keifu.training.run.progress import format_bytes, format_count, format_seconds
+from keifu.training.run.report_words import language, say, sentence
 from keifu.training.run.run_directory import RECIPE, SAMPLES
 from keifu.training.settings import flat
 from keifu.untrusted import read_json, read_json_object, reading
 
 WIDTH, HEIGHT = 480, 260
-COLOURS = {"#2f6fb4": "var(--c0)", "#c8501e": "var(--c1)", "#2b8a4b": "var(--c2)"}  # matplotlib's colours → the page's
+COLOURS = {  # matplotlib's colours → the page's
+    "#2f6fb4": "var(--c0)", "#c8501e": "var(--c1)", "#2b8a4b": "var(--c2)", "#8a4fb0": "var(--c3)",
+    "#a07800": "var(--c4)",
+}  # fmt: skip
 INK, RULE = "#5b6675", "#dfe3e8"
 ON_THE_PAGE = {**COLOURS, INK: "var(--soft)", RULE: "var(--rule)"}  # CSS variables follow the colour scheme
 STYLE: dict[Any, Any] = {
@@ -46,10 +50,13 @@ def chart(title: str, y_label: str, curves: Iterable[Curve], x_label: str = "ste
     shown = [curve for curve in shown if curve.points]
     if not shown:
         return ""
-    names = "".join(f'<span class="key c{n}">{escape(c.name)}</span>' for n, c in enumerate(shown))
+    names = "".join(f'<span class="key c{n}">{escape(say(c.name))}</span>' for n, c in enumerate(shown))
     legend = f'<span class="legend">{names if len(shown) > 1 else ""}</span>'
-    picture = f'<svg role="img" aria-label="{escape(title)}"{draw_curves(shown, y_label, x_label, from_zero, title)}'
-    return f"<figure><figcaption>{escape(title)} {legend}</figcaption>{picture}</figure>"
+    caption = escape(say(title))
+    picture = f'<svg role="img" aria-label="{caption}"{draw_curves(shown, y_label, x_label, from_zero, title)}'
+    for label in (x_label, y_label):  # matplotlib measures them in English, since its font has no other letters
+        picture = picture.replace(f">{escape(label)}</text>", f">{escape(say(label))}</text>")
+    return f"<figure><figcaption>{caption} {legend}</figcaption>{picture}</figure>"
 
 
 def draw_curves(curves: Sequence[Curve], y_label: str, x_label: str, from_zero: bool, salt: str) -> str:
@@ -117,14 +124,20 @@ def write_page(
 
 
 def _write(directory: Path, **content: Any) -> Path:
-    """Write report.html from the template of the same name, and return its path. content: the template's variables."""
+    """Write report.html of a folder, and return its path. content: the template's variables."""
+    return write_html(directory / REPORT, **content)
+
+
+def write_html(path: Path, **content: Any) -> Path:
+    """Write a page from the template report.html, and return its path. content: the template's variables."""
     from jinja2 import Environment, PackageLoader
 
     loader = PackageLoader("keifu.training.run", ".")
     templates = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    templates.filters["words"] = _words
-    write_atomic(directory / REPORT, templates.get_template(REPORT).render(content) + "\n")
-    return directory / REPORT
+    templates.filters |= {"words": _words, "say": say}
+    page = templates.get_template(REPORT).render(content, language=language())
+    write_atomic(path, page + "\n")
+    return path
 
 
 def _content(directory: Path) -> dict[str, Any]:
@@ -132,13 +145,15 @@ def _content(directory: Path) -> dict[str, Any]:
     recipe, samples = read_json_object(directory / RECIPE), directory / SAMPLES
     with reading(directory / RECIPE):
         machine = _machine(recipe)
+    lines = metrics.read(directory)
     texts = sorted(samples.glob("*.txt"))
     pictures = [*sorted(samples.glob("*.png")), *sorted(directory.glob("*.png"))]
     return {
         "recipe": recipe,
-        "notes": [*_notes(recipe), *rising(metrics.read(directory))],
+        "learned": outcome.learned(lines, recipe.get("figures", {})) if recipe.get("finished") else "",
+        "notes": [*_notes(recipe), *outcome.rising(lines)],
         "figures": _key_figures(recipe),
-        "charts": "".join(_charts(metrics.read(directory), recipe["unit"])) + _extras(directory),
+        "charts": "".join(_charts(lines, recipe["unit"])) + _extras(directory),
         "by_source": _by_source(recipe.get("figures", {})),
         "texts": [(_when(path), path.read_text(encoding="utf-8", errors="replace")) for path in texts],
         "pictures": [_picture(path) for path in pictures],
@@ -152,26 +167,7 @@ def _notes(recipe: Mapping[str, Any]) -> list[str]:
     """Return the sentences below the title: the paper, the expected result, further entries, and changed lengths."""
     texts = [str(recipe[name]) for name in ("paper", "expected") if recipe.get(name)]
     extra = [f"{name.replace('_', ' ')}: {_words(value)}" for name, value in recipe.items() if name not in SECTIONED]
-    changed = "after {at:,} steps the length of the run was set to {steps:,}"
-    return [*texts, *extra, *(changed.format(**line) for line in recipe.get("length", ()))]
-
-
-def rising(lines: Sequence[Mapping[str, float | int]]) -> list[str]:
-    """Return a sentence with the likely cause if the validation loss rose while the training loss fell, else []."""
-    losses = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
-    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    if len(losses) < 2 or not training:
-        return []
-    lowest_step, lowest = min(losses, key=lambda point: point[1])
-    step, last = losses[-1]
-    before = next((loss for at, loss in training if at >= lowest_step), training[0][1])
-    if not (last > lowest + max(0.02 * abs(lowest), 0.01) and training[-1][1] < before):
-        return []
-    rose = f"The validation loss rose from {lowest:.4g} (step {lowest_step:,}) to {last:.4g} (step {step:,})"
-    rose += " while the training loss fell. "
-    if lowest_step == losses[0][0]:
-        return [f"{rose}It never fell, so the held-out data are probably of another kind than those that were learned."]
-    return [f"{rose}The model probably learns the training data by heart: give more data, or fewer steps."]
+    return [*texts, *extra, *(sentence("changed length", **line) for line in recipe.get("length", ()))]
 
 
 def _key_figures(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -187,9 +183,11 @@ def _key_figures(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     }
     others = {n: (n.replace("_", " "), "{:.4g}".format) for n in figures if _is_plain(n)}
     words |= {name: entry for name, entry in others.items() if name not in words}
-    shown = [(text(figures[name]), label) for name, (label, text) in words.items() if name in figures]
+    if figures.get("flops_utilisation", 1.0) < 0.01:  # a model so small that the share says nothing
+        del words["flops_utilisation"]
+    shown = [(text(figures[name]), say(label)) for name, (label, text) in words.items() if name in figures]
     parameters = format_count(recipe["cost"]["parameters"])
-    return [*shown, (parameters, "parameters"), (f"{recipe.get('steps', 0):,}", "steps")]
+    return [*shown, (parameters, say("parameters")), (f"{recipe.get('steps', 0):,}", say("steps"))]
 
 
 def _charts(lines: Sequence[Mapping[str, float | int]], unit: str) -> list[str]:
@@ -253,7 +251,8 @@ def _picture(path: Path) -> dict[str, Any]:
 def _when(path: Path) -> str:
     """Return "step 100" for `step-00000100`; other names with spaces for underscores."""
     prefix, _, number = path.stem.partition("-")
-    return f"step {int(number):,}" if prefix == "step" and number.isdigit() else path.stem.replace("_", " ")
+    is_step = prefix == "step" and number.isdigit()
+    return say("step {:,}").format(int(number)) if is_step else path.stem.replace("_", " ")
 
 
 def _data(parts: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
@@ -271,7 +270,8 @@ def _machine(recipe: Mapping[str, Any]) -> dict[str, Any]:
         "memory, estimated": f"{format_bytes(memory)} of {format_bytes(cost['available'])}",
         "rows at a time": resolved["micro_batch"],
     }
-    return {"device": resolved["device"], **measured, **recipe["versions"]}
+    facts = {"device": resolved["device"], **measured, **recipe["versions"]}
+    return {say(name): value for name, value in facts.items()}
 
 
 def _words(value: Any) -> str:
@@ -280,4 +280,5 @@ def _words(value: Any) -> str:
         return ", ".join(f"{str(name).replace('_', ' ')} {_words(inner)}" for name, inner in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_words, value))
-    return {None: "unset", True: "yes", False: "no"}[value] if value is None or isinstance(value, bool) else str(value)
+    names = {None: "unset", True: "yes", False: "no"}
+    return say(names[value]) if value is None or isinstance(value, bool) else str(value)
