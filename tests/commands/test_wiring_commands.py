@@ -468,7 +468,7 @@ eject = Table("eject", {
     "weights": Row("--weights w", "keifu.commands.reference.eject:model_file", "1", Path("w"), base="eject M"),
 })  # fmt: skip
 report = Table("report a b", {
-    "RUN [RUN ...]": Row("", COMPARED, "1", (Path("a"), Path("b"))),
+    "RUN...": Row("", COMPARED, "1", (Path("c"), Path("d")), base="report c d"),
     "output": Row("-o x.html", COMPARED, "0", Path("x.html")),
 })  # fmt: skip
 models = Table("models", {"NAME": Row("gpt2", STDOUT, lambda text: "gpt2-xl" in text and "llama" not in text)})

@@ -6,11 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
+import torch
+from training_toys import Sequences, objective, settings, toy
 
 from keifu import cli
 from keifu.data.text import token_shards
@@ -18,6 +21,8 @@ from keifu.data.tokenizers import bpe, train
 from keifu.errors import UserError
 from keifu.recipes.language import pretraining
 from keifu.training import loop
+from keifu.training.loop import train as train_run
+from keifu.training.protocols import Batch, Run, StatelessBatches
 from keifu.training.run import checkpoint, metrics, outcome
 from keifu.training.signals import Interrupted
 from keifu.training.trainer import Trainer
@@ -70,6 +75,32 @@ def test_a_stop_in_a_sample_ends_it(monkeypatch) -> None:
     with pytest.raises(Interrupted, match="Stopped after step 0; the state is saved"):
         cli.parse([*GPT, "--out", "run"])()
     assert checkpoint.steps(Path("run")) == [0]
+
+
+class Answers(StatelessBatches, Sequences):
+    """Data that the model writes, which takes long at one step."""
+
+    def __init__(self, slow: int | None = None):
+        super().__init__()
+        self.slow = slow
+
+    def batch(self, step: int) -> Batch:
+        if step == self.slow:
+            stop_and_wait()
+        return super().batch(step)
+
+
+def test_a_stop_in_a_rollout_ends_it_and_the_run_has_the_same_bits() -> None:
+    for folder, slow in (("run", 5), ("whole", None)):
+        run, data = Run(Path(folder), about={"title": "toy"}), Answers(slow)
+        if slow:
+            with pytest.raises(Interrupted, match="Stopped after step 5; the state is saved"):
+                train_run(toy(), objective, data, settings(), run, largest=Sequences().batch(0))
+            run, data = replace(run, resume=True), Answers()
+        train_run(toy(), objective, data, settings(), run, largest=Sequences().batch(0))
+    states = [checkpoint.latest(Path(folder))[0] for folder in ("run", "whole")]
+    assert states[0].step == states[1].step == 12
+    assert all(torch.equal(tensor, states[1].tensors[name]) for name, tensor in states[0].tensors.items())
 
 
 def test_a_stop_while_the_run_is_measured_ends_it(monkeypatch) -> None:

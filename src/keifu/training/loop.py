@@ -173,8 +173,10 @@ class _Loop:
     def _batch(self) -> Batch:
         """Return the batch of the next step, and prefetch the one after it, unless that depends on the new weights."""
         index = self.state.step + self.state.spikes.skipped
-        more = self.state.step + 1 < self.state.length.steps and not self.on_policy
-        return self.loader.get(index, index + 1 if more else None)
+        if self.on_policy:  # rollouts take long, and later ones are made again from the weights and the seed
+            with self._leaving_on_stop(), self.at_once():
+                return self.loader.get(index, None)
+        return self.loader.get(index, index + 1 if self.state.step + 1 < self.state.length.steps else None)
 
     def _fitting_gradient(self, batch: Batch) -> Gradient | None:
         """Return the gradient; None if a stop was requested. While it does not fit into memory, halve the micro-batch,

@@ -96,6 +96,18 @@ def test_rows_at_a_time_are_nearly_equal_parts_of_what_fits(
     assert (made.flops_per_unit, made.units_per_step) == (150, 24)
 
 
+@pytest.mark.parametrize(
+    ("longest", "micro_batch", "rows"), [(10**9, None, 6), (240, None, 3), (96, None, 2), (1, None, 1), (1, 4, 4)]
+)
+def test_a_micro_batch_on_a_cpu_ends_within_seconds_so_that_a_stop_is_heeded(
+    longest: float, micro_batch: int | None, rows: int, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The two products of a row have 24 FLOP each. Five rows at a time are as many parts as three."""
+    monkeypatch.setattr(cost, "LONGEST", longest)
+    made = cost.estimate(trainer, {"x": torch.randn(6, 4)}, micro_batch)
+    assert made.micro_batch == rows
+
+
 def test_a_run_of_which_no_row_fits_says_both_amounts(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "available_memory", lambda device: 500)
     with pytest.raises(UserError) as caught:

@@ -16,9 +16,7 @@ class Options:
     With one run, its report.html is written again, for example in another language (KEIFU_LANG=ja).
     """
 
-    runs: Annotated[
-        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help="Folders of runs.")
-    ]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...", help="Folders of runs.")]
     output: Annotated[Path | None, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = None
     """Page of several runs; unset: runs/compared.html."""
 

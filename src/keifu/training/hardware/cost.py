@@ -24,6 +24,7 @@ from keifu.training.run.progress import format_bytes, format_count, format_secon
 from keifu.training.trainer import Trainer
 
 SAFETY = 0.8  # the share of free memory that a run may use
+LONGEST = 5e11  # FLOP of a micro-batch on a CPU, some seconds: a request to stop waits for its end
 
 
 class Cost(NamedTuple):
@@ -122,8 +123,8 @@ def backward(trainer: Trainer, batch: Batch) -> None:
 def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
     """Measure a run on rows of its first batch. Restore weights, buffers and random generators afterwards.
 
-    micro_batch: None chooses as many rows as fit into 80% of the free memory. Raises UserError with the amounts and
-    advice if not even one row fits.
+    micro_batch: None chooses as many rows as fit into 80% of the free memory, and on a CPU into `LONGEST`. Raises
+    UserError with the amounts and advice if not even one row fits.
     """
     rows = rows_of(batch)
     with preserve_state(trainer):
@@ -138,6 +139,10 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
             needed = f"one row at a time needs about {format_bytes(base + per_row)} of memory"
             raise UserError(f"The run does not fit: {needed}, and {format_bytes(available)} are free; {ADVICE}.")
         parts = -(-rows // min(rows, fitting))  # as few as fit, and nearly equal
+        if micro_batch is None and trainer.device.type == "cpu":
+            probe = first_rows(batch, min(rows, 2))  # batch normalisation may need two rows
+            flops = peak.count_flops(lambda: backward(trainer, probe)) / rows_of(probe)
+            parts = max(parts, -(-rows // max(1, int(LONGEST / max(flops, 1)))))
         chosen = min(micro_batch or -(-rows // parts), rows)
         seconds, units, flops = _timed(trainer, batch, chosen)
     return Cost(
