@@ -244,6 +244,8 @@ def test_the_verb_prints_the_table_and_writes_the_page(tmp_path: Path, capsys: p
     cli.main(["lineage"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("\t")[1] for line in lines[1:]] == NAMES
+    cli.main(["lineage", "mixture"])
+    assert re.search(r"^time of it\s+-$", capsys.readouterr().out, re.MULTILINE)  # its command trains nothing
     cli.main(["lineage", "palm"])
     (palm,) = [each for each in lineage.landmarks() if each.name == "palm"]
     assert palm.result in capsys.readouterr().out

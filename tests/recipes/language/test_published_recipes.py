@@ -36,6 +36,16 @@ def test_the_default_takes_minutes_and_the_paper_has_its_size(name: str, size: f
     assert large == pytest.approx(size, rel=0.01) and papers.recipe_of == "paper"
 
 
+@pytest.mark.parametrize("name", ["gpt3", "palm"])
+def test_the_default_of_recipes_of_the_papers_settings_takes_minutes(name: str) -> None:
+    module: Any = recipe_module(name)
+    ours = module.Recipe()
+    with torch.device("meta"):
+        size = parameters(vars(module)[name].build(replace(ours.model, vocab_size=ours.text.vocab_size)))
+    settings = ours.own_settings()
+    assert 6 * size * ours.model.context_length * settings.steps * settings.batch_size < 0.8 * 600 * TWO_CORES
+
+
 @pytest.mark.parametrize("name", [*PAPERS, "ddpm"])
 def test_a_run_of_years_is_refused_before_anything_is_read(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

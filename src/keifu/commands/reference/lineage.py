@@ -1,6 +1,7 @@
 """`keifu lineage`: the landmarks in order of years, with their new idea and the result here; optionally as an HTML
 page."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,12 +12,13 @@ from keifu import lineage
 from keifu.commands.shared import tables
 from keifu.errors import unknown
 from keifu.files import write_atomic
+from keifu.recipes import files
 
 HEADINGS = {
     "en": ("year", "landmark", "came from", "what was new", "result here", "baseline", "published", "repeat it",
-           "results"),
+           "time of it", "results"),
     "ja": ("年", "ランドマーク", "元のモデル", "新しい点", "keifu での結果", "比べる基準", "論文の結果",
-           "再現するコマンド", "結果の節"),
+           "再現するコマンド", "かかる時間", "結果の節"),
 }  # fmt: skip
 
 
@@ -35,7 +37,7 @@ class Options:
 def run(options: Options) -> None:
     """Print the table or one landmark's entry. Write the page if it is requested."""
     landmark_of = {landmark.name: landmark for landmark in lineage.landmarks(options.language)}
-    year, title, parents, new, result, baseline, published, command, section = HEADINGS[options.language]
+    year, title, parents, new, result, baseline, published, command, time, section = HEADINGS[options.language]
     if options.output is not None:
         write_atomic(options.output, lineage.page(options.language))
         print(f"The lineage is in {options.output}: open it in a browser.")
@@ -52,6 +54,18 @@ def run(options: Options) -> None:
         facts = (
             (title, f"{one.title} ({one.authors}, {one.year})"), (parents, ", ".join(one.parents) or "-"),
             (new, one.new), (result, one.result), (baseline, one.baseline),
-            (published, one.published), (command, one.command), (section, f"{one.section} (docs/results.md)"),
+            (published, one.published), (command, one.command), (time, cost_of(one.command)),
+            (section, f"{one.section} (docs/results.md)"),
         )  # fmt: skip
         tables.show(("", ""), facts)
+
+
+def cost_of(command: str) -> str:
+    """Return what the recipe of a command says about its time; "-" for a command that trains nothing."""
+    words = command.split()
+    if words[1] != "train":
+        return "-"
+    found = re.search(
+        r"^Cost: (.*?)(?=^[A-Z]\w+: |\Z)", files.docstring(files.path_of(words[2])), re.DOTALL | re.MULTILINE
+    )
+    return " ".join(found[1].split()) if found else "-"

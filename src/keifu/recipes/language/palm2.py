@@ -7,8 +7,8 @@ sources and weights. Here they are our choice: PaLM's block (Chowdhery et al., 2
 1 (Tay et al., 2022) in the shares of U-PaLM (Tay et al., 2022b, section 2.3), attention that is causal over the prefix
 too, and the sources of `keifu.data.text.mixture` with weights that we chose. No figure of this run is one of PaLM 2.
 Command: keifu train palm2 --mixture multilingual
-Cost: printed before it starts, for a model of 6 M parameters and 3.5 M tokens; the texts are downloaded and tokenized
-before, once.
+Cost: printed before it starts; a model of 6 M parameters and 3.5 M tokens, some 8 minutes on 2 cores. The texts are
+downloaded and tokenized before, once.
 Expected: see docs/results.md, "Mixture of objectives".
 """
 

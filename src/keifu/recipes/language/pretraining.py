@@ -260,7 +260,7 @@ class PretrainingOptions(Logging):
     """Source of the training settings: keifu or the paper. The model is the same."""
     steps: Count = 600
     """Updates of the weights; the paper's numbers of steps shrink with them."""
-    batch_size: Count = 32
+    batch_size: Count = 16
     """Rows in a step, once the batch has grown."""
     micro_batch: Count | None = None
     """Rows computed at a time, which changes no loss; unset: as many as fit in memory."""
