@@ -89,7 +89,7 @@ def running(
     yield Served(f"http://127.0.0.1:{listening.getsockname()[1]}", models)
     server.should_exit = True
     thread.join(WAIT)
-    assert not thread.is_alive()
+    assert not thread.is_alive(), f"the server still works on {server.server_state.tasks}"
 
 
 def until(holds: Callable[[], bool], seconds: float = WAIT) -> None:

@@ -28,6 +28,7 @@ from keifu.models.diffusion.autoencoder_kl import (
 )
 from keifu.models.hf import config as hf
 from keifu.models.hf.unet import OLD_ATTENTION, SIZE
+from keifu.ranges import Count, Positive, check
 
 Vectors = Float[Tensor, "batch code_dim rows columns"]
 Codes = Int[Tensor, "batch rows columns"]
@@ -47,16 +48,19 @@ class Config:
         scale: factor that gives latents a variance near 1 for a diffusion model.
     """
 
-    size: int | tuple[int, int] = 256
-    channels: int = 3
-    latent_channels: int = 3
-    widths: tuple[int, ...] = (128, 256, 512)
-    n_residual_blocks: int = 2
-    codebook_size: int = 8192
-    code_dim: int | None = None
-    norm_groups: int = 32
+    size: Count | tuple[Count, Count] = 256
+    channels: Count = 3
+    latent_channels: Count = 3
+    widths: tuple[Count, ...] = (128, 256, 512)
+    n_residual_blocks: Count = 2
+    codebook_size: Count = 8192
+    code_dim: Count | None = None
+    norm_groups: Count = 32
     activation: str = "silu"
-    scale: float = 0.18215
+    scale: Positive = 0.18215
+
+    def __post_init__(self) -> None:
+        check(self)
 
     @property
     def factor(self) -> int:
