@@ -6,7 +6,7 @@ Axes: batch, length, vocab; wanted = tokens whose logits are requested.
 import ctypes
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from weakref import finalize
 
@@ -42,6 +42,9 @@ class Span:
       runner that is `contiguous`.
     - images: pictures of the sequence (`InsertedImages`); only for PyTorch's runner.
     - prompt: number of prompt tokens, which some rotary positions depend on; only for PyTorch's runner.
+    - guesses: number of last tokens that may be wrong. The sequence may continue from before them, or from any of them.
+    - borders: slots for states of fixed size that other sequences may begin from, by the number of tokens before them.
+    - origin: slot of such a state after `start` tokens, from which the sequence begins if it has none of its own.
     """
 
     sequence: int
@@ -52,6 +55,9 @@ class Span:
     sources: Sequence[int] = ()
     images: Any = None
     prompt: int = 0
+    guesses: int = 0
+    borders: Mapping[int, int] = field(default_factory=dict)
+    origin: int | None = None
 
 
 class NativeLM(nn.Module):
@@ -184,6 +190,10 @@ class NativeRunner:
     def fingerprint(self) -> str:
         """Return a hash of all that the keys and values depend on."""
         return self.model.fingerprint()
+
+    def latest(self, sequence: int, most: int) -> int:
+        """Return the number of tokens, at most `most`, after which a sequence can continue: any number."""
+        return most
 
     def forget(self, sequence: int) -> None:
         """Forget a sequence: nothing to do, since only the sequence's blocks contain its state."""

@@ -24,7 +24,7 @@ from keifu.inference.embeddings.classifiers import text_classifier
 from keifu.inference.embeddings.reranker import is_reranker
 from keifu.inference.images.pipeline import image_pipeline
 from keifu.inference.text.draft import Draft, check_guesses
-from keifu.inference.text.model import Encoder, TwoTowers, explain_not_causal, has_fixed_states, is_writer
+from keifu.inference.text.model import Encoder, TwoTowers, explain_not_causal, is_writer
 from keifu.inference.text.translation import is_translator
 from keifu.layers.transformer.speech import SpeechRecognizer
 from keifu.native.model import NativeLM, attach_native
@@ -54,7 +54,7 @@ class Description:
     """Facts about a model that are known before it is loaded.
 
     name: its id for clients. source: the path or name to load. size: maximal bytes of its weights in all forms.
-    weight_bytes: of the PyTorch weights. fixed_states: whether it has states of fixed size.
+    weight_bytes: of the PyTorch weights.
     """
 
     name: str
@@ -65,7 +65,6 @@ class Description:
     weight_bytes: int
     tokenizer: Any
     config: Any
-    fixed_states: bool
 
 
 def describe(source: str, name: str | None = None) -> Description:
@@ -82,7 +81,7 @@ def describe(source: str, name: str | None = None) -> Description:
         size = 2 * weight_bytes  # for PyTorch, and packed for native code
     elif device.type != "cpu" and not is_adapter(locate(source)):
         size = bytes_in_blocks(plan)
-    facts = getattr(config, "context_length", None), size, weight_bytes, tokenizer, config, has_fixed_states(plan.model)
+    facts = getattr(config, "context_length", None), size, weight_bytes, tokenizer, config
     return Description(name or source, source, uses, *facts)
 
 
@@ -184,7 +183,7 @@ class ServedModels:
         """Serve one more model. Raises `UserError` if it is larger than the memory."""
         name, writes = model.name, "completion" in model.uses
         if writes:
-            check_guesses(self.limits.guesses, model.tokenizer, model.config.vocab_size, model.fixed_states)
+            check_guesses(self.limits.guesses, model.tokenizer, model.config.vocab_size)
         if self.weights and (writes or {*PACKED_TOO} & {*model.uses}):
             self.packed[name] = self.weights
         if self.weights and writes:

@@ -50,7 +50,9 @@ class TokenByToken(TorchRunner):
         for span in batch:
             for place, token in enumerate(span.tokens):
                 wanted, sources = int(place >= len(span.tokens) - span.wanted), () if place else span.sources
-                one = replace(span, tokens=[token], start=span.start + place, wanted=wanted, sources=sources)
+                start = span.start + place
+                borders = {end: slot for end, slot in span.borders.items() if end == start + 1}
+                one = replace(span, tokens=[token], start=start, wanted=wanted, sources=sources, borders=borders)
                 logits = super()._run([one], last)
                 rows += [logits] if wanted else []
         found = torch.cat(rows) if rows else torch.empty(0, self.vocab_size)

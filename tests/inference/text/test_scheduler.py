@@ -17,8 +17,8 @@ class Steps:
     """A scheduler whose steps are recorded; the sampled token is 900 and the sequence's number."""
 
     def __init__(self, n_blocks: int, max_running: int = 3, step_tokens: int = 8, window: int | None = None):
-        self.blocks = BlockManager(n_blocks, 4)
-        self.scheduler = Scheduler(self.blocks, max_running, step_tokens, window, contiguous=False)
+        self.blocks = BlockManager(n_blocks, 4, window=window)
+        self.scheduler = Scheduler(self.blocks, max_running, step_tokens, contiguous=False)
         self.sequences: dict[int, Sequence] = {}
 
     def add(self, number: int, prompt: Tokens[int], limit: int = 50) -> Sequence:
@@ -195,7 +195,7 @@ def test_room_is_a_power_of_two_that_the_rest_of_the_answer_fits(
     tokens: int, limit: int, written: int, room: int
 ) -> None:
     """At least 512 tokens, and at most 256 beyond those that there are; 4 in a block."""
-    scheduler = Scheduler(BlockManager(999, 4), 1, 1, None, contiguous=True)
+    scheduler = Scheduler(BlockManager(999, 4), 1, 1, contiguous=True)
     request = Request(range(tokens), SamplingParams(max_tokens=limit), None, 1000, 1000)
     request.tokens = [1] * written
     assert scheduler._room(Sequence(0, request, [*request.prompt, *request.tokens])) == room

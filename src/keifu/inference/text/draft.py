@@ -12,7 +12,7 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.text.likelihood import STEP_TOKENS
-from keifu.inference.text.model import has_fixed_states, text_model
+from keifu.inference.text.model import text_model
 from keifu.inference.text.paged.blocks import BlockManager
 from keifu.inference.text.runner import Span, runner_of
 from keifu.native.model import NativeLM
@@ -40,23 +40,10 @@ class Draft:
         return self.tokenizer.backend.get_vocab() == tokenizer.backend.get_vocab()
 
 
-def check_guesses(
-    guesses: int | Draft | None, tokenizer: Tokenizer | None, vocab_size: int, fixed_states: bool
-) -> None:
-    """Raise `UserError` for a draft that does not fit the model, and for any guesses if the model has states of fixed
-    size."""
-    asked, instead = guesses, "use --guesses 0"
-    if isinstance(guesses, Draft):
-        if not guesses.has_vocabulary(tokenizer, vocab_size):
-            raise UserError("The draft has another vocabulary than the model: choose one with the same tokenizer.")
-        if has_fixed_states(guesses.model):
-            raise UserError("The draft has layers with a state of fixed size, which cannot go back: choose another.")
-        asked, instead = "A draft's", "leave out --draft"
-    if guesses and fixed_states:
-        raise UserError(
-            f"{asked} guesses were asked for, and this model has layers with a state of fixed size, which cannot go "
-            f"back when a guess is wrong: {instead}."
-        )
+def check_guesses(guesses: int | Draft | None, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+    """Raise `UserError` for a draft that does not fit the model."""
+    if isinstance(guesses, Draft) and not guesses.has_vocabulary(tokenizer, vocab_size):
+        raise UserError("The draft has another vocabulary than the model: choose one with the same tokenizer.")
 
 
 class Drafter:
@@ -95,9 +82,11 @@ class Drafter:
 
     def _span(self, number: int, text: list[int]) -> Span:
         """Return the next tokens of a text that the draft must read. If it has read all, return the last one again."""
-        start = min(len(self._read[number]), len(text) - 1)
+        start = self.runner.latest(number, min(len(self._read[number]), len(text) - 1))
         tokens = text[start : start + STEP_TOKENS]
-        return Span(number, tokens, start, self._tables[number], int(start + len(tokens) == len(text)))
+        end = start + len(tokens)
+        guesses = max(0, end - self._sure[number])
+        return Span(number, tokens, start, self._tables[number], int(end == len(text)), guesses=guesses)
 
     def _fits(self, number: int, tokens: Sequence[int], most: int) -> bool:
         """Return whether a sequence with its guesses fits the draft's vocabulary, context and memory. If so, allocate

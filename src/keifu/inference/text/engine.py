@@ -97,9 +97,9 @@ class Engine:
         self._threads = nullcontext if isinstance(self.runner, TorchRunner) else partial(on_threads, 1)
         runner = self.runner
         draft, wanted = (guesses, guesses.most) if isinstance(guesses, Draft) else (None, guesses)
-        check_guesses(guesses, tokenizer, runner.vocab_size, bool(runner.state_bytes))
+        check_guesses(guesses, tokenizer, runner.vocab_size)
         stored = stored_prefixes(folder, runner, blocks := blocks_of(runner))
-        self.scheduler = Scheduler(blocks, max_running, step_tokens, runner.window, runner.contiguous, stored)
+        self.scheduler = Scheduler(blocks, max_running, step_tokens, runner.contiguous, stored)
         usual = 0 if isinstance(runner, TorchRunner) and draft is None else MOST_GUESSES
         most = min(usual if wanted is None else wanted, self.scheduler.step_tokens // max_running - 1)
         self.guessing = Guessing(most, wanted is None)

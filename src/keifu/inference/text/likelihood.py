@@ -234,7 +234,7 @@ class LikelihoodReader:
     """
 
     def __init__(self, runner: Runner, most: int | None = None):
-        self.runner, self.blocks, self.most = runner, blocks_of(runner), most
+        self.runner, self.blocks, self.most = runner, blocks_of(runner, whole=True), most
         self._batch: list[tuple[Span, list[bytes]]] = []  # with the hashes of the blocks that each text fills
 
     def read(self, texts: Iterable[tuple[Sequence[int], int]]) -> Iterator[Float[Tensor, "wanted vocab"]]:

@@ -140,11 +140,6 @@ def continues_text(model: nn.Module) -> bool:
     return is_writer(model) or isinstance(model, MaskPredictor)
 
 
-def has_fixed_states(model: nn.Module) -> bool:
-    """Return whether layers have states of fixed size, from which the last tokens cannot be removed."""
-    return isinstance(model, Model) and bool(model.new_state(0, 1).row_bytes)
-
-
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's weights; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

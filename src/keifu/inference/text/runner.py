@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from keifu.files import hash_buffers, hash_of
 from keifu.inference.text.model import Model, causal, device_of
 from keifu.inference.text.paged.blocks import BlockManager
+from keifu.inference.text.paged.fixed_states import KeptStates
 from keifu.inference.text.paged.graphs import StepGraphs
 from keifu.inference.text.paged.pool import Pool
 from keifu.inference.text.paged.state import SMALLEST, PagedState, first_of_run, on_device
@@ -30,6 +31,7 @@ from keifu.layers.transformer.decoding import decoding_form
 from keifu.memory import available_memory
 from keifu.native.model import NativeRunner, Span, native_form, widest
 
+STATES = 32  # number of sequences for whose states of fixed size memory is left free; default number of kept states
 SHORT = 32  # shorter spans attend together at different positions; longer ones would mask too much
 
 
@@ -56,7 +58,7 @@ class TorchRunner:
     at a time are gathered, with up to a quarter of padding; all graphs share this memory.
     """
 
-    def __init__(self, model: Model, n_blocks: int, block_size: int = 16):
+    def __init__(self, model: Model, n_blocks: int, block_size: int = 16, n_states: int = STATES):
         self.model, self.n_blocks, self.block_size = model, n_blocks, block_size
         self.vocab_size: int = model.config.vocab_size
         self.context_length: int = model.config.context_length
@@ -71,7 +73,8 @@ class TorchRunner:
         kept = zip(empty.keys, empty.values, [layer.scoring for layer in layers], strict=False)
         every = len(layers) == len(empty.keys) and not empty.row_bytes
         self.packs = has_kernel(self.device) and every and all(fits(*cache) for cache in kept)
-        self._pool = Pool(empty, n_blocks * block_size, self.packs)
+        self.n_states = n_states if empty.row_bytes else 0
+        self._pool = Pool(empty, n_blocks * block_size, self.packs, self.n_states)
         self.state_bytes = self._pool.states.row_bytes
         self._form, whole = decoding_form(model) if self.packs else (model, False)
         self.graphs = StepGraphs(self._pool, self._logits) if whole and not self.by_length else None
@@ -129,6 +132,11 @@ class TorchRunner:
         data = (x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, x in tensors)
         return hash_of([repr(about), hash_buffers(data)])
 
+    def latest(self, sequence: int, most: int) -> int:
+        """Return the largest number of tokens, at most `most`, after which a sequence can continue: `most` itself
+        without states of fixed size."""
+        return self._pool.states.latest(sequence, most) if self.state_bytes else most
+
     def forget(self, sequence: int) -> None:
         """Free the data of a sequence, except blocks. The sequence has ended or was preempted."""
         self._pool.states.forget(sequence)
@@ -151,7 +159,7 @@ class TorchRunner:
         if self.packs:
             return [list(batch)]
         size, groups = self.block_size, list[list[Span]]()
-        alike: dict[tuple[int, ...], list[Span]] = {}
+        alike: dict[tuple[Any, ...], list[Span]] = {}
         for span in batch:
             width, end = len(span.tokens), span.start + len(span.tokens)
             first = first_of_run(span.blocks[: -(-end // size)]) if self.contiguous else None
@@ -161,7 +169,7 @@ class TorchRunner:
                 key = (1, width, span.sequence)
             else:
                 key = (1, width, max(SMALLEST, 1 << (end - 1).bit_length()))
-            alike.setdefault(key, []).append(span)
+            alike.setdefault((*key, *self._pool.states.kinds(span)), []).append(span)
         for (run, *_), spans in alike.items():
             if not run:
                 groups.append(spans)
@@ -174,7 +182,6 @@ class TorchRunner:
 
 Runner = TorchRunner | NativeRunner
 POOL = 0.25  # share of the free memory for the pool
-STATES = 32  # number of sequences for whose states of fixed size memory is left free
 
 
 def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16, native: bool = True) -> Runner:
@@ -188,13 +195,20 @@ def runner_of(model: nn.Module, memory: int | None = None, block_size: int = 16,
     probe: Runner = make(1)
     memory = int(POOL * available_memory(device_of(model))) if memory is None else memory
     memory -= min(memory // 2, STATES * probe.state_bytes)
+    kept = memory // probe.state_bytes if probe.state_bytes else 0  # a running sequence has two, so this is half
+    memory -= kept * probe.state_bytes // 2
     token = probe.token_bytes + (probe.copied_bytes if isinstance(probe, TorchRunner) else 0)
-    return make(max(1, memory // max(1, token * probe.block_size)))
+    n_blocks = max(1, memory // max(1, token * probe.block_size))
+    return TorchRunner(causal(model), n_blocks, block_size, kept) if kept else make(n_blocks)
 
 
-def blocks_of(runner: Runner) -> BlockManager:
-    """Return a manager of the runner's blocks."""
-    return BlockManager(runner.n_blocks, runner.block_size, sharing=not (runner.state_bytes or runner.by_length))
+def blocks_of(runner: Runner, whole: bool = False) -> BlockManager:
+    """Return a manager of the runner's blocks. whole: whether sequences have all their blocks until they end, and begin
+    from no kept state."""
+    fixed = isinstance(runner, TorchRunner) and runner.state_bytes
+    sharing = not runner.by_length and not (fixed and whole)
+    states = KeptStates(runner.n_states) if isinstance(runner, TorchRunner) and runner.state_bytes else None
+    return BlockManager(runner.n_blocks, runner.block_size, sharing, states, None if whole else runner.window)
 
 
 def _equally_spaced(spans: Sequence[Span], last: int) -> list[list[Span]]:

@@ -9,10 +9,12 @@ frees blocks that no later token attends to.
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence as Tokens
+from collections.abc import Iterable, Iterator, Mapping, Sequence as Tokens
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from keifu.inference.text.paged.blocks import BlockManager
+from keifu.inference.text.paged.fixed_states import is_border
 from keifu.inference.text.paged.stored import StoredPrefixes
 from keifu.inference.text.request import Piece, Request
 from keifu.native.model import Span
@@ -28,7 +30,9 @@ class Sequence:
     guesses: possible next tokens; they are computed with the last one, and kept while they are right. admitted: whether
     it has run before; blocks that a preempted sequence finds again were computed for it. passed: number of its first
     blocks that are before the window and not its own any more. sources: blocks that its next span copies into its first
-    blocks.
+    blocks. origin: slot of the kept state of fixed size that its next span begins from. borders: numbers of blocks
+    after which its state is kept for other sequences, besides those of `is_border`. slots: reserved slots of states
+    that are not computed yet, by number of tokens.
     """
 
     number: int
@@ -39,6 +43,9 @@ class Sequence:
     admitted: bool = False
     passed: int = 0
     sources: list[int] = field(default_factory=list)
+    origin: int | None = None
+    borders: set[int] = field(default_factory=set)
+    slots: dict[int, int] = field(default_factory=dict)
     hashes: list[bytes] = field(default_factory=list)
     guesses: list[int] = field(default_factory=list)
     stored: int = 0
@@ -56,12 +63,15 @@ class Sequence:
         """Number of tokens that may follow after the next one."""
         return self.request.limit - len(self.request.tokens) - 1
 
-    def span(self, count: int) -> Span:
-        """Return the next `count` tokens for the runner. Logits are wanted after the last one and after each guess."""
+    def span(self, count: int, borders: Mapping[int, int]) -> Span:
+        """Return the next `count` tokens for the runner. Logits are wanted after the last one and after each guess.
+        borders: slots of states to keep."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
         wanted = 1 + len(self.guesses) if count == self.left else 0
         prompt = len(self.request.prompt)
-        return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, self.request.images, prompt)
+        states = len(self.guesses), borders, self.origin
+        images = self.request.images
+        return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, images, prompt, *states)
 
     def take(self, figures: Iterable[float]) -> Piece:
         """Append the sampled token, and return its piece of text."""
@@ -81,17 +91,15 @@ class Sequence:
 class Scheduler:
     """Scheduler of waiting and running sequences. step_tokens, max_running: maximal tokens and sequences of a step.
 
-    window: the largest number of tokens that a token attends to in any layer, including itself; None: all. contiguous:
-    whether the runner is fastest if a sequence's blocks are consecutive. stored: beginnings of texts in a cache folder;
-    None: there is none.
+    contiguous: whether the runner is fastest if a sequence's blocks are consecutive. stored: beginnings of texts in a
+    cache folder; None: there is none.
     """
 
     def __init__(
-        self, blocks: BlockManager, max_running: int, step_tokens: int, window: int | None, contiguous: bool,
+        self, blocks: BlockManager, max_running: int, step_tokens: int, contiguous: bool,
         stored: StoredPrefixes | None = None,
     ):  # fmt: skip
         self.stored = stored
-        self.window = window or 1 << 62
         self.contiguous = contiguous
         self.blocks, self.max_running, self.step_tokens = blocks, max_running, max(step_tokens, max_running)
         self.waiting: deque[Sequence] = deque()
@@ -114,18 +122,20 @@ class Scheduler:
         """Return the spans of the next step. After computing, call `done` for each of them."""
         self.preempted = []
         budget = self.step_tokens
-        spans: list[Span] = []
+        chosen: list[tuple[Sequence, int]] = []
         for sequence in list(self.running):
             count = min(sequence.left, budget)
             if sequence not in self.running or not count:
                 continue  # preempted for an earlier one, or waits for the next step
             sequence.guesses = sequence.guesses[: max(0, budget - count)] if sequence.left == 1 else []
             if self._extend(sequence, sequence.computed + count + len(sequence.guesses)):
-                spans.append(sequence.span(count))
+                chosen.append((sequence, count))
                 budget -= count + len(sequence.guesses)
         if self.waiting and not self.preempted:
-            spans += self._admit(budget)
-        return spans
+            chosen += self._admit(budget)
+        return [
+            sequence.span(count, self._slots(sequence, count + len(sequence.guesses))) for sequence, count in chosen
+        ]
 
     def following(self, spans: list[Span]) -> list[Span]:
         """Return the spans of the step after one whose tokens are not known yet; an empty list if it depends on them.
@@ -146,7 +156,10 @@ class Scheduler:
             if count > 0:
                 s.blocks = s.blocks + self.blocks.allocate(count, s.blocks[-1], self._room(s))
         new = enumerate(zip(ends, pairs, strict=True))
-        return [replace(x, tokens=[row], start=end, blocks=s.blocks, sources=()) for row, (end, (s, x)) in new]
+        return [
+            replace(x, tokens=[row], start=end, blocks=s.blocks, sources=(), borders=self._slots(s, 1, end))
+            for row, (end, (s, x)) in new
+        ]
 
     def restart(self) -> list[Sequence]:
         """Preempt all running sequences, and return them. They are recomputed from their first tokens."""
@@ -157,8 +170,7 @@ class Scheduler:
 
     def done(self, sequence: Sequence, count: int) -> None:
         """Record that `count` more tokens of a sequence are computed. Its full blocks may be shared from now on."""
-        self.blocks.release(sequence.sources)
-        sequence.sources = []
+        self._forget_origin(sequence)
         size = self.blocks.block_size
         before, sequence.computed = sequence.computed // size, sequence.computed + count
         if sequence.computed // size > before:
@@ -166,15 +178,17 @@ class Scheduler:
             full = slice(before, sequence.computed // size)
             for block, digest in zip(sequence.blocks[full], sequence.hashes[full], strict=False):
                 self.blocks.remember(block, digest)
+        for tokens in [tokens for tokens in sequence.slots if tokens <= sequence.computed]:
+            self.blocks.remember_state(sequence.slots.pop(tokens), sequence.hashes[tokens // size - 1])
         if self.stored is not None:
             self._store(sequence, self.stored)
-        passed = max(0, sequence.computed - self.window + 1) // size
+        passed = self.blocks.passed(sequence.computed)
         self.blocks.release(sequence.blocks[sequence.passed : passed])
         sequence.passed = passed
 
-    def _admit(self, budget: int) -> Iterator[Span]:
-        """Admit waiting sequences while there are tokens and blocks for them."""
-        filling = {digest for sequence in self.running for digest in self._unfilled(sequence)}
+    def _admit(self, budget: int) -> Iterator[tuple[Sequence, int]]:
+        """Admit waiting sequences while there are tokens and blocks for them. Yield each with its number of tokens."""
+        filling = {digest: sequence for sequence in self.running for digest in self._unfilled(sequence)}
         for sequence in list(self.waiting):
             if not budget or len(self.running) >= self.max_running:
                 return
@@ -182,30 +196,48 @@ class Scheduler:
             wanted = sequence.hashes[: (len(sequence.tokens) - 1) // self.blocks.block_size]  # without the last
             if self.stored is not None and not sequence.admitted:
                 self._restore(sequence, wanted, self.stored)
-            shared = self.blocks.shared(wanted)
-            if any(digest in filling for digest in wanted[len(shared) :][:1]):
+            prefix = self.blocks.prefix(wanted)
+            if (writer := next((filling.get(digest) for digest in wanted[prefix.known :][:1]), None)) is not None:
+                pairs = zip(wanted, writer.hashes, strict=False)
+                writer.borders.add(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
                 continue  # a running sequence computes the same block: wait for it
-            known = len(shared) * self.blocks.block_size  # with windows, reading a prompt frees blocks again
-            reach = min(len(sequence.tokens), known + self.step_tokens + self.window)
+            known = prefix.known * self.blocks.block_size  # with windows, reading a prompt frees blocks again
+            reach = min(len(sequence.tokens), known + self.step_tokens + (self.blocks.window or len(sequence.tokens)))
             start = self.blocks.begin(wanted, self._blocks_for(reach), self._room(sequence))
             if start is None:
                 return
             self.waiting.remove(sequence)
-            sequence.blocks, sequence.sources = start.blocks, start.sources
-            sequence.computed = start.known * self.blocks.block_size
+            sequence.blocks, sequence.sources, sequence.origin = start.blocks, start.sources, start.origin
+            sequence.computed, sequence.passed = start.known * self.blocks.block_size, start.passed
+            sequence.borders |= {prefix.cached, len(wanted)}  # where it leaves another sequence, and its last one
             if not sequence.admitted:
                 sequence.admitted, sequence.request.cached = True, sequence.computed
             self.running.append(sequence)
-            filling.update(self._unfilled(sequence))
+            filling.update(dict.fromkeys(self._unfilled(sequence), sequence))
             count = min(sequence.left, budget)
             budget -= count
-            yield sequence.span(count)
+            yield sequence, count
+
+    def _slots(self, sequence: Sequence, count: int, start: int | None = None) -> dict[int, int]:
+        """Reserve slots for the states to keep of the next `count` tokens. Return them by number of tokens before each
+        border. start: number of tokens before these, if the sequence is further than `computed`."""
+        states, size, slots = self.blocks.states, self.blocks.block_size, sequence.slots
+        if states is None:
+            return {}
+        first = sequence.computed if start is None else start
+        blocks = range(first // size + 1, (first + count) // size + 1)
+        for number in (number for number in blocks if is_border(number) or number in sequence.borders):
+            known = number <= len(sequence.hashes) and sequence.hashes[number - 1] in states
+            if number * size not in slots and not known and (slot := states.reserve()) is not None:
+                slots[number * size] = slot
+        return {number * size: slots[number * size] for number in blocks if number * size in slots}
 
     def _restore(self, sequence: Sequence, hashes: list[bytes], stored: StoredPrefixes) -> None:
         """Read blocks of a sequence's beginning from the cache folder if they fit the memory. They are then cached
         blocks that no sequence uses yet."""
         known = self.blocks.shared(hashes)
-        lacking = stored.reach(hashes, len(known)) - len(known)
+        reach = stored.reach(hashes, len(known))
+        lacking = reach - len(known) if reach > self.blocks.prefix(hashes).known else 0
         needed = self._blocks_for(len(sequence.tokens)) - len(known) + self.blocks.unused(known)
         if lacking <= 0 or needed > self.blocks.free:
             return
@@ -267,9 +299,18 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.blocks[sequence.passed :])
-        self.blocks.release(sequence.sources)
-        sequence.blocks, sequence.sources, sequence.guesses = [], [], []
+        self._forget_origin(sequence)
+        while sequence.slots and self.blocks.states is not None:
+            self.blocks.states.cancel(sequence.slots.popitem()[1])
+        sequence.blocks, sequence.guesses = [], []
         sequence.passed = sequence.computed = 0
+
+    def _forget_origin(self, sequence: Sequence) -> None:
+        """Release the blocks that a sequence copies and the state that it begins from."""
+        self.blocks.release(sequence.sources)
+        if sequence.origin is not None and self.blocks.states is not None:
+            self.blocks.states.release(sequence.origin)
+        sequence.sources, sequence.origin = [], None
 
     def _hash(self, sequence: Sequence) -> None:
         start = len(sequence.hashes) * self.blocks.block_size

@@ -12,7 +12,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import takewhile
 from typing import NamedTuple
+
+from keifu.inference.text.paged.fixed_states import KeptStates
 
 
 def digests(tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
@@ -25,16 +28,32 @@ def digests(tokens: Sequence[int], block_size: int, known: Sequence[bytes] = ())
     return hashes
 
 
+class Prefix(NamedTuple):
+    """Cached beginning of a sequence.
+
+    known: number of its blocks. passed: number of the first of them that no later token attends to. blocks: the others.
+    cached: number of blocks whose keys and values are cached; more than `known` if the state after them is not kept.
+    """
+
+    known: int
+    passed: int
+    blocks: list[int]
+    cached: int
+
+
 class Start(NamedTuple):
     """Blocks of a new sequence.
 
     blocks: its block table. sources: blocks to copy into the first of these before the first step; the sequence uses
-    them until then. known: number of its first blocks that are already computed.
+    them until then. known: number of its first blocks that are already computed. passed: number of the first of these
+    that no token will attend to, so that they are not its own. origin: slot of the kept state after the known blocks.
     """
 
     blocks: list[int]
     sources: list[int]
     known: int
+    passed: int
+    origin: int | None
 
 
 class Gaps:
@@ -64,10 +83,18 @@ class Gaps:
 
 class BlockManager:
     """Manager of `n_blocks` blocks of `block_size` tokens: their users and contents. sharing: whether sequences may
-    share blocks."""
+    share blocks.
 
-    def __init__(self, n_blocks: int, block_size: int, sharing: bool = True):
+    states: the kept states of fixed size, without which a sequence cannot begin after shared blocks; None for a model
+    without such states. window: the number of last tokens that a token attends to, including itself; None: all.
+    """
+
+    def __init__(
+        self, n_blocks: int, block_size: int, sharing: bool = True, states: KeptStates | None = None,
+        window: int | None = None,
+    ):  # fmt: skip
         self.n_blocks, self.block_size, self.sharing = n_blocks, block_size, sharing
+        self.states, self.window = states, window
         self._users: dict[int, int] = {}  # number of users of each block in use
         self._block_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
@@ -84,14 +111,27 @@ class BlockManager:
         """Number of blocks that no sequence uses."""
         return self.n_blocks - len(self._users)
 
+    def passed(self, tokens: int) -> int:
+        """Return how many blocks no token after the first `tokens` attends to."""
+        return 0 if self.window is None else max(0, tokens - self.window + 1) // self.block_size
+
     def shared(self, hashes: Sequence[bytes]) -> list[int]:
-        """Return the cached blocks of the longest known beginning."""
-        known = []
-        for digest in hashes:
-            if (block := self._block_of.get(digest)) is None:
-                break
-            known.append(block)
-        return known
+        """Return the cached blocks of the longest beginning of which all are cached."""
+        return [self._block_of[digest] for digest in takewhile(self._block_of.__contains__, hashes)]
+
+    def prefix(self, hashes: Sequence[bytes]) -> Prefix:
+        """Return the longest known beginning: with the blocks that later tokens attend to, and the state."""
+        known = cached = run = 0  # all blocks from `run` on are cached
+        for number, digest in enumerate(hashes, 1):
+            if digest not in self._block_of:
+                if self.window is None:
+                    break
+                run = number
+            elif self.passed(number * self.block_size) >= run:
+                cached = number
+                known = number if self.states is None or digest in self.states else known
+        passed = self.passed(known * self.block_size)
+        return Prefix(known, passed, [self._block_of[digest] for digest in hashes[passed:known]], cached)
 
     def unused(self, blocks: Sequence[int]) -> int:
         """Return how many of these blocks are unused: sharing them reduces the number of free blocks."""
@@ -110,17 +150,20 @@ class BlockManager:
         room: number of further blocks that the sequence may need; above 0, all are to be consecutive. Then cached
         blocks are copied if the block after them is taken. If there is no memory for a copy, they are shared.
         """
-        known = self.shared(hashes)
-        kept = self.unused(known)
-        copied = bool(room and known) and not self.can_follow(known) and total + kept <= self.free
-        needed = total if copied else total - len(known)
+        known, passed, shared, _ = self.prefix(hashes)
+        kept = self.unused(shared)
+        copied = bool(room and shared) and not self.can_follow(shared) and total + kept <= self.free and not passed
+        needed = total if copied else total - known
         if needed + kept > self.free:
             return None
-        self.share(known)
+        self.share(shared)
+        origin = self.states.use(hashes[known - 1]) if self.states is not None and known else None
         if copied:
-            return Start(self.allocate(total, room=room), known, len(known))
-        after = known[-1] if known and room else None
-        return Start(known + self.allocate(needed, after, room), [], len(known))
+            return Start(self.allocate(total, room=room), shared, known, 0, origin)
+        after = shared[-1] if shared and room else None
+        # the first entries are not read; consecutive ones let the runner read the others without a copy
+        unread = [max(0, shared[0] - passed + number) for number in range(passed)] if shared else [0] * passed
+        return Start(unread + shared + self.allocate(needed, after, room), [], known, passed, origin)
 
     def can_follow(self, blocks: Sequence[int]) -> bool:
         """Return whether these blocks are consecutive and the block after them is free."""
@@ -200,14 +243,26 @@ class BlockManager:
         return start, first
 
     def _forget(self, block: int) -> int:
-        """Empty a cached block. Return the start of its run."""
-        del self._block_of[self._digest_of.pop(block)]
+        """Empty a cached block, and drop the state after it. Return the start of its run."""
+        digest = self._digest_of.pop(block)
+        del self._block_of[digest]
+        if self.states is not None:
+            self.states.forget(digest)
         return self._gaps.add(block)
 
     def remember(self, block: int, digest: bytes) -> None:
         """Record the hash of a full block. Of blocks with equal hashes, the first is recorded."""
         if digest not in self._block_of and block not in self._digest_of:
             self._block_of[digest], self._digest_of[block] = block, digest
+
+    def remember_state(self, slot: int, digest: bytes) -> None:
+        """Record the hash of all tokens before the state that was computed in a reserved slot. It is kept as long as
+        the last block of these tokens."""
+        assert self.states is not None, "slots are reserved for a model with states"
+        if digest in self._block_of:
+            self.states.remember(slot, digest)
+        else:
+            self.states.cancel(slot)
 
     def release(self, blocks: Sequence[int]) -> None:
         """Remove a user from these blocks."""

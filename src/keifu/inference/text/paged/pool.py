@@ -3,14 +3,13 @@
 import math
 import mmap
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, count
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from keifu.inference.text.paged.fixed_states import FixedStates
 from keifu.layers.attention.kv_cache import KVState
-from keifu.native.model import Span
 
 
 class Pool:
@@ -21,9 +20,11 @@ class Pool:
 
     joined: whether the keys and values of a token are one row, [1, tokens, 2 · heads · head_dim], so that one kernel
     writes them and one reads them. Such a pool has one more token, at index `capacity`, for writes of padding.
+
+    n_states: number of states of fixed size that are kept for other sequences.
     """
 
-    def __init__(self, empty: KVState, tokens: int, joined: bool = False):
+    def __init__(self, empty: KVState, tokens: int, joined: bool = False, n_states: int = 0):
         self.device, self.token_bytes, self.joined, self._tokens = empty.device, empty.token_bytes, joined, tokens
         lazy = self.device.type == "cpu"
         make = _lazy_zeros if lazy else Tensor.new_zeros
@@ -36,7 +37,7 @@ class Pool:
             self.keys, self.values = (
                 [make(x, (x.shape[1], tokens, x.shape[3])) for x in kept] for kept in (empty.keys, empty.values)
             )
-        self.states = FixedStates([x.shape[1] for x in empty.fixed], self.device)
+        self.states = FixedStates([x.shape[1] for x in empty.fixed], self.device, make, n_states)
 
     @property
     def capacity(self) -> int:
@@ -82,46 +83,6 @@ class Pool:
         """Return the positions of the tokens of whole blocks in the pool."""
         slots = torch.tensor(blocks, device="cpu")[:, None] * size + torch.arange(size, device="cpu")
         return slots.flatten().to(self.device)
-
-
-class FixedStates:
-    """States of fixed size of running sequences, [slots, numbers of all layers]. Slot 0 is the initial state.
-
-    Each sequence has two: after its last step and before it. If a step is interrupted, it is repeated from the
-    latter.
-    """
-
-    def __init__(self, widths: Sequence[int], device: torch.device):
-        self.ends = list(accumulate(widths))
-        self.row_bytes = 8 * self.ends[-1]
-        self.numbers = torch.zeros(1, self.ends[-1], device=device)
-        self._slots: dict[int, dict[int, int]] = {}  # of each sequence, by its number of tokens
-
-    def begin(self, spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-        """Return the slots of the states before the step and of those after it."""
-        if not self.row_bytes:
-            return [], []
-        before = [self._slots[span.sequence][span.start] if span.start else 0 for span in spans]
-        used = {slot for slots in self._slots.values() for slot in slots.values()}
-        free = (slot for slot in count(1) if slot not in used)
-        after = [next(free) for _ in spans]
-        if (lacking := max(after) + 1 - len(self.numbers)) > 0:
-            more = self.numbers.new_zeros(max(lacking, len(self.numbers)), self.ends[-1])
-            self.numbers = torch.cat([self.numbers, more])
-        return before, after
-
-    def advance(self, spans: Sequence[Span], before: Sequence[int], after: Sequence[int]) -> None:
-        """Record the states after a step and before it as the present ones."""
-        for span, old, new in zip(spans, before, after, strict=False):
-            self._slots[span.sequence] = {span.start: old, span.start + len(span.tokens): new}
-
-    def forget(self, sequence: int) -> None:
-        """Free the states of a sequence."""
-        self._slots.pop(sequence, None)
-
-    def layer(self, index: int) -> Float[Tensor, "slots numbers"]:
-        """Return the numbers of one layer."""
-        return self.numbers[:, self.ends[index - 1] if index else 0 : self.ends[index]]
 
 
 def _lazy_zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:

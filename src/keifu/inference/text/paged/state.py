@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from keifu.inference.text.paged.fixed_states import SpanStates, Stop
 from keifu.inference.text.paged.pool import Pool
 from keifu.layers.attention.attention import Rule, Scoring, attend
 from keifu.layers.attention.masks import CausalMask, RaggedMask
@@ -61,12 +62,13 @@ class PagedState:
         self.pool = pool
         self.longest = max(span.start for group in groups for span in group)
         self._spans = [span for group in groups for span in group]
-        self._slots = pool.states.begin(self._spans)
-        states = [iter(slots) for slots in self._slots]
+        self._states = pool.states.begin(self._spans)
+        states = iter(self._states)
         self.groups = [(PackedGroup if packs else SpanGroup)(spans, size, pool.device) for spans in groups]
         self.lists: list[list[int]] = [*numbers_of(self._spans, size), wanted]
         for group in self.groups:
-            self.lists += [*(list(islice(slots, group.count)) for slots in states), *group.lists]
+            group.stop_at(list(islice(states, group.count)))
+            self.lists += [*group.slots, *group.lists]
 
     def begin(self, parts: Sequence[Tensor]) -> None:
         """Set the tensors of the step. parts: `lists` on the device."""
@@ -74,7 +76,8 @@ class PagedState:
         self.tokens, self._positions, self.sequence_lengths = tokens[None], positions[None], lengths[None]
         own = iter(rest)
         for group, part in zip(self.groups, self.split(positions, 0), strict=True):
-            group.begin(part, (next(own), next(own)), [next(own) for _ in group.lists])
+            group.states = [next(own) for _ in group.slots]
+            group.begin(part, [next(own) for _ in group.lists])
 
     def split(self, x: Tensor, axis: int) -> tuple[Tensor, ...]:
         """Split a tensor with an axis of all tokens into the parts of the groups."""
@@ -87,11 +90,11 @@ class PagedState:
     def layer(self, index: int) -> "PagedCache | PackedCache":
         if self.pool.joined:
             return PackedCache(self, self.pool.keys[index])
-        return PagedCache(self, self.pool.keys[index], self.pool.values[index], self.pool.states.layer(index))
+        return PagedCache(self, self.pool.keys[index], self.pool.values[index], *self.pool.states.layer(index))
 
     def advance(self) -> None:
         """Record the new states of fixed size. Keys and values were written during attention."""
-        self.pool.states.advance(self._spans, *self._slots)
+        self.pool.states.advance(self._spans, self._states)
 
 
 class SpanGroup:
@@ -99,8 +102,13 @@ class SpanGroup:
     pool.
 
     lists: numbers that are copied to the device with those of the step. `begin` gets them there, with the positions of
-    the tokens and the slots of states of fixed size before and after the step.
+    the tokens. slots, states: slots of the states of fixed size, in lists and on the device: those before the step, and
+    for each stop those of the sequences and the kept ones, if it has them.
     """
+
+    stops: list[Stop]  # of the first span; those of the others are of the same kinds
+    slots: list[list[int]]
+    states: list[Int[Tensor, " spans"]]
 
     def __init__(self, spans: Sequence[Span], size: int, device: torch.device):
         self._starts = [span.start for span in spans]
@@ -116,9 +124,16 @@ class SpanGroup:
         self.lists = [] if self._view else [[*chain.from_iterable(_padded(tables))]]
         self._gathered: dict[int, Tensor] = {}
 
-    def begin(self, positions: Int[Tensor, " tokens"], states: tuple[Tensor, Tensor], numbers: list[Tensor]) -> None:
+    def stop_at(self, states: Sequence[SpanStates]) -> None:
+        """Set the slots of the states before the spans and at their stops; there are none without states."""
+        self.stops = states[0].stops if states else []
+        self.slots = [[before for before, _ in states]] if states else []
+        for stops in zip(*(stops for _, stops in states), strict=True):
+            chosen = [stop.slot for stop in stops], [stop.kept for stop in stops]
+            self.slots += [[slot for slot in slots if slot is not None] for slots in chosen if slots[0] is not None]
+
+    def begin(self, positions: Int[Tensor, " tokens"], numbers: list[Tensor]) -> None:
         """Store the tensors of the step, which are on the device."""
-        self.states = states
         self._tables = numbers[0].view(self.count, -1) if numbers else None
         self._mask: CausalMask | RaggedMask = RaggedMask(positions.view(self.count, -1), self.last)
         if self.first == max(self._starts):
@@ -169,7 +184,7 @@ class PackedGroup(SpanGroup):
         seen += [0] * (_rounded(len(seen)) - len(seen))
         self.lists = [[0, *accumulate(new)], [0, *accumulate(ends)], seen]
 
-    def begin(self, positions: Int[Tensor, " tokens"], states: tuple[Tensor, Tensor], numbers: list[Tensor]) -> None:
+    def begin(self, positions: Int[Tensor, " tokens"], numbers: list[Tensor]) -> None:
         new, ends, self._seen = numbers
         self._bounds = Bounds(new.int(), ends.int(), *self.most)
 
@@ -220,10 +235,16 @@ class DecodingState(PagedState):
 
 
 class PagedCache:
-    """Keys and values of one layer in a step. All tokens are written at once; then each group attends."""
+    """Keys and values of one layer in a step. All tokens are written at once; then each group attends.
 
-    def __init__(self, step: PagedState, keys: Tensor, values: Tensor, states: Float[Tensor, "slots numbers"]):
-        self.step, self.keys, self.values, self.states = step, keys, values, states
+    states, kept: states of fixed size of the running sequences, and of shared beginnings.
+    """
+
+    def __init__(
+        self, step: PagedState, keys: Tensor, values: Tensor, states: Float[Tensor, "slots numbers"],
+        kept: Float[Tensor, "kept numbers"],
+    ):  # fmt: skip
+        self.step, self.keys, self.values, self.states, self.kept = step, keys, values, states, kept
 
     def attend(
         self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"],
@@ -242,14 +263,22 @@ class PagedCache:
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
 
     def recur(self, rule: Rule, x: Float[Tensor, "1 length channels"]) -> Float[Tensor, "1 length out"]:
-        """Apply `rule` to the new tokens and the states of their sequences. Write the new states, and return the
-        output."""
+        """Apply `rule` to the new tokens and the states of their sequences. Write the states at the stops, and return
+        the output."""
         outputs = []
         for group, part in zip(self.step.groups, self.step.split(x[0], 0), strict=True):
-            before, after = group.states
-            y, states = rule(part.unflatten(0, (group.count, -1)), self.states.index_select(0, before))
-            self.states.index_copy_(0, after, states)
-            outputs.append(y.flatten(0, 1))
+            slots, tokens, start = iter(group.states), part.unflatten(0, (group.count, -1)), 0
+            states = self.states.index_select(0, next(slots))
+            pieces = []
+            for stop in group.stops:
+                y, states = rule(tokens[:, start : stop.tokens], states)
+                pieces.append(y)
+                start = stop.tokens
+                if stop.slot is not None:
+                    self.states.index_copy_(0, next(slots), states)
+                if stop.kept is not None:
+                    self.kept.index_copy_(0, next(slots), states)
+            outputs.append((torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]).flatten(0, 1))
         return torch.cat(outputs)[None]
 
 

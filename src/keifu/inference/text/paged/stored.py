@@ -125,7 +125,7 @@ def stored_prefixes(folder: CacheFolder | None, runner: Runner, blocks: BlockMan
     cannot be used by another text."""
     if folder is None:
         return None
-    if not blocks.sharing:
+    if runner.state_bytes or not blocks.sharing:
         reason = "layers have states of fixed size" if runner.state_bytes else "keys depend on the prompt's length"
         LOG.warning("The cache folder is not used for this model, because its %s.", reason)
         return None
