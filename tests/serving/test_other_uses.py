@@ -18,7 +18,6 @@ from serving_toys import WAIT, running, sharp
 
 import keifu
 from keifu import cli
-from keifu.commands import serve
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.inference.embeddings.encoders import embed
@@ -267,24 +266,24 @@ def test_memory_holds_the_draft_too(folder: Path) -> None:
     assert {*models.workers} == {"other"}
 
 
-def test_guesses_that_a_model_or_a_draft_cannot_take_back_are_refused_before_the_start(
-    folder: Path, tmp_path: Path
-) -> None:
-    base, hybrid = str(folder / "base"), str(tmp_path / "hybrid")
+def test_guesses_and_a_draft_change_no_answer_of_a_hybrid(folder: Path, tmp_path: Path) -> None:
+    base, hybrid = folder / "base", tmp_path / "hybrid"
     _, tokenizer = keifu.load(base)
     sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "head_dim": 8, "rope_dim": 4, "n_experts": 2}
     linear = {"n_linear_key_heads": 1, "n_linear_value_heads": 1, "linear_key_dim": 4, "linear_value_dim": 4}
     others = {"expert_dim": 8, "shared_dim": 8, "n_experts_per_token": 1, "context_length": 64, "global_layers": (1,)}
     config = qwen3_next.Config(vocab_size=tokenizer.vocab_size, **sizes, **linear, **others)
-    keifu.save(qwen3_next.build(config), tokenizer, hybrid)
-    cannot = "guesses were asked for, and this model has layers with a state of fixed size"
-    for options, words in (
-        (serve.Options((hybrid,), draft=base), f"A draft's {cannot}.*leave out --draft"),
-        (serve.Options((hybrid,), guesses=3), f"3 {cannot}.*use --guesses 0"),
-        (serve.Options((base,), draft=hybrid), "The draft has layers with a state of fixed size"),
-    ):
-        with pytest.raises(UserError, match=words):
-            serve.run(options)
+    keifu.save(sharp(qwen3_next.build(config)), tokenizer, hybrid)
+    body = {"prompt": "abcabcabcabc", "max_tokens": 24, "temperature": 0}
+    texts, guessed = [], []
+    for guesses in (0, 3, Draft(*keifu.load(base))):
+        with running([str(hybrid)], Limits(guesses=guesses), Access()) as served:
+            answer = served.post("/v1/completions", body).json()
+        texts.append(answer["choices"][0]["text"])
+        details = answer["usage"]["completion_tokens_details"]
+        guessed.append(details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"])
+    assert texts[1] == texts[2] == texts[0]
+    assert not guessed[0] and guessed[2], "the draft has guessed"
 
 
 @pytest.mark.parametrize(

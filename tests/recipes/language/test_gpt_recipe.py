@@ -62,10 +62,10 @@ def test_a_hybrid_learns_and_generates(text: str, tmp_path: Path, capsys: pytest
     assert [type(block.attention).__name__ for block in model.blocks] == ["GatedDeltaNet", "GatedAttention"]
     capsys.readouterr()
     main(["generate", run, "the cat", "--max-tokens", "5", "--temperature", "0", "--guesses", "0"])
-    assert capsys.readouterr().out.strip()
-    with pytest.raises(SystemExit):
-        main(["generate", run, "the cat", "--guesses", "3"])
-    assert "cannot go back when a guess is wrong" in capsys.readouterr().err
+    written = capsys.readouterr().out
+    assert written.strip()
+    main(["generate", run, "the cat", "--max-tokens", "5", "--temperature", "0", "--guesses", "3"])
+    assert capsys.readouterr().out == written
 
 
 def test_its_rates_are_a_tenth_unless_they_are_given() -> None:
