@@ -12,7 +12,6 @@ from pathlib import Path
 from keifu.page import kernel
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "src/keifu/page"
 MODELS = ROOT / "pretrained/src/keifu_pretrained"
 ELEMENT = re.compile(r'<div data-live="([^"]*)"></div>')
 TEXT = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
@@ -87,10 +86,7 @@ def element(name: str, language: str) -> str:
 def copy(site: Path) -> None:
     """Copy the scripts, the kernel and the models of the elements that pages have into the site."""
     live = site / "live"
-    shutil.copytree(PAGE / "live", live, dirs_exist_ok=True)
-    shutil.copytree(PAGE / "engine", site / "engine", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.c"))
-    if kernel.can_compile():
-        kernel.compile_kernel(site / "engine/kernel.wasm")
+    kernel.copy_page(site)
     for name in used:
         for file in FILES[name]:
             target = live / "models" / file

@@ -20,14 +20,12 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the engine, its kernel if it can be compiled, the packaged models and the harness."""
+    """Return a folder with the engine as browsers load it, the packaged models and the harness."""
     place = tmp_path_factory.mktemp("page")
-    (place / "engine").symlink_to(ROOT / "src/keifu/page/engine")
+    kernel.copy_engine(place / "engine")
     (place / "models").symlink_to(ROOT / "pretrained/src/keifu_pretrained")
     (place / "harness.js").symlink_to(ROOT / "tests/page/harness.js")
     (place / "index.html").write_text('<!doctype html><link rel="icon" href="data:,">\n', encoding="utf-8")
-    if kernel.can_compile():
-        kernel.compile_kernel(place / "kernel.wasm")
     return place
 
 

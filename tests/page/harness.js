@@ -24,7 +24,7 @@ async function bytes(path) {
 }
 
 async function compiled(kernel) {
-  return kernel ? WebAssembly.compile(await bytes("/kernel.wasm")) : null;
+  return kernel ? WebAssembly.compile(await bytes("/engine/kernel.wasm")) : null;
 }
 
 async function model(name, kernel) {

@@ -21,7 +21,6 @@ from keifu.errors import UserError
 from keifu.page import kernel
 from keifu.page.single_file import single_file
 
-PAGE = Path(kernel.__file__).parent
 ELEMENTS = {"llama": "gpt-en", "marian": "ja-en", "bert": "bert-en", "keifu_mlp": "network", "DDPMPipeline": "digits"}
 WEIGHTS = "model.safetensors"
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -84,10 +83,7 @@ def write_web(model: Path, out: Path, title: str, int8: bool, one_file: bool = F
 
 def _write_folder(model: Path, place: Path, exported: Exported, title: str, int8: bool) -> None:
     """Write the page, the engine and the model's files into a new folder."""
-    shutil.copytree(PAGE / "live", place / "live")
-    shutil.copytree(PAGE / "engine", place / "engine", ignore=shutil.ignore_patterns("*.c"))
-    if kernel.can_compile():
-        kernel.compile_kernel(place / "engine/kernel.wasm")
+    kernel.copy_page(place)
     for file in exported.files:
         target = place / "live/models/own" / file
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 // What a page can ask a model for. An action gets the model (models.js), the options, and `report`, which sends an
 // intermediate result and returns a promise of whether to go on. Everything it returns can be cloned into a message.
 
+import { softmax } from "./layers.js";
 import { normalise, normals } from "./pictures.js";
 import { distribution, draw, likeliest } from "./sampling.js";
-import { ModelError, softmax } from "./tensors.js";
+import { ModelError } from "./tensors.js";
 
 const piece = (tokenizer, id) => (tokenizer.type === "WordPiece" ? tokenizer.names[id] : new TextDecoder().decode(tokenizer.bytes(id)));
 const best = (tokenizer, logits, count) => likeliest(logits, count).map(({ id, logP }) => ({ id, text: piece(tokenizer, id), probability: Math.exp(logP) }));

@@ -1,11 +1,11 @@
 // BERT (Devlin et al., 2018): an encoder that sees both sides of a word, and fills in words that are hidden.
 
-import { ModelError, add, attend, gelu, layerNorm } from "./tensors.js";
+import { Module, add, checkActivation, checkLength, gelu, watching } from "./layers.js";
 
-export class BERT {
+export class BERT extends Module {
   constructor(tensors, config) {
-    if (config.hidden_act !== "gelu") throw new ModelError(`The engine's BERT has the activation gelu, and this model ${config.hidden_act}.`);
-    Object.assign(this, { tensors, config });
+    super(tensors, config);
+    checkActivation("BERT", "gelu", config.hidden_act);
     this.dim = config.hidden_size;
     this.nLayers = config.num_hidden_layers;
     this.nHeads = config.num_attention_heads;
@@ -14,29 +14,18 @@ export class BERT {
     tensors.entry(this.embedding);
   }
 
-  linear(x, name) {
-    return this.tensors.linear(x, `${name}.weight`, `${name}.bias`);
-  }
-
-  norm(x, name) {
-    return layerNorm(x, this.tensors.get(`${name}.weight`), this.tensors.get(`${name}.bias`), this.config.layer_norm_eps);
-  }
-
   // The state of each token after the last layer: [n, dim].
   encode(ids, { segments = ids.map(() => 0), watch = {}, off = () => null } = {}) {
-    const { tensors, nHeads } = this;
-    const n = ids.length;
-    if (n > this.contextLength) throw new ModelError(`The text has ${n} tokens, and the model reads ${this.contextLength}: shorten it.`);
-    const words = tensors.rows(this.embedding, ids);
-    const positions = tensors.rows("bert.embeddings.position_embeddings.weight", ids.map((_, i) => i));
-    const types = tensors.rows("bert.embeddings.token_type_embeddings.weight", segments);
+    checkLength(ids.length, this.contextLength);
+    const words = this.rows(this.embedding, ids);
+    const positions = this.rows("bert.embeddings.position_embeddings.weight", ids.map((_, i) => i));
+    const types = this.rows("bert.embeddings.token_type_embeddings.weight", segments);
     let x = this.norm(add(add(words, positions), types), "bert.embeddings.LayerNorm");
     for (let layer = 0; layer < this.nLayers; layer++) {
       const name = `bert.encoder.layer.${layer}`;
-      const [q, k, v] = ["query", "key", "value"].map((part) => this.linear(x, `${name}.attention.self.${part}`));
-      const look = watch.attention && ((head, t, row) => watch.attention(layer, head, t, row));
-      const mixed = attend(q, k, v, { n, seen: n, nHeads, off: off(layer), watch: look });
-      x = this.norm(add(x, this.linear(mixed, `${name}.attention.output.dense`)), `${name}.attention.output.LayerNorm`);
+      const names = ["self.query", "self.key", "self.value", "output.dense"].map((part) => `${name}.attention.${part}`);
+      const mixed = this.attention(x, names, { off: off(layer), watch: watching(watch.attention, layer) });
+      x = this.norm(add(x, mixed), `${name}.attention.output.LayerNorm`);
       const inner = this.linear(x, `${name}.intermediate.dense`).map(gelu);
       x = this.norm(add(x, this.linear(inner, `${name}.output.dense`)), `${name}.output.LayerNorm`);
       watch.hidden?.(layer, x);

@@ -1,24 +1,25 @@
 // DDPM (Ho et al., 2020): a U-Net predicts the noise of a picture; DDIM (Song et al., 2021) takes it out in few steps.
 // A picture is { x, side, channels } with the channels last: x [side · side, channels].
 
-import { ModelError, add, attend, silu } from "./tensors.js";
+import { Module, add, checkActivation, silu } from "./layers.js";
+import { ModelError } from "./tensors.js";
 
-export class UNet {
-  constructor(tensors, config) {
-    if (config.act_fn && config.act_fn !== "silu") throw new ModelError(`The engine's U-Net has the activation silu, and this model ${config.act_fn}.`);
+export class UNet extends Module {
+  constructor(tensors, config, prefix = "") {
+    super(tensors, config, prefix);
+    checkActivation("U-Net", "silu", config.act_fn ?? "silu");
     if (typeof config.sample_size !== "number") throw new ModelError("The engine's U-Net draws squares, and this model other sizes.");
-    Object.assign(this, { tensors, config });
     this.levels = config.block_out_channels.length;
-    tensors.entry("conv_in.weight");
+    tensors.entry(`${prefix}conv_in.weight`);
   }
 
   linear(x, name) {
-    return this.tensors.linear(x, `${name}.weight`, this.tensors.has(`${name}.bias`) ? `${name}.bias` : null);
+    return super.linear(x, name, this.has(`${name}.bias`));
   }
 
   // A convolution as a product: the pixels under the kernel become one row.
   convolve({ x, side, channels }, name, { stride = 1, before = null } = {}) {
-    const [out, , size] = this.tensors.shape(`${name}.weight`);
+    const [out, , size] = this.tensors.shape(`${this.prefix}${name}.weight`);
     if (size === 1) return { x: this.linear(x, name), side, channels: out };
     const pad = before ?? (size - 1) / 2; // before 0: one pixel more at the bottom and the right
     const after = stride === 1 ? side : Math.floor((side + (before === 0 ? 1 : 2 * pad) - size) / stride) + 1;
@@ -36,7 +37,7 @@ export class UNet {
 
   // GroupNorm; shift: a scale and a shift of each channel, from the timestep.
   norm({ x, side, channels }, name, { groups = this.config.norm_num_groups, eps = this.config.norm_eps ?? 1e-6, shift = null } = {}) {
-    const [weight, bias] = [this.tensors.get(`${name}.weight`), this.tensors.get(`${name}.bias`)];
+    const [weight, bias] = [this.get(`${name}.weight`), this.get(`${name}.bias`)];
     const [y, width, pixels] = [new Float32Array(x.length), channels / groups, side * side];
     for (let first = 0; first < channels; first += width) {
       let [mean, variance] = [0, 0];
@@ -62,20 +63,19 @@ export class UNet {
       else hidden = { ...hidden, x: hidden.x.map((value, i) => value + moved[i % hidden.channels]) };
     }
     const changed = this.convolve(swish(this.norm(hidden, `${name}.norm2`, { shift })), `${name}.conv2`);
-    const shortcut = this.tensors.has(`${name}.conv_shortcut.weight`) ? this.convolve(input, `${name}.conv_shortcut`) : input;
+    const shortcut = this.has(`${name}.conv_shortcut.weight`) ? this.convolve(input, `${name}.conv_shortcut`) : input;
     return { ...changed, x: add(shortcut.x, changed.x) };
   }
 
   // Attention between all pixels. A U-Net that reads a text has more in its place (latent_diffusion.js).
-  attention(input, name, options = {}) {
-    const { x } = this.norm(input, `${name}.group_norm`, options);
-    const [q, k, v] = ["q", "k", "v"].map((part) => this.linear(x, `${name}.to_${part}`));
-    const n = input.side ** 2;
+  attendAt(input, name) {
+    const { x } = this.norm(input, `${name}.group_norm`);
     const nHeads = this.config.attention_head_dim ? Math.floor(input.channels / this.config.attention_head_dim) : 1;
-    return { ...input, x: add(input.x, this.linear(attend(q, k, v, { n, seen: n, nHeads }), `${name}.to_out.0`)) };
+    const names = ["q", "k", "v", "out.0"].map((part) => `${name}.to_${part}`);
+    return { ...input, x: add(input.x, this.attention(x, names, { dim: input.channels, nHeads })) };
   }
 
-  hasAttention(name) { return this.tensors.has(`${name}.to_q.weight`); }
+  hasAttention(name) { return this.has(`${name}.to_q.weight`); }
 
   // The embedding of a timestep and of a class.
   time(timestep, label) {
@@ -85,7 +85,7 @@ export class UNet {
     const [sines, cosines] = [angles.map(Math.sin), angles.map(Math.cos)];
     const waves = Float32Array.from(this.config.flip_sin_to_cos ? [...cosines, ...sines] : [...sines, ...cosines]);
     const embedded = this.linear(this.linear(waves, "time_embedding.linear_1").map(silu), "time_embedding.linear_2");
-    const labelled = this.tensors.has("class_embedding.weight") ? add(embedded, this.tensors.rows("class_embedding.weight", [label])) : embedded;
+    const labelled = this.has("class_embedding.weight") ? add(embedded, this.rows("class_embedding.weight", [label])) : embedded;
     return labelled.map(silu);
   }
 
@@ -97,7 +97,7 @@ export class UNet {
     const skips = [x];
     const block = (stage, i, input) => {
       const made = this.residual(input, `${stage}.resnets.${i}`, time);
-      return this.hasAttention(`${stage}.attentions.${i}`) ? this.attention(made, `${stage}.attentions.${i}`) : made;
+      return this.hasAttention(`${stage}.attentions.${i}`) ? this.attendAt(made, `${stage}.attentions.${i}`) : made;
     };
     for (let level = 0; level < levels; level++) {
       for (let i = 0; i < config.layers_per_block; i++) skips.push(x = block(`down_blocks.${level}`, i, x));

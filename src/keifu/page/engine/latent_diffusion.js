@@ -1,38 +1,23 @@
 // Latent diffusion (Rombach et al., 2022): the U-Net works on the latents of an autoencoder, and attends to a text.
 
-import { add, attend, gelu, layerNorm, silu } from "./tensors.js";
 import { TextTower } from "./clip.js";
 import { Noise, UNet, ddim, doubled, guide } from "./ddpm.js";
-
-// The names of a part of a pipeline: "unet." and "vae." before those of its file.
-function part(tensors, prefix) {
-  const named = Object.create(tensors);
-  for (const method of ["has", "entry", "shape", "get", "rows", "read", "linear"]) {
-    named[method] = (...given) => {
-      const names = method === "linear" ? [given[0], ...given.slice(1).map((name) => name && prefix + name)] : [prefix + given[0], ...given.slice(1)];
-      return tensors[method](...names);
-    };
-  }
-  return named;
-}
+import { add, gelu, layerNorm, silu } from "./layers.js";
 
 class ConditionedUNet extends UNet {
-  hasAttention(name) { return this.tensors.has(`${name}.proj_in.weight`); }
+  hasAttention(name) { return this.has(`${name}.proj_in.weight`); }
 
   // A transformer between pixels, which attends to the context after itself.
-  attention(input, name) {
+  attendAt(input, name) {
     const n = input.side ** 2;
-    const nHeads = this.config.attention_head_dim; // diffusers names the number of heads so
     const block = `${name}.transformer_blocks.0`;
-    const norm = (x, i) => layerNorm(x, ...["weight", "bias"].map((kind) => this.tensors.get(`${block}.norm${i}.${kind}`)), 1e-5);
+    const norm = (x, i) => layerNorm(x, ...["weight", "bias"].map((kind) => this.get(`${block}.norm${i}.${kind}`)), 1e-5);
     let x = this.linear(this.norm(input, `${name}.norm`, { eps: 1e-6 }).x, `${name}.proj_in`);
     for (const [i, context] of [null, this.context].entries()) {
+      const names = ["q", "k", "v", "out.0"].map((kind) => `${block}.attn${i + 1}.to_${kind}`);
+      const options = { n, seen: context ? this.contextLength : n, nHeads: this.config.attention_head_dim }; // diffusers' name of the heads
       const normed = norm(x, i + 1);
-      const seen = context ?? normed;
-      const attention = `${block}.attn${i + 1}`;
-      const [k, v] = ["k", "v"].map((kind) => this.linear(seen, `${attention}.to_${kind}`));
-      const mixed = attend(this.linear(normed, `${attention}.to_q`), k, v, { n, seen: context ? this.contextLength : n, nHeads });
-      x = add(x, this.linear(mixed, `${attention}.to_out.0`));
+      x = add(x, this.attention(normed, names, { source: context ?? normed, ...options }));
     }
     const both = this.linear(norm(x, 3), `${block}.ff.net.0.proj`);
     const width = both.length / n / 2;
@@ -47,17 +32,16 @@ class ConditionedUNet extends UNet {
 
 class Decoder extends UNet { // of the autoencoder: from latents to pixels
   constructor(tensors, config) {
-    super(part(tensors, "decoder."), { ...config, norm_eps: 1e-6 });
-    this.whole = tensors;
+    super(tensors, { ...config, norm_eps: 1e-6 }, "vae.decoder.");
   }
 
   forward(latents) {
     const { config } = this;
     const scaled = latents.map((value) => value / config.scaling_factor);
-    const quantised = this.whole.linear(scaled, "post_quant_conv.weight", "post_quant_conv.bias");
+    const quantised = this.tensors.linear(scaled, "vae.post_quant_conv.weight", "vae.post_quant_conv.bias");
     let x = this.convolve({ x: quantised, side: Math.sqrt(latents.length / config.latent_channels), channels: config.latent_channels }, "conv_in");
     x = this.residual(x, "mid_block.resnets.0", null);
-    x = this.residual(this.attention(x, "mid_block.attentions.0"), "mid_block.resnets.1", null);
+    x = this.residual(this.attendAt(x, "mid_block.attentions.0"), "mid_block.resnets.1", null);
     for (let level = 0; level < this.levels; level++) {
       for (let i = 0; i <= config.layers_per_block; i++) x = this.residual(x, `up_blocks.${level}.resnets.${i}`, null);
       if (level < this.levels - 1) x = this.convolve(doubled(x), `up_blocks.${level}.upsamplers.0.conv`);
@@ -70,9 +54,9 @@ class Decoder extends UNet { // of the autoencoder: from latents to pixels
 export class LatentDiffusion {
   // configs: those of the pipeline's folders: text_encoder, unet, vae, scheduler
   constructor(tensors, configs) {
-    this.text = new TextTower(part(tensors, "text_encoder."), configs.text_encoder, "text_model.");
-    this.unet = new ConditionedUNet(part(tensors, "unet."), configs.unet);
-    this.autoencoder = new Decoder(part(tensors, "vae."), configs.vae);
+    this.text = new TextTower(tensors, configs.text_encoder, "text_encoder.text_model.");
+    this.unet = new ConditionedUNet(tensors, configs.unet, "unet.");
+    this.autoencoder = new Decoder(tensors, configs.vae);
     this.noise = new Noise(configs.scheduler);
     this.side = configs.unet.sample_size;
     this.channels = configs.unet.in_channels;

@@ -1,6 +1,6 @@
 // From logits to a token: the settings of sampling, the draw, and the likeliest candidates.
 
-import { softmax } from "./tensors.js";
+import { softmax } from "./layers.js";
 
 // What may be drawn: probabilities after the settings, in keifu's order (repetition penalty, temperature, top-k, top-p,
 // min-p); tokens that a setting removes have 0.

@@ -1,14 +1,15 @@
 // The Transformer (Vaswani et al., 2017): an encoder reads the source, a decoder writes the target and looks at it.
 // The names of the weights are Marian's. Translations are found by beam search.
 
+import { Module, add, attend, checkActivation, relu, watching } from "./layers.js";
 import { likeliest } from "./sampling.js";
-import { ModelError, add, attend, layerNorm, relu } from "./tensors.js";
+import { ModelError } from "./tensors.js";
 
-export class Transformer {
+export class Transformer extends Module {
   constructor(tensors, config) {
-    if (config.activation_function !== "relu") throw new ModelError(`The engine's Transformer has the activation relu, and this model ${config.activation_function}.`);
+    super(tensors, { layer_norm_eps: 1e-5, ...config });
+    checkActivation("Transformer", "relu", config.activation_function);
     if (!config.share_encoder_decoder_embeddings) throw new ModelError("The engine's Transformer has one vocabulary for both languages, and this model two.");
-    Object.assign(this, { tensors, config });
     this.dim = config.d_model;
     this.nLayers = config.encoder_layers;
     this.nDecoderLayers = config.decoder_layers;
@@ -19,21 +20,13 @@ export class Transformer {
     tensors.entry(this.embedding);
   }
 
-  linear(x, name) {
-    return this.tensors.linear(x, `${name}.weight`, `${name}.bias`);
-  }
-
-  norm(x, name) {
-    return layerNorm(x, this.tensors.get(`${name}.weight`), this.tensors.get(`${name}.bias`), 1e-5);
-  }
-
   feedForward(x, name) {
     return this.norm(add(x, this.linear(this.linear(x, `${name}.fc1`).map(relu), `${name}.fc2`)), `${name}.final_layer_norm`);
   }
 
   // Embeddings plus sinusoids: all sines, then all cosines.
   embed(ids, start) {
-    const x = this.tensors.rows(this.embedding, ids);
+    const x = this.rows(this.embedding, ids);
     const [half, scale] = [this.dim / 2, this.config.scale_embedding ? Math.sqrt(this.dim) : 1];
     for (let i = 0; i < x.length; i++) {
       const [position, feature] = [start + Math.floor(i / this.dim), i % this.dim];
@@ -50,10 +43,9 @@ export class Transformer {
     let x = this.embed(ids, 0);
     for (let layer = 0; layer < this.nLayers; layer++) {
       const name = `model.encoder.layers.${layer}`;
-      const [q, k, v] = ["q", "k", "v"].map((part) => this.linear(x, `${name}.self_attn.${part}_proj`));
-      const look = watch.encoder && ((head, t, row) => watch.encoder(layer, head, t, row));
-      const mixed = attend(q, k, v, { n, seen: n, nHeads: this.nHeads, off: off("encoder", layer), watch: look });
-      x = this.norm(add(x, this.linear(mixed, `${name}.self_attn.out_proj`)), `${name}.self_attn_layer_norm`);
+      const names = ["q", "k", "v", "out"].map((part) => `${name}.self_attn.${part}_proj`);
+      const mixed = this.attention(x, names, { off: off("encoder", layer), watch: watching(watch.encoder, layer) });
+      x = this.norm(add(x, mixed), `${name}.self_attn_layer_norm`);
       x = this.feedForward(x, name);
       watch.hidden?.(layer, x);
     }
@@ -81,14 +73,13 @@ export class Transformer {
       grown.values.push(values);
       const self = attend(q, keys, values, { n, seen: start + n, nHeads, causal: start, off: off("decoder", layer) });
       x = this.norm(add(x, this.linear(self, `${name}.self_attn.out_proj`)), `${name}.self_attn_layer_norm`);
-      const look = watch.cross && ((head, t, row) => watch.cross(layer, head, start + t, row));
-      const cross = { n, seen: state.source, nHeads, off: off("cross", layer), watch: look };
+      const cross = { n, seen: state.source, nHeads, off: off("cross", layer), watch: watching(watch.cross, layer, start) };
       const mixed = attend(this.linear(x, `${name}.encoder_attn.q_proj`), ...state.memory[layer], cross);
       x = this.norm(add(x, this.linear(mixed, `${name}.encoder_attn.out_proj`)), `${name}.encoder_attn_layer_norm`);
       x = this.feedForward(x, name);
     }
     const logits = this.tensors.linear(x.slice(-this.dim), this.embedding);
-    return [this.tensors.has("final_logits_bias") ? add(logits, this.tensors.get("final_logits_bias")) : logits, grown];
+    return [this.has("final_logits_bias") ? add(logits, this.get("final_logits_bias")) : logits, grown];
   }
 
   // Beam search (Wu et al., 2016): the best target of a source, by ln P / ((5 + length) / 6)^alpha.
