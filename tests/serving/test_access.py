@@ -271,6 +271,7 @@ def test_the_log_says_why_and_every_answer_has_an_id(served: Any, base: str, rec
 
     good = line(served.post("/v1/completions", ask))
     assert good["model"] == "base" and good["prompt_tokens"] == 12 and 0 < good["completion_tokens"] <= 3
+    assert line(served.post("/api/chat", {"model": "chat", "messages": [], "stream": False}))["path"] == "/api/chat"
     lost = served.post("/v1/secret-key", ask)
     assert lost.json()["error"]["request_id"] == lost.headers["x-request-id"]
     assert line(lost)["path"] == "(none)" and "There is nothing at" in line(lost)["reason"]

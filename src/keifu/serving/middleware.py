@@ -115,7 +115,10 @@ class BodyReader:
 
 class JsonBodies:
     """Middleware that reads the bodies at ollama's paths as JSON, as ollama does: its clients declare them as a form,
-    or not at all."""
+    or not at all.
+
+    The scope keeps its identity, because `Requests` reads the route from it for the log and the metrics.
+    """
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -124,7 +127,7 @@ class JsonBodies:
         """Handle a request (ASGI)."""
         if scope["type"] == "http" and scope["path"].startswith("/api/"):
             other_headers = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
-            scope = {**scope, "headers": [*other_headers, (b"content-type", b"application/json")]}
+            scope["headers"] = [*other_headers, (b"content-type", b"application/json")]
         await self.app(scope, receive, send)
 
 
