@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from training_toys import settings, toy
 
+from keifu.errors import UserError
 from keifu.layers.linear import JoinedLinear
+from keifu.models import seq2seq
 from keifu.training.optim.muon import StackedMuon, orthogonalize
 from keifu.training.optim.optimizers import Optimizers, hidden_matrices
 
@@ -56,6 +58,21 @@ def test_muon_takes_hidden_matrices_and_adamw_the_rest() -> None:
     assert names["muon"] == {"layers.0.weight", "layers.1.weight"}
     assert "layers.0.bias" in names["adamw"] and "head.weight" in names["adamw"]
     assert not names["adamw"] & {"layers.0.weight", "layers.1.weight"}
+
+
+def test_muon_takes_the_matrices_of_a_recurrent_translator_but_not_its_head() -> None:
+    """It has no numbered layers, so a run with Muon was silently one with AdamW."""
+    sizes = {"dim": 6, "embedding_dim": 4, "attention_dim": 5, "maxout_dim": 3}
+    model = seq2seq.build(seq2seq.Config(vocab_size=11, context_length=9, **sizes))
+    gates = {f"{layer}.{side}.weight" for layer in ("encoder.forwards", "encoder.backwards", "decoder.gru")
+             for side in ("input", "recurrent")}  # fmt: skip
+    others = {f"decoder.{name}.weight" for name in ("first", "attention.query", "attention.key")}
+    assert hidden_matrices(model) == gates | others | {"output.pairs.weight"}
+
+
+def test_muon_refuses_a_model_without_linear_layers() -> None:
+    with pytest.raises(UserError, match="has none: choose optimizer adamw"):
+        hidden_matrices(torch.nn.Embedding(3, 2))
 
 
 def test_muon_treats_a_joined_matrix_as_its_parts() -> None:

@@ -36,12 +36,17 @@ def joined_rows(model: nn.Module) -> dict[Tensor, Rows]:
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
-    """Return the names of the weights of linear layers inside numbered layers (`blocks.3...`).
+    """Return the names of the weights of linear layers inside numbered layers (`blocks.3...`), and of a model without
+    numbered layers (a recurrent translator) those of all linear layers but its `head`.
 
     Muon updates these; it does not update embeddings, heads, biases and gains.
     """
     linears = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return {name for name in linears if any(piece.isdigit() for piece in name.split("."))}
+    numbered = {name for name in linears if any(piece.isdigit() for piece in name.split("."))}
+    hidden = numbered or {name for name in linears if not name.startswith("head.")}
+    if not hidden:
+        raise UserError("Muon updates the weights of linear layers, and the model has none: choose optimizer adamw.")
+    return hidden
 
 
 class Optimizers:
