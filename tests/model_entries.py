@@ -16,7 +16,7 @@ from keifu.models.classic import lstm
 from keifu.models.hybrid import lfm2, qwen3_5, qwen3_next
 from keifu.models.mixture import deepseek_v3, gpt_oss, mixtral, olmoe, qwen3_moe
 from keifu.models.registration import ModelRow, row
-from keifu.models.variants import exaone4, gemma2, glm4, granite, ministral, nanochat, phi3, smollm3
+from keifu.models.variants import exaone4, gemma2, gemma4, glm4, granite, ministral, nanochat, phi3, smollm3
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,15 @@ COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "t
 LLAMA3_ROPE = {
     "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
+}  # fmt: skip
+GEMMA4 = {
+    "model_type": "gemma4_text", "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False,
+    "enable_moe_block": False, "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-06, "rope_parameters": {"full_attention": {"partial_rotary_factor": 0.25,
+    "rope_theta": 1000000.0, "rope_type": "proportional"}, "sliding_attention": {"rope_theta": 10000.0,
+    "rope_type": "default"}}, "sliding_window": 512, "tie_word_embeddings": True, "use_cache": True,
+    "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
 }  # fmt: skip
 HYBRID = {
     "attention_bias": False, "attention_dropout": 0.0, "full_attention_interval": 4, "head_dim": 256,
@@ -223,6 +232,29 @@ ENTRIES: dict[str, ModelEntry] = {
                 "num_attention_heads": 8, "num_hidden_layers": 26, "num_key_value_heads": 4,
                 "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096,
                 "use_cache": True, "vocab_size": 256000,
+            },
+        },
+    ),
+    "gemma4": ModelEntry(
+        gemma4.Config(
+            **SMALL | {"n_layers": 4}, head_dim=16, global_head_dim=8, n_kv_heads=2, sliding_window=5,
+            global_layers=(1, 3), n_shared_layers=2, wide_shared=True, layer_dim=6,
+        ),
+        {
+            "gemma4-e2b": {
+                **GEMMA4, "hidden_size": 1536, "hidden_size_per_layer_input": 256, "intermediate_size": 6144,
+                "layer_types": ([*["sliding_attention"] * 4, "full_attention"]) * 7, "num_attention_heads": 8,
+                "num_hidden_layers": 35, "num_key_value_heads": 1, "num_kv_shared_layers": 20,
+                "use_double_wide_mlp": True,
+            },
+            "gemma4-26b-a4b": {
+                **GEMMA4, "attention_k_eq_v": True, "enable_moe_block": True, "hidden_size": 2816,
+                "hidden_size_per_layer_input": 0, "intermediate_size": 2112,
+                "layer_types": ([*["sliding_attention"] * 5, "full_attention"]) * 5, "max_position_embeddings": 262144,
+                "moe_intermediate_size": 704, "num_attention_heads": 16, "num_experts": 128,
+                "num_global_key_value_heads": 2, "num_hidden_layers": 30, "num_key_value_heads": 8,
+                "num_kv_shared_layers": 0, "sliding_window": 1024, "top_k_experts": 8,
+                "use_bidirectional_attention": "vision", "use_double_wide_mlp": False,
             },
         },
     ),

@@ -17,14 +17,16 @@ from keifu.errors import UserError
 
 @pytest.fixture(scope="session")
 def published() -> Callable[[Any], Any]:
-    """Return a maker of transformers' model of a config: in float32, every weight random, biases and norms too."""
+    """Return a maker of transformers' model of a config: in float32, every weight random, biases, norms and the factors
+    of Gemma 4's layers too."""
     import transformers
 
     def make(config: Any) -> Any:
         torch.manual_seed(1)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
         with torch.no_grad():
-            for parameter in model.parameters():
+            factors = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+            for parameter in (*model.parameters(), *factors):
                 parameter += torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.15)
         return model
 

@@ -165,7 +165,7 @@ def smaller(config: Any) -> Any:
     if "image_token" in vars(config):  # a decoder that reads pictures
         text = smaller(config.text)
         return replace(config, text=text, image=smaller(config.image), image_token=text.vocab_size - 1)
-    most = {"n_layers": 4, "vocab_size": 64, "n_experts": 16}
+    most = {"n_layers": 4, "n_shared_layers": 1, "vocab_size": 64, "n_experts": 16}
     changes = dict[str, Any]()
     for each in fields(config):
         value = getattr(config, each.name)

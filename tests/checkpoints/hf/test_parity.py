@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from gemma4_cases import CASES as GEMMA4
 from model_entries import ENTRIES, ModelEntry
 from quick import others_slow
 from safetensors.torch import save_file
@@ -307,6 +308,8 @@ CASES = {
         "yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=0.8
     ),
 }  # fmt: skip
+
+CASES |= GEMMA4
 
 
 def of_toy(entry: ModelEntry) -> transformers.PreTrainedConfig:

@@ -35,6 +35,7 @@ def test_what_we_write_means_the_same_to_transformers(name) -> None:
     indifferent |= {"cache_implementation", "sliding_window_pattern"}  # which `layer_types` says too
     keys = (theirs.keys() & PUBLISHED[name].keys()) - indifferent | {"rope_parameters", "layer_types"} & theirs.keys()
     keys -= {"block_auto_adjust_ff_dim", "full_attn_idxs"}  # LFM2's: the width itself is written, and `layer_types`
+    keys -= {"use_bidirectional_attention"}  # of the pictures of Gemma 4, if it is "vision"
     keys -= {"full_attention_interval", "attn_output_gate"}  # which `layer_types` says too, and what is always on
     for rope in (ours.get("rope_parameters") or {}, theirs.get("rope_parameters") or {}):
         for older in ("type", "truncate", "mrope_interleaved", "mrope_section"):  # older, a default, and of pictures

@@ -11,7 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from keifu.errors import UserError
 from keifu.ranges import LARGEST
 
-ZERO_ALLOWED = ("first_window_layer", "n_dense_layers", "start_id", "end_id", "pad_id", "steps_offset", "n_classes")
+ZERO_ALLOWED = (
+    "first_window_layer", "n_dense_layers", "n_shared_layers", "layer_dim", "start_id", "end_id", "pad_id",
+    "steps_offset", "n_classes",
+)  # fmt: skip
 
 
 def from_json(config_class: type, json: dict[str, Any]) -> Any:

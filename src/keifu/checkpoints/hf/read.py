@@ -26,6 +26,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIGS = {"config.json": None, "open_clip_config.json": "open_clip"}  # file → model_type, if the file itself has none
 TEXT_PARTS = {  # multimodal model → the model_type of its text model
     "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "mistral3": "ministral3", "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
 }  # fmt: skip
 OTHER_PARTS = ("**visual.**", "**vision_tower.**", "**multi_modal_projector.**")
 PREPROCESSOR = "preprocessor_config"  # image settings: name of their file, and of their field in the config
@@ -92,8 +93,9 @@ def source_of(
         return file.get_slice(name)[index] if index else file.get_tensor(name)
 
     tokenizer = partial(_read_tokenizer, texts or path, family)
-    sliced = any("_slice" in name for name in (family.names or {}).values())
-    stored, read_tensor = (unstack if sliced else unstack_rows)(stored, read_stored)
+    names = "\n".join((family.names or {}).values())
+    unstacked = unstack if "_slice" in names else partial(unstack_rows, leaf="rows" if "_rows" in names else "proj")
+    stored, read_tensor = unstacked(stored, read_stored)
     return Source(
         path, layout, family, config, stored, read_tensor, tokenizer, family.names, notes=notes, part=read_tensor
     )

@@ -1,7 +1,8 @@
 """Experts that a file stacks in one tensor, as in gpt-oss and Qwen3.5, and their unpacking from MXFP4.
 
 The table of names refers to an expert's matrices as slices: `experts.3.gate_slice.weight` is every second column of
-`experts.gate_up_proj[3]` (gpt-oss); `experts.3.gate_proj.weight` is the first half of its rows (Qwen3.5). Axes:
+`experts.gate_up_proj[3]` (gpt-oss); `experts.3.gate_proj.weight` is the first half of its rows (Qwen3.5), and is
+written as a tensor of its own; `experts.3.gate_rows.weight` is the same (Gemma 4), and is written in the stack. Axes:
 experts, in, out; blocks of 32 numbers of four bits in 16 bytes.
 """
 
@@ -17,7 +18,7 @@ from keifu.checkpoints.plan import StoredTensor, is_stack
 from keifu.errors import UserError
 from keifu.layers.lazy import Index
 
-SLICE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_slice\.(weight|bias)")
+SLICE = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_(?:slice|rows)\.(weight|bias)")
 STACK = re.compile(r"(.*\.experts)\.(gate_up|down)_proj(_bias|_blocks|)")
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ROWS = {"gate": slice(0, None, 2), "up": slice(1, None, 2), "down": slice(None)}  # rows of an expert's matrix
@@ -32,9 +33,11 @@ def stack_of(name: str) -> str:
     return f"{match[1]}.{'down' if match[3] == 'down' else 'gate_up'}_proj{'_bias' if match[4] == 'bias' else ''}"
 
 
-def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[str, StoredTensor], Read]:
+def unstack_rows(
+    stored: Mapping[str, StoredTensor], read: Read, leaf: str = "proj"
+) -> tuple[dict[str, StoredTensor], Read]:
     """Split stacked experts into matrices: return the tensors, and a function that reads them. Gate and up are the
-    halves of a matrix (out, in)."""
+    halves of a matrix (out, in). leaf: "rows" if the table refers to them so."""
     slices: dict[str, StoredTensor] = {}
     slice_of: dict[str, tuple[str, int, slice]] = {}
     for name, tensor in stored.items():
@@ -49,7 +52,7 @@ def unstack_rows(stored: Mapping[str, StoredTensor], read: Read) -> tuple[dict[s
         rows //= len(parts)
         for number in range(experts):
             for index, part in enumerate(parts):
-                target = f"{match[1]}.{number}.{part}_proj.weight"
+                target = f"{match[1]}.{number}.{part}_{leaf}.weight"
                 slices[target] = tensor._replace(shape=(rows, columns))
                 slice_of[target] = name, number, slice(index * rows, (index + 1) * rows)
 
@@ -130,3 +133,8 @@ def join_slices(name: str, tensor: Tensor) -> Tensor:
     if ".gate_up_proj" in name:
         tensor = tensor.unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
     return (tensor if name.endswith("_bias") else tensor.mT).contiguous()
+
+
+def join_rows(name: str, tensor: Tensor) -> Tensor:
+    """Return the stack of an expert's matrices in the file's form: the rows of up follow those of gate."""
+    return tensor.unflatten(0, (-1, 2)).flatten(1, 2) if ".gate_up_proj" in name else tensor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from keifu.checkpoints.diffusers import pipeline
 from keifu.checkpoints.hf.read import CONFIGS, INDEX, PREPROCESSOR, PROCESSOR, WEIGHTS
-from keifu.checkpoints.hf.stacked_experts import join_slices, stack, stack_of
+from keifu.checkpoints.hf.stacked_experts import join_rows, join_slices, stack, stack_of
 from keifu.checkpoints.hf.task_heads import describe
 from keifu.checkpoints.hf.weight_names import Link, links
 from keifu.checkpoints.own_module import save_module
@@ -135,7 +135,8 @@ def _write_weights(model: nn.Module, links: Sequence[Link], file: Path, limit: i
     groups = shards(sizes, limit)
     names = [f"{file.stem}-{n:05}-of-{len(groups):05}.safetensors" for n in range(1, len(groups) + 1)]
     names = names if len(groups) > 1 else [file.name]
-    tensors = stack(published_tensors(model, links), stack_of, join_slices)
+    in_rows = any("_rows." in name for link in links for name in link.theirs)
+    tensors = stack(published_tensors(model, links), stack_of, join_rows if in_rows else join_slices)
     file.parent.mkdir(exist_ok=True)
     for name, group in zip(names, groups, strict=True):
         write_tensors({key: tensor for key, tensor in (next(tensors) for _ in group)}, file.with_name(name))

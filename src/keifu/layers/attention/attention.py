@@ -135,6 +135,7 @@ class Cache(Protocol):
     """Interface of a layer's cache of earlier tokens: keys and values, or a state of fixed size.
 
     `attend` adds the keys and values of new tokens and attends to all; without values the keys are used as values too.
+    Without keys it adds nothing: the layer uses those that an earlier layer of the pass added.
     `recur` calls `rule` with the new tokens and the state, returns its output, and stores its new state.
 
     `LayerCache` (kv_cache.py) has a row for each sequence; it serves beam search, image tokens, and models called with
@@ -142,7 +143,8 @@ class Cache(Protocol):
     """
 
     def attend(
-        self, q: Float[Tensor, "batch heads length head_dim"], keys: Float[Tensor, "batch kv_heads length head_dim"],
+        self, q: Float[Tensor, "batch heads length head_dim"],
+        keys: Float[Tensor, "batch kv_heads length head_dim"] | None,
         values: Float[Tensor, "batch kv_heads length head_dim"] | None, window: int | None, scoring: Scoring,
     ) -> Hidden: ...  # fmt: skip
 

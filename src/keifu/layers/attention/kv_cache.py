@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from keifu.layers.attention.attention import CacheShape, Rule, Scoring, attend
-from keifu.layers.attention.masks import CausalMask, RaggedMask
+from keifu.layers.attention.masks import CausalMask, Mask, RaggedMask
 
 New = Float[Tensor, "rows heads length head_dim"]
 Seen = Float[Tensor, "rows heads seen head_dim"]
@@ -142,22 +142,23 @@ class LayerCache:
     def __init__(self, keys: Tensor, values: Tensor, now: Pass, fixed: Tensor, index: int):
         self.keys, self.values, self._pass, self._fixed, self._index = keys, values, now, fixed, index
 
-    def append(self, keys: New, values: New | None, window: int | None = None) -> tuple[Seen, Seen]:
+    def append(self, keys: New | None, values: New | None, window: int | None = None) -> tuple[Seen, Seen]:
         """Append keys and values and return all, or with a window only those that some new token sees.
 
-        Without values the keys are used as values too.
+        Without values the keys are used as values too. Without keys nothing is appended.
         """
         now = self._pass
-        now.write(self.keys, keys)
+        if keys is not None:
+            now.write(self.keys, keys)
         if values is not None:
             now.write(self.values, values)
         first = 0 if window is None else max(0, now.first - window + 1)
-        stored = self.keys if values is None else self.values
+        stored = self.values if self.values.shape[-1] else self.keys
         return self.keys[:, :, first : now.last], stored[:, :, first : now.last]
 
     def attend(
-        self, q: Float[Tensor, "rows q_heads length head_dim"], keys: New, values: New | None, window: int | None,
-        scoring: Scoring,
+        self, q: Float[Tensor, "rows q_heads length head_dim"], keys: New | None, values: New | None,
+        window: int | None, scoring: Scoring,
     ) -> Float[Tensor, "rows length dim"]:  # fmt: skip
         """Attend from the new tokens to the earlier ones and themselves; see `attend`."""
         all_keys, all_values = self.append(keys, values, window)
@@ -175,3 +176,27 @@ class LayerCache:
         parts = [rule(x[row, None, pad:], self._fixed[row, None]) for row, pad in enumerate(self._pass.pads)]
         self._pass.fixed[self._index] = torch.cat([state for _, state in parts])
         return torch.cat([F.pad(y, (0, 0, x.shape[1] - y.shape[1], 0)) for y, _ in parts])
+
+
+class PassCache:
+    """Keys and values of one layer in a pass without earlier tokens, for the layers that use them too."""
+
+    def __init__(self, mask: Mask | None):
+        self.mask = mask
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def attend(
+        self, q: Float[Tensor, "rows q_heads length head_dim"], keys: New | None, values: New | None,
+        window: int | None, scoring: Scoring,
+    ) -> Float[Tensor, "rows length dim"]:  # fmt: skip
+        """Store keys and values, if there are any, and attend from all tokens."""
+        if keys is not None:
+            self.keys, self.values = keys, keys if values is None else values
+        assert self.keys is not None and self.values is not None, "the first layer has keys"
+        visible = None if self.mask is None else self.mask.visible(self.keys.shape[2], window)
+        return attend(q, self.keys, self.values, visible, scoring)
+
+    def recur(self, rule: Rule, x: Float[Tensor, "rows length channels"]) -> Float[Tensor, "rows length out"]:
+        """Raise an error, because no layer shares a state of fixed size."""
+        raise NotImplementedError

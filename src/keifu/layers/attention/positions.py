@@ -239,6 +239,27 @@ class Rotary(nn.Module):
         return self.scaling.apply(frequencies, self.theta) if self.scaling else frequencies
 
 
+class ProportionalRotary(Rotary):
+    """Rotary positions in which only the fastest pairs turn, `share` of all (p-RoPE, Barbero et al., 2024; Gemma 4).
+
+    A pair that turns has the frequency that it has if all turn.
+    """
+
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, share: float):
+        super().__init__(head_dim, theta, scaling)
+        self.n_turning = int(share * head_dim // 2)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Return the settings that determine the rotation of a position."""
+        return (*super().settings, self.n_turning)
+
+    def frequencies(self, positions: Tensor, lengths: Lengths = None) -> Float[Tensor, "..."]:
+        """Return the radians per position of each pair; 0 for pairs that do not turn."""
+        turning = torch.arange(self.head_dim // 2, device=positions.device) < self.n_turning
+        return super().frequencies(positions, lengths).where(turning, 0.0)
+
+
 class ReversedRotary(Rotary):
     """Rotary positions in the opposite direction, by -position · theta^(-2i/head_dim) (nanochat, 2025)."""
 

@@ -247,17 +247,18 @@ class PagedCache:
         self.step, self.keys, self.values, self.states, self.kept = step, keys, values, states, kept
 
     def attend(
-        self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"],
+        self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"] | None,
         values: Float[Tensor, "1 kv_heads length head_dim"] | None, window: int | None, scoring: Scoring,
     ) -> Float[Tensor, "1 length dim"]:  # fmt: skip
         """Write the new keys and values. Return the output of attention for each token.
 
-        Without values the keys are also the values.
+        Without values the keys are also the values. Without keys nothing is written.
         """
-        self.keys.index_copy_(1, self.step.slots, keys[0].to(self.keys.dtype))
+        if keys is not None:
+            self.keys.index_copy_(1, self.step.slots, keys[0].to(self.keys.dtype))
         if values is not None:
             self.values.index_copy_(1, self.step.slots, values[0].to(self.values.dtype))
-        read = self.keys, self.keys if values is None else self.values
+        read = self.keys, self.values if self.values.shape[-1] else self.keys
         pairs = zip(self.step.groups, self.step.split(q[0], 1), strict=True)
         outputs = [group.attend(queries, *read, window, scoring) for group, queries in pairs]
         return torch.cat(outputs)[None] if len(outputs) > 1 else outputs[0][None]
@@ -289,10 +290,14 @@ class PackedCache:
         self.step, self.pool = step, pool
 
     def attend(
-        self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"],
+        self, q: Float[Tensor, "1 heads length head_dim"], keys: Float[Tensor, "1 kv_heads length head_dim"] | None,
         values: Float[Tensor, "1 kv_heads length head_dim"] | None, window: int | None, scoring: Scoring,
     ) -> Float[Tensor, "1 length dim"]:  # fmt: skip
         """Write the new keys and values. Return the output of attention for each token."""
+        if keys is None:
+            group = self.step.groups[0]
+            assert isinstance(group, PackedGroup)
+            return group.attend_joined(q[0].transpose(0, 1), self.pool, window, scoring)[None]
         assert values is not None
         heads = torch.cat([q, keys, values], 1).transpose(1, 2)
         return self.attend_joined(heads, q.shape[1], window, scoring)
