@@ -10,10 +10,11 @@ import torch
 import keifu
 from keifu.cli import parse
 from keifu.errors import UserError
+from keifu.models import palm
 from keifu.recipes import plan
 from keifu.recipes.files import recipe_module
 from keifu.recipes.images import ddpm
-from keifu.recipes.language import bert, gpt1, gpt2
+from keifu.recipes.language import bert, gpt1, gpt2, palm2
 from keifu.recipes.language.pretraining import Text
 from keifu.training.job import parameters
 from keifu.training.settings import Settings
@@ -44,6 +45,14 @@ def test_the_default_of_recipes_of_the_papers_settings_takes_minutes(name: str) 
         size = parameters(vars(module)[name].build(replace(ours.model, vocab_size=ours.text.vocab_size)))
     settings = ours.own_settings()
     assert 6 * size * ours.model.context_length * settings.steps * settings.batch_size < 0.8 * 600 * TWO_CORES
+
+
+def test_the_default_of_palm2_takes_minutes() -> None:
+    ours = palm2.Recipe()
+    with torch.device("meta"):
+        size = parameters(palm.build(replace(ours.model, vocab_size=ours.vocab_size)))
+    step = 6 * size * ours.model.context_length * ours.training.batch_size
+    assert step * ours.training.steps < 600 * TWO_CORES
 
 
 @pytest.mark.parametrize("name", [*PAPERS, "ddpm"])
