@@ -27,6 +27,11 @@ async function written(name, prompt) {
   return { text, steps: steps.map(({ probability }) => ({ probability: Math.round(1e4 * probability) / 1e4 })) };
 }
 
+const gpt = await load("gpt-en", TEXT);
+const shortened = ({ text, logP, ended = false }) => ({ text, logP: Math.round(1e4 * logP) / 1e4, ended });
+const likeliest = (options) => shortened(ACTIONS.search(gpt, options));
+const nucleus = async (text) => shortened(await ACTIONS.generate(gpt, { text, settings: { topP: 0.9 }, maxTokens: 30, seed: 1 }, go));
+
 const FIRST = {
   network: rounded(ACTIONS.classify(await load("network", TEXT.slice(0, 2)), { pixels: centred(STROKES) })),
   decoder: rounded(ACTIONS.next(await load("gpt-en", TEXT), { text: "The city was founded in the" })),
@@ -35,6 +40,7 @@ const FIRST = {
   steps: [],
   comparison: [await written("gpt-en", { text: `${QUESTION}\n` }), await written("chat-en", { messages: [{ role: "user", content: QUESTION }] })],
   masked: rounded(ACTIONS.fill(await load("bert-en", TEXT), { text: "The book was [MASK] by an American author." })),
+  search: [...[1, 4].map((beams) => likeliest({ text: "The city was founded in the", beams })), await nucleus("The city was founded in the")],
   translator: rounded(ACTIONS.translate(await load("ja-en", TEXT), { text: "猫はテーブルの下で寝ています。" })),
   digits: grey(await ACTIONS.digit(await load("digits", DDPM), { label: 3, steps: 20, guidance: 2, seed: 1 }, go)),
 };
@@ -42,6 +48,7 @@ const rows = (heads) => heads.map((head) => head.map((row) => row.map((share) =>
 FIRST.heads = { tokens: FIRST.heads.tokens, attention: FIRST.heads.attention.map(rows) };
 for (const steps of [1, 2, 4, 8, 16]) FIRST.steps.push(grey(await ACTIONS.digit(await load("digits", DDPM), { label: 3, steps, guidance: 2, seed: 1 }, go)));
 FIRST.decoding = { candidates: FIRST.decoding.candidates };
+delete FIRST.translator.encoder; // long, and there after a click
 FIRST.network.hidden = FIRST.network.hidden.map((states) => states.map((state) => Math.ceil(100 * state) / 100));
 for (const [name, frame] of Object.entries(FIRST)) {
   const head = "// What this element shows before a click; written by `node docs/_site/first_frames.mjs`.\n\n";

@@ -1,5 +1,6 @@
 // What the tests call in the page: the engine's numbers as plain lists.
 
+import { ACTIONS } from "/engine/actions.js";
 import { readModel } from "/engine/models.js";
 import { normalise } from "/engine/pictures.js";
 
@@ -63,6 +64,10 @@ export async function greedy(kernel, name, ids, count) {
     written.push(logits.indexOf(Math.max(...logits)));
   }
   return written;
+}
+
+export async function likeliestText(kernel, name, text, beams) {
+  return ACTIONS.search(await model(name, kernel), { text, beams, maxTokens: 12 });
 }
 
 export async function maskedLogits(kernel, name, ids) {

@@ -12,6 +12,7 @@ import keifu
 from keifu.inference.images.denoiser import label_denoiser
 from keifu.inference.images.latent_diffusion import text_denoiser, text_tokens
 from keifu.inference.images.samplers import configure_sampler, last_x
+from keifu.inference.text.beam_search import Search, beam_search
 from keifu.inference.text.translation import TranslationParams, source_ids, translate_texts
 
 PACKAGED = Path(__file__).parents[2] / "pretrained/src/keifu_pretrained"
@@ -144,6 +145,38 @@ def test_greedy_texts(engine, name: str) -> None:
     written = engine("greedy", name, tokenizer.encode(prompt), 24)
     expected = keifu.generate(model, tokenizer, prompt, raw=True, max_tokens=24, temperature=0, repetition_penalty=1.0)
     assert expected and engine("decode", name, written) == expected
+
+
+class Continuations:
+    """A decoder as keifu's beam search sees it, without a cache."""
+
+    def __init__(self, model: Any, prompt: list[int]):
+        self.model, self.texts = model, torch.tensor([prompt])
+
+    def first(self) -> torch.Tensor:
+        return self.model(self.texts)[:, -1]
+
+    def next(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.texts = torch.cat([self.texts, tokens[:, None]], 1)
+        return self.first()
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.texts = self.texts[rows]
+
+
+@pytest.mark.parametrize("beams", [1, 2, 4])
+def test_beam_search_of_a_decoder(engine, beams: int) -> None:
+    if not engine.kernel:
+        pytest.skip("plain JavaScript computes the same logits")
+    model, tokenizer = loaded("gpt-en")
+    prompt = "The city was founded in the"
+    search = Search(ends=(tokenizer.eos_id,), beams=beams)
+    (expected,) = beam_search(Continuations(model, tokenizer.encode(prompt)), search, [12])
+    found = engine("likeliestText", "gpt-en", prompt, beams)
+    assert found["tokens"] == expected.tokens and found["ended"] == expected.ended
+    length = len(expected.tokens) + expected.ended
+    penalty = float(search.penalty(torch.tensor([float(length)])))
+    assert found["logP"] / penalty == pytest.approx(expected.score, abs=1e-4)
 
 
 SENTENCES = ["猫はテーブルの下で寝ています。", "昨日、新しい本を買いました。", "彼は私に何も言わずに部屋を出て行った。"]

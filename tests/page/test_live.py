@@ -24,6 +24,7 @@ FIRST = {  # elements whose first frame has the numbers that the model computes,
     "network": ".live-side",
     "gpt-en": ".live-bars",
     "decoding": ".live-body",
+    "search": ".live-body",
     "heads": ".live-body",
     "comparison": ".live-body",
     "bert-en": ".live-columns",
@@ -209,6 +210,48 @@ def test_diffused_points_come_to_the_training_points(element) -> None:
     """
     assert found.page.evaluate(script, 0) > 50
     assert found.page.evaluate(script, 1000) < 15
+
+
+def test_straight_paths_need_one_step(element) -> None:
+    found = element("flow")
+    found.page.click("text=Straighten the paths")
+    assert found.message == "Learn first, then straighten."
+    script = """
+    async (steps) => {
+      const { Flow } = await import("/live/elements/flow.js");
+      const model = new Flow("clusters");
+      const learn = () => { while (model.steps < steps) model.step(24); };
+      const away = (count) => model.away(model.draw(100, count).map((path) => path.at(-1)));
+      learn();
+      const before = [away(1), away(8)];
+      model.straighten();
+      learn();
+      return [...before, away(1)];
+    }
+    """
+    one, eight, straight = found.page.evaluate(script, 600)
+    assert one > 0.5 and eight < 0.3 and straight < 0.3
+
+
+def test_beam_search_finds_a_likelier_text_than_the_greedy_one(element) -> None:
+    found = element("search")
+    found.page.fill("textarea", "The recipe needs")
+    assert found.run() == "done"
+    greedy, beam, nucleus = (
+        float(re.findall(r"-[\d.]+", text)[0]) for text in found.page.locator(".live-state").all_inner_texts()
+    )
+    assert beam > greedy > nucleus
+
+
+def test_heads_of_the_encoder_are_shown_and_switched_off(element) -> None:
+    found = element("ja-en")
+    assert found.run() == "done"
+    assert found.page.locator("select option").count() == 1 + 18 + 24
+    found.page.select_option("select", "encoder.0.0")
+    rows, columns = (found.page.locator(f".live-matrix th[scope={scope}]") for scope in ("row", "col"))
+    assert rows.all_inner_texts() == columns.all_inner_texts() != []
+    found.page.check("input[type=checkbox]")
+    assert found.wait("done") and found.text(".live-output")
 
 
 def test_a_point_is_moved_and_changed_by_keys(element) -> None:

@@ -1,9 +1,9 @@
 // What a page can ask a model for. An action gets the model (models.js), the options, and `report`, which sends an
 // intermediate result and returns a promise of whether to go on. Everything it returns can be cloned into a message.
 
-import { softmax } from "./layers.js";
+import { checkLength, softmax } from "./layers.js";
 import { normalise, normals } from "./pictures.js";
-import { distribution, draw, likeliest } from "./sampling.js";
+import { beamSearch, distribution, draw, likeliest } from "./sampling.js";
 import { ModelError } from "./tensors.js";
 
 const piece = (tokenizer, id) => (tokenizer.type === "WordPiece" ? tokenizer.names[id] : new TextDecoder().decode(tokenizer.bytes(id)));
@@ -51,23 +51,40 @@ function next(loaded, { text, settings = {}, off = [], count = 12, every = false
 }
 
 // Text token by token. messages: a conversation, instead of a text. Reports the text so far, and each token's rivals.
+// logP: of the text with its end token, if it ended by itself.
 async function generate(loaded, { text = "", messages = null, settings = {}, maxTokens = 60, seed = 1 }, report) {
   const { model, tokenizer, config } = loaded;
   const prompt = messages ? chatTokens(loaded, messages) : tokensOf(loaded, text);
   const [state, written, steps, random] = [model.start(), [], [], uniforms(seed)];
   const room = Math.min(maxTokens, model.contextLength - prompt.length);
   if (room < 1) throw new ModelError(`The text has ${prompt.length} tokens, and the model reads ${model.contextLength}: shorten it.`);
-  let logits = model.next(prompt, state);
+  let [logits, logP] = [model.next(prompt, state), 0];
   while (written.length < room) {
     const probabilities = distribution(logits, { ...settings, seen: [...prompt, ...written] });
     const id = draw(probabilities, random());
+    const probability = softmax(logits)[id];
+    logP += Math.log(probability);
     if (id === config.eos_token_id) break;
     written.push(id);
-    steps.push({ text: piece(tokenizer, id), probability: softmax(logits)[id], rivals: best(tokenizer, logits, 4) });
+    steps.push({ text: piece(tokenizer, id), probability, rivals: best(tokenizer, logits, 4) });
     if (!(await report({ text: tokenizer.decode(written), steps }))) break;
     if (written.length < room) logits = model.next([id], state);
   }
-  return { text: tokenizer.decode(written), steps };
+  return { text: tokenizer.decode(written), steps, logP };
+}
+
+// The text of the highest probability that beam search finds.
+function search(loaded, { text = "", beams = 4, maxTokens = 30 }) {
+  const { model, tokenizer, config } = loaded;
+  const prompt = tokensOf(loaded, text);
+  checkLength(prompt.length + 1, model.contextLength);
+  const limit = Math.min(maxTokens, model.contextLength - prompt.length);
+  const next = (tokens, state) => { // a state is shared by the texts that go on from it
+    const own = model.fork(state);
+    return [model.next(tokens.length ? tokens.slice(-1) : prompt, own), own];
+  };
+  const { tokens, logP, ended } = beamSearch(next, model.start(), { beams, end: config.eos_token_id, limit });
+  return { text: tokenizer.decode(tokens), tokens, logP, ended };
 }
 
 // The candidates for each [MASK] of a text.
@@ -88,8 +105,10 @@ function translate({ model, tokenizer, config }, { text, beams = 4, off = [] }) 
   const switched = (part, layer) => new Set(off.filter(([name, at]) => name === part && at === layer).map(([, , head]) => head));
   const { tokens, score } = model.translate(source, { beams, off: switched });
   const alignment = model.align(source, tokens, { off: switched }).map((heads) => heads.map((rows) => rows.slice(0, tokens.length).map((row) => [...row])));
+  const encoder = Array.from({ length: model.nLayers }, () => Array.from({ length: model.nHeads }, () => []));
+  model.encode(source, { off: switched, watch: { encoder: (layer, head, position, row) => { encoder[layer][head][position] = [...row]; } } });
   const names = (ids) => ids.map((id) => piece(tokenizer, id));
-  return { text: tokenizer.decode(tokens).trim(), score, source: names(source.slice(0, -1)), target: names(tokens), alignment };
+  return { text: tokenizer.decode(tokens).trim(), score, source: names(source.slice(0, -1)), target: names(tokens), alignment, encoder };
 }
 
 function classify({ model }, { pixels }) {
@@ -143,4 +162,4 @@ async function see({ model, tokenizer, pixels, config }, { rgba, question, maxTo
   return { text: tokenizer.decode(written).trim(), candidates };
 }
 
-export const ACTIONS = { next, generate, fill, translate, classify, digit, emoji, match, see };
+export const ACTIONS = { next, generate, search, fill, translate, classify, digit, emoji, match, see };

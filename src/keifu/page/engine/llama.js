@@ -29,6 +29,12 @@ export class Llama extends Module {
     return { length: 0, keys: room(), values: room() };
   }
 
+  // A copy of a state, for a text that goes another way.
+  fork({ length, ...parts }) {
+    const copies = Object.entries(parts).map(([name, layers]) => [name, layers.map((numbers) => numbers.slice())]);
+    return { length, ...Object.fromEntries(copies) };
+  }
+
   // Turn the pairs (i, i + headDim / 2) of each head by an angle that grows with the position (Su et al., 2021).
   rotate(x, start, nHeads) {
     const [half, theta] = [this.headDim / 2, this.config.rope_theta ?? this.config.rope_parameters?.rope_theta ?? 10000];

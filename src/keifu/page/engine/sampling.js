@@ -1,4 +1,4 @@
-// From logits to a token: the settings of sampling, the draw, and the likeliest candidates.
+// From logits to tokens: the settings of sampling, the draw, the likeliest candidates, and beam search.
 
 import { softmax } from "./layers.js";
 
@@ -49,4 +49,29 @@ export function likeliest(logits, count) {
     if (ids.length > count) ids.pop();
   }
   return ids.map((id) => ({ id, logP: logits[id] - logTotal }));
+}
+
+// Beam search (Wu et al., 2016): the best text by ln P / ((5 + length) / 6)^alpha. next(tokens, state) returns the logits
+// after the tokens and the state with the last one. never: tokens that are not written. watch(beams) sees the open texts.
+export function beamSearch(next, start, { beams, end, never = [], limit, alpha = 0.6, watch = null }) {
+  const penalty = (length) => ((5 + length) / 6) ** alpha;
+  let best = { score: -Infinity, logP: 0, tokens: [] };
+  let open = [{ tokens: [], score: 0, state: start }];
+  for (let length = 1; open.length; length++) {
+    const candidates = open.flatMap((beam) => {
+      const [logits, state] = next(beam.tokens, beam.state);
+      return likeliest(logits, 2 * beams + never.length).filter(({ id }) => !never.includes(id))
+        .map(({ id, logP }) => ({ tokens: [...beam.tokens, id], score: beam.score + logP, state }));
+    }).sort((a, b) => b.score - a.score).slice(0, 2 * beams);
+    const ended = ({ tokens }) => tokens.at(-1) === end || length >= limit;
+    for (const { score: logP, tokens } of candidates.slice(0, beams).filter(ended)) {
+      const score = logP / penalty(length);
+      if (score > best.score) best = { score, logP, tokens };
+    }
+    open = candidates.filter((candidate) => !ended(candidate)).slice(0, beams);
+    watch?.(open);
+    if (!open.length || (beams === 1 ? best.score > -Infinity : open[0].score / Math.max(penalty(length), penalty(limit)) <= best.score)) break;
+  }
+  const tokens = best.tokens.at(-1) === end ? best.tokens.slice(0, -1) : best.tokens;
+  return { tokens, score: best.score, logP: best.logP, ended: tokens.length < best.tokens.length };
 }

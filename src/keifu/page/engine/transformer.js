@@ -1,8 +1,8 @@
 // The Transformer (Vaswani et al., 2017): an encoder reads the source, a decoder writes the target and looks at it.
-// The names of the weights are Marian's. Translations are found by beam search.
+// The names of the weights are Marian's. Translations come from beam search.
 
 import { Module, add, attend, checkActivation, relu, watching } from "./layers.js";
-import { likeliest } from "./sampling.js";
+import { beamSearch } from "./sampling.js";
 import { ModelError } from "./tensors.js";
 
 export class Transformer extends Module {
@@ -82,32 +82,12 @@ export class Transformer extends Module {
     return [this.has("final_logits_bias") ? add(logits, this.get("final_logits_bias")) : logits, grown];
   }
 
-  // Beam search (Wu et al., 2016): the best target of a source, by ln P / ((5 + length) / 6)^alpha.
-  // watch(beams) sees the open texts after each step.
-  translate(source, { beams = 4, alpha = 0.6, maxTokens = source.length + 50, watch = null, ...options } = {}) {
+  // The best target of a source, by beam search.
+  translate(source, { beams = 4, maxTokens = source.length + 50, watch = null, ...options } = {}) {
     const { decoder_start_token_id: first, eos_token_id: end, pad_token_id: pad } = this.config;
     const never = [first, pad].filter((id) => id !== end);
-    const limit = Math.min(this.contextLength, maxTokens);
-    const penalty = (length) => ((5 + length) / 6) ** alpha;
-    let best = { score: -Infinity, tokens: [] };
-    let open = [{ tokens: [], score: 0, state: this.start(source, options) }];
-    for (let length = 1; open.length; length++) {
-      const candidates = open.flatMap((beam) => {
-        const [logits, state] = this.next(beam.tokens.length ? beam.tokens.slice(-1) : [first], beam.state, options);
-        return likeliest(logits, 2 * beams + never.length).filter(({ id }) => !never.includes(id))
-          .map(({ id, logP }) => ({ tokens: [...beam.tokens, id], score: beam.score + logP, state }));
-      }).sort((a, b) => b.score - a.score).slice(0, 2 * beams);
-      const ended = ({ tokens }) => tokens.at(-1) === end || length >= limit;
-      for (const candidate of candidates.slice(0, beams).filter(ended)) {
-        const score = candidate.score / penalty(length);
-        if (score > best.score) best = { score, tokens: candidate.tokens };
-      }
-      open = candidates.filter((candidate) => !ended(candidate)).slice(0, beams);
-      watch?.(open);
-      if (!open.length || (beams === 1 ? best.score > -Infinity : open[0].score / Math.max(penalty(length), penalty(limit)) <= best.score)) break;
-    }
-    const tokens = best.tokens.at(-1) === end ? best.tokens.slice(0, -1) : best.tokens;
-    return { tokens, score: best.score, ended: tokens.length < best.tokens.length };
+    const next = (tokens, state) => this.next(tokens.length ? tokens.slice(-1) : [first], state, options);
+    return beamSearch(next, this.start(source, options), { beams, end, never, limit: Math.min(this.contextLength, maxTokens), watch });
   }
 
   // The decoder's attention to the source, for each written token and the end: rows [layer][head][token].

@@ -6,8 +6,8 @@ import { choice, make, percent, slider, visible } from "../ui.js";
 export const WORDS = {
   en: {
     about: "ja-en: 8.8 million weights, trained here on pairs of sentences. Short everyday sentences come out best; it invents what it has not seen.",
-    run: "Translate", input: "Japanese sentence", beams: "Beams", view: "Alignment", mean: "Mean of all heads of the last layer",
-    layer: (layer, head) => `Layer ${layer + 1}, head ${head + 1}`, off: "Switch this head off", table: "Rows: words that were written. Columns: pieces of the source.",
+    run: "Translate", input: "Japanese sentence", beams: "Beams", view: "Look at", mean: "Alignment: mean of all heads of the last layer",
+    cross: (layer, head) => `Layer ${layer + 1}, head ${head + 1}`, encoder: (layer, head) => `Encoder, layer ${layer + 1}, head ${head + 1}`, off: "Switch this head off", table: "Rows: words that were written, and in the encoder pieces of the source. Columns: pieces of the source.",
     examples: ["猫はテーブルの下で寝ています。", "昨日、新しい本を買いました。", "彼は私に何も言わずに部屋を出て行った。"],
     questions: [
       ["Which piece of the source does “cat” look at?", "At 猫: some heads align words. Others look at the end of the sentence or spread over all of it."],
@@ -17,8 +17,8 @@ export const WORDS = {
   },
   ja: {
     about: "ja-en：重み 880 万個。対訳の文でここで学習しました。短い日常の文が得意で、見たことのないことは作り話になります。",
-    run: "翻訳する", input: "日本語の文", beams: "ビーム数", view: "アラインメント", mean: "最後の層の全ヘッドの平均",
-    layer: (layer, head) => `層 ${layer + 1}、ヘッド ${head + 1}`, off: "このヘッドを切る", table: "行は書かれた語、列は原文の断片です。",
+    run: "翻訳する", input: "日本語の文", beams: "ビーム数", view: "見るもの", mean: "アラインメント：最後の層の全ヘッドの平均",
+    cross: (layer, head) => `層 ${layer + 1}、ヘッド ${head + 1}`, encoder: (layer, head) => `エンコーダ、層 ${layer + 1}、ヘッド ${head + 1}`, off: "このヘッドを切る", table: "行は書かれた語（エンコーダでは原文の断片）、列は原文の断片です。",
     examples: ["猫はテーブルの下で寝ています。", "昨日、新しい本を買いました。", "彼は私に何も言わずに部屋を出て行った。"],
     questions: [
       ["「cat」は原文のどの断片を見ていますか。", "「猫」です。語を対応づけるヘッドもあれば、文末を見るヘッドや全体に広がるヘッドもあります。"],
@@ -50,33 +50,36 @@ export class Element {
   }
 
   run() {
-    const off = [...this.off].map((name) => ["cross", ...name.split(".").map(Number)]);
+    const off = [...this.off].map((name) => [name.split(".")[0], ...name.split(".").slice(1).map(Number)]);
     return this.live.ask("translate", { text: this.input.value, beams: this.beams.value, off }, (found) => this.show(found));
   }
 
   show(found) {
     this.last = found;
     this.output.textContent = found.text;
-    if (this.view.select.length === 1) {
-      found.alignment.forEach((heads, layer) => heads.forEach((_, head) => {
-        this.view.select.append(make("option", { value: `${layer}.${head}` }, this.text.layer(layer, head)));
+    const shown = [...this.view.select.options].map(({ value }) => value);
+    for (const [part, layers] of [["cross", found.alignment], ["encoder", found.encoder ?? []]]) {
+      layers.forEach((heads, layer) => heads.forEach((_, head) => {
+        const value = `${part}.${layer}.${head}`;
+        if (!shown.includes(value)) this.view.select.append(make("option", { value }, this.text[part](layer, head)));
       }));
     }
     this.look();
   }
 
   rows() {
-    const { alignment, source, target } = this.last;
-    const name = this.view.value;
-    const [layer, head] = name.split(".").map(Number);
-    if (name !== "mean") return alignment[layer][head];
+    const { alignment, encoder, source, target } = this.last;
+    const [part, layer, head] = this.view.value.split(".");
+    if (part === "encoder") return encoder[layer][head];
+    if (part === "cross") return alignment[layer][head];
     const heads = alignment.at(-1);
     return target.map((_, t) => source.map((__, s) => heads.reduce((sum, rows) => sum + rows[t][s] / heads.length, 0)));
   }
 
   look() {
     if (!this.last) return;
-    const { source, target } = this.last;
+    const source = this.last.source;
+    const target = this.view.value.startsWith("encoder") ? source : this.last.target;
     const rows = this.rows();
     this.switch.hidden = this.view.value === "mean";
     this.switch.firstChild.checked = this.off.has(this.view.value);
