@@ -67,6 +67,7 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
     "ppo": "--steps 1 --rollouts 4 --warmup 1 --max-tokens 8",
     "see": "--steps 2 --batch-size 2 --image.dim 32 --image.hidden-dim 64 --image.n-layers 1 --image.n-heads 2",
     "seq2seq": "--steps 2 --vocab-size 300 --model.dim 32 --model.embedding-dim 32 --model.maxout-dim 16",
+    "t5": f"--steps 2 --pretraining.steps 2 --pretraining.window 16 --vocab-size 400 {BLOCK_SIZES} --model.head-dim 16",
     "vq": "--steps 2 --warmup 1 --batch-size 2 --model.widths 16 16",
     "word2vec": "--steps 2 --warmup 1 --batch-size 8 --min-count 1 --neighbours.window 2",
     "whisper": "--steps 2 --warmup 1 --batch-size 2",

@@ -96,6 +96,10 @@ TABLE: dict[str, tuple[str, int]] = {
         "--model.maxout-dim 8 --model.context-length 24 --steps 4 --tokens-per-batch 60", 4,
     ),
     "sft": (f"--model {{base}} --data {{chats}} {FINE} --steps 3 --batch-size 2 --lora.rank 2 --lora.dropout 0.2", 4),
+    "t5": (
+        f"--data {{pairs}} --vocab-size 380 {MODEL} --model.head-dim 8 --model.context-length 40 --steps 4 "
+        "--tokens-per-batch 120 --pretraining.steps 3 --pretraining.window 12 --model.dropout 0.2", 4,
+    ),
     "transformer": (
         f"--data {{pairs}} --vocab-size 280 {MODEL} --model.context-length 24 --steps 4 --tokens-per-batch 60 "
         "--model.dropout 0.2", 4,

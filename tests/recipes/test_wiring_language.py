@@ -20,6 +20,7 @@ from keifu.layers.attention.positions import RopeScaling, Rotary
 from keifu.models import bert, gpt1, gpt2, gpt3, llama, olmo2, palm, seq2seq, transformer
 from keifu.models.classic import lstm
 from keifu.models.diffusion import llada
+from keifu.models.variants import t5
 from keifu.recipes.language import (
     bert as bert_recipe,
     characters,
@@ -37,7 +38,7 @@ from keifu.recipes.language import (
 )
 from keifu.recipes.language.pretraining import Text
 from keifu.recipes.options import from_json, to_json
-from keifu.recipes.translation import seq2seq as seq2seq_recipe, transformer as transformer_recipe
+from keifu.recipes.translation import seq2seq as seq2seq_recipe, t5 as t5_recipe, transformer as transformer_recipe
 from keifu.training.objectives.mapped_data import MappedData
 from keifu.training.settings import Settings
 
@@ -385,6 +386,35 @@ def of_seq2seq(toys: Toys) -> tuple[Any, list[Group]]:
     return base, [*own, *more_of_translation(toys)]
 
 
+def objective_of_t5(record: Any) -> str:
+    """Return the class of the first stage's objective; empty without that stage."""
+    return type(record.parts["pretraining"].data.task).__name__ if "pretraining" in record.parts else ""
+
+
+def of_t5(toys: Toys) -> tuple[Any, list[Group]]:
+    config = t5.Config(**TINY | {"context_length": 60}, head_dim=8, dropout=0.0)
+    first = t5_recipe.Pretraining(steps=20, window=16)
+    base = t5_recipe.Recipe(toys.pairs, vocab_size=380, steps=30, tokens_per_batch=200, model=config, pretraining=first)
+    ids = ("vocab_size", "start_id", "end_id", "pad_id", "prefix")
+    other = replace(config, dim=24, n_decoder_layers=2, dropout=0.3, prefix="no: ")
+    rows = {
+        "model": Reach(other, "model.config", but=ids),
+        "matrix_rate": Reach(0.033, ("settings.matrix_rate", "pretraining:settings.matrix_rate")),
+        "vocab_size": Reach(391, "model.config.vocab_size"),
+        "prefix": Reach("task: ", "model.config.prefix"),
+        "pretraining.rate": Reach(0.25, ("pretraining:data.task.rate", "pretraining:run.options.pretraining.rate")),
+        "pretraining.span": Reach(2.0, "pretraining:data.task.span"),
+        "pretraining.window": Reach(24, "pretraining:data.length"),
+        "pretraining.steps": Reach(25, "pretraining:settings.steps"),
+        "pretraining.text": Reach(toys.text, "pretraining:run.about.data.0.source"),
+    }
+    minutes = {"pretraining.minutes": Reach(0.5, "pretraining:settings.steps", wiring.MINUTES // 2)}
+    left = {"pretraining.objective": Reach("prefix", objective_of_t5, "HiddenEnd")}
+    none = {"pretraining.objective": Reach("none", objective_of_t5, "")}
+    own = [Group(pair_rows(toys) | rows), Group(minutes, {"pretraining.steps": None}), Group(left), Group(none)]
+    return base, [*own, started(toys, t5, config), *more_of_translation(toys)]
+
+
 def of_gpt2(toys: Toys) -> tuple[Any, list[Group]]:
     config = gpt2.Config(**TINY, dropout=0.0)
     return gpt2_recipe.Recipe(small_text(toys), SMALL, model=config), whole(toys, replace(config, dim=24, dropout=0.4))
@@ -449,6 +479,7 @@ TABLE = {
     "gpt": of_gpt, "gpt1": of_gpt1, "gpt2": of_gpt2, "gpt3": of_gpt3, "llama": of_llama, "llada": of_llada,
     "olmo2": of_olmo2, "palm": of_palm, "palm2": of_palm2, "characters": of_characters, "bert": of_bert,
     "lstm": of_lstm, "word2vec": of_word2vec, "transformer": of_transformer, "seq2seq": of_seq2seq,
+    "t5": of_t5,
 }  # fmt: skip
 
 

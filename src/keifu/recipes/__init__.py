@@ -17,7 +17,7 @@ FOLDERS = {
         "ngram",
         "word2vec",
     ),
-    "translation": ("seq2seq", "transformer"),
+    "translation": ("seq2seq", "transformer", "t5"),
     "speech": ("whisper",),
     "assistant": ("sft", "distill", "see", "reward", "dpo", "ppo", "grpo", "instruct"),
     "classification": ("classifier", "gpt1-finetune"),

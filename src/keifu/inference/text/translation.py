@@ -215,10 +215,13 @@ def translate_texts(
 
 
 def source_ids(model: Translator, tokenizer: Tokenizer, texts: Sequence[str], labels: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of sentences, each with the end token. Raises `UserError` for a sequence that is too long.
-    labels: names of the texts for that error."""
+    """Return the tokens of sentences, each with the end token. If the model's config has a prefix (T5), it is put
+    before each sentence that does not begin with it. Raises `UserError` for a sequence that is too long. labels: names
+    of the texts for that error."""
     room = model.config.context_length
-    ids = [[*tokens, model.config.end_id] for tokens in tokenizer.encode_batch(texts)]
+    prefix = vars(model.config).get("prefix") or ""
+    named = [text if text.startswith(prefix) else prefix + text for text in texts]
+    ids = [[*tokens, model.config.end_id] for tokens in tokenizer.encode_batch(named)]
     for label, tokens in zip(labels, ids, strict=True):
         if len(tokens) > room:
             raise UserError(f"{label} has {len(tokens)} tokens, but this model takes {room}: split it by full stops.")

@@ -53,6 +53,7 @@ class Config:
     start_id: Natural = 0  # token that begins a target
     end_id: Natural = 1  # token that ends either side
     pad_id: Natural = 0  # token that pads shorter sequences
+    prefix: str | None = None  # name of the task, put before each source; None: sources have it, as in the release
 
     def __post_init__(self) -> None:
         if self.n_buckets < 4:
@@ -223,6 +224,7 @@ FIELDS: hf.Fields = {
     "start_id": hf.Field("decoder_start_token_id", lambda json: json.get("pad_token_id") or 0),
     "end_id": hf.Field("eos_token_id", 1, _one_token),
     "pad_id": hf.Field("pad_token_id", lambda json: 0),
+    "prefix": hf.Field("prefix", None),
 }
 
 

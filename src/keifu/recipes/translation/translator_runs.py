@@ -1,7 +1,7 @@
 """Shared code of the translation recipes: options, sentence pairs, tokenizer, batches and the training run."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from keifu.data.translation.batches import EncodedPairs, PairData, SpecialIds, e
 from keifu.data.translation.pairs import Pair, Pairs, PairSplit, pair_names, read_pairs, split
 from keifu.devices import choose
 from keifu.errors import UserError
+from keifu.files import hash_of
 from keifu.inference.text.translation import TranslationParams, translate_texts
 from keifu.ranges import Count, Seed
 from keifu.recipes.options import Logging, value_or
@@ -96,13 +97,14 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(end if start is None else start, end, end if pad is None else pad)
 
 
-def prepare_pairs(options: TranslationOptions) -> TranslationTask:
-    """Read and split the pairs, and train the tokenizer on the training part; print the number of pairs."""
+def prepare_pairs(options: TranslationOptions, special: Sequence[str] = ()) -> TranslationTask:
+    """Read and split the pairs, and train the tokenizer on the training part, with these further special tokens; print
+    the number of pairs."""
     pairs = _read(options, options.data)
     held_out_files = (options.validation_data, options.test_data)
     validation, test = (None if path is None else _read(options, path) for path in held_out_files)
     parts = split(pairs, validation=validation, test=test)
-    tokenizer = _tokenizer(options, parts.train)
+    tokenizer = _tokenizer(options, parts.train, special)
     _print_sentence(pairs.left_out)
     _print_sentence(parts.sentence())
     for side, name in enumerate(("source", "target")):
@@ -120,7 +122,7 @@ def _print_sentence(sentence: str) -> None:
         print(sentence, flush=True)
 
 
-def _tokenizer(options: TranslationOptions, train: list[Pair]) -> Tokenizer:
+def _tokenizer(options: TranslationOptions, train: list[Pair], special: Sequence[str]) -> Tokenizer:
     algorithm = options.tokenizer
     if options.start_from is not None:
         return load_tokenizer(locate(options.start_from))
@@ -131,37 +133,45 @@ def _tokenizer(options: TranslationOptions, train: list[Pair]) -> Tokenizer:
 
     def learn() -> Tokenizer:
         _print_sentence(f"Learning a {algorithm} tokenizer of {options.vocab_size} tokens from {options.data} ...")
-        learned = train_tokenizer(algorithm, texts, options.vocab_size, [PAD])
+        learned = train_tokenizer(algorithm, texts, options.vocab_size, [PAD, *special])
         put_around_text(learned.backend, learned.special, bos=False, eos=True)  # sources end with EOS, as in Marian
         return Tokenizer(learned.backend, learned.special | {"pad_token": PAD})
 
-    return learned_tokenizer(f"pairs-{algorithm}-{options.vocab_size}-{content[:16]}", learn)
+    further = f"-{hash_of(special)[:8]}" if special else ""
+    return learned_tokenizer(f"pairs-{algorithm}-{options.vocab_size}-{content[:16]}{further}", learn)
 
 
 @dataclass(frozen=True)
 class Training:
     """How a translator is trained. settings: from the number of steps. batching: from the sizes of rows. average:
-    number of last checkpoints whose mean is the result."""
+    number of last checkpoints whose mean is the result. minutes: budget if the options name none."""
 
     settings: Callable[[int], Settings]
     batching: Callable[[np.ndarray], Batching]
     label_smoothing: float
     average: int
+    minutes: float = MINUTES
+
+
+def config_for(task: TranslationTask, config: Any) -> Any:
+    """Return the config with the vocabulary and the special ids of the tokenizer."""
+    ids = {f"{name}_id": token for name, token in special_ids(task.tokenizer)._asdict().items()}
+    return replace(config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, config))
 
 
 def translator_job(
-    name: str, options: TranslationOptions, build: Callable[[Any], nn.Module], config: Any, training: Training
-) -> Job:
+    name: str, options: TranslationOptions, build: Callable[[Any], nn.Module], config: Any, training: Training,
+    task: TranslationTask | None = None, start: str | Path | None = None,
+) -> Job:  # fmt: skip
     """Return the training of an encoder-decoder on pairs. The vocabulary and the special ids are the tokenizer's, not
-    those of `config`."""
-    budget = Budget.of(options.steps, options.minutes, MINUTES)
-    task = prepare_pairs(options)
-    ids = {f"{name}_id": token for name, token in special_ids(task.tokenizer)._asdict().items()}
-    config = replace(config, vocab_size=task.tokenizer.vocab_size, **ids, **_two_vocabularies(task, config))
+    those of `config`. task: the pairs, if they are prepared. start: folder of the weights of an earlier stage."""
+    budget = Budget.of(options.steps, options.minutes, training.minutes)
+    task = task or prepare_pairs(options)
+    config, start = config_for(task, config), start or options.start_from
     torch.manual_seed(options.seed)
-    model: Any = build(config) if options.start_from is None else start_model(options.start_from, build, config)
+    model: Any = build(config) if start is None else start_model(start, build, config)
     model = model.to(choose())
-    data = _data(options, task, model.config.context_length, training.batching)
+    data = _data(options, task, model.config, training.batching)
     average = training.average
     mean = {"keep_best": False} if average > 1 else {}  # the result is a mean of checkpoints, not one of them
     changes: dict[str, Any] = {"minutes": budget.limit, "keep": max(options.keep, average), **mean}
@@ -185,12 +195,12 @@ def translator_job(
     )  # fmt: skip
 
 
-def start_model(name: str, build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
-    """Return a model with the sizes and weights of `name`, and the dropout of this run."""
+def start_model(name: str | Path, build: Callable[[Any], nn.Module], config: Any) -> nn.Module:
+    """Return a model with the sizes and weights of `name`, and the dropout and prefix of this run."""
     started: Any = checkpoints.load_model(name, torch.float32)  # not copied, so that each process only reads its part
-    check_start(name, started, type(config))
-    dropouts = {field.name: vars(config)[field.name] for field in fields(config) if "dropout" in field.name}
-    model = build(replace(started.config, **dropouts))
+    check_start(str(name), started, type(config))
+    own = [field.name for field in fields(config) if "dropout" in field.name or field.name == "prefix"]
+    model = build(replace(started.config, **{name: vars(config)[name] for name in own}))
     model.load_state_dict(started.state_dict(), assign=True)  # from a file a process reads only its part
     return model
 
@@ -203,13 +213,17 @@ def _two_vocabularies(task: TranslationTask, config: Any) -> dict[str, Any]:
 
 
 def _data(
-    options: TranslationOptions, task: TranslationTask, context_length: int, batching: Callable[[np.ndarray], Batching]
+    options: TranslationOptions, task: TranslationTask, config: Any, batching: Callable[[np.ndarray], Batching]
 ) -> PairData:
-    """Return the encoded training and held-out pairs. Pairs that are too long are left out, and their number is
-    printed."""
+    """Return the encoded training and held-out pairs, whose sources begin with the config's prefix, if it has one.
+    Pairs that are too long are left out, and their number is printed."""
     reader, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
     source = special if reader.eos_id is None else special_ids(reader)
-    train, validation = (_fitting(task, part, context_length) for part in (task.parts.train, task.parts.validation))
+    prefix = vars(config).get("prefix") or ""
+    train, validation = (
+        _fitting(task, [(prefix + source, target) for source, target in part], config.context_length)
+        for part in (task.parts.train, task.parts.validation)
+    )
     most = max(8000, options.tokens_per_batch)
     return PairData(train, validation, special, batching(train.sizes()), options.seed, most, source)
 
@@ -252,8 +266,11 @@ def _source(options: TranslationOptions, task: TranslationTask, data: PairData) 
 
 def _sampler(task: TranslationTask, model: nn.Module) -> Callable[[int], str]:
     """Return a function that translates the first held-out sentences that fit the model, by greedy decoding."""
-    room: Any = model.config
-    sample_pairs = [pair for pair in task.parts.validation if len(task.tokenizer.encode(pair[0])) < room.context_length]
+    config: Any = model.config
+    prefix = vars(config).get("prefix") or ""
+    sample_pairs = [
+        pair for pair in task.parts.validation if len(task.tokenizer.encode(prefix + pair[0])) < config.context_length
+    ]
 
     def sample(step: int) -> str:
         sources = [source for source, _ in sample_pairs[:SAMPLES]]
