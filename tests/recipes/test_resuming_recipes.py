@@ -87,6 +87,10 @@ TABLE: dict[str, tuple[str, int]] = {
         "--held-out 0.25", 3,
     ),
     "reward": (f"--model {{base}} --data {{preferences}} {FINE} --steps 3 --batch-size 2 --warmup 0.4", 4),
+    "score": (
+        f"--data spiral --points 50 --hidden-dim 8 {STEPS} --warmup 2 --batch-size 3 --sampling.count 4 "
+        "--sampling.sampling-steps 3", 4,
+    ),
     "see": (
         f"--model {{base}} --data {{seen}} {FINE} --steps 3 --batch-size 2 --image.image-size 12 --image.patch-size 4 "
         "--image.dim 16 --image.hidden-dim 24 --image.n-layers 1 --image.n-heads 2 --lora.rank 2", 4,

@@ -16,7 +16,19 @@ from keifu.layers.lora import adapters
 from keifu.models.classic import gan as gan_model
 from keifu.models.clip import image as clip_image, text as clip_text
 from keifu.models.diffusion import autoencoder_kl, vq_vae
-from keifu.recipes.images import clip, dalle, ddpm, dit, gan, image_runs, latent_diffusion, lora_image, unclip, vq
+from keifu.recipes.images import (
+    clip,
+    dalle,
+    ddpm,
+    dit,
+    gan,
+    image_runs,
+    latent_diffusion,
+    lora_image,
+    score,
+    unclip,
+    vq,
+)  # fmt: skip
 from keifu.training.settings import Settings
 
 SMALL = Settings(steps=30, batch_size=4)
@@ -192,6 +204,22 @@ def of_vq(toys: Toys) -> tuple[Any, list[Group]]:
     learned = {"codebook": Reach("gradient", ("model.codebook.averages", "settings.micro_batch"), DIFFERENT)}
     seed = {"training": Reach(replace(SMALL, seed=8, batch_size=3), ("data.key", "settings.micro_batch"), DIFFERENT)}
     return base, [Group(rows), Group(learned), Group(seed)]
+
+
+def of_score(toys: Toys) -> tuple[Any, list[Group]]:
+    base = score.Recipe("moons", points=50, hidden_dim=8, training=SMALL)
+    sampling = score.PointSampling(sampler="ode", process="ve", sampling_steps=7, guidance=2.0, count=30)
+    return base, [Group({
+        "data": Reach("spiral", source),
+        "points": Reach(60, lambda r: len(_pictures(r).training)),
+        "hidden_dim": Reach(9, "model.config.hidden_dim"),
+        "n_layers": Reach(2, "model.config.n_layers"),
+        "label_dropout": Reach(0.7, "objective.label_dropout"),
+        "sampling": Reach(sampling, "sample.recipe.sampling"),
+        "training": Reach(OTHER, "settings"),
+    }), Group({"training": Reach(replace(SMALL, batch_size=3), lambda r: _pictures(r).batch_size, 3)}),
+        Group({"training": Reach(replace(SMALL, seed=8), "data.key", 8)}),
+    ]  # fmt: skip
 
 
 def of_ddpm(toys: Toys) -> tuple[Any, list[Group]]:
@@ -435,7 +463,7 @@ def targets(record: Any, part: str) -> set[str]:
 
 TABLE = {
     "clip": of_clip, "ddpm": of_ddpm, "dalle": of_dalle, "latent_diffusion": of_latent_diffusion, "unclip": of_unclip,
-    "lora_image": of_lora_image, "dit": of_dit, "gan": of_gan, "vq": of_vq,
+    "lora_image": of_lora_image, "dit": of_dit, "gan": of_gan, "vq": of_vq, "score": of_score,
 }  # fmt: skip
 ELSEWHERE = {  # options that another test holds
     "ddpm": dict.fromkeys(

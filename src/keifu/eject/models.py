@@ -145,6 +145,7 @@ INPUTS: dict[str, Callable[[Any], tuple[Tensor | None, ...]]] = {
     "diffusion.ddpm": _ddpm,
     "diffusion.autoencoder_kl": lambda config: (picture(config),),
     "diffusion.vq_vae": lambda config: (picture(config),),
+    "diffusion.score": lambda config: (torch.zeros(ROWS, config.dim), times(), times()),
     "diffusion.conditioned_unet": lambda config: (*denoised(config), torch.zeros(ROWS, LENGTH, config.context_dim)),
     "diffusion.dit": _dit,
     "diffusion.sd3": _stable_diffusion_3,

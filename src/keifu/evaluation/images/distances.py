@@ -51,6 +51,14 @@ def _root(symmetric: Tensor) -> Tensor:
     return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
+def sliced_wasserstein(real: Real, generated: Drawn, directions: int = 64) -> float:
+    """Return the mean Wasserstein distance along random directions, the same ones at each call, of two sets of equal
+    size (Rabin et al., "Wasserstein Barycenter and Its Application to Texture Mixing", 2011)."""
+    generator = torch.Generator().manual_seed(0)
+    lines = F.normalize(torch.randn(real.shape[1], directions, generator=generator).to(real), dim=0)
+    return float(((real @ lines).sort(0).values - (generated @ lines).sort(0).values).abs().mean())
+
+
 def discrepancy(real: Real, generated: Drawn) -> float:
     """Return the squared maximum mean discrepancy with the kernel (x·y / dim + 1)³. It is unbiased, so it may be
     negative (Bińkowski et al., "Demystifying MMD GANs", 2018)."""
