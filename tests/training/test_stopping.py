@@ -37,9 +37,9 @@ def _text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text("a line of the text\n" * 2000)
 
 
-def stop_and_wait() -> None:
-    """Send Ctrl-C to this process, then go on for a minute unless it is obeyed."""
-    os.kill(os.getpid(), signal.SIGINT)
+def stop_and_wait(number: int = signal.SIGINT) -> None:
+    """Send Ctrl-C or another signal to this process, then go on for a minute unless it is obeyed."""
+    os.kill(os.getpid(), number)
     for _ in range(600):
         time.sleep(0.1)
 
@@ -103,10 +103,12 @@ def test_a_stop_in_a_rollout_ends_it_and_the_run_has_the_same_bits() -> None:
     assert all(torch.equal(tensor, states[1].tensors[name]) for name, tensor in states[0].tensors.items())
 
 
-def test_a_stop_while_the_run_is_measured_ends_it(monkeypatch) -> None:
-    monkeypatch.setattr(loop, "set_up", lambda *_: stop_and_wait())
-    with pytest.raises(KeyboardInterrupt, match="Stopped before a state was saved"):
-        cli.parse([*GPT, "--out", "run"])()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_the_run_is_measured_ends_it(number: signal.Signals, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(loop, "set_up", lambda *_: stop_and_wait(number))
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*GPT, "--out", "run"])
+    assert ended.value.code == 128 + number and "Stopped before a state was saved" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ command line (see `trust`).
 """
 
 import json
+import signal
 from collections.abc import Mapping, Sequence
 from contextlib import chdir, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from keifu.recipes.running import run_jobs
 from keifu.training.run import checkpoint, run_directory
 from keifu.training.run.signature import is_signed
 from keifu.training.settings import ADJUSTABLE
-from keifu.training.signals import Interrupted
+from keifu.training.signals import Interrupted, LeftAtOnce
 
 _TOO_OLD = "{path} does not name its recipe: it was written by a version before 0.2.0, which this one does not resume."
 LENGTHS = ("steps", "minutes", "epochs", "rollouts")  # options for the length of a run
@@ -244,8 +245,9 @@ def _steps(lengths: Mapping[str, tuple[Any, Any]], facts: Mapping[str, Any]) -> 
 
 def _stop(out: Path, stop: KeyboardInterrupt) -> NoReturn:
     """After Ctrl-C, end with the command that resumes the run."""
-    if isinstance(stop, Interrupted):
+    if isinstance(stop, Interrupted) and not isinstance(stop, LeftAtOnce):
         raise stop
+    number = stop.number if isinstance(stop, LeftAtOnce) else signal.SIGINT
     step = run_directory.last_step(out)
     saved_state = " before a state was saved" if step is None else f"; the state of step {step:,} is saved"
-    raise KeyboardInterrupt(f"Stopped{saved_state}. To go on:\n{run_directory.command(out)}") from stop
+    raise Interrupted(f"Stopped{saved_state}. To go on:\n{run_directory.command(out)}", number) from stop

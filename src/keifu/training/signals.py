@@ -13,16 +13,16 @@ SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIG
 
 
 class Interrupted(KeyboardInterrupt):
-    """Exception: a run was stopped on request and its state is saved. The message gives the command to resume it.
+    """Exception: a run was stopped on request. The message says what is saved, and the command to resume it.
     number: the signal's number."""
 
-    def __init__(self, text: str, number: int = signal.SIGINT):
+    def __init__(self, text: str = "", number: int = signal.SIGINT):
         super().__init__(text)
         self.number = number
 
 
-class LeftAtOnce(KeyboardInterrupt):
-    """Exception: a stop was requested in a block that may be left at any point."""
+class LeftAtOnce(Interrupted):
+    """Exception: a stop was requested in a block that may be left at any point. The run itself handles it."""
 
 
 class StopRequest:
@@ -57,7 +57,7 @@ class StopRequest:
         """Run a block that a stop request leaves at once, by raising `LeftAtOnce`. The block must not change the state
         of the run."""
         if self.has_come:
-            raise LeftAtOnce
+            raise LeftAtOnce(number=self.number)
         self.may_leave = True
         try:
             yield
@@ -71,7 +71,7 @@ class StopRequest:
         self.notify("Stopping and saving the state; once more stops at once, without saving.")
         self.has_come = True
         if self.may_leave:
-            raise LeftAtOnce
+            raise LeftAtOnce(number=self.number)
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():
