@@ -13,6 +13,7 @@ import httpx
 import pytest
 from serving_toys import running, until
 
+from keifu.locks import hold
 from keifu.serving.app import Access
 from keifu.serving.page import FOLDER
 from keifu.serving.worker import Limits
@@ -275,10 +276,14 @@ def test_a_run_is_followed_while_it_grows_and_nothing_else_can_be_read(
         for name in ("linked", "odd", "..", "%2e%2e", "..%2Fsecret", "my run%2Frecipe.json", "none"):
             assert httpx.get(f"{served.url}/v1/runs/{name}").status_code == 404, name
         first = httpx.get(f"{served.url}/v1/runs/my run").json()
+        assert not first["running"]
         assert [json.loads(text)["step"] for text in first["lines"]] == [1, 2]
         with opened(browser, f"{served.url}/#runs") as page:
             page.wait_for_selector("#runs .chart")
             assert "validation: 3.6000" in page.inner_text("#runs .keys")
+            assert "ended or was stopped" in page.inner_text("#runs")
+            with hold(run):
+                until(lambda: "looking again every 2 s" in page.inner_text("#runs"))
             ends = page.locator("#runs .chart text").evaluate_all(
                 "all => all.map(e => [e.getBoundingClientRect().left, e.getBoundingClientRect().right])"
             )

@@ -13,6 +13,7 @@ from starlette.responses import PlainTextResponse
 from keifu.errors import UserError, unknown
 from keifu.inference.chat.prompts import sees
 from keifu.inference.text.sampling_params import ANSWER_TOKENS, sampling_for
+from keifu.locks import LOCK
 from keifu.native.library import instructions_in_use
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
@@ -100,6 +101,7 @@ def run_routes(app: FastAPI, folder: Path) -> None:
         lines, end, _ = text.rpartition(b"\n")
         seconds = max(0.0, time.time() - folders[name].stat().st_mtime)
         about: dict[str, Any] = {"next": start + len(lines) + len(end), "seconds": round(seconds, 1)}
+        about |= {"running": (folders[name].parent / LOCK).exists()}  # a killed process leaves it
         about |= {"lines": lines.decode(errors="replace").splitlines()}
         return json_response({"object": "run", "id": name, **about})
 

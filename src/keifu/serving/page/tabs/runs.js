@@ -68,7 +68,7 @@ function chart(curves) {
   );
 }
 
-function show(seconds) {
+function show({ seconds, running }) {
   const values = (name) => lines.filter((line) => Number.isFinite(line[name])).map((line) => [line.step, line[name]]);
   const curves = CURVES.map(([field, name]) => ({ name, points: averaged(values(field)) })).filter(({ points }) => points.length);
   if (!curves.length) {
@@ -82,7 +82,7 @@ function show(seconds) {
   const step = lines.at(-1)?.step ?? 0;
   const all = last("planned_steps");
   const facts = all ? say("runFacts", { step, all }) : `${say("axisStep")} ${step}`;
-  runs.told(`${facts}; ${say("following", { s: Math.round(seconds).toLocaleString() })}`);
+  runs.told(`${facts}; ${say(running ? "following" : "ended", { s: Math.round(seconds).toLocaleString() })}`);
 }
 
 async function follow() {
@@ -95,7 +95,7 @@ async function follow() {
       if (found.next < next) return restart(); // the run began again
       lines.push(...found.lines.filter(Boolean).map(parsed).filter((line) => Number.isFinite(line.step)));
       next = found.next;
-      show(found.seconds);
+      show(found);
     }
   } catch (error) {
     runs.told(error instanceof TypeError ? say("lost") : error.message, true);

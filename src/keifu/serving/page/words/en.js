@@ -43,6 +43,7 @@ export const EN = {
   lines: "The line under a token of an answer says how likely the model found it:", likely: "likely: above 60 %",
   fair: "possible: 20 to 60 %", unlikely: "surprising: below 20 %", others: "Point at a token, or use the arrow keys, to see what else was likely.",
   needKey: "This server asks for an API key.", useKey: "Use this key", run: "Run", following: "updated {s} s ago, looking again every 2 s",
+  ended: "the run has ended or was stopped; its last figures came {s} s ago",
   runFacts: "step {step} of {all}", loss: "loss", axisStep: "step", training: "training", validation: "validation",
   noFigures: "This run has no figures yet.", seeing: "What you see", lineage: "More in the lineage",
   chatSee: "The model writes one token after another. For each it gives every token of its vocabulary a probability, and one is drawn.",
