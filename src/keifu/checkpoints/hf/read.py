@@ -28,7 +28,10 @@ TEXT_PARTS = {  # multimodal model → the model_type of its text model
     "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text", "mistral3": "ministral3", "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
 }  # fmt: skip
-OTHER_PARTS = ("**visual.**", "**vision_tower.**", "**multi_modal_projector.**")
+OTHER_PARTS = (
+    "**visual.**", "**vision_tower.**", "**multi_modal_projector.**", "**embed_vision.**", "**audio_tower.**",
+    "**embed_audio.**",
+)  # fmt: skip
 PREPROCESSOR = "preprocessor_config"  # image settings: name of their file, and of their field in the config
 PROCESSOR = "processor_config"  # settings for prompts with pictures
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
