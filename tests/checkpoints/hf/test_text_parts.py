@@ -63,15 +63,25 @@ def gemma(**changes):
     of their own for them, as published files do."""
     kinds = ["sliding_attention", "full_attention"] * 2
     text = transformers.Gemma4TextConfig(
-        **SIZES | {"num_hidden_layers": 4}, head_dim=10, global_head_dim=12, vocab_size_per_layer_input=97,
-        hidden_size_per_layer_input=6, sliding_window=5, layer_types=kinds, num_kv_shared_layers=2, rms_norm_eps=0.01,
+        **SIZES | {"num_hidden_layers": 4},
+        head_dim=10,
+        global_head_dim=12,
+        vocab_size_per_layer_input=97,
+        hidden_size_per_layer_input=6,
+        sliding_window=5,
+        layer_types=kinds,
+        num_kv_shared_layers=2,
+        rms_norm_eps=0.01,
         **changes,
     )
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.Gemma4Config(
-        text_config=text.to_dict(), audio_config=sizes | {"subsampling_conv_channels": [4, 4], "output_proj_dims": 16},
+        text_config=text.to_dict(),
+        audio_config=sizes | {"subsampling_conv_channels": [4, 4], "output_proj_dims": 16},
         vision_config=sizes | {"intermediate_size": 20, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4},
-        image_token_id=94, audio_token_id=95, video_token_id=96,
+        image_token_id=94,
+        audio_token_id=95,
+        video_token_id=96,
     )
     return transformers.Gemma4ForConditionalGeneration(config)
 

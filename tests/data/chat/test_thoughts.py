@@ -20,6 +20,10 @@ TEXTS = {  # of a text, and whether it begins inside of thoughts: both parts
     ("<thin", False): ("", "<thin"),
     ("<think></think>x", False): ("", "x"),
     ("", False): ("", ""),
+    ("<|channel>thought\nSo </think> 2.\n<channel|>It is 2.", False): ("So </think> 2.", "It is 2."),
+    ("<|channel>thought\n<channel|>It <channel|>", False): ("", "It <channel|>"),
+    ("<|channel>tho", False): ("", "<|channel>tho"),
+    ("So 2.\n<channel|>It is 3.", True): ("So 2.", "It is 3."),
 }
 
 

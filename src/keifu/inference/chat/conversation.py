@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from PIL import Image
 from torch import nn
 
-from keifu.data.chat.thoughts import opens_thoughts, split_thoughts, template_options
+from keifu.data.chat.thoughts import opens_thoughts, split_thoughts, template_options, thought_tokens
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.chat.prompts import ImagePrompt, Messages, render
@@ -114,7 +114,7 @@ class Conversation:
                 f"The conversation has {len(prompt)} tokens with this message, but this model's context is {context} "
                 f"and must hold the answer too: write a shorter message{', or start afresh with /reset' * said}."
             )
-        return self.engine.request(prompt, settings), messages
+        return self.engine.request(prompt, settings, thought_tokens(self.tokenizer).values()), messages
 
     def _pieces(self, number: int, messages: History) -> Iterator[Piece]:
         """Generate the answer. History and engine are consistent afterwards, also after an error."""

@@ -7,7 +7,7 @@ requests. (A GPU chooses kernels by the number of tokens in a step, which change
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence as Tokens
+from collections.abc import Iterable, Iterator, Sequence as Tokens
 from contextlib import nullcontext
 from functools import partial
 from itertools import accumulate, count
@@ -121,13 +121,15 @@ class Engine:
         """Numbers of waiting and of running requests."""
         return len(self.scheduler.waiting), len(self.scheduler.running)
 
-    def request(self, prompt: str | Tokens[int] | ImagePrompt, sampling: SamplingParams) -> Request:
+    def request(
+        self, prompt: str | Tokens[int] | ImagePrompt, sampling: SamplingParams, visible_tokens: Iterable[int] = ()
+    ) -> Request:
         """Return a request of this model for a text, token ids, or a prompt with pictures. Raises `UserError` if it is
-        invalid."""
+        invalid. visible_tokens: special tokens that stay in the text."""
         images = insert_images(prompt, self.model) if isinstance(prompt, ImagePrompt) else None
         tokens = prompt_tokens(self.tokenizer, cast(Any, prompt)) if images is None else images.tokens
         limits = self.runner.vocab_size, self.runner.context_length
-        return Request(tokens, sampling, self.tokenizer, *limits, images=images)
+        return Request(tokens, sampling, self.tokenizer, *limits, visible_tokens=visible_tokens, images=images)
 
     def add(self, request: Request) -> int:
         """Add a request. Return its number, counted from 0, which is the index of its pieces.

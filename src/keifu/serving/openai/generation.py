@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from keifu.data.chat.thoughts import ThoughtSplitter, opens_thoughts
+from keifu.data.chat.thoughts import ThoughtSplitter, opens_thoughts, thought_tokens
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.chat.prompts import ImagePrompt, InsertedImages, refuse_pictures
@@ -158,7 +158,7 @@ async def prepare(
     try:
         sampling = sampling_for(description.tokenizer, body.options(), ANSWER_TOKENS).seeded()
         in_channels = use == "chat" and speaks_harmony(description.tokenizer)
-        work = partial(_requests, description, body, sampling, prompts, schema, tools, in_channels, client_left)
+        work = partial(_requests, description, body, sampling, prompts, schema, tools, use, client_left)
         async with asyncio.timeout(PREPARE_SECONDS):
             requests = await asyncio.get_running_loop().run_in_executor(pool, work)
         return Answer(models, description, requests, body.n or 1, sampling.seed or 0, prefix, tools, in_channels)
@@ -213,11 +213,11 @@ def chat_prompts(
 
 def _requests(
     description: Description, body: Sampling, sampling: SamplingParams, prompts: Any, schema: Any,
-    tools: ToolUse | None, in_channels: bool, client_left: threading.Event,
+    tools: ToolUse | None, use: str, client_left: threading.Event,
 ) -> list[Request]:  # fmt: skip
     """Return the requests of all prompts and choices, each with a different seed.
 
-    client_left: set if nobody waits for it.
+    use: see `prepare`. client_left: set if nobody waits for it.
     """
 
     def go_on() -> None:
@@ -227,9 +227,11 @@ def _requests(
     tokenizer, config = description.tokenizer, description.config
     ids = prompts(description)
     go_on()
+    in_channels = use == "chat" and speaks_harmony(tokenizer)
     grammar = answer_grammar(tokenizer, tools, schema, in_channels)
     constraint = (lambda: None) if grammar is None else constraints(grammar, tokenizer, config.vocab_size)
-    visible_tokens = tool_format(tokenizer).special(tokenizer).values() if tools or in_channels else ()
+    visible_tokens = [*thought_tokens(tokenizer).values()] if use == "chat" else []
+    visible_tokens += tool_format(tokenizer).special(tokenizer).values() if tools or in_channels else ()
     seeds = [((sampling.seed or 0) + choice) % 2**63 for choice in range(body.n or 1)]
     prompts_with_images = [
         InsertedImages(prompt, config) if isinstance(prompt, ImagePrompt) else prompt for prompt in ids

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from llguidance import LLMatcher
 
-from keifu.data.chat.thoughts import ThoughtSplitter, template_options
+from keifu.data.chat.thoughts import ThoughtSplitter, template_options, thought_tokens
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.chat import prompts
@@ -285,16 +285,18 @@ class ToolUse:
     def _start(self, form: ToolFormat, tokenizer: Tokenizer, literal: Any, schema: Any) -> list[str]:
         if form is HARMONY:
             return self._in_channels(literal, schema)
+        marks, any_text = thought_tokens(tokenizer), "TEXT: /(.|\\n)*/"
+        thoughts = "({} TEXT {})? ".format(*(f"<[{mark}]>" for mark in marks.values())) if marks else ""
         if self.choice != "auto":
-            return [f"start: {literal(form.opening)} calls"]
+            return [f"start: {thoughts}{literal(form.opening)} calls", *([any_text] if marks else ())]
         if schema is not None:
             (narrow,) = checked([schema], "response_format")
             text = f"text: %json {json.dumps(narrow | {'x-guidance': LAYOUT})}"
-            return [f"start: text | {literal(form.opening)} calls", text]
+            return [f"start: {thoughts}(text | {literal(form.opening)} calls)", text, *([any_text] if marks else ())]
         trigger = form.trigger(tokenizer)
         trigger_end = literal(form.opening[len(trigger) :])
         before = "lead: TEXT" if trigger in form.special(tokenizer) else "lead[lazy]: /(.|\\n)*/"
-        return [f"start: TEXT | lead {trigger_end} calls", "TEXT: /(.|\\n)*/", f"{before} {literal(trigger)}"]
+        return [f"start: {thoughts}(TEXT | lead {trigger_end} calls)", any_text, f"{before} {literal(trigger)}"]
 
     def _in_channels(self, literal: Any, schema: Any) -> list[str]:
         """Return the rules of an answer of gpt-oss: any thoughts and announcements, then the text or a call."""
