@@ -168,7 +168,21 @@ def read_config(json: Mapping[str, Any], where: str) -> tuple[Family, Any]:
             raise
         raise UserError(f"{where} cannot be read as a {model_type!r} model: {error}") from error
     check_types(config, where)
+    _check_head_dim(json, config, where)
     return family, config
+
+
+def _check_head_dim(json: Mapping[str, Any], config: Any, where: str) -> None:
+    """Raise UserError for heads of another size than the model has. transformers takes head_dim from the config of
+    models that do not list it, too."""
+    head_dim, dim, n_heads = (json.get(name, 0) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if "head_dim" in vars(config) or not all(isinstance(size, int) and size > 0 for size in (head_dim, dim, n_heads)):
+        return
+    if head_dim != dim // n_heads:
+        raise UserError(
+            f"{where} sets head_dim to {head_dim}, which keifu does not implement for this model; only "
+            f"{dim // n_heads}, hidden_size / num_attention_heads, is."
+        )
 
 
 def check_settings(json: Mapping[str, Any], implemented: Mapping[str, Any], where: str) -> None:

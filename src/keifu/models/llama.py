@@ -144,7 +144,7 @@ def published_layers(every: int, other: str = "sliding_attention") -> hf.FieldGr
     """Return the group of a Config's `global_layers`, by default the last of each `every` layers. other: the published
     name of the other layers."""
     return hf.FieldGroup(
-        lambda json: {"global_layers": hf.read_global_layers(json, every)},
+        lambda json: {"global_layers": hf.read_global_layers(json, every, other)},
         lambda config: {"layer_types": hf.layer_types(config.n_layers, global_layers(config, every), other)},
     )
 

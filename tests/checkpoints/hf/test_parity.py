@@ -143,6 +143,10 @@ CASES = {
         **SIZES | {"num_hidden_layers": 4, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1},
         use_sliding_window=True, sliding_window=6, pad_token_id=None,
     ),
+    "smollm3-listed-windows": lambda: transformers.SmolLM3Config(
+        **SIZES, use_sliding_window=False, sliding_window=5, pad_token_id=None,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
     "phi3-longrope": lambda: transformers.Phi3Config(
         **SIZES | {"max_position_embeddings": 128}, original_max_position_embeddings=64, rope_parameters=longrope(3),
         pad_token_id=None,

@@ -131,3 +131,30 @@ def test_layers_without_positions_that_a_config_does_not_list_are_those_of_trans
     expected = tuple(layer for layer, has_positions in enumerate(uses) if not has_positions)
     assert smollm3.position_free(smollm3.from_published(published)) == expected
     assert (len(expected) > 1) == (n_layers > 4)
+
+
+REFUSED = {  # changes of a published config, and the words of the error
+    ("exaone4-32b", "layer_types", ("chunked_attention",) * 64): "layer_types must be full_attention or sliding_attent",
+    ("lfm2-1.2b", "layer_types", ("sliding_attention",) * 16): "layer_types must be full_attention or conv for each",
+    ("smollm3-3b", "layer_types", ("full_attention",) * 35): "for each of 36 layers, not 35 of full_attention",
+    ("smollm3-3b", "layer_types", ("sliding_attention",) * 36): "its sliding_window is not set",
+    ("qwen3-next-80b-a3b", "layer_types", ("sliding_attention",) * 48): "must be full_attention or linear_attention",
+    ("granite3-8b", "head_dim", 64): "sets head_dim to 64, which keifu does not implement for this model; only 128",
+    ("gemma4-e2b", "use_bidirectional_attention", "all"): "use_bidirectional_attention is 'all', and only causal",
+    ("gemma4-e2b", "per_layer_config", "0"): "its per_layer_config must give all layers with full attention",
+    ("gemma4-e2b", "rope_parameters", "rope_type"): "its rope_parameters must be of full_attention and sliding_attent",
+}
+
+
+@pytest.mark.parametrize(("name", "setting", "value"), REFUSED)
+def test_a_setting_that_is_not_implemented_is_refused_by_its_name(name: str, setting: str, value) -> None:
+    wrong = {value: {"head_dim": 64}} if setting in ("per_layer_config", "rope_parameters") else value
+    with pytest.raises(UserError, match=REFUSED[name, setting, value]):
+        read_config({**PUBLISHED[name], setting: [*wrong] if isinstance(wrong, tuple) else wrong}, "config.json")
+
+
+@pytest.mark.parametrize("shared", [35, 34, 31])
+def test_layers_that_have_no_keys_to_share_are_refused(shared: int) -> None:
+    family, config = read_config({**PUBLISHED["gemma4-e2b"], "num_kv_shared_layers": shared}, "config.json")
+    with pytest.raises(UserError, match=f"The last {shared} of 35 layers share keys and values, but no earlier layer"):
+        build(family, config, "config.json")

@@ -310,14 +310,27 @@ def write_window(window: int | None, first_layer: int) -> dict[str, Any]:
 WINDOW = FieldGroup(read_window, lambda config: write_window(config.sliding_window, config.first_window_layer))
 
 
-def read_global_layers(json: Mapping[str, Any], every: int) -> tuple[int, ...] | None:
+def read_layer_types(json: Mapping[str, Any], other: str = "sliding_attention") -> list[str] | None:
+    """Return `layer_types`, if there are any. Raises UserError for another type than full_attention and `other`, and
+    for another number than that of the layers."""
+    types, n_layers = json.get("layer_types"), json["num_hidden_layers"]
+    if types and (len(types) != n_layers or {*types} - {"full_attention", other}):
+        kinds = ", ".join(sorted({*map(str, types)}))
+        raise UserError(
+            f"its layer_types must be full_attention or {other} for each of {n_layers} layers, not {len(types)} of "
+            f"{kinds[:200]}."
+        )
+    return types or None
+
+
+def read_global_layers(json: Mapping[str, Any], every: int, other: str = "sliding_attention") -> tuple[int, ...] | None:
     """Return the layers with full attention, from `layer_types` or the older `sliding_window_pattern`.
 
-    None means the model's default: the last of each `every` layers.
+    None means the model's default: the last of each `every` layers. other: the published type of the other layers.
     """
     n_layers, pattern = check_layers(json, "num_hidden_layers"), json.get("sliding_window_pattern", every)
     layers = tuple(range(pattern - 1, n_layers, pattern))
-    if types := json.get("layer_types"):
+    if types := read_layer_types(json, other):
         layers = tuple(layer for layer, name in enumerate(types) if name == "full_attention")
     return None if layers == tuple(range(every - 1, n_layers, every)) else layers
 

@@ -96,7 +96,7 @@ def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
     n_layers = hf.check_layers(json, "num_hidden_layers")
     listed = json.get("full_attn_idxs")
     full = range(n_layers) if listed is None else listed
-    types = json.get("layer_types") or hf.layer_types(n_layers, full, "conv")
+    types = hf.read_layer_types(json, "conv") or hf.layer_types(n_layers, full, "conv")
     return {"global_layers": tuple(layer for layer, name in enumerate(types) if name == "full_attention")}
 
 

@@ -114,7 +114,7 @@ MODEL_TYPES = {"qwen3_next": "Qwen3NextForCausalLM"}
 
 def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
     every = json.get("full_attention_interval", 4)
-    return {"global_layers": hf.read_global_layers({**json, "sliding_window_pattern": every}, 4)}
+    return {"global_layers": hf.read_global_layers({**json, "sliding_window_pattern": every}, 4, "linear_attention")}
 
 
 SHARED_FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {

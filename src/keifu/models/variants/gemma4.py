@@ -357,9 +357,7 @@ _ROPES = {
 def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
     """Read the layers with full attention. transformers gives full attention to the last layer in any case."""
     n_layers = hf.check_layers(json, "num_hidden_layers")
-    types = json.get("layer_types") or hf.layer_types(n_layers, range(5, n_layers, 6))
-    if len(types) != n_layers or {*types} - {"full_attention", "sliding_attention"}:
-        raise UserError(f"its layer_types must be full_attention or sliding_attention for each of {n_layers} layers.")
+    types = hf.read_layer_types(json) or hf.layer_types(n_layers, range(5, n_layers, 6))
     full = {layer for layer, kind in enumerate(types) if kind == "full_attention"} | {n_layers - 1}
     layers = tuple(sorted(full))
     return {"global_layers": None if layers == tuple(sorted({*range(5, n_layers, 6), n_layers - 1})) else layers}

@@ -68,7 +68,7 @@ MODEL_TYPES = {"ministral": "MinistralForCausalLM", "ministral3": "Ministral3For
 
 
 def _read_layers(json: Mapping[str, Any]) -> dict[str, Any]:
-    types = json.get("layer_types") or ()
+    types = hf.read_layer_types(json) or ()
     return {"global_layers": tuple(layer for layer, name in enumerate(types) if name == "full_attention")}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from keifu.errors import UserError
 from keifu.layers.attention.attention import Attention
 from keifu.layers.transformer.decoder import DecoderLM
 from keifu.models import llama
@@ -71,10 +72,13 @@ def from_published(json: dict[str, Any]) -> Config:
     if (uses := json.get("no_rope_layers")) is not None:  # 1: the layer has positions
         free = tuple(layer for layer, has_positions in enumerate(uses[:n_layers]) if not has_positions)
     is_common = free == tuple(range(3, n_layers, 4))
-    window, types = json.get("sliding_window"), json.get("layer_types")
-    layers = free if types is None else tuple(layer for layer, name in enumerate(types) if name == "sliding_attention")
-    windows = {"sliding_window": window, "window_layers": layers}
-    window_fields = windows if json.get("use_sliding_window", False) and window and layers else {}
+    window, types = json.get("sliding_window"), hf.read_layer_types(json)
+    layers = free if json.get("use_sliding_window", False) and window else ()
+    if types is not None:  # transformers masks by the listed types, whatever use_sliding_window says
+        layers = tuple(layer for layer, name in enumerate(types) if name == "sliding_attention")
+    if layers and not window:
+        raise UserError("its layer_types have sliding_attention, and its sliding_window is not set.")
+    window_fields = {"sliding_window": window, "window_layers": layers} if layers else {}
     return Config(**hf.read_fields(json, FIELDS), position_free=None if is_common else free, **window_fields)
 
 

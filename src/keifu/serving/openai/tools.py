@@ -286,7 +286,7 @@ class ToolUse:
         if form is HARMONY:
             return self._in_channels(literal, schema)
         marks, any_text = thought_tokens(tokenizer), "TEXT: /(.|\\n)*/"
-        thoughts = "({} TEXT {})? ".format(*(f"<[{mark}]>" for mark in marks.values())) if marks else ""
+        thoughts = '({} "thought" TEXT {})? '.format(*(f"<[{mark}]>" for mark in marks.values())) if marks else ""
         if self.choice != "auto":
             return [f"start: {thoughts}{literal(form.opening)} calls", *([any_text] if marks else ())]
         if schema is not None:
