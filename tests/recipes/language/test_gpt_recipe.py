@@ -114,7 +114,7 @@ def test_every_kind_of_language_model_goes_on_in_rows_that_it_takes(
     assert (saved["model_type"], saved["n_ctx"]) == ("gpt2", 24)
     with pytest.raises(SystemExit):
         main([*words, "--context-length", "25", "--replace"])
-    assert f"--context-length 25 is more than the 24 tokens that {folder} takes." in capsys.readouterr().err
+    assert f"--context-length 25 is more than the 24 tokens that {folder} takes: give less" in capsys.readouterr().err
 
 
 def test_what_continues_no_text_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -4,7 +4,7 @@ Paper: "Visual Instruction Tuning": CLIP's tower and Vicuna, a projector learned
 projector and the decoder from 158,000 conversations; loss on the answers alone, AdamW without weight decay, a cosine
 after a warm-up of 3%. Here: projector and decoder in one training, and the tower too unless --tower-rate is 0.
 Command: keifu train see --model gpt-en --data easy-vqa --tower see --tower-rate 0 --left-out teal triangle
-Cost: printed before it starts, measured on the machine.
+Cost: printed before it starts; by default one pass over the questions, some minutes on 2 cores.
 Expected: see docs/lineage/llava.md; keifu evaluate prints the accuracy next to the blind baselines.
 """
 
@@ -61,7 +61,7 @@ class Recipe(finetuning.AssistantOptions):
     """Whether the first epoch begins with the questions whose answer is a name, which teach a new tower sooner."""
     held_out: BelowOne = 0.02
     """Share of the pictures that is kept for validation, chosen by a hash of the name."""
-    epochs: Positive = 3.0
+    epochs: Positive = 1.0
     """Passes over the questions."""
     learning_rate: NotNegative | None = None
     """AdamW's highest learning rate; unset: 5e-4, and 1e-3 with adapters."""

@@ -182,7 +182,8 @@ def continued(recipe: Recipe, name: str) -> job.Job:
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))
     if row > most:
-        raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes.")
+        advice = "give less, or stretch its rotary positions first, as docs/lineage/long_context.md shows"
+        raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes: {advice}.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
     training = settings(recipe, job.parameters(model), row, len(task.shards.tokens))
     loss = recipe.distill.objective(tokenizer, row, model)
