@@ -44,6 +44,8 @@ FILES = {  # of each element's models; an element without a model has none
     "pairs": (),
     "descent": (),
     "flow": (),
+    "score": (),
+    "adversaries": (),
     "network": files_of("network", ("config.json", "model.safetensors")),
     "gpt-en": files_of("gpt-en"),
     "decoding": files_of("gpt-en"),

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "docs/_site"))
 import live as builder  # noqa: E402 (a file of docs/_site)
 from local_server import WAIT, serve  # noqa: E402
 
+from keifu.data.classification import points  # noqa: E402
 from keifu.data.tokenizers.train import train_tokenizer  # noqa: E402
 
 WIDTHS = {"en": 1280, "ja": 390}
@@ -252,6 +253,61 @@ def test_heads_of_the_encoder_are_shown_and_switched_off(element) -> None:
     assert rows.all_inner_texts() == columns.all_inner_texts() != []
     found.page.check("input[type=checkbox]")
     assert found.wait("done") and found.text(".live-output")
+
+
+def test_the_exact_score_of_the_page_is_that_of_keifu(element) -> None:
+    script = """
+    async (name) => {
+      const { Mixture } = await import("/live/elements/score.js");
+      const mixture = new Mixture(name);
+      const places = [[0.3, -0.5], [1.1, 0.9], [-0.2, 0.1]];
+      return places.map((place) => [0, 1, 2].map((label) => mixture.score(place, 0.4, label)));
+    }
+    """
+    page = element("score").page
+    places = torch.tensor([[0.3, -0.5], [1.1, 0.9], [-0.2, 0.1]])
+    for name in points.MIXTURES:
+        found = torch.tensor(page.evaluate(script, name))
+        for label in range(3):
+            score = points.mixture(name).score(places, torch.full((3,), 0.4), torch.full((3,), label))
+            torch.testing.assert_close(found[:, label], score, atol=1e-4, rtol=1e-4)
+
+
+def test_points_come_to_their_class_by_sde_and_ode_and_closer_with_guidance(element) -> None:
+    found = element("score")
+    script = """
+    async () => {
+      const { ScoreModel } = await import("/live/elements/score.js");
+      const model = new ScoreModel("clusters");
+      const off = (way, guidance) => {
+        const drawn = model.draw(200, 20, way, guidance);
+        return drawn.filter((point) => model.mixture.far(point)).length;
+      };
+      const first = off("sde", 1);
+      while (model.steps < 2000) model.step();
+      return [first, off("sde", 1), off("ode", 1), off("ode", 4)];
+    }
+    """
+    first, sde, ode, guided = found.page.evaluate(script)
+    assert first > 100 and sde < 80 and ode < 80 and guided < ode
+    picture = "document.querySelector('canvas').toDataURL()"
+    before = found.page.evaluate(picture)
+    found.page.locator("input[aria-label^=Steps]").fill("2")
+    assert found.page.evaluate(picture) != before
+
+
+def test_a_slow_discriminator_lets_the_generated_points_collapse(element) -> None:
+    found = element("adversaries")
+    assert found.run() == "done" and "8 of 8" in found.text(".live-found")
+    script = """
+    async (share) => {
+      const { Adversaries } = await import("/live/elements/adversaries.js");
+      const model = new Adversaries("ring");
+      while (model.steps < 2000) model.step(share);
+      return model.reached(model.draw(250));
+    }
+    """
+    assert found.page.evaluate(script, 0.1)[0] <= 3
 
 
 def test_a_point_is_moved_and_changed_by_keys(element) -> None:

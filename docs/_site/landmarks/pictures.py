@@ -206,6 +206,31 @@ def vq(drawing: Drawing) -> None:
     drawing.line(goal.left, drawn[5].right, arrow=False, dashed=True)
 
 
+def score(drawing: Drawing) -> None:
+    left = drawing.box(90, 26, ("points", "点"), "σ = 0.01", "data", 120)
+    right = drawing.box(270, 26, NOISE, "σ = 10", "data", 120)
+    drawing.line((left.right[0], 38), (right.left[0], 38))
+    drawing.line((right.left[0], 58), (left.right[0], 58), dashed=True)
+    drawing.note(MIDDLE, 16, ("→ noise is added", "→ ノイズを加える"))
+    drawing.note(MIDDLE, 88, ("← reverse SDE, or ODE: along the score", "← 逆の SDE か ODE：スコアに沿って"))
+    x, sigma, label = (
+        drawing.box(x, 108, name, tone="data", width=108)
+        for x, name in (
+            (62, ("noisy point x", "ノイズの点 x")), (180, ("level σ", "強さ σ")), (298, ("class, or none", "クラスか、なし")),
+        )
+    )  # fmt: skip
+    network = drawing.box(MIDDLE, 166, ("network", "ネットワーク"), ("predicts the noise", "ノイズを予測"), width=180)
+    for start in (x, sigma, label):
+        drawing.line(start.bottom, (start.x, 152), (MIDDLE, 152), network.top)
+    arrow = drawing.box(
+        MIDDLE, 232, ("score = -noise / σ", "スコア = -ノイズ / σ"), ("towards more points", "点が多いほうへ"), "goal", 200
+    )
+    drawing.line(network.bottom, arrow.top)
+    drawing.note(
+        MIDDLE, 296, ("guidance: w · score with class + (1 - w) · without", "ガイダンス：w · クラスあり + (1 - w) · なし")
+    )
+
+
 def vit(drawing: Drawing) -> None:
     drawing.grid(30, 16, ["#+o", "+o#", "o#+"], 24)
     drawing.note(66, 106, ("9 patches", "9 枚のパッチ"))

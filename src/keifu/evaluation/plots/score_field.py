@@ -25,11 +25,12 @@ class PointCloud(NamedTuple):
 
 
 def arrows(axes: "Axes", score: Score, sigma: float, colour: str, name: str) -> None:
-    """Draw sigma times the score at each point of a grid: the step to the mean of the possible origins, over sigma."""
+    """Draw sigma times the score at each point of a grid, a vector v, as an arrow of the length |v| / (1 + |v|)."""
     line = torch.linspace(-0.9 * EDGE, 0.9 * EDGE, ARROWS)
     places = torch.cartesian_prod(line, line)
-    (x, y), (right, up) = places.T, (sigma * score(places, torch.full((len(places),), sigma))).T
-    style = {"color": colour, "label": name, "angles": "xy", "scale": 30, "width": 0.006}
+    steps = sigma * score(places, torch.full((len(places),), sigma))
+    (x, y), (right, up) = places.T, (steps / (1 + steps.norm(dim=1, keepdim=True))).T
+    style = {"color": colour, "label": name, "angles": "xy", "scale": 14, "width": 0.006}
     axes.quiver(x.numpy(), y.numpy(), right.numpy(), up.numpy(), **style)
 
 

@@ -8,6 +8,7 @@ const MODULES = {
   perceptron: "perceptron", network: "network", "gpt-en": "decoder", "bert-en": "masked", "ja-en": "translator", digits: "digits",
   "chat-en": "chat", emoji: "painter", see: "seer", xor: "backpropagation", points: "points", decoding: "decoding", comparison: "comparison", "emoji-clip": "matcher",
   pairs: "pairs", descent: "descent", steps: "steps", heads: "heads", search: "search", flow: "flow",
+  score: "score", adversaries: "adversaries",
 };
 const WORDS = {
   en: { try: "Try it here", again: "Run", load: (share) => `Loading, ${share}%`, run: "Computing", stop: "Stop", ask: "Three things to try", own: (kind) => `Your own model (${kind}), on this device alone: nothing that you write leaves the page.` },

@@ -7,7 +7,7 @@ and "Classifier-Free Diffusion Guidance" (Ho and Salimans, 2022) are options her
 convolution, and as mixtures of normal distributions they have a known score to compare with.
 Command: keifu train score --data moons
 Cost: a minute on one core; the network has 35 thousand parameters.
-Expected: drawn points about as near to the distribution as exact ones are to each other.
+Expected: see docs/results.md, "Samplers of a score".
 """
 
 from collections.abc import Callable
