@@ -11,6 +11,7 @@ from torch import nn
 
 from keifu.data.tokenizers.chat_template import CHATML
 from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.inference.chat import conversation
 from keifu.inference.chat.conversation import Conversation
@@ -86,6 +87,19 @@ def test_thoughts_are_apart_and_old_ones_are_the_templates_matter(script: Any, c
     assert "So." not in thinker.chat_text(talk.messages)
     with pytest.raises(UserError, match="has no option enable_thinking"):
         Conversation(toy(), chatter, options={"enable_thinking": True})
+
+
+def test_thoughts_between_special_tokens_are_apart_too(script: Any) -> None:
+    """Gemma 4's marks of thoughts are tokens that a decoder leaves out."""
+    control = ["<|im_start|>", "<|im_end|>", "<|channel>", "<channel|>"]
+    backend = train_tokenizer("bpe", ["ab"], 261, special_tokens=control).backend
+    template = CHATML + "{# <|channel>thought\n<channel|> #}"
+    thinker = Tokenizer(backend, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}, chat_template=template)
+    asked = thinker.render_chat([{"role": "user", "content": "Hi"}])
+    answer = [*thinker.encode("<|channel>thought\nSo.\n<channel|>Yes.", allow_special=True), thinker.eos_id]
+    talk = Conversation(script(answer, asked=len(asked)), thinker)
+    assert "".join(talk.reply("Hi", temperature=0)) == "<|channel>thought\nSo.\n<channel|>Yes."
+    assert talk.messages[-1] == {"role": "assistant", "content": "Yes.", "reasoning_content": "So."}
 
 
 def test_what_it_is_told_changes_and_what_was_said_stays(chatter: Tokenizer) -> None:
