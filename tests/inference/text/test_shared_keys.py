@@ -30,7 +30,10 @@ def telling(**changes: Any) -> DecoderLM:
     return model
 
 
-@pytest.mark.parametrize("changes", [{}, {"keys_as_values": True, "global_kv_heads": 1}, {"n_experts": 3, "n_experts_per_token": 2}])
+EXPERTS: dict[str, Any] = {"n_experts": 3, "n_experts_per_token": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"keys_as_values": True, "global_kv_heads": 1}, EXPERTS])
 @torch.no_grad()
 def test_an_engine_gives_the_tokens_of_whole_texts(changes: dict[str, Any]) -> None:
     model, prompts = telling(**changes), [[3, 1, 4, 1, 5] * 9, [2, 7, 1], [8] * 20]

@@ -131,31 +131,25 @@ class DecoderLM(nn.Module):
         """
         x = self.embedding(tokens) if inserted is None else inserted.into(self.embedding(tokens))
         if state is not None:
-            return self._hidden(tokens, x, state.positions(tokens.shape[1], padding), state=state)
+            return self._hidden(x, state.positions(tokens.shape[1], padding), state=state)
         length = tokens.shape[1]
         positions = torch.arange(length, device=tokens.device)
         if documents is not None:
-            return self._hidden(tokens, x, positions_in(documents), mask=DocumentMask(documents))
+            return self._hidden(x, positions_in(documents), mask=DocumentMask(documents))
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)
-        return self._hidden(tokens, x, positions, mask=CausalMask(0, length, padding, tokens.device))
+        return self._hidden(x, positions, mask=CausalMask(0, length, padding, tokens.device))
 
-    def _hidden(
-        self, tokens: Tokens, x: Hidden, positions: Tensor, state: State | None = None, mask: Mask | None = None
-    ) -> Hidden:
+    def _hidden(self, x: Hidden, positions: Tensor, state: State | None = None, mask: Mask | None = None) -> Hidden:
         if self.positions is not None:
             x = x + self.positions(self._within(positions, x.shape[1] + (state.longest if state else 0)))
         x = self.dropout(x)
         shared = Positions(positions, None if state is None else state.sequence_lengths)
-        for block, inputs in zip(self.blocks, self._inputs(tokens, x, state, mask), strict=True):
-            x = block(x, positions=shared, **inputs)
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask=mask, positions=shared, cache=None if state is None else state.layer(i))
         if state is not None:
             state.advance()
         return self.norm(x)
-
-    def _inputs(self, tokens: Tokens, x: Hidden, state: State | None, mask: Mask | None) -> Sequence[dict[str, Any]]:
-        """Return what each block gets next to the stream and the positions. x: the embeddings of the tokens."""
-        return [{"mask": mask, "cache": None if state is None else state.layer(i)} for i in range(len(self.blocks))]
 
     def logits(self, hidden: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch vocab"]:
         """Apply only the head, so that logits of a prompt's last position need no others."""

@@ -183,11 +183,22 @@ class LayerEmbeddings(nn.Module):
         self.projection = Linear(dim, n_layers * layer_dim, bias=False)
         self.norm = FullPrecisionRMSNorm(layer_dim, eps)
 
-    def forward(self, tokens: Tokens, x: Hidden) -> Sequence[LayerInput]:
-        """Return the vectors of each layer. x: the embeddings of the tokens."""
+    def forward(self, tokens: Tokens, x: Hidden) -> Float[Tensor, "batch length all_layers"]:
+        """Return the vectors of all layers, one after the other. x: the usual embeddings of the tokens."""
         computed = (self.projection(x) * x.shape[-1] ** -0.5).unflatten(-1, (self.n_layers, -1))
-        looked_up = self.embedding(tokens).unflatten(-1, (self.n_layers, -1))
-        return ((self.norm(computed) + looked_up) * 2**-0.5).unbind(-2)
+        return (self.norm(computed).flatten(-2) + self.embedding(tokens)) * 2**-0.5
+
+
+class LayeredEmbedding(ScaledEmbedding):
+    """Embedding of a token, followed by its embeddings for all layers."""
+
+    def __init__(self, vocab_size: int, dim: int, scale: float, layers: LayerEmbeddings):
+        super().__init__(vocab_size, dim, scale)
+        self.layers = layers
+
+    def forward(self, input: Tokens) -> Float[Tensor, "batch length all"]:  # noqa: A002
+        x = super().forward(input)
+        return torch.cat([x, self.layers(input, x)], -1)
 
 
 class LayerGate(nn.Module):
@@ -226,23 +237,20 @@ class Gemma4Block(SandwichNorm):
 class Gemma4LM(DecoderLM):
     """Language model whose layers have their own embeddings and share keys and values."""
 
-    def __init__(self, *parts: Any):
-        super().__init__(*parts)
-        config = self.config
-        self.layer_embeddings = None
-        if config.layer_dim:
-            self.layer_embeddings = LayerEmbeddings(
-                config.layer_vocab_size or config.vocab_size, config.dim, config.n_layers, config.layer_dim,
-                config.norm_eps,
-            )  # fmt: skip
-
-    def _inputs(self, tokens: Tokens, x: Hidden, state: State | None, mask: Mask | None) -> Sequence[dict[str, Any]]:
-        owners = key_layers(self.config)
+    def _hidden(
+        self, x: Float[Tensor, "batch length all"], positions: Tensor, state: State | None = None,
+        mask: Mask | None = None,
+    ) -> Hidden:  # fmt: skip
+        owners, dim = key_layers(self.config), self.config.dim
+        own = x[..., dim:].chunk(len(owners), -1) if x.shape[-1] > dim else [None] * len(owners)
         caches = [PassCache(mask) if state is None else state.layer(i) for i in range(max(owners) + 1)]
-        own = self.layer_embeddings(tokens, x) if self.layer_embeddings is not None else [None] * len(owners)
-        return [
-            {"mask": mask, "cache": caches[owner], "own": vectors} for owner, vectors in zip(owners, own, strict=True)
-        ]
+        x = self.dropout(x[..., :dim])
+        shared = Positions(positions, None if state is None else state.sequence_lengths)
+        for block, vectors, owner in zip(self.blocks, own, owners, strict=True):
+            x = block(x, own=vectors, mask=mask, positions=shared, cache=caches[owner])
+        if state is not None:
+            state.advance()
+        return self.norm(x)
 
     @property
     def cache_layers(self) -> list[CacheShape]:
@@ -278,9 +286,14 @@ def key_layers(config: Config) -> list[int]:
 def build(config: Config) -> DecoderLM:
     """Build a model with the initialisation of keifu's LLaMA."""
     key_layers(config)
+    embedding = ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5)
+    if config.layer_dim:
+        vocab_size = config.layer_vocab_size or config.vocab_size
+        layers = LayerEmbeddings(vocab_size, config.dim, config.n_layers, config.layer_dim, config.norm_eps)
+        embedding = LayeredEmbedding(config.vocab_size, config.dim, config.dim**0.5, layers)
     return llama.assemble(
         config, partial(_attention, config), partial(_feedforward, config), block=partial(_block, config),
-        norm=FullPrecisionRMSNorm, n_norms=4, embedding=ScaledEmbedding(config.vocab_size, config.dim, config.dim**0.5),
+        norm=FullPrecisionRMSNorm, n_norms=4, embedding=embedding,
         model=CappedGemma4LM if config.logit_cap else Gemma4LM,
     )  # fmt: skip
 
@@ -342,9 +355,9 @@ WEIGHT_NAMES = gemma3.WEIGHT_NAMES | {
     f"{_MIXTURE}.mixture.norm": f"{_LAYER}.pre_feedforward_layernorm_2",
     f"{_MIXTURE}.dense_norm": f"{_LAYER}.post_feedforward_layernorm_1",
     f"{_MIXTURE}.mixture_norm": f"{_LAYER}.post_feedforward_layernorm_2",
-    "layer_embeddings.embedding": "model.embed_tokens_per_layer",
-    "layer_embeddings.projection": "model.per_layer_model_projection",
-    "layer_embeddings.norm": "model.per_layer_projection_norm",
+    "embedding.layers.embedding": "model.embed_tokens_per_layer",
+    "embedding.layers.projection": "model.per_layer_model_projection",
+    "embedding.layers.norm": "model.per_layer_projection_norm",
 }
 NOT_WEIGHTS = tuple(f"{_LAYER}.self_attn.{part}.weight" for part in ("k_proj", "v_proj", "k_norm"))  # of sharing layers
 MODEL_TYPES = {"gemma4_text": "Gemma4ForCausalLM"}
