@@ -2,8 +2,9 @@
 
 The model consists of LLaMA's blocks (Touvron et al., 2023); the optimiser is Muon with AdamW. One option for all sizes
 is nanochat's idea. `--recipe-of chinchilla` trains on the number of tokens of Hoffmann et al. (2022), 20 per parameter,
-but at most 4 passes over the text (Muennighoff et al., 2023). The default stops at 80 TFLOP, a few minutes on 2 cores.
-With `--distill.teacher` the model learns all probabilities of a larger model with the same tokenizer.
+but at most 4 passes over the text (Muennighoff et al., 2023). The default stops at 80 TFLOP, or at 50 with Gated
+DeltaNets: a few minutes on 2 cores. With `--distill.teacher` the model learns all probabilities of a larger model with
+the same tokenizer.
 Command: keifu train gpt --depth 4 --data english
 Cost: printed before it starts, measured on the machine; depth 4 has about 5 M parameters and takes a few minutes on 2
 cores, and an hour or more with --recipe-of chinchilla.
@@ -38,7 +39,7 @@ from keifu.training import job
 from keifu.training.settings import Settings
 
 HEAD_DIM = 64
-OPERATIONS = 8e13  # FLOP of a default run: a few minutes on two cores
+OPERATIONS = {"llama": 8e13, "qwen3.5": 5e13}  # FLOP of a default run: a few minutes on two cores; deltas are slower
 FEWEST_STEPS = 100
 
 
@@ -142,7 +143,8 @@ def default_steps(recipe: Recipe, size: int, tokens_a_step: int, training_tokens
     by_law = max(FEWEST_STEPS, round(min(20 * size, 4 * training_tokens) / tokens_a_step))
     if recipe.recipe_of == "chinchilla":
         return by_law
-    steps = min(by_law, max(FEWEST_STEPS, round(OPERATIONS / (6 * size * tokens_a_step))))  # 6 per token and parameter
+    step_operations = 6 * size * tokens_a_step  # 6 per token and parameter
+    steps = min(by_law, max(FEWEST_STEPS, round(OPERATIONS[recipe.family] / step_operations)))
     if steps < by_law:
         law = f"Chinchilla's law asks for {by_law:,} steps of {tokens_a_step:,} tokens (--recipe-of chinchilla)"
         print(f"{law}; this run makes {steps:,}, to end within minutes.", flush=True)

@@ -7,6 +7,7 @@ from keifu.training.run.report_words import say, sentence
 
 Lines = Sequence[Mapping[str, float | int]]
 ACCURACIES = {"validation_accuracy": "data", "validation_word_accuracy": "words"}
+OPPONENT = "validation_discriminator_loss"  # a run with it has two networks whose losses depend on each other
 FAR = 0.01  # a loss that falls by a smaller part of itself has not fallen
 
 
@@ -19,6 +20,8 @@ def learned(lines: Lines, figures: Mapping[str, float | int], language: str | No
     first = next((line for line in lines if "validation_loss" in line), {})
     if first.get("step") != 0 or "validation_loss" not in figures or not math.isfinite(figures["validation_loss"]):
         return ""
+    if OPPONENT in first:
+        return sentence("opponents", language)
     before, after = first["validation_loss"], figures["validation_loss"]
     if not after < before - FAR * abs(before):
         return sentence("nothing", language, first=before, last=after)
@@ -35,7 +38,7 @@ def rising(lines: Lines) -> list[str]:
     """Return sentences with the likely cause if the validation loss rose while the training loss fell, else []."""
     losses = [(line["step"], line["validation_loss"]) for line in lines if "validation_loss" in line]
     training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    if len(losses) < 2 or not training:
+    if len(losses) < 2 or not training or any(OPPONENT in line for line in lines):
         return []
     lowest_step, lowest = min(losses, key=lambda point: point[1])
     step, last = losses[-1]

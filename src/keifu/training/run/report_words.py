@@ -86,6 +86,10 @@ SENTENCES = {  # English, Japanese
         "{last:.4g}.",
         "検証データに役立つことは学ばれていません。損失は学習前が {first:.4g}、今は {last:.4g} です。",
     ),
+    "opponents": (
+        "Two networks learn against each other, so their losses do not say how good the pictures are: see the samples.",
+        "2つのネットワークが互いに競って学ぶので、損失からは画像の良さは分かりません。見本で確かめてください。",
+    ),
     "rose": (
         "The validation loss rose from {lowest:.4g} (step {lowest_step:,}) to {last:.4g} (step {step:,}) while the "
         "training loss fell.",
