@@ -29,6 +29,7 @@ HEADINGS = [
     "Common misconceptions", "Differences from the paper", "Sources",
 ]  # fmt: skip
 ADOPTED = "What it adopted"  # after what was new, where a page has it: parts that are others', with their sources
+TEACHING = ["By hand", "Derivation", "Outputs"]  # an example with numbers, the proof of claims, what models really write
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # in English: those in Japanese have the same code, which test_translations.py holds
 PAGES = [path for folder in ("lineage", "parts") for path in sorted((DOCS / folder).glob("*.md"))]
@@ -82,17 +83,32 @@ def test_every_landmark_has_its_page_with_code() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_page_has_all_its_parts(name: str) -> None:
     page = (DOCS / f"lineage/{name}.md").read_text(encoding="utf-8")
-    found = [title for title in re.findall(r"(?m)^## (.*)$", page) if title != ADOPTED]
+    found = [title for title in re.findall(r"(?m)^## (.*)$", page) if title not in (ADOPTED, *TEACHING)]
     assert found == HEADINGS
     assert ADOPTED not in page or page.index(f"## {ADOPTED}") < page.index("## In code")
     assert "](../pictures/" in page
     assert page.count("$$") >= 2
     exercises = page.partition("## Exercises")[2].partition("\n## ")[0]
-    solutions = re.findall(r"(?s)<details.*?</details>", exercises)
+    solutions = re.findall(r"(?s)<details[^>]*>\n<summary>Solution.*?</details>", exercises)
     assert len(solutions) >= 2
     assert all(re.search("assert|torch.testing", code_in(text)) for text in solutions)
     assert len(page.partition("## Differences from the paper")[2]) > 200
     assert next(row for row in ROWS if row["name"] == name)["command"].split(" --")[0] in page
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "lineage").glob("*.md")), ids=lambda path: path.name)
+def test_a_page_that_derives_has_an_example_outputs_and_four_exercises(path: Path) -> None:
+    page = path.read_text(encoding="utf-8")
+    english = DOCS / "lineage" / f"{path.name.partition('.')[0]}.md"
+    if "\n## Derivation\n" in english.read_text(encoding="utf-8"):
+        derived = part(page, "導出" if path.name.endswith(".ja.md") else "Derivation")
+        assert re.search(r"(?s)<details markdown=\"1\">\n<summary>.*\$.*</details>", derived)
+        by_hand = part(page, "手で計算する" if path.name.endswith(".ja.md") else "By hand")
+        assert all(len(block.splitlines()) <= 20 for block in PYTHON.findall(by_hand))
+        outputs = part(page, "実際の出力" if path.name.endswith(".ja.md") else "Outputs")
+        assert re.search(r"(?m)^(?:keifu|python) ", outputs)
+        exercises = page[page.index("**1.** *") :]
+        assert re.findall(r"(?m)^\*\*(\d)\.\*\* \*", exercises) >= ["1", "2", "3", "4"]
 
 
 def part(page: str, title: str) -> str:
