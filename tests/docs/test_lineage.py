@@ -29,7 +29,7 @@ HEADINGS = [
     "Common misconceptions", "Differences from the paper", "Sources",
 ]  # fmt: skip
 ADOPTED = "What it adopted"  # after what was new, where a page has it: parts that are others', with their sources
-TEACHING = ["By hand", "Derivation", "Outputs"]  # an example with numbers, the proof of claims, what models really write
+TEACHING = ["By hand", "Derivation", "Outputs"]  # numbers, proofs of claims, what models write
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # in English: those in Japanese have the same code, which test_translations.py holds
 PAGES = [path for folder in ("lineage", "parts") for path in sorted((DOCS / folder).glob("*.md"))]
