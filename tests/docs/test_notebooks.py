@@ -22,8 +22,8 @@ def cells(text: str) -> list[tuple[bool, str]]:
     return [(mark is not None, content) for mark, content in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def test_there_are_five() -> None:
-    assert len(NOTEBOOKS) == 5
+def test_there_are_six() -> None:
+    assert len(NOTEBOOKS) == 6
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

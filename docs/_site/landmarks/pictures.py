@@ -223,11 +223,18 @@ def score(drawing: Drawing) -> None:
     for start in (x, sigma, label):
         drawing.line(start.bottom, (start.x, 152), (MIDDLE, 152), network.top)
     arrow = drawing.box(
-        MIDDLE, 232, ("score = -noise / σ", "スコア = -ノイズ / σ"), ("towards more points", "点が多いほうへ"), "goal", 200
+        MIDDLE,
+        232,
+        ("score = -noise / σ", "スコア = -ノイズ / σ"),
+        ("towards more points", "点が多いほうへ"),
+        "goal",
+        200,
     )
     drawing.line(network.bottom, arrow.top)
     drawing.note(
-        MIDDLE, 296, ("guidance: w · score with class + (1 - w) · without", "ガイダンス：w · クラスあり + (1 - w) · なし")
+        MIDDLE,
+        296,
+        ("guidance: w · score with class + (1 - w) · without", "ガイダンス：w · クラスあり + (1 - w) · なし"),
     )
 
 

@@ -11,8 +11,8 @@ export const WORDS = {
     plane: "Plane with exact points in grey, drawn points in a colour for each class, and arrows of the learned and the exact score",
     state: (steps, loss) => `Steps: ${steps}${loss === null ? "" : `, mean loss of the last 100: ${loss.toFixed(3)}`}`, away: (share) => `Drawn points off their class: ${share}%`, done: "4,000 steps. Run it again to train on.",
     questions: [
-      ["Set the steps to 3, then to 40, for the SDE and for the ODE. What is different?", "With few steps both are wrong, each in its own way: the ODE leaves points between the classes, and the SDE scatters them. With many steps both draw the same distribution, though the ODE moves each noise to one point, and the SDE to another one each time."],
-      ["Raise the guidance to 4. Where do the points go?", "Away from the other class: the difference of the two scores is the gradient of the probability that a point is of its class. The points become purer and less varied, and they leave places that both classes share."],
+      ["Set the steps to 3, then to 40, for the SDE and for the ODE. What is different?", "With 3 steps the SDE scatters its points, most of them out of the picture, because a long step adds much fresh noise; the ODE is near the moons already. With 40 steps both draw nearly the same distribution, though the ODE moves each noise to one point, and the SDE to another one each time."],
+      ["Choose the ODE, and raise the guidance to 2 and then to 6. Where do the points go?", "Away from the other class: the difference of the two scores is the gradient of the logarithm of the probability that a point is of its class. At 2 hardly any point is nearer to the other moon, and they vary less. At 6 many overshoot and leave their own moon."],
       ["Lower σ of the arrows. Where do the brown ones differ from the grey ones?", "Far from all points, where the network has seen no noisy point of that level, and in the gaps between the classes, where the score turns within a short distance."],
     ],
   },
@@ -23,8 +23,8 @@ export const WORDS = {
     plane: "平面。灰色が正確な点、クラスごとの色が生成した点で、学習したスコアと正確なスコアの矢印があります",
     state: (steps, loss) => `${steps} 歩${loss === null ? "" : `、最近 100 歩の平均損失 ${loss.toFixed(3)}`}`, away: (share) => `自分のクラスから外れた点：${share}%`, done: "4,000 歩です。もう一度押すと、続きを学習します。",
     questions: [
-      ["ステップ数を 3 にし、次に 40 にして、SDE と ODE を比べてください。何が違いますか。", "少ないステップでは、どちらもそれぞれの形で間違えます。ODE では点がクラスの間に残り、SDE では点が散らばります。ステップが多いと、二つは同じ分布を描きます。ただし ODE は一つのノイズを一つの点に移し、SDE は毎回別の点に移します。"],
-      ["ガイダンスを 4 に上げてください。点はどこへ行きますか。", "もう一方のクラスから離れます。二つのスコアの差は、点がそのクラスである確率の勾配だからです。点はクラスらしくなりますが、多様さは減り、両方のクラスに共通する場所からはいなくなります。"],
+      ["ステップ数を 3 にし、次に 40 にして、SDE と ODE を比べてください。何が違いますか。", "3 ステップの SDE では点が散らばり、ほとんどが絵の外に出ます。長い一歩では、足すノイズも多いからです。ODE はもう月の近くにあります。40 ステップでは、二つはほぼ同じ分布を描きます。ただし ODE は一つのノイズを一つの点に移し、SDE は毎回別の点に移します。"],
+      ["ODE を選び、ガイダンスを 2 に、次に 6 に上げてください。点はどこへ行きますか。", "もう一方のクラスから離れます。二つのスコアの差は、点がそのクラスである確率の対数の勾配だからです。2 では、もう一方の月に近い点はほとんどなくなり、多様さも減ります。6 では、多くの点が行き過ぎて、自分の月から外れます。"],
       ["矢印の σ を下げてください。茶色と灰色の矢印が違うのはどこですか。", "その強さのノイズでは学習中に点が来なかった、遠い場所と、スコアの向きが急に変わるクラスの間です。"],
     ],
   },
