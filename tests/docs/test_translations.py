@@ -1,6 +1,7 @@
 """Each Japanese page says what the English one beside it says: its headings, code, pictures, links and numbers."""
 
 import re
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,34 @@ def links(page: str) -> list[str]:
 
 def numbers(page: str) -> set[str]:
     """Return numbers of two digits or more, or with a point, outside of code and links."""
-    text = re.sub(r"\]\([^)]*\)", "]", FENCE.sub("", page))
+    text = in_digits(re.sub(r"\]\([^)]*\)", "]", FENCE.sub("", page)))
     found = re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)
     return {number.replace(",", "") for number in found if len(number) > 1}
+
+
+POWERS = {"million": 6, "billion": 9, "trillion": 12, "M": 6, "B": 9, "T": 12, "万": 4, "億": 8, "兆": 12}
+NUMBER = r"(\d+(?:,\d{3})*(?:\.\d+)?) ?"
+LARGE = re.compile(rf"(?:{NUMBER}(億|兆) ?)?{NUMBER}({'|'.join(POWERS)})(?![A-Za-z])")
+
+
+def in_digits(text: str) -> str:
+    """Write "300 billion", "300B", "3,000 億" and "11 億 3,000 万" as their digits without zeros at the end."""
+
+    def digits(match: re.Match[str]) -> str:
+        pairs = [(match[1], match[2]), (match[3], match[4])]
+        terms = [Decimal(number.replace(",", "")) * 10 ** POWERS[unit] for number, unit in pairs if number]
+        return f"{sum(terms):.0f}".rstrip("0")
+
+    return LARGE.sub(digits, text)
+
+
+def test_large_numbers_are_the_same_in_both_units() -> None:
+    for english, japanese in (
+        ("300 billion", "3,000 億"),
+        ("1.13 billion", "11 億 3,000 万"),
+        ("70 million", "7,000 万"),
+    ):
+        assert in_digits(english) == in_digits(japanese) and in_digits(english).isdigit()
 
 
 @pytest.mark.slow  # a contributor's page may land in English; make test-all asks for the translation
