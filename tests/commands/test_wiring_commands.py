@@ -92,6 +92,7 @@ generate = Table("generate M Hi", {
 
 ANSWER, LOADED = "keifu.commands.chat:print_answer", "keifu.commands.shared.inputs:load_writer"
 TALK = "keifu.inference.chat.conversation:Conversation"
+DOCUMENTS = "keifu.commands.chat:open_documents"
 chat = Table("chat M Hi", {
     "MODEL": Row("", LOADED, "name", "other", base="chat other Hi"),
     "QUESTION": Row("", ANSWER, "message", "Ho", base="chat M Ho"),
@@ -105,6 +106,9 @@ chat = Table("chat M Hi", {
     "image": Row("--image a.png --image b.png", "keifu.commands.shared.inputs:read_pictures", "0", PICTURES),
     "json": Row("--json", "keifu.commands.chat:print_completion"),
     "weights": Row("--weights int8", LOADED, "weights", "int8"),
+    "documents": Row("--documents text.txt", DOCUMENTS, "folder", Path("text.txt")),
+    "rerank": Row("--documents text.txt --rerank other", DOCUMENTS, "rerank", "other"),
+    "least-similarity": Row("--documents text.txt --least-similarity 0.5", DOCUMENTS, "least_similarity", 0.5),
     **sampling(ANSWER, "sampling"),
 }, {LOADED: CHATTER, TALK: SimpleNamespace(complete=lambda *_: None, config=CONFIG)})  # fmt: skip
 

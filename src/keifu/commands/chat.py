@@ -11,15 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import tyro
 
 from keifu.commands.shared import flags, inputs
+from keifu.commands.shared.documents import open_documents, print_cited
 from keifu.commands.shared.errors import explain
 from keifu.commands.shared.terminal import say
 from keifu.commands.shared.writing import SamplingFlags, choose_sampling, print_completion
 from keifu.errors import UserError, printable, shell, unknown
 from keifu.inference.text.sampling_params import ANSWER_TOKENS, SamplingParams
+from keifu.ranges import Share
 
 DIM = "\033[2m{}\033[22m"
 if TYPE_CHECKING:
     from keifu.inference.chat.conversation import Conversation
+    from keifu.inference.chat.documents import SearchedFolder
 
 EXAMPLE = 'keifu chat MODEL "What is the capital of France?"'
 
@@ -51,6 +54,13 @@ class Options(flags.Packed):
     cache_folder: flags.CacheFolder = None
     cache_size: flags.CacheSize = None
     thinking: flags.Thinking = None
+    documents: Annotated[Path | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Folder of .md, .txt, .rst and .py files. Each message is answered from its nearest passages, cited by file and
+    lines, or with "This is not in the documents."."""
+    rerank: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Cross-encoder (a BERT with one label) that sorts the 20 nearest passages of the documents."""
+    least_similarity: Share | None = None
+    """Cosine similarity of the nearest passage below which the documents have no answer. Unset: 0.44."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 
@@ -60,6 +70,7 @@ def run(options: Options) -> None:
     if not question and (options.json or options.image or not inputs.at_terminal()):
         inputs.no_text(EXAMPLE)
     folder = inputs.open_cache_folder(options.cache_folder, options.cache_size)
+    documents = open_documents(options.documents, options.rerank, options.least_similarity)
     model, tokenizer = inputs.load_writer(options.model, options.weights)
     if tokenizer.chat_template is None:
         name = shell(options.model)
@@ -76,28 +87,39 @@ def run(options: Options) -> None:
     conversation = Conversation(model, tokenizer, options.system, guesses, variables, folder)
     if not question:
         print(f"{options.model}: {line}.")
-        Chat(conversation, sampling).talk()
+        Chat(conversation, sampling, documents).talk()
         return
     inputs.notice(f"{options.model}: {line}.")
     images = inputs.read_pictures(options.image)
     if not images and sees(conversation.config):
         print(f"{options.model} answers questions about pictures: give one with --image FILE.", file=sys.stderr)
-    if options.json:
+    if options.json and documents:
+        print_cited(conversation, question, sampling, images, documents)
+    elif options.json:
         print_completion(conversation.complete(question, sampling, images), sampling)
     else:
-        print_answer(conversation, question, sampling, images)
+        print_answer(conversation, question, sampling, images, documents=documents)
     tell_cut(conversation.finish_reason)
 
 
 def print_answer(
     conversation: "Conversation", message: str, sampling: SamplingParams, images: Sequence[Any] = (),
-    thoughts: bool = True,
+    thoughts: bool = True, documents: "SearchedFolder | None" = None,
 ) -> None:  # fmt: skip
     """Print the answer to a message while it is written. A terminal also shows the model's thoughts, dimmed, or how
-    long they took; other outputs never get them."""
+    long they took; other outputs never get them. documents: the answer is from them, with citations."""
     from keifu.data.chat.thoughts import ThoughtSplitter
+    from keifu.inference.chat.citations import Citer, with_marks
+    from keifu.inference.chat.documents import NOT_FOUND
 
-    pieces, length = conversation.answer(message, sampling, images), 0
+    grounding = documents.ground(message) if documents else None
+    if grounding and not grounding.passages:
+        conversation.record(message, NOT_FOUND)
+        say(NOT_FOUND)
+        return
+    citer = Citer(grounding.passages) if grounding else None
+    prompt = grounding.prompt(message) if grounding else None
+    pieces, length = conversation.answer(message, sampling, images, prompt), 0
     splitter, terminal = ThoughtSplitter(conversation.thinking), sys.stdout.isatty()
     try:
         for piece in chain(pieces, [None]):
@@ -109,7 +131,7 @@ def print_answer(
                 hidden = DIM.format(f"({length:,} characters of thoughts; /thoughts shows them)")
                 print("\n" if thoughts else hidden)
                 length = 0
-            say(text, end="")
+            say(with_marks(citer.push(text, piece is None)) if citer else text, end="")
     finally:
         print(flush=True)
 
@@ -135,11 +157,13 @@ class Chat:
     """Conversation at the terminal: reads messages and commands, and prints answers.
 
     sampling: with a seed. Each further answer uses the next seed, so a repeated question can get another answer. The
-    first seed reproduces the whole conversation.
+    first seed reproduces the whole conversation. documents: those that the answers are from.
     """
 
-    def __init__(self, conversation: "Conversation", sampling: SamplingParams):
-        self.conversation, self.sampling = conversation, sampling
+    def __init__(
+        self, conversation: "Conversation", sampling: SamplingParams, documents: "SearchedFolder | None" = None
+    ):
+        self.conversation, self.sampling, self.documents = conversation, sampling, documents
         self.over, self.shows_thoughts = False, True
         self.files: set[Path] = set()  # files in which this conversation was saved
         self.images: list[Any] = []  # pictures for the next message
@@ -211,7 +235,7 @@ class Chat:
         self.commands[name].act(argument.strip())
 
     def _answer(self, message: str, images: Sequence[Any] = ()) -> None:
-        print_answer(self.conversation, message, self.sampling, images, self.shows_thoughts)
+        print_answer(self.conversation, message, self.sampling, images, self.shows_thoughts, self.documents)
         self.sampling = replace(self.sampling, seed=(self.sampling.seed or 0) + 1)
         tell_cut(self.conversation.finish_reason)
 

@@ -57,10 +57,10 @@ def choose_sampling(tokenizer: Any, flags: SamplingFlags, max_tokens: int) -> tu
     return sampling, f"{in_words(sampling)} ({' '.join([default.source, *(['except'] if changed else []), *changed])})"
 
 
-def print_completion(done: "Completion", sampling: SamplingParams) -> None:
-    """Print a finished text with its tokens, probabilities and settings, as JSON."""
+def print_completion(done: "Completion", sampling: SamplingParams, **more: Any) -> None:
+    """Print a finished text with its tokens, probabilities and settings, as JSON. more: further fields."""
     settings = {key: value for key, value in asdict(sampling).items() if key not in NOT_PRINTED}
-    say(json.dumps({**vars(done), "sampling": settings}, ensure_ascii=False))
+    say(json.dumps({**vars(done), "sampling": settings, **more}, ensure_ascii=False))
 
 
 def print_text(

@@ -80,16 +80,26 @@ class Conversation:
         """
         return self.answer(text, sampling_for(self.tokenizer, sampling, ANSWER_TOKENS), images)
 
-    def answer(self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = ()) -> Iterator[str]:
-        """Answer a message like `reply`, with complete settings."""
-        request, messages = self._request(text, settings, images)
+    def answer(
+        self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = (), prompt: str | None = None
+    ) -> Iterator[str]:
+        """Answer a message like `reply`, with complete settings. prompt: the text that the model reads instead of the
+        message, for example with passages of documents; the history keeps the message."""
+        request, messages = self._request(text, settings, images, prompt)
         pieces = self._pieces(self.engine.add(request), messages)
         return (piece.text for piece in pieces if piece.text)
 
-    def complete(self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = ()) -> Completion:
-        """Return the whole answer to a message with its tokens, log-probabilities and seed."""
-        request, messages = self._request(text, replace(settings, log_probabilities=True), images)
+    def complete(
+        self, text: str, settings: SamplingParams, images: Sequence[Image.Image] = (), prompt: str | None = None
+    ) -> Completion:
+        """Return the whole answer to a message with its tokens, log-probabilities and seed. prompt: as in `answer`."""
+        request, messages = self._request(text, replace(settings, log_probabilities=True), images, prompt)
         return completion(request, [*self._pieces(self.engine.add(request), messages)])
+
+    def record(self, text: str, answer: str) -> None:
+        """Add a message and its answer, which the model did not write, to the history."""
+        self.messages = [*self.messages, {"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        self.finish_reason = "stop"
 
     def take_back(self) -> dict[str, Any]:
         """Remove the last message and its answer from the history. Return the message."""
@@ -100,11 +110,15 @@ class Conversation:
         self.messages = self.messages[: indices[-1]]
         return message
 
-    def _request(self, text: str, settings: SamplingParams, images: Sequence[Image.Image]) -> tuple[Request, History]:
+    def _request(
+        self, text: str, settings: SamplingParams, images: Sequence[Image.Image], prompt_text: str | None
+    ) -> tuple[Request, History]:
         """Return the engine's request for the answer, and the history with the new message."""
         pictures = {"images": list(images)} if images else {}
-        messages = [*self.messages, {"role": "user", "content": text, **pictures}]
-        prompt = render(self.tokenizer, messages, self.config, **self.options)
+        message = {"role": "user", "content": text, **pictures}
+        messages = [*self.messages, message]
+        last = message if prompt_text is None else message | {"content": prompt_text}
+        prompt = render(self.tokenizer, [*self.messages, last], self.config, **self.options)
         tokens = prompt.tokens if isinstance(prompt, ImagePrompt) else prompt
         self.thinking = opens_thoughts(self.tokenizer, tokens)
         context = self.config.context_length
