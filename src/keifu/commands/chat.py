@@ -60,7 +60,7 @@ class Options(flags.Packed):
     rerank: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Cross-encoder (a BERT with one label) that sorts the 20 nearest passages of the documents."""
     least_similarity: Share | None = None
-    """Cosine similarity of the nearest passage below which the documents have no answer. Unset: 0.44."""
+    """Cosine similarity of the nearest passage below which the documents have no answer. Unset: 0.49."""
     sampling: Annotated[SamplingFlags, tyro.conf.arg(name="")] = SamplingFlags()
 
 

@@ -12,6 +12,7 @@ from keifu.inference.text.request import Piece
 from keifu.serving.errors import ApiError
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import Answer, prepare_chat, token_bytes, token_text
+from keifu.serving.openai.grounding import AnswerCitations, ground, url_citation
 from keifu.serving.openai.schemas import ChatRequest
 from keifu.serving.openai.tools import THOUGHTS, Delta, Reply
 from keifu.serving.streaming import STREAM, EventStream, json_response
@@ -32,7 +33,14 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 async def begin(models: ServedModels, body: ChatRequest, prefix: str) -> Answer:
     """Check a conversation and return its answer, which has not begun. prefix: first part of its id."""
     schema = body.response_format.schema if body.response_format else None
-    return await prepare_chat(models, body, [message.plain() for message in body.messages], prefix, schema)
+    messages = [message.plain() for message in body.messages]
+    if not body.documents:
+        return await prepare_chat(models, body, messages, prefix, schema)
+    models.find(body.model, "chat")  # its error comes first
+    grounded, grounding = await ground(models, messages, body.titled_texts)
+    answer = await prepare_chat(models, body, grounded, prefix, schema)
+    answer.citations = AnswerCitations(body.titled_texts, grounding, len(answer.requests))
+    return answer
 
 
 async def begin_from(models: ServedModels, fields: dict[str, Any], prefix: str) -> Answer:
@@ -64,7 +72,7 @@ async def _completion(answer: Answer, body: ChatRequest) -> dict[str, Any]:
     choices = [
         {
             "index": choice,
-            "message": _message(reply),
+            "message": _message(reply) | _cited_message(answer, choice),
             "logprobs": {"content": tokens[choice], "refusal": None} if body.logprobs else None,
             "finish_reason": reply.finish_reason,
         }
@@ -79,8 +87,17 @@ def _message(reply: Reply) -> dict[str, Any]:
     return {"role": "assistant", "content": reply.text or (None if calls else ""), "refusal": None, **thoughts, **calls}
 
 
+def _cited_message(answer: Answer, choice: int) -> dict[str, Any]:
+    """Return the text with marks, and the annotations, of an answer from documents."""
+    if answer.citations is None:
+        return {}
+    return {"content": answer.citations.texts[choice], "annotations": answer.citations.annotations[choice]}
+
+
 def _delta(part: Delta, reply: Reply) -> dict[str, Any]:
     """Return a part of an answer in the API's format. The first part of a call has its id and name."""
+    if part.citation:
+        return {"content": part.content, "annotations": [url_citation(part.citation, part.end)]}
     if part.call < 0:
         return {"reasoning_content" if part.call == THOUGHTS else "content": part.content}
     if not part.name:

@@ -21,6 +21,7 @@ from keifu.serving.errors import ApiError, of_exception
 from keifu.serving.facts import Facts, current
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.constraints import constraints
+from keifu.serving.openai.grounding import AnswerCitations
 from keifu.serving.openai.pictures import open_images
 from keifu.serving.openai.schemas import ChatRequest, ResponseRequest, Sampling
 from keifu.serving.openai.tools import (
@@ -47,7 +48,8 @@ LARGE_POOL = ThreadPoolExecutor(2, "keifu-prepare-large")
 class Answer:
     """Answer of a model to one HTTP request. `requests` has the choices of the first prompt, then those of the next.
 
-    in_channels: whether the model answers in gpt-oss's channels.
+    in_channels: whether the model answers in gpt-oss's channels. citations: the passages that the choices cite, if
+    the request has documents.
     """
 
     models: ServedModels
@@ -58,6 +60,7 @@ class Answer:
     prefix: str
     tools: ToolUse | None = None
     in_channels: bool = False
+    citations: AnswerCitations | None = None
     replies: list[Reply] = field(init=False)
     id: str = field(init=False)
     facts: Facts = field(default_factory=current)
@@ -119,7 +122,10 @@ class Answer:
     def push(self, choice: int, piece: Piece) -> list[Delta]:
         """Add a piece to the reply of its choice. Return the parts that are now certain, thoughts first."""
         reply = self.replies[choice]
-        deltas = reply.push(piece.text, piece.finish_reason is not None)
+        last = piece.finish_reason is not None
+        deltas = reply.push(piece.text, last)
+        if self.citations:
+            deltas = self.citations.cited(choice, deltas, last)
         if piece.finish_reason:
             ended = REASONS[piece.finish_reason]
             reply.finish_reason = "tool_calls" if ended == "stop" and reply.calls and not reply.unfinished else ended
@@ -127,6 +133,10 @@ class Answer:
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield each generated piece with the index of its request."""
+        if self.citations and self.citations.fixed_text:
+            for choice in range(len(self.requests)):
+                yield choice, Piece(choice, self.citations.fixed_text, -1, finish_reason="stop")
+            return
         try:
             async with aclosing(self.worker.generate(self.requests)) as pieces:
                 async for item in pieces:

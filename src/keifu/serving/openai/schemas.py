@@ -120,8 +120,8 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    refused: ClassVar[Neutral] = {"annotations": ([],), "audio": (), "function_call": ()}
-    ignored: ClassVar[Neutral] = ADDED | {"reasoning": (), "refusal": ()}
+    refused: ClassVar[Neutral] = {"audio": (), "function_call": ()}
+    ignored: ClassVar[Neutral] = ADDED | {"annotations": ([],), "reasoning": (), "refusal": ()}
     allows_null: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -285,8 +285,15 @@ class ResponseFormat(Body):
         return ANY_OBJECT if self.type == "json_object" else None
 
 
+class Document(Body):
+    """Document that an answer may cite. title: its name in citations, "document N" unless given."""
+
+    text: Annotated[str, Field(max_length=2**21)]
+    title: Annotated[str, Field(max_length=200, pattern=r"^[^\[\]\x00-\x1f]*$")] | None = None
+
+
 class ChatRequest(Sampling):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. documents: the answer is from them, with citations."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -297,6 +304,7 @@ class ChatRequest(Sampling):
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    documents: Annotated[list[Document], Field(min_length=1, max_length=256)] | None = None
     refused: ClassVar[Neutral] = {
         "audio": (), "function_call": ("auto", "none"), "functions": ([],), "lora": ([],), "modalities": (["text"],),
         "web_search_options": (),
@@ -311,8 +319,19 @@ class ChatRequest(Sampling):
             raise ValueError("top_logprobs needs logprobs to be true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ: give one of them")
+        if self.documents and ((self.response_format and self.response_format.schema) or self.tools):
+            raise ValueError("documents has citations in the text of the answer: leave out response_format and tools")
         self.tool_use()
         return self
+
+    @property
+    def titled_texts(self) -> list[tuple[str, str]]:
+        """Title and text of each document. A title that was there before gets its number."""
+        titles = list[str]()
+        for number, each in enumerate(self.documents or (), 1):
+            title = each.title or f"document {number}"
+            titles.append(f"{title} ({number})" if title in titles else title)
+        return list(zip(titles, (each.text for each in self.documents or ()), strict=True))
 
     def tool_use(self) -> ToolUse | None:
         """Return the functions that may be called, or None."""

@@ -19,6 +19,7 @@ from keifu.data.chat.thoughts import ThoughtSplitter, template_options, thought_
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.chat import prompts
+from keifu.inference.chat.citations import Citation
 from keifu.inference.chat.prompts import ImagePrompt
 from keifu.serving.openai.constraints import COMBINED, LAYOUT, Grammar, checked, schema_grammar
 from keifu.serving.tool_parsers import harmony
@@ -327,12 +328,15 @@ THOUGHTS = -2  # value of the field `call` for thoughts
 
 
 class Delta(NamedTuple):
-    """Next part of a streamed answer: text, the name of call number `call`, or the next part of its arguments."""
+    """Next part of a streamed answer: text, the name of call number `call`, the next part of its arguments, or a
+    citation, whose mark is the text. end: number of characters of the answer so far, with marks."""
 
     content: str = ""
     call: int = -1
     name: str = ""
     arguments: str = ""
+    citation: Citation | None = None
+    end: int = 0
 
 
 @dataclass

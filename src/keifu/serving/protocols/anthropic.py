@@ -18,11 +18,13 @@ from keifu.serving.streaming import STREAM, EventStream, json_response
 
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+NOT_READ = ("cache_control", "citations")  # fields of a text block
 Blocks = str | list[dict[str, Any]]
 
 
 class AnthropicMessage(Body):
-    """Message of the user or of the assistant; a block is text, image, thinking, tool_use or tool_result."""
+    """Message of the user or of the assistant; a block is text, image, document, thinking, tool_use or
+    tool_result."""
 
     role: str
     content: Blocks
@@ -84,8 +86,8 @@ def routes(app: FastAPI, models: ServedModels) -> None:
     async def messages(body: MessagesRequest) -> Response:
         answer = await begin_from(models, _fields(body) | {"chat_template_kwargs": _options(body, models)}, "msg_")
         if body.stream:
-            return EventStream(_events(answer), models.limits.timeout, names_events=True)
-        return json_response(await _message(answer))
+            return EventStream(_events(answer, _cites(body)), models.limits.timeout, names_events=True)
+        return json_response(await _message(answer, _cites(body)))
 
     @app.post("/v1/messages/count_tokens", summary="Tokens of a conversation (Anthropic)", tags=["other clients"])
     async def count(body: CountRequest) -> Response:
@@ -116,6 +118,7 @@ def _fields(body: CountRequest) -> dict[str, Any]:
         choice = {"type": "function", "function": {"name": tool_choice.get("name")}}
     return shared_fields | {
         "messages": turns,
+        "documents": [_document(block) for block in _documents(body)] or None,
         "stop": vars(body).get("stop_sequences") or None,
         "tools": [{"type": "function", "function": tool} for tool in tools] or None,
         "tool_choice": choice if tools else None,
@@ -158,13 +161,37 @@ def _turns(turn: AnthropicMessage) -> Iterator[dict[str, Any]]:
         elif block.get("type") == "tool_use":
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input"))}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
+        elif block.get("type") == "document":
+            continue  # see `_documents`
         elif block.get("type") == "image":
             blocks.append({"type": "image_url", "image_url": {"url": _url(block.get("source"))}})
         else:
-            blocks.append({name: value for name, value in block.items() if name != "cache_control"})
+            blocks.append({name: value for name, value in block.items() if name not in NOT_READ})
     if blocks or calls or thoughts:
         fields = {"tool_calls": calls or None, "reasoning_content": thoughts or None}
         yield {"role": turn.role, "content": blocks or "", **{name: value for name, value in fields.items() if value}}
+
+
+def _documents(body: CountRequest) -> list[dict[str, Any]]:
+    """Return the document blocks of all messages."""
+    blocks = [block for message in body.messages if not isinstance(message.content, str) for block in message.content]
+    return [block for block in blocks if block.get("type") == "document"]
+
+
+def _cites(body: CountRequest) -> bool:
+    """Return whether the answer has citations. Raises an error if only some documents ask for them."""
+    enabled = {bool((block.get("citations") or {}).get("enabled")) for block in _documents(body)}
+    if len(enabled) > 1:
+        raise ApiError(400, "citations must be enabled for all documents of a request, or for none.", "messages")
+    return True in enabled
+
+
+def _document(block: dict[str, Any]) -> dict[str, Any]:
+    """Return a document's title and text."""
+    match block.get("source"):
+        case {"type": "text", "data": str(text)}:
+            return {"text": text} | ({"title": block["title"]} if block.get("title") else {})
+    raise ApiError(400, "A document's source has the type text, with media_type text/plain and data.", "messages")
 
 
 def _url(source: Any) -> str:
@@ -177,15 +204,17 @@ def _url(source: Any) -> str:
     raise ApiError(400, "A picture's source has the type base64, with media_type and data, or url.", "messages")
 
 
-async def _message(answer: Answer) -> dict[str, Any]:
-    """Return the whole message."""
+async def _message(answer: Answer, cites: bool) -> dict[str, Any]:
+    """Return the whole message. cites: as in `_events`."""
     message: dict[str, Any] = {}
-    async with aclosing(_events(answer)) as events:
+    async with aclosing(_events(answer, cites)) as events:
         async for event in events:
             if event["type"] == "message_start":
                 message = event["message"]
             elif event["type"] == "content_block_start":
                 message["content"].append(event["content_block"] | {"held": ""})
+            elif event["type"] == "content_block_delta" and "citation" in event["delta"]:
+                message["content"][-1].setdefault("citations", []).append(event["delta"]["citation"])
             elif event["type"] == "content_block_delta":
                 message["content"][-1]["held"] += next(text for name, text in event["delta"].items() if name != "type")
             elif event["type"] == "message_delta":
@@ -203,8 +232,9 @@ def _object(arguments: str) -> dict[str, Any]:
     return {}
 
 
-async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
-    """Yield the answer as Anthropic's events."""
+async def _events(answer: Answer, cites: bool) -> AsyncGenerator[dict[str, Any], None]:
+    """Yield the answer as Anthropic's events. cites: whether citations of documents are part of it. A block of text
+    ends after a citation, which is that of the block's last sentence."""
     reply, open_block = answer.replies[0], -1
     head = {"id": answer.id, "type": "message", "role": "assistant", "model": answer.description.name, "content": []}
     start = {**head, "stop_reason": None, "stop_sequence": None, "usage": _usage(answer)}
@@ -213,6 +243,12 @@ async def _events(answer: Answer) -> AsyncGenerator[dict[str, Any], None]:
     async with aclosing(answer.pieces()) as pieces:
         async for choice, piece in pieces:
             for part in answer.push(choice, piece):
+                if part.citation:
+                    if cites and answer.citations:
+                        delta = {"type": "citations_delta", "citation": answer.citations.location(part.citation)}
+                        yield {"type": "content_block_delta", "index": open_block, "delta": delta}
+                        open_call = None  # further text is a new block
+                    continue
                 if part.call != open_call or open_block < 0:
                     if open_block >= 0:
                         yield {"type": "content_block_stop", "index": open_block}
