@@ -9,7 +9,7 @@ export const WORDS = {
     run: "Learn", set: "Points", sets: { moons: "Two moons", spiral: "Spiral", clusters: "Eight clusters" }, way: "Sampler", ways: { sde: "SDE (fresh noise)", ode: "ODE (DDIM)" },
     steps: "Steps of the sampler", guidance: "Guidance", noise: "σ of the arrows", reset: "Forget everything",
     plane: "Plane with exact points in grey, drawn points in a colour for each class, and arrows of the learned and the exact score",
-    state: (steps, loss) => `Steps: ${steps}${loss === null ? "" : `, mean loss of the last 100: ${loss.toFixed(3)}`}`, away: (share) => `Drawn points off their class: ${share}%`, done: "4,000 steps. Run it again to train on.",
+    state: (steps, loss) => `Steps: ${steps}${loss === null ? "" : `, mean loss of the last 100: ${loss.toFixed(3)}`}`, away: (share) => `Drawn points off their class: ${share}%`, done: "3,000 steps. Run it again to train on.",
     questions: [
       ["Set the steps to 3, then to 40, for the SDE and for the ODE. What is different?", "With 3 steps the SDE scatters its points, most of them out of the picture, because a long step adds much fresh noise; the ODE is near the moons already. With 40 steps both draw nearly the same distribution, though the ODE moves each noise to one point, and the SDE to another one each time."],
       ["Choose the ODE, and raise the guidance to 2 and then to 6. Where do the points go?", "Away from the other class: the difference of the two scores is the gradient of the logarithm of the probability that a point is of its class. At 2 hardly any point is nearer to the other moon, and they vary less. At 6 many overshoot and leave their own moon."],
@@ -21,7 +21,7 @@ export const WORDS = {
     run: "学習する", set: "点", sets: { moons: "二つの月", spiral: "渦巻き", clusters: "八つの集まり" }, way: "サンプラー", ways: { sde: "SDE（ノイズを足す）", ode: "ODE（DDIM）" },
     steps: "サンプラーのステップ数", guidance: "ガイダンス", noise: "矢印の σ", reset: "すべて忘れる",
     plane: "平面。灰色が正確な点、クラスごとの色が生成した点で、学習したスコアと正確なスコアの矢印があります",
-    state: (steps, loss) => `${steps} 歩${loss === null ? "" : `、最近 100 歩の平均損失 ${loss.toFixed(3)}`}`, away: (share) => `自分のクラスから外れた点：${share}%`, done: "4,000 歩です。もう一度押すと、続きを学習します。",
+    state: (steps, loss) => `${steps} 歩${loss === null ? "" : `、最近 100 歩の平均損失 ${loss.toFixed(3)}`}`, away: (share) => `自分のクラスから外れた点：${share}%`, done: "3,000 歩です。もう一度押すと、続きを学習します。",
     questions: [
       ["ステップ数を 3 にし、次に 40 にして、SDE と ODE を比べてください。何が違いますか。", "3 ステップの SDE では点が散らばり、ほとんどが絵の外に出ます。長い一歩では、足すノイズも多いからです。ODE はもう月の近くにあります。40 ステップでは、二つはほぼ同じ分布を描きます。ただし ODE は一つのノイズを一つの点に移し、SDE は毎回別の点に移します。"],
       ["ODE を選び、ガイダンスを 2 に、次に 6 に上げてください。点はどこへ行きますか。", "もう一方のクラスから離れます。二つのスコアの差は、点がそのクラスである確率の対数の勾配だからです。2 では、もう一方の月に近い点はほとんどなくなり、多様さも減ります。6 では、多くの点が行き過ぎて、自分の月から外れます。"],
@@ -123,7 +123,7 @@ export class ScoreModel {
 }
 
 const COLOURS = ["#1565c0", "#e65100"];
-const STEPS = 4000;
+const STEPS = 3000;
 
 export class Element {
   constructor(live, body) {
@@ -161,7 +161,7 @@ export class Element {
     this.timer = setInterval(() => {
       for (let i = 0; i < 40; i++) this.model.step();
       const finished = this.model.steps >= last;
-      this.show(finished || this.model.steps % 200 === 0);
+      this.show(finished || this.model.steps % 400 === 0);
       if (!finished) return;
       clearInterval(this.timer);
       this.timer = null;
