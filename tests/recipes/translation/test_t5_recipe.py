@@ -15,6 +15,7 @@ from keifu.data.text.normalization import normalize
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.inference.text.translation import TranslationParams, translate_texts
+from keifu.models.variants import t5 as variant
 from keifu.recipes.translation import t5
 from keifu.recipes.translation.translator_runs import prepare_pairs
 from keifu.training.run import metrics
@@ -118,3 +119,17 @@ def test_a_tokenizer_without_sentinels_and_wrong_spans_are_refused(table: Path) 
         go(table, "no", "--tokenizer", str(plain), "--pretraining.steps", "1", "--steps", "1")
     with pytest.raises(UserError, match="span 0.5"):
         go(table, "no", "--pretraining.span", "0.5")
+
+
+def test_a_published_t5_goes_on_with_the_token_that_begins_its_targets(table: Path) -> None:
+    tokenizer = train_tokenizer("bpe", [table.read_text()], 290, ["<pad>"])
+    tokenizer = tokenizer.replace(special={"eos_token": "<|endoftext|>", "pad_token": "<pad>"})
+    ids: dict[str, Any] = {"start_id": tokenizer.pad_id, "end_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    sizes: dict[str, Any] = {"dim": 16, "hidden_dim": 24, "n_layers": 1, "n_heads": 2, "head_dim": 8}
+    model = variant.build(variant.Config(tokenizer.vocab_size, 40, **sizes, **ids))
+    checkpoints.save(model, tokenizer, table.parent / "published")
+    recipe = t5.Recipe(str(table), start_from=str(table.parent / "published"), steps=1, tokens_per_batch=500)
+    job: Any = next(t5.jobs(recipe))
+    batch = job.data.batch(0)
+    assert set(batch["target"][:, 0].tolist()) == {tokenizer.pad_id} == {job.model.config.start_id}
+    assert set(batch["source"][:, -1].tolist()) <= {tokenizer.eos_id, tokenizer.pad_id}

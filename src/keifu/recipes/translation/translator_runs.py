@@ -217,7 +217,8 @@ def _data(
 ) -> PairData:
     """Return the encoded training and held-out pairs, whose sources begin with the config's prefix, if it has one.
     Pairs that are too long are left out, and their number is printed."""
-    reader, special = task.tokenizer.sides[0], special_ids(task.tokenizer)
+    # of a published model that a run starts from, the start is the padding token, which its tokenizer does not say
+    reader, special = task.tokenizer.sides[0], SpecialIds(config.start_id, config.end_id, config.pad_id)
     source = special if reader.eos_id is None else special_ids(reader)
     prefix = vars(config).get("prefix") or ""
     train, validation = (
