@@ -145,7 +145,7 @@ def routes(entries: list[Landmark]) -> list[list[tuple[int, int]]]:
             else:
                 gap = child.lane - 1 if aside > 0 else child.lane
                 between[gap] += 1
-                down = corner(0, gap)[0] + WIDTH + 6 * between[gap]
+                down = corner(0, gap)[0] + WIDTH + 5 * between[gap]
             foot, head = y1 + HEIGHT + 7, top - 10 - 5 * number
             arrows.append([(x1, y1 + HEIGHT), (x1, foot), (down, foot), (down, head), (x2, head), (x2, top - 1)])
     return arrows

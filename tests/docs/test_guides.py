@@ -76,7 +76,7 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
 }
 DATA = {  # large data sets, and the small files of the repository that stand for them on pages of landmarks
     **dict.fromkeys(("english", "wiki-summaries", "sotu"), "examples/data/my-texts/"),
-    "tatoeba-ja-en": "examples/data/pairs.csv",
+    **dict.fromkeys(("tatoeba-ja-en", "tatoeba-en-ja"), "examples/data/pairs.csv"),
     **dict.fromkeys(("emoji", "openmoji"), "examples/data/pictures/"),
 }
 DEFAULTS = {"bert": "wiki-summaries", "transformer": "tatoeba-ja-en", "clip": "emoji"}  # of recipes that name no data

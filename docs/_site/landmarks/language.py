@@ -42,10 +42,26 @@ def transformer(drawing: Drawing) -> None:
     encoder_decoder(drawing, left, right)
 
 
-def encoder_decoder(drawing: Drawing, encoder: Sequence[object], decoder: Sequence[object]) -> None:
-    """Draw two columns, and the keys and values that go from the encoder to the decoder's sixth part."""
+def t5(drawing: Drawing) -> None:
+    biased = Part(SELF, ("+ bias by distance", "+ 距離ごとの数"), "attention")
+    embedding = Part(("embedding", "埋め込み"), ("no positions", "位置は足さない"))
+    feed = Part((FEED[0], "全結合層"), "ReLU")
+    left = [
+        Part("The ⟨0⟩ sat ⟨1⟩", ("spans are hidden", "区間を隠す"), "data"), embedding, Begin("× 12"), Fork(), RMS, biased, Join(),
+        Fork(), RMS, feed, Join(), End(), RMS,
+    ]  # fmt: skip
+    right = [
+        Part("⟨0⟩ cat ⟨1⟩ on", ("the hidden spans", "隠した区間"), "data"), embedding, Begin("× 12"), Fork(), RMS, biased, Join(),
+        Fork(), RMS, Part(("cross-attention", "交差注意"), ("sees the source", "原文を見る"), "attention"), Join(),
+        Fork(), RMS, feed, Join(), End(), RMS, Part(NEXT, "", "goal"),
+    ]  # fmt: skip
+    encoder_decoder(drawing, left, right, 6)
+
+
+def encoder_decoder(drawing: Drawing, encoder: Sequence[object], decoder: Sequence[object], number: int = 5) -> None:
+    """Draw two columns, and the keys and values that go from the encoder to the decoder's part of this number."""
     memory = column(drawing, 97, 12, encoder, 124, -1)[-1].bottom
-    cross = column(drawing, 263, 12, decoder, 124, 1)[5]
+    cross = column(drawing, 263, 12, decoder, 124, 1)[number]
     bend = max(memory[1] + 26, cross.y)
     drawing.line(memory, (memory[0], bend), (MIDDLE, bend), (MIDDLE, cross.y), cross.left)
     drawing.note(97, bend + 16, ("keys and values", "キーと値"))
