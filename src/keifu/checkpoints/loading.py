@@ -142,14 +142,14 @@ def convert(
         raise unknown("number format", dtype, [*DTYPES, *packed])
     if to != "gguf" and dtype in packed:
         raise UserError(f"A Hugging Face directory cannot hold {dtype}; write it as gguf, or choose f32, f16 or bf16.")
-    model, tokenizer = _to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
+    model, tokenizer = load_to_convert(name, None if dtype is None or to == "gguf" else DTYPES[dtype])
     if to == "gguf":
         save_gguf(model, tokenizer, Path(out), dtype)
     else:
         save(model, tokenizer, out, kind=None if to == "hf" else to)
 
 
-def _to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
+def load_to_convert(name: str | Path, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
     """Load the model to convert, with adapters merged. dtype None: the type that represents every stored number
     exactly."""
     if is_adapter(locate(name)):

@@ -14,15 +14,16 @@ from keifu.errors import UserError
 @dataclass(frozen=True)
 class Options:
     """Write a model as a Hugging Face directory, which transformers loads, as GGUF, which llama.cpp loads, as a page
-    that runs it in a browser, or a CLIP as open_clip has it."""
+    that runs it in a browser, as ONNX, which onnxruntime runs, or a CLIP as open_clip has it."""
 
     model: flags.Model
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT", help="The folder or .gguf file to write.")]
-    to: Literal["hf", "gguf", "open_clip", "web"] | None = None
-    """Format; web is a folder with a page. Unset: gguf if OUT ends in .gguf, else hf."""
+    to: Literal["hf", "gguf", "open_clip", "web", "onnx"] | None = None
+    """Format; web is a folder with a page, and onnx one with graphs for onnxruntime. Unset: gguf if OUT ends in
+    .gguf, else hf."""
     dtype: Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "int8"] | None = None
-    """Number format of the matrices, by default one that holds the stored numbers, and int8 for web. q8_0 and
-    the formats of 4 bits, q4_0 and q4_1, are for gguf alone, and int8 for web alone."""
+    """Number format of the matrices, by default one that holds the stored numbers, int8 for web and f32 for onnx. q8_0
+    and the formats of 4 bits, q4_0 and q4_1, are for gguf alone, and int8 for web and onnx alone; onnx has no bf16."""
     single_file: bool = False
     """With --to web: write one HTML file, which a browser opens from a disk without a server."""
     replace: bool = False
@@ -44,6 +45,8 @@ def run(options: Options) -> None:
         raise UserError(f"With --single-file OUT is a file that ends in .html, and {out} does not.")
     if to == "web":
         _write_page(options)
+    elif to == "onnx":
+        _write_onnx(options)
     else:
         convert(options.model, out, to, options.dtype)
     print(f"Wrote {out}.")
@@ -61,3 +64,15 @@ def _write_page(options: Options) -> None:
         model = Path(folder) / "model"
         convert(options.model, model, "hf", "f32" if int8 else options.dtype)
         write_web(model, options.out, Path(options.model).name, int8, options.single_file)
+
+
+def _write_onnx(options: Options) -> None:
+    """Write the model's graphs, in a Hugging Face directory without weights."""
+    import torch
+
+    from keifu.checkpoints.loading import load_to_convert
+    from keifu.checkpoints.onnx.write import check, write_onnx
+
+    dtype = options.dtype or "f32"
+    check(dtype)
+    write_onnx(*load_to_convert(options.model, torch.float32), options.out, dtype)

@@ -157,9 +157,9 @@ class DDPM(ImageModel):
         null class if there is one. Raises UserError for an unsupported size or number of channels.
         """
         self.check_size(*x.shape[1:])
-        time = self.time(timestep.reshape(-1).expand(len(x)))
+        time = self.time(timestep.reshape(-1).expand(x.shape[0]))  # len would fix the batch of an exported graph
         if self.label is not None:
-            time = time + self.label(self._labels(len(x), x.device) if label is None else label).to(time.dtype)
+            time = time + self.label(self._labels(x.shape[0], x.device) if label is None else label).to(time.dtype)
         elif label is not None:
             raise UserError("This model draws no classes, and it was given a label: leave it out.")
         centered = (x if self.config.centered else 2 * x - 1).to(time.dtype)

@@ -1,0 +1,1 @@
+"""Models as ONNX, for onnxruntime, optimum and transformers.js."""
