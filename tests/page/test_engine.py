@@ -1,5 +1,6 @@
 """The engine computes keifu's numbers: every packaged model in float32, with the kernel and in plain JavaScript."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -45,9 +46,10 @@ def test_bert(engine) -> None:
     ids = tokenizer.encode("The book was [MASK] by an American author.", special=True, allow_special=True)
     with torch.inference_mode():
         states = model.encode(torch.tensor([ids]))
-        words = model.words(states)
+        words, follows = model.words(states), model.next_sentence(model.pool(states))
     found = engine("maskedLogits", "bert-en", ids)
     assert_close(found["words"], words)
+    assert_close(found["follows"], follows)
 
 
 @pytest.mark.parametrize("name", ["ja-en", "en-ja"])
@@ -58,6 +60,12 @@ def test_translator(engine, name: str) -> None:
     with torch.inference_mode():
         logits = model(torch.tensor([source]), torch.tensor([target]))[0, -1]
     assert_close(engine("translatorLogits", name, source, target), logits)
+
+
+def test_every_packaged_model_is_compared() -> None:
+    compared = set(re.findall(r'"([a-z]+(?:-[a-z]+)?)"', Path(__file__).read_text("utf-8")))
+    packaged = {path.name for path in PACKAGED.iterdir() if (path / "README.md").is_file()}
+    assert len(packaged) == 11 and packaged <= compared
 
 
 def test_network(engine) -> None:
