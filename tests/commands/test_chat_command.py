@@ -155,7 +155,10 @@ class Echo:
         message, self.messages = self.messages[-2], self.messages[:-2]
         return message
 
-    def answer(self, text: str, settings: SamplingParams, images: Sequence[Any] = ()) -> Iterator[str]:
+    def answer(
+        self, text: str, settings: SamplingParams, images: Sequence[Any] = (), prompt: str | None = None
+    ) -> Iterator[str]:
+        assert prompt is None  # without documents the model reads the message
         self.seeds.append(settings.seed or 0)
         self.temperatures.append(settings.temperature)
         if text == "fail":
