@@ -67,9 +67,10 @@ class Sequence:
         """Return the next `count` tokens for the runner. Logits are wanted after the last one and after each guess.
         borders: slots of states to keep."""
         tokens = self.tokens[self.computed : self.computed + count] + self.guesses
-        wanted = 1 + len(self.guesses) if count == self.left else 0
+        guesses = len(self.guesses)
+        wanted = 1 + guesses if count == self.left else 0
         prompt = len(self.request.prompt)
-        states = len(self.guesses), borders, self.origin
+        states = guesses, borders, self.origin
         images = self.request.images
         return Span(self.number, tokens, self.computed, self.blocks, wanted, self.sources, images, prompt, *states)
 
@@ -133,6 +134,8 @@ class Scheduler:
                 budget -= count + len(sequence.guesses)
         if self.waiting and not self.preempted:
             chosen += self._admit(budget)
+        if self.blocks.states is None:
+            return [sequence.span(count, {}) for sequence, count in chosen]
         return [
             sequence.span(count, self._slots(sequence, count + len(sequence.guesses))) for sequence, count in chosen
         ]
@@ -170,7 +173,8 @@ class Scheduler:
 
     def done(self, sequence: Sequence, count: int) -> None:
         """Record that `count` more tokens of a sequence are computed. Its full blocks may be shared from now on."""
-        self._forget_origin(sequence)
+        if sequence.sources or sequence.origin is not None:
+            self._forget_origin(sequence)
         size = self.blocks.block_size
         before, sequence.computed = sequence.computed // size, sequence.computed + count
         if sequence.computed // size > before:
@@ -178,13 +182,15 @@ class Scheduler:
             full = slice(before, sequence.computed // size)
             for block, digest in zip(sequence.blocks[full], sequence.hashes[full], strict=False):
                 self.blocks.remember(block, digest)
-        for tokens in [tokens for tokens in sequence.slots if tokens <= sequence.computed]:
-            self.blocks.remember_state(sequence.slots.pop(tokens), sequence.hashes[tokens // size - 1])
+        if sequence.slots:
+            for tokens in [tokens for tokens in sequence.slots if tokens <= sequence.computed]:
+                self.blocks.remember_state(sequence.slots.pop(tokens), sequence.hashes[tokens // size - 1])
         if self.stored is not None:
             self._store(sequence, self.stored)
-        passed = self.blocks.passed(sequence.computed)
-        self.blocks.release(sequence.blocks[sequence.passed : passed])
-        sequence.passed = passed
+        if self.blocks.window is not None:
+            passed = self.blocks.passed(sequence.computed)
+            self.blocks.release(sequence.blocks[sequence.passed : passed])
+            sequence.passed = passed
 
     def _admit(self, budget: int) -> Iterator[tuple[Sequence, int]]:
         """Admit waiting sequences while there are tokens and blocks for them. Yield each with its number of tokens."""
