@@ -104,7 +104,7 @@ export class Element {
       return { count, away, plane: new Plane(canvas, 200), node: make("figure", {}, canvas, make("figcaption", {}, this.text.steps(count), make("br"), away)) };
     });
     const button = (text, onclick) => make("button", { type: "button", onclick }, text);
-    body.append(make("div", { class: "live-wide live-figures live-strip" }, this.figures.map(({ node }) => node)),
+    body.append(make("div", { class: "live-wide live-figures" }, this.figures.map(({ node }) => node)),
       make("div", { class: "live-side" }, this.shape.node, button(this.text.straighten, () => this.straighten()), button(this.text.reset, () => this.reset()), this.state, make("p", { class: "live-hint" }, this.text.plane)));
     this.reset();
   }
