@@ -105,7 +105,7 @@ DIAGRAMS = {"inside-loop.svg": LOOP, "inside-engine.svg": ENGINE, "inside-checkp
 
 LINEAGE = (
     neurons.perceptron, neurons.mlp, neurons.lstm, neurons.seq2seq,
-    language.ngram, language.word2vec, language.transformer, language.bert, language.t5, language.gpt1, language.gpt2, language.gpt3, language.llama, language.palm, language.palm2, language.mixture, language.lora, language.whisper, language.gated_delta, language.deepseek_v3, language.gpt_oss, language.long_context, language.llada,
+    language.ngram, language.word2vec, language.transformer, language.bert, language.t5, language.rag, language.gpt1, language.gpt2, language.gpt3, language.llama, language.palm, language.palm2, language.mixture, language.lora, language.whisper, language.gated_delta, language.deepseek_v3, language.gpt_oss, language.long_context, language.llada,
     pictures.gan, pictures.vq, pictures.ddpm, pictures.score, pictures.unet, pictures.dalle, pictures.clip, pictures.latent_diffusion, pictures.unclip, pictures.vae, pictures.vit, pictures.dit, pictures.llava,
     training.instructgpt, training.dpo, training.deepseek_r1, training.pathways, training.chinchilla, overview.lineage,
 )  # fmt: skip

@@ -39,7 +39,7 @@ def test_a_page_links_its_neighbours(language: str) -> None:
         assert f"]({before}{ending}) · [" in heads[after]
     assert "←" not in heads[ORDER[0]] and "→" not in heads[ORDER[-1]]
     assert heads["bert"].startswith(
-        {"en": "**Language** 9/17 · [← GPT-1]", "ja": "**言語** 9/17 · [← GPT-1]"}[language]
+        {"en": "**Language** 9/18 · [← GPT-1]", "ja": "**言語** 9/18 · [← GPT-1]"}[language]
     )
 
 

@@ -1,6 +1,7 @@
 """Documents of a chat, by OpenAI's and Anthropic's forms: citations whole and streamed, no answer, refusals."""
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,6 +86,23 @@ def test_a_stream_has_the_same_text_and_annotations(server: Served, written: lis
     message = server.post("/v1/chat/completions", openai_body()).json()["choices"][0]["message"]
     assert "".join(delta.get("content", "") for delta in deltas) == message["content"] == MARKED
     assert [each for delta in deltas for each in delta.get("annotations", [])] == message["annotations"]
+
+
+@pytest.mark.parametrize("end", [".", ""])
+def test_the_last_sentence_is_cited_also_if_no_text_follows(
+    server: Served, written: list[str], monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "PIECES", ["The crane was", f" bought in 1931{end}"])
+    expected = f"The crane was bought in 1931{end}"
+    message = server.post("/v1/chat/completions", openai_body()).json()["choices"][0]["message"]
+    deltas = [event["choices"][0]["delta"] for event in events(server, "/v1/chat/completions", openai_body())]
+    streamed = "".join(delta.get("content", "") for delta in deltas)
+    assert message["content"] == streamed == f"{expected} [harbour.md:3-4]"
+    assert len(message["annotations"]) == sum(len(delta.get("annotations", [])) for delta in deltas) == 1
+    [block] = server.post("/v1/messages", anthropic_body()).json()["content"]
+    deltas = [event.get("delta", {}) for event in events(server, "/v1/messages", anthropic_body())]
+    assert block["text"] == expected and block["citations"][0]["document_index"] == 0
+    assert [delta.get("type") for delta in deltas].count("citations_delta") == 1
 
 
 def test_openais_client_reads_the_annotations(server: Served, written: list[str]) -> None:

@@ -13,7 +13,7 @@ LEFT, ACROSS, DOWN, WIDE = 74, 79, 40, 78
 SHORT = {
     "perceptron": ("Perceptron", "パーセプトロン"), "mlp": ("MLP", "MLP"), "lstm": ("LSTM", "LSTM"), "word2vec": ("Word2vec", "Word2vec"), "ngram": ("N-grams", "n-gram"), "seq2seq": ("Attention", "注意機構"), "latent_diffusion": ("Latent diff.", "潜在拡散"),
     "transformer": ("Transformer", "Transformer"), "unclip": ("unCLIP", "unCLIP"), "instructgpt": ("InstructGPT", "InstructGPT"), "mixture": ("MoE", "MoE"),
-"vae": ("VAE", "VAE"), "gan": ("GAN", "GAN"), "vq": ("VQ-VAE", "VQ-VAE"), "score": ("Scores, SDE", "スコア、SDE"), "vit": ("ViT", "ViT"), "dit": ("DiT", "DiT"), "chinchilla": ("Chinchilla", "Chinchilla"), "dpo": ("DPO", "DPO"), "gated_delta": ("DeltaNet", "DeltaNet"), "deepseek_v3": ("DeepSeek-V3", "DeepSeek-V3"), "long_context": ("Long context", "長い文脈"), "gpt_oss": ("gpt-oss", "gpt-oss"), "deepseek_r1": ("R1, GRPO", "R1、GRPO"),
+"vae": ("VAE", "VAE"), "gan": ("GAN", "GAN"), "vq": ("VQ-VAE", "VQ-VAE"), "rag": ("RAG", "RAG"), "score": ("Scores, SDE", "スコア、SDE"), "vit": ("ViT", "ViT"), "dit": ("DiT", "DiT"), "chinchilla": ("Chinchilla", "Chinchilla"), "dpo": ("DPO", "DPO"), "gated_delta": ("DeltaNet", "DeltaNet"), "deepseek_v3": ("DeepSeek-V3", "DeepSeek-V3"), "long_context": ("Long context", "長い文脈"), "gpt_oss": ("gpt-oss", "gpt-oss"), "deepseek_r1": ("R1, GRPO", "R1、GRPO"),
 }  # fmt: skip
 
 
