@@ -115,7 +115,7 @@ def draw(found: dict[str, dict[str, list[float]]], path: Path) -> None:
             panels[0].plot(losses, [number] * len(losses), "o", color=colour)
             if way != "dense":
                 panels[1].plot([100 * share for share in shares], [number] * len(shares), "o", color=colour)
-        panels[0].set(yticks=range(len(WAYS)), yticklabels=WAYS[::-1], xlabel="validation loss, nats a character")
+        panels[0].set(yticks=range(len(WAYS)), yticklabels=WAYS[::-1], xlabel="validation loss, nats per character")
         panels[1].set(xlabel="characters of the busiest expert, %", xlim=(0, 102))
         panels[1].axvline(25, color="grey", linestyle=":")
 
@@ -156,7 +156,7 @@ def time_all(options: argparse.Namespace) -> None:
     task = prepare_text(Text(options.data, tokenizer="characters"))
     vocab_size = task.tokenizer.vocab_size
     kinds = {"dense": "dense", LARGE: LARGE, EIGHT: f"{EIGHT}, {LOSS}", FINE: f"{FINE}, {LOSS}"}
-    columns = ["tokens a second", "training", "1 stream", "8 streams"]
+    columns = ["tokens per second", "training", "1 stream", "8 streams"]
     print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}", flush=True)
     rows, found = list[list[str]](), dict[str, dict[str, list[float]]]()
     for dim, layers, count, written in ((options.dim, options.layers, 16, 64), (512, 4, 4, 16)):

@@ -100,7 +100,7 @@ def draw(curves: dict[str, Curve], target: float, path: Path) -> None:
             axes.plot(*zip(*curve, strict=True), label=name)
         axes.axhline(target, color="grey", linestyle=":", label=f"nanoGPT's loss, {target}")
         axes.set(
-            xlabel="seconds of training", ylabel="held-out loss, nats a character", ylim=(None, 2.6), xlim=(0, None)
+            xlabel="seconds of training", ylabel="held-out loss, nats per character", ylim=(None, 2.6), xlim=(0, None)
         )
 
 

@@ -154,7 +154,7 @@ def main() -> None:
             print(f"{NAMES[way]}, seed {seed}: {figures[way][seed]}", flush=True)
     first = {"teacher": "the teacher", "cut-teacher": "the teacher, cut to the student's tokens"}
     names = {**first, "student": "the student before training", **NAMES}
-    columns = ["", "nats a token", "bits a byte", "steps"]
+    columns = ["", "nats per token", "bits per byte", "steps"]
     rows = [[names[way], *cells([*by_seed.values()])] for way, by_seed in figures.items()]
     print_rows([columns, *rows])
     if options.write:

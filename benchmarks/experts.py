@@ -22,7 +22,7 @@ from keifu.models.mixture import mixtral
 from keifu.native.model import NativeLM, Span, pack
 
 SECTION = "Decoding a mixture of experts"
-COLUMNS = ("weights, streams", "mixture, ms a step", "ratio to as many active weights", "ratio to as many weights")
+COLUMNS = ("weights, streams", "mixture, ms per step", "ratio to as many active weights", "ratio to as many weights")
 SIZE: dict[str, Any] = {
     "vocab_size": 8192, "context_length": 512, "dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 2,
     "norm_eps": 1e-5,

@@ -32,7 +32,7 @@ from keifu.recipes.assistant.finetuning import with_template
 from keifu.recipes.assistant.sft import select_conversations, split
 
 SECTION = "Held-out conversations"
-COLUMNS = ("model", "bits a byte of answers", "95% interval")
+COLUMNS = ("model", "bits per byte of answers", "95% interval")
 
 
 def bits(name: str, chats: Sequence[Conversation]) -> dict[int, float]:

@@ -238,7 +238,7 @@ def main() -> None:
         found.append(of_seed(options, own))
     models = [*zip(*(rows for rows, _ in found), strict=True)]
     table = [cells(rows, models[0]) for rows in models]
-    columns = ["", "gold reward", "beats the fine-tuned one by gold", "nats a token on held-out pretraining text"]
+    columns = ["", "gold reward", "beats the fine-tuned one by gold", "nats per token on held-out pretraining text"]
     values = {rows[0].name: {"gold": [row.gold for row in rows], "nats": [row.nats for row in rows]} for rows in models}
     command = typed("instruct.py", vars(options), usual(parser))
     publish(options.write, "InstructGPT's pipeline", command, columns, table, values)

@@ -109,7 +109,7 @@ def draw(losses: dict[str, list[Tensor]], path: Path) -> None:
             places = torch.arange(curves.shape[1]) * 16 + 8
             plot_seeds(axes, places, curves, name)
         axes.axvline(TRAINED, color="grey", linestyle=":", label="trained length")
-        axes.set(xlabel="place in the window", ylabel="held-out loss, nats a token")
+        axes.set(xlabel="place in the window", ylabel="held-out loss, nats per token")
 
 
 def main() -> None:
@@ -135,7 +135,7 @@ def main() -> None:
         for name, model in models.items()
     }
     rows, values = of_seeds(figures, before=costs)
-    columns = ["", "parameters", "MFLOP a token, forward", *PARTS]
+    columns = ["", "parameters", "MFLOP per token, forward", *PARTS]
     command = typed("llama_changes.py", vars(options), usual(parser))
     publish(options.write, "LLaMA's three changes", command, columns, rows, values)
     if options.picture:

@@ -186,7 +186,7 @@ def draw(found: dict[str, list[Found]], tuned: int, path: Path) -> None:
                 places = torch.arange(curves.shape[1]) * STEP + STEP // 2
                 plot_seeds(axes, places, curves, method)
             axes.axvline(TRAINED, color="grey", linestyle=":")
-            axes.set(xlabel="position in the window", ylabel="held-out loss, nats a token")
+            axes.set(xlabel="position in the window", ylabel="held-out loss, nats per token")
             axes.set_title(f"after {tuned} steps at {LONG} tokens" if after else "the trained weights", fontsize=10)
             axes.legend(fontsize=8)
         names = [*METHODS, "window"]

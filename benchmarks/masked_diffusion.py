@@ -221,7 +221,7 @@ def compare(options: argparse.Namespace) -> dict[str, tuple[list[str], list[list
     columns = ["", "minutes", "steps", "M tokens", "bits per byte", "95% interval"]
     found = {"Masked diffusion": (columns, rows, {"bytes per token": round(task.shards.bytes_per_token, 4), **kept})}
     texts = options.texts
-    columns = ["", "passes", "nats a token, left to right", f"different tokens of {WRITTEN}"]
+    columns = ["", "passes", "nats per token, left to right", f"different tokens of {WRITTEN}"]
     found["Masked diffusion by steps"] = columns, by_steps(causal, masked, windows, texts), {"texts": texts}
     columns = ["", *(f"{name}, % right" for name in NAMES)]
     found["Masked diffusion in gaps"] = columns, by_gaps(causal, masked, windows, 2 * texts), {"texts": 2 * texts}

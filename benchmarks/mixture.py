@@ -216,7 +216,7 @@ def draw_curve(points: dict[int, list[Measured]], positions: int, path: Path) ->
                 values = [by_weight(found, name, objective) for found in points.values()]
                 axes.plot([step * positions / 1e6 for step in points], values, marker="o", markersize=3, label=word)
             axes.set_title(title(name), fontsize=10)
-            axes.set(xlabel="tokens read, M", ylabel="nats a hidden token" if name in HIDDEN else "bits a byte")
+            axes.set(xlabel="tokens read, M", ylabel="nats a hidden token" if name in HIDDEN else "bits per byte")
         panels[0].legend(fontsize=9)
 
 
@@ -247,7 +247,7 @@ def draw(found: Sequence[Measured], path: Path) -> None:
             values = [each.figures[objective][name] for each in reversed(found)]
             axes.barh([n + shift for n in range(len(found))], values, height=0.38, label=MODELS[objective])
         axes.set_title(title(name), fontsize=10)
-        axes.set_xlabel("bits a byte" if name not in HIDDEN else "nats a hidden token", fontsize=9)
+        axes.set_xlabel("bits per byte" if name not in HIDDEN else "nats a hidden token", fontsize=9)
         axes.grid(axis="x", alpha=0.3)
     panels[0].set_yticks(range(len(found)), [each.source.name for each in reversed(found)], fontsize=9)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
@@ -285,7 +285,7 @@ def main() -> None:
             print(f"{MODELS[objective]}: {steps:,} steps in {summary.seconds:.0f} s", flush=True)
         points = curve(runs, found, options) if options.points else {}
     print(f"\n{machine()}; {steps * positions / 1e6:.1f} M tokens read by each model, seed {options.seed}")
-    print("left to right: bits a byte; hidden tokens: nats a token\n")
+    print("left to right: bits per byte; hidden tokens: nats per token\n")
     measured = measure(models, found, options)
     print(f"{table(measured)}\n\n{controls(models['ul2'], found, options)}")
     if points:

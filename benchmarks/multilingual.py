@@ -158,7 +158,7 @@ def main() -> None:
     both = mixtures()
     names = [source.name for source in both["English alone"].sources]
     heads = [f"{tatoeba.LANGUAGES[code]}, {count} examples" for code in LANGUAGES for count in options.shots]
-    lines = [f"| | English, bits a byte | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
+    lines = [f"| | English, bits per byte | {' | '.join(heads)} |", "|---|---:|" + "---:|" * len(heads)]
     with tempfile.TemporaryDirectory() as directory:
         for name, mixture in both.items():
             ready = prepare(mixture, options.vocab)

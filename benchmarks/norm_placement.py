@@ -45,7 +45,7 @@ def draw(losses: dict[str, dict[int, list[float]]], path: Path) -> None:
             bars = [[m - min(s) for m, s in zip(means, by_depth.values(), strict=True)]]
             bars.append([max(s) - m for m, s in zip(means, by_depth.values(), strict=True)])
             axes.errorbar([*by_depth], means, yerr=bars, marker="o", capsize=3, label=name)
-        axes.set(xlabel="blocks", ylabel="held-out loss, nats a token", xscale="log")
+        axes.set(xlabel="blocks", ylabel="held-out loss, nats per token", xscale="log")
         axes.set_xticks([*by_depth], [str(depth) for depth in by_depth])
         axes.minorticks_off()
 

@@ -38,8 +38,8 @@ MODELS = {  # for each model its test, and the names of its figure and of the co
         "questions of easy-VQA's test part; the commonest answer to each question",
         "accuracy", "commonest answer to each question",
     ),
-    "gpt-en": ("bits a byte of held-out English", "bits per byte", ""),
-    "chat-en": ("bits a byte of SmolLM2's held-out answers; `gpt-en`", "chat-en", "gpt-en"),
+    "gpt-en": ("bits per byte of held-out English", "bits per byte", ""),
+    "chat-en": ("bits per byte of SmolLM2's held-out answers; `gpt-en`", "chat-en", "gpt-en"),
 }  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def draw_speed(found: dict[int, dict[int, dict[str, Any]]], path: Path) -> None:
             taken = {length: {name: 1000 / TOKENS * statistics.median(each) for name, each in task["seconds"].items()}
                      for length, task in lengths.items()}  # fmt: skip
             curves(axes, taken)
-            axes.set(title=f"{rows} rows at once" if rows > 1 else "one row", ylabel="ms a step", ylim=(0, None))
+            axes.set(title=f"{rows} rows at once" if rows > 1 else "one row", ylabel="ms per step", ylim=(0, None))
         last = [*found.values()][-1]
         curves(
             panels[-1],
@@ -247,7 +247,7 @@ def learning(options: argparse.Namespace, picture: Path | None) -> None:
     print(f"\nLearning {options.data}: {options.steps} steps of {tokens:,} tokens, seed {options.seed}")
     found: list[dict[str, dict[int, float]]] = []
     for ways in (layers(options, usual), optimizers(options, usual)):
-        print("\n| | parameters | held-out loss | bits a byte | ms a step |\n|---|---:|---:|---:|---:|", flush=True)
+        print("\n| | parameters | held-out loss | bits per byte | ms per step |\n|---|---:|---:|---:|---:|", flush=True)
         found.append({})
         for way in ways:
             line, found[-1][way.name] = learn(way, task, options)
@@ -264,7 +264,7 @@ def draw_learning(found: list[dict[str, dict[int, float]]], tokens: int, path: P
                 axes.plot([step * tokens / 1e6 for step in points], [*points.values()], marker=".", label=name)
             axes.set(title=title, xlabel="million tokens")
             axes.legend(fontsize=8)
-        panels[0].set_ylabel("held-out loss, nats a token")
+        panels[0].set_ylabel("held-out loss, nats per token")
 
 
 def main() -> None:

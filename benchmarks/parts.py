@@ -90,7 +90,7 @@ def tokenizers() -> None:
             found = [train_tokenizer(kind, texts, each) for each in sizes]
             lengths = [sum(map(len, each.encode_batch(texts))) for each in found]
             axes.plot(sizes, [size / each for each in lengths], style, marker="o", label=f"{language}, {kind}")
-    axes.set(xlabel="vocabulary", ylabel="bytes a token", title="on the text it was learned from")
+    axes.set(xlabel="vocabulary", ylabel="bytes per token", title="on the text it was learned from")
     axes.legend(fontsize=8)
 
 

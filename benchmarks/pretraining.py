@@ -105,7 +105,7 @@ def pretrained(options: argparse.Namespace, task: TextTask, out: Path) -> None:
     loss, bits = summary.figures["validation_loss"], summary.figures["bits_per_byte"]
     passes = seen / len(task.shards.tokens)
     print(f"Pretrained: {steps:,} steps, {seen / 1e6:.1f} M tokens ({passes:.2f} passes) in {summary.seconds:.0f} s; ")
-    print(f"{loss:.3f} nats a token, {bits:.3f} bits a byte, on text that was kept apart.\n", flush=True)
+    print(f"{loss:.3f} nats per token, {bits:.3f} bits per byte, on text that was kept apart.\n", flush=True)
 
 
 def with_dropout(folder: Path, out: Path, tokenizer: Tokenizer | None = None) -> str:

@@ -19,7 +19,7 @@ from keifu import checkpoints
 from keifu.data.text.token_shards import prepare
 from keifu.native.model import pack
 
-SECTION, COLUMNS = "The native step and llama.cpp", ("", "bits a weight", "perplexity")
+SECTION, COLUMNS = "The native step and llama.cpp", ("", "bits per weight", "perplexity")
 PEERS = {"bf16": ("bf16",), "int8": ("q8_0",), "int4": ("q4_0", "q4_k"), "int4_pure": ("q4_0_pure",)}
 
 
@@ -48,7 +48,7 @@ def main() -> None:
     texts = windows(options.on, tokenizer, options.windows, options.length)
     count, parameters = texts[:, 1:].numel(), sum(each.numel() for each in model.parameters())
     print(f"{machine()}; {options.model} on {options.on}, {count} tokens in windows of {options.length}\n")
-    print("| | bits a weight | perplexity |\n|---|---:|---:|")
+    print("| | bits per weight | perplexity |\n|---|---:|---:|")
     rows, values = list[list[str]](), {"parameters": parameters, "tokens": count, "bytes": {}, "nats": {}}
 
     def report(name: str, nbytes: int, nats: list[float]) -> None:

@@ -112,7 +112,8 @@ def points(options: argparse.Namespace) -> list[Point]:
     known = {(each.size, each.tokens): each for each in (Point(**json.loads(line)) for line in kept)}
     task = prepare_text(Text(options.data, vocab_size=options.vocab_size))
     print(
-        "| size | parameters | tokens seen | loss | bits a byte | seconds |\n|---|---:|---:|---:|---:|---:|", flush=True
+        "| size | parameters | tokens seen | loss | bits per byte | seconds |\n|---|---:|---:|---:|---:|---:|",
+        flush=True,
     )
     found = []
     for size in [*options.sizes, options.left_out]:
@@ -156,7 +157,9 @@ def draw(law: Law, used: list[Point], asked: list[Point], ranges: np.ndarray, pa
         axes.plot(
             [], [], "o", markerfacecolor="white", markeredgecolor="grey", label="left out of the fit, and its interval"
         )
-        axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="held-out loss, nats a token", title=str(law))
+        axes.set(
+            xscale="log", yscale="log", xlabel="parameters", ylabel="held-out loss, nats per token", title=str(law)
+        )
         axes.yaxis.set_major_formatter("{x:.1f}")
         axes.yaxis.set_minor_formatter("{x:.1f}")
         axes.grid(alpha=0.3, which="both")

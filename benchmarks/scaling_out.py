@@ -90,7 +90,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.plot(
                 [line["step"] for line in found[name]], [line["loss"] for line in found[name]], label=name, **style
             )
-        axes.set(xlabel="step", ylabel="loss, nats a token", title="Two pods and one process: the same bits")
+        axes.set(xlabel="step", ylabel="loss, nats per token", title="Two pods and one process: the same bits")
         axes.legend(frameon=False)
 
 

@@ -142,7 +142,7 @@ def draw(found: dict[str, list[dict[str, float]]], path: Path) -> None:
     with chart(path, (10, 3.8), 2, legend=None) as (left, right):
         costs = [read for read in READ if read != "all"]
         panels = (
-            (left, costs, lambda each, name: each[name] - each["all"], "nats a token more than with all tokens seen"),
+            (left, costs, lambda each, name: each[name] - each["all"], "nats per token more than with all tokens seen"),
             (right, ["first", "sink"], lambda each, name: 100 * each[name], "share of attention, %"),
         )
         for axes, names, value, label in panels:

@@ -107,7 +107,7 @@ def draw(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace) -
                 pairs = [(line["step"], line["loss"]) for line in points if "loss" in line]
                 if pairs:
                     axes.plot(*zip(*pairs, strict=True), style, color=f"C{number}", label=label, linewidth=1)
-        axes.set(xlabel="step", ylabel="loss of a step, nats a token", xlim=(max(0, options.at - 150), options.steps))
+        axes.set(xlabel="step", ylabel="loss of a step, nats per token", xlim=(max(0, options.at - 150), options.steps))
         shown = [line["loss"] for lines in runs.values() for line in lines if "loss" in line and line["step"] > 50]
         axes.set_ylim(0.9 * min(shown), 1.05 * max(shown))
 

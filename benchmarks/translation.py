@@ -65,7 +65,7 @@ def over_time(runs: Runs, on: str, reverse: bool, n: int, most: int, picture: Pa
             left.plot(*zip(*curve, strict=True), marker="o", label=name)
             right.plot(*zip(*losses(path), strict=True), label=name)
         left.set(xlabel="minutes of training", ylabel=f"chrF of {n} greedy translations", ylim=(0, None))
-        right.set(xlabel="minutes of training", ylabel="validation loss, nats a token")
+        right.set(xlabel="minutes of training", ylabel="validation loss, nats per token")
         for axes in (left, right):
             axes.legend()
 

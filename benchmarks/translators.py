@@ -161,8 +161,8 @@ def main() -> None:
         write_items(DATA / "translators.json", about, items)
         command = "python benchmarks/translators.py FOLDER --write"
         values = {"file": "translators.json"}
-        head = ["", "parameters", "steps", "core minutes", "validation loss, nats a token", "BLEU (95%)", "chrF (95%)",
-                "BLEU above the RNN with attention (95%)"]  # fmt: skip
+        head = ["", "parameters", "steps", "core minutes", "validation loss, nats per token", "BLEU (95%)",
+                "chrF (95%)", "BLEU above the RNN with attention (95%)"]  # fmt: skip
         write_table(DATA / "translation.json", SECTION, command, head, table, values)
 
 

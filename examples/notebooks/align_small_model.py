@@ -79,7 +79,7 @@ for _rollout in range(60):
 
 # %%
 plt.plot(rewards, label="reward")
-plt.plot(distances, label="KL from the reference, nats a token")
+plt.plot(distances, label="KL from the reference, nats per token")
 plt.xlabel("rollout")
 plt.legend()
 print(f"steps of two: {rewards[0]:.0%} before, {rewards[-1]:.0%} after")

@@ -54,7 +54,7 @@ for _step in range(150):
     losses.append(float(loss.detach()))
 plt.plot(losses)
 plt.xlabel("step")
-plt.ylabel("nats a character")
+plt.ylabel("nats per character")
 print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} at the end")
 
 # %% [markdown]

@@ -64,11 +64,14 @@ def of_section(section: str, column: str = "") -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("section", "column"),
-    [("The demonstration", "validation loss, nats a token"), ("PaLM's layer and optimizer: learning", "held-out loss")],
+    [
+        ("The demonstration", "validation loss, nats per token"),
+        ("PaLM's layer and optimizer: learning", "held-out loss"),
+    ],
 )
 def test_bits_a_byte_are_one_multiple_of_the_loss(section: str, column: str) -> None:
     table = of_section(section, column)
-    places = table["columns"].index(column), table["columns"].index("bits a byte")
+    places = table["columns"].index(column), table["columns"].index("bits per byte")
     pairs = [[float(row[place]) for place in places] for row in table["rows"]]
     bytes_a_token = mean(loss / bits for loss, bits in pairs)
     assert [f"{loss / bytes_a_token:.2f}" for loss, _ in pairs] == [f"{bits:.2f}" for _, bits in pairs]

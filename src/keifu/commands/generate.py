@@ -1,4 +1,4 @@
-"""`keifu generate`: a model continues a text, or answers it."""
+"""`keifu generate`: let a model continue a text or answer it."""
 
 import sys
 from dataclasses import dataclass, replace

@@ -234,7 +234,7 @@ class Targets:
 
 
 class NativeHearer:
-    """A packed speech model with the methods of `SpeechRecognizer`. rows: the most transcripts at a time."""
+    """A packed speech model with the methods of `SpeechRecognizer`. rows: largest number of transcripts at once."""
 
     def __init__(self, model: NativeSpeech, rows: int):
         self.config, self.encode, self._model, self._rows = model.config, model.encode, model, rows

@@ -57,12 +57,12 @@ def jobs(recipe: Recipe) -> Jobs:
     baseline = bigram_loss(task.shards.tokens, task.shards.validation[:VALIDATION_TOKENS], task.tokenizer.vocab_size)
     print(f"\n2. A LLaMA-type model of {gpt.parameters(config) / 1e6:.1f} M parameters learns {recipe.data}.")
     job = pretraining_job("demo", task, llama.build, config, settings, prompt="The President")
-    about = {**job.facts.about, "bigram baseline (nats a token)": round(baseline, 3)}
+    about = {**job.facts.about, "bigram baseline (nats per token)": round(baseline, 3)}
     summary = yield replace(job, facts=replace(job.facts, about=about))
     out = summary.directory
     loss, bits = summary.figures["validation_loss"], task.shards.bits_per_byte
-    print(f"   validation loss {loss:.3f} nats a token ({bits(loss):.3f} bits a byte)")
-    print(f"   bigram baseline {baseline:.3f} nats a token ({bits(baseline):.3f} bits a byte)")
+    print(f"   validation loss {loss:.3f} nats per token ({bits(loss):.3f} bits per byte)")
+    print(f"   bigram baseline {baseline:.3f} nats per token ({bits(baseline):.3f} bits per byte)")
     print(f"   Report: {out / 'report.html'}")
     if recipe.steps >= Recipe.steps and loss >= baseline:
         differing_models.append("the model that was trained here")

@@ -17,7 +17,7 @@ class Metrics:
         self.running = Gauge("keifu_running", "Texts being written", **of_model)
         self.waiting = Gauge("keifu_waiting", "Texts that wait to be written", **of_model)
         self.prompt = Counter("keifu_prompt_tokens", "Tokens of prompts", **of_model)
-        self.generated = Counter("keifu_generated_tokens", "Tokens written; their rate is tokens a second", **of_model)
+        self.generated = Counter("keifu_generated_tokens", "Tokens written; the rate is tokens per second", **of_model)
         self.guessed = Counter("keifu_guessed_tokens", "Tokens guessed to come next", **of_model)
         self.accepted = Counter("keifu_accepted_tokens", "Guessed tokens that came", **of_model)
         self.cached = Counter("keifu_cached_tokens", "Tokens of prompts found in the cache of earlier ones", **of_model)

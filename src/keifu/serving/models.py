@@ -53,8 +53,8 @@ PACKED_TOO = "translation", "transcription"  # uses of packed models that keep P
 class Description:
     """Facts about a model that are known before it is loaded.
 
-    name: its id for clients. source: the path or name to load. size: maximal bytes of its weights in all forms.
-    weight_bytes: of the PyTorch weights.
+    name: its id for clients. source: the path or name to load. size: largest number of bytes that its weights take
+    in all forms together. weight_bytes: bytes of the PyTorch weights.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The benchmarks of chat models: a blind sheet and its count, and bits a byte of held-out conversations."""
+"""The benchmarks of chat models: a blind sheet and its count, and bits per byte of held-out conversations."""
 
 import argparse
 import json

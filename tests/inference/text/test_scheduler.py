@@ -39,7 +39,7 @@ class Steps:
 
 
 def test_running_texts_go_first_and_prompts_share_the_rest_in_turn() -> None:
-    """Eight tokens a step, and three sequences; no length is a multiple of another."""
+    """Eight tokens per step, and three sequences; no length is a multiple of another."""
     steps = Steps(40)
     for number, length in enumerate((6, 7, 3, 2)):
         steps.add(number, range(100 * number, 100 * number + length))

@@ -97,7 +97,7 @@ def test_what_is_refused(drawings, towers, tmp_path) -> None:
         run_jobs(unclip.jobs(small(drawings, towers, attention=(2,))), tmp_path)
     narrow = toy_captions.small_clip(drawings)
     run_jobs(clip.jobs(replace(narrow, training=replace(narrow.training, steps=4))), tmp_path / "clip")
-    with pytest.raises(UserError, match="24 numbers a token and 16 in its space"):
+    with pytest.raises(UserError, match="24 numbers per token and 16 in its space"):
         run_jobs(unclip.jobs(small(drawings, tmp_path / "clip")), tmp_path)
 
 

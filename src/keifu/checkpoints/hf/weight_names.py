@@ -45,7 +45,7 @@ class Link:
     arrangement: Arrangement | None = None
 
     def stored_shapes(self) -> list[tuple[int, ...]]:
-        """Return the shape of each of theirs in the file."""
+        """Return the shape that each published tensor has in the file."""
         if self.arrangement:
             return [tuple(part.shape) for part in self.arrangement.split(torch.empty(self.shape, device="meta"))]
         columns = [size for size in self.shape[1:] if size != 1 or not self.flat]

@@ -13,7 +13,7 @@ COMMANDS = {  # each is a module in keifu/commands or keifu/commands/reference
     "report": "the curves of several runs in one page; the report of one run, written again",
     "compare": "two models' answers side by side: which is better, and how often",
     "evaluate": "how good a model is: BLEU and chrF, perplexity",
-    "bench": "how fast a model reads and writes here, in tokens a second",
+    "bench": "how fast a model reads and writes here, in tokens per second",
     "serve": "models behind OpenAI's API, and a page in the browser",
     "convert": "write a model as a Hugging Face directory or as GGUF",
     "inspect": "the load report: every tensor of a model, and the settings in use",

@@ -30,7 +30,7 @@ COMPUTING = {  # added to any recipe that lacks an option of that name
     "compile": _option(bool, "Compile the objective and the model with torch.compile."),
     "activation_checkpointing": _option(Literal["none", "blocks", "selective"] | None, "Activations that are computed "
         "again in the backward pass. blocks: all but their inputs. selective: all but results of multiplied matrices."),
-    "optimizer_state": _option(Literal["float32", "int8"] | None, "AdamW's averages. int8: 2 bytes a weight, not 8."),
+    "optimizer_state": _option(Literal["float32", "int8"] | None, "AdamW's averages. int8: 2 bytes per weight, not 8."),
     "deterministic": _option(bool, "Whether a GPU uses only kernels that give the same bits each time (slower)."),
 }  # fmt: skip
 UNSET: dict[str, Any] = dict.fromkeys(COMPUTING) | {"compile": False, "deterministic": False}
@@ -76,7 +76,7 @@ def computed(name: str) -> list[Argument]:
 
 
 def stored() -> dict[str, list[Argument]]:
-    """Return the stored table: for each of keifu's recipes its arguments."""
+    """Return the stored table of each recipe's arguments."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     return {name: [Argument(tuple(names), *texts) for names, *texts in rows] for name, rows in table.items()}
 

@@ -84,7 +84,7 @@ def prepare_sentences(
 
 
 def _encode(source: str | Path, tokenizer: Tokenizer, split: Splitter, form: TextFileFormat) -> Sentences:
-    """Return all sentences with at least one token, of all documents with at least one sentence."""
+    """Return the sentences of all documents, without empty sentences and documents."""
     tokens, sizes, counts, size, done = [], [], [], 0, 0
     with counting(f"Tokenising {source}, sentence by sentence", None, "characters") as advance:
         for pieces in chunks(sources.read_chunks(source, form), CHUNK):

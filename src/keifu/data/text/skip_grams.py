@@ -24,7 +24,7 @@ POWER = 0.75  # of the frequencies of noise words (Mikolov et al., 2013, section
 
 
 def count_words(texts: Iterable[str], vocab_size: int, min_count: int) -> tuple[list[str], list[int]]:
-    """Return the most frequent words of lower-case text and their counts, after a token for all others."""
+    """Return the most frequent words of lower-case text and their counts; the first entry is for all other words."""
     counts = Counter[str]()
     for text in texts:
         counts.update(WORD.findall(text.lower()))

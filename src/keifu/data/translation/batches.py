@@ -48,8 +48,8 @@ class EncodedSide:
         return EncodedSide(self.ids[positions], offsets(lengths))
 
     def padded(self, rows: np.ndarray, special: SpecialIds, begins: bool) -> tuple[Tensor, Tensor]:
-        """Stack sentences, with their end token, and with the start token if `begins`. Return ids and mask, [row,
-        position] each."""
+        """Stack sentences, with their end token, and with the start token if `begins`. Return ids and mask, both [row,
+        position]."""
         lengths = self.lengths[rows] + 1 + begins
         columns = np.arange(lengths.max())
         mask = columns < lengths[:, None]

@@ -75,7 +75,7 @@ def discrepancy(real: Real, generated: Drawn) -> float:
 
 
 def kernel_distance(real: Real, generated: Drawn, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> Kernel:
-    """Return the KID: the mean discrepancy of random subsets without repetition.
+    """Return the unbiased squared kernel distance (KID's formula): its mean over random subsets without repetition.
 
     With few pictures, the subsets have at most half of the smaller set, because equal subsets would show no
     variation.

@@ -34,7 +34,7 @@ from keifu.untrusted import parse_json, parse_yaml, read_text, reading
 # choice: the likeliest of several answers, by four measures of likelihood. exact: a written answer that is one of the
 # accepted ones when both are normalised. cloze: an answer each of whose tokens is the likeliest one.
 METRICS = ("choice", "exact", "cloze")
-# sum: ln P of the answer. token: ln P a token. character: ln P a character, as lm-evaluation-harness's acc_norm.
+# sum: ln P of the answer. token: ln P per token. character: ln P per character, as lm-evaluation-harness's acc_norm.
 # unconditional: ln P(answer | prompt) / P(answer | unconditional).
 SCORES = ("sum", "token", "character", "unconditional")
 
@@ -164,8 +164,8 @@ def titles() -> FewShotTask:
 
 
 def last_word() -> FewShotTask:
-    """Return the task of predicting the last word of a passage of at least 40 words that contains the word before, as
-    in LAMBADA (Paperno et al., 2016), from the presidents' speeches."""
+    """Return the task of predicting the last word of a passage from the presidents' speeches. As in LAMBADA (Paperno et
+    al., 2016), a passage has at least 40 words, and its last word also occurs earlier in it."""
     passages = dict.fromkeys(passage for speech in catalogue.documents("sotu") for passage in _passages(speech))
     unordered = (TaskItem(before, word) for before, word in passages)
     items = tuple(sorted(unordered, key=lambda item: hashlib.sha256(item.prompt.encode()).digest()))

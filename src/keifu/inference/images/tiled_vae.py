@@ -73,7 +73,7 @@ Pictures = Float[Tensor, "batch colours rows columns"]
 
 
 class LatentCodec:
-    """Encoder and decoder of an `ImageModel` whose latents have `factor` pixels for each number. tile: side of tiles in
+    """Encoder and decoder of an `ImageModel` with one latent for each `factor` pixels of a side. tile: side of tiles in
     pixels; 0 for none."""
 
     def __init__(self, model: Any, factor: int, tile: int):

@@ -71,8 +71,9 @@ class ImageModel(nn.Module):
         return self.config.channels
 
     def to_latents(self, pictures: Pictures, noise: Tensor | None = None) -> Latents:
-        """Convert pictures from -1 to 1 to x without noise. An autoencoder's latents are scaled; they are samples from
-        standard normal `noise` (for one picture, one sample per row of `noise`), or the means without it."""
+        """Convert pictures with values from -1 to 1 to x without noise. An autoencoder's latents are scaled; they
+        are samples from standard normal `noise` (for one picture, one sample per row of `noise`), or the means without
+        it."""
         if self.coder is None:
             return pictures if noise is None else pictures.expand_as(noise)
         encoded = self.coder.encode(pictures)

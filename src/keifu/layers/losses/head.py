@@ -49,7 +49,7 @@ def gradients_by_rows(
     to_gradient: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return two sums of `to_gradient` over all rows, and the gradients of the first one with respect to hidden, weight
-    and bias; each is empty if not wanted.
+    and bias; an output that is not wanted is empty.
 
     to_gradient: gets the logits of some rows, overwrites them with their gradient, and returns two sums. So only the
     logits of some rows are in memory. Gradients have the dtype of the matrix multiplications, but the weight's has the

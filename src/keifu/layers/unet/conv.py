@@ -65,7 +65,7 @@ class ResidualBlock(nn.Module):
         return x if self.scale == 1 else x / self.scale
 
     def conditioned(self, hidden: Pixels, time: Tensor | None) -> Pixels:
-        """Return the second norm of the sum of `hidden` and the noise level's embedding."""
+        """Return `hidden` plus the embedding of the noise level, normalised by the block's second norm."""
         return self.norm2(hidden if time is None else hidden + time)
 
 

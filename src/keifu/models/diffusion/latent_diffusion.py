@@ -50,7 +50,7 @@ class Config(clip_text.WithText):
         if self.unet.channels not in fits:
             raise UserError(f"The U-Net reads {self.unet.channels} channels and latents have {inner}: {fits} fit.")
         if self.unet.context_dim != self.text.dim:
-            numbers = f"{self.unet.context_dim} numbers a token, and the text has {self.text.dim}"
+            numbers = f"{self.unet.context_dim} numbers per token, and the text has {self.text.dim}"
             raise UserError(f"The U-Net reads {numbers}.")
 
     @property

@@ -37,7 +37,7 @@ class RolloutText(TextOptions):
     data: str | None = None
     """A catalogue name (keifu data list), a file or a folder; unset: none."""
     weight: NotNegative = PPOSettings.text_weight
-    """γ, of the loss on it, in nats a token."""
+    """γ, of the loss on it, in nats per token."""
     each: Count = 8
     """Texts for each answer of an update."""
     length: Count = 128

@@ -46,7 +46,7 @@ def model_config(recipe: Any, towers: clip.Config) -> unclip.Config:
     text, image, widths = towers.text, cast(clip_image.Config, towers.image), recipe.widths
     if "patch_size" not in vars(image) or text.dim != text.embedding_dim:
         raise UserError(
-            f"This CLIP has {text.dim} numbers a token and {text.embedding_dim} in its space, or is a ResNet: unCLIP "
+            f"This CLIP has {text.dim} numbers per token and {text.embedding_dim} in its space, or is a ResNet: unCLIP "
             "needs one with a vision transformer whose text tower is as wide as its space."
         )
     if wrong := [level for level in recipe.attention if not 0 <= level < len(widths)]:

@@ -5,7 +5,7 @@ have a macbook": 4 layers, 4 heads, width 128, context 64, 2,000 steps of 12 row
 rows a step. `--recipe-of nanogpt` trains GPT-2's block with nanoGPT's own settings instead.
 Command: keifu train characters --data input.txt
 Cost: under a minute on 2 cores.
-Expected: on tiny Shakespeare, nanoGPT's loss of 1.88 nats a character is passed within half a minute:
+Expected: on tiny Shakespeare, nanoGPT's loss of 1.88 nats per character is passed within half a minute:
 docs/results.md, "Characters: nanoGPT's example for a CPU".
 """
 

@@ -5,7 +5,7 @@ the rate, decay and schedule here are those that GPT-3 (Brown et al., 2020, tabl
 The default is a model of 4 M parameters with Muon; `--recipe-of paper` has the published size, tokenizer and settings.
 Command: keifu train gpt2 --data english
 Cost: printed before it starts; the default, a few minutes on 2 cores. The published size is for a cluster.
-Expected: at the published size on WebText, about 3.1 nats a token, by the paper; no run of that size was made
+Expected: at the published size on WebText, about 3.1 nats per token, by the paper; no run of that size was made
 here. A small one: docs/results.md, "LLaMA's three changes".
 """
 

@@ -6,7 +6,7 @@ shorter, 2.3 T tokens. Here all rows have the same length, and the rate decrease
 The default is a model of 5 M parameters with Muon; `--recipe-of paper` has the settings above.
 Command: keifu train llada --data english
 Cost: printed before it starts; the default, a few minutes on 2 cores. The published size is for a cluster.
-Expected: the loss is an upper bound of the nats a token; benchmarks/masked_diffusion.py has it next to LLaMA's.
+Expected: the loss is an upper bound of the nats per token; benchmarks/masked_diffusion.py has it next to LLaMA's.
 """
 
 from dataclasses import dataclass, replace

@@ -1,13 +1,13 @@
 """LLaMA (Touvron et al., 2023) from scratch, on any text: a small one, or the paper's 7B.
 
 Paper: "LLaMA: Open and Efficient Foundation Language Models", section 2: AdamW (0.9, 0.95), weight decay 0.1, clipping
-at 1.0, a cosine to a tenth, 2,000 steps of warm-up, 4 M tokens a step.
+at 1.0, a cosine to a tenth, 2,000 steps of warm-up, 4 M tokens per step.
 The default is a model of 5 M parameters with Muon; `--recipe-of paper` has the settings above, with LLaMA's kind of
 tokenizer, a SentencePiece BPE of 32,000 tokens with bytes.
 Command: keifu train llama --data english
 Cost: printed before it starts; the default, a few minutes on 2 cores. The published size is for a cluster.
-Expected: the paper's figure 1: 7B passes 1.8 nats a token after about 0.5 T tokens of its mixture; no run of that size
-was made here. A small one: docs/results.md, "LLaMA's three changes".
+Expected: the paper's figure 1: 7B passes 1.8 nats per token after about 0.5 T tokens of its mixture; no run of that
+size was made here. A small one: docs/results.md, "LLaMA's three changes".
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
 """OLMo 2 (Ai2, 2024) from scratch: norms after the sublayers, QK-norm and z-loss; a small one, or the 7B.
 
 Paper: "2 OLMo 2 Furious", section 3, and the configuration published with it: AdamW (0.9, 0.95), weight decay 0.1,
-clipping at 1.0, z-loss 1e-5, 2,000 steps of warm-up, 4 M tokens a step. The paper's cosine is made for 5 T tokens and
+clipping at 1.0, z-loss 1e-5, 2,000 steps of warm-up, 4 M tokens per step. The paper's cosine is made for 5 T tokens and
 stops at 3.9 T: `--decay-steps 1192093`. Here the cosine ends with the run, and embeddings decay too.
 The default is a model of 5 M parameters with Muon; `--recipe-of paper` has the settings above.
 Command: keifu train olmo2 --data english

@@ -64,7 +64,7 @@ class SpikeState(Running):
     times: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """Return the constructor's arguments except the rules, for a checkpoint."""
+        """Return the constructor's arguments for a checkpoint, without the rules."""
         return {name: value for name, value in vars(self).items() if name != "rules"}
 
     def due(self, step: int) -> bool:
