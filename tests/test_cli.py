@@ -374,7 +374,7 @@ def test_a_fault_of_our_own_is_called_so_and_keeps_its_traceback(
     status, told = said(capsys, "fail")
     [file] = tmp_path.glob("keifu-*.txt")
     assert status == 70 and "\n" not in told and str(file) in told
-    assert told.startswith(f"This is a fault of keifu, not yours ({type(error).__name__}: ")
+    assert told.startswith(f"This is a bug in keifu, not your mistake ({type(error).__name__}: ")
     assert "The state is saved." in told and "Please report it" in told
     assert "Traceback (most recent call last)" in file.read_text() and type(error).__name__ in file.read_text()
     monkeypatch.setenv("KEIFU_DEBUG", "1")

@@ -157,7 +157,7 @@ def test_a_plan_of_an_impossible_amount_is_one_sentence(
 
 def test_a_few_words_are_evaluated_with_a_warning(model: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("Once upon a time")
-    warning = "tokens, too few for figures that mean much"
+    warning = "tokens, too few for reliable figures"
     assert warning in out(capsys, "evaluate", model, "--on", str(tmp_path / "few.txt"))
     (tmp_path / "more.txt").write_text("Once upon a time " * 400)
     assert warning not in out(capsys, "evaluate", model, "--on", str(tmp_path / "more.txt"))

@@ -167,7 +167,7 @@ def test_a_wrong_invocation_is_one_sentence_with_the_right_status(
         if words.split()[0] == verb:
             code, said = status(shlex.split(words.format(**places)), capsys)
             last = said.strip().splitlines()[-1:] or [""]
-            fine = code in allowed and "Traceback" not in said and "fault of keifu" not in said
+            fine = code in allowed and "Traceback" not in said and "bug in keifu" not in said
             if not fine or (code and (said.count("\n") > 3 or len(last[0]) < 10)):
                 wrong.append(f"{words} -> {code}, not {allowed}: {said.strip()[-300:]}")
     assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong)

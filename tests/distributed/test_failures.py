@@ -96,7 +96,7 @@ def signs(store: distributed.TCPStore) -> list[failures.Signs]:
 def test_a_process_that_gives_no_sign_of_life_is_named(signs: list[failures.Signs], clock: Clock) -> None:
     clock.sleep(1.0)
     clock.alive = {0, 1}
-    assert signs[0].reason().startswith("Process 2 of 3 (counted from 0) has died or stands still, at step 0")
+    assert signs[0].reason().startswith("Process 2 of 3 (counted from 0) has died or makes no progress, at step 0")
 
 
 def test_a_process_that_is_late_is_named(signs: list[failures.Signs], clock: Clock) -> None:
@@ -283,7 +283,7 @@ def test_a_pod_that_dies_is_left_out(tmp_path: Path) -> None:
     said = pods[0].communicate(timeout=400)[1]
     pods[1].communicate()
     assert pods[0].returncode == 0, said
-    assert "Process 1 of 2 (counted from 0) has died or stands still" in said and "Going on from step" in said
+    assert "Process 1 of 2 (counted from 0) has died or makes no progress" in said and "Going on from step" in said
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "calm"), rel=1e-6)
 
 

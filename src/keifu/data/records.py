@@ -38,7 +38,7 @@ LONGEST_CELL = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
 def refuse(problem: str) -> None:
-    """Raise a `UserError` with the sentence about a fault in the data."""
+    """Raise a `UserError` with the sentence about an error in the data."""
     raise UserError(problem)
 
 
@@ -91,7 +91,7 @@ def _wide(file: BinaryIO, path: Path, encoding: str, problem: Problem) -> Iterat
 
 
 def _fault(error: UnicodeDecodeError, line: bytes, encoding: str, option: bool) -> str:
-    """Describe the fault in a line, and suggest a remedy."""
+    """Describe the error in a line, and suggest a correction."""
     wrong = " ".join(f"0x{byte:02X}" for byte in line[error.start : max(error.end, error.start + 1)])
     guess = _guess(line[: SNIFFED + error.end])
     ways = [f"name it with --encoding {guess}"] if option and guess else []

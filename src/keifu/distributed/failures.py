@@ -90,7 +90,7 @@ class Signs:
         gone = [n for n, beats in enumerate(self._counts()) if n in other_ranks and beats == before[n]]
         steps = [int(self._text(f"step/{n}") or -1) for n in range(self.count)]
         late = gone or [n for n in other_ranks if steps[n] < max(steps)] or [*other_ranks]
-        what = "has died or stands still" if gone else "did not answer within the time limit"
+        what = "has died or makes no progress" if gone else "did not answer within the time limit"
         return self._gone(late, what)
 
     def dead(self, since: dict[int, tuple[str, float]], now: float) -> list[int]:

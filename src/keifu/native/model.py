@@ -87,9 +87,8 @@ class NativeLM(nn.Module):
         return self.packer.arena.size
 
     def idle_bytes(self, tokens: int) -> float:
-        """Return the expected bytes of experts that a step of `tokens` tokens does not read, if the router chooses all
-        experts equally often.
-        """
+        """Return the expected number of bytes of the experts that a step of `tokens` tokens does not read, if the
+        router chooses all experts equally often."""
         idle = 0.0
         for layer in self._layers:
             matrices = [m for e in layer.experts[: layer.n_experts] for m in (e.gate, e.up, e.down) if m.data]

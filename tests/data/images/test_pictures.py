@@ -105,7 +105,7 @@ def test_a_faulty_picture_is_named_or_left_out_and_counted(fault: str, tmp_path:
     content, sentence = FAULTS[fault]
     rows = "".join(json.dumps({"file_name": name, "text": name}) + "\n" for name in ("a.png", "b.png"))
     source = folder(tmp_path / "set", {"metadata.jsonl": rows, "a.png": picture("red"), **content})
-    with pytest.raises(UserError, match=f"{sentence}.*Put it right, or take it out of the set"):
+    with pytest.raises(UserError, match=f"{sentence}.*Correct it, or remove it from the data"):
         read_images(source)
     found = read_images(source, leave_out=True)
     assert found.names[0] == "a.png" and len(found.faults) == 1 and re.search(sentence, found.faults[0])

@@ -152,7 +152,7 @@ def test_the_fingerprint_names_what_the_order_depends_on() -> None:
 def test_coverage_tells_what_is_unknown_from_what_is_spelled_in_bytes(corpus) -> None:
     learned = train_tokenizer("bpe", ["a cat sat on the mat"] * 3, 300)
     full, partly = coverage(learned, ["cats sat", " at "]), coverage(learned, ["cat ねこ ね"])
-    assert full.share == 1.0 and full.sentence("it") == "Every character of it stands in the tokenizer's vocabulary."
+    assert full.share == 1.0 and full.sentence("it") == "Every character of it is in the tokenizer's vocabulary."
     assert (partly.characters, partly.missing_count, partly.lost) == (6, 3, 0) and partly.examples == "ねこ"
     assert partly.sentence("it").startswith("50.00% of the characters of it")
     assert "nothing is unknown" in partly.sentence("it")

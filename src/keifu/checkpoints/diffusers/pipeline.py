@@ -165,7 +165,7 @@ def diffusers_files(family: Family) -> bool:
 
 
 def weight_places(family: Family, links: Sequence[Link]) -> dict[str, list[Link]]:
-    """Return the links of tensors for each file, with the tensors' names in that file."""
+    """Return the links of the tensors of each file, by the tensors' names in that file."""
     if family.model_type not in PIPELINES:
         return {family.files[1]: [*links]}
     links_of: dict[str, list[Link]] = {}

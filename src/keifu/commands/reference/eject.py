@@ -62,7 +62,7 @@ def is_pipeline(name: str) -> bool:
 
 
 def model_file(name: str, weights: Path | None) -> str:
-    """Return the file of a model by the name of its file, of a size, or of anything that keifu loads."""
+    """Return the file of a model: `name` is a file, a size, or anything that keifu loads."""
     from importlib import import_module
 
     from keifu.eject.models import eject

@@ -33,7 +33,7 @@ def fault(error: Exception) -> str:
         traceback.print_exception(error, file=file)
     what = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}").strip()
     sentences = [
-        f"This is a fault of keifu, not yours ({what[:300]}).",
+        f"This is a bug in keifu, not your mistake ({what[:300]}).",
         *getattr(error, "__notes__", ()),
         f"Please report it with the command and with {file.name}, which says where it happened (KEIFU_DEBUG=1 shows "
         "that here).",

@@ -48,7 +48,7 @@ class ImageFormat(NamedTuple):
 
 
 def _with_advice(fault: str) -> str:
-    return f"{fault} Put it right, or take it out of the set."
+    return f"{fault} Correct it, or remove it from the data."
 
 
 def _index(items: Sequence[ImageItem], remarked: Mapping[str, list[str]], faults: list[str]) -> dict[str, Any]:

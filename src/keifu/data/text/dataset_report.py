@@ -43,7 +43,7 @@ class TokenizerCoverage:
     def sentence(self, name: str) -> str:
         """Return a sentence with the share of a text that the vocabulary covers."""
         if not self.missing_count:
-            return f"Every character of {name} stands in the tokenizer's vocabulary."
+            return f"Every character of {name} is in the tokenizer's vocabulary."
         consequence = "are spelled in bytes, so nothing is unknown"
         if self.lost:
             consequence = f"are not, and {self.lost:,} of {self.characters:,} characters become unknown"

@@ -2,7 +2,7 @@
 folder.
 
 A file's shard is `NNNNN.bin`, ids as in `token_shards`, and `NNNNN.json`, which is written last. A complete shard is
-not made again. Only some megabytes of a file are in memory at once. The folder is then training data: its shards are
+not made again. Only a few megabytes of a file are in memory at once. The folder is then training data: its shards are
 checked against their hashes and joined once in the user's cache.
 """
 

@@ -28,7 +28,7 @@ takes, NAMES = is_writer, catalogue.names()  # language models; the catalogue's 
 OPTIONS = {"batch_size", "output", "text_field", "encoding"}
 BATCH_SIZE = 8
 FEWEST = 1000  # tokens below which the figures come with a warning
-FEW = "The text has only {} tokens, too few for figures that mean much: give some thousands."
+FEW = "The text has only {} tokens, too few for reliable figures. Give it a few thousand."
 
 
 def accepts(on: str) -> bool:
