@@ -17,7 +17,7 @@ class Healthy(NamedTuple):
     relative: bool = False
 
     def bounds(self, first: float) -> tuple[float, float]:
-        """Return the least and the largest normal value of a figure with this first value."""
+        """Return the smallest and the largest normal value of a figure with this first value."""
         return (self.least * first, self.largest * first) if self.relative else (self.least, self.largest)
 
 

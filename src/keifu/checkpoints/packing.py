@@ -103,7 +103,7 @@ def _stays_packed(load_plan: LoadPlan, link: Link) -> bool:
 
 
 def _stored(load_plan: LoadPlan, link: Link, number: int, device: torch.device) -> tuple[str, Tensor]:
-    """Return the type and the blocks of their tensor `number` of a link."""
+    """Return the type and the blocks of the file's tensor `number` of a link."""
     source, name = load_plan.source, link.theirs[number]
     format, blocks = source.stored[name].format, source.blocks(name) if source.blocks else None
     assert blocks is not None

@@ -27,7 +27,7 @@ Table = Mapping[str, str] | None
 
 @dataclass(frozen=True)
 class Link:
-    """One of our tensors, and the file's tensors that make it up.
+    """One tensor of keifu's model, and the file's tensors that make it up.
 
     shape: shape of our tensor. rows: for each of theirs, how many rows of ours it gives. turned: for each of theirs,
     the size of a rotary head whose two halves are stored interleaved (GGUF's LLaMA), or 0. offset: theirs minus ours.
@@ -53,18 +53,18 @@ class Link:
         return [shape[::-1] for shape in shapes] if self.transposed else shapes
 
     def subtract_offset(self, tensor: Tensor) -> Tensor:
-        """Subtract the offset from one of theirs, in float32, before it is rounded to another type."""
+        """Subtract the offset from one of the file's tensors, in float32, before it is rounded to another type."""
         return tensor.float() - self.offset if self.offset else tensor
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Make our tensor from theirs. If nothing has to be done, return the same tensor without a copy."""
+        """Make keifu's tensor from the file's. If nothing has to be done, return the same tensor without a copy."""
         if self.arrangement:
             return self.arrangement.join(tensors).contiguous()
         parts = [self.part(index, tensor) for index, tensor in enumerate(tensors)]
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def part(self, index: int, tensor: Tensor) -> Tensor:
-        """Convert their tensor number `index` to the rows of ours that it makes."""
+        """Convert the file's tensor number `index` to the rows of keifu's that it makes."""
         tensor = tensor.reshape(-1, *self.shape[1:]) if self.flat else self._turn(tensor)
         return halves(tensor, self._heads()[index])
 
@@ -91,7 +91,7 @@ class Link:
         return [(number, cut) for number, cut in enumerate(cuts) if cut.start < cut.stop]
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Split our tensor into the published ones."""
+        """Split keifu's tensor into the published ones."""
         if self.arrangement:
             return [part.contiguous() for part in self.arrangement.split(tensor)]
         tensor = tensor.float() + self.offset if self.offset else tensor

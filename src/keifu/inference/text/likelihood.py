@@ -41,7 +41,7 @@ def score(model: nn.Module, tokens: Int[Tensor, "batch length"]) -> Float[Tensor
 
 
 class LikeliestTokens(NamedTuple):
-    """For every token of a text but the first: ln of its probability, and the likeliest tokens with theirs."""
+    """Log-probabilities of the tokens of a text after the first, and the likeliest tokens with theirs."""
 
     values: list[float]
     top: list[list[tuple[int, float]]]

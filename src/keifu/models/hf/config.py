@@ -204,7 +204,7 @@ _WRITTEN = {  # fields to write, by kind
 
 
 def activation_name(published: str) -> str:
-    """Return our name of transformers' activation `published`. Raises UserError for an unknown one."""
+    """Return keifu's name for transformers' activation `published`. Raises UserError for an unknown one."""
     name = _ACTIVATIONS.get(published, published)
     if name not in ACTIVATIONS:
         raise UserError(f"The activation {published!r} is not supported. Known: {', '.join(sorted(ACTIVATIONS))}.")

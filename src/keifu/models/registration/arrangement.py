@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Arrangement(NamedTuple):
-    """Another arrangement of one of our tensors in a file. split: returns the file's tensors. join: its inverse."""
+    """Another arrangement of one of keifu's tensors in a file. split: returns the file's tensors. join: its inverse."""
 
     split: Callable[[Tensor], list[Tensor]]
     join: Callable[[Sequence[Tensor]], Tensor]
