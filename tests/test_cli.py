@@ -254,7 +254,7 @@ def test_python_interface_is_found_lazily() -> None:
         ("convert --to gguf", "keifu convert needs MODEL and OUT: see keifu convert --help."),
         (
             "convert a b --to gguff",
-            "There is no --to called 'gguff'. Did you mean 'gguf'? Known: gguf, hf, open_clip, web.",
+            "There is no --to called 'gguff'. Did you mean 'gguf'? Known: gguf, hf, onnx, open_clip, web.",
         ),
         ("generate smollm2 x --max-tokens many", "--max-tokens: a whole number or None is needed, not 'many'."),
         ("generate smollm2 x --temperature hot", "--temperature: a number or None is needed, not 'hot'."),
