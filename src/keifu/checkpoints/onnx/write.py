@@ -111,7 +111,7 @@ def _export(
 def _quantise(plain: Path, file: Path) -> None:
     """Write the matrices of a graph in int8, with a scale each; inputs get theirs as they are computed. Convolutions
     stay float32."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # pyright: ignore[reportMissingImports]
 
     logging.getLogger().disabled, before = True, logging.getLogger().disabled  # it warns of a step that is not needed
     try:
@@ -125,7 +125,7 @@ def _compare(file: Path, module: nn.Module, inputs: dict[str, Tensor], tolerance
 
     Raises `UserError` if they differ.
     """
-    import onnxruntime
+    import onnxruntime  # pyright: ignore[reportMissingImports]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
