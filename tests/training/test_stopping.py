@@ -1,6 +1,7 @@
 """A stop that comes while a run validates, samples, is measured or learns a tokenizer: it ends at once, and resumes."""
 
 import os
+import re
 import signal
 import threading
 import time
@@ -70,11 +71,16 @@ def test_a_stop_in_a_validation_ends_it_and_the_run_has_the_same_bits(at: int, m
     assert weights("run") == weights("whole") and validated("run") == validated("whole")
 
 
-def test_a_stop_in_a_sample_ends_it(monkeypatch) -> None:
+@pytest.mark.parametrize("large", [True, False])
+def test_a_stop_in_a_sample_ends_it_and_says_how_much_is_written(large: bool, monkeypatch, capfd) -> None:
     monkeypatch.setattr(pretraining, "generate", lambda *_, **__: stop_and_wait())
+    monkeypatch.setattr(loop, "LARGE", 10_000 if large else 1e9)
     with pytest.raises(Interrupted, match="Stopped after step 0; the state is saved"):
         cli.parse([*GPT, "--out", "run"])()
     assert checkpoint.steps(Path("run")) == [0]
+    written = sum(Path("run", name).stat().st_size for name in ("model.safetensors", "state/step-00000000.safetensors"))
+    said = re.search(r"([\d.]+) kB are being written: the state, and the model", capfd.readouterr().err)
+    assert (said is not None) == large and (not said or float(said[1]) == pytest.approx(written / 1e3, rel=0.05))
 
 
 class Answers(StatelessBatches, Sequences):

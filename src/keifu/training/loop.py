@@ -24,13 +24,14 @@ from keifu.training.pace import busy
 from keifu.training.protocols import Batch, Data, Objective, OnPolicy, Run, Sample, Save
 from keifu.training.recorder import Recorder
 from keifu.training.run import checkpoint, metrics, outcome, run_directory
-from keifu.training.run.progress import Display, format_seconds, number
+from keifu.training.run.progress import Display, format_bytes, format_seconds, number
 from keifu.training.run.report import REPORT
 from keifu.training.settings import Settings, as_chosen
 from keifu.training.setup import set_up
 from keifu.training.signals import Interrupted, LeftAtOnce, StopRequest
 from keifu.training.trainer import Gradient
 
+LARGE = 1e9  # bytes that take some seconds to write
 LEAST = 10  # a run that a time limit stops before this many steps has learned nothing
 
 
@@ -318,6 +319,8 @@ class _Loop:
             self._stopped()
 
     def _stopped(self) -> NoReturn:
+        if (size := self.recorder.bytes_to_save()) > LARGE:
+            self.note(f"{format_bytes(size)} are being written: the state, and the model.")
         self.recorder.save_state()
         self.recorder.close(is_finished=False)
         how = run_directory.how_to_resume(self.run)

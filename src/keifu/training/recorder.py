@@ -123,6 +123,13 @@ class Recorder:
         if isinstance(sample, str):
             self.display.note(textwrap.indent(sample, "  | "))
 
+    def bytes_to_save(self) -> int:
+        """Return the bytes on this process of a checkpoint of the current step, unless it exists, and of the model if
+        it is written."""
+        weights = sum(tensor.nbytes for tensor in checkpoint.model_tensors(self.trainer.model).values())
+        state = sum(tensor.nbytes for tensor in self.state.tensors().values()) if self.saved != self.state.step else 0
+        return state + (weights if self.save else 0)
+
     def save_state(self) -> None:
         """Save a checkpoint of the current step, unless it exists."""
         state, is_replicated = self.state, current().is_replicated

@@ -53,7 +53,8 @@ def set_up(
     resolved = _as_resolved(saved, device, tell) if saved else {}
     precision = resolved.get("precision", "auto") if settings.precision == "auto" else settings.precision
     dtype = resolve_dtype(precision, device)
-    tell(f"On {device_name(device)}, matrix products in {str(dtype).removeprefix('torch.')}.")
+    measuring = "measuring the time and the memory of a step ..."
+    tell(f"On {device_name(device)}, matrix products in {str(dtype).removeprefix('torch.')}; {measuring}")
     trainer = Trainer(model, objective, settings, length=length, data=data, dtype=dtype)
     _check_growth(settings, data)
     trainer.state.described = described

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from keifu.errors import UserError
+from keifu.files import sha256
 from keifu.training.protocols import Run
-from keifu.training.run import run_directory
+from keifu.training.run import checkpoint, run_directory
 
 
 def fill(folder: Path, word: str, *states: int, finished: bool = False) -> None:
@@ -204,6 +207,19 @@ def test_a_new_run_keeps_the_tokenizers_that_it_learned(
     monkeypatch.setattr(run_directory, "LEARNED", learned)
     run_directory.keep_tokenizers(Run(tmp_path, resume=resume))
     assert saved == ([] if resume else [tmp_path / run_directory.KEPT / name for name in "ab"]) and learned == {}
+
+
+def test_a_stop_reads_no_state_again_for_its_hash(tmp_path: Path, monkeypatch) -> None:
+    checkpoint.save(tmp_path, 3, {"model.x": torch.ones(4)}, {}, lambda step: None)
+    checkpoint.keep_best(tmp_path, nn.Linear(2, 2), checkpoint.Best(3, {"validation_loss": 1.0}))
+    (tmp_path / "model.safetensors").write_text("weights")
+    contents = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    read = list[str]()
+    monkeypatch.setattr(run_directory, "sha256", lambda path: (read.append(path.name), sha256(path))[1])
+    assert run_directory.hashes(tmp_path) == {
+        name: hashlib.sha256(content).hexdigest() for name, content in contents.items()
+    }
+    assert read == ["model.safetensors"] and len(contents) == 3
 
 
 def test_samples_and_hashes_are_named_by_step_and_path(tmp_path: Path) -> None:

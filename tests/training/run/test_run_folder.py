@@ -225,7 +225,8 @@ def test_rows_at_a_time_are_what_fits_in_equal_parts(monkeypatch, free: float, r
 def test_the_cost_is_said_before_the_first_step(tmp_path: Path, capsys) -> None:
     train(toy(), objective, Sequences(), settings(), run(tmp_path))
     place, estimate, begins, first, *others = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"On cpu, (1 thread|\d+ threads), matrix products in float32\.", place)
+    device = r"On cpu, (1 thread|\d+ threads), matrix products in float32"
+    assert re.fullmatch(rf"{device}; measuring the time and the memory of a step \.\.\.", place)
     assert estimate.startswith("483 parameters; 12 steps of 30 tokens, 360 in all: about ")
     assert " s, validations and samples not included, and " in estimate
     assert begins.startswith("step 0  validation loss")

@@ -5,6 +5,7 @@ import copy
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -157,6 +158,7 @@ class RankedOptions(AssistantOptions):
 
 def open_model(name: str, template: Template) -> tuple[Any, Tokenizer]:
     """Load a causal model and its tokenizer with the chosen chat template; adapters are merged."""
+    print(f"Loading {name} ...", file=sys.stderr, flush=True)
     model, tokenizer = checkpoints.load(name)
     causal(merge(model))
     if tokenizer is None:

@@ -10,6 +10,7 @@ Cost: printed before it starts, measured on the machine.
 Expected: see docs/results.md, "A new behaviour for SmolLM2 by LoRA".
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,6 +85,7 @@ def make_task(recipe: Recipe, model: Any, tokenizer: Tokenizer) -> SFTTask:
     length = finetuning.row_length(model, recipe.context_length)
     objective, distill = recipe.distill.objective(tokenizer, length, model), recipe.distill
     training, unseen = split(select_conversations(list(conversations.read(recipe.data)), recipe.limit), recipe.held_out)
+    print(f"Tokenising {len(training) + len(unseen):,} conversations ...", file=sys.stderr)
     sides = ([TurnMasks(*tokenizer.render_turns(chat)) for chat in part] for part in (training, unseen))
     learned, tested = (fit_conversations(side, length, recipe.too_long) for side in sides)
     rows, pad = (learned.fitting, tested.fitting), tokenizer.pad_id or 0

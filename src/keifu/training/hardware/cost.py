@@ -115,9 +115,11 @@ def forward(trainer: Trainer, batch: Batch) -> LossOutput:
     return trainer.forward(batch)
 
 
-def backward(trainer: Trainer, batch: Batch) -> None:
-    """Run a forward and a backward pass."""
-    forward(trainer, batch).total.backward()
+def backward(trainer: Trainer, batch: Batch) -> LossOutput:
+    """Run a forward and a backward pass. Return the loss."""
+    output = forward(trainer, batch)
+    output.total.backward()
+    return output
 
 
 def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
@@ -140,7 +142,7 @@ def estimate(trainer: Trainer, batch: Batch, micro_batch: int | None) -> Cost:
             raise UserError(f"The run does not fit: {needed}, and {format_bytes(available)} are free; {ADVICE}.")
         parts = -(-rows // min(rows, fitting))  # as few as fit, and nearly equal
         if micro_batch is None and trainer.device.type == "cpu":
-            probe = first_rows(batch, min(rows, 2))  # batch normalisation may need two rows
+            probe = first_rows(batch, _least_rows(trainer, rows))
             flops = peak.count_flops(lambda: backward(trainer, probe)) / rows_of(probe)
             parts = max(parts, -(-rows // max(1, int(LONGEST / max(flops, 1)))))
         chosen = min(micro_batch or -(-rows // parts), rows)
@@ -164,13 +166,19 @@ def first_rows(batch: Batch, rows: int) -> Batch:
     return {name: tensor[:rows] for name, tensor in batch.items()}
 
 
+def _least_rows(trainer: Trainer, rows: int) -> int:
+    """Return the fewest rows that can be computed: two with batch normalisation, since one row may have no
+    variance."""
+    return min(rows, 1 + any(isinstance(part, _BatchNorm) for part in trainer.model.modules()))
+
+
 def _linear(trainer: Trainer, batch: Batch, rows: int) -> tuple[int, int]:
     """Return the activations' fixed bytes and bytes per row, from passes over one and two rows. With batch
-    normalisation: two and three rows, since one row may have no variance.
+    normalisation: two and three rows.
 
     Twice the largest tensor is added for the temporary memory of a backward pass: a gradient and its input.
     """
-    least = min(rows, 1 + any(isinstance(part, _BatchNorm) for part in trainer.model.modules()))
+    least = _least_rows(trainer, rows)
     passes = [activations(trainer, first_rows(batch, n)) for n in (least, min(least + 1, rows))]
     few, more = (kept + 2 * largest for kept, largest in passes)
     per_row = more - few if rows > least else few // least
@@ -189,11 +197,9 @@ def _optimizer(trainer: Trainer) -> tuple[int, float]:
 
 def _timed(trainer: Trainer, batch: Batch, rows: int) -> tuple[float, float, int]:
     """Return the seconds, elements and FLOPs of a forward and a backward pass over `rows` rows."""
-    part = first_rows(batch, rows)
-    flops = peak.count_flops(lambda: backward(trainer, part))  # also warms up
-    with torch.no_grad():
-        units = float(forward(trainer, part).weight)
-    return peak.time_call(lambda: backward(trainer, part), trainer.device), units, flops
+    part, outputs = first_rows(batch, rows), list[LossOutput]()
+    flops = peak.count_flops(lambda: outputs.append(backward(trainer, part)))  # also warms up
+    return peak.time_call(lambda: backward(trainer, part), trainer.device), float(outputs[0].weight), flops
 
 
 @contextmanager

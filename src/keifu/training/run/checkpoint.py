@@ -105,6 +105,20 @@ def latest_facts(directory: Path) -> dict[str, Any]:
     return {}
 
 
+def digests(directory: Path) -> dict[Path, str]:
+    """Return the SHA-256 of the tensors of each complete state and of the best weights, as written in their JSON
+    files."""
+    found = dict[Path, str]()
+    for step in steps(directory):
+        tensor_file, facts_file = _files(directory, step)
+        with suppress(UserError):
+            found[tensor_file] = _facts(facts_file, step).get("sha256", "")
+    tensor_file, facts_file = _best_files(directory)
+    with suppress(UserError, FileNotFoundError):
+        found[tensor_file] = str(read_json_object(facts_file).get("sha256", ""))
+    return found
+
+
 def remove_incomplete(directory: Path) -> None:
     """Remove the tensors of incomplete states: a process died before it wrote their JSON file. This includes shards of
     split models.

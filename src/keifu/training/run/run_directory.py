@@ -253,9 +253,13 @@ def write_sample(directory: Path, step: int, sample: str | bytes) -> None:
 
 
 def hashes(directory: Path) -> dict[str, str]:
-    """Return the SHA-256 of every weight file and saved state of a run, by its relative path."""
+    """Return the SHA-256 of every weight file and saved state of a run, by its relative path.
+
+    Those of the states and the best weights are in their JSON files: gigabytes are not read again at a stop.
+    """
     files = sorted([*directory.glob("*.safetensors"), *directory.glob("*/*.safetensors")])
-    return {path.relative_to(directory).as_posix(): sha256(path) for path in files}
+    known = checkpoint.digests(directory)
+    return {path.relative_to(directory).as_posix(): known.get(path) or sha256(path) for path in files}
 
 
 def versions() -> dict[str, str]:
