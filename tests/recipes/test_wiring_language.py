@@ -203,7 +203,9 @@ def of_gpt(toys: Toys) -> tuple[Any, list[Group]]:
     distill = wiring.distill_groups(begun_gpt(toys), taught)
     own = {"vocab_size": None}  # a model that is gone on from has its tokenizer
     start = Group({"start_from": Reach(begun_gpt(toys), "model.config.n_layers", 3)}, own)
-    return base, [Group(rows), *distill, start, seeded()]
+    long = own | {"start_from": begun_gpt(toys), "stretch": "linear", "context_length": 512}
+    stretch = Group({"stretch": Reach("yarn", "model.config.rope_scaling.kind")}, long)
+    return base, [Group(rows), *distill, start, stretch, seeded()]
 
 
 def begun_gpt(toys: Toys) -> str:

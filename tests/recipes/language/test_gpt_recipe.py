@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,13 @@ import torch
 from keifu import checkpoints
 from keifu.cli import main
 from keifu.data.tokenizers.train import train_tokenizer
-from keifu.models import bert, gpt2
+from keifu.errors import UserError
+from keifu.layers.attention.positions import RopeScaling
+from keifu.models import bert, gpt2, llama
 from keifu.recipes.language import gpt
+from keifu.training.job import Job
+
+TINY = llama.Config(270, 16, 8, 16, 2, 2)
 
 
 @pytest.fixture
@@ -38,6 +45,45 @@ def test_it_goes_on_where_the_other_ended(text: str, tmp_path: Path) -> None:
     assert losses(then)[0] == pytest.approx(losses(first)[-1], rel=2e-3)  # before the first step; stored in bfloat16
     for name in ("config.json", "tokenizer.json"):
         assert (then / name).read_text() == (first / name).read_text()
+
+
+def saved(config: Any, folder: Path) -> str:
+    tokenizer = train_tokenizer("bpe", ["ab cd"] * 5, 270)
+    build = llama.build if isinstance(config, llama.Config) else gpt2.build
+    checkpoints.save(build(replace(config, vocab_size=tokenizer.vocab_size)), tokenizer, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_a_model_goes_on_with_longer_rows_on_stretched_positions(kind: Any, text: str, tmp_path: Path) -> None:
+    first = saved(TINY, tmp_path / "first")
+    recipe = gpt.Recipe(start_from=first, data=text, context_length=64, stretch=kind, steps=1, batch_size=2)
+    job = next(iter(gpt.jobs(recipe)))
+    assert isinstance(job, Job) and job.data.context_length == 64
+    original, _ = checkpoints.load(first, torch.float32)
+    assert job.model.config == replace(original.config, context_length=64, rope_scaling=RopeScaling(kind, 4.0, 16))
+    assert all(torch.equal(tensor, job.model.state_dict()[name]) for name, tensor in original.state_dict().items())
+    checkpoints.save(job.model, job.tokenizer, tmp_path / "longer")
+    back, _ = checkpoints.load(tmp_path / "longer", torch.float32)
+    tokens = torch.arange(64)[None]
+    torch.testing.assert_close(back(tokens), job.model(tokens))
+    with pytest.raises(UserError, match="they are scaled already"):
+        next(iter(gpt.jobs(replace(recipe, start_from=str(tmp_path / "longer"), context_length=128))))
+
+
+def test_a_stretch_that_says_nothing_is_refused(text: str, tmp_path: Path) -> None:
+    first, learned = (
+        saved(TINY, tmp_path / "first"),
+        saved(gpt2.Config(270, 16, 8, n_layers=2, n_heads=2), tmp_path / "learned"),
+    )
+    with pytest.raises(UserError, match=r"--context-length 64 is more than the 16 tokens .* --stretch yarn"):
+        next(iter(gpt.jobs(gpt.Recipe(start_from=first, data=text, context_length=64))))
+    with pytest.raises(UserError, match="takes 16 tokens without --stretch, and rows have 16"):
+        next(iter(gpt.jobs(gpt.Recipe(start_from=first, data=text, stretch="yarn"))))
+    with pytest.raises(UserError, match="its model has none"):
+        next(iter(gpt.jobs(gpt.Recipe(start_from=learned, data=text, context_length=64, stretch="yarn"))))
+    with pytest.raises(UserError, match="name it with --start-from"):
+        gpt.Recipe(stretch="yarn")
 
 
 @pytest.mark.slow

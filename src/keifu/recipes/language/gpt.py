@@ -11,14 +11,16 @@ cores, and an hour or more with --recipe-of chinchilla.
 Expected: see docs/results.md, "Loss and size".
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from keifu import checkpoints
+from keifu.checkpoints import registry
 from keifu.errors import UserError
 from keifu.inference.text.model import causal
+from keifu.layers.attention.positions import RopeScaling
 from keifu.layers.lora import merge
 from keifu.models import llama
 from keifu.models.hybrid import qwen3_5
@@ -63,6 +65,9 @@ class Recipe(TextOptions, Logging):
     run, a folder, a .gguf file, a catalogue name (gpt-en, smollm2) or a hub id. The depth then sets the batch alone."""
     context_length: Count | None = None
     """Context length of a new model. If you continue a model, the tokens of a row."""
+    stretch: Literal["yarn", "linear"] | None = None
+    """Scaling of the rotary positions of a model to continue, for rows that are longer than its context: YaRN (Peng et
+    al., 2023), or linear, which is position interpolation (Chen et al., 2023)."""
     steps: Count | None = None
     """Updates of the weights; unset: see --recipe-of."""
     recipe_of: Literal["keifu", "chinchilla"] = "keifu"
@@ -90,6 +95,8 @@ class Recipe(TextOptions, Logging):
             raise UserError(f"depth must be at least 1, not {self.depth}.")
         if self.compile and self.distill.teacher:
             raise UserError("A run with a teacher cannot be compiled: leave --compile out.")
+        if self.stretch and not self.start_from:
+            raise UserError("--stretch is for a model to continue: name it with --start-from, or leave --stretch out.")
         if self.start_from is not None and (self.vocab_size is not None or self.tokenizer != Recipe.tokenizer):
             option = f"--tokenizer {self.tokenizer}" if self.vocab_size is None else f"--vocab-size {self.vocab_size}"
             raise UserError(f"{self.start_from} goes on with its own tokenizer: leave {option} out.")
@@ -177,14 +184,33 @@ def start_model(name: str) -> tuple[Any, Any]:
     return causal(merge(loaded).requires_grad_(True)), tokenizer
 
 
+def stretched(model: Any, name: str, kind: Literal["yarn", "linear"], length: int) -> Any:
+    """Return the model with its rotary positions scaled to a longer context, and the same weights."""
+    config = model.config
+    trained = config.context_length
+    if length <= trained:
+        advice = "give a longer --context-length, or leave --stretch out"
+        raise UserError(f"{name} takes {trained} tokens without --stretch, and rows have {length}: {advice}.")
+    if "rope_scaling" not in vars(config) or config.rope_scaling is not None:
+        reason = "they are scaled already" if "rope_scaling" in vars(config) else "its model has none"
+        raise UserError(f"--stretch scales the plain rotary positions of a model, and of {name} {reason}.")
+    scaling = RopeScaling(kind, length / trained, trained)
+    longer = replace(config, context_length=length, rope_scaling=scaling)
+    built: Any = registry.describe(longer)[0].build(longer)
+    built.load_state_dict(model.state_dict())
+    return built
+
+
 def continued(recipe: Recipe, name: str) -> job.Job:
     """Return the further training of a given model, with its weights, sizes and tokenizer. Rows have the depth's
     context length, at most the model's."""
     model, tokenizer = start_model(name)
     most = model.config.context_length
     row = recipe.context_length or min(most, usual_context(recipe.depth))
-    if row > most:
-        advice = "give less, or stretch its rotary positions first, as docs/lineage/long_context.md shows"
+    if recipe.stretch:
+        model = stretched(model, name, recipe.stretch, row)
+    elif row > most:
+        advice = "give less, or stretch its rotary positions with --stretch yarn"
         raise UserError(f"--context-length {row} is more than the {most} tokens that {name} takes: {advice}.")
     task = TextTask(Text(recipe.data, name, **recipe.reading()), tokenizer, recipe.shards(recipe.data, tokenizer))
     training = settings(recipe, job.parameters(model), row, len(task.shards.tokens))
