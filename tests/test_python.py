@@ -29,6 +29,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 EXAMPLES = ["keifu", "keifu.interface",
             "keifu.recipes.own", "keifu.checkpoints.own_module", "keifu.checkpoints.loading",
             "keifu.checkpoints.hf.write", "keifu.inference.text.generate", "keifu.data.epochs"]  # fmt: skip
+REFERENCE = PAGE.parent / "reference" / "python.md"
 X = torch.linspace(-1, 1, 60).unsqueeze(-1)
 DATA = {"x": X, "y": X**2}
 
@@ -351,3 +352,11 @@ def test_loading_an_own_module_says_how() -> None:
 def test_an_interface_asks_for_what_every_python_sees_of_a_module(name: str) -> None:
     """From Python 3.12 on isinstance sees no parameter and no part of a module, which are no attributes of its own."""
     assert {*vars(interfaces)[name].__annotations__} == {"config"}
+
+
+def test_the_names_of_the_reference_are_those_of_import_keifu() -> None:
+    entries = re.findall(r"^::: (\S+)\.(\w+)((?:\n +.*)*)", REFERENCE.read_text(encoding="utf-8"), re.MULTILINE)
+    public = [(module, name) for module, name, options in entries if "heading:" not in options]
+    assert sorted(name for _, name in public) == [name for name in keifu.__all__ if name != "__version__"]
+    for module, name in public:
+        assert getattr(keifu, name) is getattr(import_module(module), name)

@@ -18,17 +18,24 @@ if TYPE_CHECKING:
     from keifu.checkpoints import load, load_weights, save
     from keifu.errors import UserError
     from keifu.inference.embeddings.encoders import embed
+    from keifu.inference.text.engine import Engine
+    from keifu.inference.text.sampling_params import SamplingParams
+    from keifu.inference.text.translation import translate
     from keifu.interface import generate, train
     from keifu.recipes.own import job
     from keifu.training.job import Job
+    from keifu.training.loop import Summary
     from keifu.training.protocols import LossOutput
     from keifu.training.settings import Settings
 
 __version__ = "0.2.0"
 __all__ = [
+    "Engine",
     "Job",
     "LossOutput",
+    "SamplingParams",
     "Settings",
+    "Summary",
     "UserError",
     "__version__",
     "embed",
@@ -38,6 +45,7 @@ __all__ = [
     "load_weights",
     "save",
     "train",
+    "translate",
 ]
 
 _HOMES = {
@@ -48,6 +56,10 @@ _HOMES = {
     "train": "keifu.interface",
     "job": "keifu.recipes.own",
     "Job": "keifu.training.job",
+    "Summary": "keifu.training.loop",
+    "SamplingParams": "keifu.inference.text.sampling_params",
+    "Engine": "keifu.inference.text.engine",
+    "translate": "keifu.inference.text.translation",
     "embed": "keifu.inference.embeddings.encoders",
     "UserError": "keifu.errors",
     "LossOutput": "keifu.training.protocols",
