@@ -331,15 +331,16 @@ def test_an_own_module_is_saved_and_filled_again(tmp_path: Path) -> None:
         keifu.load_weights(nn.Linear(3, 3), tmp_path / "nothing")
 
 
-def test_weights_that_are_not_finite_are_refused_but_masks_are_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf, 3e38])
+def test_weights_that_are_not_finite_are_refused_but_masks_are_read(value: float, tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
     keifu.save(model, None, tmp_path)
     keifu.load_weights(model, tmp_path)
     with torch.no_grad():
-        model.weight[0, 0] = torch.nan
+        model.weight[0, 0] = value
     keifu.save(model, None, tmp_path)
-    with pytest.raises(UserError, match="has numbers in weight that are not finite: it is damaged"):
+    with pytest.raises(UserError, match="has numbers in weight that are not finite, or beyond 1e19: it is damaged"):
         keifu.load_weights(model, tmp_path)
 
 

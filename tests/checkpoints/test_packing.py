@@ -187,6 +187,17 @@ def test_own_weights_that_are_not_finite_stay_where_they_are_allowed(tmp_path: P
         assert not isinstance(checkpoints.load_model(tmp_path, weights="own"), NativeLM)
 
 
+@pytest.mark.parametrize("numbers", [(3e38,), (3e38, -3e38, 3e38), (-2e19,)])
+def test_numbers_whose_products_overflow_are_refused(numbers: tuple[float, ...], tmp_path: Path) -> None:
+    model = toy("llama")
+    model.get_parameter("embedding.weight").data[7, : len(numbers)] = torch.tensor(numbers)
+    checkpoints.save(model, None, tmp_path)
+    with pytest.raises(UserError, match=rf"{len(numbers)} numbers in .*embed.* that are not finite, or beyond 1e19"):
+        checkpoints.load_model(tmp_path)
+    with choosing(Choice(allow_nonfinite=True)):
+        checkpoints.load_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("kind", "experts", "tensor", "name"),
     [

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from keifu.checkpoints.hf.read import open_weights
-from keifu.checkpoints.plan import misfits
+from keifu.checkpoints.plan import damaged_numbers, misfits
 from keifu.errors import UserError
 from keifu.files import replacing, write_atomic
 from keifu.untrusted import as_path
@@ -67,9 +67,11 @@ def load_weights(model: nn.Module, directory: str | Path) -> nn.Module:
     file = open_weights(path)
     weights = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # a buffer may be a mask of -inf
     stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-    if damaged := [name for name in weights & stored.keys() if not bool(stored[name].isfinite().all())]:
+    if damaged := [name for name in weights & stored.keys() if damaged_numbers(stored[name])]:
         names = ", ".join(sorted(damaged)[:3])
-        raise UserError(f"{path} has numbers in {names} that are not finite: it is damaged, or its training failed.")
+        raise UserError(
+            f"{path} has numbers in {names} that are not finite, or beyond 1e19: it is damaged, or its training failed."
+        )
     for name, same in (file.metadata() or {}).items():  # an omitted name → the stored name with the same numbers
         if name in state and same in stored:
             stored.setdefault(name, stored[same])

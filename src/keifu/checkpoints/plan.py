@@ -38,6 +38,7 @@ COUNTS = ("n_layers", "n_decoder_layers", "n_residual_blocks", "layers")
 LEAST = 8
 # number of experts that a config may have even if the file has fewer tensors: perhaps no layer has experts
 USUAL_EXPERTS = 1024
+HUGE = 1e19  # a weight beyond it gives infinity and then NaN, in a norm or in attention
 FIRST = ("activation", "norm_eps", "rope_theta", "rope_scaling", "context_length", "sliding_window", "tied")
 
 
@@ -244,15 +245,22 @@ def _runs_natively(model: nn.Module) -> bool:
     return True
 
 
+def damaged_numbers(tensor: Tensor) -> int:
+    """Return how many numbers are not finite, or so large that the square overflows in float32; usually the sum shows
+    in one pass that there are none."""
+    if not tensor.is_floating_point() or tensor.sum(dtype=torch.float32).abs() < HUGE:
+        return 0
+    return int(tensor.numel() - (tensor.float().abs() < HUGE).sum())
+
+
 def read_finite(read: Callable[..., Tensor], path: Path, name: str, *index: Index) -> Tensor:
-    """Return a tensor of the file. Raises UserError if it has numbers that are not finite; usually its sum shows this
-    in one pass."""
+    """Return a tensor of the file. Raises UserError if it has numbers that are not finite (see
+    `damaged_numbers`)."""
     tensor = read(name, *index)
-    suspect = tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite()
-    if suspect and (wrong := int(tensor.numel() - tensor.isfinite().sum())):
+    if wrong := damaged_numbers(tensor):
         raise UserError(
-            f"{path} has {wrong:,} numbers in {name} that are not finite: it is damaged, or its training "
-            "failed; --allow-nonfinite (allow_nonfinite=True) loads it all the same."
+            f"{path} has {wrong:,} numbers in {name} that are not finite, or beyond 1e19: it is damaged, or its "
+            "training failed; --allow-nonfinite (allow_nonfinite=True) loads it all the same."
         )
     return tensor
 

@@ -9,11 +9,12 @@ import torch
 from fastapi import FastAPI, Response
 from torch import nn
 
+from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.inference.text.likelihood import LikeliestTokens, score_likeliest
 from keifu.inference.text.model import device_of
 from keifu.inference.text.request import Piece, prompt_tokens
 from keifu.serving.models import Description, ServedModels
-from keifu.serving.openai.generation import REASONS, Answer, likeliest, prepare, token_text
+from keifu.serving.openai.generation import REASONS, Answer, prepare, token_bytes
 from keifu.serving.openai.schemas import CompletionRequest
 from keifu.serving.streaming import STREAM, EventStream, json_response
 
@@ -35,6 +36,16 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text, or as OpenAI `bytes:\\xe6\\x97` if it is a part of a character: parts that are all U+FFFD
+    would be one entry of `top_logprobs`."""
+    content = token_bytes(tokenizer, token)
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
+
 class CompletionChoice:
     """Growing text of a choice, with its tokens and their probabilities if they were requested."""
 
@@ -48,8 +59,8 @@ class CompletionChoice:
         """Add a token, and the text that it completes."""
         if self.top is not None:
             sampled = [(token, value)] if self.top and value is not None else []  # it may not be one of the likeliest
-            both = dict(likeliest(self.tokenizer, [*top, *sampled])) if sampled else None
-            self.tokens.append((token_text(self.tokenizer, token), value, both, self.length))
+            both = {token_name(self.tokenizer, each): log for each, log in [*top, *sampled]} if sampled else None
+            self.tokens.append((token_name(self.tokenizer, token), value, both, self.length))
         self.text += text
         self.length += len(text)
 
