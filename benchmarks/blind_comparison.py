@@ -215,6 +215,22 @@ def decided(key: Mapping[str, Any], choices: Mapping[int, str]) -> list[dict]:
     return [{**item, "better": item.get(choices[item["item"]], "tie")} for item in key["items"]]
 
 
+def lengths(items: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Return whether a judge preferred longer texts: counts of items, and mean characters of the texts."""
+    unequal = [item for item in items if item["better"] != "tie"]
+    pairs = []
+    for item in unequal:
+        sides = "AB" if item["A"] == item["better"] else "BA"
+        pairs.append([len("".join(item["answers"][side])) for side in sides])
+    better, worse = (round(sum(pair[side] for pair in pairs) / max(len(pairs), 1)) for side in (0, 1))
+    return {
+        "items that are not equal": len(pairs),
+        "preferred the longer text": sum(chosen > other for chosen, other in pairs),
+        "mean characters of preferred texts": better,
+        "mean characters of the others": worse,
+    }
+
+
 def rows(first: str, items: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return a row for each other model and kind of prompt, and one for all kinds."""
     found = []
@@ -251,6 +267,7 @@ def count(options: argparse.Namespace) -> None:
     print_rows([COLUMNS, *table])
     if options.write:
         about = {name: value for name, value in key.items() if name != "items"} | {"judge": options.judge}
+        about["lengths"] = lengths(items)
         section, file, command = origin(key)
         write_items(options.write.with_name(file), about, items)
         write_table(options.write, section, command, COLUMNS, table, {"file": file})

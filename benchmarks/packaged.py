@@ -57,10 +57,15 @@ def conversations() -> dict[str, list[str]]:
     return {name: cells for name, *cells in table["rows"]}
 
 
-def percent(interval: str) -> str:
-    """Return an interval of shares in percent."""
-    low, high = (100 * float(end) for end in interval.split(" to "))
+def percent(interval: str, items: int = 0) -> str:
+    """Return an interval of shares in percent. items: as in `exact`."""
+    low, high = (100 * exact(float(end), items) for end in interval.split(" to "))
     return f"{low:.1f} to {high:.1f}%"
+
+
+def exact(share: float, items: int) -> float:
+    """Return the share of a number of items that the file rounds to four digits: 5 of 73 are 6.849%, not 6.85%."""
+    return round(share * items) / items if items else share
 
 
 def cells(figures: Mapping[str, Any], name: str) -> list[str]:
@@ -68,7 +73,8 @@ def cells(figures: Mapping[str, Any], name: str) -> list[str]:
     interval = figures.get(f"{name}, 95% interval", "")
     if name == "BLEU" or "bits" in name:
         return [f"{figures[name]:.{2 if name == 'BLEU' else 4}f}", interval]
-    return [f"{figures[name]:.1%}", percent(interval) if interval else ""]
+    items = figures["pictures"] if "R@1" in name else 0
+    return [f"{exact(figures[name], items):.1%}", percent(interval, items) if interval else ""]
 
 
 def near_copies(name: str) -> dict[str, list[str]]:
@@ -131,7 +137,7 @@ def emoji_clip() -> list[list[str]]:
     for language in ("en", "ja", "zh"):
         for asked, label in (("captions", "name by picture"), ("pictures", "picture by name")):
             key = f"{language} {asked} R@1"
-            above = percent(figures[f"{key} above counting, 95% interval"]).removesuffix("%")
+            above = percent(figures[f"{key} above counting, 95% interval"], figures["pictures"]).removesuffix("%")
             rows.append([f"{language}, {label}", *cells(figures, key), *cells(figures, f"{key} by counting"), above])
     return rows
 

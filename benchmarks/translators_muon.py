@@ -17,6 +17,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from keifu.recipes.translation.translator_runs import (
     prepare_pairs,
     translator_job,
 )  # fmt: skip
-from keifu.training.job import Job
+from keifu.training.job import Job, PlannedSettings
 from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
 
@@ -72,6 +74,7 @@ def network(name: str, optimizer: str, matrix_rate: float, seed: int, task: Tran
 
 def begin(job: Job, steps: int) -> Trainer:
     """Return the trainer of a number of steps."""
+    assert isinstance(job.settings, PlannedSettings)
     return Trainer(job.model.train(), job.objective, job.settings.of_steps(steps))
 
 
@@ -106,6 +109,7 @@ def train(job: Job, steps: int) -> dict[str, float]:
 
 def translations(job: Job, limit: int | None) -> list[dict[str, Any]]:
     """Return the greedy translations of the test pairs, with source, reference and whether there is a near copy."""
+    assert job.tokenizer
     found = evaluate(job.model.eval(), job.tokenizer, EvalRequest(ON, limit, beam=1)).items
     assert found
     return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
@@ -142,47 +146,47 @@ def main() -> None:
         write_table(DATA / "translation.json", SECTION, command, columns, rows, kept)
 
 
+def one_run(
+    name: str, optimizer: str, rate: float, seed: int, steps: int, task: TranslationTask, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train one network, and return its facts and scores; the translations are written to the folder."""
+    job = network(name, optimizer, rate, seed, task)
+    facts = {"network": name, "optimizer": optimizer, "seed": seed} | train(job, steps)
+    facts["parameters"] = sum(weight.numel() for weight in job.model.parameters())
+    if options.limit == 0:
+        return facts
+    items = translations(job, options.limit)
+    file = options.folder / f"translations-{optimizer}-{seed}-{name}.json"
+    file.write_text(json.dumps(items, ensure_ascii=False), "utf-8")
+    return facts | scores(items)
+
+
 def measure(options: argparse.Namespace, task: TranslationTask) -> dict[str, Any]:
-    """Return all values: the rates after short runs, the processor time of a step, and the runs."""
+    """Return all values: the processor time of a step, the rates after short runs, and the runs."""
 
     def kept(name: str, compute: Callable[[], Any]) -> Any:
         found = saved(options.folder, name, compute)
         print(time.strftime("%H:%M:%S"), name, json.dumps(found)[:300], flush=True)
         return found
 
-    found: dict[str, Any] = {"rates after short runs": {}, "seconds per step": {}, "runs": []}
+    pace, chosen, short_runs = {}, {}, {}
     for optimizer in options.optimizers:
         both = {name: network(name, optimizer, MATRIX_RATES[-1], 0, task) for name in NAMES}
-        pace = kept(f"pace-{optimizer}", lambda: seconds_per_step(both))
-        found["seconds per step"][optimizer] = pace
-        rates = dict.fromkeys(NAMES, MATRIX_RATES[-1])
-        for name in NAMES if optimizer == "muon" else ():
-            losses = {}
-            for rate in MATRIX_RATES:
-                job, steps = network(name, optimizer, rate, 0, task), round(60 * options.choose / pace[name])
-                losses[rate] = kept(f"rate-{rate}-{name}", lambda: train(job, steps))["loss"]
-            rates[name] = min(losses, key=lambda rate: losses[rate])
-            found["rates after short runs"][name] = {f"{rate:g}": round(loss, 4) for rate, loss in losses.items()}
-        found["rates"] = found.get("rates", {}) | {optimizer: rates}
-
-    for seed in options.seeds:
-        for optimizer in options.optimizers:
-            for name in NAMES:
-                steps = round(60 * options.minutes / found["seconds per step"][optimizer][name])
-                rate = found["rates"][optimizer][name]
-
-                def run() -> dict[str, Any]:
-                    job = network(name, optimizer, rate, seed, task)
-                    facts = {"network": name, "optimizer": optimizer, "seed": seed} | train(job, steps)
-                    facts["parameters"] = sum(weight.numel() for weight in job.model.parameters())
-                    if options.limit == 0:
-                        return facts
-                    file = options.folder / f"translations-{optimizer}-{seed}-{name}.json"
-                    file.write_text(json.dumps(items := translations(job, options.limit), ensure_ascii=False), "utf-8")
-                    return facts | scores(items)
-
-                found["runs"].append(kept(f"run-{optimizer}-{seed}-{name}", run))
-    return found
+        pace[optimizer] = kept(f"pace-{optimizer}", partial(seconds_per_step, both))
+        chosen[optimizer] = dict.fromkeys(NAMES, MATRIX_RATES[-1])
+    for name in NAMES if "muon" in options.optimizers else ():
+        steps, losses = round(60 * options.choose / pace["muon"][name]), {}
+        for rate in MATRIX_RATES:
+            job = network(name, "muon", rate, 0, task)
+            losses[rate] = kept(f"rate-{rate}-{name}", partial(train, job, steps))["loss"]
+        chosen["muon"][name] = min(losses, key=lambda rate, losses=losses: losses[rate])
+        short_runs[name] = {f"{rate:g}": round(loss, 4) for rate, loss in losses.items()}
+    runs = []
+    for seed, optimizer, name in product(options.seeds, options.optimizers, NAMES):
+        steps = round(60 * options.minutes / pace[optimizer][name])
+        work = partial(one_run, name, optimizer, chosen[optimizer][name], seed, steps, task, options)
+        runs.append(kept(f"run-{optimizer}-{seed}-{name}", work))
+    return {"seconds per step": pace, "rates after short runs": short_runs, "runs": runs}
 
 
 def table(values: dict[str, Any]) -> tuple[list[list[str]], dict[str, Any]]:

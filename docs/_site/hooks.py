@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 sys.path.insert(0, str(Path(__file__).parent))
 
 import live  # noqa: E402 (a file of this folder)
+import page_notebooks  # noqa: E402
 import reference  # noqa: E402
 import search  # noqa: E402
 from landmarks import overview  # noqa: E402
@@ -64,6 +65,8 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     english = ROOT / "docs" / f"{page.file.src_uri.removesuffix('.ja.md')}.md"
     if page.file.src_uri.endswith(".ja.md") and english.exists():
         markdown = with_anchors(markdown, english.read_text(encoding="utf-8"))
+    if page.file.abs_src_path:
+        markdown = page_notebooks.linked(markdown, Path(page.file.abs_src_path))
     parts = FENCE.split(reference.fill(markdown))
     return "".join(part if part.startswith("```") else LINK.sub(link, BROKEN.sub("", part)) for part in parts)
 
@@ -113,6 +116,7 @@ def on_post_build(config: MkDocsConfig) -> None:
     """Copy what pages link to and what live elements need into the site, and split the search index by language."""
     search.split(Path(config.site_dir))
     live.copy(Path(config.site_dir))
+    page_notebooks.write(Path(config.site_dir))
     for file in copied:
         target = Path(config.site_dir) / SOURCES / f"{file.relative_to(ROOT).as_posix()}.txt"
         target.parent.mkdir(parents=True, exist_ok=True)

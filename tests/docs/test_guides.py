@@ -153,6 +153,8 @@ def on_small_data(command: str) -> str:
         words[3:3] = ["--data", DEFAULTS[words[2]]]
     if words[1:3] == ["train", "gpt1-finetune"]:
         return command.replace("--data wiki-summaries", "--data examples/data/reviews.csv --label label")
+    if words[1:3] == ["train", "clip"] and "zh" in words:
+        words.remove("zh")  # the small pictures have captions in English and Japanese
     named = [before.endswith("data") for before in ["", *words[:-1]]]
     return " ".join(DATA.get(word, word) if data else word for data, word in zip(named, words, strict=True))
 

@@ -75,7 +75,7 @@ def test_onednn_gives_a_row_the_same_bits_beside_any_others():
 @pytest.mark.usefixtures("onednn")
 def test_onednn_multiplies_views_and_counts_its_operations():
     torch.manual_seed(0)
-    a, b = torch.randn(96, 7).T.requires_grad_(), torch.randn(96, 260)[:, ::2]
+    a, b = torch.randn(96, 7).T.requires_grad_(), torch.randn(130, 96).T
     ours = product(a, b)
     assert uses_onednn(ours)
     torch.testing.assert_close(ours, a @ b)
@@ -96,3 +96,14 @@ def test_what_onednn_is_not_given(monkeypatch):
     torch.testing.assert_close(traced(x), of_one(x))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not uses_onednn(linear(x, weight))
+
+
+@pytest.mark.usefixtures("onednn")
+def test_onednn_is_not_given_columns_of_a_wider_matrix():
+    x, wide = torch.randn(3, 256), torch.randn(256, 512, requires_grad=True)
+    assert uses_onednn(linear(x, wide[:, :256].contiguous()))
+    for part in (wide[:, :256], wide[:, :256].mT):
+        y = linear(x, part)
+        assert not uses_onednn(y)
+        torch.testing.assert_close(y, x @ part.mT, rtol=1e-4, atol=1e-4)
+        assert not uses_onednn(product(x, part.mT))

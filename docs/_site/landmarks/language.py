@@ -63,12 +63,22 @@ def rag(drawing: Drawing) -> None:
     documents = drawing.box(268, 12, ("documents", "文書"), ("cut into passages z", "段落 z に切る"), "data", 140)
     asked = drawing.box(92, 78, ("encoder", "エンコーダ"), ("one vector q(x)", "ベクトル q(x)"), width=140)
     stored = drawing.box(268, 78, ("encoder", "エンコーダ"), ("vectors d(z), stored", "d(z) を保存"), "frozen", 140)
-    near = drawing.box(MIDDLE, 150, ("nearest passages", "最も近い段落"), "p(z | x) ∝ exp d(z) · q(x)", "attention", 240)
+    near = drawing.box(
+        MIDDLE, 150, ("nearest passages", "最も近い段落"), "p(z | x) ∝ exp d(z) · q(x)", "attention", 240
+    )
     remark = ("paper: one each; keifu: one for all", "論文：1つずつ、keifu：まとめて1つ")
     prompt = drawing.box(MIDDLE, 212, ("prompts of passages and x", "段落と x のプロンプト"), remark, "data", 240)
     generator = drawing.box(MIDDLE, 274, ("generator", "生成モデル"), "p(y | x, z)", "layer", 240)
-    answer = drawing.box(MIDDLE, 336, ("answer y", "答え y"), ("keifu: with file and lines", "keifu：ファイルと行つき"), "goal", 240)
-    for start, end in ((question, asked), (documents, stored), (near, prompt), (prompt, generator), (generator, answer)):
+    answer = drawing.box(
+        MIDDLE, 336, ("answer y", "答え y"), ("keifu: with file and lines", "keifu：ファイルと行つき"), "goal", 240
+    )
+    for start, end in (
+        (question, asked),
+        (documents, stored),
+        (near, prompt),
+        (prompt, generator),
+        (generator, answer),
+    ):
         drawing.line(start.bottom, end.top)
     drawing.line(asked.bottom, (asked.x, near.top[1]))
     drawing.line(stored.bottom, (stored.x, near.top[1]))

@@ -64,6 +64,8 @@ def _fits_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() > 0
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
+        # with columns of a wider matrix oneDNN takes its reference loops, which are hundreds of times as slow
+        and (weight.is_contiguous() or weight.mT.is_contiguous())
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch._C._get_tracing_state()

@@ -331,3 +331,13 @@ def test_recorded_commands_have_the_options_that_differ(monkeypatch: pytest.Monk
     tables = json.loads((DATA / "text_and_pictures.json").read_text(encoding="utf-8"))
     printed = [table["command"] for table in tables if table["section"] == "A tower that learns with the rest"]
     assert [seeing.command(seeing.read_options()).replace("1.0", "1")] == printed
+
+
+@pytest.mark.parametrize("name", ["blind-comparison", "fresh-comparison", "chat-en-weights"])
+def test_the_lengths_that_a_judge_preferred_follow_from_the_items(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = benchmark("blind_comparison", monkeypatch)
+    stored = json.loads((blind.DATA / f"{name}.json").read_text(encoding="utf-8"))
+    assert stored["lengths"] == blind.lengths(stored["items"])
+    made = {"A": "x", "B": "y", "answers": {"A": ["four"], "B": ["eleven", "chars"]}}
+    items = [made | {"better": "y"}, made | {"better": "x"}, made | {"better": "tie"}]
+    assert [*blind.lengths(items).values()] == [2, 1, round((11 + 4) / 2), round((4 + 11) / 2)]
