@@ -19,6 +19,7 @@ from keifu.layers.attention.positions import RopeScaling
 from keifu.models import bert, gpt2, llama
 from keifu.recipes.language import gpt
 from keifu.training.job import Job
+from keifu.training.settings import Settings
 
 TINY = llama.Config(270, 16, 8, 16, 2, 2)
 
@@ -57,9 +58,10 @@ def saved(config: Any, folder: Path) -> str:
 @pytest.mark.parametrize("kind", ["yarn", "linear"])
 def test_a_model_goes_on_with_longer_rows_on_stretched_positions(kind: Any, text: str, tmp_path: Path) -> None:
     first = saved(TINY, tmp_path / "first")
-    recipe = gpt.Recipe(start_from=first, data=text, context_length=64, stretch=kind, steps=1, batch_size=2)
+    recipe = gpt.Recipe(start_from=first, data=text, context_length=64, stretch=kind, batch_size=2)
     job = next(iter(gpt.jobs(recipe)))
     assert isinstance(job, Job) and job.data.context_length == 64
+    assert isinstance(job.settings, Settings) and job.settings.steps == 100
     original, _ = checkpoints.load(first, torch.float32)
     assert job.model.config == replace(original.config, context_length=64, rope_scaling=RopeScaling(kind, 4.0, 16))
     assert all(torch.equal(tensor, job.model.state_dict()[name]) for name, tensor in original.state_dict().items())

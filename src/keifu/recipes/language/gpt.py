@@ -69,7 +69,7 @@ class Recipe(TextOptions, Logging):
     """Scaling of the rotary positions of a model to continue, for rows that are longer than its context: YaRN (Peng et
     al., 2023), or linear, which is position interpolation (Chen et al., 2023)."""
     steps: Count | None = None
-    """Updates of the weights; unset: see --recipe-of."""
+    """Updates of the weights; unset: see --recipe-of, and 100 with --stretch."""
     recipe_of: Literal["keifu", "chinchilla"] = "keifu"
     """Source of the number of steps: keifu, a few minutes on two cores, or Chinchilla's law, 20 tokens per parameter.
     Neither makes more than 4 passes over the text, nor fewer than 100 steps."""
@@ -137,7 +137,8 @@ def settings(recipe: Recipe, size: int, row: int, training_tokens: int) -> Setti
     """Return batch size, steps and rates for this depth. size: number of parameters. row: tokens of a row."""
     tokens_a_step = 4096 * 2 ** min(8, max(0, (recipe.depth - 2) // 2))
     batch_size = recipe.batch_size or max(1, tokens_a_step // row)
-    steps = recipe.steps or default_steps(recipe, size, batch_size * row, training_tokens)
+    few = FEWEST_STEPS if recipe.stretch else None  # a stretched model learned the language before (Peng et al., 2023)
+    steps = recipe.steps or few or default_steps(recipe, size, batch_size * row, training_tokens)
     return settings_of(
         recipe, steps, batch_size, scaled(3e-3, recipe.start_from), optimizer="muon", compile=recipe.compile,
         matrix_rate=value_or(recipe.matrix_rate, scaled(0.02, recipe.start_from)), warmup=min(100, steps // 10),
