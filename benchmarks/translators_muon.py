@@ -43,7 +43,7 @@ from keifu.training.settings import Settings
 from keifu.training.trainer import Trainer
 
 ON = "tatoeba-ja-en"
-SECTION = "Translators with Muon and with AdamW"
+SECTION = "Translators with Muon for both networks"
 RECURRENT, TRANSFORMER = NAMES = "RNN with attention", "Transformer"
 RATE = 2e-3  # of AdamW
 MATRIX_RATES = 0.01, 0.02  # of Muon
@@ -186,14 +186,15 @@ def measure(options: argparse.Namespace, task: TranslationTask) -> dict[str, Any
         steps = round(60 * options.minutes / pace[optimizer][name])
         work = partial(one_run, name, optimizer, chosen[optimizer][name], seed, steps, task, options)
         runs.append(kept(f"run-{optimizer}-{seed}-{name}", work))
-    return {"seconds per step": pace, "rates after short runs": short_runs, "runs": runs}
+    return {"seconds per step": pace, "rates after short runs": short_runs, "trainings": runs}
 
 
 def table(values: dict[str, Any]) -> tuple[list[list[str]], dict[str, Any]]:
     """Return the rows, with the mean of the seeds and the lowest and highest, and the values to keep."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for run in values["runs"]:
-        groups.setdefault(f"{run['network']}, {run['optimizer']}", []).append(run)
+    for run in values["trainings"]:
+        name = f"{run['network']}, {run['optimizer']}" if len(values["seconds per step"]) > 1 else run["network"]
+        groups.setdefault(name, []).append(run)
     rows = []
     for name, runs in groups.items():
         costs = [f"{runs[0]['parameters'] / 1e6:.1f} M", f"{runs[0]['steps']:,}"]

@@ -44,3 +44,11 @@ def test_another_translation_would_be_seen(translators: Any) -> None:
     for i in clean[:20]:
         written["items"][i][translators.TRANSFORMER] = "x"
     assert translators.scores(written["items"], translators.TRANSFORMER, clean) != before
+
+
+def test_the_table_with_muon_follows_from_the_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = import_module("translators_muon")
+    tables = json.loads((benchmark.DATA / "translation.json").read_text(encoding="utf-8"))
+    (found,) = [each for each in tables if each["section"] == benchmark.SECTION]
+    assert benchmark.table(found["values"])[0] == found["rows"]
