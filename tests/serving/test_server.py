@@ -1,5 +1,6 @@
 """The server's address and its end: a port in use is told with its user, a Unix socket, SIGTERM under load."""
 
+import itertools
 import json
 import os
 import signal
@@ -131,6 +132,7 @@ def test_what_runs_is_finished_before_the_end_and_nothing_of_it_is_logged(chat: 
     reading = threading.Thread(target=read)
     reading.start()
     until(lambda: len(came) > 3)
+    assert arenas(process.pid) == 0
     process.send_signal(signal.SIGTERM)
     reading.join(WAIT)
     assert came[-1] == "data: [DONE]"
@@ -141,6 +143,19 @@ def test_what_runs_is_finished_before_the_end_and_nothing_of_it_is_logged(chat: 
     assert {"path": "/v1/chat/completions", "status": 200}.items() <= lines[-1].items()
     assert b"messages" not in log and b"Traceback" not in log
     assert not place.exists()
+
+
+def arenas(process: int) -> int:
+    """Return the number of glibc's arenas besides the main one: each begins at a multiple of 64 MiB, of which the part
+    that is not used yet cannot be read."""
+    maps = Path(f"/proc/{process}/maps")
+    lines = [line.split() for line in maps.read_text().splitlines()] if maps.exists() else []
+    parts = [(*(int(end, 16) for end in line[0].split("-")), line[1]) for line in lines if len(line) == 5]
+    pairs = itertools.pairwise(parts)
+    return sum(
+        a % 2**26 == 0 and b == c and end - a == 2**26 and (first, second) == ("rw-p", "---p")
+        for (a, b, first), (c, end, second) in pairs
+    )
 
 
 def answers(client: httpx.Client) -> bool:

@@ -86,6 +86,7 @@ def run(options: Options) -> None:
     """Run the server until a signal ends it."""
     from keifu.checkpoints.lora.peft import is_adapter
     from keifu.commands.shared.inputs import open_cache_folder, proposer, size_of
+    from keifu.memory import share_freed
     from keifu.native.pack import formats
     from keifu.serving.access import LOCAL
     from keifu.serving.app import Access, application
@@ -94,6 +95,7 @@ def run(options: Options) -> None:
     from keifu.serving.server import Address, serve
     from keifu.serving.worker import Limits
 
+    share_freed()
     formats(options.weights or "own")  # an unknown format is refused before the server starts
     if wrong := [origin for origin in options.cors if not re.fullmatch(r"[\w+.-]+://[^/\s]+|null|\*", origin)]:
         raise UserError(f"--cors is {wrong[0]!r}, which must be an origin such as https://example.org, or *.")
