@@ -251,7 +251,8 @@ def test_a_reward_that_fails_is_told(reward: str, said: str, base: Path, task: P
 def test_a_damaged_reward_model_is_told(base: Path, task: Path, judge: Path, tmp_path: Path) -> None:
     model: Any
     model, tokenizer = checkpoints.load(judge)
-    torch.nn.init.constant_(model.task_head.project.weight, 3e38)  # finite, and the scores are not
+    for weight in model.decoder.blocks[0].feedforward.parameters():  # each is finite, and the scores are not
+        torch.nn.init.normal_(weight, std=1e18)
     checkpoints.save(model, tokenizer, tmp_path / "damaged")
     with pytest.raises(UserError, match="The reward model's score is -?(nan|inf) for the answer"):
         go(base, task, tmp_path / "run", "--rollouts", "1", "--value", "policy", reward=tmp_path / "damaged")
