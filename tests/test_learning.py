@@ -156,7 +156,7 @@ NETWORK = {
     "size": 8, "channels": 1, "dim": 16, "n_residual_blocks": 1, "multipliers": (1, 2), "norm_groups": 4,
     "middle_groups": 4,
 }  # fmt: skip
-# their formulas are compared in tests/training; latent diffusion and unCLIP learn pictures with the same network
+# their formulas are compared in tests/training; unCLIP learns pictures with the same network
 LEARNED_BELOW = {"ddpm", "ddpm-improved", "ddpm-velocity", "ddpm-flow", "dit-velocity"}
 FLOW = Noise("flow", target="flow")
 TRANSFORMER = dit.TransformerConfig(8, 2, 1, None, n_heads=2, head_dim=16, n_layers=2, n_classes=2)
@@ -200,7 +200,7 @@ def test_a_drawing_network_learns_two_pictures_by_heart(name):
         assert label is None or (apart.argmin(1) == label).all()
 
 
-@pytest.mark.parametrize("network", ["dcgan", "mlp"])
+@pytest.mark.parametrize("network", [pytest.param("dcgan", marks=pytest.mark.slow), "mlp"])
 def test_a_gan_learns_two_pictures_by_heart(network):
     """Drawings are near one of the two. DCGAN draws both; the fully connected GAN collapses to one of them."""
     torch.set_num_threads(1)
@@ -258,6 +258,7 @@ def halves() -> torch.Tensor:
     return made
 
 
+@pytest.mark.slow
 def test_dalle_learns_two_pictures_and_their_texts_by_heart():
     """First a codebook for them, then what to say for each text."""
     torch.set_num_threads(1)
@@ -285,6 +286,7 @@ def test_dalle_learns_two_pictures_and_their_texts_by_heart():
     assert (sample_image_tokens(model.eval(), tokens, real, [1, 2]) == codes).float().mean() > 0.95
 
 
+@pytest.mark.slow
 def test_a_codebook_learns_two_pictures_by_heart():
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -298,6 +300,7 @@ def test_a_codebook_learns_two_pictures_by_heart():
     assert len(codes.unique()) > 1 and not torch.equal(*codes)
 
 
+@pytest.mark.slow
 def test_latent_diffusion_learns_two_pictures_by_heart():
     """First latents for them, then which of them a text asks for."""
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ def wrong(cases: list[Case]) -> list[Case]:
     return [case for case in cases if case.outcome not in FINE]
 
 
-@pytest.mark.parametrize("count", [75, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [40, pytest.param(150, marks=pytest.mark.slow)])
 def test_mutants_of_both_styles(count: int) -> None:
     cases = fuzz(count, 20_000, (), "bytes", "structure")
     assert wrong(cases) == [] and len(cases) == 2 * count

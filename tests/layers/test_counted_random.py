@@ -36,6 +36,7 @@ def test_bits_are_all_used(seed: int) -> None:
         assert abs(float(((drawn >> place) & 1).double().mean()) - 0.5) < 0.05
 
 
+@pytest.mark.slow
 def test_compiled_numbers_are_the_same_and_stay_in_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a count that is no multiple of a vector's: its index overflowed in the compiled loop, which ran on."""
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # one kernel needs no pool of processes

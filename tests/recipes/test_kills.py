@@ -81,8 +81,8 @@ def outcomes(words: list[str], folder: Path, kills: int, first: int = 0) -> tupl
 
 @pytest.mark.parametrize("name", ["gpt"])
 def test_two_kills_leave_no_trace(name: str, words: list[str], tmp_path: Path) -> None:
-    made, found = outcomes(words, tmp_path, 3)
-    assert made >= 3
+    made, found = outcomes(words, tmp_path, 2)
+    assert made >= 2
     assert found.keys() <= {"the same files", "ended before the kill"}
 
 

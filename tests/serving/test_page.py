@@ -105,7 +105,7 @@ def test_it_is_small() -> None:
     assert sum(len(path.read_text("utf-8").splitlines()) for path in FOLDER.rglob("*.*")) < 2350
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), (1280, "light")])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "dark"), pytest.param(1280, "light", marks=pytest.mark.slow)])
 def test_a_conversation(served: Any, chat: str, browser: Any, width: int, scheme: str) -> None:
     context = browser.new_context(viewport={"width": width, "height": 700}, color_scheme=scheme, locale="en-GB")
     page = context.new_page()

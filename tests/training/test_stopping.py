@@ -53,7 +53,7 @@ def validated(folder: str) -> list[float | int]:
     return [line["step"] for line in metrics.read(Path(folder)) if "validation_loss" in line]
 
 
-@pytest.mark.parametrize("at", [0, 50])
+@pytest.mark.parametrize("at", [pytest.param(0, marks=pytest.mark.slow), 50])
 def test_a_stop_in_a_validation_ends_it_and_the_run_has_the_same_bits(at: int, monkeypatch) -> None:
     original = Trainer.validation
 

@@ -82,6 +82,7 @@ def test_a_small_file_does_not_fill_the_memory() -> None:
     assert most < 30e6  # all samples of all channels would take 74 MB
 
 
+@pytest.mark.slow
 def test_half_an_hour_of_sound_takes_little_more_memory_than_its_samples(tmp_path) -> None:
     """The file has some 100 kB. Its samples are 115 MB and its features 58 MB; the spectrum would be 290 MB."""
     pytest.importorskip("soundfile")

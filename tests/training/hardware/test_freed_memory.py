@@ -40,6 +40,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory._glibc(), reason="other allocators are left alone")
 def test_freed_memory_is_used_again_in_a_training_alone_or_until_it_is_released(tmp_path: Path) -> None:
     """64 MiB are 16,384 pages, each a fault at its first use. In a process of its own: in one where an allocation has

@@ -77,7 +77,7 @@ def lines(directory: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read(directory)]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_killed_at_any_moment_and_resumed_is_bitwise_the_same(
     tmp_path: Path, optimizer: str, unstopped: Callable[[str], Path]
 ) -> None:
