@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ import torch
 
 from keifu import checkpoints, cli
 from keifu.commands import classify
+from keifu.data.text.skip_grams import word_tokenizer
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
 from keifu.evaluation.classification.metrics import Confusion
 from keifu.models import bert, llama
+from keifu.models.classic import word2vec
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "seven", "dogs", "ran", "far", "away"]
 SMALL = bert.Config(context_length=16, dim=24, hidden_dim=40, n_layers=1, n_heads=3, words=False, next_sentence=False)
@@ -94,6 +97,62 @@ def test_the_nearest_are_printed_as_a_table(
     file.write_text("seven dogs\nfar away\n")  # a text may be the first of those that are searched
     words = ("embed", models["plain"], "seven dogs", "--nearest", "1", "--among", str(file))
     assert out(capsys, *words).splitlines()[1] == "seven dogs\t1.000\tseven dogs"
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a word2vec with four directions: in the plane, a king is male and royal.
+
+    The vectors have unequal lengths, so that sums of vectors and of directions have other neighbours.
+    """
+    tokenizer = word_tokenizer(["<unk>", "king", "queen", "man", "woman", "crown", "apple"])
+    model = word2vec.build(word2vec.Config(7, 3))
+    points = [[1, 5, 1], [9, 9, 1], [-2, 2, 1], [4, 0, 1], [-3, 0, 1], [0, 1, 0], [1, -7, 4]]
+    model.embedding.weight.data = torch.tensor(points, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("words")
+    checkpoints.save(model, tokenizer, folder)
+    return str(folder)
+
+
+def nearest_rows(capsys: pytest.CaptureFixture, *arguments: str) -> list[list[str]]:
+    return [line.split("\t") for line in out(capsys, "embed", *arguments).splitlines()[1:]]
+
+
+def test_words_are_added_and_subtracted_by_direction(words: str, capsys: pytest.CaptureFixture) -> None:
+    model: Any = checkpoints.load(words)[0]
+    directions = torch.nn.functional.normalize(model.embedding.weight.detach().double(), dim=-1)
+    _, king, queen, man, woman, crown, _ = directions
+    for text, expected in (("king - man + woman", king - man + woman), ("- Man + crown", crown - man), ("king", king)):
+        printed = json.loads(out(capsys, "embed", words, text))["vector"]
+        assert printed == pytest.approx((expected / expected.norm()).tolist(), abs=1e-6)
+    direction = (king - man + woman) / (king - man + woman).norm()
+    rows = nearest_rows(capsys, words, "king - man + woman", "crown", "--nearest", "2")
+    assert rows[0] == ["king - man + woman", f"{direction @ queen:.3f}", "queen"]
+    assert rows[1] == ["", f"{direction @ crown:.3f}", "crown"]
+    assert [row[2] for row in rows[2:]] == ["king", "queen"], "neither the word itself nor <unk> is a neighbour"
+
+
+def test_words_may_be_searched_among_others(words: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    (tmp_path / "among.txt").write_text("man\nwoman\n")
+    found = nearest_rows(capsys, words, "king", "--nearest", "1", "--among", str(tmp_path / "among.txt"))
+    assert [row[2] for row in found] == ["man"]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("king man", '"king man" has "man" without a sign'),
+        ("king + Pear", '"Pear" is not in the vocabulary'),
+        ("man - man", '"man - man" adds up to nothing'),
+        ("king -", 'has "-" without a sign'),
+    ],
+)
+def test_a_sum_without_a_meaning_is_refused(words: str, capsys: pytest.CaptureFixture, text: str, reason: str) -> None:
+    assert reason in refused(capsys, "embed", words, text)
+
+
+def test_more_neighbours_than_words_are_refused(words: str, capsys: pytest.CaptureFixture) -> None:
+    assert "there are only 4" in refused(capsys, "embed", words, "king + man", "--nearest", "5")
 
 
 def test_many_texts_show_how_far_the_work_has_come(

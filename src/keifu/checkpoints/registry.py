@@ -49,7 +49,7 @@ class Family:
     - aliases: returns, for a Config, the other names in files of a matrix that is used in several places.
     - inside: prefix of the decoder that `tied` refers to.
     - tie: returns a Config with its head tied to the embedding, or not.
-    - writes_text: whether the model generates text.
+    - writes_text: whether the model reads or writes text, so that a tokenizer belongs to it.
     - files: names of the config and of the weights in a directory.
     """
 

@@ -32,6 +32,9 @@ class Options(flags.OnDevice):
 
     A CLIP embeds pictures too: an argument that is the name of a picture file is read as a picture.
 
+    A word2vec embeds a word, or words that are joined by + and -, as in "king - man + woman". With --nearest alone, it
+    searches its whole vocabulary.
+
     Without --out or --nearest, each text and its vector are printed as a line of JSON.
     """
 
@@ -44,7 +47,8 @@ class Options(flags.OnDevice):
     nearest: Count | None = None
     """Number of the most similar texts to print for each text, with their cosine similarity."""
     among: Path | None = None
-    """The file whose lines are searched for the nearest, or a folder of pictures; without it, the texts themselves."""
+    """The file whose lines are searched for the nearest, or a folder of pictures; without it, the texts themselves, or
+    the vocabulary of a word2vec."""
     cut: Annotated[bool, tyro.conf.arg(aliases=("--truncate",))] = False
     """Keep the beginning of a text that is longer than the model takes."""
     batch_size: Count = 256
@@ -60,11 +64,15 @@ def run(options: Options) -> None:
     texts = texts_from(options.texts, options.file, EXAMPLE)
     among = (pictures_among(options.among) or texts_from((), options.among, EXAMPLE)) if options.among else None
     warn_of_language(options.model, texts)
-    model, tokenizer = load_encoder(options.model)
+    from keifu.inference.embeddings.words import WordModel
+
+    model, tokenizer = load_encoder(options.model, WordModel)
     vectors = _embed(model, tokenizer, texts, options)
     if options.out:
         _write(options.out, texts, vectors)
-    if options.nearest is not None:
+    if options.nearest is not None and among is None and isinstance(model, WordModel):
+        _show_nearest_words(options.nearest, (texts, vectors), model, tokenizer)
+    elif options.nearest is not None:
         searched = None if among is None else (among, _embed(model, tokenizer, among, options))
         _show_nearest(options.nearest, (texts, vectors), searched)
     if not options.out and options.nearest is None:
@@ -75,8 +83,13 @@ def run(options: Options) -> None:
 def _embed(model: Any, tokenizer: Any, texts: Sequence[str], options: Options) -> "Tensor":
     from keifu.data.progress import counting
     from keifu.inference.embeddings.encoders import embed_rows
+    from keifu.inference.embeddings.words import WordModel, combination, signed_words
     from keifu.inference.text.model import TwoTowers
 
+    if isinstance(model, WordModel):
+        import torch
+
+        return torch.stack([combination(model, signed_words(tokenizer, text), text) for text in texts])
     if isinstance(model, TwoTowers):
         return embed_inputs(model, tokenizer, texts, options.cut, options.batch_size)
     rows, pad_id = ids(model, tokenizer, texts, options.cut), tokenizer.pad_id or 0
@@ -115,4 +128,22 @@ def _show_nearest(count: int, queries: tuple[list[str], Any], among: tuple[list[
         for text, values, order in zip(texts, similarity.tolist(), indices.tolist(), strict=True)
         for number, (value, index) in enumerate(zip(values, order, strict=True))
     ]
+    tables.show(["text", "similarity", "nearest"], rows)
+
+
+def _show_nearest_words(count: int, queries: tuple[list[str], Any], model: Any, tokenizer: Any) -> None:
+    """Print the words nearest to each text, without the words that it consists of."""
+    from keifu.inference.embeddings.words import signed_words, unknown_id
+
+    texts, vectors = queries
+    unknown = unknown_id(tokenizer)
+    rows = []
+    for text, vector in zip(texts, vectors, strict=True):
+        own_words = [index for index, _ in signed_words(tokenizer, text)]
+        left_out = {*own_words} if unknown is None else {*own_words, unknown}
+        if count > (n_others := model.config.vocab_size - len(left_out)):
+            raise UserError(f"{count} nearest words were requested, but there are only {n_others} to choose from.")
+        near, cosines = model.nearest(vector, count, tuple(left_out))
+        for number, (index, value) in enumerate(zip(near.tolist(), cosines.tolist(), strict=True)):
+            rows.append([text if number == 0 else "", f"{value:.3f}", tokenizer.backend.id_to_token(index)])
     tables.show(["text", "similarity", "nearest"], rows)

@@ -185,13 +185,16 @@ def read_pictures(files: Sequence[Path]) -> list[Any]:
     return [read_image(file).image for file in files]
 
 
-def load_encoder(name: str) -> tuple[Any, Any]:
-    """Load a bidirectional encoder or a CLIP, and its tokenizer. Raises `UserError` for any other model."""
+def load_encoder(name: str, *other_kinds: type) -> tuple[Any, Any]:
+    """Load a bidirectional encoder or a CLIP, and its tokenizer. Raises `UserError` for any other model.
+
+    other_kinds: interfaces that are taken as well.
+    """
     from keifu.checkpoints import load
     from keifu.inference.text.model import Encoder, TwoTowers
 
     model, tokenizer = load(name)
-    if tokenizer is None or not isinstance(model, Encoder | TwoTowers):
+    if tokenizer is None or not isinstance(model, (Encoder, TwoTowers, *other_kinds)):
         class_name = type(model).__name__
         raise UserError(
             f"{name} is a {class_name}, which gives no vectors for texts: choose an encoder, such as minilm."

@@ -6,7 +6,7 @@ vocabulary. The vector of a word predicts the words near it, by products with a 
 tell a true neighbour from a few words that are drawn at random. So the program reads billions of words in a day, and
 differences of vectors have a meaning: king - man + woman is near queen.
 
-Axes: batch = pairs, words = candidates of a pair, dim; count = results.
+Axes: batch = pairs, words = candidates of a pair, dim; vocab = all words, count = results.
 """
 
 from dataclasses import dataclass
@@ -51,11 +51,16 @@ class Word2Vec(nn.Module):
         return nn.ModuleList([self.embedding, self.context])
 
     @torch.no_grad()
+    def directions(self) -> Float[Tensor, "vocab dim"]:
+        """Return the vector of every word, scaled to length 1."""
+        return normalize(self.embedding.weight, dim=-1)
+
+    @torch.no_grad()
     def nearest(
         self, vector: Float[Tensor, " dim"], count: int, without: tuple[int, ...] = ()
     ) -> tuple[Int[Tensor, " count"], Float[Tensor, " count"]]:
         """Return the words with the nearest vectors, and their cosines. without: words that are left out."""
-        cosines = normalize(self.embedding.weight, dim=-1) @ normalize(vector, dim=0)
+        cosines = self.directions() @ normalize(vector, dim=0)
         cosines[list(without)] = -1.0
         nearest = cosines.topk(min(count, len(cosines)))
         return nearest.indices, nearest.values
@@ -70,4 +75,3 @@ def build(config: Config) -> Word2Vec:
 
 
 WEIGHT_NAMES = {"embedding": "embedding", "context": "context"}  # the authors' file has only the first
-WRITES_TEXT = False
