@@ -305,6 +305,7 @@ def test_an_error_of_the_server_itself_has_the_id_too(
         ("completions", {"service_tier": "flex"}),
         ("responses", {"reasoning": {"effort": "low"}, "truncation": "auto"}),
         ("images/generations", {"quality": "hd", "style": "vivid"}),
+        ("messages", {"thinking": {"type": "enabled"}}),
     ],
 )
 def test_hints_are_ignored_and_named_unless_strict(served: Any, strict: Any, path: str, field: dict[str, Any]) -> None:
@@ -313,12 +314,16 @@ def test_hints_are_ignored_and_named_unless_strict(served: Any, strict: Any, pat
         "chat/completions": {"model": "chat", "messages": [{"role": "user", "content": "x"}], **text},
         "completions": {"model": "base", "prompt": "x", **text},
         "responses": {"model": "chat", "input": "x", "max_output_tokens": 1},
+        "messages": {"model": "chat", "messages": [{"role": "user", "content": "x"}], **text},
         "images/generations": {"model": "ddpm", "label": "cat", "steps": 1},
     }
     found = served.post(f"/v1/{path}", {**bodies[path], **field})
     assert found.status_code == 200, found.text
     assert found.headers["x-keifu-ignored"] == ", ".join(field)
     assert "x-keifu-ignored" not in served.post(f"/v1/{path}", bodies[path]).headers
+    if path == "messages":
+        assert "has no thoughts" in strict.post("/v1/messages", {**bodies[path], **field}).json()["error"]["message"]
+        return
     refused = strict.post(f"/v1/{path}", {**bodies[path], **field})
     assert refused.status_code == 400 and "is not supported by this server" in refused.json()["error"]["message"]
 

@@ -130,10 +130,10 @@ OTHER = {"type": "object", "properties": {"b": {"type": "integer"}}, "required":
         ({"type": "string", "minLength": 2500}, '"' + "x" * 2500 + '"', '"' + "x" * 2501 + '"'),
         (
             {"type": "array", "items": {"type": "null"}},
-            f"[{', '.join(['null'] * 64)}]",
-            f"[{', '.join(['null'] * 65)}]",
+            f"[{', '.join(['null'] * 1000)}]",
+            f"[{', '.join(['null'] * 1001)}]",
         ),
-        ({"type": "array", "minItems": 70}, f"[{', '.join(['1'] * 70)}]", f"[{', '.join(['1'] * 71)}]"),
+        ({"type": "array", "minItems": 1070}, f"[{', '.join(['1'] * 1070)}]", f"[{', '.join(['1'] * 1071)}]"),
         ({"type": "array", "maxItems": 90}, f"[{', '.join(['1'] * 90)}]", f"[{', '.join(['1'] * 91)}]"),
         ({"enum": [10**18]}, str(10**18), "1"),
     ],

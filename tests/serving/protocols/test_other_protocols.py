@@ -128,7 +128,6 @@ SHOWN = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"
         ({"max_tokens": 4, "tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "'web_search_20250305'"),
         ({"max_tokens": 4, "output_config": {"format": {"type": "json"}}}, "output_config.format.type"),
         ({"max_tokens": 4, "mcp_servers": [{"url": "x"}]}, "mcp_servers is not supported"),
-        ({"max_tokens": 4, "thinking": {"type": "enabled", "budget_tokens": 9}}, "this model has no thoughts"),
         ({"max_tokens": 4, "thinking": {"type": "on"}}, "thinking"),
         ({"max_tokens": 4, "tools": [{"name": "x"}], "tool_choice": {"type": "some"}}, "tool_choice"),
         ({"max_tokens": 4, "messages": [{"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages"),
@@ -137,6 +136,17 @@ SHOWN = {"type": "tool_result", "tool_use_id": "x", "content": [{"type": "image"
 def test_wrong_anthropic_requests_are_sentences(served: Any, fields: dict[str, Any], words: str) -> None:
     found = served.post("/v1/messages", {"model": "chat", "messages": [CALL], **fields})
     assert found.status_code == 400 and words in found.json()["error"]["message"], found.text
+
+
+def test_a_model_that_never_thinks_answers_a_client_that_turns_thoughts_on(served: Any) -> None:
+    counted = {"model": "chat", "messages": [CALL]}
+    asked = counted | {"max_tokens": 4, "temperature": 0}
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}}
+    for path, body, name in (("messages", asked, "content"), ("messages/count_tokens", counted, "input_tokens")):
+        found = served.post(f"/v1/{path}", body | thinking)
+        assert found.status_code == 200, found.text
+        assert "thinking" in found.headers["x-keifu-ignored"].split(", ")
+        assert found.json()[name] == served.post(f"/v1/{path}", body).json()[name]
 
 
 def test_an_ollama_chat_is_the_same_answer(served: Any) -> None:

@@ -10,6 +10,7 @@ from keifu.data.chat.thoughts import OPEN
 from keifu.data.tokenizers.chat_template import template_variables
 from keifu.inference.text.request import Piece
 from keifu.serving.errors import ApiError
+from keifu.serving.facts import current
 from keifu.serving.models import Description, ServedModels
 from keifu.serving.openai.generation import Answer, prepare_chat, token_bytes, token_text
 from keifu.serving.openai.grounding import AnswerCitations, ground, url_citation
@@ -49,15 +50,19 @@ async def begin_from(models: ServedModels, fields: dict[str, Any], prefix: str) 
     return await begin(models, ChatRequest.model_validate(values), prefix)
 
 
-def thinking_options(about: Description, thinks: bool, field: str) -> dict[str, Any] | None:
+def thinking_options(about: Description, thinks: bool, field: str, is_hint: bool = False) -> dict[str, Any] | None:
     """Return chat template variables that turn thoughts on or off.
 
-    Raises `ApiError` if thoughts are wanted of a model that never thinks. field: that of the request, for the error.
+    Raises `ApiError` if thoughts are wanted of a model that never thinks, unless the wish is only a hint, which is then
+    ignored and named. field: that of the request.
     """
     template = about.tokenizer.chat_template
     if "enable_thinking" in template_variables(template):
         return {"enable_thinking": thinks}
     if thinks and OPEN not in template and not speaks_harmony(about.tokenizer):
+        if is_hint and not current().strict:
+            current().ignored.append(field)
+            return None
         raise ApiError(400, f"The chat template of this model has no thoughts: leave out {field}.", field)
     return None
 

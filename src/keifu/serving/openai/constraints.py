@@ -28,7 +28,7 @@ MOST_PARTS = 5000  # schemas of a request, with those inside them
 MOST_PROPERTIES = 1000  # of one object: the time of compiling grows with the square of their number
 LIMITS = LLParserLimits(max_grammar_size=200_000, verbose_errors=False)
 MOST_CHARACTERS = 2000  # maximum of a string without maxLength, pattern, format, enum or const
-MOST_ITEMS = 64  # maximum of a list without maxItems
+MOST_ITEMS = 1000  # maximum of a list without maxItems
 MOST_INTEGER = 10**16 - 1
 SMALLEST_STEP = 1e-10  # smallest difference between numbers
 LARGEST_LITERAL = 2**63

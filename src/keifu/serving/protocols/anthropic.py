@@ -98,10 +98,13 @@ def routes(app: FastAPI, models: ServedModels) -> None:
 
 
 def _options(body: CountRequest, models: ServedModels) -> dict[str, Any] | None:
-    """Return chat template variables that turn thoughts on or off. Raises an error for a model that never thinks."""
+    """Return chat template variables that turn thoughts on or off.
+
+    Clients turn thoughts on for any model, so one that never thinks answers without thoughts.
+    """
     if body.thinking is None or body.thinking.type == "adaptive":
         return None
-    return thinking_options(models.find(body.model, "chat"), body.thinking.type == "enabled", "thinking")
+    return thinking_options(models.find(body.model, "chat"), body.thinking.type == "enabled", "thinking", is_hint=True)
 
 
 def _fields(body: CountRequest) -> dict[str, Any]:
