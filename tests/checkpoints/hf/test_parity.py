@@ -186,6 +186,9 @@ CASES = {
         layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False, tie_word_embeddings=False,
         norm_eps=0.01, pad_token_id=None,
     ),
+    "lfm2-biased-convolutions": lambda: transformers.Lfm2Config(
+        **SIZES, full_attn_idxs=[1], conv_L_cache=4, conv_bias=True, pad_token_id=None
+    ),
     "glm4": lambda: transformers.Glm4Config(**SIZES, head_dim=12, pad_token_id=None),
     "glm4-whole-heads-unbiased-tied": lambda: transformers.Glm4Config(
         **SIZES | {"hidden_size": 33, "num_attention_heads": 3, "num_key_value_heads": 3}, head_dim=10,

@@ -15,15 +15,16 @@ from keifu.layers.recurrent.gated_delta import Channels, Hidden, Numbers, Segmen
 class GatedConvolution(nn.Module):
     """Layer used instead of attention: output gate · convolution(input gate · values), each a projection of the token.
 
-    size: tokens of the convolution, including the token itself.
+    size: tokens of the convolution, including the token itself. bias: whether the three projections and the convolution
+    add one.
     """
 
     window = None
 
-    def __init__(self, dim: int, size: int):
+    def __init__(self, dim: int, size: int, bias: bool = False):
         super().__init__()
-        self.inputs, self.output = Linear(dim, 3 * dim, bias=False), Linear(dim, dim, bias=False)
-        self.convolution = ShortConvolution(dim, size, activation=nn.Identity())
+        self.inputs, self.output = Linear(dim, 3 * dim, bias=bias), Linear(dim, dim, bias=bias)
+        self.convolution = ShortConvolution(dim, size, activation=nn.Identity(), bias=bias)
         self.dim, self.state_size = dim, (size - 1) * dim
 
     @property

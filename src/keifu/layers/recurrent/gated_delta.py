@@ -105,11 +105,12 @@ def _segment_masks(segments: Int[Tensor, "batch chunks chunk"]) -> tuple[Tensor,
 class ShortConvolution(nn.Module):
     """Causal convolution of each channel over the last `size` tokens, followed by SiLU or another activation."""
 
-    def __init__(self, channels: int, size: int, activation: Callable[[Tensor], Tensor] = F.silu):
+    def __init__(self, channels: int, size: int, activation: Callable[[Tensor], Tensor] = F.silu, bias: bool = False):
         super().__init__()
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(channels, 1, size))
         nn.init.uniform_(self.weight, -(size**-0.5), size**-0.5)
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def forward(
         self, x: Channels, before: Float[Tensor, "batch earlier channels"], segments: Segments = None
@@ -117,11 +118,11 @@ class ShortConvolution(nn.Module):
         """Convolve `x`, which follows the `size` - 1 tokens `before`. Tokens of another segment count as 0."""
         joined = torch.cat([before, x], 1).mT
         if segments is None:
-            return self.activation(F.conv1d(joined, self.weight, groups=x.shape[2]).mT)
+            return self.activation(F.conv1d(joined, self.weight, self.bias, groups=x.shape[2]).mT)
         taps = torch.arange(x.shape[1], device=x.device)[:, None] - torch.arange(before.shape[1], -1, -1).to(x.device)
         same = (segments[:, taps.clamp(min=0)] == segments[..., None]) & (taps >= 0)
         y = (joined.unfold(2, self.weight.shape[2], 1) * self.weight * same[:, None]).sum(-1).mT
-        return self.activation(y)
+        return self.activation(y if self.bias is None else y + self.bias)
 
 
 class SeparateInputs(nn.Module):

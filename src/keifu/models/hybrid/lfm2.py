@@ -33,6 +33,7 @@ class Config(llama.DecoderConfig):
     n_kv_heads: int = 8
     global_layers: tuple[int, ...] = (2, 5, 8, 10, 12, 14)  # layers with attention; the others are convolutions
     convolution: int = 3  # tokens of the short convolutions
+    convolution_bias: bool = False  # whether the convolutions and their projections have one
     norm_eps: float = field(default=1e-5, kw_only=True)
     rope_theta: float = field(default=1e6, kw_only=True)
     tied: bool = field(default=True, kw_only=True)
@@ -52,7 +53,7 @@ def build(config: Config) -> DecoderLM:
 
 def _mixer(config: Config, layer: int) -> nn.Module:
     if layer not in config.global_layers:
-        return GatedConvolution(config.dim, config.convolution)
+        return GatedConvolution(config.dim, config.convolution, config.convolution_bias)
     norm = partial(RMSNorm, config.dim // config.n_heads, config.norm_eps)
     return llama.attention(config, qk_norm=(norm(), norm()))
 
@@ -74,7 +75,6 @@ WEIGHT_NAMES = {
     "head": "lm_head",
 }
 MODEL_TYPES = {"lfm2": "Lfm2ForCausalLM"}
-UNSUPPORTED = {"conv_bias": False}
 
 
 def _read_hidden_dim(json: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +122,7 @@ FIELDS: hf.Fields = _SHARED | {
     "rope": hf.rope(1e6),
     "tied": hf.FieldGroup(_read_tied, _write_tied),
     "convolution": hf.Field("conv_L_cache", 3),
+    "convolution_bias": hf.Field("conv_bias", False),
     "layers": hf.FieldGroup(_read_layers, _write_layers),
 }
 from_published, to_published = hf.translators(Config, MODEL_TYPES, FIELDS)
@@ -135,7 +136,7 @@ GGUF = {
             "norm": "token_embd_norm",
         },
         fields=gguf.ROTARY_FIELDS | {"shortconv.l_cache": "convolution"},
-        fixed={"activation": "silu", "dropout": 0.0}, attention_layers="global_layers",
+        fixed={"activation": "silu", "dropout": 0.0, "convolution_bias": False}, attention_layers="global_layers",
         needed=("shortconv.l_cache",),
     ),
 }  # fmt: skip
