@@ -206,8 +206,9 @@ def test_before_torch_is_imported_the_environment_says_how_many(
     monkeypatch.setattr(threads.os, "cpu_count", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that it is taken away again
     monkeypatch.delenv("OMP_NUM_THREADS")
-    threads.follow_load()
+    threads.limit_threads()
     assert threads.os.environ["OMP_NUM_THREADS"] == "2"
+    assert begun == []  # a thread would get an arena of its own before the service can prevent it
 
 
 def test_the_idle_team_has_more_threads_than_there_are_cores_and_changes_no_bit() -> None:

@@ -16,7 +16,7 @@ from keifu.commands.shared.command_names import COMMANDS, module_of
 from keifu.errors import require_known
 from keifu.files import WINDOWS
 from keifu.folders import place_matplotlib
-from keifu.threads import follow_load
+from keifu.threads import limit_threads
 
 FAULT = 70  # exit status of sysexits.h for an internal error
 OF_RECIPES = ("train", "demo")  # commands whose options are those of a recipe
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     n after signal n, so 130 after Ctrl-C."""
     _open_standard_streams()
     place_matplotlib()
-    follow_load()  # before the import of torch, which reads the number of threads
+    limit_threads()  # before the import of torch, which reads the number of threads
     words, quiet, verbose = without_volume(sys.argv[1:] if arguments is None else arguments)
     began = time.perf_counter()
     try:

@@ -127,7 +127,8 @@ def reuse_freed() -> None:
 
 
 def share_freed() -> None:
-    """Let all threads of this process allocate from one arena of glibc. Call it before threads start.
+    """Let all threads of this process allocate from one arena of glibc. Call it before threads start,
+    because the arena of a running thread remains.
 
     By default there are up to eight arenas per core, and memory that is freed in one is of no use to the threads of
     another. A service whose threads come and go then grows for hours, although it uses no more.

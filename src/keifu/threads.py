@@ -46,10 +46,16 @@ def follow_load() -> None:
     """
     if not _started.acquire(blocking=False):
         return
-    if not any(name in os.environ for name in COUNT):
-        _limit(quota())
+    limit_threads()
     if TASKS.exists() and STATISTICS.exists() and not any(name in os.environ for name in (*WAY, *WHERE)):
         threading.Thread(target=_watch, name="keifu-threads", daemon=True).start()
+
+
+def limit_threads() -> None:
+    """Limit the number of compute threads to the container's cores, unless an environment variable sets the number. It
+    starts no thread, so the command line calls it before it imports torch."""
+    if not any(name in os.environ for name in COUNT):
+        _limit(quota())
 
 
 @contextmanager

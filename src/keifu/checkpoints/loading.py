@@ -103,6 +103,7 @@ def load_model(
     weights: str | None = None,
 ) -> nn.Module:  # fmt: skip
     """Return the model alone (see `load`), for weights without a tokenizer."""
+    follow_load()
     device, path = _device_for(weights, device), locate(name)
     with reading(path):
         if is_adapter(path):
