@@ -67,6 +67,11 @@ def test_a_batch_depends_on_seed_and_step_and_validation_is_always_the_same() ->
     assert len({each.fingerprint for each in (first, other, data(task, length=41), data(HiddenEnd()))}) == 4
 
 
+def test_a_text_may_be_one_window() -> None:
+    batch = DenoisedText(TEXT[:40], TEXT[:40], HiddenEnd(), SPECIAL, length=40, rows=2).batch(0)
+    assert torch.cat([batch["source"][:, :-1], batch["target"][:, 1:-1]], 1).tolist() == [TEXT[:40].tolist()] * 2
+
+
 def test_what_cannot_be_hidden_is_refused() -> None:
     with pytest.raises(UserError, match="has 15 hidden spans, and there are 3 sentinels"):
         data(HiddenSpans(0.4, 1.0, SENTINELS[:3]), length=38).batch(0)

@@ -1,5 +1,7 @@
 """Citations of an answer: the same however it comes in pieces, only where a passage supports the sentence."""
 
+from dataclasses import replace
+
 from hypothesis import given, strategies
 
 from keifu.data.text.excerpts import Excerpt
@@ -24,6 +26,13 @@ def test_a_sentence_is_cited_to_the_passage_that_has_its_words() -> None:
     assert cited("It was opened in 1893. Cats sleep.") == "It was opened in 1893. [ulm.md:3-4] Cats sleep. [cats.md:1]"
     assert cited('The bridge is "red!"\nWell.') == 'The bridge is "red!" [ulm.md:3-4]\nWell.'
     assert cited("橋は赤い。次は何？") == "橋は赤い。 [橋.md:2]次は何？"
+
+
+def test_a_cited_sentence_has_no_space_before_it_and_the_nearest_of_equal_passages() -> None:
+    citer = Citer([*PASSAGES, replace(PASSAGES[1], file="copy.md")])
+    citer.push("It was opened in 1893. Cats sleep.", True)
+    assert [citer.text[each.start : each.end] for each in citer.citations] == ["It was opened in 1893.", "Cats sleep."]
+    assert [each.excerpt.file for each in citer.citations] == ["ulm.md", "cats.md"]
 
 
 def test_a_number_that_the_passage_does_not_have_is_not_cited() -> None:

@@ -90,6 +90,14 @@ def test_langevin_dynamics_come_to_the_distribution_from_anywhere() -> None:
     assert sliced_wasserstein(real, drawn) < 0.06 < 1.0 < sliced_wasserstein(real, x)
 
 
+def test_langevin_dynamics_have_the_deviation_of_their_level() -> None:
+    """Of points that are all 0, x has the deviation σ up to the step's size: its variance is σ² / (1 - rate / 4)."""
+    denoise, random = ScoreDenoiser(lambda x, sigma: -x / sigma[:, None] ** 2, NOISE), random_of(0)
+    schedule = ve_schedule(2.0, 2.0, 1)
+    drawn = last_x(langevin(denoise, torch.zeros(20_000, 2), schedule, random, repeats=60, rate=0.2))
+    assert float(drawn.std()) == pytest.approx(2.0 / 0.95**0.5, rel=0.02)
+
+
 def test_an_ode_draws_one_point_from_a_noise_and_an_sde_many() -> None:
     schedule, x = SCHEDULES["vp"], torch.randn(2, 2, generator=torch.Generator().manual_seed(0))
     same = [last_x(probability_flow(exact(), x, schedule, random_of(seed))) for seed in (1, 2)]

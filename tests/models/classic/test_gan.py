@@ -1,9 +1,11 @@
 """GAN and DCGAN: both networks learn from one pass as by turns, and a seed belongs to a picture."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import binary_cross_entropy
 
 from keifu import checkpoints
@@ -14,6 +16,7 @@ from keifu.inference.images.pixel_diffusion import ImageRequest
 from keifu.inference.images.single_pass import GeneratorPipeline
 from keifu.layers.counter_rng import normal
 from keifu.models.classic import gan
+from keifu.recipes.images import gan as recipe
 from keifu.training.objectives.adversarial import adversarial_loss
 
 TOYS = {
@@ -33,8 +36,9 @@ def test_each_network_gets_the_gradient_of_its_own_loss(name: str) -> None:
     """As in algorithm 1 of the paper: the discriminator's, then the generator's, each with the other one fixed."""
     config = TOYS[name]
     model = small(config).eval()  # so that normalisation is the same in each pass
-    pictures = torch.randint(0, 256, (6, config.channels, config.size, config.size), dtype=torch.uint8)
-    batch = {"pictures": pictures, "draws": torch.arange(6)}
+    # an odd number, so that as many cannot be seen as not
+    pictures = torch.randint(0, 256, (7, config.channels, config.size, config.size), dtype=torch.uint8)
+    batch = {"pictures": pictures, "draws": torch.arange(7)}
     found = adversarial_loss(model, batch)
     found.total.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters()}
@@ -42,13 +46,16 @@ def test_each_network_gets_the_gradient_of_its_own_loss(name: str) -> None:
     def probability(images: torch.Tensor) -> torch.Tensor:
         return model.discriminator(images).sigmoid()
 
-    made = model.generator(normal(torch.arange(6), (config.latent_dim,)))
-    ones, zeros = torch.ones(6), torch.zeros(6)
+    made = model.generator(normal(torch.arange(7), (config.latent_dim,)))
+    ones, zeros = torch.ones(7), torch.zeros(7)
     first = binary_cross_entropy(probability(to_signed(pictures)), ones, reduction="sum")
     first = first + binary_cross_entropy(probability(made), zeros, reduction="sum")
     second = binary_cross_entropy(probability(made), ones, reduction="sum")
     torch.testing.assert_close(found.total, first + second)
     torch.testing.assert_close(found.figures["discriminator_loss"], first)
+    torch.testing.assert_close(found.figures["generator_loss"], second)
+    seen = int((model.discriminator(to_signed(pictures)) > 0).sum()), int((model.discriminator(made) < 0).sum())
+    assert (int(found.figures["real_seen"]), int(found.figures["generated_seen"])) == seen
     for part, loss in ((model.discriminator, first), (model.generator, second)):
         expected = torch.autograd.grad(loss, [*part.parameters()], retain_graph=True)
         names = [full for full in gradients if full.startswith("gen" if part is model.generator else "dis")]
@@ -68,6 +75,26 @@ def test_the_generator_has_the_papers_shape() -> None:
         assert discriminator(x).shape == (2,)
     assert shapes == [(1024, 4, 4), (512, 8, 8), (256, 16, 16), (128, 32, 32), (3, 64, 64)]
     assert isinstance(discriminator[1], torch.nn.LeakyReLU)  # no normalisation after the first convolution
+
+
+def test_gains_begin_around_1_and_other_weights_around_0() -> None:
+    generator = gan.build(gan.Config(size=16, widths=(64, 128))).generator
+    gains = torch.cat([layer.weight.detach() for layer in generator if isinstance(layer, torch.nn.BatchNorm2d)])
+    others = torch.cat(
+        [layer.weight.detach().flatten() for layer in generator if isinstance(layer, torch.nn.ConvTranspose2d)]
+    )
+    for weights, mean in ((gains, 1.0), (others, 0.0)):
+        assert abs(float(weights.mean()) - mean) < 0.01 and float(weights.std()) == pytest.approx(0.02, rel=0.2)
+
+
+def test_samples_of_a_run_are_of_the_same_noise() -> None:
+    model = small(TOYS["dcgan"]).eval()
+    for weights in model.generator.parameters():
+        torch.nn.init.normal_(weights)
+    sample = recipe.sampler(model, 5)
+    first, later = (Image.open(io.BytesIO(sample(step))).tobytes() for step in (0, 250))
+    assert first == later and len({*first}) > 9
+    assert sample(0) != sample(250), "the step is written into the file"
 
 
 def test_a_seed_belongs_to_a_picture() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from keifu import checkpoints
+from keifu.data.images.io import to_signed
 from keifu.models.diffusion import vq_vae
 from keifu.recipes.images import vq
 from keifu.training.objectives.autoencoders import VQLoss
@@ -54,6 +55,16 @@ def test_the_objective_updates_the_codes_in_training_alone() -> None:
     VQLoss()(model.train(), batch).total.backward()
     assert not torch.equal(model.codebook.weight, before)
     assert model.to_vectors.weight.grad.abs().sum() > 0
+
+
+def test_the_codes_in_use_are_those_of_the_batch() -> None:
+    """The figure is divided by the number of pictures, as all figures are."""
+    model, batch = averaged().eval(), {"pictures": torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)}
+    vectors = model.vectors(to_signed(batch["pictures"])).detach().movedim(1, -1)
+    model.codebook.weight[:3] = vectors[:, 0, 0]
+    different = len(model.encode(to_signed(batch["pictures"])).unique())
+    found = VQLoss()(model, batch)
+    assert float(found.figures["used"]) / found.weight == different and different >= 3
 
 
 def test_a_model_is_saved_without_the_usage_of_its_codes(tmp_path: Path) -> None:

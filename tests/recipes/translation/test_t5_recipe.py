@@ -106,6 +106,18 @@ def test_held_out_sentences_are_not_among_the_texts_without_labels(table: Path) 
     assert training == ["a sentence of its own"]
 
 
+def test_a_batch_of_the_first_stage_has_the_tokens_per_batch(table: Path) -> None:
+    recipe = t5.Recipe(str(table), vocab_size=400, tokens_per_batch=500, pretraining=t5.Pretraining(window=24))
+    data = t5.denoised_text(recipe, prepare_pairs(recipe, t5.SENTINEL_TOKENS))
+    assert len(data.batch(0)["source"]) == 500 // 24
+
+
+@pytest.mark.parametrize(("start", "rates"), [(None, (2e-3, 0.02)), ("a-run", (2e-4, 0.002))])
+def test_a_run_that_starts_from_another_has_a_tenth_of_both_rates(start: str | None, rates: tuple[float, ...]) -> None:
+    settings = t5.settings(t5.Recipe(start_from=start), 100)
+    assert (settings.learning_rate, settings.matrix_rate) == pytest.approx(rates)
+
+
 def test_the_task_is_named_by_the_languages() -> None:
     assert t5.task_prefix(t5.Recipe(), ("ja", "en")) == "translate Japanese to English: "
     assert t5.task_prefix(t5.Recipe(), ("", "en")) == "translate: "
