@@ -1,13 +1,17 @@
 """config.json as the makers published it, older spellings too, is read as the size of that name."""
 
+from json import loads
+from pathlib import Path
+
 import pytest
+import torch
 import transformers
 from model_entries import ENTRIES
 
 from keifu.checkpoints.registry import FAMILIES, build, describe, model_file, read_config
 from keifu.errors import UserError
-from keifu.models import gemma3
-from keifu.models.variants import smollm3
+from keifu.models import gemma3, llama
+from keifu.models.variants import gemma4, smollm3
 
 PUBLISHED = {name: json for entry in ENTRIES.values() for name, json in entry.published.items()}
 
@@ -54,6 +58,58 @@ def test_every_size_is_written_and_read_again(kind) -> None:
         unpublished = kind in ("keifu_mlp", "keifu_lstm", "keifu_word2vec", "keifu_gan", "keifu_score")
         unpublished = unpublished or name.startswith(("gpt3-", "improved-ddpm"))
         assert json["model_type"].startswith("keifu_") == unpublished, name
+
+
+# fields whose absence means the same in another form, and one that every published file of gpt-oss has
+OTHER_DEFAULTS = {("llama", "head_dim"), ("mistral", "head_dim"), ("gpt_oss", "rope_parameters")}
+
+
+@pytest.mark.parametrize("kind", sorted({*FAMILIES} & {*transformers.models.auto.configuration_auto.CONFIG_MAPPING}))
+def test_a_field_that_a_file_leaves_out_has_the_default_of_transformers(kind: str) -> None:
+    """A file is read as before if one of transformers' own defaults is left out of it, or refused by that name."""
+    defaults = transformers.AutoConfig.for_model(kind).to_dict()
+    expected, read = describe(read_config(defaults, "config.json")[1]), 0
+    for left_out in defaults.keys() - {"model_type"}:
+        if (kind, left_out) in OTHER_DEFAULTS:
+            continue
+        try:
+            found = read_config({name: defaults[name] for name in defaults if name != left_out}, "config.json")[1]
+        except UserError as error:
+            assert f"no field '{left_out}'" in str(error)
+            continue
+        assert describe(found) == expected, left_out
+        read += 1
+    assert read > 5
+
+
+def test_an_lfm2_has_the_width_of_transformers_and_is_tied_by_either_field() -> None:
+    sizes = dict(hidden_size=16, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=20)
+    width = dict(block_ff_dim=400, block_ffn_dim_multiplier=0.7, block_multiple_of=32)
+    theirs = transformers.Lfm2Config(**sizes, **width, layer_types=["conv", "full_attention"])
+    with torch.device("meta"):
+        network = transformers.Lfm2Model(theirs).layers[0].feed_forward
+    json = {"model_type": "lfm2", **sizes, **width}
+    assert read_config(json, "config.json")[1].hidden_dim == network.w1.out_features == 192
+    for field in ("tie_embedding", "tie_word_embeddings"):
+        assert [read_config({**json, field: tied}, "config.json")[1].tied for tied in (True, False)] == [True, False]
+
+
+@pytest.mark.parametrize("n_layers", [7, 30])
+def test_a_gemma_4_that_transformers_saves_is_read(n_layers: int, tmp_path: Path) -> None:
+    """It pads the numbers of layers to equal lengths, as in "05"."""
+    transformers.AutoConfig.for_model("gemma4_text", num_hidden_layers=n_layers).save_pretrained(tmp_path)
+    json = loads((tmp_path / "config.json").read_text())
+    assert ("05" in json["per_layer_config"]) == (n_layers == 30)
+    assert read_config(json, "config.json")[1] == gemma4.from_published(
+        {**json, "per_layer_config": None, "global_head_dim": 512}
+    )
+
+
+def test_an_exaones_letters_name_its_global_layers() -> None:
+    json = {name: value for name, value in PUBLISHED["exaone4-32b"].items() if name != "layer_types"}
+    for pattern, expected in (("LLG", (2, 5)), ("LLLG", (3, 7)), (2, (1, 3, 5, 7))):
+        config = read_config({**json, "num_hidden_layers": 8, "sliding_window_pattern": pattern}, "config.json")[1]
+        assert llama.global_layers(config, 4) == expected
 
 
 @pytest.mark.parametrize("layers", [10_001, 2**31, 2**63, 10**30])

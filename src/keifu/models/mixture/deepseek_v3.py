@@ -125,7 +125,7 @@ FIELDS: hf.Fields = {name: field for name, field in llama.BIAS_FIELDS.items() if
     "head_dim": hf.Field("qk_nope_head_dim", 128),
     "rope_dim": hf.Field("qk_rope_head_dim", 64),
     "value_dim": hf.Field("v_head_dim", 128),
-    "q_rank": hf.Field("q_lora_rank", None, if_none=hf.null),
+    "q_rank": hf.Field("q_lora_rank", 1536, if_none=hf.null),
     "kv_rank": hf.Field("kv_lora_rank", 512),
     "n_experts": hf.Field("n_routed_experts", 256),
     "n_experts_per_token": hf.Field("num_experts_per_tok", 8),

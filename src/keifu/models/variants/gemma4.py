@@ -389,8 +389,9 @@ def _read_global_heads(json: Mapping[str, Any]) -> dict[str, Any]:
     if (listed := json.get("per_layer_config")) is not None:
         config = {"n_layers": json["num_hidden_layers"], "global_layers": _read_layers(json)["global_layers"]}
         full = global_layers(Config(**config))
-        lists = [listed.get(str(layer), listed.get(layer, {})) for layer in full]
-        others = {*map(str, listed)} - {*map(str, full)}
+        listed = {str(layer).lstrip("0") or "0": fields for layer, fields in listed.items()}  # transformers: "05"
+        lists = [listed.get(str(layer), {}) for layer in full]
+        others = {*listed} - {*map(str, full)}
         if others or any(each != lists[0] for each in lists) or {*lists[0]} - {"head_dim", "num_key_value_heads"}:
             raise UserError(
                 "its per_layer_config must give all layers with full attention the same head_dim and "

@@ -59,6 +59,7 @@ MODEL_TYPES = {"glm4": "Glm4ForCausalLM"}
 
 
 FIELDS: hf.Fields = llama.DECODER_FIELDS | {
+    "n_kv_heads": hf.Field("num_key_value_heads", 2),
     "head_dim": hf.Field("head_dim", 128),
     "qkv_bias": hf.Field("attention_bias", True),
     "norm_eps": hf.Field("rms_norm_eps", 1.5625e-7, float),
