@@ -20,6 +20,7 @@ from keifu.checkpoints.onnx import write
 from keifu.checkpoints.onnx.graphs import BATCH, OnnxGraph, graphs_of
 from keifu.data.tokenizers.train import train_tokenizer
 from keifu.errors import UserError
+from keifu.layers.attention.positions import RopeScaling
 from keifu.models import bert, gpt2, llama, transformer
 from keifu.models.diffusion import ddpm
 
@@ -171,6 +172,57 @@ def test_a_folder_has_its_configs_and_no_weights(folder: Path, name: str, config
     assert config in files and not [file for file in files if "safetensors" in file]
 
 
+def filled(model: nn.Module) -> Any:
+    """Return a model in which no part begins at zero."""
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_the_graph_of_a_bert_reads_segments_and_padding() -> None:
+    """Not seen by the comparison at its writing: the examples have one segment."""
+    model: Any = filled(bert.build(bert.Config(300, **SIZE, hidden_dim=24)))
+    [graph] = graphs_of(model)
+    tokens, segments = torch.randint(0, 300, (2, 5)), torch.tensor([[0, 0, 1, 1, 1]] * 2)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    found = graph.module(tokens, mask, segments)
+    torch.testing.assert_close(found, model.words(model.encode(tokens, segments, mask.bool())))
+    assert not torch.allclose(found, graph.module(tokens, mask, torch.zeros_like(segments)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [TOYS["llama"][0], TOYS["gpt2"][0]], ids=["rotary", "learned"])
+def test_the_graph_of_a_decoder_counts_positions_from_the_first_real_token(build: Callable[[], nn.Module]) -> None:
+    model: Any = filled(build())
+    [graph] = graphs_of(model)
+    inputs = graph.example(2, 7, 0)
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert mask.tolist() == [[1] * 7, [0] * 2 + [1] * 5]
+    logits, *present = graph.module(*inputs.values())
+    torch.testing.assert_close(logits[1, 2:], model(tokens[1:, 2:])[0])
+    further = torch.randint(0, 300, (2, 1))
+    later, *_ = graph.module(further, torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1), *present)
+    torch.testing.assert_close(later[1, 0], model(torch.cat([tokens[1:, 2:], further[1:]], 1))[0, -1])
+
+
+@pytest.mark.parametrize(("dtype", "fits"), [("f32", False), ("f16", True)])
+def test_a_file_in_f16_holds_twice_the_weights(
+    dtype: str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, written = TOYS["llama"][0](), list[str]()
+    monkeypatch.setattr(write, "MOST_BYTES", 3 * sum(each.numel() for each in model.parameters()))
+    monkeypatch.setattr(write, "check", lambda dtype: None)
+    monkeypatch.setattr(write, "_write", lambda graph, place, dtype: written.append(graph.file))
+    if fits:
+        write.write_onnx(model, None, tmp_path / "out", dtype)
+        assert written == ["onnx/model"] and not [*(tmp_path / "out").rglob("*.safetensors")]
+    else:
+        with pytest.raises(UserError, match="holds 2.1: choose f16"):
+            write.write_onnx(model, None, tmp_path / "out", dtype)
+
+
 class FixedRows(nn.Module):
     """A module whose number of rows the exporter writes into the graph: len is a number of Python."""
 
@@ -192,8 +244,9 @@ def test_a_graph_for_one_number_of_rows_is_found(tmp_path: Path) -> None:
     [
         (lambda: llama.build(llama.Config(300, **SIZE, hidden_dim=24, sliding_window=4)), "has a sliding window"),
         (lambda: keifu.load(PACKAGED / "emoji-clip")[0], "this is a Clip"),
+        (lambda: llama.build(llama.Config(300, **SIZE, rope_scaling=RopeScaling("dynamic", 2.0, 8))), "on the length"),
     ],
-    ids=["window", "clip"],
+    ids=["window", "clip", "length"],
 )
 def test_other_models_are_refused_by_name(build: Callable[[], nn.Module], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
