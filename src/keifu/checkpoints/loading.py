@@ -32,7 +32,7 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 def load(
     name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-    weights: str | None = None, allow_nonfinite: bool = False,
+    weights: str | None = None, allow_nonfinite: bool = False, predictions: bool = False,
 ) -> tuple[nn.Module, Any]:  # fmt: skip
     """Load a model with its weights, ready for evaluation, and its tokenizer.
 
@@ -49,6 +49,8 @@ def load(
             it in the format that keeps the file's numbers, if native code has this format; on a GPU the linear layers
             of a GGUF file stay quantised, and are dequantised when they compute.
         allow_nonfinite: Whether to load weights with infinities.
+        predictions: Whether to read the blocks that predict further tokens (multi-token prediction), which are
+            otherwise left out.
 
     Returns:
         The model, and its tokenizer; the tokenizer is None for a model that writes no text.
@@ -66,17 +68,22 @@ def load(
     follow_load()
     device, path = _device_for(weights, device), locate(name)
     with choosing(Choice(allow_nonfinite=allow_nonfinite or None)), reading(path):
-        return _load(name, path, dtype, device, weights)
+        return _load(name, path, dtype, device, weights, predictions)
 
 
 def _load(
-    name: str | Path, path: Path, dtype: torch.dtype | None, device: torch.device, weights: str | None
+    name: str | Path,
+    path: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    weights: str | None,
+    predictions: bool,
 ) -> tuple[nn.Module, Any]:
     if is_adapter(path):
-        model, tokenizer = load(base_of(path), dtype, device)
+        model, tokenizer = load(base_of(path), dtype, device, predictions=predictions)
         tokenizer, model = _adapted(path, tokenizer), _adapted_model(model, path, weights)
     else:
-        load_plan = plan(open_source(path), dtype, device)
+        load_plan = plan(open_source(path), dtype, device, predictions)
         with ThreadPoolExecutor(1) as pool:  # another thread reads the tokenizer at the same time
             reading = pool.submit(load_plan.source.tokenizer)
             model = _fill(load_plan, device, weights)
@@ -100,15 +107,15 @@ def _device_for(weights: str | None, device: torch.device | str | None) -> torch
 
 def load_model(
     name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-    weights: str | None = None,
+    weights: str | None = None, predictions: bool = False,
 ) -> nn.Module:  # fmt: skip
     """Return the model alone (see `load`), for weights without a tokenizer."""
     follow_load()
     device, path = _device_for(weights, device), locate(name)
     with reading(path):
         if is_adapter(path):
-            return _adapted_model(load_model(base_of(path), dtype, device), path, weights)
-        return _fill(plan(open_source(path), dtype, device), device, weights)
+            return _adapted_model(load_model(base_of(path), dtype, device, predictions=predictions), path, weights)
+        return _fill(plan(open_source(path), dtype, device, predictions), device, weights)
 
 
 def _fill(load_plan: LoadPlan, device: torch.device, weights: str | None) -> nn.Module:

@@ -157,12 +157,15 @@ class LoadPlan:
         return torch.empty((), dtype=self.dtype_of(link), device=device).expand(link.shape)
 
 
-def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadPlan:
+def plan(
+    source: Source, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", predictions: bool = False
+) -> LoadPlan:  # fmt: skip
     """Match the file's tensors with the model's. Raises one UserError for all tensors that are missing, extra or
     misshapen.
 
     dtype: None uses the type of the command line (`Choice.weights`), or the one that represents every stored number
-    exactly, but float32 for one that a CPU multiplies very slowly (see `_usual_dtype`).
+    exactly, but float32 for one that a CPU multiplies very slowly (see `_usual_dtype`). predictions: whether to read
+    the blocks that predict further tokens.
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"dtype is {dtype!r}: give a floating-point type of torch, such as torch.bfloat16.")
@@ -172,6 +175,7 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
     source, twice, notes = _resolve_aliases(source) if source.family.aliases else _resolve_tied_head(source)
     source, copies = _resolve_dialect(source)
     twice = [*twice, *copies]
+    source = _resolve_predictions(source, predictions)
     refuse_absurd_sizes(source)
     model = build(source.family, source.config, str(source.path))
     all_links = [
@@ -179,8 +183,8 @@ def plan(source: Source, dtype: torch.dtype | None = None, device: torch.device 
         for link in permute_rotary(links(model, source.names, source.arrangements), source.head_dim)
     ]
     used_names = {name for link in all_links for name in link.theirs}
-    patterns = tuple(pattern.format(**vars(source.config)) for pattern in source.family.not_weights)
-    patterns += tuple(pattern.removeprefix(source.family.prefix) for pattern in patterns)
+    patterns = _omitted(source)
+    patterns += [pattern.removeprefix(source.family.prefix) for pattern in patterns]
     skipped = [name for name in source.stored if name not in used_names and (name in twice or matches(name, patterns))]
     _check(source, all_links, set(source.stored) - used_names - set(skipped))
     rounded_names = {
@@ -327,6 +331,30 @@ def _resolve_dialect(source: Source) -> tuple[Source, list[str]]:
     copies = {copy: source.stored_name(name) for copy, name in family.copies.items() if copy in stored}
     same = [copy for copy, name in copies.items() if name in stored and torch.equal(*map(source.read, (copy, name)))]
     return replace(source, config=replace(source.config, **has)), same
+
+
+def _resolve_predictions(source: Source, are_read: bool) -> Source:
+    """Return the source with a Config that has the file's prediction blocks, or none if they are not read.
+
+    A config that does not mention them has one block. Raises UserError if there are no blocks to read.
+    """
+    patterns = _filled(source, source.family.predictions)
+    if not are_read:
+        return replace(source, config=replace(source.config, n_predictions=0)) if patterns else source
+    if not any(matches(name, patterns) for name in source.stored):
+        raise UserError(f"{source.path} has no tensors that predict further tokens: load it without predictions.")
+    return replace(source, config=replace(source.config, n_predictions=source.config.n_predictions or 1))
+
+
+def _omitted(source: Source) -> list[str]:
+    """Return the patterns of tensors that are not read."""
+    family = source.family
+    further_patterns = () if family.predictions and source.config.n_predictions else family.predictions
+    return _filled(source, (*family.not_weights, *further_patterns))
+
+
+def _filled(source: Source, patterns: Iterable[str]) -> list[str]:
+    return [pattern.format(**vars(source.config)) for pattern in patterns]
 
 
 def permute_rotary(links: Iterable[Link], head_dim: int | None) -> list[Link]:

@@ -42,6 +42,7 @@ class Family:
       `without_prefix` always do. Without "model." in the table, the default changes nothing.
     - old_endings, old_beginnings: today's ending (beginning) of a published name → the one in old files.
     - not_weights: patterns of tensors that are not weights, with fields of the Config in braces.
+    - predictions: patterns of the tensors that predict further tokens. They are left out unless a load reads them.
     - copies: a tensor → the tensor of the file that it repeats.
     - full_precision: patterns of tensors that keep the file's dtype if it is wider than the others'.
     - in_file: fields of the Config that are True if the file has a tensor, whatever its config says.
@@ -61,6 +62,7 @@ class Family:
     names: Table
     prefix: str = "model."
     not_weights: tuple[str, ...] = ()
+    predictions: tuple[str, ...] = ()
     unsupported: Mapping[str, Any] = field(default_factory=dict)
     writes_text: bool = True
     aliases: Aliases | None = None

@@ -16,6 +16,7 @@ from keifu.layers.initialisation import normal_, scale_residual_
 from keifu.layers.normalisation import RMSNorm
 from keifu.layers.transformer.blocks import PreNorm
 from keifu.layers.transformer.decoder import DecoderLM
+from keifu.layers.transformer.prediction import PredictingLM, PredictionBlock
 from keifu.models.hf import config as hf
 from keifu.models.registration import gguf
 from keifu.ranges import BelowOne, Count, Natural, NotNegative, Positive
@@ -105,22 +106,28 @@ def assemble(
     config: Any, attention: Callable[[int], nn.Module], feedforward: Callable[[int], nn.Module] | None = None,
     block: Callable[..., nn.Module] = PreNorm, norm: Callable[[int, float], nn.Module] = RMSNorm, n_norms: int = 2,
     last_norm: nn.Module | None = None, embedding: nn.Embedding | None = None, model: type[DecoderLM] = DecoderLM,
+    n_predictions: int = 0,
 ) -> DecoderLM:  # fmt: skip
     """Build LLaMA with the given layers.
 
     attention, feedforward: build the sublayers of a block from its number, from 0 on; the default feedforward is
     SwiGLU. block: builds a block from both sublayers and their `n_norms` norms. norm: builds a norm from a width and an
-    ε. last_norm: the norm before the head, by default like the others.
+    ε. last_norm: the norm before the head, by default like the others. n_predictions: number of blocks that predict
+    further tokens; their layers are numbered after the others.
     """
     new_norm = partial(norm, config.dim, config.norm_eps)
     feedforward = feedforward or partial(gated, config)
-    blocks = [
+    layers = [
         block(attention(layer), feedforward(layer), tuple(new_norm() for _ in range(n_norms)), config.dropout)
-        for layer in range(config.n_layers)
+        for layer in range(config.n_layers + n_predictions)
     ]
+    blocks, further_blocks = layers[: config.n_layers], layers[config.n_layers :]
     decoder = model.of(config, blocks, last_norm or new_norm(), embedding=embedding)
+    if further_blocks:
+        norms = [(new_norm(), new_norm(), new_norm()) for _ in further_blocks]
+        decoder = PredictingLM(decoder, [*map(partial(PredictionBlock, config.dim), further_blocks, norms)])
     normal_(decoder, std=0.02)
-    scale_residual_(blocks)
+    scale_residual_(layers)
     return decoder
 
 

@@ -13,7 +13,7 @@ from keifu.ranges import LARGEST
 
 ZERO_ALLOWED = (
     "first_window_layer", "n_dense_layers", "n_shared_layers", "layer_dim", "start_id", "end_id", "pad_id",
-    "steps_offset", "n_classes",
+    "steps_offset", "n_classes", "n_predictions",
 )  # fmt: skip
 
 

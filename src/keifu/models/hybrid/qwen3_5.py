@@ -44,7 +44,7 @@ WEIGHT_NAMES = qwen3_next.SHARED_NAMES | {
     f"blocks.*.attention.inputs.{ours}": f"model.layers.*.linear_attn.in_proj_{theirs}"
     for ours, theirs in _INPUTS.items()
 }
-NOT_WEIGHTS = qwen3_next.NOT_WEIGHTS
+PREDICTIONS = qwen3_next.PREDICTIONS
 MODEL_TYPES = {"qwen3_5_text": "Qwen3_5ForCausalLM", "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"}
 UNSUPPORTED: dict[str, Any] = {"attn_output_gate": True, "mlp_only_layers": []}
 
@@ -129,12 +129,13 @@ _GGUF_NAMES = qwen3_next.GGUF_NAMES | {
 _SHARED = {"read": qwen3_next.read_linear, "write": _write_rotary, "arrangements": _arrangements}
 GGUF = {
     "qwen35": gguf.GgufArchitecture(
-        names=_GGUF_NAMES, fields=qwen3_next.GGUF_FIELDS, fixed=gguf.SILU | {"n_experts": None, "dense_layers": ()},
+        names=_GGUF_NAMES, fields=qwen3_next.GGUF_FIELDS,
+        fixed=gguf.SILU | {"n_experts": None, "dense_layers": (), "n_predictions": 0},
         limit=qwen3_next.limit, needed=qwen3_next.LINEAR, **_SHARED,
     ),
     "qwen35moe": gguf.GgufArchitecture(
         names=_GGUF_NAMES | qwen3_next.GGUF_EXPERTS, fields=qwen3_next.GGUF_FIELDS | qwen3_next.GGUF_EXPERT_FIELDS,
-        fixed=gguf.SILU | {"normalised": True, "dense_layers": ()}, limit=_limit,
+        fixed=gguf.SILU | {"normalised": True, "dense_layers": (), "n_predictions": 0}, limit=_limit,
         needed=(*qwen3_next.LINEAR, *qwen3_next.GGUF_EXPERT_FIELDS), **_SHARED,
     ),
 }  # fmt: skip

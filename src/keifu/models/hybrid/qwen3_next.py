@@ -2,8 +2,8 @@
 
 A Gated DeltaNet stores one matrix for each head instead of keys and values of each token, so that the cost of decoding
 does not depend on the number of tokens. Attention recalls exactly: it is gated, and rotates a quarter of each head by
-position. The feed-forward networks are Qwen3-MoE's, smaller and more, with a shared expert. Multi-token prediction, a
-further layer of the published training, is not implemented.
+position. The feed-forward networks are Qwen3-MoE's, smaller and more, with a shared expert. A further block with
+attention may predict the token after the next one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +58,7 @@ class Config(llama.BiasConfig):
     normalised: bool = True  # whether the weights of a token's experts sum to 1
     dense_layers: tuple[int, ...] = ()
     balancing: float = 0.001  # coefficient of the balancing loss
+    n_predictions: int = 0  # blocks that predict further tokens: 0 or 1
     rope_theta: float = field(default=1e7, kw_only=True)
 
 
@@ -71,8 +72,11 @@ def build(config: Config) -> DecoderLM:
 
 def assemble(config: Any, inputs: Callable[..., Any]) -> DecoderLM:
     """Build a hybrid. inputs: builds the input projections of its Gated DeltaNets."""
-    mixer = partial(_mixer, config, inputs, llama.global_layers(config, 4))
-    return llama.assemble(config, mixer, partial(_feedforward, config), norm=UnitOffsetRMSNorm)
+    if config.n_predictions not in (0, 1):
+        raise ValueError(f"n_predictions is {config.n_predictions}, and published files have at most one block.")
+    full = *llama.global_layers(config, 4), config.n_layers  # the block of predictions has attention
+    mixer, feedforward = partial(_mixer, config, inputs, full), partial(_feedforward, config)
+    return llama.assemble(config, mixer, feedforward, norm=UnitOffsetRMSNorm, n_predictions=config.n_predictions)
 
 
 def _mixer(config: Any, inputs: Callable[..., Any], full: tuple[int, ...], layer: int) -> nn.Module:
@@ -104,11 +108,19 @@ SHARED_NAMES = qwen3.WEIGHT_NAMES | qwen3_moe.EXPERT_NAMES | {
     "blocks.*.feedforward.shared.network.gate_up": "model.layers.*.mlp.shared_expert.[gate,up]_proj",
     "blocks.*.feedforward.shared.network.down": "model.layers.*.mlp.shared_expert.down_proj",
 }  # fmt: skip
+_PREDICTION = {
+    "embedding_norm": "pre_fc_norm_embedding", "hidden_norm": "pre_fc_norm_hidden", "projection": "fc", "norm": "norm"
+}  # fmt: skip
+SHARED_NAMES |= {f"predictions.*.{ours}": f"mtp.{theirs}" for ours, theirs in _PREDICTION.items()} | {
+    f"predictions.*.{ours.replace('blocks.*', 'block')}": theirs.replace("model.layers", "mtp.layers")
+    for ours, theirs in SHARED_NAMES.items()
+    if ours.startswith("blocks.") and "linear_attn" not in theirs
+}
 WEIGHT_NAMES = SHARED_NAMES | {
     "blocks.*.attention.inputs.main": "model.layers.*.linear_attn.in_proj_qkvz",
     "blocks.*.attention.inputs.numbers": "model.layers.*.linear_attn.in_proj_ba",
 }
-NOT_WEIGHTS = ("mtp.**",)
+PREDICTIONS = ("mtp.**",)
 MODEL_TYPES = {"qwen3_next": "Qwen3NextForCausalLM"}
 
 
@@ -126,6 +138,10 @@ SHARED_FIELDS: hf.Fields = qwen3.ATTENTION_FIELDS | {
     "linear_key_dim": hf.Field("linear_key_head_dim", 128),
     "linear_value_dim": hf.Field("linear_value_head_dim", 128),
     "convolution": hf.Field("linear_conv_kernel_dim", 4),
+    "n_predictions": hf.FieldGroup(
+        lambda json: {"n_predictions": json.get("num_nextn_predict_layers") or 0},
+        lambda config: {"num_nextn_predict_layers": config.n_predictions} if config.n_predictions else {},
+    ),
 }
 EXPERT_FIELDS: hf.Fields = {
     "expert_dim": hf.Field("moe_intermediate_size", 512),
@@ -221,7 +237,8 @@ GGUF = {
             "blocks.*.attention.inputs.main": "blk.*.attn_[qkv,gate]",
             "blocks.*.attention.inputs.numbers": "blk.*.ssm_ba",
         },
-        fields=GGUF_FIELDS | GGUF_EXPERT_FIELDS, fixed=gguf.SILU | {"normalised": True, "dense_layers": ()},
+        fields=GGUF_FIELDS | GGUF_EXPERT_FIELDS,
+        fixed=gguf.SILU | {"normalised": True, "dense_layers": (), "n_predictions": 0},
         limit=limit, read=read_linear, write=write_linear, arrangements=_arrangements,
         needed=(*GGUF_EXPERT_FIELDS, *LINEAR),
     ),

@@ -38,6 +38,32 @@ def causal_language_modeling(model: Any, batch: Batch, z_loss: float = 0.0) -> L
     return LossOutput(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel(), figures)
 
 
+def multi_token_prediction(model: Any, batch: Batch, weight: float = 0.3) -> LossOutput:
+    """Predict the next token and further tokens (DeepSeek-V3, 2024, equations 24 and 25): the loss of
+    `causal_language_modeling`, plus `weight` times the mean loss of the prediction blocks, in training mode.
+
+    A further token is not predicted if its block's input is in another document. The model has `further_hidden` too.
+    The figure `nats` is the loss of the next token, and `further_nats` the mean loss of the blocks.
+    """
+    inputs, documents = batch["tokens"][:, :-1], batch["documents"][:, :-1] if "documents" in batch else None
+    targets = batch["tokens"][:, 1:]
+    if "mask" in batch:
+        targets = targets.masked_fill(~batch["mask"][:, 1:], IGNORED)
+    hidden = model.hidden(inputs, documents=documents)
+    total, nats = linear_cross_entropy(hidden, model.head_weight, None, targets)
+    further_total = torch.zeros_like(nats)
+    states = model.further_hidden(inputs, hidden, documents)
+    for shift, state in enumerate(states, 1):
+        further_targets = targets[:, shift:]
+        if documents is not None:
+            further_targets = further_targets.masked_fill(documents[:, shift:] != documents[:, :-shift], IGNORED)
+        further_total = further_total + linear_cross_entropy(state, model.head_weight, None, further_targets)[0]
+    further_total = further_total / len(states)
+    figures = {"nats": nats, "further_nats": further_total.detach()}
+    total = total + weight * further_total if model.training else total
+    return LossOutput(total, (targets != IGNORED).sum() if "mask" in batch else targets.numel(), figures)
+
+
 def answers_about_pictures(normalised: Callable[[Tensor], Tensor]) -> Objective:
     """Return the objective of answers about batch["pictures"] (bytes, one picture per row): -log p of each token of
     batch["tokens"] where batch["mask"] is True.
