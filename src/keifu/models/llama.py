@@ -106,29 +106,45 @@ def assemble(
     config: Any, attention: Callable[[int], nn.Module], feedforward: Callable[[int], nn.Module] | None = None,
     block: Callable[..., nn.Module] = PreNorm, norm: Callable[[int, float], nn.Module] = RMSNorm, n_norms: int = 2,
     last_norm: nn.Module | None = None, embedding: nn.Embedding | None = None, model: type[DecoderLM] = DecoderLM,
-    n_predictions: int = 0,
 ) -> DecoderLM:  # fmt: skip
     """Build LLaMA with the given layers.
 
     attention, feedforward: build the sublayers of a block from its number, from 0 on; the default feedforward is
     SwiGLU. block: builds a block from both sublayers and their `n_norms` norms. norm: builds a norm from a width and an
-    ε. last_norm: the norm before the head, by default like the others. n_predictions: number of blocks that predict
-    further tokens; their layers are numbered after the others.
+    ε. last_norm: the norm before the head, by default like the others.
     """
     new_norm = partial(norm, config.dim, config.norm_eps)
     feedforward = feedforward or partial(gated, config)
-    layers = [
+    blocks = [
         block(attention(layer), feedforward(layer), tuple(new_norm() for _ in range(n_norms)), config.dropout)
-        for layer in range(config.n_layers + n_predictions)
+        for layer in range(config.n_layers)
     ]
-    blocks, further_blocks = layers[: config.n_layers], layers[config.n_layers :]
     decoder = model.of(config, blocks, last_norm or new_norm(), embedding=embedding)
-    if further_blocks:
-        norms = [(new_norm(), new_norm(), new_norm()) for _ in further_blocks]
-        decoder = PredictingLM(decoder, [*map(partial(PredictionBlock, config.dim), further_blocks, norms)])
     normal_(decoder, std=0.02)
-    scale_residual_(layers)
+    scale_residual_(blocks)
     return decoder
+
+
+def with_predictions(
+    decoder: DecoderLM, attention: Callable[[int], nn.Module], feedforward: Callable[[int], nn.Module],
+    norm: Callable[[int, float], nn.Module] = RMSNorm,
+) -> DecoderLM:  # fmt: skip
+    """Return the decoder with the `n_predictions` blocks of its Config that predict further tokens, or unchanged.
+
+    The layers of these blocks are numbered after the decoder's. The decoder's initial weights are the same without
+    them. For the other arguments, see `assemble`.
+    """
+    config = decoder.config
+    new_norm = partial(norm, config.dim, config.norm_eps)
+    layers = range(config.n_layers, config.n_layers + config.n_predictions)
+    blocks = [
+        PreNorm(attention(layer), feedforward(layer), (new_norm(), new_norm()), config.dropout) for layer in layers
+    ]
+    predictions = [PredictionBlock(config.dim, block, (new_norm(), new_norm(), new_norm())) for block in blocks]
+    for prediction in predictions:
+        normal_(prediction, std=0.02)
+    scale_residual_(blocks)
+    return PredictingLM(decoder, predictions) if predictions else decoder
 
 
 def gated(config: Any, layer: int, bias: bool = False) -> GatedFeedForward:

@@ -12,6 +12,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from keifu import checkpoints
 from keifu.checkpoints.gguf.write import save_gguf
 from keifu.errors import UserError
+from keifu.models.hybrid import qwen3_5, qwen3_next
 from keifu.training.objectives.language_modeling import causal_language_modeling, multi_token_prediction
 
 DIM, EXPERTS, EPS = 24, 4, 0.01
@@ -134,3 +135,32 @@ def test_documents_are_predicted_apart(stored, tmp_path) -> None:
     alone = [of_rows({"tokens": tokens}).figures for tokens in (first, second)]
     for name in ("nats", "further_nats"):
         assert joined[name].item() == pytest.approx(sum(each[name].item() for each in alone), rel=1e-5)
+
+
+def test_new_blocks_are_initialised_after_the_decoder() -> None:
+    models = {}
+    for n_predictions in (0, 1):
+        torch.manual_seed(3)
+        sizes = {"n_layers": 2, "n_heads": 4, "head_dim": 12, "rope_dim": 6, "n_experts": 4, "n_experts_per_token": 2}
+        config = qwen3_next.Config(97, 64, 48, 42, 20, 14, **sizes, n_predictions=n_predictions)
+        models[n_predictions] = qwen3_next.build(config).state_dict()
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+    further = {name: tensor for name, tensor in models[1].items() if name not in models[0]}
+    out = "predictions.0.block.attention.out.weight"
+    assert further["predictions.0.projection.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert further[out].std().item() == pytest.approx(0.02 / 2**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("n_experts", [None, 4])
+def test_qwen3_5_has_the_same_block(n_experts, weights, tmp_path) -> None:
+    sizes = {"n_layers": 2, "n_heads": 4, "head_dim": 12, "rope_dim": 6, "n_experts": n_experts}
+    config = qwen3_5.Config(97, 64, 48, 42, 20, 14, **sizes, n_experts_per_token=2, n_predictions=1)
+    model = qwen3_5.build(config)
+    checkpoints.save(model, None, tmp_path)
+    stored = [name for name in weights(tmp_path) if name.startswith("mtp.")]
+    assert {"mtp.fc.weight", "mtp.layers.0.self_attn.q_norm.weight"} < {*stored}
+    again = checkpoints.load_model(tmp_path, predictions=True)
+    assert again.config.n_predictions == 1
+    ours, theirs = again.state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert {*checkpoints.inspect(tmp_path).skipped} == {*stored}

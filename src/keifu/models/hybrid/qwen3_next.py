@@ -76,7 +76,8 @@ def assemble(config: Any, inputs: Callable[..., Any]) -> DecoderLM:
         raise ValueError(f"n_predictions is {config.n_predictions}, and published files have at most one block.")
     full = *llama.global_layers(config, 4), config.n_layers  # the block of predictions has attention
     mixer, feedforward = partial(_mixer, config, inputs, full), partial(_feedforward, config)
-    return llama.assemble(config, mixer, feedforward, norm=UnitOffsetRMSNorm, n_predictions=config.n_predictions)
+    decoder = llama.assemble(config, mixer, feedforward, norm=UnitOffsetRMSNorm)
+    return llama.with_predictions(decoder, mixer, feedforward, UnitOffsetRMSNorm)
 
 
 def _mixer(config: Any, inputs: Callable[..., Any], full: tuple[int, ...], layer: int) -> nn.Module:
