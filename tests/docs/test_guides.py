@@ -65,6 +65,7 @@ ENOUGH = {  # options that a training gets, each only if the page gives none; ot
     "perceptron": "",
     "gan": "--steps 2 --batch-size 4 --model.widths 4 6",
     "ppo": "--steps 1 --rollouts 4 --warmup 1 --max-tokens 8",
+    "mean-flow": "--steps 2 --warmup 1 --batch-size 4 --n-layers 1 --head-dim 4",
     "score": "--steps 2 --warmup 1 --sampling.sampling-steps 3",
     "see": "--steps 2 --batch-size 2 --image.dim 32 --image.hidden-dim 64 --image.n-layers 1 --image.n-heads 2",
     "seq2seq": "--steps 2 --vocab-size 300 --model.dim 32 --model.embedding-dim 32 --model.maxout-dim 16",

@@ -27,7 +27,7 @@ from keifu.models import bert, llama, mlp, perceptron, seq2seq, transformer
 from keifu.models.classic import gan, lstm, word2vec
 from keifu.models.clip import clip, image as clip_image, text as clip_text
 from keifu.models.dalle import dalle, discrete_vae
-from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, llada, score, sd3, vq_vae
+from keifu.models.diffusion import autoencoder_kl, conditioned_unet, ddpm, dit, llada, mean_flow, score, sd3, vq_vae
 from keifu.models.multimodal import llava, siglip, smolvlm
 from keifu.models.speech import whisper
 from keifu.models.unclip import conditioning, decoder, prior
@@ -72,6 +72,7 @@ OTHERS: dict[str, Any] = {
         size=8, widths=(8, 16), n_residual_blocks=1, codebook_size=9, norm_groups=4
     ),
     "diffusion.score": score.Config(hidden_dim=8),
+    "diffusion.mean_flow": mean_flow.Config(8, 2, 3, 2, 4, 2, 3),
     "diffusion.autoencoder_kl": autoencoder_kl.Config(size=8, widths=(8, 16), norm_groups=4),
     "diffusion.conditioned_unet": replace(
         conditioned_unet.SIZES["stable-diffusion-1-unet"], size=8, widths=(8, 16), norm_groups=4, n_heads=2,

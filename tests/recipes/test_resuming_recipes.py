@@ -87,6 +87,10 @@ TABLE: dict[str, tuple[str, int]] = {
         "--held-out 0.25", 3,
     ),
     "reward": (f"--model {{base}} --data {{preferences}} {FINE} --steps 3 --batch-size 2 --warmup 0.4", 4),
+    "mean-flow": (
+        f"--data {{drawings}} --size 8 --n-layers 2 --n-heads 2 --head-dim 8 --moving 0.5 {STEPS} --warmup 2 "
+        "--batch-size 3", 4,
+    ),
     "score": (
         f"--data spiral --points 50 --hidden-dim 8 {STEPS} --warmup 2 --batch-size 3 --sampling.count 4 "
         "--sampling.sampling-steps 3", 4,

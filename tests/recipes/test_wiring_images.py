@@ -25,6 +25,7 @@ from keifu.recipes.images import (
     image_runs,
     latent_diffusion,
     lora_image,
+    mean_flow,
     score,
     unclip,
     vq,
@@ -218,6 +219,27 @@ def of_score(toys: Toys) -> tuple[Any, list[Group]]:
         "sampling": Reach(sampling, "sample.recipe.sampling"),
         "training": Reach(OTHER, "settings"),
     }), Group({"training": Reach(replace(SMALL, batch_size=3), lambda r: _pictures(r).batch_size, 3)}),
+        Group({"training": Reach(replace(SMALL, seed=8), "data.key", 8)}),
+    ]  # fmt: skip
+
+
+def of_mean_flow(toys: Toys) -> tuple[Any, list[Group]]:
+    base = mean_flow.Recipe(toys.classes, size=8, n_heads=2, head_dim=4, n_layers=1, training=SMALL)
+    return base, [Group({
+        "data": Reach(toys.drawings, lambda r: r.run.options["data"]),
+        "size": Reach(12, "model.config.size"),
+        "patch_size": Reach(2, "model.config.patch_size"),
+        "n_layers": Reach(2, "model.config.n_layers"),
+        "n_heads": Reach(3, "model.config.n_heads"),
+        "head_dim": Reach(8, "model.config.head_dim"),
+        "moving": Reach(0.7, "objective.moving"),
+        "power": Reach(0.5, "objective.power"),
+        "jumps": Reach(3, "sample.jumps"),
+        "flip": Reach(True, lambda r: _pictures(r).augmentation.flip),
+        "held_out": Reach(0.3, lambda r: len(_pictures(r).held_out), DIFFERENT),
+        "training": Reach(OTHER, "settings", but=("micro_batch",)),
+    }), Group({"classes": Reach(True, "model.config.n_classes", DIFFERENT)}),
+        Group({"training": Reach(replace(SMALL, batch_size=3), lambda r: _pictures(r).batch_size, 3)}),
         Group({"training": Reach(replace(SMALL, seed=8), "data.key", 8)}),
     ]  # fmt: skip
 
@@ -464,6 +486,7 @@ def targets(record: Any, part: str) -> set[str]:
 TABLE = {
     "clip": of_clip, "ddpm": of_ddpm, "dalle": of_dalle, "latent_diffusion": of_latent_diffusion, "unclip": of_unclip,
     "lora_image": of_lora_image, "dit": of_dit, "gan": of_gan, "vq": of_vq, "score": of_score,
+    "mean_flow": of_mean_flow,
 }  # fmt: skip
 ELSEWHERE = {  # options that another test holds
     "ddpm": dict.fromkeys(

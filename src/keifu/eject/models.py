@@ -148,6 +148,7 @@ INPUTS: dict[str, Callable[[Any], tuple[Tensor | None, ...]]] = {
     "diffusion.score": lambda config: (torch.zeros(ROWS, config.dim), times(), times()),
     "diffusion.conditioned_unet": lambda config: (*denoised(config), torch.zeros(ROWS, LENGTH, config.context_dim)),
     "diffusion.dit": _dit,
+    "diffusion.mean_flow": lambda config: (picture(config), times().float(), times().float(), times()),
     "diffusion.sd3": _stable_diffusion_3,
     "unclip.prior": _prior,
     "unclip.decoder": _unclip_decoder,

@@ -21,7 +21,19 @@ FOLDERS = {
     "speech": ("whisper",),
     "assistant": ("sft", "distill", "see", "reward", "dpo", "ppo", "grpo", "instruct"),
     "classification": ("classifier", "gpt1-finetune"),
-    "images": ("gan", "vq", "ddpm", "score", "dit", "latent-diffusion", "dalle", "unclip", "clip", "lora-image"),
+    "images": (
+        "gan",
+        "vq",
+        "ddpm",
+        "score",
+        "dit",
+        "mean-flow",
+        "latent-diffusion",
+        "dalle",
+        "unclip",
+        "clip",
+        "lora-image",
+    ),
     "neurons": ("perceptron", "mlp", "mlp-compare"),
 }
 RECIPES = {  # name in `keifu train`, and file in this folder

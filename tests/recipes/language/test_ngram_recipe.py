@@ -58,3 +58,23 @@ def test_a_run_that_is_begun_again_is_the_same(own_cache: pytest.MonkeyPatch, tm
     for name in ("a", "b"):
         parse(["train", "ngram", "--data", str(text), "--order", "3", "--out", str(tmp_path / name)])()
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_a_text_without_a_line_break_is_continued_too(
+    own_cache: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its characters have no line break, so the sample begins with its first character."""
+    text = tmp_path / "text.txt"
+    text.write_text("abcabdabcabeabcabfab" * 60)
+    parse(["train", "ngram", "--data", str(text), "--order", "3", "--out", str(tmp_path / "run")])()
+    assert "\nabca" in capsys.readouterr().out
+
+
+def test_a_prompt_that_the_tokenizer_lacks_is_refused_before_the_count(
+    own_cache: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("abcabdabcabeabcabfab\n" * 60)
+    with pytest.raises(SystemExit):
+        main(["train", "ngram", "--data", str(text), "--prompt", "xyz", "--out", str(out)])
+    assert "The character 'x'" in capsys.readouterr().err and not out.exists()

@@ -1,4 +1,4 @@
-"""Image pipelines: common interface of pixel diffusion, latent diffusion, unCLIP, DALL-E and GANs."""
+"""Image pipelines: common interface of pixel diffusion, latent diffusion, unCLIP, DALL-E, flow maps and GANs."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -8,6 +8,7 @@ from torch import nn
 from keifu.data.tokenizers.tokenizer import Tokenizer
 from keifu.errors import UserError
 from keifu.inference.images.autoregressive import AutoregressivePipeline
+from keifu.inference.images.flow_map import FlowMapPipeline
 from keifu.inference.images.latent_diffusion import LatentDiffusionPipeline
 from keifu.inference.images.pixel_diffusion import PixelPipeline
 from keifu.inference.images.single_pass import GeneratorPipeline
@@ -15,13 +16,13 @@ from keifu.inference.images.unclip import UnclipPipeline
 from keifu.layers.diffusion.image_model import ImageModel
 
 TextToImagePipeline: TypeAlias = LatentDiffusionPipeline | UnclipPipeline | AutoregressivePipeline
-ImagePipeline: TypeAlias = PixelPipeline | GeneratorPipeline | TextToImagePipeline
+ImagePipeline: TypeAlias = PixelPipeline | FlowMapPipeline | GeneratorPipeline | TextToImagePipeline
 PIPELINES = {"latents": LatentDiffusionPipeline, "embeddings": UnclipPipeline, "tokens": AutoregressivePipeline}
 
 
 def is_text_to_image(model: nn.Module) -> bool:
     """Return whether the model generates images from text alone."""
-    if not isinstance(model, ImageModel) or model.draws in ("pixels", "once"):
+    if not isinstance(model, ImageModel) or model.draws in ("pixels", "jumps", "once"):
         return False
     if model.draws == "embeddings":
         return model.config.prior is not None
@@ -41,6 +42,8 @@ def image_pipeline(model: nn.Module, tokenizer: Callable[[], Tokenizer | None]) 
     any other model."""
     if not isinstance(model, ImageModel) or model.draws == "pixels":
         return PixelPipeline(model)
+    if model.draws == "jumps":
+        return FlowMapPipeline(model)
     if model.draws == "once":
         return GeneratorPipeline(model)
     loaded = tokenizer()

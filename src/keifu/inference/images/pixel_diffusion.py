@@ -44,7 +44,7 @@ class SeededNoise:
         return torch.stack(rows).to(x.device)
 
 
-BY_TOKEN, AT_ONCE = "token by token", "in one pass"  # ways to draw without a sampler
+BY_TOKEN, AT_ONCE, BY_JUMPS = "token by token", "in one pass", "by jumps"  # ways to draw without a sampler
 STRENGTH = 0.8
 OF_EMBEDDINGS = ("prior_steps", "prior_guidance", "candidates", "upsampling_steps", "towards")
 
@@ -54,7 +54,8 @@ class ImageRequest:
     """Settings of an image.
 
     Attributes:
-        sampler: a name in `SAMPLERS`, or `BY_TOKEN` for an autoregressive model, `AT_ONCE` for a generator.
+        sampler: a name in `SAMPLERS`, or `BY_TOKEN` for an autoregressive model, `AT_ONCE` for a generator,
+            `BY_JUMPS` for a flow map.
         steps: number of steps; None for the sampler's default.
         seed: the same seed gives the same image; None chooses one at random.
         label: number of the class to condition on; None for unconditional sampling.
@@ -104,7 +105,7 @@ class ImageRequest:
             setting_name = "A mask" if self.mask else "A strength"
             raise UserError(f"{setting_name} is for a picture to begin with, and there is none: give one (--init).")
         check(self)
-        if self.sampler not in (BY_TOKEN, AT_ONCE):
+        if self.sampler not in (BY_TOKEN, AT_ONCE, BY_JUMPS):
             sampler(self.sampler)
 
     def configure_sampler(self, noise: Noise) -> ConfiguredSampler:
@@ -201,6 +202,18 @@ def trained_size(model: ImageModel) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def class_number(config: Any, name: str) -> int:
+    """Return the number of a class by its name or number. Raises `UserError` for an unknown one."""
+    for number, names in enumerate(config.classes):  # ImageNet has several names for a class
+        if name in (names, *names.split(", ")):
+            return number
+    if name.isdigit():
+        return int(name)
+    if not config.n_classes:
+        raise UserError(f"The model learned no classes, so it has no {name!r}: train it with --classes.")
+    raise unknown("class of this model", name, config.classes or [str(n) for n in range(config.n_classes)])
+
+
 def check_label(model: ImageModel, label: int | None, guidance: float) -> None:
     """Raise `UserError` for a label or guidance that the model does not support."""
     classes, none = model.config.n_classes, model.config.null_class
@@ -261,15 +274,7 @@ class PixelPipeline(Pipeline):
 
     def label(self, name: str) -> int:
         """Return the number of a class by its name or number. Raises `UserError` for an unknown one."""
-        config = self.model.config
-        for number, names in enumerate(config.classes):  # ImageNet has several names for a class
-            if name in (names, *names.split(", ")):
-                return number
-        if name.isdigit():
-            return int(name)
-        if not config.n_classes:
-            raise UserError(f"The model learned no classes, so it has no {name!r}: train it with --classes.")
-        raise unknown("class of this model", name, config.classes or [str(n) for n in range(config.n_classes)])
+        return class_number(self.model.config, name)
 
     def resolved(self, request: ImageRequest) -> ImageRequest:
         """Return the request with all defaults, checked against the model."""

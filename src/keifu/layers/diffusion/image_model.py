@@ -39,10 +39,12 @@ class ImageModel(nn.Module):
     - tokens: `prefill(tokens, real)` returns the logits of a picture's first token and the state, `decode(codes, place,
       state)` the logits after a grid position, and `to_pictures(codes)` the pictures. config: grid, size, colours,
       context_length.
+    - jumps: `model(x, time, span, label [batch] | None)` returns the mean velocity of x from time - span to time.
+      config: size, channels, n_classes, null_class, classes.
     - once: `generator(noise [batch, latent_dim])` returns the pictures. config: size, channels, latent_dim.
     """
 
-    draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens", "once"]]
+    draws: ClassVar[Literal["pixels", "latents", "embeddings", "tokens", "jumps", "once"]]
     config: Any
     check_size: Callable[..., None]
 

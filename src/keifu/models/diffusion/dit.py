@@ -185,7 +185,7 @@ class DiffusionTransformer(nn.Module):
         self.config = config
         self.patches = nn.Conv2d(config.channels, dim, patch, patch)
         self.conditions = nn.ModuleList(Condition(dim, config.n_classes) for _ in range(config.n_layers))
-        self.blocks = nn.ModuleList(_block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(dim, EPS, elementwise_affine=False)
         self.modulation, self.last = Linear(dim, 2 * dim), Linear(dim, patch * patch * config.predicted_channels)
 
@@ -220,7 +220,8 @@ def patch_positions(
     return torch.cat([sinusoids(axis.flatten(), dim // 2, interleaved=False) for axis in axes[::-1]], -1)
 
 
-def _block(config: TransformerConfig) -> AdaptiveNormZero:
+def block(config: TransformerConfig) -> AdaptiveNormZero:
+    """Build a block of the transformer."""
     dim = config.dim
     norms = nn.LayerNorm(dim, EPS, elementwise_affine=False), nn.LayerNorm(dim, config.norm_eps, config.affine)
     return AdaptiveNormZero(

@@ -18,6 +18,8 @@ import torch
 
 from keifu import checkpoints
 from keifu.data.text.packed import PackedText
+from keifu.data.tokenizers.tokenizer import Tokenizer
+from keifu.errors import UserError
 from keifu.inference.text.generate import generate
 from keifu.inference.text.likelihood import score
 from keifu.models.classic import ngram
@@ -38,7 +40,7 @@ class Recipe:
     order: Count = 6
     """Tokens of the longest n-grams: the last one is predicted from the others."""
     prompt: str = ""
-    """Beginning of the sample; empty: a new line."""
+    """Beginning of the sample; empty: a new line, or the first token of a text without one."""
 
 
 def jobs(recipe: Recipe) -> Jobs:
@@ -49,13 +51,14 @@ def jobs(recipe: Recipe) -> Jobs:
 def learn(recipe: Recipe, out: Path) -> None:
     """Count the n-grams of the text, and save the model with its held-out loss and a sample."""
     task = prepare_text(recipe.text)
+    prompt = recipe.prompt or line_break(task.tokenizer) or task.tokenizer.decode(task.shards.tokens[:1].tolist())
+    _ = task.tokenizer.encode(prompt)  # raises its error early
     print(f"{task.shards.held_out()}\nCounting the n-grams of {len(task.shards.tokens):,} tokens ...", flush=True)
     model = ngram.count(task.shards.tokens, ngram.Config(task.tokenizer.vocab_size, order=recipe.order)).eval()
     checkpoints.save(model, task.tokenizer, out)
     row = min(ROW, len(task.shards.validation) - 1, len(task.shards.tokens) - 1)
     loss = held_out_loss(model, PackedText(task.shards, row, 1, 0, VALIDATION_TOKENS))
     bits = loss / log(2) / task.shards.bytes_per_token
-    prompt = recipe.prompt or "\n"
     sample = prompt + generate(model, task.tokenizer, prompt, raw=True, max_tokens=SAMPLE_TOKENS, seed=0)
     sizes = ", ".join(f"{size:,}" for size in model.config.n_grams)
     loss_text = f"{loss:.3f} nats per token (perplexity {exp(loss):.2f}, {bits:.3f} bits per byte)"
@@ -63,6 +66,15 @@ def learn(recipe: Recipe, out: Path) -> None:
     facts = {"text": recipe.text.data, "order": recipe.order, "held-out loss": loss, "bits per byte": bits}
     write_page(out, f"{recipe.order}-grams of {recipe.text.data}", text, facts, {})
     print(f"{text}\nThe model is in {out}.")
+
+
+def line_break(tokenizer: Tokenizer) -> str:
+    """Return a line break; nothing if the tokenizer was made from a text without one."""
+    try:
+        _ = tokenizer.encode("\n")
+    except UserError:
+        return ""
+    return "\n"
 
 
 def held_out_loss(model: ngram.NGramLM, data: PackedText) -> float:
