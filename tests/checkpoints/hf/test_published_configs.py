@@ -55,7 +55,7 @@ def test_every_size_is_written_and_read_again(kind) -> None:
         again, back = read_config(json, "config.json")
         assert again == family and describe(back) == (family, json), name
         # networks without a published form; a band, a learned variance
-        unpublished = kind in ("keifu_mlp", "keifu_lstm", "keifu_word2vec", "keifu_gan", "keifu_score")
+        unpublished = kind.removeprefix("keifu_") in ("mlp", "lstm", "word2vec", "gan", "score", "mean_flow")
         unpublished = unpublished or name.startswith(("gpt3-", "improved-ddpm"))
         assert json["model_type"].startswith("keifu_") == unpublished, name
 
